@@ -1,0 +1,150 @@
+"""`mpd-gen`: student rollouts, teacher rewrites, and what there is to know of the shards.
+
+Exit codes: 0 done, 1 fatal, 2 usage, 3 done with failed rows (in errors/), 130 interrupted
+(run the same command again to go on). Tables go to stderr, `--json` to stdout.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mpd_data.config import RewriteConfig, RolloutsConfig
+from mpd_data.errors import MPDError
+from mpd_data.options import build, config_options
+
+EXIT_FAILED_ROWS = 3
+
+_OVERWRITE = click.option(
+    "--overwrite", is_flag=True, help="Delete what this stage has written here, then start anew."
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout.")
+_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+
+
+def run_command(command: click.Command) -> None:
+    """Runs a click command; our own errors become one message and exit code 1."""
+    try:
+        command.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.Abort:
+        click.echo("interrupted; run the same command again to go on.", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("interrupted; run the same command again to go on.", err=True)
+        sys.exit(130)
+    except MPDError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="mixed-policy-distillation")
+def cli() -> None:
+    """Stage one of Mixed-Policy Distillation: generate, rewrite, inspect."""
+
+
+@cli.command()
+@config_options(RolloutsConfig, short={"num_samples": "-n"})
+@_OVERWRITE
+def rollouts(overwrite: bool, **options: Any) -> None:
+    """Sample solutions with the student into OUT/rollouts. Run again to resume."""
+    from mpd_data.rollouts import run_rollouts
+
+    config = build(RolloutsConfig, options)
+    outcome = run_rollouts(config, overwrite)
+    _finish(
+        f"{config.out}: {outcome.total} rollouts, {outcome.written} of them new", outcome.failed
+    )
+
+
+@cli.command()
+@config_options(RewriteConfig)
+@_OVERWRITE
+def rewrite(overwrite: bool, **options: Any) -> None:
+    """Let the teacher rewrite and score a round's rollouts into SHARDS/distill. Run again to
+    resume."""
+    from mpd_data.rewrite import run_rewrite
+
+    config = build(RewriteConfig, options)
+    outcome = run_rewrite(config, overwrite)
+    counts = ", ".join(f"{n} {status}" for status, n in sorted(outcome.statuses.items()))
+    if not outcome.statuses.get("ok"):
+        raise MPDError(
+            f"{config.shards}: no rewrite was kept ({counts or 'no rows'}), so there is nothing to"
+            " train on. Read some in distill/*.parquet (columns rewrite, status): is the teacher"
+            " able to follow the template, is --max-tokens long enough?"
+        )
+    _finish(f"{config.shards}: {counts}; {outcome.written} rows new", outcome.failed)
+
+
+def _finish(summary: str, failed: int) -> None:
+    click.echo(summary, err=True)
+    if failed:
+        click.echo(f"{failed} rows failed; see errors/*.parquet (column message).", err=True)
+        raise click.exceptions.Exit(EXIT_FAILED_ROWS)
+
+
+@cli.command()
+@click.argument("rounds", nargs=-1, required=True, type=_FOLDER)
+@_JSON
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw trace lengths to this file.")
+def stats(rounds: tuple[Path, ...], as_json: bool, plot: Path | None) -> None:
+    """Trace-length statistics of ROUNDS."""
+    from mpd_data.stats import plot_lengths, round_stats
+    from mpd_data.table import format_table
+
+    tables = round_stats(list(rounds))
+    if as_json:
+        click.echo(json.dumps(tables, indent=2))
+    else:
+        for name, rows in tables.items():
+            click.echo(f"\n{name.replace('_', ' ')}\n{format_table(rows)}", err=True)
+    if plot is not None:
+        plot_lengths({path.name: path for path in rounds}, plot)
+        click.echo(f"wrote {plot}", err=True)
+
+
+@cli.command()
+@click.argument("rounds", nargs=-1, required=True, type=_FOLDER)
+def validate(rounds: tuple[Path, ...]) -> None:
+    """Check that ROUNDS keep the shard contract."""
+    from mpd_data.validate import validate_round
+
+    problems = [problem for path in rounds for problem in validate_round(path)]
+    for problem in problems[:50]:
+        click.echo(problem, err=True)
+    if problems:
+        raise MPDError(f"{len(problems)} breaches of the contract.")
+    click.echo(f"{len(rounds)} rounds are sound.", err=True)
+
+
+@cli.command()
+@click.argument("base", type=_FOLDER)
+@click.argument("new", type=_FOLDER)
+@_JSON
+def compare(base: Path, new: Path, as_json: bool) -> None:
+    """Compare the rollouts of NEW with those of BASE on the same prompts."""
+    from mpd_data import compare as comparison
+
+    result = comparison.compare(base, new)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        sides = {"base": result["base"], "new": result["new"]}
+        click.echo(comparison.table(sides), err=True)
+        click.echo(comparison.verdict(result), err=True)
+
+
+def main() -> None:
+    run_command(cli)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Before and after: two sets of rollouts on the same prompts, with paired intervals.
+
+The unit of chance is the problem, not the sample: samples of one problem are alike, so the
+bootstrap resamples problems, the same ones on both sides.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from mpd_data.errors import ConfigError
+from mpd_data.stats import scan
+from mpd_data.table import format_table
+
+RESAMPLES = 10_000
+_SEED = 0
+
+
+def _per_problem(path: Path) -> pl.DataFrame:
+    rows = scan([path], "rollouts")
+    if rows is None:
+        raise ConfigError(f"{path}: no rollouts here. Give two folders that mpd-gen rollouts made.")
+    return (
+        rows.group_by("prompt_id")
+        .agg(
+            pl.len().alias("samples"),
+            pl.col("is_correct").cast(pl.Float64).mean().alias("accuracy"),
+            pl.col("num_completion_tokens").cast(pl.Float64).mean().alias("tokens"),
+        )
+        .sort("prompt_id")
+        .collect()
+    )
+
+
+def _interval(draws: npt.NDArray[np.float64]) -> list[float]:
+    return [float(x) for x in np.quantile(draws, [0.025, 0.975])]
+
+
+def _resampled_means(
+    columns: list[npt.NDArray[np.float64]],
+) -> list[npt.NDArray[np.float64]]:
+    """Means of each column over RESAMPLES bootstrap samples of its rows, the same rows for all."""
+    n = len(columns[0])
+    rng = np.random.default_rng(_SEED)
+    means = [np.empty(RESAMPLES) for _ in columns]
+    block = max(1, 4_000_000 // n)
+    for first in range(0, RESAMPLES, block):
+        last = min(first + block, RESAMPLES)
+        chosen = rng.integers(0, n, size=(last - first, n))
+        for column, out in zip(columns, means, strict=True):
+            out[first:last] = column[chosen].mean(axis=1)
+    return means
+
+
+def evaluate(path: Path) -> dict[str, Any]:
+    """One set of rollouts by itself: accuracy (avg@n) and tokens, 95% bootstrap intervals over
+    problems, median tokens, truncated fraction. Accuracy is None where no prompt has a gold
+    answer."""
+    problems = _per_problem(path)
+    rows = scan([path], "rollouts")
+    assert rows is not None
+    whole = rows.select(
+        pl.col("num_completion_tokens").median().alias("median"),
+        (pl.col("finish_reason") == "length").mean().alias("truncated"),
+        pl.col("num_completion_tokens").mean().alias("tokens"),
+    ).collect()
+    graded = problems["accuracy"].null_count() == 0
+    tokens, *accuracy = _resampled_means(
+        [problems[c].to_numpy() for c in (["tokens", "accuracy"] if graded else ["tokens"])]
+    )
+    return {
+        "problems": problems.height,
+        "samples": int(problems["samples"].sum()),
+        "accuracy": float(problems["accuracy"].mean()) if graded else None,  # type: ignore[arg-type]
+        "accuracy_interval": _interval(accuracy[0]) if graded else None,
+        "mean_tokens": float(whole["tokens"].item()),
+        "mean_tokens_interval": _interval(tokens),
+        "median_tokens": float(whole["median"].item()),
+        "truncated": float(whole["truncated"].item()),
+    }
+
+
+def compare(base: Path, new: Path) -> dict[str, Any]:
+    """Both sides' `evaluate`, the accuracy difference (new - base) and the fraction of tokens
+    saved (1 - new / base), each with a paired 95% bootstrap interval over problems.
+
+    Raises ConfigError unless both were sampled on the same prompts.
+    """
+    left, right = _per_problem(base), _per_problem(new)
+    if not left["prompt_id"].equals(right["prompt_id"]):
+        shared = len(set(left["prompt_id"]) & set(right["prompt_id"]))
+        raise ConfigError(
+            f"{base} has {left.height} prompts, {new} has {right.height}, and they share {shared}."
+            " A paired comparison needs the same prompts on both sides: sample both from one file."
+        )
+    graded = left["accuracy"].null_count() == 0 and right["accuracy"].null_count() == 0
+    names = ["tokens", "accuracy"] if graded else ["tokens"]
+    columns = [side[name].to_numpy() for name in names for side in (left, right)]
+    means = _resampled_means(columns)
+    result = {
+        "base": evaluate(base),
+        "new": evaluate(new),
+        "token_reduction": float(1 - columns[1].mean() / columns[0].mean()),
+        "token_reduction_interval": _interval(1 - means[1] / means[0]),
+        "accuracy_difference": None,
+        "accuracy_difference_interval": None,
+    }
+    if graded:
+        result["accuracy_difference"] = float(columns[3].mean() - columns[2].mean())
+        result["accuracy_difference_interval"] = _interval(means[3] - means[2])
+    return result
+
+
+def _percent(value: float | None, interval: list[float] | None) -> str:
+    if value is None or interval is None:
+        return "-"
+    return f"{100 * value:.1f}% [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def table(sides: dict[str, dict[str, Any]]) -> str:
+    """`evaluate` results as a table, one line per label."""
+    return format_table(
+        [
+            {
+                "": label,
+                "accuracy [95%]": _percent(side["accuracy"], side["accuracy_interval"]),
+                "mean tokens [95%]": "{:.1f} [{:.1f}, {:.1f}]".format(
+                    side["mean_tokens"], *side["mean_tokens_interval"]
+                ),
+                "median": side["median_tokens"],
+                "truncated": f"{100 * side['truncated']:.2f}%",
+                "problems": side["problems"],
+                "samples": side["samples"],
+            }
+            for label, side in sides.items()
+        ]
+    )
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """The paired differences of `compare` in a line."""
+    saved = _percent(result["token_reduction"], result["token_reduction_interval"])
+    gain = _percent(result["accuracy_difference"], result["accuracy_difference_interval"])
+    return f"tokens saved {saved}, accuracy difference in points {gain} (paired bootstrap)"

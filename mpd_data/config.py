@@ -1,0 +1,107 @@
+"""Settings of the generation stages, checked by pydantic.
+
+The same models serve the command line and a pipeline's TOML: a field here is an option there.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, values are final."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineConfig(Strict):
+    """How the engine runs a model. None of it determines which rows a job owes."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of the engine."
+    )
+    max_model_len: int | None = Field(
+        None, ge=2, description="Context in tokens; default: the model's own."
+    )
+    max_num_seqs: int = Field(256, ge=1, description="Sequences the engine runs at once.")
+    max_num_batched_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens per engine step. Bounds the memory of scoring on a GPU:"
+        " tokens x vocabulary x 4 bytes, outside vLLM's own memory profile.",
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of the GPU's memory for weights and cache."
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one model.")
+    kv_cache_gib: float = Field(1.0, gt=0, description="Cache on a CPU machine, in GiB.")
+
+
+class SamplingConfig(Strict):
+    """How one continuation is sampled."""
+
+    temperature: float = Field(1.0, ge=0, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass.")
+    top_k: int = Field(-1, ge=-1, description="Most probable tokens kept; -1: all.")
+    max_tokens: int = Field(2048, ge=1, description="Longest continuation, in tokens.")
+
+
+class OutputConfig(Strict):
+    """How results reach the disk. None of it changes a row."""
+
+    rows_per_shard: int = Field(1024, ge=1, description="A shard is closed after so many rows")
+    seconds_per_shard: float = Field(300.0, gt=0, description="or after so many seconds.")
+
+
+class RolloutsConfig(Strict):
+    """`mpd-gen rollouts`."""
+
+    model: str = Field(description="Student: a model folder or hub id.")
+    revision: str | None = Field(None, description="Hub revision of the student.")
+    prompts: list[Path] = Field(min_length=1, description="JSONL or Parquet files.")
+    out: Path = Field(description="The round's folder.")
+    round: int = Field(0, ge=0, description="Number of the round, part of each row's key.")
+    num_samples: int = Field(1, ge=1, description="Samples per prompt.")
+    num_prompts: int | None = Field(
+        None, ge=1, description="Choose so many prompts, by hash of round, seed and prompt id."
+    )
+    prompt_column: str = Field("problem", description="Column of the problem's text.")
+    id_column: str | None = Field(None, description="Column of unique ids; default: text hash.")
+    answer_column: str | None = Field(None, description="Column of gold answers, if any.")
+    checker: str = Field("number", description="How answers are read and compared.")
+    seed: int = Field(0, description="Base seed; each row's own is derived from its key.")
+    template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="For the chat template, such as enable_thinking."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that ships with the model.")
+    sampling: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
+    output: OutputConfig = OutputConfig()
+
+
+class RewriteConfig(Strict):
+    """`mpd-gen rewrite`."""
+
+    teacher: str = Field(description="Teacher: a model folder or hub id.")
+    revision: str | None = Field(None, description="Hub revision of the teacher.")
+    shards: Path = Field(description="The round's folder, with its rollouts.")
+    template: Path | None = Field(None, description="Rewrite template (TOML); default: built in.")
+    score_context: Literal["problem", "rewrite"] = Field(
+        "problem",
+        description="What the teacher sees when it scores: the student's prompt, or the rewrite"
+        " prompt with the draft.",
+    )
+    top_k: int = Field(64, ge=1, description="Log-probabilities stored per token.")
+    seed: int = Field(0, description="Base seed; each row's own is derived from its key.")
+    template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="For the teacher's chat template when it rewrites."
+    )
+    score_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="For the teacher's chat template when it scores under the rewrite prompt.",
+    )
+    trust_remote_code: bool = Field(False, description="Run code that ships with the model.")
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    engine: EngineConfig = EngineConfig()
+    output: OutputConfig = OutputConfig()

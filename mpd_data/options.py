@@ -1,0 +1,154 @@
+"""Command-line options made from a pydantic model, so that each setting is stated once.
+
+Nested models are flattened: `sampling.temperature` becomes `--temperature`.
+"""
+
+import difflib
+import json
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+from mpd_data.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _fields(model: type[BaseModel]) -> Iterator[tuple[str | None, str, Any, Any, str | None]]:
+    """(section, name, annotation, default, help) of each option; PydanticUndefined: required."""
+    for name, info in model.model_fields.items():
+        nested = info.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            # The section's default may differ from its model's (greedy rewriting, say).
+            values = info.get_default(call_default_factory=True)
+            for inner, inner_info in nested.model_fields.items():
+                default = getattr(values, inner)
+                yield name, inner, inner_info.annotation, default, inner_info.description
+        else:
+            default = info.get_default(call_default_factory=True)
+            yield None, name, info.annotation, default, info.description
+
+
+def _plain(annotation: Any) -> Any:
+    """X of `X | None`, else the annotation."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(a for a in get_args(annotation) if a is not type(None))
+    return annotation
+
+
+def _json_object(_: click.Context, option: click.Parameter, value: str | None) -> Any:
+    if value is None:
+        return None
+    try:
+        parsed = json.loads(value)
+    except ValueError as error:
+        raise click.BadParameter(f"not JSON: {error}", param=option) from error
+    if not isinstance(parsed, dict):
+        raise click.BadParameter("expected a JSON object", param=option)
+    return parsed
+
+
+def config_options(
+    model: type[BaseModel], short: dict[str, str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator that gives a command one option per field of `model`; `short` adds a letter."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for _, name, annotation, default, help_ in reversed(list(_fields(model))):
+            plain = _plain(annotation)
+            flags = [f"--{name.replace('_', '-')}", name]
+            if short and name in short:
+                flags.insert(0, short[name])
+            required = default is PydanticUndefined
+            settings: dict[str, Any] = {
+                "help": help_,
+                "required": required,
+                "default": None if required else default,
+                "show_default": not required and default not in (None, {}, []),
+            }
+            if plain is bool:
+                flags[0] = f"{flags[0]}/--no-{name.replace('_', '-')}" if default else flags[0]
+                settings |= {"is_flag": True}
+            elif get_origin(plain) is Literal:
+                settings["type"] = click.Choice(get_args(plain))
+            elif get_origin(plain) is list:
+                settings |= {"type": get_args(plain)[0], "multiple": True}
+            elif get_origin(plain) is dict:
+                settings |= {"callback": _json_object, "metavar": "JSON", "default": None}
+            else:
+                settings["type"] = click.Path(path_type=Path) if plain is Path else plain
+            command = click.option(*flags, **settings)(command)
+        return command
+
+    return decorate
+
+
+def build(model: type[Model], options: dict[str, Any]) -> Model:
+    """The model from a command's parsed options. Raises click.UsageError for bad values."""
+    values: dict[str, Any] = {}
+    for section, name, annotation, _, _ in _fields(model):
+        value = options[name]
+        if value is None:
+            continue
+        if get_origin(_plain(annotation)) is list:
+            value = list(value)
+        target = values if section is None else values.setdefault(section, {})
+        target[name] = value
+    try:
+        return model(**values)
+    except ValidationError as error:
+        lines = [f"--{str(e['loc'][-1]).replace('_', '-')}: {e['msg']}" for e in error.errors()]
+        raise click.UsageError("; ".join(lines)) from error
+
+
+def parse(model: type[Model], values: dict[str, Any], source: str) -> Model:
+    """The model from a TOML section. Raises ConfigError; an unknown key gets its nearest name."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        lines = []
+        for e in error.errors():
+            place = ".".join(map(str, e["loc"]))
+            hint = ""
+            if e["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(str(e["loc"][-1]), _known(model, e["loc"]), n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                lines.append(f"{place}: unknown setting{hint}")
+            else:
+                lines.append(f"{place}: {e['msg']}, found {e['input']!r}")
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from error
+
+
+def _known(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        inner = None if field is None else _plain(field.annotation)
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def arguments(config: BaseModel) -> list[str]:
+    """The command line that gives `config`: every setting that is not at its default."""
+    result: list[str] = []
+    for section, name, annotation, default, _ in _fields(type(config)):
+        value = getattr(config if section is None else getattr(config, section), name)
+        if value == default or value is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if _plain(annotation) is bool:
+            result.append(flag if value else f"--no-{name.replace('_', '-')}")
+        elif isinstance(value, list):
+            for item in value:
+                result += [flag, str(item)]
+        elif isinstance(value, dict):
+            result += [flag, json.dumps(value)]
+        else:
+            result += [flag, str(value)]
+    return result

@@ -1,0 +1,517 @@
+"""Rounds on disk: atomic commit of Parquet shards, manifests, and what is still owed.
+
+    data/round3/
+      run.json                  settings and versions of each stage that ran here
+      rollouts.manifest.jsonl   one line per committed shard
+      rollouts/part-00000.parquet
+      distill.manifest.jsonl, distill/, errors.manifest.jsonl, errors/   likewise
+      .staging/                 half-written files; safe to delete when nothing runs
+      .quarantine/              shards found torn; their rows are owed again
+
+The folder is the truth and the manifest an index of it. A file under its final name is
+whole: it is written in `.staging`, fsynced, then *linked* to its name, which never replaces
+another file. A killed writer leaves nothing but a staging file. Row keys (`row_id`) are
+hashes of what determines a row, so that a restart computes what is owed by set difference,
+whatever the order of its input.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mpd_data.errors import ConfigError, DataError, MPDError
+from mpd_data.schema import ENUMS, SCHEMA_VERSION, SCHEMAS, TOKEN_COLUMN, differences
+
+Stage = Literal["rollouts", "distill", "errors"]
+STAGES: tuple[Stage, ...] = ("rollouts", "distill", "errors")
+
+METADATA_KEY = b"mpd"
+# A shuffled reader fetches whole row groups: small ones keep a random read near 80 ms.
+ROWS_PER_GROUP = 64
+BYTES_PER_GROUP = 16 << 20
+# Numbers compress better split by byte than by dictionary.
+_SPLIT_COLUMNS = {
+    "prompt_ids",
+    "completion_ids",
+    "input_ids",
+    "teacher_prompt_ids",
+    "topk_ids",
+    "topk_logprobs",
+    "tail_logprobs",
+}
+_DICTIONARY_COLUMNS = {"finish_reason", "rewrite_finish_reason", "status", "prompt", "problem"}
+
+
+def fsync_directory(path: Path) -> None:
+    """Makes the entries of `path` (new names, removed names) durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Replaces `path` by `value` as JSON: readers see the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_directory(path.parent)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One committed Parquet file as its manifest line states it."""
+
+    name: str
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+    row_groups: list[int]
+
+
+@dataclass(frozen=True)
+class Reconciled:
+    """What `RoundDir.reconcile` found and mended."""
+
+    shards: list[Shard]
+    quarantined: list[str]
+    reindexed: list[str]
+
+
+def _footer(path: Path) -> pq.FileMetaData:
+    """The Parquet footer of `path`; DataError if the file is torn or not a shard."""
+    try:
+        return pq.read_metadata(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"{path}: not a whole Parquet file ({error}). A shard that mpd-gen committed is whole,"
+            " so it was damaged afterwards: run the stage that wrote it again, which sets it aside"
+            " and makes its rows anew."
+        ) from error
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a shard says of itself (Parquet key `mpd`): models, settings, versions."""
+    raw = (_footer(path).metadata or {}).get(METADATA_KEY)
+    if raw is None:
+        raise DataError(
+            f"{path}: no `mpd` metadata, so this Parquet file was not written by mpd-gen."
+            " Expected a shard; move other files out of the shard folder."
+        )
+    metadata: dict[str, Any] = json.loads(raw)
+    if metadata.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(
+            f"{path}: schema version {metadata.get('schema_version')}, this version of the toolkit"
+            f" reads {SCHEMA_VERSION}. Generate the round again or use the version that wrote it."
+        )
+    return metadata
+
+
+def _describe(path: Path, stage: Stage) -> Shard:
+    """The manifest line of a file, by reading it. Raises DataError where it is unsound."""
+    footer = _footer(path)
+    read_metadata(path)
+    column = TOKEN_COLUMN[stage]
+    tokens = 0
+    try:
+        if column is not None:
+            values = pq.read_table(path, columns=[column]).column(column)
+            tokens = pa.compute.sum(values).as_py() or 0
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: column {column!r} cannot be read ({error})") from error
+    return Shard(
+        name=path.name,
+        rows=footer.num_rows,
+        tokens=tokens,
+        bytes=path.stat().st_size,
+        sha256=sha256_of(path),
+        row_groups=[footer.row_group(i).num_rows for i in range(footer.num_row_groups)],
+    )
+
+
+class RoundDir:
+    """One round's folder: its stages' shards, manifests and settings."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def folder(self, stage: Stage) -> Path:
+        return self.path / stage
+
+    def manifest_path(self, stage: Stage) -> Path:
+        return self.path / f"{stage}.manifest.jsonl"
+
+    @property
+    def staging(self) -> Path:
+        return self.path / ".staging"
+
+    # -- settings ---------------------------------------------------------------------
+
+    def run_info(self) -> dict[str, Any]:
+        """The content of run.json; empty where no stage has run."""
+        path = self.path / "run.json"
+        if not path.exists():
+            return {}
+        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return info
+
+    def claim(self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+        """Records in run.json what determines the rows of `stage` (`identity`) and what is
+        good to know beside it (`details`).
+
+        Raises ConfigError where the stage ran here with another identity: mixing rows of two
+        settings in one round is never meant.
+        """
+        info = self.run_info()
+        stages = info.setdefault("stages", {})
+        saved = stages.get(stage)
+        if saved is not None and saved["identity"] != identity:
+            listing = "\n  ".join(differences(saved["identity"], identity))
+            raise ConfigError(
+                f"{self.path}: {stage} was started here with other settings:\n  {listing}\n"
+                "Give the saved settings to resume, another --out for a new round, or"
+                " --overwrite to delete what this stage has written."
+            )
+        if saved is not None and saved["details"] == details:
+            return
+        info["schema_version"] = SCHEMA_VERSION
+        stages[stage] = {"identity": dict(identity), "details": dict(details)}
+        write_json_atomic(self.path / "run.json", info)
+
+    def discard(self, *stages: Stage) -> None:
+        """Deletes what these stages have written here (the `--overwrite` of a command)."""
+        info = self.run_info()
+        for stage in stages:
+            info.get("stages", {}).pop(stage, None)
+        if info:
+            write_json_atomic(self.path / "run.json", info)
+        for stage in stages:
+            self.manifest_path(stage).unlink(missing_ok=True)
+            if self.folder(stage).exists():
+                shutil.rmtree(self.folder(stage))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the round for one writing process; the kernel drops it if the process dies."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.staging.mkdir(exist_ok=True)
+            fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: cannot write here ({error.strerror}). Give a writable --out."
+            ) from error
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"{self.path}: another process is writing this round. Wait for it, or give"
+                    " another --out."
+                ) from error
+            # With the lock held nobody else is writing: what lies here was left by a kill.
+            for leftover in self.staging.iterdir():
+                leftover.unlink()
+            yield
+        finally:
+            os.close(fd)
+
+    # -- manifest ---------------------------------------------------------------------
+
+    def manifest(self, stage: Stage) -> list[Shard]:
+        """The manifest's lines. An unterminated last line (a kill during the append) counts
+        as absent; any other malformed line raises DataError."""
+        path = self.manifest_path(stage)
+        if not path.exists():
+            return []
+        lines = path.read_bytes().split(b"\n")[:-1]
+        shards = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                shards.append(Shard(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise DataError(
+                    f"{path}, line {number}: not a manifest line ({error}). Delete the manifest:"
+                    " it is rebuilt from the shards by the next mpd-gen command."
+                ) from error
+        return shards
+
+    def _append_manifest(self, stage: Stage, shard: Shard) -> None:
+        line = json.dumps(shard.__dict__, separators=(",", ":")).encode() + b"\n"
+        fd = os.open(self.manifest_path(stage), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(fd).st_size
+            if size and os.pread(fd, 1, size - 1) != b"\n":
+                whole = os.pread(fd, size, 0).rfind(b"\n") + 1
+                os.ftruncate(fd, whole)
+            os.write(fd, line)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def shard_paths(self, stage: Stage) -> list[Path]:
+        """The shards under their final names, in order."""
+        return sorted(self.folder(stage).glob("part-*.parquet"))
+
+    def reconcile(self, stage: Stage) -> Reconciled:
+        """Brings manifest and folder together; call it with the lock held.
+
+        A shard the manifest does not know (a kill between link and append) is indexed by
+        reading it. A torn one goes to `.quarantine/` and its rows are owed again. A manifest
+        line without its file is dropped.
+        """
+        path = self.manifest_path(stage)
+        try:
+            saved = self.manifest(stage)
+        except DataError:
+            # The folder is the truth: an index that cannot be read is made anew below.
+            saved = []
+        known = {shard.name: shard for shard in saved}
+        shards: list[Shard] = []
+        quarantined: list[str] = []
+        reindexed: list[str] = []
+        for file in self.shard_paths(stage):
+            shard = known.get(file.name)
+            try:
+                if shard is None or shard.bytes != file.stat().st_size:
+                    shard = _describe(file, stage)
+                    reindexed.append(file.name)
+                else:
+                    _footer(file)
+            except DataError:
+                quarantine = self.path / ".quarantine"
+                quarantine.mkdir(exist_ok=True)
+                file.replace(quarantine / f"{stage}-{file.stem}-{uuid.uuid4().hex[:8]}.parquet")
+                quarantined.append(file.name)
+                continue
+            shards.append(shard)
+        if shards != saved or (path.exists() and not path.read_bytes().endswith(b"\n")):
+            text = "".join(json.dumps(s.__dict__, separators=(",", ":")) + "\n" for s in shards)
+            temporary = self.staging / path.name
+            with temporary.open("w", encoding="utf-8") as out:
+                out.write(text)
+                out.flush()
+                os.fsync(out.fileno())
+            temporary.replace(path)
+            fsync_directory(self.path)
+        return Reconciled(shards, quarantined, reindexed)
+
+    # -- reading ----------------------------------------------------------------------
+
+    def keys(self, stage: Stage) -> set[str]:
+        """`row_id` of every committed row. Raises DataError where a key occurs twice."""
+        keys: set[str] = set()
+        for path in self.shard_paths(stage):
+            for key in pq.read_table(path, columns=["row_id"]).column("row_id").to_pylist():
+                if key in keys:
+                    raise DataError(
+                        f"{path}: row {key} is in this round twice. Rows are unique per folder;"
+                        " was a shard copied in by hand? Remove the copy."
+                    )
+                keys.add(key)
+        return keys
+
+    def failures(self) -> set[str]:
+        """Keys of the rows that failed for good (an over-long prompt, say)."""
+        return self.recover("errors")
+
+    def recover(self, stage: Stage) -> set[str]:
+        """Mends what a kill or a damaged disk left of `stage`, says so on stderr, and returns
+        the keys of the rows that are committed and sound. Call it with the lock held."""
+        for name in self.reconcile(stage).quarantined:
+            print(
+                f"{self.folder(stage) / name}: torn; moved to .quarantine, its rows are owed again",
+                file=sys.stderr,
+            )
+        return self.keys(stage)
+
+    def rows(self, stage: Stage, columns: list[str]) -> Iterator[dict[str, Any]]:
+        """All committed rows, shard by shard and row group by row group (memory: one group)."""
+        for path in self.shard_paths(stage):
+            _footer(path)
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(ROWS_PER_GROUP, columns=columns):
+                    yield from batch.to_pylist()
+
+
+def commit_file(staged: Path, folder: Path, hard_links: bool) -> Path:
+    """Gives a closed, fsynced `staged` file the first free name in `folder`; never replaces.
+
+    Without hard links the name is reserved by an empty file, then replaced: a kill between
+    the two leaves an empty shard, which the next run quarantines like any torn file.
+    """
+    taken = [int(p.stem.removeprefix("part-")) for p in folder.glob("part-*.parquet")]
+    index = max(taken, default=-1) + 1
+    while True:
+        final = folder / f"part-{index:05d}.parquet"
+        try:
+            if hard_links:
+                os.link(staged, final)
+            else:
+                os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+                staged.replace(final)
+        except FileExistsError:
+            index += 1
+            continue
+        fsync_directory(folder)
+        staged.unlink(missing_ok=True)
+        return final
+
+
+def has_hard_links(staging: Path) -> bool:
+    """Whether the file system of `staging` can link, tried with a file of our own."""
+    probe = staging / f"probe-{uuid.uuid4().hex}"
+    target = probe.with_suffix(".link")
+    probe.touch()
+    try:
+        os.link(probe, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        return False
+    finally:
+        probe.unlink()
+        target.unlink(missing_ok=True)
+    return True
+
+
+class ShardWriter:
+    """Writes rows of one stage into committed shards.
+
+    Rows gather in memory until a shard is due, by number or by age, since an open Parquet file
+    is lost with its writer: what a kill can cost is bounded by both. Use as a context manager;
+    leaving it, also by an exception, commits what is there.
+
+    Raises MPDError where the disk is full or the folder read-only, naming what to do.
+    """
+
+    def __init__(
+        self,
+        round_dir: RoundDir,
+        stage: Stage,
+        metadata: Mapping[str, Any],
+        rows_per_shard: int = 1024,
+        seconds_per_shard: float = 300.0,
+    ) -> None:
+        self._round = round_dir
+        self._stage: Stage = stage
+        self._schema = SCHEMAS[stage]
+        self._metadata = {
+            METADATA_KEY: json.dumps(
+                {"schema_version": SCHEMA_VERSION, "stage": stage, **metadata}
+            ).encode()
+        }
+        self._rows_per_shard = rows_per_shard
+        self._seconds_per_shard = seconds_per_shard
+        self._groups: list[pa.Table] = []
+        self._rows: list[dict[str, Any]] = []
+        self._group_bytes = 0
+        self._oldest = 0.0
+        self.rows_committed = 0
+        round_dir.folder(stage).mkdir(parents=True, exist_ok=True)
+        self._hard_links = has_hard_links(round_dir.staging)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.commit()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Takes one row (exactly the stage's columns); commits a shard where one is due."""
+        if row.keys() != set(self._schema.names):
+            missing, extra = (
+                set(self._schema.names) - row.keys(),
+                row.keys() - set(self._schema.names),
+            )
+            raise DataError(f"{self._stage} row: columns missing {missing}, unknown {extra}")
+        for name, allowed in ENUMS.items():
+            if row.get(name) is not None and row[name] not in allowed:
+                raise DataError(f"{self._stage} row: {name} is {row[name]!r}, not one of {allowed}")
+        if not self._rows and not self._groups:
+            self._oldest = time.monotonic()
+        self._rows.append(row)
+        self._group_bytes += sum(
+            4 * len(value) for value in row.values() if hasattr(value, "__len__")
+        )
+        if len(self._rows) >= ROWS_PER_GROUP or self._group_bytes >= BYTES_PER_GROUP:
+            self._close_group()
+        self.commit_if_due()
+
+    def commit_if_due(self) -> None:
+        """Commits by age too; call it while waiting for results."""
+        pending = sum(table.num_rows for table in self._groups) + len(self._rows)
+        if pending >= self._rows_per_shard or (
+            pending and time.monotonic() - self._oldest >= self._seconds_per_shard
+        ):
+            self.commit()
+
+    def _close_group(self) -> None:
+        if self._rows:
+            self._groups.append(pa.Table.from_pylist(self._rows, schema=self._schema))
+            self._rows, self._group_bytes = [], 0
+
+    def commit(self) -> None:
+        """Commits the gathered rows as one shard, durable when this returns."""
+        self._close_group()
+        if not self._groups:
+            return
+        try:
+            self._commit_groups()
+        except OSError as error:
+            raise MPDError(
+                f"{self._round.path}: writing a shard failed: {error.strerror or error}. Every row"
+                " committed before is safe; free space or give a writable place, then run the same"
+                " command again."
+            ) from error
+
+    def _commit_groups(self) -> None:
+        staged = self._round.staging / f"{self._stage}-{os.getpid()}-{uuid.uuid4().hex}.parquet"
+        schema = self._schema.with_metadata(self._metadata)
+        numbers = [f"{f.name}.list.element" for f in self._schema if f.name in _SPLIT_COLUMNS]
+        with (
+            staged.open("wb") as sink,
+            pq.ParquetWriter(
+                sink,
+                schema,
+                compression="zstd",
+                compression_level=3,
+                use_dictionary=[f.name for f in self._schema if f.name in _DICTIONARY_COLUMNS],
+                use_byte_stream_split=numbers,
+            ) as writer,
+        ):
+            for table in self._groups:
+                writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+            writer.close()
+            sink.flush()
+            os.fsync(sink.fileno())
+        shard = _describe(staged, self._stage)
+        final = commit_file(staged, self._round.folder(self._stage), self._hard_links)
+        self._round._append_manifest(self._stage, Shard(**{**shard.__dict__, "name": final.name}))
+        self.rows_committed += shard.rows
+        self._groups = []
