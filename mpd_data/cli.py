@@ -122,7 +122,8 @@ def validate(rounds: tuple[Path, ...]) -> None:
         click.echo(problem, err=True)
     if problems:
         raise MPDError(f"{len(problems)} breaches of the contract.")
-    click.echo(f"{len(rounds)} rounds are sound.", err=True)
+    for path in rounds:
+        click.echo(f"{path}: sound", err=True)
 
 
 @cli.command()

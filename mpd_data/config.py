@@ -92,7 +92,7 @@ class RewriteConfig(Strict):
         description="What the teacher sees when it scores: the student's prompt, or the rewrite"
         " prompt with the draft.",
     )
-    top_k: int = Field(64, ge=1, description="Log-probabilities stored per token.")
+    num_logprobs: int = Field(64, ge=1, description="K: log-probabilities stored per token.")
     seed: int = Field(0, description="Base seed; each row's own is derived from its key.")
     template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="For the teacher's chat template when it rewrites."

@@ -7,6 +7,7 @@ the job. vLLM is the engine; it is imported only when an engine is started.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -93,14 +94,12 @@ def pump(
 def _prepare_environment(on_cpu: bool) -> None:
     """Settings vLLM reads when it is imported."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if on_cpu:
         # In-process: starts in seconds instead of twenty, and deterministic.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         # 'auto' pins every engine of a machine to the same core.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        # Two threads on a contended 2-core machine were measured up to 40 times slower.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class VLLMEngine:
@@ -119,6 +118,15 @@ class VLLMEngine:
             raise EngineError(_NO_VLLM.format(error=error)) from error
         on_cpu = not torch.cuda.is_available()
         _prepare_environment(on_cpu)
+        if on_cpu:
+            # The engine runs eagerly here; what would be compiled is one small function of
+            # scoring, and the compiler takes a minute over it on a fresh machine.
+            torch._dynamo.config.disable = True
+            if "OMP_NUM_THREADS" not in os.environ:
+                # A second thread that has to share its core slows small models down many times
+                # over. Set the variable for a large model on an idle machine.
+                os.environ["OMP_NUM_THREADS"] = "1"
+                torch.set_num_threads(1)
         try:
             from vllm import LLM
             from vllm.exceptions import VLLMError
@@ -140,6 +148,7 @@ class VLLMEngine:
             "tensor_parallel_size": config.tensor_parallel_size,
             "trust_remote_code": trust_remote_code,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
         }
         if config.max_num_batched_tokens is not None:
             settings["max_num_batched_tokens"] = config.max_num_batched_tokens
@@ -156,7 +165,10 @@ class VLLMEngine:
         else:
             settings["gpu_memory_utilization"] = config.gpu_memory_utilization
         try:
-            llm = LLM(str(model.path), **settings)
+            with warnings.catch_warnings():
+                # vLLM's own use of torch, nothing that our users could change.
+                warnings.simplefilter("ignore", FutureWarning)
+                llm = LLM(str(model.path), **settings)
         except (VLLMError, ValueError, RuntimeError, OSError) as error:
             raise EngineError(
                 f"{model.name}: vLLM cannot start with this model: {error}"
@@ -199,7 +211,8 @@ class VLLMEngine:
         self._serial += 1
         request_id = str(self._serial)
         try:
-            self._engine.add_request(request_id, {"prompt_token_ids": ids}, params)
+            (rendered,) = self._engine.renderer.render_cmpl([{"prompt_token_ids": ids}])
+            self._engine.add_request(request_id, rendered, params)
         except (VLLMClientError, ValueError) as error:
             raise RequestError(str(error)) from error
         self._open[request_id] = (key, start, k)

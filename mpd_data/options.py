@@ -58,6 +58,10 @@ def config_options(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator that gives a command one option per field of `model`; `short` adds a letter."""
 
+    names = [name for _, name, *_ in _fields(model)]
+    if len(set(names)) < len(names):
+        raise TypeError(f"{model.__name__}: two settings share an option's name")
+
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for _, name, annotation, default, help_ in reversed(list(_fields(model))):
             plain = _plain(annotation)

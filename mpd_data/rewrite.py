@@ -111,7 +111,7 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
     )
     # Rows that one model has beyond the other's are padding of the embedding, not tokens.
     vocab_size = min(student["vocab_size"], teacher.vocab_size)
-    k = min(config.top_k, vocab_size)
+    k = min(config.num_logprobs, vocab_size)
     row_identity = {
         "teacher": teacher.identity(),
         "template": template.hash(),
@@ -122,7 +122,7 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
     }
     identity = {
         **row_identity,
-        "top_k": k,
+        "num_logprobs": k,
         "score_context": config.score_context,
         "score_template_kwargs": config.score_template_kwargs,
     }

@@ -13,7 +13,14 @@ from mpd_data.schema import ENUMS, SCHEMAS
 from mpd_data.shards import STAGES, RoundDir, Stage, read_metadata, sha256_of
 
 # Settings in which all shards of one folder must agree.
-_SAME = ("tokenizer", "vocab_size", "top_k", "score_context", "score_temperature", "template")
+_SAME = (
+    "tokenizer",
+    "vocab_size",
+    "num_logprobs",
+    "score_context",
+    "score_temperature",
+    "template",
+)
 # float16 rounding lets the stored mass pass 1 by a little.
 _MASS_SLACK = 5e-3
 
@@ -156,7 +163,7 @@ class _Rows:
         if any(values is None for values in found):
             return ["kept (ok), yet ids or log-probabilities are missing."]
         input_ids, ids, logprobs, tail = (values for values in found if values is not None)
-        k, vocab = metadata["top_k"], metadata["vocab_size"]
+        k, vocab = metadata["num_logprobs"], metadata["vocab_size"]
         start = int(self._table.column("loss_start")[index].as_py())
         n = int(self._table.column("num_rewritten_tokens")[index].as_py())
         if len(input_ids) != start + n or n == 0:

@@ -18,6 +18,16 @@ from pipelines.pocket.tokenizer import build_tokenizer, prompt_ids
 
 MODELS = Path(prompts.__file__).with_name("models")
 LINE = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
+VERBOSE = world.Habit(
+    reads=1.0,
+    recalls=0.7,
+    checks=0.5,
+    repeats=0.2,
+    notes=0.4,
+    blunders=0.1,
+    doubts=0.3,
+    retraces=0.4,
+)
 
 
 def drawn(family: world.Family, count: int, seed: int = 0) -> list[world.Problem]:
@@ -60,14 +70,14 @@ def test_verbose_traces_are_longer_and_right_unless_they_slip(family: world.Fami
     rng = random.Random(1)
     lengths, wrong = [], 0
     for problem in drawn(family, 300):
-        trace = world.sample_trace(rng, problem, habit=0.8)
+        trace = world.sample_trace(rng, problem, VERBOSE)
         assert trace.answer == problem.answer
         assert trace.text.endswith(f"</think> answer {trace.answer}")
         concise = world.ideal_rewrite(problem, trace.text)
         assert world.route_of(problem, trace.text) == trace.route
         assert world.route_of(problem, concise) == trace.route
         lengths.append((len(trace.text.split()), len(concise.split())))
-        slipped = world.sample_trace(rng, problem, habit=0.8, slip_rate=0.2)
+        slipped = world.sample_trace(rng, problem, VERBOSE, slip_rate=0.2)
         wrong += slipped.answer != problem.answer
         assert world.ideal_rewrite(problem, slipped.text).endswith(f"answer {problem.answer}")
     assert all(verbose >= concise for verbose, concise in lengths)
@@ -111,7 +121,7 @@ def test_tokenizer_round_trips_the_world() -> None:
     rng = random.Random(2)
     for family in world.FAMILIES:
         for problem in drawn(family, 200):
-            draft = world.sample_trace(rng, problem, habit=1.0, slip_rate=0.1).text
+            draft = world.sample_trace(rng, problem, VERBOSE, slip_rate=0.1).text
             text = rewrite_prompt(problem.text, draft)
             ids = tokenizer(text).input_ids
             assert len(ids) == len(text.split())

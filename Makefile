@@ -1,0 +1,40 @@
+# make demo   the main job on the pocket models: install, run, table, plot     (runs/demo)
+# make test   install, lint, types, all tests
+# make seeds  the main job with three seeds                                    (runs/seeds)
+# make demo RETRAIN=1 trains student and teacher from scratch first            (runs/pocket-models)
+BIN := .venv/bin
+PIPELINE := pipelines/pocket/pipeline.toml
+ifdef RETRAIN
+MODELS := runs/pocket-models
+OUT := runs/demo-retrained
+SETTINGS := --set student=$(MODELS)/student --set teacher=$(MODELS)/teacher
+else
+OUT := runs/demo
+endif
+
+.PHONY: install demo seeds test lint retrain
+install: .venv/.installed
+
+.venv/.installed: scripts/install.sh pyproject.toml constraints/cpu.txt constraints/dev.txt
+	./scripts/install.sh
+
+data/pocket/train.jsonl: .venv/.installed pipelines/pocket/prompts.py pipelines/pocket/world.py
+	$(BIN)/python -m pipelines.pocket.prompts --out data/pocket
+
+demo: data/pocket/train.jsonl $(if $(RETRAIN),retrain)
+	$(BIN)/mpd-rounds $(PIPELINE) --out $(OUT) $(SETTINGS)
+
+seeds: data/pocket/train.jsonl
+	$(BIN)/mpd-rounds $(PIPELINE) --out runs/seeds --seeds 3
+
+retrain: .venv/.installed
+	test -f $(MODELS)/teacher/model.safetensors || \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pipelines.pocket.train_models --out $(MODELS)
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -1,0 +1,72 @@
+"""Checkpoints of a running training: everything that its next step depends on.
+
+    out/checkpoints/step-000050/   model.safetensors, optimizer.safetensors, state.json
+
+Written under another name, fsynced, then renamed: a checkpoint that is there is whole. Weights
+and moments are safetensors; nothing is ever pickled.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mpd_data.shards import fsync_directory
+
+_KEEP = 2
+
+
+def save(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Commits the state after `step` optimiser steps and drops all but the newest two."""
+    final = folder / f"step-{step:06d}"
+    staging = folder / ".staging"
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    # state_dict names tied weights twice, and safetensors stores a tensor once: parameters do.
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    save_file(weights, staging / "model.safetensors")
+    moments = {
+        f"{index}.{key}": value.contiguous()
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+    save_file(moments, staging / "optimizer.safetensors")
+    (staging / "state.json").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+    for file in staging.iterdir():
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    fsync_directory(staging)
+    if final.exists():
+        shutil.rmtree(final)
+    staging.replace(final)
+    fsync_directory(folder)
+    for old in checkpoints(folder)[:-_KEEP]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> int:
+    """Puts a checkpoint's weights and moments in place; returns its step."""
+    weights = load_file(path / "model.safetensors")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in load_file(path / "optimizer.safetensors").items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+    step: int = json.loads((path / "state.json").read_text(encoding="utf-8"))["step"]
+    return step

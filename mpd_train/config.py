@@ -1,0 +1,59 @@
+"""Settings of the trainer, checked by pydantic."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from mpd_data.config import Strict
+
+
+class LossConfig(Strict):
+    """What is minimised."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"] = Field(
+        "forward_kl", description="Between teacher and student, per token."
+    )
+    beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in jsd's mixture.")
+    alpha: float = Field(0.1, gt=0, lt=1, description="Share mixed in by the skewed divergences.")
+
+
+class OptimizerConfig(Strict):
+    """AdamW, its schedule and clipping."""
+
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate.")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="Course of the learning rate after warm-up."
+    )
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of steps to warm up over.")
+    weight_decay: float = Field(0.0, ge=0, description="On matrices only.")
+    adam_beta2: float = Field(0.95, gt=0, lt=1, description="Decay of the second moment.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+
+
+class TrainConfig(Strict):
+    """`mpd-train`."""
+
+    shards: list[Path] = Field(min_length=1, description="Folders of rounds, or their distill/.")
+    student: str = Field(description="Model to train: a folder or hub id.")
+    revision: str | None = Field(None, description="Hub revision of the student.")
+    out: Path = Field(description="Folder of the run: model/, metrics.jsonl, checkpoints/.")
+    teacher: str | None = Field(
+        None,
+        description="Run this teacher in the process and use its full vocabulary, instead of the"
+        " shards' cached top K.",
+    )
+    epochs: int = Field(1, ge=1, description="Passes over the kept rows.")
+    pack_length: int = Field(4096, ge=2, description="Tokens packed into one sequence.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Packs per optimiser step.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Compute precision; weights and optimiser stay float32. auto: bfloat16 on"
+        " CUDA, float32 on a CPU.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train.")
+    seed: int = Field(0, description="Order of the data.")
+    save_steps: int = Field(50, ge=1, description="Optimiser steps between checkpoints.")
+    trust_remote_code: bool = Field(False, description="Run code that ships with the models.")
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()

@@ -1,0 +1,90 @@
+"""Divergences between two categorical distributions, with their gradients in closed form.
+
+p is the teacher's distribution, q the student's; both are given as natural-log probabilities
+over B outcomes ("buckets": vocabulary entries, or the top K and one tail).
+
+    forward_kl        KL(p | q)
+    reverse_kl        KL(q | p)
+    jsd               b KL(p | m) + (1-b) KL(q | m),  m = b p + (1-b) q
+    skew_kl           KL(p | m),  m = a p + (1-a) q
+    skew_reverse_kl   KL(q | m),  m = (1-a) p + a q
+
+jsd as in GKD (arXiv:2306.13649), the skewed ones as in DistiLLM (arXiv:2402.03898).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Name = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
+NAMES: tuple[Name, ...] = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence and its parameter: `beta` in (0, 1) for jsd, `alpha` in (0, 1) for the skewed
+    ones; the others ignore both."""
+
+    name: Name = "forward_kl"
+    beta: float = 0.5
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"divergence {self.name!r}: expected one of {', '.join(NAMES)}")
+        if self.name == "jsd" and not 0 < self.beta < 1:
+            raise ValueError(f"jsd needs 0 < beta < 1, found {self.beta}; its ends are the two KLs")
+        if self.name.startswith("skew") and not 0 < self.alpha < 1:
+            raise ValueError(f"{self.name} needs 0 < alpha < 1, found {self.alpha}")
+
+    def value_and_score(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """For log_p, log_q [n, B]: the divergence F [n] and s [n, B] with s_b = q_b dF/dq_b.
+
+        With logits z behind q, dF/dz_b = s_b - q_b sum(s): see `logit_gradient`. Working with
+        q dF/dq rather than dF/dq keeps every term finite where q underflows.
+        """
+        p, q = log_p.exp(), log_q.exp()
+        if self.name == "forward_kl":
+            return _kl(log_p, log_q), -p
+        if self.name == "reverse_kl":
+            return _kl(log_q, log_p), _times(q, log_q - log_p) + q
+        if self.name == "jsd":
+            b = self.beta
+            log_m = torch.logaddexp(log_p + math.log(b), log_q + math.log1p(-b))
+            value = b * _kl(log_p, log_m) + (1 - b) * _kl(log_q, log_m)
+            return value, (1 - b) * _times(q, log_q - log_m)
+        a = self.alpha
+        if self.name == "skew_kl":
+            log_m = torch.logaddexp(log_p + math.log(a), log_q + math.log1p(-a))
+            score = -(1 - a) * torch.exp(log_p + log_q - log_m)
+            return _kl(log_p, log_m), score
+        log_m = torch.logaddexp(log_p + math.log1p(-a), log_q + math.log(a))
+        score = _times(q, log_q - log_m) + q - a * torch.exp(2 * log_q - log_m)
+        return _kl(log_q, log_m), score
+
+
+def _times(weight: Tensor, log_ratio: Tensor) -> Tensor:
+    """weight * log_ratio, 0 where the weight is 0 (0 log 0 = 0)."""
+    return torch.where(weight > 0, weight * log_ratio, 0.0)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p | q), [n, B] -> [n], as sum p (exp(d) - 1 - d) with d = log q - log p.
+
+    Equal to sum p log(p / q) because p and q both sum to 1, but no term is negative and the
+    rounding of the two normalisations does not enter to first order: for distributions that
+    nearly agree the plain sum is mostly that rounding.
+    """
+    d = log_q - log_p
+    p = log_p.exp()
+    near = p * (torch.expm1(d) - d)
+    far = log_q.exp() - p - _times(p, d)
+    return torch.where(d.abs() < 1, near, far).sum(-1)
+
+
+def logit_gradient(log_q: Tensor, score: Tensor) -> Tensor:
+    """dF/dz [n, B] for q = softmax(z), from the score q dF/dq of `value_and_score`."""
+    return score - log_q.exp() * score.sum(-1, keepdim=True)

@@ -1,0 +1,255 @@
+"""The training loop: plan, load, loss, step, record. Reads from top to bottom."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mpd_data.errors import ConfigError, MPDError
+from mpd_data.models import load_tokenizer, provenance, require_same_tokenizer, resolve_model
+from mpd_data.schema import differences
+from mpd_data.shards import write_json_atomic
+from mpd_train import checkpoint
+from mpd_train.config import OptimizerConfig, TrainConfig
+from mpd_train.kl import Divergence, KLOutput, dense_kl, sparse_kl
+from mpd_train.models import CausalLM, autocast, choose_device, export
+from mpd_train.stream import Batch, Pack, ShardSet, load_pack, make_packs
+
+
+def train(config: TrainConfig, overwrite: bool = False) -> Path:
+    """Trains the student on the shards and returns the exported model's folder.
+
+    Resumes from the newest checkpoint in `config.out`, and returns at once where the run has
+    finished. Raises ConfigError or DataError for input that cannot be trained on.
+    """
+    device = choose_device(config.device)
+    shards = ShardSet(config.shards)
+    vocab_size = int(shards.metadata["vocab_size"])
+    student_files = resolve_model(config.student, config.revision)
+    teacher_files = None if config.teacher is None else resolve_model(config.teacher)
+    for files in (student_files, teacher_files):
+        if files is not None:
+            tokenizer = load_tokenizer(files, config.trust_remote_code)
+            require_same_tokenizer(
+                shards.metadata["tokenizer"], tokenizer, str(config.shards[0]), files.name
+            )
+    model_folder = config.out / "model"
+    identity = {
+        "config": config.model_dump(
+            mode="json", exclude={"out", "shards", "student", "teacher", "save_steps", "device"}
+        ),
+        "shards": shards.identity(),
+        "student": student_files.identity(),
+        "teacher": None if teacher_files is None else teacher_files.identity(),
+    }
+    _claim(config.out, identity, config, overwrite)
+    if model_folder.is_dir():
+        print(f"{model_folder}: this run has finished; nothing to do.", file=sys.stderr)
+        return model_folder
+
+    student = CausalLM(student_files, device, torch.float32, config.trust_remote_code)
+    student.model.train()
+    teacher = None
+    if teacher_files is not None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        teacher = CausalLM(teacher_files, device, dtype, config.trust_remote_code)
+        teacher.model.requires_grad_(False)
+    optimizer = make_optimizer(student.model, config.optimizer)
+    divergence = Divergence(config.loss.divergence, config.loss.beta, config.loss.alpha)
+
+    packs = [
+        pack
+        for epoch in range(config.epochs)
+        for pack in make_packs(shards, config.pack_length, config.seed, epoch)
+    ]
+    size = config.gradient_accumulation_steps
+    steps = [packs[i : i + size] for i in range(0, len(packs), size)]
+    checkpoint_folder = config.out / "checkpoints"
+    done = 0
+    if found := checkpoint.checkpoints(checkpoint_folder):
+        done = checkpoint.load(found[-1], student.model, optimizer)
+        print(f"resuming after step {done} of {len(steps)}", file=sys.stderr)
+    metrics = _open_metrics(config.out / "metrics.jsonl", done)
+    fill = sum(p.num_tokens for p in packs) / (len(packs) * config.pack_length)
+    print(
+        f"{shards.num_rows} rows, {config.epochs} epochs, {len(packs)} packs ({fill:.1%} filled),"
+        f" {len(steps)} steps on {device}",
+        file=sys.stderr,
+    )
+
+    with (
+        metrics,
+        tqdm(
+            total=len(steps),
+            initial=done,
+            desc="train",
+            unit="step",
+            disable=not sys.stderr.isatty(),
+        ) as bar,
+    ):
+        for step in range(done, len(steps)):
+            begun = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optimizer, step, len(steps))
+            # Dropout, where a model has any, is the same after a restart.
+            torch.manual_seed(config.seed * 1_000_003 + step)
+            loss, waited = 0.0, 0.0
+            # One mean over all loss tokens of the optimiser step, however they are packed.
+            normalizer = float(sum(pack.num_loss_tokens for pack in steps[step]))
+            for pack in steps[step]:
+                before = time.perf_counter()
+                batch = load_pack(shards, pack).to(device)
+                waited += time.perf_counter() - before
+                with autocast(device, config.dtype):
+                    output = pack_loss(student, teacher, batch, vocab_size, divergence, normalizer)
+                output.loss.backward()  # type: ignore[no-untyped-call]
+                loss += output.loss.item()
+            if not math.isfinite(loss):
+                raise MPDError(
+                    f"the loss at step {step} is {loss}; the rows of that step:"
+                    f" {_rows_of(shards, steps[step])}. The last checkpoint is from before it:"
+                    " lower --learning-rate, or check the round with mpd-gen validate."
+                )
+            norm = torch.nn.utils.clip_grad_norm_(
+                student.model.parameters(), config.optimizer.max_grad_norm
+            )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            seconds = time.perf_counter() - begun
+            tokens = sum(pack.num_tokens for pack in steps[step])
+            record = {
+                "step": step + 1,
+                "loss": loss,
+                "grad_norm": float(norm),
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "loss_tokens": int(normalizer),
+                "tokens": tokens,
+                "seconds": round(seconds, 4),
+                "data_seconds": round(waited, 4),
+                "tokens_per_second": round(tokens / seconds, 1),
+            }
+            metrics.write(json.dumps(record) + "\n")
+            metrics.flush()
+            bar.update(1)
+            bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tok/s", refresh=False)
+            if (step + 1) % config.save_steps == 0 and step + 1 < len(steps):
+                checkpoint.save(checkpoint_folder, step + 1, student.model, optimizer)
+    export(student, model_folder)
+    return model_folder
+
+
+def pack_loss(
+    student: CausalLM,
+    teacher: CausalLM | None,
+    batch: Batch,
+    vocab_size: int,
+    divergence: Divergence,
+    normalizer: float,
+) -> KLOutput:
+    """The loss of one pack: from the cached top K, or from the whole of `teacher`. Only the
+    states that predict a loss token reach the vocabulary."""
+    states = student.states(batch.input_ids, batch.position_ids)[0, batch.loss_positions]
+    if torch.is_autocast_enabled(states.device.type):
+        # The residual stream is float32; the head product takes the short type, as others do.
+        states = states.to(torch.get_autocast_dtype(states.device.type))
+    head = student.head(vocab_size)
+    if teacher is None:
+        return sparse_kl(
+            states,
+            head,
+            batch.topk_ids,
+            batch.topk_logprobs,
+            batch.tail_logprobs,
+            normalizer=normalizer,
+            divergence=divergence,
+        )
+    with torch.no_grad():
+        teacher_states = teacher.states(batch.teacher_input_ids, batch.teacher_position_ids)
+    return dense_kl(
+        states,
+        head,
+        teacher_states[0, batch.teacher_loss_positions],
+        teacher.head(vocab_size),
+        normalizer=normalizer,
+        divergence=divergence,
+    )
+
+
+def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices, not on norms and biases."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [p for p in parameters if p.dim() >= 2],
+                "weight_decay": config.weight_decay,
+            },
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(0.9, config.adam_beta2),
+        fused=True,
+    )
+
+
+def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
+    """Rate of step `step` (from 0) of `total`: linear warm-up, then the schedule towards 0."""
+    warmup = math.ceil(config.warmup_ratio * total)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(total - warmup, 1)
+    if config.lr_schedule == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.lr_schedule == "linear":
+        return config.learning_rate * (1 - progress)
+    return config.learning_rate
+
+
+def _claim(out: Path, identity: dict[str, Any], config: TrainConfig, overwrite: bool) -> None:
+    """Records the run's settings, or refuses to go on with others than it began with."""
+    import shutil
+
+    path = out / "run.json"
+    if overwrite and path.exists():
+        for name in ("model", "checkpoints"):
+            if (out / name).exists():
+                shutil.rmtree(out / name)
+        for name in ("metrics.jsonl", "run.json"):
+            (out / name).unlink(missing_ok=True)
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))["identity"]
+        if saved != identity:
+            listing = "\n  ".join(differences(saved, identity))
+            raise ConfigError(
+                f"{out}: this run was started with other settings:\n  {listing}\nGive the saved"
+                " settings to resume, another --out, or --overwrite to start anew."
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    details = {"config": config.model_dump(mode="json"), **provenance()}
+    write_json_atomic(path, {"identity": identity, "details": details})
+
+
+def _open_metrics(path: Path, done: int) -> Any:
+    """metrics.jsonl for appending, cut back to the steps that the checkpoint holds."""
+    kept = []
+    if path.exists():
+        # The last line may be torn by a kill; steps after the checkpoint are done again.
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            if json.loads(line)["step"] <= done:
+                kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+    return path.open("a", encoding="utf-8")
+
+
+def _rows_of(shards: ShardSet, packs: list[Pack]) -> str:
+    places = [(shards.groups[g], r) for pack in packs for g, r in pack.rows]
+    return ", ".join(f"{group.path.name}:{group.index}:{row}" for group, row in places[:20])

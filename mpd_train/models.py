@@ -1,0 +1,116 @@
+"""Loading the models the trainer needs, and the student's way back to disk."""
+
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpd_data.errors import ConfigError
+from mpd_data.models import ModelFiles
+from mpd_data.shards import fsync_directory
+
+
+class CausalLM:
+    """A causal language model taken apart where the fused loss needs it: states and head."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        device: torch.device,
+        weights_dtype: torch.dtype,
+        trust_remote_code: bool,
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self.files = files
+        try:
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
+                str(files.path), dtype=weights_dtype, trust_remote_code=trust_remote_code
+            ).to(device)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
+        self._require_plain_head(device)
+
+    def _require_plain_head(self, device: torch.device) -> None:
+        """The loss computes logits as states x head. Some families scale or cap them after the
+        head, or add a bias: training those this way would be silently wrong."""
+        ids = torch.arange(1, 9, device=device)[None]
+        self.model.eval()
+        with torch.no_grad():
+            expected = self.model(input_ids=ids).logits.float()
+            found = (self.states(ids, None) @ self.head().T).float()
+        if not torch.allclose(expected, found, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+            raise ConfigError(
+                f"{self.files.name}: its logits are not its last hidden states times its output"
+                " embedding (a bias, a scale or a cap comes after). Such models are not supported."
+            )
+
+    def states(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Last hidden states [1, T, H] of packed ids [1, T]; sequences in it, told apart by
+        their positions, do not see each other."""
+        output = self.model.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        )
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def head(self, vocab_size: int | None = None) -> Tensor:
+        """The output embedding [V, H], cut to the shared vocabulary where it has padding rows."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight if vocab_size in (None, weight.shape[0]) else weight[:vocab_size]
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this torch sees no CUDA device.")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
+    """bfloat16 compute over float32 weights, or plain float32."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def export(student: CausalLM, folder: Path) -> None:
+    """Writes the student as a model folder that transformers and vLLM load: safetensors in the
+    precision it came in, tokenizer, chat template and generation config as they came."""
+    staging = folder.with_name(f".{folder.name}.staging")
+    if staging.exists():
+        shutil.rmtree(staging)
+    dtype = getattr(torch, _original_dtype(student.files))
+    state = {name: tensor.to(dtype) for name, tensor in student.model.state_dict().items()}
+    student.model.save_pretrained(staging, state_dict=state)
+    config = student.model.config
+    config.dtype = dtype
+    config.save_pretrained(staging)
+    for file in student.files.path.iterdir():
+        # Everything but weights and config: tokenizer, chat template, generation config.
+        described = file.suffix in (".json", ".jinja", ".model", ".txt")
+        if (
+            described
+            and not file.name.endswith(".index.json")
+            and not (staging / file.name).exists()
+        ):
+            shutil.copyfile(file, staging / file.name)
+    fsync_directory(staging)
+    staging.replace(folder)
+    fsync_directory(folder.parent)
+
+
+def _original_dtype(files: ModelFiles) -> str:
+    from safetensors import safe_open
+
+    with safe_open(str(sorted(files.path.glob("*.safetensors"))[0]), framework="pt") as weights:
+        name: str = weights.get_slice(next(iter(weights.keys()))).get_dtype()
+    return {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(name, "float32")

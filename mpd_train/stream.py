@@ -1,0 +1,289 @@
+"""From shards to batches: which rows, in which order, packed how.
+
+The plan is made from the light columns alone (status, lengths): (seed, epoch) gives a
+permutation of row groups, windows of them are shuffled and packed, and the packs follow one
+another. It is the same for every process and every restart, so progress is one integer, the
+next pack. Packed sequences do not see each other: positions start anew at each, and attention
+stays inside a run of consecutive positions.
+"""
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from mpd_data.errors import ConfigError, DataError
+from mpd_data.schema import differences
+from mpd_data.shards import RoundDir, read_metadata
+
+# Row groups shuffled and packed together: enough for good packing, few enough to hold.
+_WINDOW_GROUPS = 16
+# Shards trained together must agree in these.
+_SAME = (
+    "tokenizer",
+    "vocab_size",
+    "eos_token_id",
+    "num_logprobs",
+    "score_context",
+    "score_temperature",
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One pack, ready for the model. T tokens of which n are predicted under the loss.
+
+    input_ids, position_ids int64 [1, T]; loss_positions int64 [n]: the state that predicts each
+    loss token, one before it; topk_ids int64 [n, K], topk_logprobs [n, K] and tail_logprobs [n]
+    float32; the teacher_* are the same sequences in the context the teacher scored them in.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    loss_positions: Tensor
+    topk_ids: Tensor
+    topk_logprobs: Tensor
+    tail_logprobs: Tensor
+    teacher_input_ids: Tensor
+    teacher_position_ids: Tensor
+    teacher_loss_positions: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(**{name: value.to(device) for name, value in self.__dict__.items()})
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Rows that go through the model as one sequence: (row group, row in it) pairs."""
+
+    rows: tuple[tuple[int, int], ...]
+    num_tokens: int
+    num_loss_tokens: int
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A Parquet row group and the lengths of its rows; 0 loss tokens means not kept."""
+
+    path: Path
+    index: int
+    num_tokens: npt.NDArray[np.int64]
+    num_loss_tokens: npt.NDArray[np.int64]
+
+
+class ShardSet:
+    """The kept rows of one or several rounds.
+
+    Raises ConfigError where there are no shards, where they contradict each other (another
+    tokenizer, K, score context or temperature) or where no row was kept; DataError for a file
+    that is not sound.
+    """
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.files = [file for path in paths for file in _shards_of(path)]
+        self.metadata = read_metadata(self.files[0])
+        for file in self.files[1:]:
+            found = read_metadata(file)
+            unlike = differences(
+                {name: self.metadata.get(name) for name in _SAME},
+                {name: found.get(name) for name in _SAME},
+            )
+            if unlike:
+                raise ConfigError(
+                    f"{file} cannot be trained on together with {self.files[0]} (saved: the"
+                    " latter, now: the former):\n  " + "\n  ".join(unlike)
+                )
+        if self.metadata.get("stage") != "distill":
+            raise ConfigError(
+                f"{self.files[0]}: holds {self.metadata.get('stage')}, expected distill shards."
+                " Run mpd-gen rewrite on the round first."
+            )
+        self.groups = [group for file in self.files for group in _groups_of(file)]
+        self.num_rows = sum(int((g.num_loss_tokens > 0).sum()) for g in self.groups)
+        if self.num_rows == 0:
+            counts: dict[str, int] = {}
+            for file in self.files:
+                for status in pq.read_table(file, columns=["status"]).column("status").to_pylist():
+                    counts[status] = counts.get(status, 0) + 1
+            raise ConfigError(
+                f"{', '.join(map(str, paths))}: no kept rewrite to train on; rows by status:"
+                f" {counts}. See `mpd-gen stats`."
+            )
+        self._cache: dict[int, dict[str, pa.ChunkedArray]] = {}
+
+    def identity(self) -> list[str]:
+        """What these shards are (their hashes), for a checkpoint that must resume on the same."""
+        return [_committed_hash(file) for file in self.files]
+
+    def load(self, group: int) -> dict[str, pa.ChunkedArray]:
+        """The training columns of a row group; the last window's worth of groups is kept."""
+        if group not in self._cache:
+            if len(self._cache) >= 2 * _WINDOW_GROUPS:
+                self._cache.pop(next(iter(self._cache)))
+            source = self.groups[group]
+            columns = [
+                "input_ids", "loss_start", "teacher_prompt_ids",
+                "topk_ids", "topk_logprobs", "tail_logprobs",
+            ]  # fmt: skip
+            try:
+                with pq.ParquetFile(source.path) as file:
+                    table = file.read_row_group(source.index, columns=columns)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DataError(
+                    f"{source.path}, row group {source.index}: cannot be read ({error}). Check the"
+                    " round with `mpd-gen validate`."
+                ) from error
+            self._cache[group] = {name: table.column(name) for name in columns}
+        return self._cache[group]
+
+
+def _shards_of(path: Path) -> list[Path]:
+    folder = path if path.name == "distill" else path / "distill"
+    files = sorted(folder.glob("part-*.parquet"))
+    if not files:
+        raise ConfigError(
+            f"{path}: no distill shards here (expected {folder}/part-*.parquet). Give --shards the"
+            " folder of a round on which mpd-gen rewrite ran."
+        )
+    return files
+
+
+def _committed_hash(path: Path) -> str:
+    """sha256 of a shard, from its round's manifest."""
+    for shard in RoundDir(path.parent.parent).manifest("distill"):
+        if shard.name == path.name:
+            return shard.sha256
+    raise ConfigError(
+        f"{path}: not in its round's manifest. Was it copied alone? Copy the whole round, or run"
+        " mpd-gen rewrite on it, which indexes it."
+    )
+
+
+def _groups_of(path: Path) -> Iterator[_Group]:
+    with pq.ParquetFile(path) as file:
+        for index in range(file.num_row_groups):
+            try:
+                table = file.read_row_group(
+                    index, columns=["status", "loss_start", "num_rewritten_tokens"]
+                )
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DataError(f"{path}, row group {index}: cannot be read ({error})") from error
+            kept = np.array([s == "ok" for s in table.column("status").to_pylist()])
+            loss = table.column("num_rewritten_tokens").fill_null(0).to_numpy().astype(np.int64)
+            start = table.column("loss_start").fill_null(0).to_numpy().astype(np.int64)
+            yield _Group(path, index, start + loss, np.where(kept, loss, 0))
+
+
+def make_packs(shards: ShardSet, pack_length: int, seed: int, epoch: int) -> list[Pack]:
+    """The packs of one epoch: at most `pack_length` tokens each, every kept row in exactly one.
+
+    Best-fit decreasing inside a window of shuffled row groups, then the packs are shuffled.
+    Raises ConfigError naming a row that is longer than a pack.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(shards.groups))
+    packs: list[Pack] = []
+    for first in range(0, len(order), _WINDOW_GROUPS):
+        rows = [
+            (int(group), int(row))
+            for group in order[first : first + _WINDOW_GROUPS]
+            for row in np.flatnonzero(shards.groups[group].num_loss_tokens)
+        ]
+        rng.shuffle(rows)
+        lengths = [int(shards.groups[g].num_tokens[r]) for g, r in rows]
+        for i, length in enumerate(lengths):
+            if length > pack_length:
+                group = shards.groups[rows[i][0]]
+                raise ConfigError(
+                    f"{group.path}, row {rows[i][1]} of row group {group.index}: {length} tokens"
+                    f" do not fit --pack-length {pack_length}. Raise it; nothing is cut off here."
+                )
+        for members in _best_fit(lengths, pack_length):
+            chosen = tuple((int(rows[i][0]), int(rows[i][1])) for i in members)
+            packs.append(
+                Pack(
+                    chosen,
+                    sum(lengths[i] for i in members),
+                    sum(int(shards.groups[g].num_loss_tokens[r]) for g, r in chosen),
+                )
+            )
+    return [packs[i] for i in rng.permutation(len(packs))]
+
+
+def _best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Best-fit-decreasing bins of indices into `lengths`."""
+    bins: list[list[int]] = []
+    # (room left, bin), sorted: the tightest bin that still fits is found by bisection.
+    room: list[tuple[int, int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect.bisect_left(room, (lengths[index], -1))
+        if at == len(room):
+            bins.append([index])
+            bisect.insort(room, (capacity - lengths[index], len(bins) - 1))
+        else:
+            left, chosen = room.pop(at)
+            bins[chosen].append(index)
+            bisect.insort(room, (left - lengths[index], chosen))
+    return bins
+
+
+def load_pack(shards: ShardSet, pack: Pack) -> Batch:
+    """Reads a pack's rows and lays them out as one batch."""
+    k = shards.metadata["num_logprobs"]
+    ids: list[npt.NDArray[np.int32]] = []
+    teacher_ids: list[npt.NDArray[np.int32]] = []
+    loss_positions, teacher_positions = [], []
+    topk_ids, topk_logprobs, tails = [], [], []
+    start, teacher_start = 0, 0
+    for group, row in pack.rows:
+        columns = {name: column[row] for name, column in shards.load(group).items()}
+        values = {
+            name: scalar.values.to_numpy(zero_copy_only=False)
+            for name, scalar in columns.items()
+            if name != "loss_start" and scalar.is_valid
+        }
+        sequence = values["input_ids"]
+        first = int(columns["loss_start"].as_py())
+        num_loss = len(sequence) - first
+        if len(values["topk_ids"]) != num_loss * k or len(values["tail_logprobs"]) != num_loss:
+            source = shards.groups[group]
+            raise DataError(
+                f"{source.path}, row {row} of row group {source.index}: {num_loss} loss tokens but"
+                f" {len(values['topk_ids'])} top-{k} ids and {len(values['tail_logprobs'])} tails."
+                " Check the round with `mpd-gen validate`."
+            )
+        context = values.get("teacher_prompt_ids", sequence[:first])
+        ids.append(sequence)
+        teacher_ids.append(np.concatenate([context, sequence[first:]]))
+        # The state at position i predicts the token at i + 1.
+        loss_positions.append(start + np.arange(first, len(sequence)) - 1)
+        teacher_positions.append(teacher_start + len(context) + np.arange(num_loss) - 1)
+        topk_ids.append(values["topk_ids"].reshape(num_loss, k))
+        topk_logprobs.append(values["topk_logprobs"].reshape(num_loss, k))
+        tails.append(values["tail_logprobs"])
+        start += len(sequence)
+        teacher_start += len(teacher_ids[-1])
+
+    return Batch(
+        input_ids=_int64(np.concatenate(ids))[None],
+        position_ids=_int64(np.concatenate([np.arange(len(s)) for s in ids]))[None],
+        loss_positions=_int64(np.concatenate(loss_positions)),
+        topk_ids=_int64(np.concatenate(topk_ids)),
+        topk_logprobs=torch.from_numpy(np.concatenate(topk_logprobs).astype(np.float32)),
+        tail_logprobs=torch.from_numpy(np.concatenate(tails).astype(np.float32)),
+        teacher_input_ids=_int64(np.concatenate(teacher_ids))[None],
+        teacher_position_ids=_int64(np.concatenate([np.arange(len(s)) for s in teacher_ids]))[None],
+        teacher_loss_positions=_int64(np.concatenate(teacher_positions)),
+    )
+
+
+def _int64(values: npt.NDArray[Any]) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))

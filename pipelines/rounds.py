@@ -1,0 +1,381 @@
+"""`mpd-rounds`: a whole distillation from one TOML file.
+
+For each round: rollouts by the newest student -> rewrites by the teacher -> training ->
+evaluation. Each stage is the command a user would type, in a process of its own (the engine
+must not share one with the trainer), printed before it runs and resumable by itself; a stage
+that has finished is not started again.
+
+    OUT/data/round1/            the round's shards
+    OUT/train/round1/           its training: model/, metrics.jsonl, checkpoints/
+    OUT/eval/round1-test/       rollouts on held-out prompts (base-test: before any training)
+    OUT/summary.json            the figures; OUT/lengths.png the trace lengths
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import BaseModel, Field
+
+from mpd_data import compare as comparison
+from mpd_data.cli import EXIT_FAILED_ROWS, run_command
+from mpd_data.config import RewriteConfig, RolloutsConfig, Strict
+from mpd_data.errors import ConfigError, MPDError
+from mpd_data.options import arguments, parse
+from mpd_data.shards import write_json_atomic
+from mpd_data.stats import plot_lengths
+from mpd_data.table import format_table
+from mpd_train.config import TrainConfig
+
+
+class EvaluationSet(Strict):
+    """Held-out prompts and how they are sampled: settings of `mpd-gen rollouts`."""
+
+    name: str = Field(pattern=r"^[a-z0-9-]+$")
+    rollouts: dict[str, Any]
+
+
+class Pipeline(Strict):
+    """A pipeline file. The sections hold the settings of their commands; what a round decides
+    (models, folders, round number) is not theirs to set. Paths are relative to where the
+    command is run. The first evaluation set gives the headline figures."""
+
+    name: str
+    student: str
+    teacher: str
+    rounds: int = Field(1, ge=1)
+    seed: int = 0
+    parallel_evaluations: int = Field(1, ge=1)
+    environment: dict[str, str] = Field(default_factory=dict)
+    rollouts: dict[str, Any]
+    rewrite: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+    evaluation: list[EvaluationSet] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the pipeline."""
+
+    label: str
+    why: str
+    program: str
+    command: list[str]
+
+
+def load_pipeline(path: Path, overrides: tuple[str, ...]) -> Pipeline:
+    """Reads a pipeline file; `overrides` are `a.b=value`, the value in TOML (or plain text).
+
+    Raises ConfigError naming the file and the setting.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override}: expected NAME=VALUE.")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        target: Any = values
+        *parents, last = name.split(".")
+        for part in parents:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {override}: {part!r} is not a section.")
+        target[last] = value
+    return parse(Pipeline, values, str(path))
+
+
+def _stage(
+    model: type[BaseModel], section: str, given: dict[str, Any], fixed: dict[str, Any]
+) -> Any:
+    """A stage's settings: the section's and the ones the pipeline fixes."""
+    clash = sorted(given.keys() & fixed.keys())
+    if clash:
+        raise ConfigError(
+            f"[{section}]: {', '.join(clash)} are decided by the pipeline; remove them."
+        )
+    return parse(model, {**given, **fixed}, f"[{section}]")
+
+
+class Plan:
+    """The commands of a pipeline, in order."""
+
+    def __init__(self, pipeline: Pipeline, out: Path) -> None:
+        self._pipeline = pipeline
+        self._out = out
+
+    def student(self, round_: int) -> str:
+        """The model after `round_` rounds."""
+        if round_ == 0:
+            return self._pipeline.student
+        return str(self._out / "train" / f"round{round_}" / "model")
+
+    def evaluation(self, round_: int, name: str) -> Path:
+        label = "base" if round_ == 0 else f"round{round_}"
+        return self._out / "eval" / f"{label}-{name}"
+
+    def training(self, round_: int) -> Iterator[Step]:
+        """rollouts -> rewrite -> train of a round (from 1)."""
+        p, data = self._pipeline, self._out / "data" / f"round{round_}"
+        newest = "the base student" if round_ == 1 else f"the student of round {round_ - 1}"
+        rollouts = _stage(
+            RolloutsConfig,
+            "rollouts",
+            p.rollouts,
+            {"model": self.student(round_ - 1), "out": data, "round": round_, "seed": p.seed},
+        )
+        yield Step(
+            f"round {round_}: rollouts",
+            f"{newest} samples solutions",
+            "mpd-gen",
+            ["rollouts", *arguments(rollouts)],
+        )
+        rewrite = _stage(
+            RewriteConfig,
+            "rewrite",
+            p.rewrite,
+            {"teacher": p.teacher, "shards": data, "seed": p.seed},
+        )
+        yield Step(
+            f"round {round_}: rewrite",
+            "the teacher shortens them and scores what passes the filter",
+            "mpd-gen",
+            ["rewrite", *arguments(rewrite)],
+        )
+        train = _stage(
+            TrainConfig,
+            "train",
+            p.train,
+            {
+                "shards": [data],
+                "student": self.student(round_ - 1),
+                "out": self._out / "train" / f"round{round_}",
+                "seed": p.seed,
+            },
+        )
+        yield Step(
+            f"round {round_}: train",
+            f"{newest} learns from the kept rewrites",
+            "mpd-train",
+            arguments(train),
+        )
+
+    def evaluations(self, round_: int) -> Iterator[Step]:
+        """Sampling on held-out prompts with the student after `round_` rounds."""
+        for chosen in self._pipeline.evaluation:
+            rollouts = _stage(
+                RolloutsConfig,
+                f"evaluation {chosen.name}",
+                chosen.rollouts,
+                {
+                    "model": self.student(round_),
+                    "out": self.evaluation(round_, chosen.name),
+                    "seed": self._pipeline.seed,
+                },
+            )
+            label = "base" if round_ == 0 else f"round {round_}"
+            yield Step(
+                f"{label}: evaluate {chosen.name}",
+                "held-out prompts, the same for every round",
+                "mpd-gen",
+                ["rollouts", *arguments(rollouts)],
+            )
+
+    def all_steps(self) -> list[Step]:
+        steps = list(self.evaluations(0))
+        for round_ in range(1, self._pipeline.rounds + 1):
+            steps += [*self.training(round_), *self.evaluations(round_)]
+        return steps
+
+
+_MODULES = {"mpd-gen": "mpd_data.cli", "mpd-train": "mpd_train.cli"}
+
+
+class Runner:
+    """Runs steps as processes and remembers in OUT/finished.jsonl which are done."""
+
+    def __init__(self, out: Path, environment: dict[str, str], total: int) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._path = out / "finished.jsonl"
+        self._environment = {**os.environ, **environment}
+        self._total = total
+        self._number = 0
+        self._finished: set[str] = set()
+        if self._path.exists():
+            # A kill can tear the last line; that step is then asked again, and resumes.
+            for line in self._path.read_text(encoding="utf-8").split("\n")[:-1]:
+                self._finished.add(json.dumps(json.loads(line)["command"]))
+
+    def run(self, steps: list[Step], parallel: int = 1) -> None:
+        """Runs `steps`, up to `parallel` at a time. Raises MPDError if one fails."""
+        owed = []
+        for step in steps:
+            self._number += 1
+            head = f"[{self._number}/{self._total}] {step.label}"
+            if json.dumps([step.program, *step.command]) in self._finished:
+                click.echo(f"{head}: done before", err=True)
+                continue
+            click.echo(f"{head}: {step.why}", err=True)
+            click.echo(f"    {step.program} {shlex.join(step.command)}", err=True)
+            owed.append(step)
+        together = min(parallel, len(owed))
+        with ThreadPoolExecutor(max(together, 1)) as pool:
+            list(pool.map(lambda step: self._run_one(step, together > 1), owed))
+
+    def _run_one(self, step: Step, prefixed: bool) -> None:
+        begun = time.monotonic()
+        command = [sys.executable, "-m", _MODULES[step.program], *step.command]
+        with subprocess.Popen(
+            command,
+            env=self._environment,
+            stderr=subprocess.PIPE if prefixed else None,
+            text=True,
+            errors="replace",
+        ) as process:
+            # Two progress bars would fight for one line: side by side, steps report in lines.
+            for line in process.stderr or ():
+                click.echo(f"    {step.label} | {line.rstrip()}", err=True)
+        code = process.returncode
+        if code not in (0, EXIT_FAILED_ROWS):
+            raise MPDError(
+                f"{step.label} ended with exit code {code}; its message stands above. What is"
+                " finished is kept: mend it and run the same command again."
+            )
+        record = {
+            "label": step.label,
+            "command": [step.program, *step.command],
+            "seconds": round(time.monotonic() - begun, 1),
+            "exit_code": code,
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
+    """The figures of a finished pipeline: the first evaluation set for base and every round,
+    and the comparison of the last round with the base on every set."""
+    headline, *_ = [chosen.name for chosen in pipeline.evaluation]
+    last = pipeline.rounds
+    sets = {
+        chosen.name: comparison.compare(
+            plan.evaluation(0, chosen.name), plan.evaluation(last, chosen.name)
+        )
+        for chosen in pipeline.evaluation
+    }
+    rounds = [comparison.evaluate(plan.evaluation(r, headline)) for r in range(1, last + 1)]
+    return {
+        "pipeline": pipeline.name,
+        "seed": pipeline.seed,
+        "base": sets[headline]["base"],
+        "rounds": rounds,
+        "final": rounds[-1],
+        **{
+            name: sets[headline][name]
+            for name in (
+                "token_reduction",
+                "token_reduction_interval",
+                "accuracy_difference",
+                "accuracy_difference_interval",
+            )
+        },
+        "sets": sets,
+    }
+
+
+def show(summary: dict[str, Any]) -> None:
+    """The before/after table of a summary, on stderr."""
+    rows = {"base": summary["base"]}
+    rows |= {f"round {i}": side for i, side in enumerate(summary["rounds"], start=1)}
+    click.echo(f"\n{comparison.table(rows)}", err=True)
+    for name, result in summary["sets"].items():
+        click.echo(f"{name}: {comparison.verdict(result)}", err=True)
+
+
+def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
+    """Runs what is not finished of `pipeline` in `out` and returns its summary."""
+    plan = Plan(pipeline, out)
+    runner = Runner(out, pipeline.environment, len(plan.all_steps()))
+    write_json_atomic(out / "pipeline.json", pipeline.model_dump(mode="json"))
+    runner.run(list(plan.evaluations(0)), pipeline.parallel_evaluations)
+    for round_ in range(1, pipeline.rounds + 1):
+        for step in plan.training(round_):
+            runner.run([step])
+        runner.run(list(plan.evaluations(round_)), pipeline.parallel_evaluations)
+    summary = summarize(pipeline, plan)
+    write_json_atomic(out / "summary.json", summary)
+    headline = pipeline.evaluation[0].name
+    lengths = {"base": plan.evaluation(0, headline)}
+    lengths |= {f"round {r}": plan.evaluation(r, headline) for r in range(1, pipeline.rounds + 1)}
+    plot_lengths(lengths, out / "lengths.png")
+    return summary
+
+
+def _seeds_table(summaries: list[dict[str, Any]]) -> str:
+    return format_table(
+        [
+            {
+                "seed": str(summary["seed"]),
+                "set": name,
+                "base accuracy": result["base"]["accuracy"],
+                "final accuracy": result["new"]["accuracy"],
+                "difference [95%]": "{:+.3f} [{:+.3f}, {:+.3f}]".format(
+                    result["accuracy_difference"], *result["accuracy_difference_interval"]
+                ),
+                "base tokens": result["base"]["mean_tokens"],
+                "final tokens": result["new"]["mean_tokens"],
+                "saved [95%]": "{:.3f} [{:.3f}, {:.3f}]".format(
+                    result["token_reduction"], *result["token_reduction_interval"]
+                ),
+            }
+            for summary in summaries
+            for name, result in summary["sets"].items()
+        ]
+    )
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("pipeline", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a setting.")
+@click.option(
+    "--seeds", type=click.IntRange(1), help="Run seeds 0 … N-1 into OUT/seed0 … and compare them."
+)
+@click.version_option(package_name="mixed-policy-distillation")
+def cli(pipeline: Path, out: Path, overrides: tuple[str, ...], seeds: int | None) -> None:
+    """Run a whole distillation PIPELINE (TOML) into OUT. Run again to resume."""
+    if seeds is None:
+        summary = run_pipeline(load_pipeline(pipeline, overrides), out)
+        show(summary)
+        click.echo(f"wrote {out / 'summary.json'} and {out / 'lengths.png'}", err=True)
+        return
+    summaries = []
+    for seed in range(seeds):
+        chosen = load_pipeline(pipeline, (*overrides, f"seed={seed}"))
+        summaries.append(run_pipeline(chosen, out / f"seed{seed}"))
+    write_json_atomic(out / "seeds.json", summaries)
+    click.echo(f"\n{_seeds_table(summaries)}\nwrote {out / 'seeds.json'}", err=True)
+
+
+def main() -> None:
+    run_command(cli)
+
+
+if __name__ == "__main__":
+    main()
