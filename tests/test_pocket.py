@@ -186,6 +186,6 @@ def test_shipped_teacher_rewrites_what_the_student_wrote(drafts: list[Sample]) -
 def test_shipped_training_log_ends_where_the_recipe_does(role: str) -> None:
     rows = read(MODELS / role / "train_log.jsonl")
     steps = [row for row in rows if "loss" in row]
-    assert float(steps[-1]["loss"]) < 0.2 * float(steps[0]["loss"])
+    assert float(steps[-1]["loss"]) < 0.7 * float(steps[0]["loss"])
     assert float(steps[-1]["lr_scale"]) < 0.01
-    assert float(rows[-1]["greedy_accuracy"]) > 0.85
+    assert float(rows[-1]["greedy_accuracy"]) > 0.9

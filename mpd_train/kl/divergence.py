@@ -41,29 +41,36 @@ class Divergence:
             raise ValueError(f"{self.name} needs 0 < alpha < 1, found {self.alpha}")
 
     def value_and_score(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """For log_p, log_q [n, B]: the divergence F [n] and s [n, B] with s_b = q_b dF/dq_b.
+        """For log_p, log_q [n, B]: the divergence F [n] and the score s [n, B], s_b = q_b g_b
+        with g = dF/dq up to a constant per row, which `logit_gradient` does not see.
 
-        With logits z behind q, dF/dz_b = s_b - q_b sum(s): see `logit_gradient`. Working with
-        q dF/dq rather than dF/dq keeps every term finite where q underflows.
+        Working with q dF/dq rather than dF/dq keeps every term finite where q underflows, and
+        leaving the constants out keeps the gradient exact where the divergence saturates.
         """
         p, q = log_p.exp(), log_q.exp()
         if self.name == "forward_kl":
             return _kl(log_p, log_q), -p
         if self.name == "reverse_kl":
-            return _kl(log_q, log_p), _times(q, log_q - log_p) + q
+            return _kl(log_q, log_p), _times(q, log_q - log_p)
         if self.name == "jsd":
             b = self.beta
             log_m = torch.logaddexp(log_p + math.log(b), log_q + math.log1p(-b))
             value = b * _kl(log_p, log_m) + (1 - b) * _kl(log_q, log_m)
-            return value, (1 - b) * _times(q, log_q - log_m)
+            return value, (b - 1) * _times(q, _share(log_p - log_q, b / (1 - b)))
         a = self.alpha
         if self.name == "skew_kl":
             log_m = torch.logaddexp(log_p + math.log(a), log_q + math.log1p(-a))
             score = -(1 - a) * torch.exp(log_p + log_q - log_m)
             return _kl(log_p, log_m), score
         log_m = torch.logaddexp(log_p + math.log1p(-a), log_q + math.log(a))
-        score = _times(q, log_q - log_m) + q - a * torch.exp(2 * log_q - log_m)
-        return _kl(log_q, log_m), score
+        share = _share(log_p - log_q, (1 - a) / a)
+        return _kl(log_q, log_m), -_times(q, share + torch.expm1(-share))
+
+
+def _share(log_ratio: Tensor, odds: float) -> Tensor:
+    """log(1 + odds p / q) from log(p / q): what log(m / q) is beyond its constant."""
+    x = log_ratio + math.log(odds)
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def _times(weight: Tensor, log_ratio: Tensor) -> Tensor:
@@ -86,5 +93,5 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def logit_gradient(log_q: Tensor, score: Tensor) -> Tensor:
-    """dF/dz [n, B] for q = softmax(z), from the score q dF/dq of `value_and_score`."""
+    """dF/dz [n, B] for q = softmax(z): dF/dz_b = q_b (g_b - sum q g), from s = q g."""
     return score - log_q.exp() * score.sum(-1, keepdim=True)

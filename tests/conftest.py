@@ -1,0 +1,98 @@
+"""Shared fixtures: the shipped pocket models, real prompts for them, real commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDENT = ROOT / "pipelines" / "pocket" / "models" / "student"
+TEACHER = ROOT / "pipelines" / "pocket" / "models" / "teacher"
+TEMPLATE = ROOT / "pipelines" / "pocket" / "rewrite.toml"
+MODULES = {
+    "mpd-gen": "mpd_data.cli",
+    "mpd-train": "mpd_train.cli",
+    "mpd-rounds": "pipelines.rounds",
+}
+
+
+def command(program, *arguments):
+    return [sys.executable, "-m", MODULES[program], *map(str, arguments)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(program, *arguments, code=0):
+    """Runs a real command; returns what it said. Fails unless it exits with `code`."""
+    done = subprocess.run(
+        command(program, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def rollout_arguments(prompts, out, **changed):
+    settings = {
+        "--model": STUDENT,
+        "--prompts": prompts,
+        "--out": out,
+        "-n": 4,
+        "--id-column": "id",
+        "--answer-column": "answer",
+        "--dtype": "float32",
+        "--max-tokens": 400,
+        "--max-num-seqs": 64,
+        **changed,
+    }
+    return ["rollouts", *(str(x) for pair in settings.items() for x in pair)]
+
+
+def rewrite_arguments(shards, **changed):
+    settings = {
+        "--teacher": TEACHER,
+        "--shards": shards,
+        "--template": TEMPLATE,
+        "--score-context": "rewrite",
+        "--dtype": "float32",
+        "--max-tokens": 200,
+        "--max-num-seqs": 64,
+        **changed,
+    }
+    return ["rewrite", *(str(x) for pair in settings.items() for x in pair)]
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    """60 held-out problems as JSONL, made by the shipped script."""
+    folder = tmp_path_factory.mktemp("prompts")
+    sizes = ["--train", "0", "--validation", "60", "--test", "0", "--ood", "0"]
+    subprocess.run(
+        [sys.executable, "-m", "pipelines.pocket.prompts", "--out", str(folder), *sizes],
+        cwd=ROOT,
+        check=True,
+    )
+    return folder / "validation.jsonl"
+
+
+@pytest.fixture(scope="session")
+def round_dir(prompts, tmp_path_factory):
+    """A whole round made by the real commands: rollouts and rewrites. Read it, never write it."""
+    out = tmp_path_factory.mktemp("data") / "round1"
+    run("mpd-gen", *rollout_arguments(prompts, out), "--rows-per-shard", 100)
+    run("mpd-gen", *rewrite_arguments(out), "--rows-per-shard", 100)
+    return out
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -1,0 +1,126 @@
+"""What the commands load, and how settings become options and back."""
+
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from conftest import run
+
+from mpd_data.cli import cli
+from mpd_data.config import RewriteConfig, RolloutsConfig
+from mpd_data.errors import ConfigError
+from mpd_data.options import _fields, arguments, parse
+from mpd_data.table import format_table
+from mpd_train.cli import cli as train_cli
+from mpd_train.config import TrainConfig
+
+HEAVY = {"torch", "vllm", "transformers", "ray"}
+
+
+def modules_after(code):
+    """Heavy modules that a fresh interpreter has loaded after `code`."""
+    probe = f"{code}\nimport sys; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    return HEAVY & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "module, arguments_",
+    [
+        ("mpd_data.cli", ["--help"]),
+        ("mpd_data.cli", ["rollouts", "--help"]),
+        ("mpd_data.cli", ["rewrite", "--help"]),
+        ("mpd_train.cli", ["--help"]),
+        ("pipelines.rounds", ["--help"]),
+    ],
+)
+def test_help_loads_nothing_heavy(module, arguments_):
+    code = (
+        f"from {module} import cli\n"
+        "try: cli.main([*%r])\nexcept SystemExit as e: assert e.code == 0" % arguments_
+    )
+    assert modules_after(code) == set()
+
+
+@pytest.mark.parametrize("name", ["stats", "validate"])
+def test_inspection_loads_nothing_heavy(round_dir, name):
+    code = (
+        "from mpd_data.cli import cli\n"
+        f"try: cli.main([{name!r}, {str(round_dir)!r}])\nexcept SystemExit as e: assert not e.code"
+    )
+    assert modules_after(code) == set()
+
+
+def test_import_weights():
+    assert modules_after("import mpd_train") == set()
+    assert modules_after("import mpd_train.kl") == {"torch"}
+    assert "vllm" not in modules_after("import mpd_train.loop")
+
+
+@pytest.mark.parametrize(
+    "model, command, required",
+    [
+        (RolloutsConfig, cli.commands["rollouts"], {"model": "m", "prompts": ["p"], "out": "o"}),
+        (RewriteConfig, cli.commands["rewrite"], {"teacher": "t", "shards": "s"}),
+        (TrainConfig, train_cli, {"shards": ["s"], "student": "m", "out": "o"}),
+    ],
+)
+def test_settings_survive_the_way_to_the_command_line_and_back(model, command, required):
+    """Every setting is an option, and `arguments` writes what the command reads."""
+    from mpd_data.options import build
+
+    config = model(**required)
+    changed = {}
+    for section, name, _, default, _ in _fields(model):
+        value = {
+            bool: not default, int: 7, float: 0.25, str: "x", dict: {"a": 1},
+        }.get(type(default))  # fmt: skip
+        if value is None or name in required:
+            continue
+        choices = next(p.type for p in command.params if p.name == name)
+        if getattr(choices, "choices", None):
+            value = choices.choices[-1]
+        (changed.setdefault(section, {}) if section else changed)[name] = value
+    config = model(**{**required, **changed})
+    assert len(arguments(config)) > 2 * len(required)
+    seen = {}
+
+    def capture(**options):
+        options.pop("overwrite")
+        seen["config"] = build(model, options)
+
+    original, command.callback = command.callback, capture
+    try:
+        result = CliRunner().invoke(command, arguments(config))
+    finally:
+        command.callback = original
+    assert result.exit_code == 0, result.output
+    assert seen["config"] == config
+
+
+def test_unknown_settings_get_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"sampling.temprature: unknown.*'temperature'"):
+        parse(
+            RolloutsConfig,
+            {"model": "m", "prompts": ["p"], "out": "o", "sampling": {"temprature": 1}},
+            "x.toml",
+        )
+    with pytest.raises(ConfigError, match="num_samples: .*found 'four'"):
+        parse(
+            RolloutsConfig,
+            {"model": "m", "prompts": ["p"], "out": "o", "num_samples": "four"},
+            "x.toml",
+        )
+
+
+def test_tables_show_hostile_text_and_obey_none_of_it():
+    table = format_table([{"name": "\x1b[31mred\x1b[0m [bold]x[/bold]\n", "n": 1234}])
+    assert "\x1b" not in table
+    assert "\\x1b[31mred" in table
+    assert "[bold]x[/bold]" in table
+    assert "1,234" in table
+
+
+def test_version_is_printed():
+    assert "version" in run("mpd-gen", "--version").stdout

@@ -1,0 +1,245 @@
+"""`mpd-gen` as a user runs it: real processes, real engine, kills included."""
+
+import json
+import signal
+import subprocess
+import time
+
+import polars as pl
+import pytest
+from conftest import (
+    STUDENT,
+    TEACHER,
+    command,
+    environment,
+    rewrite_arguments,
+    rollout_arguments,
+    run,
+    write_jsonl,
+)
+
+from mpd_data.compare import compare, evaluate
+from mpd_data.errors import ConfigError
+from mpd_data.schema import DISTILL_SCHEMA, ROLLOUT_SCHEMA, STATUSES
+from mpd_data.shards import RoundDir, read_metadata
+from mpd_data.stats import round_stats
+
+
+def rows(round_dir, stage):
+    return pl.read_parquet(round_dir / stage / "*.parquet").sort("row_id")
+
+
+def killed_and_resumed(arguments, out, stage, kills):
+    """Runs the command, killing it after so many shards each time; then lets it finish."""
+    folder = out / stage
+    for shards in kills:
+        process = subprocess.Popen(
+            command("mpd-gen", *arguments), env=environment(), stderr=subprocess.DEVNULL
+        )
+        while len(list(folder.glob("part-*.parquet"))) < shards:
+            assert process.poll() is None, "it finished before it could be killed"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    return run("mpd-gen", *arguments)
+
+
+def test_rollouts_are_complete_and_right(round_dir, prompts):
+    frame = rows(round_dir, "rollouts")
+    assert frame.columns == ROLLOUT_SCHEMA.names
+    assert frame.height == 240
+    assert frame["row_id"].n_unique() == 240
+    assert frame.group_by("prompt_id").len()["len"].unique().to_list() == [4]
+    gold = {json.loads(line)["id"]: json.loads(line) for line in prompts.open()}
+    for row in frame.to_dicts():
+        assert row["gold_answer"] == gold[row["prompt_id"]]["answer"]
+        assert row["problem"] == gold[row["prompt_id"]]["problem"]
+        assert row["num_completion_tokens"] == len(row["completion_ids"])
+        if row["finish_reason"] == "stop":
+            assert row["completion_ids"][-1] == 2
+            assert "<|im_end|>" not in row["completion"]
+    # Samples of one prompt differ, so the seeds do.
+    assert frame.group_by("prompt_id").agg(pl.col("completion").n_unique())["completion"].max() > 1
+    assert 0.4 < frame["is_correct"].mean() < 1
+
+
+def test_every_rollout_has_one_rewrite_row_with_its_reason(round_dir):
+    frame = rows(round_dir, "distill")
+    assert frame.columns == DISTILL_SCHEMA.names
+    assert sorted(frame["rollout_id"]) == sorted(rows(round_dir, "rollouts")["row_id"])
+    assert set(frame["status"]) <= set(STATUSES)
+    kept = frame.filter(pl.col("status") == "ok")
+    assert 0.3 < kept.height / frame.height < 1
+    assert kept["compression_ratio"].max() <= 1
+    assert kept["is_correct"].all()
+    assert kept["topk_ids"].null_count() == 0
+    rejected = frame.filter(pl.col("status") != "ok")
+    assert rejected["topk_ids"].null_count() == rejected.height
+    assert rejected["rewrite"].null_count() < rejected.height
+
+
+def test_a_shard_explains_itself(round_dir):
+    said = read_metadata(RoundDir(round_dir).shard_paths("distill")[0])
+    assert said["student"]["name"] == str(STUDENT)
+    assert said["teacher"]["name"] == str(TEACHER)
+    assert said["score_context"] == "rewrite"
+    assert said["num_logprobs"] == 64
+    assert said["template"]["name"] == "pocket-concise"
+    assert "torch" in said["versions"]
+
+
+def test_rollouts_survive_sigkill(round_dir, prompts, tmp_path):
+    """After two kills the same command completes to the rows of an uninterrupted run, although
+    the shard size and the number of sequences changed."""
+    out = tmp_path / "round1"
+    arguments = [
+        *rollout_arguments(prompts, out, **{"--max-num-seqs": 32}), "--rows-per-shard", 10,
+    ]  # fmt: skip
+    killed_and_resumed(arguments, out, "rollouts", kills=[1, 9])
+    ours, theirs = rows(out, "rollouts"), rows(round_dir, "rollouts")
+    assert ours.equals(theirs)
+    run("mpd-gen", "validate", out)
+
+
+def test_rewrites_survive_sigkill(round_dir, prompts, tmp_path):
+    out = tmp_path / "round1"
+    run("mpd-gen", *rollout_arguments(prompts, out))
+    arguments = [*rewrite_arguments(out), "--rows-per-shard", 10]
+    killed_and_resumed(arguments, out, "distill", kills=[1, 8])
+    ours, theirs = rows(out, "distill"), rows(round_dir, "distill")
+    exact = [c for c in ours.columns if c not in ("topk_ids", "topk_logprobs", "tail_logprobs")]
+    assert ours.select(exact).equals(theirs.select(exact))
+    # Float32 sums differ in their last bit with the batch they were made in.
+    difference = (ours["topk_logprobs"].explode() - theirs["topk_logprobs"].explode()).cast(
+        pl.Float64
+    )
+    assert difference.filter(ours["topk_logprobs"].explode() > -10).abs().max() < 2e-2
+    run("mpd-gen", "validate", out)
+    assert "0 rows new" in run("mpd-gen", *arguments).stderr
+
+
+def test_bad_prompts_become_error_rows_and_hurt_no_other(tmp_path):
+    good = {"id": "good", "problem": "Dan has 22 shells . on Mon Dan wins 7 . how many shells ?"}
+    path = write_jsonl(
+        tmp_path / "p.jsonl",
+        [
+            good,
+            {"id": "long", "problem": "shells " * 900},
+            {"id": "empty", "problem": " "},
+            {"id": "control", "problem": "ignore <|im_end|> this"},
+        ],
+    )
+    out = tmp_path / "r"
+    arguments = [
+        "rollouts", "--model", STUDENT, "--prompts", path, "--out", out, "--id-column", "id",
+        "-n", 2, "--max-tokens", 200,
+    ]  # fmt: skip
+    said = run("mpd-gen", *arguments, code=3).stderr
+    assert "3 rows failed" in said
+    assert set(rows(out, "rollouts")["prompt_id"]) == {"good"}
+    messages = dict(rows(out, "errors").select("prompt_id", "message").iter_rows())
+    assert "900 prompt tokens" in messages["long"] or "do not fit" in messages["long"]
+    assert "p.jsonl, row 2" in messages["long"]
+    assert "empty" in messages["empty"]
+    assert "control token" in messages["control"]
+    assert rows(out, "rollouts")["is_correct"].null_count() == 2
+    run("mpd-gen", *arguments, code=3)
+    assert rows(out, "errors").height == 3
+    run("mpd-gen", "validate", out)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"--model": "no/such/model"}, "not a folder here"),
+        ({"--prompts": "no-such-file.jsonl"}, "no such file"),
+        ({"--answer-column": "gold"}, "no column 'gold'"),
+        ({"--checker": "maths"}, "checker 'maths': unknown"),
+        ({"--num-prompts": 5000}, "only 60 prompts"),
+        ({"--max-model-len": 999999}, "over the model's context"),
+    ],
+)
+def test_bad_input_is_a_message_and_exit_1(prompts, tmp_path, changed, message):
+    arguments = rollout_arguments(prompts, tmp_path / "r", **changed)
+    said = run("mpd-gen", *arguments, code=1).stderr
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_usage_errors_exit_2(prompts, tmp_path):
+    assert (
+        "temperature"
+        in run(
+            "mpd-gen", *rollout_arguments(prompts, tmp_path, **{"--temperature": -1}), code=2
+        ).stderr
+    )
+    assert "No such option" in run("mpd-gen", "rollouts", "--modell", "x", code=2).stderr
+    bad_json = rollout_arguments(prompts, tmp_path, **{"--template-kwargs": "[1]"})
+    assert "JSON object" in run("mpd-gen", *bad_json, code=2).stderr
+
+
+def test_changed_settings_are_refused(round_dir, prompts):
+    said = run(
+        "mpd-gen", *rollout_arguments(prompts, round_dir, **{"--temperature": 0.5}), code=1
+    ).stderr
+    assert "sampling.temperature: saved 1.0 / now 0.5" in said
+    said = run("mpd-gen", *rewrite_arguments(round_dir, **{"--num-logprobs": 8}), code=1).stderr
+    assert "num_logprobs: saved 64 / now 8" in said
+
+
+def test_rewrite_without_rollouts_is_refused(tmp_path):
+    assert "no rollouts here" in run("mpd-gen", *rewrite_arguments(tmp_path), code=1).stderr
+
+
+def test_rewrites_that_are_all_rejected_are_an_error(prompts, tmp_path):
+    """The student cannot rewrite: nothing is kept, and the counts say why."""
+    out = tmp_path / "r"
+    run("mpd-gen", *rollout_arguments(prompts, out, **{"--num-prompts": 4, "-n": 1}))
+    settings = {"--max-tokens": 2}
+    said = run("mpd-gen", *rewrite_arguments(out, **settings), code=1).stderr
+    assert "no rewrite was kept" in said
+    assert "truncated" in said
+
+
+def test_stats_agree_with_the_rows(round_dir, tmp_path):
+    tables = json.loads(run("mpd-gen", "stats", round_dir, "--json").stdout)
+    frame = rows(round_dir, "rollouts")
+    (line,) = tables["rollouts"]
+    assert line["samples"] == 240
+    assert line["prompts"] == 60
+    assert line["mean_tokens"] == pytest.approx(frame["num_completion_tokens"].mean())
+    assert line["p50"] == frame["num_completion_tokens"].quantile(0.5, "nearest")
+    assert line["accuracy"] == pytest.approx(frame["is_correct"].mean())
+    distill = rows(round_dir, "distill")
+    counts = {row["status"]: row["rows"] for row in tables["rewrites"]}
+    assert counts == dict(distill.group_by("status").len().iter_rows())
+    assert sum(row["share"] for row in tables["rewrites"]) == pytest.approx(1)
+    said = run("mpd-gen", "stats", round_dir, "--plot", tmp_path / "l.png")
+    assert "mean_tokens" in said.stderr
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stats_of_nothing_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="no shards here"):
+        round_stats([tmp_path])
+
+
+def test_compare_a_round_with_itself(round_dir):
+    result = compare(round_dir, round_dir)
+    assert result["token_reduction"] == 0
+    assert result["token_reduction_interval"] == [0, 0]
+    assert result["accuracy_difference_interval"] == [0, 0]
+    frame = rows(round_dir, "rollouts")
+    side = evaluate(round_dir)
+    assert side["accuracy"] == pytest.approx(frame["is_correct"].mean())
+    low, high = side["accuracy_interval"]
+    assert low < side["accuracy"] < high
+    assert high - low < 0.3
+    said = run("mpd-gen", "compare", round_dir, round_dir).stderr
+    assert "tokens saved 0.0%" in said
+
+
+def test_compare_needs_the_same_prompts(round_dir, prompts, tmp_path):
+    run("mpd-gen", *rollout_arguments(prompts, tmp_path / "r", **{"--num-prompts": 5, "-n": 1}))
+    with pytest.raises(ConfigError, match="share 5"):
+        compare(round_dir, tmp_path / "r")

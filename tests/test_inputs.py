@@ -1,0 +1,181 @@
+"""Prompts, answers and templates: what is taken, and what is refused with a message."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import STUDENT, TEACHER, TEMPLATE, write_jsonl
+
+from mpd_data.checkers import NumberChecker, final_part, judge, make_checker
+from mpd_data.errors import ConfigError, DataError
+from mpd_data.models import load_tokenizer, resolve_model, tokenizer_hash
+from mpd_data.prompts import ChatFormatter, PromptError, choose_prompts, load_prompts
+from mpd_data.template import DEFAULT_TEMPLATE, load_template
+
+
+def test_jsonl_and_parquet_give_the_same_prompts(tmp_path):
+    rows = [{"id": i, "q": f"What is {i} + 1?", "gold": i + 1} for i in range(3)]
+    jsonl = write_jsonl(tmp_path / "p.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    loaded = [
+        [(p.id, p.text, p.answer) for p in load_prompts([path], "q", "id", "gold")]
+        for path in (jsonl, tmp_path / "p.parquet")
+    ]
+    assert loaded[0] == loaded[1]
+    assert loaded[0][1] == ("1", "What is 1 + 1?", "2")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"text": "a"}\n', "row 1: no column 'problem'; found 'text'"),
+        ('{"problem": "a"}\n{"problem": 3}\n', "row 2: column 'problem' holds int"),
+        ('{"problem": "a"}\n{"problem": \n', "row 2: not a JSON object"),
+        ("[1]\n", "row 1: found list"),
+        ('{"problem": "a"}\n{"problem": "a"}\n', "row 2: id .* already given by .*row 1"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, content, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_prompts([path], "problem")
+
+
+def test_bytes_that_are_not_text_are_named(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"problem": "\xff"}\n')
+    with pytest.raises(DataError, match="row 1: .*UTF-8"):
+        load_prompts([path], "problem")
+
+
+def test_bad_files_are_named(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "p.parquet")
+    for name, message in [
+        ("empty.jsonl", "no prompts"),
+        ("torn.parquet", "not a whole Parquet"),
+        ("p.parquet", "no column 'problem'; found 'text'"),
+        ("absent.jsonl", "no such file"),
+        ("p.xlsx", "no such file"),
+    ]:
+        with pytest.raises((ConfigError, DataError), match=message):
+            load_prompts([tmp_path / name], "problem")
+
+
+def test_the_choice_of_prompts_does_not_depend_on_their_order(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"problem": f"p{i}"} for i in range(50)])
+    prompts = load_prompts([path], "problem")
+    chosen = {p.id for p in choose_prompts(prompts, 10, "0/1")}
+    assert {p.id for p in choose_prompts(prompts[::-1], 10, "0/1")} == chosen
+    assert {p.id for p in choose_prompts(prompts, 10, "0/2")} != chosen
+    with pytest.raises(ConfigError, match="only 50"):
+        choose_prompts(prompts, 51, "")
+
+
+def test_chat_template_is_applied_once_and_control_tokens_are_refused():
+    tokenizer = load_tokenizer(resolve_model(str(STUDENT)))
+    formatter = ChatFormatter(tokenizer)
+    text, ids = formatter.render("Dan has 22 shells .")
+    assert text.count("<|im_start|>user") == 1
+    assert text.endswith("<|im_start|>assistant\n")
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    for bad, message in [("a <|im_end|> b", "control token"), ("  ", "empty")]:
+        with pytest.raises(PromptError, match=message):
+            formatter.render(bad)
+
+
+def test_tokenizers_are_compared_by_content(tmp_path):
+    student = load_tokenizer(resolve_model(str(STUDENT)))
+    assert tokenizer_hash(student) == tokenizer_hash(load_tokenizer(resolve_model(str(TEACHER))))
+    student.add_tokens(["brandnew"])
+    assert tokenizer_hash(student) != tokenizer_hash(load_tokenizer(resolve_model(str(TEACHER))))
+
+
+@pytest.mark.parametrize(
+    "completion, answer",
+    [
+        ("<think> 1 + 1 = 2 . </think> answer 2", "2"),
+        ("<think>answer 3</think>\n\nThe answer is: -4.5.", "-4.5"),
+        ("so \\boxed{1} and then \\boxed{ 1/2 }", "1/2"),
+        ("#### 1,234", "1,234"),
+        ("<think>x</think> 7", "7"),
+        ("<think> answer 2", None),
+        ("<think>x</think> seven", None),
+        ("", None),
+        ("answer", None),
+        ("\\boxed{" * 5000, None),
+        ("1" * 100_000 + "x", None),
+    ],
+)
+def test_number_checker_reads(completion, answer):
+    assert NumberChecker().extract(completion) == answer
+
+
+@pytest.mark.parametrize(
+    "left, right, equal",
+    [
+        ("2", "2.0", True),
+        ("1,234", "1234", True),
+        ("1/2", "0.5", True),
+        ("$5", "5", True),
+        ("3", "4", False),
+        ("1/0", "1/0", False),
+        ("9" * 5000, "9" * 5000, False),
+    ],
+)
+def test_number_checker_compares(left, right, equal):
+    assert NumberChecker().equal(left, right) is equal
+
+
+def test_judging_without_gold_or_answer():
+    checker = make_checker("number")
+    assert judge(checker, "2", None) is None
+    assert judge(checker, None, "2") is False
+    with pytest.raises(ConfigError, match="there are number"):
+        make_checker("nummber")
+    assert final_part("<think> a") is None
+
+
+def test_default_template_reads_a_rewrite():
+    template = load_template(None)
+    rewrite = "<reasoning>\n2 + 2 = 4\n</reasoning>\n<answer>\n\\boxed{4}\n</answer>"
+    assert template.trace_of(rewrite) == "<think>\n2 + 2 = 4\n</think>\n\n\\boxed{4}"
+    assert template.trace_of("Sure! " + rewrite) is None
+    assert template.trace_of(rewrite.replace("</answer>", "")) is None
+
+
+def test_what_a_template_is_filled_with_is_not_expanded():
+    message = load_template(None).message("{{draft}} {{nothing}}", "SECRET {{problem}}")
+    assert "Problem:\n{{draft}} {{nothing}}" in message
+    assert "Draft:\nSECRET {{problem}}" in message
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("{{problem}}", "{{riddle}}", "`prompt` uses \\['riddle'\\]"),
+        ("{{draft}}", "", "never shows"),
+        ("{{thinking}}", "{{reasons}}", "`trace` uses"),
+        ("(?P<thinking>", "(?P<thinking", "not a regular expression"),
+        ("version = 1", "verzion = 1", "not a rewrite template"),
+        ("version = 1", "version = ", "not a rewrite template"),
+    ],
+)
+def test_bad_templates_are_refused(tmp_path, old, new, message):
+    source = DEFAULT_TEMPLATE if old in DEFAULT_TEMPLATE.read_text() else TEMPLATE
+    path = tmp_path / "t.toml"
+    path.write_text(source.read_text().replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        load_template(path)
+
+
+def test_models_that_cannot_be_used_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="no config.json"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match="safetensors"):
+        resolve_model(str(tmp_path))
+    with pytest.raises(ConfigError, match="not a folder here"):
+        resolve_model("no/such/model/here")

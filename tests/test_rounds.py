@@ -1,0 +1,117 @@
+"""A whole pipeline, small, with the real models; killed in the middle and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+import tomllib
+
+import pytest
+from conftest import ROOT, command, environment, run
+
+from mpd_data.errors import ConfigError
+from pipelines.rounds import Plan, load_pipeline
+
+POCKET = ROOT / "pipelines" / "pocket" / "pipeline.toml"
+
+
+@pytest.fixture(scope="module")
+def small(prompts, tmp_path_factory):
+    """The pocket pipeline on a handful of prompts."""
+    text = POCKET.read_text()
+    for name in ("train", "test", "ood"):
+        text = text.replace(f"data/pocket/{name}.jsonl", str(prompts))
+    for size in ("384", "1000", "500"):
+        text = text.replace(f"num_prompts = {size}", "num_prompts = 24")
+    path = tmp_path_factory.mktemp("pipeline") / "small.toml"
+    path.write_text(text.replace("epochs = 2", "epochs = 1"))
+    values = tomllib.loads(path.read_text())
+    assert values["rollouts"]["num_prompts"] == 24
+    return path
+
+
+def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
+    out = tmp_path / "run"
+    arguments = [small, "--out", out, "--set", "rounds=2"]
+    process = subprocess.Popen(
+        command("mpd-rounds", *arguments),
+        env=environment(),
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not (out / "data" / "round1" / "distill").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    said = run("mpd-rounds", *arguments).stderr
+    assert "done before" in said
+    assert "mpd-train --shards" in said
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert len(summary["rounds"]) == 2
+    assert summary["final"] == summary["rounds"][-1]
+    for side in (summary["base"], *summary["rounds"]):
+        assert set(side) >= {
+            "accuracy", "accuracy_interval", "mean_tokens", "median_tokens", "truncated",
+            "problems", "samples",
+        }  # fmt: skip
+        assert side["problems"] == 24
+        assert side["samples"] == 96
+    saved = 1 - summary["final"]["mean_tokens"] / summary["base"]["mean_tokens"]
+    assert summary["token_reduction"] == pytest.approx(saved)
+    # Even this little moves the student: the stages are connected.
+    assert saved > 0.1
+    assert set(summary["sets"]) == {"test", "greedy", "ood"}
+    assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    run("mpd-gen", "validate", out / "data" / "round1", out / "data" / "round2")
+    # Round 2 was sampled from round 1's student, not from the base again.
+    config = json.loads((out / "data" / "round2" / "run.json").read_text())
+    model = config["stages"]["rollouts"]["details"]["config"]["model"]
+    assert model == str(out / "train" / "round1" / "model")
+    assert run("mpd-rounds", *arguments).stderr.count("done before") == 15
+
+
+def test_rounds_follow_one_another(small, tmp_path):
+    plan = Plan(load_pipeline(small, ("rounds=3",)), tmp_path)
+    labels = [step.label for step in plan.all_steps() if "evaluate" not in step.label]
+    assert labels == [
+        f"round {r}: {stage}" for r in (1, 2, 3) for stage in ("rollouts", "rewrite", "train")
+    ]
+    for step in plan.training(3):
+        student = str(tmp_path / "train" / "round2" / "model")
+        assert (student in step.command) == (
+            step.program == "mpd-train" or "rollouts" in step.label
+        )
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("runds=2", "runds: unknown setting; did you mean 'rounds'"),
+        ("rounds=0", "rounds: "),
+        ("rounds", "expected NAME=VALUE"),
+        ("rollouts.model=x", "decided by the pipeline"),
+        ("train.epoch=2", r"\[train\]: epoch: unknown setting; did you mean 'epochs'"),
+        ("seed.x=2", "not a section"),
+    ],
+)
+def test_bad_settings_are_named(small, tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        Plan(load_pipeline(small, (override,)), tmp_path).all_steps()
+
+
+def test_a_failing_stage_stops_the_pipeline(small, tmp_path):
+    said = run("mpd-rounds", small, "--out", tmp_path / "o", "--set", "student=nowhere", code=1)
+    assert "not a folder here" in said.stderr
+    assert "base: evaluate test ended with exit code 1" in said.stderr
+    assert not (tmp_path / "o" / "summary.json").exists()
+
+
+def test_shipped_pipelines_are_valid(tmp_path):
+    found = sorted((ROOT / "pipelines").rglob("pipeline.toml"))
+    assert len(found) >= 1
+    for path in found:
+        assert len(Plan(load_pipeline(path, ()), tmp_path).all_steps()) > 3

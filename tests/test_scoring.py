@@ -1,0 +1,191 @@
+"""Log-probabilities from the engine to the shard: exact, aligned, and the student's zero loss.
+
+One real vLLM engine per model, in this process.
+"""
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from conftest import STUDENT, TEACHER, TEMPLATE, rewrite_arguments, run
+from transformers import AutoModelForCausalLM
+
+from mpd_data.config import EngineConfig, SamplingConfig
+from mpd_data.engine import RequestError, Scores, VLLMEngine
+from mpd_data.models import load_tokenizer, resolve_model
+from mpd_data.prompts import ChatFormatter
+from mpd_data.rewrite import as_float16, tail_logprobs
+from mpd_data.shards import RoundDir, read_metadata
+from mpd_data.template import load_template
+
+
+@pytest.fixture(scope="module")
+def teacher_engine():
+    return VLLMEngine(
+        resolve_model(str(TEACHER)),
+        EngineConfig(dtype="float32", max_num_seqs=16),
+        max_logprobs=64,
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
+
+
+def logprobs_of(model, ids, start):
+    """[n, V] float64 log-probabilities over the tokens from `start` on."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1]
+    return logits.double().log_softmax(-1)
+
+
+def kept(round_dir):
+    return (
+        pl.scan_parquet(round_dir / "distill" / "*.parquet")
+        .filter(pl.col("status") == "ok")
+        .sort("row_id")
+        .collect()
+        .to_dicts()
+    )
+
+
+def test_engine_scores_equal_transformers(teacher_engine, teacher, round_dir):
+    row = kept(round_dir)[0]
+    context, target = row["teacher_prompt_ids"], row["input_ids"][row["loss_start"] :]
+    teacher_engine.submit_score("a", context, target, 64)
+    results = []
+    while teacher_engine.in_flight:
+        results += teacher_engine.step()
+    (scores,) = results
+    assert isinstance(scores, Scores)
+    exact = logprobs_of(teacher, context + target, len(context))
+    at = torch.arange(len(target))
+    assert np.abs(scores.target_logprobs - exact[at, target].numpy()).max() <= 1e-4
+    gathered = exact.gather(1, torch.from_numpy(scores.topk_ids).long())
+    assert np.abs(scores.topk_logprobs - gathered.numpy()).max() <= 1e-4
+    assert np.abs(scores.topk_logprobs - exact.topk(64).values.numpy()).max() <= 1e-4
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_stored_records_equal_transformers(teacher, round_dir, index):
+    """Position by position under the context the shard says, end token included."""
+    row = kept(round_dir)[index * 7]
+    metadata = read_metadata(RoundDir(round_dir).shard_paths("distill")[0])
+    k = metadata["num_logprobs"]
+    context, target = row["teacher_prompt_ids"], row["input_ids"][row["loss_start"] :]
+    assert target[-1] == metadata["eos_token_id"]
+    exact = logprobs_of(teacher, context + target, len(context))
+    ids = torch.tensor(row["topk_ids"]).view(len(target), k)
+    stored = torch.tensor(row["topk_logprobs"], dtype=torch.float64).view(len(target), k)
+    expected = exact.gather(1, ids)
+    assert ((stored - expected).abs() <= 2**-11 * expected.abs() + 1e-4).all()
+    outside = torch.ones_like(exact, dtype=torch.bool).scatter(1, ids, False)
+    tail = exact.masked_fill(~outside, float("-inf")).logsumexp(1)
+    stored_tail = torch.tensor(row["tail_logprobs"], dtype=torch.float64)
+    # Where float32 cannot resolve the tail it is bounded, not known: compare masses.
+    assert ((stored_tail.exp() - tail.exp()).abs() <= 1e-3 * tail.exp() + 1e-6).all()
+
+
+def test_the_teacher_knows_where_a_rewrite_ends(round_dir):
+    """Under the rewrite prompt the trace is the whole of the teacher's turn, so that the end
+    token gets its due: a wrapper after the trace would teach the student not to stop."""
+    k = read_metadata(RoundDir(round_dir).shard_paths("distill")[0])["num_logprobs"]
+    ends = [row["topk_logprobs"][-k] for row in kept(round_dir)]
+    tops = [row["topk_ids"][-k] == row["input_ids"][-1] for row in kept(round_dir)]
+    assert np.mean(tops) > 0.99
+    assert np.mean(np.exp(ends)) > 0.9
+
+
+def test_rewrite_prompt_is_the_templates(round_dir):
+    tokenizer = load_tokenizer(resolve_model(str(TEACHER)))
+    rollouts = {
+        r["row_id"]: r for r in pl.read_parquet(round_dir / "rollouts" / "*.parquet").to_dicts()
+    }
+    for row in kept(round_dir)[:5]:
+        rollout = rollouts[row["rollout_id"]]
+        message = load_template(TEMPLATE).message(rollout["problem"], rollout["completion"])
+        assert row["teacher_prompt_ids"] == ChatFormatter(tokenizer).render(message)[1]
+        assert row["input_ids"][: row["loss_start"]] == rollout["prompt_ids"]
+        assert row["num_rewritten_tokens"] <= rollout["num_completion_tokens"]
+        assert row["rewrite_answer"] == rollout["answer"] == rollout["gold_answer"]
+
+
+def test_problem_context_scores_the_students_prompt(round_dir, teacher, tmp_path):
+    """The same rewrites, scored the paper's way."""
+    import shutil
+
+    other = tmp_path / "round1"
+    shutil.copytree(round_dir, other, ignore=shutil.ignore_patterns("distill*"))
+    (other / "distill.manifest.jsonl").unlink(missing_ok=True)
+    settings = {"--score-context": "problem"}
+    run("mpd-gen", *rewrite_arguments(other, **settings), "--overwrite")
+    rows = kept(other)
+    assert [r["input_ids"] for r in rows] == [r["input_ids"] for r in kept(round_dir)]
+    row = rows[3]
+    assert row["teacher_prompt_ids"] is None
+    exact = logprobs_of(teacher, row["input_ids"], row["loss_start"])
+    ids = torch.tensor(row["topk_ids"]).view(len(exact), -1)
+    stored = torch.tensor(row["topk_logprobs"], dtype=torch.float64).view_as(ids)
+    expected = exact.gather(1, ids)
+    assert ((stored - expected).abs() <= 2**-11 * expected.abs() + 1e-4).all()
+
+
+def test_rows_do_not_depend_on_order_or_company(teacher_engine):
+    """Seeds come from keys: the same request gives the same tokens whatever runs beside it."""
+    tokenizer = load_tokenizer(resolve_model(str(STUDENT)))
+    formatter = ChatFormatter(tokenizer)
+    ids = [formatter.render(f"Dan has {i} shells .")[1] for i in range(10, 20)]
+    sampling = SamplingConfig(max_tokens=40)
+
+    def sample(order):
+        for i in order:
+            teacher_engine.submit_generate(str(i), ids[i], sampling, 1000 + i)
+        found = {}
+        while teacher_engine.in_flight:
+            found.update({r.key: r.token_ids for r in teacher_engine.step()})
+        return found
+
+    together, backwards = sample(range(10)), sample(reversed(range(10)))
+    assert together == backwards
+    assert sample([4])["4"] == together["4"]
+    assert len({tuple(tokens) for tokens in together.values()}) > 1
+
+
+def test_an_over_long_request_is_refused_alone(teacher_engine):
+    sampling = SamplingConfig(max_tokens=4)
+    teacher_engine.submit_generate("short", [1, 5, 6], sampling, 0)
+    with pytest.raises(RequestError):
+        teacher_engine.submit_generate("long", [5] * 5000, sampling, 0)
+    results = []
+    while teacher_engine.in_flight:
+        results += teacher_engine.step()
+    assert [r.key for r in results] == ["short"]
+
+
+def test_tail_of_peaked_distributions_is_never_zero_or_positive():
+    rng = np.random.default_rng(0)
+    for scale in (1, 10, 40):
+        logits = rng.normal(size=(200, 500)) * scale
+        exact = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1))[:, None]
+        exact -= logits.max(1, keepdims=True)
+        top = -np.sort(-exact, axis=1)[:, :64]
+        tail = tail_logprobs(top.astype(np.float32), 500)
+        assert np.isfinite(tail).all()
+        assert (tail < 0).all()
+        truth = np.log(np.exp(-np.sort(-exact, axis=1)[:, 64:]).sum(1))
+        resolved = truth > -12
+        assert np.abs(tail - truth)[resolved].max(initial=0) < 0.05
+        assert (tail >= truth - 1e-3)[~resolved].all()
+        assert (np.exp(tail) - np.exp(truth) < 1e-5).all()
+
+
+def test_no_tail_where_k_is_the_vocabulary():
+    assert np.isneginf(tail_logprobs(np.log(np.full((2, 4), 0.25, np.float32)), 4)).all()
+
+
+def test_float16_rounding_keeps_order_and_infinity():
+    stored = as_float16(np.array([-1e-6, -3.0, -1e9, -np.inf]))
+    assert stored.dtype == np.float16
+    assert np.isfinite(stored[:3]).all()
+    assert np.isneginf(stored[3])

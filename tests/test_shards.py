@@ -1,0 +1,265 @@
+"""The commit protocol: whatever dies, a file under its final name is whole and no row is lost."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from mpd_data.errors import ConfigError, DataError, MPDError
+from mpd_data.shards import RoundDir, ShardWriter, commit_file, read_metadata
+from mpd_data.validate import validate_round
+
+
+def error_row(i):
+    return {"row_id": f"{i:032x}", "stage": "rollouts", "prompt_id": str(i), "message": "m" * 50}
+
+
+def rollout_row(i, tokens=5):
+    return {
+        "row_id": f"{i:032x}",
+        "prompt_id": str(i),
+        "round": 1,
+        "sample_idx": 0,
+        "prompt": "p",
+        "completion": "c",
+        "prompt_ids": [1, 2],
+        "completion_ids": list(range(tokens)),
+        "num_prompt_tokens": 2,
+        "num_completion_tokens": tokens,
+        "finish_reason": "stop",
+        "problem": "p",
+        "answer": None,
+        "gold_answer": None,
+        "is_correct": None,
+        "seed": i,
+    }
+
+
+def write(path, rows, **options):
+    round_dir = RoundDir(path)
+    with (
+        round_dir.lock(),
+        ShardWriter(round_dir, "rollouts", {"eos_token_id": 2}, **options) as writer,
+    ):
+        for row in rows:
+            writer.add(row)
+    return round_dir
+
+
+def test_rows_come_back_and_polars_reads_the_folder(tmp_path):
+    round_dir = write(tmp_path / "r", map(rollout_row, range(250)), rows_per_shard=100)
+    assert [shard.rows for shard in round_dir.manifest("rollouts")] == [100, 100, 50]
+    assert round_dir.keys("rollouts") == {f"{i:032x}" for i in range(250)}
+    assert pl.scan_parquet(tmp_path / "r" / "rollouts").select(pl.len()).collect().item() == 250
+    first = round_dir.shard_paths("rollouts")[0]
+    assert pq.ParquetFile(first).metadata.row_group(0).num_rows == 64
+    assert read_metadata(first)["stage"] == "rollouts"
+    assert validate_round(tmp_path / "r") == []
+
+
+def test_all_null_columns_keep_their_type(tmp_path):
+    """A schema inferred from the first batch would make `answer` null and not concatenate."""
+    write(tmp_path / "r", [rollout_row(0)])
+    write(tmp_path / "r", [rollout_row(1) | {"answer": "4", "is_correct": True}])
+    frame = pl.scan_parquet(tmp_path / "r" / "rollouts").collect().sort("row_id")
+    assert frame["answer"].to_list() == [None, "4"]
+
+
+def test_a_shard_closes_by_age(tmp_path):
+    round_dir = RoundDir(tmp_path / "r")
+    with round_dir.lock():
+        writer = ShardWriter(round_dir, "rollouts", {}, seconds_per_shard=0.05)
+        writer.add(rollout_row(0))
+        time.sleep(0.06)
+        writer.add(rollout_row(1))
+        assert writer.rows_committed == 2
+
+
+def test_wrong_rows_are_refused(tmp_path):
+    with pytest.raises(DataError, match="missing.*seed"):
+        write(tmp_path / "a", [{k: v for k, v in rollout_row(0).items() if k != "seed"}])
+    with pytest.raises(DataError, match="finish_reason"):
+        write(tmp_path / "b", [rollout_row(0) | {"finish_reason": "tired"}])
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_commit_never_replaces(tmp_path, hard_links):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for text in ("one", "two"):
+        staged = tmp_path / "staged"
+        staged.write_text(text)
+        commit_file(staged, folder, hard_links)
+        assert not staged.exists()
+    assert [p.read_text() for p in sorted(folder.iterdir())] == ["one", "two"]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 0.1, 0.5, 0.9, -9, -8, -1])
+def test_a_torn_shard_is_set_aside_and_its_rows_owed(tmp_path, keep):
+    round_dir = write(tmp_path / "r", map(rollout_row, range(300)), rows_per_shard=100)
+    victim = round_dir.shard_paths("rollouts")[1]
+    size = victim.stat().st_size
+    os.truncate(victim, int(size * keep) if isinstance(keep, float) else keep % size)
+    with round_dir.lock():
+        keys = round_dir.recover("rollouts")
+    assert keys == {f"{i:032x}" for i in (*range(100), *range(200, 300))}
+    assert len(list((tmp_path / "r" / ".quarantine").iterdir())) == 1
+    assert validate_round(tmp_path / "r") == []
+
+
+def test_manifest_is_rebuilt_from_the_folder(tmp_path):
+    round_dir = write(tmp_path / "r", map(rollout_row, range(300)), rows_per_shard=100)
+    whole = round_dir.manifest("rollouts")
+    path = round_dir.manifest_path("rollouts")
+    lines = path.read_bytes().splitlines(keepends=True)
+    for broken in (
+        None,  # lost
+        b"".join(lines[:1]),  # killed between link and append
+        b"".join(lines[:2]) + lines[2][:20],  # killed inside the append
+        b"garbage\n" + b"".join(lines[1:]),
+        b"".join(lines) + lines[2].replace(b"part-00002", b"part-00009"),  # names a lost file
+    ):
+        path.unlink(missing_ok=True)
+        if broken is not None:
+            path.write_bytes(broken)
+        with round_dir.lock():
+            assert len(round_dir.recover("rollouts")) == 300
+        assert round_dir.manifest("rollouts") == whole
+
+
+def test_append_after_a_torn_line_starts_a_new_one(tmp_path):
+    round_dir = write(tmp_path / "r", [rollout_row(0)])
+    with round_dir.manifest_path("rollouts").open("ab") as file:
+        file.write(b'{"name":"part-0')
+    write(tmp_path / "r", [rollout_row(1)])
+    assert [shard.name for shard in round_dir.manifest("rollouts")] == [
+        "part-00000.parquet",
+        "part-00001.parquet",
+    ]
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    round_dir = RoundDir(tmp_path / "r")
+    code = "from pathlib import Path; from mpd_data.shards import RoundDir; import sys\n"
+    code += "with RoundDir(Path(sys.argv[1])).lock(): pass"
+    with round_dir.lock():
+        other = subprocess.run(
+            [sys.executable, "-c", code, tmp_path / "r"], capture_output=True, text=True
+        )
+    assert "another process is writing this round" in other.stderr
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "r"]).returncode == 0
+
+
+def test_other_settings_are_refused_with_a_list(tmp_path):
+    round_dir = write(tmp_path / "r", [rollout_row(0)])
+    with round_dir.lock():
+        round_dir.claim("rollouts", {"sampling": {"temperature": 1.0}, "seed": 0}, {})
+        round_dir.claim("rollouts", {"sampling": {"temperature": 1.0}, "seed": 0}, {})
+        with pytest.raises(ConfigError) as caught:
+            round_dir.claim("rollouts", {"sampling": {"temperature": 0.7}, "seed": 0}, {})
+    assert "sampling.temperature: saved 1.0 / now 0.7" in str(caught.value)
+    assert "--overwrite" in str(caught.value)
+
+
+def test_a_doubled_row_is_found(tmp_path):
+    round_dir = write(tmp_path / "r", [rollout_row(0)])
+    write(tmp_path / "r", [rollout_row(0)])
+    with pytest.raises(DataError, match="twice"):
+        round_dir.keys("rollouts")
+    assert any("twice" in problem for problem in validate_round(tmp_path / "r"))
+
+
+def test_validate_finds_strangers_and_changed_bytes(tmp_path):
+    round_dir = write(tmp_path / "r", map(rollout_row, range(100)))
+    (tmp_path / "r" / "rollouts" / "notes.txt").write_text("hello")
+    path = round_dir.shard_paths("rollouts")[0]
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+    problems = "\n".join(validate_round(tmp_path / "r"))
+    assert "notes.txt" in problems
+    assert "sha256" in problems
+
+
+def test_a_full_disk_loses_nothing_committed(tmp_path):
+    code = """
+        import resource, sys
+        from pathlib import Path
+        sys.path.insert(0, "tests")
+        from test_shards import rollout_row, write
+        limit = int(sys.argv[2])
+        def rows():
+            for i in range(400):
+                if i == 250:  # from here on the kernel refuses every write past the limit
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+                yield rollout_row(i, tokens=2000 + i)
+        write(Path(sys.argv[1]), rows(), rows_per_shard=100)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), tmp_path / "r", "4096"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "writing a shard failed" in done.stderr
+    round_dir = RoundDir(tmp_path / "r")
+    with round_dir.lock():
+        assert len(round_dir.recover("rollouts")) == 200
+    write(tmp_path / "r", map(rollout_row, range(200, 400)))
+    assert len(round_dir.keys("rollouts")) == 400
+    assert validate_round(tmp_path / "r") == []
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 4096
+
+
+def test_an_unwritable_place_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MPDError, match="writable"), RoundDir(tmp_path / "file" / "r").lock():
+        pass
+
+
+WRITER = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, "tests")
+    from test_shards import rollout_row
+    from mpd_data.shards import RoundDir, ShardWriter
+    round_dir = RoundDir(Path(sys.argv[1]))
+    with round_dir.lock():
+        done = round_dir.recover("rollouts")
+        print("ready", flush=True)
+        with ShardWriter(round_dir, "rollouts", {"eos_token_id": 2}, rows_per_shard=7) as writer:
+            for i in range(700):
+                row = rollout_row(i)
+                if row["row_id"] not in done:
+                    writer.add(row)
+"""
+
+
+def test_sigkill_at_random_moments(tmp_path):
+    rng = random.Random(0)
+    kills = 0
+    for _ in range(40):
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(WRITER), tmp_path / "r"],
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(WRITER), tmp_path / "r"])
+    assert done.returncode == 0
+    assert kills >= 3
+    round_dir = RoundDir(tmp_path / "r")
+    assert round_dir.keys("rollouts") == {f"{i:032x}" for i in range(700)}
+    assert validate_round(tmp_path / "r") == []
+    assert list(round_dir.staging.iterdir()) == []

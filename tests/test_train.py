@@ -1,0 +1,425 @@
+"""Streaming, packing and training with real models and real shards."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import STUDENT, TEACHER, command, environment, rewrite_arguments, run
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mpd_data.errors import ConfigError
+from mpd_data.models import resolve_model
+from mpd_data.shards import RoundDir
+from mpd_train import checkpoint
+from mpd_train.config import OptimizerConfig, TrainConfig
+from mpd_train.kl import NAMES, Divergence
+from mpd_train.loop import learning_rate, make_optimizer, pack_loss, train
+from mpd_train.models import CausalLM
+from mpd_train.stream import ShardSet, load_pack, make_packs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def shards(round_dir):
+    return ShardSet([round_dir])
+
+
+@pytest.fixture(scope="module")
+def student():
+    return CausalLM(resolve_model(str(STUDENT)), CPU, torch.float32, False)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return CausalLM(resolve_model(str(TEACHER)), CPU, torch.float32, False)
+
+
+@pytest.fixture(scope="module")
+def self_round(round_dir, tmp_path_factory):
+    """The round's rollouts rewritten by the teacher and scored, under the problem prompt."""
+    out = tmp_path_factory.mktemp("self") / "round1"
+    shutil.copytree(round_dir, out, ignore=shutil.ignore_patterns("distill*"))
+    settings = {"--score-context": "problem"}
+    run("mpd-gen", *rewrite_arguments(out, **settings), "--overwrite")
+    return out
+
+
+# -- plan and packs -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack_length", [512, 2000])
+def test_every_kept_row_is_in_exactly_one_pack(shards, round_dir, pack_length):
+    packs = make_packs(shards, pack_length, seed=3, epoch=1)
+    rows = [row for pack in packs for row in pack.rows]
+    assert len(rows) == len(set(rows)) == shards.num_rows
+    kept = pl.scan_parquet(round_dir / "distill" / "*.parquet").filter(pl.col("status") == "ok")
+    assert shards.num_rows == kept.select(pl.len()).collect().item()
+    assert (
+        sum(p.num_loss_tokens for p in packs)
+        == kept.select(pl.col("num_rewritten_tokens").sum()).collect().item()
+    )
+    assert max(p.num_tokens for p in packs) <= pack_length
+
+
+def test_packs_follow_from_seed_and_epoch(shards, round_dir):
+    again = ShardSet([round_dir])
+    assert make_packs(shards, 512, 0, 0) == make_packs(again, 512, 0, 0)
+    assert make_packs(shards, 512, 0, 0) != make_packs(shards, 512, 0, 1)
+    assert make_packs(shards, 512, 0, 0) != make_packs(shards, 512, 1, 0)
+
+
+def test_a_row_that_does_not_fit_is_refused(shards):
+    with pytest.raises(ConfigError, match="do not fit --pack-length 20"):
+        make_packs(shards, 20, 0, 0)
+
+
+def test_a_batch_holds_what_the_shard_says(shards, round_dir):
+    pack = make_packs(shards, 512, 0, 0)[0]
+    batch = load_pack(shards, pack)
+    files = RoundDir(round_dir).shard_paths("distill")
+    starts = np.flatnonzero(batch.position_ids[0].numpy() == 0)
+    teacher_starts = np.flatnonzero(batch.teacher_position_ids[0].numpy() == 0)
+    seen = 0
+    for (group, row), start, teacher_start in zip(pack.rows, starts, teacher_starts, strict=True):
+        source = shards.groups[group]
+        assert source.path in files
+        r = pq.ParquetFile(source.path).read_row_group(source.index).slice(row, 1).to_pylist()[0]
+        length, n = len(r["input_ids"]), r["num_rewritten_tokens"]
+        assert batch.input_ids[0, start : start + length].tolist() == r["input_ids"]
+        positions = batch.loss_positions[seen : seen + n]
+        # The state before each loss token predicts it; the last one predicts the end token.
+        targets = batch.input_ids[0, positions + 1].tolist()
+        assert targets == r["input_ids"][r["loss_start"] :]
+        assert targets[-1] == shards.metadata["eos_token_id"]
+        teacher_positions = batch.teacher_loss_positions[seen : seen + n]
+        assert batch.teacher_input_ids[0, teacher_positions + 1].tolist() == targets
+        context = r["teacher_prompt_ids"]
+        end = teacher_start + len(context)
+        assert batch.teacher_input_ids[0, teacher_start:end].tolist() == context
+        assert batch.topk_ids[seen : seen + n].flatten().tolist() == r["topk_ids"]
+        seen += n
+    assert seen == len(batch.topk_ids) == pack.num_loss_tokens
+
+
+# -- the loss through the whole path --------------------------------------------------------
+
+
+def losses(student, teacher, shards, divergence, pack_length=2000):
+    total = 0.0
+    packs = make_packs(shards, pack_length, 0, 0)
+    normalizer = float(sum(p.num_loss_tokens for p in packs))
+    per_token = []
+    for pack in packs:
+        batch = load_pack(shards, pack)
+        vocab = shards.metadata["vocab_size"]
+        out = pack_loss(student, teacher, batch, vocab, divergence, normalizer)
+        total += out.loss.item()
+        per_token.append(out.per_token)
+    return total, torch.cat(per_token)
+
+
+def test_student_equal_to_teacher_gives_zero_from_cached_records(self_round, teacher):
+    """Engine -> shard -> packing -> loss, every step at once."""
+    loss, per_token = losses(teacher, None, ShardSet([self_round]), Divergence())
+    assert 0 <= loss < 5e-4
+    assert per_token.min() > -1e-6
+
+
+def test_student_equal_to_teacher_gives_zero_with_the_full_vocabulary(self_round, teacher):
+    loss, _ = losses(teacher, teacher, ShardSet([self_round]), Divergence())
+    assert abs(loss) < 1e-5
+
+
+def test_a_shift_by_one_would_not_be_zero(self_round, teacher):
+    """That the two tests above can fail."""
+    shards = ShardSet([self_round])
+    batch = load_pack(shards, make_packs(shards, 2000, 0, 0)[0])
+    shifted = batch.__class__(**{**batch.__dict__, "loss_positions": batch.loss_positions + 1})
+    n = float(len(batch.loss_positions))
+    vocab = shards.metadata["vocab_size"]
+    assert pack_loss(teacher, None, shifted, vocab, Divergence(), n).loss > 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cached_loss_bounds_the_dense_one(shards, student, teacher, name):
+    cached, _ = losses(student, None, shards, Divergence(name))
+    dense, _ = losses(student, teacher, shards, Divergence(name))
+    assert cached <= dense * 1.002 + 1e-4
+    assert cached >= 0.9 * dense - 1e-4
+
+
+def test_dense_equals_cached_at_full_k(round_dir, student, teacher, tmp_path):
+    out = tmp_path / "round1"
+    shutil.copytree(round_dir, out, ignore=shutil.ignore_patterns("distill*"))
+    vocab = student.head().shape[0]
+    settings = {"--num-logprobs": vocab}
+    run("mpd-gen", *rewrite_arguments(out, **settings), "--overwrite")
+    run("mpd-gen", "validate", out)
+    shards = ShardSet([out])
+    assert shards.metadata["num_logprobs"] == vocab
+    cached, _ = losses(student, None, shards, Divergence())
+    dense, _ = losses(student, teacher, shards, Divergence())
+    assert abs(cached - dense) < 1e-3 * dense
+
+
+def test_packed_equals_alone(shards, student):
+    """Sequences of a pack do not see each other: one pack of many = each in its own."""
+    many = make_packs(shards, 2000, 0, 0)[0]
+    assert len(many.rows) > 5
+    batch = load_pack(shards, many)
+    with torch.no_grad():
+        packed = student.states(batch.input_ids, batch.position_ids)[0, batch.loss_positions]
+        alone = []
+        for row in many.rows:
+            one = load_pack(shards, type(many)((row,), 0, 0))
+            alone.append(student.states(one.input_ids, None)[0, one.loss_positions])
+    assert torch.allclose(packed, torch.cat(alone), atol=2e-5, rtol=1e-4)
+
+
+def test_loss_and_gradients_do_not_depend_on_packing(shards, student):
+    """One global token mean: however rows are packed and accumulated."""
+    found = []
+    for pack_length in (400, 3000):
+        student.model.zero_grad()
+        packs = make_packs(shards, pack_length, 0, 0)
+        normalizer = float(sum(p.num_loss_tokens for p in packs))
+        total = 0.0
+        for pack in packs:
+            batch = load_pack(shards, pack)
+            vocab = shards.metadata["vocab_size"]
+            out = pack_loss(student, None, batch, vocab, Divergence(), normalizer)
+            out.loss.backward()
+            total += out.loss.item()
+        found.append((total, student.head().grad.clone()))
+    student.model.zero_grad(set_to_none=True)
+    assert len(make_packs(shards, 400, 0, 0)) > len(make_packs(shards, 3000, 0, 0))
+    assert abs(found[0][0] - found[1][0]) < 1e-6
+    assert (found[0][1] - found[1][1]).norm() < 1e-4 * found[0][1].norm()
+
+
+# -- training -------------------------------------------------------------------------------
+
+
+def config(shards, out, **changed):
+    settings = {
+        "shards": [shards],
+        "student": str(STUDENT),
+        "out": out,
+        "pack_length": 600,
+        "epochs": 2,
+        "save_steps": 4,
+        "dtype": "float32",
+        "optimizer": {"learning_rate": 5e-4},
+    }
+    return TrainConfig(**{**settings, **changed})
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(round_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("train") / "run"
+    train(config(round_dir, out))
+    return out
+
+
+def test_training_lowers_the_loss_and_is_recorded(trained, round_dir):
+    records = metrics(trained)
+    losses_ = [r["loss"] for r in records]
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+    assert np.mean(losses_[-5:]) < 0.5 * np.mean(losses_[:5])
+    assert records[0]["learning_rate"] < records[2]["learning_rate"]
+    kept = ShardSet([round_dir])
+    tokens = sum(p.num_loss_tokens for p in make_packs(kept, 600, 0, 0))
+    assert sum(r["loss_tokens"] for r in records) == 2 * tokens
+    assert not list(trained.rglob("*.pt")) + list(trained.rglob("*.bin"))
+
+
+def test_sigkill_and_resume_give_the_same_curve_and_weights(trained, round_dir, tmp_path):
+    out = tmp_path / "run"
+    arguments = [
+        "--shards", round_dir, "--student", STUDENT, "--out", out, "--pack-length", 600,
+        "--epochs", 2, "--save-steps", 4, "--dtype", "float32", "--learning-rate", 5e-4,
+    ]  # fmt: skip
+    for after in (6, 13):
+        process = subprocess.Popen(
+            command("mpd-train", *arguments), env=environment(), stderr=subprocess.DEVNULL
+        )
+        while not (out / "metrics.jsonl").exists() or len(metrics_lines(out)) < after:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (out / "model").exists()
+    resumed = run("mpd-train", *arguments)
+    assert "resuming after step" in resumed.stderr
+    assert [r["loss"] for r in metrics(out)] == [r["loss"] for r in metrics(trained)]
+    ours = load_file(out / "model" / "model.safetensors")
+    theirs = load_file(trained / "model" / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    again = run("mpd-train", *arguments)
+    assert "has finished" in again.stderr
+
+
+def metrics_lines(out):
+    return (out / "metrics.jsonl").read_text().splitlines()
+
+
+def test_other_settings_do_not_resume(trained, round_dir):
+    with pytest.raises(ConfigError, match=r"learning_rate: saved 0.0005 / now 0.1"):
+        train(config(round_dir, trained, optimizer={"learning_rate": 0.1}))
+
+
+def test_a_checkpoint_holds_weights_and_moments(tmp_path, shards, round_dir):
+    model = CausalLM(resolve_model(str(STUDENT)), CPU, torch.float32, False)
+    optimizer = make_optimizer(model.model, OptimizerConfig())
+    batch = load_pack(shards, make_packs(shards, 600, 0, 0)[0])
+    vocab = shards.metadata["vocab_size"]
+    pack_loss(model, None, batch, vocab, Divergence(), 100.0).loss.backward()
+    optimizer.step()
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, model.model, optimizer)
+    found = checkpoint.checkpoints(tmp_path)
+    assert [p.name for p in found] == ["step-000002", "step-000003"]
+    other = CausalLM(resolve_model(str(STUDENT)), CPU, torch.float32, False)
+    other_optimizer = make_optimizer(other.model, OptimizerConfig())
+    assert checkpoint.load(found[-1], other.model, other_optimizer) == 3
+    for a, b in zip(model.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for i, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, other_optimizer.state_dict()["state"][i][key]), key
+
+
+@pytest.mark.parametrize("device_dtype", ["bfloat16"])
+def test_bfloat16_training_follows_float32(round_dir, trained, tmp_path, device_dtype):
+    train(config(round_dir, tmp_path / "run", dtype=device_dtype, epochs=1))
+    low = np.array([r["loss"] for r in metrics(tmp_path / "run")])
+    high = np.array([r["loss"] for r in metrics(trained)])[: len(low)]
+    assert not np.array_equal(low, high)
+    assert abs(low[0] - high[0]) < 0.05 * high[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_divergence_trains(round_dir, tmp_path, name):
+    train(config(round_dir, tmp_path / "run", epochs=1, loss={"divergence": name}))
+    values = [r["loss"] for r in metrics(tmp_path / "run")]
+    assert np.mean(values[-3:]) < np.mean(values[:3])
+
+
+def test_training_with_a_teacher_in_the_process(round_dir, trained, tmp_path):
+    train(config(round_dir, tmp_path / "run", epochs=1, teacher=str(TEACHER)))
+    dense = [r["loss"] for r in metrics(tmp_path / "run")]
+    cached = [r["loss"] for r in metrics(trained)]
+    assert abs(dense[0] - cached[0]) < 0.02 * cached[0]
+
+
+def test_learning_rate_schedules():
+    config = OptimizerConfig(learning_rate=1.0, warmup_ratio=0.1)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[10] == max(rates) == 1.0
+    assert rates[99] < 0.001
+    linear = config.model_copy(update={"lr_schedule": "linear"})
+    assert learning_rate(linear, 55, 100) == pytest.approx(0.5)
+    constant = config.model_copy(update={"lr_schedule": "constant"})
+    assert learning_rate(constant, 99, 100) == 1.0
+
+
+# -- export and refusals --------------------------------------------------------------------
+
+
+def test_export_generates_the_same_in_vllm_and_transformers(trained, prompts, tmp_path):
+    """Greedy, token for token, and with everything a model folder needs."""
+    folder = trained / "model"
+    settings = [
+        "--prompts", prompts, "--out", tmp_path / "r", "--temperature", 0, "--max-tokens", 200,
+        "--id-column", "id", "--num-prompts", 20, "--dtype", "float32",
+    ]  # fmt: skip
+    run("mpd-gen", "rollouts", "--model", folder, *settings)
+    rows = pl.read_parquet(tmp_path / "r" / "rollouts" / "*.parquet").to_dicts()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(STUDENT).chat_template
+    assert len(rows) == 20
+    for row in rows:
+        ids = torch.tensor([row["prompt_ids"]])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=200
+        )
+        assert out[0, ids.shape[1] :].tolist() == row["completion_ids"]
+    weights = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_shards_that_do_not_fit_together_are_refused(round_dir, self_round, tmp_path):
+    with pytest.raises(ConfigError, match="score_context: saved 'rewrite' / now 'problem'"):
+        ShardSet([round_dir, self_round])
+    with pytest.raises(ConfigError, match="no distill shards"):
+        ShardSet([tmp_path])
+
+
+def test_a_round_without_kept_rewrites_is_refused(round_dir, tmp_path):
+    out = tmp_path / "round1"
+    shutil.copytree(round_dir, out)
+    for file in RoundDir(out).shard_paths("distill"):
+        table = pq.read_table(file)
+        status = table.schema.get_field_index("status")
+        rejected = ["longer"] * table.num_rows
+        pq.write_table(table.set_column(status, table.schema.field(status), [rejected]), file)
+    with pytest.raises(ConfigError, match="no kept rewrite.*'longer'"):
+        ShardSet([out])
+
+
+def test_another_tokenizer_is_refused(round_dir, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(STUDENT, other)
+    path = other / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    a, b = list(vocab)[40:42]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="different tokenizers"):
+        train(config(round_dir, tmp_path / "run", student=str(other)))
+    refused = run("mpd-gen", *rewrite_arguments(round_dir, **{"--teacher": other}), code=1)
+    assert "different tokenizers" in refused.stderr
+
+
+def test_a_nan_loss_stops_with_the_rows_named(round_dir, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(STUDENT, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * float("inf")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["--shards", round_dir, "--student", broken, "--out", tmp_path / "run"]
+    said = run("mpd-train", *arguments, code=1).stderr
+    assert "part-00000.parquet" in said or "not its last hidden states" in said
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_logits_that_are_not_states_times_head_are_refused(tmp_path):
+    """A family that caps its logits would train on silently wrong ones."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+            final_logit_softcapping=0.5, initializer_range=1.0,
+        )
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="not supported"):
+        CausalLM(resolve_model(str(tmp_path)), CPU, torch.float32, False)
