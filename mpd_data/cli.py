@@ -27,9 +27,9 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 def run_command(command: click.Command) -> None:
     """Runs a click command; our own errors become one message and exit code 1."""
     try:
-        command.main(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        # Without standalone mode click returns the code of an Exit instead of raising it.
+        code = command.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except click.Abort:
         click.echo("interrupted; run the same command again to go on.", err=True)
         sys.exit(130)

@@ -1,0 +1,68 @@
+"""Write the pocket world's problems as JSONL: what distillation runs on and is measured on.
+
+    python -m pipelines.pocket.prompts --out data/pocket
+
+`train`, `validation` and `test` hold the in-distribution families; `ood` holds the held-out family,
+from the "test" split. The same numbers asked for give the same files, and asking for more rows
+leaves the first ones as they are.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import click
+
+from pipelines.pocket.world import (
+    IN_DISTRIBUTION,
+    OUT_OF_DISTRIBUTION,
+    Family,
+    Problem,
+    Split,
+    problems,
+)
+
+
+def distinct(name: str, families: tuple[Family, ...], split: Split, count: int) -> list[Problem]:
+    """The first `count` distinct problems of a split, in an order fixed by the file's name."""
+    found: dict[str, Problem] = {}
+    for problem in problems(random.Random(f"prompts {name}"), families, split):
+        if len(found) == count:
+            break
+        found.setdefault(problem.text, problem)
+    return list(found.values())
+
+
+@click.command(help="Write train, validation, test and ood problems as JSONL.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("data/pocket"))
+@click.option("--train", default=6000, show_default=True, type=click.IntRange(min=0))
+@click.option("--validation", default=600, show_default=True, type=click.IntRange(min=0))
+@click.option("--test", default=1200, show_default=True, type=click.IntRange(min=0))
+@click.option("--ood", default=600, show_default=True, type=click.IntRange(min=0))
+def main(out: Path, train: int, validation: int, test: int, ood: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    files: list[tuple[str, tuple[Family, ...], Split, int]] = [
+        ("train", IN_DISTRIBUTION, "train", train),
+        ("validation", IN_DISTRIBUTION, "validation", validation),
+        ("test", IN_DISTRIBUTION, "test", test),
+        ("ood", OUT_OF_DISTRIBUTION, "test", ood),
+    ]
+    for name, families, split, count in files:
+        rows = [
+            {
+                "id": f"pocket-{name}-{index:05d}",
+                "problem": problem.text,
+                "answer": str(problem.answer),
+                "family": problem.family,
+            }
+            for index, problem in enumerate(distinct(name, families, split, count))
+        ]
+        path = out / f"{name}.jsonl"
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        partial.replace(path)
+        click.echo(f"{path}: {len(rows)} problems")
+
+
+if __name__ == "__main__":
+    main()
