@@ -44,6 +44,10 @@ class CausalLM:
         with torch.no_grad():
             expected = self.model(input_ids=ids).logits.float()
             found = (self.states(ids, None) @ self.head().T).float()
+        if not expected.isfinite().all():
+            raise ConfigError(
+                f"{self.files.name}: its logits are not finite; the weights are broken."
+            )
         if not torch.allclose(expected, found, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
             raise ConfigError(
                 f"{self.files.name}: its logits are not its last hidden states times its output"

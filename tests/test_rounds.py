@@ -22,10 +22,10 @@ def small(prompts, tmp_path_factory):
     text = POCKET.read_text()
     for name in ("train", "test", "ood"):
         text = text.replace(f"data/pocket/{name}.jsonl", str(prompts))
-    for size in ("384", "1000", "500"):
+    for size in ("320", "1000", "500"):
         text = text.replace(f"num_prompts = {size}", "num_prompts = 24")
     path = tmp_path_factory.mktemp("pipeline") / "small.toml"
-    path.write_text(text.replace("epochs = 2", "epochs = 1"))
+    path.write_text(text.replace("5e-4", "2e-3"))
     values = tomllib.loads(path.read_text())
     assert values["rollouts"]["num_prompts"] == 24
     return path
