@@ -6,6 +6,7 @@ results return, so that no batch waits for its slowest member and memory does no
 the job. vLLM is the engine; it is imported only when an engine is started.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -122,6 +123,8 @@ class VLLMEngine:
             # The engine runs eagerly here; what would be compiled is one small function of
             # scoring, and the compiler takes a minute over it on a fresh machine.
             torch._dynamo.config.disable = True
+            # It warns that there is no Triton, which a CPU machine does not need.
+            logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
             if "OMP_NUM_THREADS" not in os.environ:
                 # A second thread that has to share its core slows small models down many times
                 # over. Set the variable for a large model on an idle machine.

@@ -354,7 +354,7 @@ class RoundDir:
         """All committed rows, shard by shard and row group by row group (memory: one group)."""
         for path in self.shard_paths(stage):
             _footer(path)
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 for batch in file.iter_batches(ROWS_PER_GROUP, columns=columns):
                     yield from batch.to_pylist()
 
@@ -503,6 +503,7 @@ class ShardWriter:
                 compression_level=3,
                 use_dictionary=[f.name for f in self._schema if f.name in _DICTIONARY_COLUMNS],
                 use_byte_stream_split=numbers,
+                write_page_checksum=True,
             ) as writer,
         ):
             for table in self._groups:

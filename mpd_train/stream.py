@@ -134,7 +134,7 @@ class ShardSet:
                 "topk_ids", "topk_logprobs", "tail_logprobs",
             ]  # fmt: skip
             try:
-                with pq.ParquetFile(source.path) as file:
+                with pq.ParquetFile(source.path, page_checksum_verification=True) as file:
                     table = file.read_row_group(source.index, columns=columns)
             except (pa.ArrowInvalid, OSError) as error:
                 raise DataError(

@@ -22,7 +22,7 @@ from mpd_data.compare import compare, evaluate
 from mpd_data.errors import ConfigError
 from mpd_data.schema import DISTILL_SCHEMA, ROLLOUT_SCHEMA, STATUSES
 from mpd_data.shards import RoundDir, read_metadata
-from mpd_data.stats import round_stats
+from mpd_data.stats import plot_lengths, round_stats
 
 
 def rows(round_dir, stage):
@@ -217,6 +217,11 @@ def test_stats_agree_with_the_rows(round_dir, tmp_path):
     said = run("mpd-gen", "stats", round_dir, "--plot", tmp_path / "l.png")
     assert "mean_tokens" in said.stderr
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_does_not_parse_its_labels(round_dir, tmp_path):
+    plot_lengths({"$\\frac{$ <b>": round_dir}, tmp_path / "l.svg")
+    assert (tmp_path / "l.svg").read_text().startswith("<?xml")
 
 
 def test_stats_of_nothing_is_an_error(tmp_path):

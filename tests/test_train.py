@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpd_data.errors import ConfigError
-from mpd_data.models import resolve_model
+from mpd_data.models import load_tokenizer, resolve_model
 from mpd_data.shards import RoundDir
 from mpd_train import checkpoint
 from mpd_train.config import OptimizerConfig, TrainConfig
@@ -169,6 +169,8 @@ def test_dense_equals_cached_at_full_k(round_dir, student, teacher, tmp_path):
     cached, _ = losses(student, None, shards, Divergence())
     dense, _ = losses(student, teacher, shards, Divergence())
     assert abs(cached - dense) < 1e-3 * dense
+    with pytest.raises(ConfigError, match=f"num_logprobs: saved 64 / now {vocab}"):
+        ShardSet([round_dir, out])
 
 
 def test_packed_equals_alone(shards, student):
@@ -382,6 +384,27 @@ def test_a_round_without_kept_rewrites_is_refused(round_dir, tmp_path):
         ShardSet([out])
 
 
+@pytest.mark.parametrize("damage", ["truncated", "changed"])
+def test_a_damaged_shard_is_named(round_dir, tmp_path, damage):
+    out = tmp_path / "round1"
+    shutil.copytree(round_dir, out)
+    victim = RoundDir(out).shard_paths("distill")[0]
+    content = bytearray(victim.read_bytes())
+    if damage == "truncated":
+        content = content[:-100]
+    else:
+        # One bit in the middle of the stored log-probabilities.
+        column = pq.read_metadata(victim).row_group(0).column(17)
+        assert column.path_in_schema.startswith("topk_logprobs")
+        content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    victim.write_bytes(content)
+    settings = ["--shards", out, "--student", STUDENT, "--out", tmp_path / "run"]
+    said = run("mpd-train", *settings, code=1).stderr
+    assert str(victim) in said
+    assert "Traceback" not in said
+    assert str(victim) in run("mpd-gen", "validate", out, code=1).stderr
+
+
 def test_another_tokenizer_is_refused(round_dir, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(STUDENT, other)
@@ -429,3 +452,15 @@ def test_logits_that_are_not_states_times_head_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="not supported"):
         CausalLM(resolve_model(str(tmp_path)), CPU, torch.float32, False)
+
+
+def test_code_that_ships_with_a_model_is_not_run(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(STUDENT, folder)
+    (folder / "hostile.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config_ = json.loads((folder / "config.json").read_text())
+    config_["auto_map"] = {"AutoModelForCausalLM": "hostile.Model", "AutoConfig": "hostile.C"}
+    (folder / "config.json").write_text(json.dumps(config_))
+    CausalLM(resolve_model(str(folder)), CPU, torch.float32, False)
+    load_tokenizer(resolve_model(str(folder)))
+    assert not (tmp_path / "ran").exists()
