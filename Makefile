@@ -18,13 +18,14 @@ install: .venv/.installed
 .venv/.installed: scripts/install.sh pyproject.toml constraints/cpu.txt constraints/dev.txt
 	./scripts/install.sh
 
-data/pocket/train.jsonl: .venv/.installed pipelines/pocket/prompts.py pipelines/pocket/world.py
+# The last file that the script writes stands for all of them.
+data/pocket/ood.jsonl: .venv/.installed pipelines/pocket/prompts.py pipelines/pocket/world.py
 	$(BIN)/python -m pipelines.pocket.prompts --out data/pocket
 
-demo: data/pocket/train.jsonl $(if $(RETRAIN),retrain)
+demo: data/pocket/ood.jsonl $(if $(RETRAIN),retrain)
 	$(BIN)/mpd-rounds $(PIPELINE) --out $(OUT) $(SETTINGS)
 
-seeds: data/pocket/train.jsonl
+seeds: data/pocket/ood.jsonl
 	$(BIN)/mpd-rounds $(PIPELINE) --out runs/seeds --seeds 3
 
 retrain: .venv/.installed
@@ -37,4 +38,4 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

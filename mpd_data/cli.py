@@ -107,7 +107,7 @@ def stats(rounds: tuple[Path, ...], as_json: bool, plot: Path | None) -> None:
         for name, rows in tables.items():
             click.echo(f"\n{name.replace('_', ' ')}\n{format_table(rows)}", err=True)
     if plot is not None:
-        plot_lengths({path.name: path for path in rounds}, plot)
+        plot_lengths({str(path): path for path in rounds}, plot)
         click.echo(f"wrote {plot}", err=True)
 
 

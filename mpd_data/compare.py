@@ -12,7 +12,9 @@ import numpy.typing as npt
 import polars as pl
 
 from mpd_data.errors import ConfigError
-from mpd_data.stats import scan
+from mpd_data.schema import differences
+from mpd_data.shards import RoundDir, read_metadata
+from mpd_data.stats import collect, scan
 from mpd_data.table import format_table
 
 RESAMPLES = 10_000
@@ -23,7 +25,7 @@ def _per_problem(path: Path) -> pl.DataFrame:
     rows = scan([path], "rollouts")
     if rows is None:
         raise ConfigError(f"{path}: no rollouts here. Give two folders that mpd-gen rollouts made.")
-    return (
+    return collect(
         rows.group_by("prompt_id")
         .agg(
             pl.len().alias("samples"),
@@ -31,7 +33,6 @@ def _per_problem(path: Path) -> pl.DataFrame:
             pl.col("num_completion_tokens").cast(pl.Float64).mean().alias("tokens"),
         )
         .sort("prompt_id")
-        .collect()
     )
 
 
@@ -62,11 +63,13 @@ def evaluate(path: Path) -> dict[str, Any]:
     problems = _per_problem(path)
     rows = scan([path], "rollouts")
     assert rows is not None
-    whole = rows.select(
-        pl.col("num_completion_tokens").median().alias("median"),
-        (pl.col("finish_reason") == "length").mean().alias("truncated"),
-        pl.col("num_completion_tokens").mean().alias("tokens"),
-    ).collect()
+    whole = collect(
+        rows.select(
+            pl.col("num_completion_tokens").median().alias("median"),
+            (pl.col("finish_reason") == "length").mean().alias("truncated"),
+            pl.col("num_completion_tokens").mean().alias("tokens"),
+        )
+    )
     graded = problems["accuracy"].null_count() == 0
     tokens, *accuracy = _resampled_means(
         [problems[c].to_numpy() for c in (["tokens", "accuracy"] if graded else ["tokens"])]
@@ -100,7 +103,8 @@ def compare(base: Path, new: Path) -> dict[str, Any]:
     names = ["tokens", "accuracy"] if graded else ["tokens"]
     columns = [side[name].to_numpy() for name in names for side in (left, right)]
     means = _resampled_means(columns)
-    result = {
+    result: dict[str, Any] = {
+        "settings_that_differ": _unlike_settings(base, new),
         "base": evaluate(base),
         "new": evaluate(new),
         "token_reduction": float(1 - columns[1].mean() / columns[0].mean()),
@@ -112,6 +116,16 @@ def compare(base: Path, new: Path) -> dict[str, Any]:
         result["accuracy_difference"] = float(columns[3].mean() - columns[2].mean())
         result["accuracy_difference_interval"] = _interval(means[3] - means[2])
     return result
+
+
+def _unlike_settings(base: Path, new: Path) -> list[str]:
+    """How the sampling of the two differs: a comparison across it is the reader's to judge."""
+    settings = []
+    for path in (base, new):
+        metadata = read_metadata(RoundDir(path).shard_paths("rollouts")[0])
+        names = ("sampling", "num_samples", "template_kwargs", "checker")
+        settings.append({name: metadata.get(name) for name in names})
+    return differences(settings[0], settings[1])
 
 
 def _percent(value: float | None, interval: list[float] | None) -> str:
@@ -144,4 +158,8 @@ def verdict(result: dict[str, Any]) -> str:
     """The paired differences of `compare` in a line."""
     saved = _percent(result["token_reduction"], result["token_reduction_interval"])
     gain = _percent(result["accuracy_difference"], result["accuracy_difference_interval"])
-    return f"tokens saved {saved}, accuracy difference in points {gain} (paired bootstrap)"
+    line = f"tokens saved {saved}, accuracy difference in points {gain} (paired bootstrap)"
+    if result["settings_that_differ"]:
+        line += "\nsampled differently (saved: base, now: new): "
+        line += "; ".join(result["settings_that_differ"])
+    return line

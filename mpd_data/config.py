@@ -16,7 +16,7 @@ class Strict(BaseModel):
 
 
 class EngineConfig(Strict):
-    """How the engine runs a model. None of it determines which rows a job owes."""
+    """How the engine runs a model. Of these only `dtype` changes what comes out."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the engine."
@@ -47,6 +47,12 @@ class SamplingConfig(Strict):
     max_tokens: int = Field(2048, ge=1, description="Longest continuation, in tokens.")
 
 
+class RewriteSamplingConfig(SamplingConfig):
+    """Greedy unless asked otherwise: the rewrite is to be the teacher's best, not a sample."""
+
+    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
+
+
 class OutputConfig(Strict):
     """How results reach the disk. None of it changes a row."""
 
@@ -70,7 +76,7 @@ class RolloutsConfig(Strict):
     id_column: str | None = Field(None, description="Column of unique ids; default: text hash.")
     answer_column: str | None = Field(None, description="Column of gold answers, if any.")
     checker: str = Field("number", description="How answers are read and compared.")
-    seed: int = Field(0, description="Base seed; each row's own is derived from its key.")
+    seed: int = Field(0, ge=0, description="Base seed; each row's own is derived from its key.")
     template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="For the chat template, such as enable_thinking."
     )
@@ -93,7 +99,7 @@ class RewriteConfig(Strict):
         " prompt with the draft.",
     )
     num_logprobs: int = Field(64, ge=1, description="K: log-probabilities stored per token.")
-    seed: int = Field(0, description="Base seed; each row's own is derived from its key.")
+    seed: int = Field(0, ge=0, description="Base seed; each row's own is derived from its key.")
     template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="For the teacher's chat template when it rewrites."
     )
@@ -102,6 +108,6 @@ class RewriteConfig(Strict):
         description="For the teacher's chat template when it scores under the rewrite prompt.",
     )
     trust_remote_code: bool = Field(False, description="Run code that ships with the model.")
-    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    sampling: RewriteSamplingConfig = RewriteSamplingConfig()
     engine: EngineConfig = EngineConfig()
     output: OutputConfig = OutputConfig()

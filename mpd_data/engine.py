@@ -73,9 +73,11 @@ class Engine(Protocol):
 def pump(
     engine: Engine,
     submissions: Iterable[Callable[[], None]],
+    after_step: Callable[[], None],
 ) -> Iterator[Completion | Scores]:
     """Runs `submissions` (each submits one request) through the engine, refilling it as
-    results return. The consumer may submit more while iterating: they are drained as well."""
+    results return. The consumer may submit more while iterating: they are drained as well.
+    `after_step` runs after each engine step, also where nothing finished for a long time."""
     source = iter(submissions)
     exhausted = False
     while True:
@@ -90,12 +92,15 @@ def pump(
                 return
             continue
         yield from engine.step()
+        after_step()
 
 
 def _prepare_environment(on_cpu: bool) -> None:
     """Settings vLLM reads when it is imported."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # A forked engine would inherit this process's round lock and its CUDA state.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if on_cpu:
         # In-process: starts in seconds instead of twenty, and deterministic.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -117,6 +122,8 @@ class VLLMEngine:
             import torch
         except ImportError as error:
             raise EngineError(_NO_VLLM.format(error=error)) from error
+        # Ask the driver's management library, which leaves CUDA uninitialised for vLLM.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         on_cpu = not torch.cuda.is_available()
         _prepare_environment(on_cpu)
         if on_cpu:

@@ -46,7 +46,9 @@ def _weights_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def resolve_model(name: str, revision: str | None = None) -> ModelFiles:
+def resolve_model(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> ModelFiles:
     """Finds a model's files, downloading a hub id (safetensors, tokenizer and configs only).
 
     Raises ConfigError where `name` is neither a model folder nor a hub id that can be had.
@@ -60,24 +62,25 @@ def resolve_model(name: str, revision: str | None = None) -> ModelFiles:
             )
         version = _weights_hash(path)
     else:
-        path, version = _download(name, revision)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
-    return ModelFiles(
-        name=name,
-        path=path,
-        version=version,
-        vocab_size=int(config["vocab_size"]),
-        context=int(config["max_position_embeddings"]),
-    )
+        path, version = _download(name, revision, trust_remote_code)
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        vocab_size, context = int(config["vocab_size"]), int(config["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{path / 'config.json'}: expected the JSON of a language model's configuration with"
+            f" vocab_size and max_position_embeddings ({type(error).__name__}: {error})."
+        ) from error
+    return ModelFiles(name, path, version, vocab_size, context)
 
 
-def _download(name: str, revision: str | None) -> tuple[Path, str]:
+def _download(name: str, revision: str | None, code: bool) -> tuple[Path, str]:
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"] + ["*.py"] * code
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (
@@ -87,7 +90,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
         httpx.HTTPError,
         OSError,
     ) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError(
             f"{name}: not a folder here, and not to be had from the hub ({reason}). Give the path"
             " of a model folder, or a hub id with the network (and HF_TOKEN for gated models)."

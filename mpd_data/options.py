@@ -24,10 +24,8 @@ def _fields(model: type[BaseModel]) -> Iterator[tuple[str | None, str, Any, Any,
     for name, info in model.model_fields.items():
         nested = info.annotation
         if isinstance(nested, type) and issubclass(nested, BaseModel):
-            # The section's default may differ from its model's (greedy rewriting, say).
-            values = info.get_default(call_default_factory=True)
             for inner, inner_info in nested.model_fields.items():
-                default = getattr(values, inner)
+                default = inner_info.get_default(call_default_factory=True)
                 yield name, inner, inner_info.annotation, default, inner_info.description
         else:
             default = info.get_default(call_default_factory=True)

@@ -52,6 +52,8 @@ def load_prompts(
                     f"{source}: column {prompt_column!r} holds {type(text).__name__}, expected"
                     " text. Name the column of the problem with --prompt-column."
                 )
+            if not _is_unicode(text):
+                raise DataError(f"{source}: column {prompt_column!r} holds half a character.")
             answer = None if answer_column is None else _as_text(row[answer_column], source)
             given = None if id_column is None else _as_text(row[id_column], source)
             if id_column is not None and given is None:
@@ -70,6 +72,15 @@ def load_prompts(
             f" {prompt_column!r}."
         )
     return prompts
+
+
+def _is_unicode(text: str) -> bool:
+    """False for text with lone surrogates, which JSON can spell and no tokenizer can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _as_text(value: Any, source: str) -> str | None:

@@ -33,10 +33,14 @@ from mpd_data.schema import distill_key, seed_of
 from mpd_data.shards import RoundDir, ShardWriter, read_metadata
 from mpd_data.template import RewriteTemplate, load_template
 
+# More log-probabilities than K to ask for where the teacher's embedding has padding rows.
+_SPARE_LOGPROBS = 8
+
 _ROLLOUT_COLUMNS = [
     "row_id",
     "prompt_id",
     "round",
+    "prompt",
     "prompt_ids",
     "completion_ids",
     "num_completion_tokens",
@@ -78,6 +82,29 @@ def tail_logprobs(
     return tail
 
 
+def drop_padding(
+    ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32], k: int, vocab_size: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """The k best of [n, K] ids below `vocab_size`, most probable first, their log-probabilities
+    renormalised by the mass of the padding rows that were dropped.
+
+    Raises DataError where padding rows leave fewer than k.
+    """
+    padding = ids >= vocab_size
+    if padding.any():
+        if (ids.shape[1] - padding.sum(axis=1)).min() < k:
+            raise DataError(
+                f"the teacher ranks padding rows of its embedding (ids from {vocab_size} on) among"
+                " its most probable tokens. Resize its embedding to the student's"
+                " (resize_token_embeddings) and save it."
+            )
+        mass = np.where(padding, np.exp(logprobs.astype(np.float64)), 0.0).sum(axis=1)
+        logprobs = (logprobs - np.log1p(-mass)[:, None]).astype(np.float32)
+        order = np.argsort(padding, axis=1, kind="stable")
+        ids, logprobs = np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
+    return ids[:, :k], logprobs[:, :k]
+
+
 def as_float16(logprobs: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
     """Rounds to float16, the lowest finite value standing for anything below it; -inf stays."""
     lowest = float(np.finfo(np.float16).min)
@@ -104,7 +131,7 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
     round_dir = RoundDir(config.shards)
     student = _rollout_metadata(round_dir)
     template = load_template(config.template)
-    teacher = resolve_model(config.teacher, config.revision)
+    teacher = resolve_model(config.teacher, config.revision, config.trust_remote_code)
     tokenizer = load_tokenizer(teacher, config.trust_remote_code)
     require_same_tokenizer(
         student["tokenizer"], tokenizer, f"the student of {round_dir.path}", config.teacher
@@ -125,6 +152,9 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
         "num_logprobs": k,
         "score_context": config.score_context,
         "score_template_kwargs": config.score_template_kwargs,
+        "dtype": config.engine.dtype,
+        # Decides which rows are too_long.
+        "max_model_len": config.engine.max_model_len or teacher.context,
     }
     shard_metadata = {
         **identity,
@@ -148,7 +178,11 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
         if len(done) >= rollouts:
             return Outcome(_count_statuses(round_dir), 0, 0)
         failures = round_dir.failures()
-        engine = VLLMEngine(teacher, config.engine, config.trust_remote_code, max_logprobs=k)
+        # A teacher with more embedding rows than the student may put padding among its best.
+        spare = min(_SPARE_LOGPROBS, teacher.vocab_size - vocab_size)
+        engine = VLLMEngine(
+            teacher, config.engine, config.trust_remote_code, max_logprobs=k + spare
+        )
         output = config.output.model_dump()
         with (
             ShardWriter(round_dir, "distill", shard_metadata, **output) as writer,
@@ -163,7 +197,7 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
                 eos=student["eos_token_id"],
                 vocab_size=vocab_size,
                 k=k,
-                row_identity=row_identity,
+                spare=spare,
                 engine=engine,
                 writer=writer,
                 errors=errors,
@@ -175,7 +209,7 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
                 for rollout in round_dir.rows("rollouts", _ROLLOUT_COLUMNS)
                 if (row_id := distill_key(rollout["row_id"], 0, row_identity)) not in done
             )
-            for result in pump(engine, owed):
+            for result in pump(engine, owed, writer.commit_if_due):
                 job.take(result)
         return Outcome(_count_statuses(round_dir), writer.rows_committed, job.failed)
 
@@ -191,7 +225,7 @@ class _Job:
     eos: int
     vocab_size: int
     k: int
-    row_identity: dict[str, Any]
+    spare: int
     engine: VLLMEngine
     writer: ShardWriter
     errors: ShardWriter
@@ -203,6 +237,7 @@ class _Job:
         self._writing = ChatFormatter(self.tokenizer, self.config.template_kwargs)
         self._scoring = ChatFormatter(self.tokenizer, self.config.score_template_kwargs)
         self._waiting: dict[str, Pending] = {}
+        self._control = set(self.tokenizer.all_special_ids)
 
     def start(self, rollout: dict[str, Any], row_id: str) -> None:
         """Asks for the rewrite of a rollout, or settles it at once where there is none to ask."""
@@ -244,7 +279,7 @@ class _Job:
             self._finish(pending, "too_long")
             return
         try:
-            self.engine.submit_score(result.key, context, trace_ids, self.k)
+            self.engine.submit_score(result.key, context, trace_ids, self.k + self.spare)
         except RequestError as error:
             self._fail(pending, error)
 
@@ -263,7 +298,13 @@ class _Job:
         answer = None if trace is None else self.checker.extract(trace)
         if trace is None or answer is None:
             return "malformed", []
+        if rollout["prompt"].rstrip().endswith("<think>"):
+            # Some chat templates open the thinking themselves: the trace goes on from there.
+            trace = trace.removeprefix("<think>").lstrip()
         ids = [*self._writing.encode(trace), self.eos]
+        if self._control & set(ids[:-1]):
+            # The teacher spelled a control token; as an id it would end or restart the turn.
+            return "malformed", []
         original = rollout["num_completion_tokens"]
         row |= {
             "rewrite_answer": answer,
@@ -280,17 +321,11 @@ class _Job:
         return ("incorrect" if row["is_correct"] is False else "ok"), ids
 
     def _score_columns(self, scores: Scores) -> dict[str, Any]:
-        largest = int(scores.topk_ids.max())
-        if largest >= self.vocab_size:
-            raise DataError(
-                f"{self.config.teacher}: gives probability to id {largest}, a padding row of its"
-                f" embedding that the student ({self.vocab_size} rows) does not have. Resize the"
-                " teacher's embedding to the student's (resize_token_embeddings) and save it."
-            )
+        ids, logprobs = drop_padding(scores.topk_ids, scores.topk_logprobs, self.k, self.vocab_size)
         return {
-            "topk_ids": scores.topk_ids.reshape(-1),
-            "topk_logprobs": as_float16(scores.topk_logprobs).reshape(-1),
-            "tail_logprobs": as_float16(tail_logprobs(scores.topk_logprobs, self.vocab_size)),
+            "topk_ids": ids.reshape(-1),
+            "topk_logprobs": as_float16(logprobs).reshape(-1),
+            "tail_logprobs": as_float16(tail_logprobs(logprobs, self.vocab_size)),
         }
 
     def _finish(self, pending: Pending, status: str) -> None:

@@ -20,7 +20,7 @@ from mpd_data.models import (
 )
 from mpd_data.progress import Progress
 from mpd_data.prompts import ChatFormatter, Prompt, PromptError, choose_prompts, load_prompts
-from mpd_data.schema import rollout_key, seed_of
+from mpd_data.schema import content_key, rollout_key, seed_of
 from mpd_data.shards import RoundDir, ShardWriter
 
 
@@ -57,7 +57,7 @@ def run_rollouts(config: RolloutsConfig, overwrite: bool = False) -> Outcome:
         config.num_prompts,
         f"{config.seed}/{config.round}",
     )
-    model = resolve_model(config.model, config.revision)
+    model = resolve_model(config.model, config.revision, config.trust_remote_code)
     tokenizer = load_tokenizer(model, config.trust_remote_code)
     formatter = ChatFormatter(tokenizer, config.template_kwargs)
     context = config.engine.max_model_len or model.context
@@ -71,7 +71,8 @@ def run_rollouts(config: RolloutsConfig, overwrite: bool = False) -> Outcome:
         **row_identity,
         "checker": config.checker,
         "num_samples": config.num_samples,
-        "num_prompts": config.num_prompts,
+        "prompts": content_key(sorted([p.id, p.text, p.answer or ""] for p in prompts)),
+        "dtype": config.engine.dtype,
         "chat_template": chat_template_hash(tokenizer),
         "template_kwargs": config.template_kwargs,
         "tokenizer": tokenizer_hash(tokenizer),
@@ -144,7 +145,7 @@ def run_rollouts(config: RolloutsConfig, overwrite: bool = False) -> Outcome:
                     functools.partial(submit, request) for request in owed
                 )
                 with Progress("rollouts", len(done) + len(owed), len(done)) as progress:
-                    for result in pump(engine, submissions):
+                    for result in pump(engine, submissions, writer.commit_if_due):
                         assert isinstance(result, Completion)
                         request = waiting.pop(result.key)
                         row = _row(request, result, config.round, tokenizer, checker)

@@ -16,6 +16,7 @@ whatever the order of its input.
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -65,6 +66,14 @@ def fsync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def fsync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -80,6 +89,31 @@ def write_json_atomic(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     fsync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Makes `folder` and holds it for one writing process; the kernel lets go if that dies.
+
+    Raises ConfigError where another process holds it or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot write here ({error.strerror}). Give a writable --out."
+        ) from error
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{folder}: another process is writing here. Wait for it, or give another --out."
+            ) from error
+        yield
+    finally:
+        os.close(fd)
 
 
 @dataclass(frozen=True)
@@ -100,7 +134,6 @@ class Reconciled:
 
     shards: list[Shard]
     quarantined: list[str]
-    reindexed: list[str]
 
 
 def _footer(path: Path) -> pq.FileMetaData:
@@ -130,6 +163,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
             f" reads {SCHEMA_VERSION}. Generate the round again or use the version that wrote it."
         )
     return metadata
+
+
+def _read_keys(path: Path) -> list[str]:
+    """`row_id` of every row of a shard; DataError where it cannot be read."""
+    try:
+        table = pq.read_table(path, columns=["row_id"], page_checksum_verification=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: column 'row_id' cannot be read ({error})") from error
+    keys: list[str] = table.column("row_id").to_pylist()
+    return keys
 
 
 def _describe(path: Path, stage: Stage) -> Shard:
@@ -190,6 +233,11 @@ class RoundDir:
         info = self.run_info()
         stages = info.setdefault("stages", {})
         saved = stages.get(stage)
+        if saved is None and self.shard_paths(stage):
+            raise ConfigError(
+                f"{self.path}: holds {stage} shards, but run.json does not say how they were made."
+                " Restore run.json, give another --out, or --overwrite to delete them."
+            )
         if saved is not None and saved["identity"] != identity:
             listing = "\n  ".join(differences(saved["identity"], identity))
             raise ConfigError(
@@ -205,41 +253,31 @@ class RoundDir:
 
     def discard(self, *stages: Stage) -> None:
         """Deletes what these stages have written here (the `--overwrite` of a command)."""
+        for stage in stages:
+            if self.folder(stage).exists():
+                # Away at once under its name, so that a kill leaves no half of it behind.
+                doomed = self.staging / f"discarded-{stage}-{uuid.uuid4().hex}"
+                self.folder(stage).replace(doomed)
+                shutil.rmtree(doomed)
+            self.manifest_path(stage).unlink(missing_ok=True)
         info = self.run_info()
         for stage in stages:
             info.get("stages", {}).pop(stage, None)
         if info:
             write_json_atomic(self.path / "run.json", info)
-        for stage in stages:
-            self.manifest_path(stage).unlink(missing_ok=True)
-            if self.folder(stage).exists():
-                shutil.rmtree(self.folder(stage))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the round for one writing process; the kernel drops it if the process dies."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.path):
             self.staging.mkdir(exist_ok=True)
-            fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise ConfigError(
-                f"{self.path}: cannot write here ({error.strerror}). Give a writable --out."
-            ) from error
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ConfigError(
-                    f"{self.path}: another process is writing this round. Wait for it, or give"
-                    " another --out."
-                ) from error
             # With the lock held nobody else is writing: what lies here was left by a kill.
             for leftover in self.staging.iterdir():
-                leftover.unlink()
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
             yield
-        finally:
-            os.close(fd)
 
     # -- manifest ---------------------------------------------------------------------
 
@@ -261,7 +299,7 @@ class RoundDir:
                 ) from error
         return shards
 
-    def _append_manifest(self, stage: Stage, shard: Shard) -> None:
+    def append_manifest(self, stage: Stage, shard: Shard) -> None:
         line = json.dumps(shard.__dict__, separators=(",", ":")).encode() + b"\n"
         fd = os.open(self.manifest_path(stage), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -269,7 +307,8 @@ class RoundDir:
             if size and os.pread(fd, 1, size - 1) != b"\n":
                 whole = os.pread(fd, size, 0).rfind(b"\n") + 1
                 os.ftruncate(fd, whole)
-            os.write(fd, line)
+            if os.write(fd, line) < len(line):
+                raise OSError(errno.ENOSPC, "the manifest line was not written whole")
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -294,15 +333,14 @@ class RoundDir:
         known = {shard.name: shard for shard in saved}
         shards: list[Shard] = []
         quarantined: list[str] = []
-        reindexed: list[str] = []
         for file in self.shard_paths(stage):
             shard = known.get(file.name)
             try:
                 if shard is None or shard.bytes != file.stat().st_size:
                     shard = _describe(file, stage)
-                    reindexed.append(file.name)
                 else:
                     _footer(file)
+                _read_keys(file)
             except DataError:
                 quarantine = self.path / ".quarantine"
                 quarantine.mkdir(exist_ok=True)
@@ -319,7 +357,7 @@ class RoundDir:
                 os.fsync(out.fileno())
             temporary.replace(path)
             fsync_directory(self.path)
-        return Reconciled(shards, quarantined, reindexed)
+        return Reconciled(shards, quarantined)
 
     # -- reading ----------------------------------------------------------------------
 
@@ -327,7 +365,7 @@ class RoundDir:
         """`row_id` of every committed row. Raises DataError where a key occurs twice."""
         keys: set[str] = set()
         for path in self.shard_paths(stage):
-            for key in pq.read_table(path, columns=["row_id"]).column("row_id").to_pylist():
+            for key in _read_keys(path):
                 if key in keys:
                     raise DataError(
                         f"{path}: row {key} is in this round twice. Rows are unique per folder;"
@@ -355,7 +393,17 @@ class RoundDir:
         for path in self.shard_paths(stage):
             _footer(path)
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                for batch in file.iter_batches(ROWS_PER_GROUP, columns=columns):
+                batches = file.iter_batches(ROWS_PER_GROUP, columns=columns)
+                while True:
+                    try:
+                        batch = next(batches, None)
+                    except (pa.ArrowInvalid, OSError) as error:
+                        raise DataError(
+                            f"{path}: damaged ({error}). Move it out of its folder and run the"
+                            " stage that wrote it again: it makes the missing rows anew."
+                        ) from error
+                    if batch is None:
+                        break
                     yield from batch.to_pylist()
 
 
@@ -434,7 +482,14 @@ class ShardWriter:
         self._oldest = 0.0
         self.rows_committed = 0
         round_dir.folder(stage).mkdir(parents=True, exist_ok=True)
+        fsync_directory(round_dir.path)
         self._hard_links = has_hard_links(round_dir.staging)
+        if not self._hard_links:
+            print(
+                f"{round_dir.path}: no hard links on this file system; shards are committed by"
+                " reserving their name instead.",
+                file=sys.stderr,
+            )
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -513,6 +568,7 @@ class ShardWriter:
             os.fsync(sink.fileno())
         shard = _describe(staged, self._stage)
         final = commit_file(staged, self._round.folder(self._stage), self._hard_links)
-        self._round._append_manifest(self._stage, Shard(**{**shard.__dict__, "name": final.name}))
-        self.rows_committed += shard.rows
+        # From here on the rows are in the round: an error below must not write them again.
         self._groups = []
+        self.rows_committed += shard.rows
+        self._round.append_manifest(self._stage, dataclasses.replace(shard, name=final.name))

@@ -11,16 +11,31 @@ from typing import Any
 
 import polars as pl
 
-from mpd_data.errors import ConfigError
-from mpd_data.shards import RoundDir, Stage
+from mpd_data.errors import ConfigError, DataError
+from mpd_data.shards import RoundDir, Stage, read_metadata
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
 
 def scan(rounds: list[Path], stage: Stage) -> pl.LazyFrame | None:
-    """The rows of one stage over several rounds; None where no round has any."""
-    files = [file for path in rounds for file in RoundDir(path).shard_paths(stage)]
-    return pl.scan_parquet(files) if files else None
+    """The rows of one stage over several rounds, with the round's folder in the column `folder`;
+    None where no round has any. Raises DataError for a shard that is torn."""
+    frames = []
+    for path in rounds:
+        files = RoundDir(path).shard_paths(stage)
+        for file in files:
+            read_metadata(file)
+        if files:
+            frames.append(pl.scan_parquet(files).with_columns(folder=pl.lit(str(path))))
+    return pl.concat(frames) if frames else None
+
+
+def collect(frame: pl.LazyFrame) -> pl.DataFrame:
+    """Runs a query over shards. Raises DataError where their bytes are damaged."""
+    try:
+        return frame.collect()
+    except pl.exceptions.ComputeError as error:
+        raise DataError(f"a shard is damaged ({error}). Find it with mpd-gen validate.") from error
 
 
 def _lengths(column: str) -> list[pl.Expr]:
@@ -33,8 +48,9 @@ def _lengths(column: str) -> list[pl.Expr]:
 
 
 def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
-    """Tables as rows: `rollouts` by round, `rollouts_by` finish reason and correctness,
-    `rewrites` by status. Lengths in tokens; rates are fractions.
+    """Tables as rows, each by folder: `rollouts`, `rollouts_by` finish reason and correctness,
+    `rewrites` by status. Lengths in tokens; rates are fractions; `no_answer` is the share of
+    finished samples without an answer in a declared format.
 
     Raises ConfigError where none of the folders holds a round.
     """
@@ -46,29 +62,30 @@ def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
         )
     tables: dict[str, list[dict[str, Any]]] = {}
     if rollouts is not None:
-        tables["rollouts"] = (
-            rollouts.group_by("round")
+        finished = pl.col("finish_reason") == "stop"
+        by_folder = (
+            rollouts.group_by("folder", maintain_order=True)
             .agg(
+                pl.col("round").first(),
                 pl.col("prompt_id").n_unique().alias("prompts"),
                 pl.len().alias("samples"),
                 pl.col("is_correct").mean().alias("accuracy"),
                 (pl.col("finish_reason") == "length").mean().alias("truncated"),
+                pl.col("answer").is_null().filter(finished).mean().alias("no_answer"),
                 *_lengths("num_completion_tokens"),
             )
-            .sort("round")
-            .collect()
-            .to_dicts()
+            .sort("round", maintain_order=True)
         )
-        tables["rollouts_by"] = (
-            rollouts.group_by("round", "finish_reason", "is_correct")
+        by_outcome = (
+            rollouts.group_by("folder", "finish_reason", "is_correct")
             .agg(pl.len().alias("samples"), *_lengths("num_completion_tokens"))
-            .sort("round", "finish_reason", "is_correct")
-            .collect()
-            .to_dicts()
+            .sort("folder", "finish_reason", "is_correct")
         )
+        tables["rollouts"] = collect(by_folder).to_dicts()
+        tables["rollouts_by"] = collect(by_outcome).to_dicts()
     if distill is not None:
-        tables["rewrites"] = (
-            distill.group_by("round", "status")
+        by_status = (
+            distill.group_by("folder", "status")
             .agg(
                 pl.len().alias("rows"),
                 pl.col("num_original_tokens").mean().alias("mean_original"),
@@ -76,11 +93,10 @@ def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
                 pl.col("compression_ratio").mean().alias("mean_ratio"),
                 pl.col("compression_ratio").quantile(0.5, "nearest").alias("median_ratio"),
             )
-            .with_columns((pl.col("rows") / pl.col("rows").sum().over("round")).alias("share"))
-            .sort("round", "rows", descending=[False, True])
-            .collect()
-            .to_dicts()
+            .with_columns((pl.col("rows") / pl.col("rows").sum().over("folder")).alias("share"))
+            .sort("folder", "rows", descending=[False, True])
         )
+        tables["rewrites"] = collect(by_status).to_dicts()
     return tables
 
 
@@ -97,7 +113,8 @@ def plot_lengths(series: dict[str, Path], out: Path) -> None:
         frame = scan([path], "rollouts")
         if frame is None:
             raise ConfigError(f"{path}: no rollouts to plot.")
-        lengths[label] = frame.select("num_completion_tokens").collect().to_series().to_numpy()
+        tokens = collect(frame.select("num_completion_tokens"))
+        lengths[label] = tokens.to_series().to_numpy()
     longest = max(values.max() for values in lengths.values())
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     colours = plt.get_cmap("viridis")
@@ -121,5 +138,9 @@ def plot_lengths(series: dict[str, Path], out: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     for text in axes.legend(frameon=False).get_texts():
         text.set_parse_math(False)
-    figure.savefig(out, dpi=150)
-    plt.close(figure)
+    try:
+        figure.savefig(out, dpi=150)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{out}: the plot cannot be written: {error}") from error
+    finally:
+        plt.close(figure)

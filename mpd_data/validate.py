@@ -160,8 +160,9 @@ class _Rows:
             self._list(name, index)
             for name in ("input_ids", "topk_ids", "topk_logprobs", "tail_logprobs")
         ]
-        if any(values is None for values in found):
-            return ["kept (ok), yet ids or log-probabilities are missing."]
+        counts = [self._table.column(c)[index] for c in ("loss_start", "num_rewritten_tokens")]
+        if any(values is None for values in found) or not all(c.is_valid for c in counts):
+            return ["kept (ok), yet ids, counts or log-probabilities are missing."]
         input_ids, ids, logprobs, tail = (values for values in found if values is not None)
         k, vocab = metadata["num_logprobs"], metadata["vocab_size"]
         start = int(self._table.column("loss_start")[index].as_py())

@@ -7,7 +7,6 @@ and moments are safetensors; nothing is ever pickled.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpd_data.shards import fsync_directory
+from mpd_data.shards import fsync_directory, fsync_file
 
 _KEEP = 2
 
@@ -38,9 +37,7 @@ def save(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer) 
     save_file(moments, staging / "optimizer.safetensors")
     (staging / "state.json").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
     for file in staging.iterdir():
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        fsync_file(file)
     fsync_directory(staging)
     if final.exists():
         shutil.rmtree(final)

@@ -52,7 +52,10 @@ class TrainConfig(Strict):
         " CUDA, float32 on a CPU.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train.")
-    seed: int = Field(0, description="Order of the data.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    seed: int = Field(0, ge=0, description="Order of the data.")
     save_steps: int = Field(50, ge=1, description="Optimiser steps between checkpoints.")
     trust_remote_code: bool = Field(False, description="Run code that ships with the models.")
     loss: LossConfig = LossConfig()

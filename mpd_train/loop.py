@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -13,27 +14,55 @@ from tqdm import tqdm
 from mpd_data.errors import ConfigError, MPDError
 from mpd_data.models import load_tokenizer, provenance, require_same_tokenizer, resolve_model
 from mpd_data.schema import differences
-from mpd_data.shards import write_json_atomic
+from mpd_data.shards import exclusive, write_json_atomic
 from mpd_train import checkpoint
 from mpd_train.config import OptimizerConfig, TrainConfig
 from mpd_train.kl import Divergence, KLOutput, dense_kl, sparse_kl
-from mpd_train.models import CausalLM, autocast, choose_device, export
+from mpd_train.models import CausalLM, autocast, choose_device, compute_dtype, export
 from mpd_train.stream import Batch, Pack, ShardSet, load_pack, make_packs
+
+_SECONDS_PER_LINE = 15.0
 
 
 def train(config: TrainConfig, overwrite: bool = False) -> Path:
     """Trains the student on the shards and returns the exported model's folder.
 
     Resumes from the newest checkpoint in `config.out`, and returns at once where the run has
-    finished. Raises ConfigError or DataError for input that cannot be trained on.
+    finished. Raises ConfigError or DataError for input that cannot be trained on, MPDError where
+    the loss, the memory or the disk gives out.
     """
+    with exclusive(config.out):
+        try:
+            return _train(config, overwrite)
+        except torch.OutOfMemoryError as error:
+            raise MPDError(
+                f"out of memory on the device ({error}). Lower --pack-length (and raise"
+                " --gradient-accumulation-steps), or give --gradient-checkpointing; other settings"
+                " need another --out or --overwrite."
+            ) from error
+        except OSError as error:
+            raise MPDError(
+                f"{config.out}: {error}. Steps up to the last checkpoint are safe: mend it (space,"
+                " permissions), then run the same command again."
+            ) from error
+
+
+def _train(config: TrainConfig, overwrite: bool) -> Path:
     device = choose_device(config.device)
+    dtype = compute_dtype(device, config.dtype)
     shards = ShardSet(config.shards)
     vocab_size = int(shards.metadata["vocab_size"])
-    student_files = resolve_model(config.student, config.revision)
-    teacher_files = None if config.teacher is None else resolve_model(config.teacher)
+    student_files = resolve_model(config.student, config.revision, config.trust_remote_code)
+    teacher_files = None
+    if config.teacher is not None:
+        teacher_files = resolve_model(config.teacher, None, config.trust_remote_code)
     for files in (student_files, teacher_files):
         if files is not None:
+            if files.vocab_size < vocab_size:
+                raise ConfigError(
+                    f"{files.name}: has {files.vocab_size} embedding rows, the shards are scored"
+                    f" over {vocab_size}. Use the models that the shards were made with."
+                )
             tokenizer = load_tokenizer(files, config.trust_remote_code)
             require_same_tokenizer(
                 shards.metadata["tokenizer"], tokenizer, str(config.shards[0]), files.name
@@ -54,9 +83,10 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
 
     student = CausalLM(student_files, device, torch.float32, config.trust_remote_code)
     student.model.train()
+    if config.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable({"use_reentrant": False})
     teacher = None
     if teacher_files is not None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         teacher = CausalLM(teacher_files, device, dtype, config.trust_remote_code)
         teacher.model.requires_grad_(False)
     optimizer = make_optimizer(student.model, config.optimizer)
@@ -82,6 +112,7 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
         file=sys.stderr,
     )
 
+    last_line = time.monotonic()
     with (
         metrics,
         tqdm(
@@ -105,19 +136,20 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
                 before = time.perf_counter()
                 batch = load_pack(shards, pack).to(device)
                 waited += time.perf_counter() - before
-                with autocast(device, config.dtype):
+                with autocast(device, dtype):
                     output = pack_loss(student, teacher, batch, vocab_size, divergence, normalizer)
                 output.loss.backward()  # type: ignore[no-untyped-call]
                 loss += output.loss.item()
-            if not math.isfinite(loss):
-                raise MPDError(
-                    f"the loss at step {step} is {loss}; the rows of that step:"
-                    f" {_rows_of(shards, steps[step])}. The last checkpoint is from before it:"
-                    " lower --learning-rate, or check the round with mpd-gen validate."
-                )
             norm = torch.nn.utils.clip_grad_norm_(
                 student.model.parameters(), config.optimizer.max_grad_norm
             )
+            if not (math.isfinite(loss) and torch.isfinite(norm)):
+                raise MPDError(
+                    f"step {step + 1}: loss {loss}, gradient norm {float(norm)}. The rows of that"
+                    f" step: {_rows_of(shards, steps[step])}. The last checkpoint is from before"
+                    " it. Check the round with mpd-gen validate; for a lower --learning-rate give"
+                    " another --out or --overwrite."
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -138,9 +170,19 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
             metrics.flush()
             bar.update(1)
             bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tok/s", refresh=False)
+            if bar.disable and time.monotonic() - last_line >= _SECONDS_PER_LINE:
+                last_line = time.monotonic()
+                print(
+                    f"train: step {step + 1}/{len(steps)}, loss {loss:.4f},"
+                    f" {tokens / seconds:,.0f} tok/s",
+                    file=sys.stderr,
+                )
             if (step + 1) % config.save_steps == 0 and step + 1 < len(steps):
                 checkpoint.save(checkpoint_folder, step + 1, student.model, optimizer)
     export(student, model_folder)
+    # Weights and moments of the way there: three times the model's size each.
+    if checkpoint_folder.exists():
+        shutil.rmtree(checkpoint_folder)
     return model_folder
 
 
@@ -213,15 +255,17 @@ def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
 
 def _claim(out: Path, identity: dict[str, Any], config: TrainConfig, overwrite: bool) -> None:
     """Records the run's settings, or refuses to go on with others than it began with."""
-    import shutil
-
     path = out / "run.json"
+    doomed = out / ".discarded"
+    if doomed.exists():
+        shutil.rmtree(doomed)
     if overwrite and path.exists():
-        for name in ("model", "checkpoints"):
+        doomed.mkdir()
+        # Away at once under their names, the model first: a kill leaves no half of it behind.
+        for name in ("model", "checkpoints", "metrics.jsonl", "run.json"):
             if (out / name).exists():
-                shutil.rmtree(out / name)
-        for name in ("metrics.jsonl", "run.json"):
-            (out / name).unlink(missing_ok=True)
+                (out / name).replace(doomed / name)
+        shutil.rmtree(doomed)
     if path.exists():
         saved = json.loads(path.read_text(encoding="utf-8"))["identity"]
         if saved != identity:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpd_data.errors import ConfigError
 from mpd_data.models import ModelFiles
-from mpd_data.shards import fsync_directory
+from mpd_data.shards import fsync_directory, fsync_file
 
 
 class CausalLM:
@@ -35,6 +35,7 @@ class CausalLM:
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
         self._require_plain_head(device)
+        self._require_separate_sequences(device)
 
     def _require_plain_head(self, device: torch.device) -> None:
         """The loss computes logits as states x head. Some families scale or cap them after the
@@ -52,6 +53,20 @@ class CausalLM:
             raise ConfigError(
                 f"{self.files.name}: its logits are not its last hidden states times its output"
                 " embedding (a bias, a scale or a cap comes after). Such models are not supported."
+            )
+
+    def _require_separate_sequences(self, device: torch.device) -> None:
+        """Packed sequences are told apart by their positions alone; a family that does not look
+        at them would train across sequences without a word."""
+        a, b = torch.arange(2, 7, device=device)[None], torch.arange(3, 10, device=device)[None]
+        positions = torch.cat([torch.arange(5), torch.arange(7)])[None].to(device)
+        with torch.no_grad():
+            packed = self.states(torch.cat([a, b], 1), positions)[:, 5:].float()
+            alone = self.states(b, None).float()
+        if not torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max())):
+            raise ConfigError(
+                f"{self.files.name}: sequences packed into one see each other in this architecture."
+                " Such models are not supported."
             )
 
     def states(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -77,13 +92,19 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
+def compute_dtype(device: torch.device, name: str) -> torch.dtype:
+    """What --dtype means: auto is bfloat16 on CUDA and float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """bfloat16 compute over float32 weights, or plain float32."""
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if dtype == "float32":
+    if dtype == torch.float32:
         return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    return torch.autocast(device.type, dtype=dtype)
 
 
 def export(student: CausalLM, folder: Path) -> None:
@@ -93,7 +114,11 @@ def export(student: CausalLM, folder: Path) -> None:
     if staging.exists():
         shutil.rmtree(staging)
     dtype = getattr(torch, _original_dtype(student.files))
-    state = {name: tensor.to(dtype) for name, tensor in student.model.state_dict().items()}
+    # Parameters name a tied weight once, where state_dict names it twice: converted apart, the
+    # two would both be written.
+    state = {name: p.detach().to(dtype) for name, p in student.model.named_parameters()}
+    persistent = student.model.state_dict()
+    state |= {name: b for name, b in student.model.named_buffers() if name in persistent}
     student.model.save_pretrained(staging, state_dict=state)
     config = student.model.config
     config.dtype = dtype
@@ -107,6 +132,8 @@ def export(student: CausalLM, folder: Path) -> None:
             and not (staging / file.name).exists()
         ):
             shutil.copyfile(file, staging / file.name)
+    for file in staging.iterdir():
+        fsync_file(file)
     fsync_directory(staging)
     staging.replace(folder)
     fsync_directory(folder.parent)

@@ -185,7 +185,7 @@ def _groups_of(path: Path) -> Iterator[_Group]:
 def make_packs(shards: ShardSet, pack_length: int, seed: int, epoch: int) -> list[Pack]:
     """The packs of one epoch: at most `pack_length` tokens each, every kept row in exactly one.
 
-    Best-fit decreasing inside a window of shuffled row groups, then the packs are shuffled.
+    Best-fit decreasing inside a window of shuffled row groups, whose packs are then shuffled.
     Raises ConfigError naming a row that is longer than a pack.
     """
     rng = np.random.default_rng([seed, epoch])
@@ -206,16 +206,19 @@ def make_packs(shards: ShardSet, pack_length: int, seed: int, epoch: int) -> lis
                     f"{group.path}, row {rows[i][1]} of row group {group.index}: {length} tokens"
                     f" do not fit --pack-length {pack_length}. Raise it; nothing is cut off here."
                 )
+        window = []
         for members in _best_fit(lengths, pack_length):
             chosen = tuple((int(rows[i][0]), int(rows[i][1])) for i in members)
-            packs.append(
+            window.append(
                 Pack(
                     chosen,
                     sum(lengths[i] for i in members),
                     sum(int(shards.groups[g].num_loss_tokens[r]) for g, r in chosen),
                 )
             )
-    return [packs[i] for i in rng.permutation(len(packs))]
+        # Inside the window only: the row groups that a pack draws on are then still in memory.
+        packs += [window[i] for i in rng.permutation(len(window))]
+    return packs
 
 
 def _best_fit(lengths: list[int], capacity: int) -> list[list[int]]:

@@ -28,10 +28,13 @@ import click
 from pydantic import BaseModel, Field
 
 from mpd_data import compare as comparison
+from mpd_data.checkers import make_checker
 from mpd_data.cli import EXIT_FAILED_ROWS, run_command
 from mpd_data.config import RewriteConfig, RolloutsConfig, Strict
 from mpd_data.errors import ConfigError, MPDError
+from mpd_data.models import load_tokenizer, resolve_model, tokenizer_hash
 from mpd_data.options import arguments, parse
+from mpd_data.prompts import load_prompts
 from mpd_data.shards import write_json_atomic
 from mpd_data.stats import plot_lengths
 from mpd_data.table import format_table
@@ -65,12 +68,13 @@ class Pipeline(Strict):
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the pipeline."""
+    """One command of the pipeline; `out` is the folder it makes."""
 
     label: str
     why: str
     program: str
     command: list[str]
+    out: Path
 
 
 def load_pipeline(path: Path, overrides: tuple[str, ...]) -> Pipeline:
@@ -95,9 +99,17 @@ def load_pipeline(path: Path, overrides: tuple[str, ...]) -> Pipeline:
         target: Any = values
         *parents, last = name.split(".")
         for part in parents:
-            target = target.setdefault(part, {})
-            if not isinstance(target, dict):
+            # `evaluation.0.rollouts.num_prompts`: sections in a list go by their number.
+            if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+                target = target[int(part)]
+            elif isinstance(target, dict):
+                target = target.setdefault(part, {})
+            else:
+                target = None
+            if not isinstance(target, dict | list):
                 raise ConfigError(f"--set {override}: {part!r} is not a section.")
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override}: {parents[-1]!r} is a list; give a number in it.")
         target[last] = value
     return parse(Pipeline, values, str(path))
 
@@ -146,6 +158,7 @@ class Plan:
             f"{newest} samples solutions",
             "mpd-gen",
             ["rollouts", *arguments(rollouts)],
+            data,
         )
         rewrite = _stage(
             RewriteConfig,
@@ -158,6 +171,7 @@ class Plan:
             "the teacher shortens them and scores what passes the filter",
             "mpd-gen",
             ["rewrite", *arguments(rewrite)],
+            data / "distill",
         )
         train = _stage(
             TrainConfig,
@@ -175,6 +189,7 @@ class Plan:
             f"{newest} learns from the kept rewrites",
             "mpd-train",
             arguments(train),
+            train.out / "model",
         )
 
     def evaluations(self, round_: int) -> Iterator[Step]:
@@ -196,6 +211,7 @@ class Plan:
                 "held-out prompts, the same for every round",
                 "mpd-gen",
                 ["rollouts", *arguments(rollouts)],
+                rollouts.out,
             )
 
     def all_steps(self) -> list[Step]:
@@ -208,6 +224,22 @@ class Plan:
 _MODULES = {"mpd-gen": "mpd_data.cli", "mpd-train": "mpd_train.cli"}
 
 
+def _inputs(step: Step) -> dict[str, str]:
+    """Sizes and times of the files that a step's command names: a step whose models, prompts or
+    shards have changed since is not done."""
+    found: dict[str, str] = {}
+    for argument in step.command:
+        path = Path(argument)
+        if path == step.out or not path.exists():
+            continue
+        files = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()]
+        for file in sorted(files):
+            if file.name != ".lock":
+                stat = file.stat()
+                found[str(file)] = f"{stat.st_size} {stat.st_mtime_ns}"
+    return found
+
+
 class Runner:
     """Runs steps as processes and remembers in OUT/finished.jsonl which are done."""
 
@@ -217,11 +249,16 @@ class Runner:
         self._environment = {**os.environ, **environment}
         self._total = total
         self._number = 0
-        self._finished: set[str] = set()
+        self._finished: list[tuple[list[str], dict[str, str]]] = []
+        self.failed_rows = False
         if self._path.exists():
-            # A kill can tear the last line; that step is then asked again, and resumes.
-            for line in self._path.read_text(encoding="utf-8").split("\n")[:-1]:
-                self._finished.add(json.dumps(json.loads(line)["command"]))
+            # A kill can tear the last line: it is cut off, its step asked again, and resumes.
+            whole = self._path.read_bytes().rpartition(b"\n")
+            self._path.write_bytes(whole[0] + whole[1])
+            for line in whole[0].splitlines():
+                record = json.loads(line)
+                self._finished.append((record["command"], record["inputs"]))
+                self.failed_rows |= record["exit_code"] == EXIT_FAILED_ROWS
 
     def run(self, steps: list[Step], parallel: int = 1) -> None:
         """Runs `steps`, up to `parallel` at a time. Raises MPDError if one fails."""
@@ -229,7 +266,8 @@ class Runner:
         for step in steps:
             self._number += 1
             head = f"[{self._number}/{self._total}] {step.label}"
-            if json.dumps([step.program, *step.command]) in self._finished:
+            command = [step.program, *step.command]
+            if step.out.exists() and (command, _inputs(step)) in self._finished:
                 click.echo(f"{head}: done before", err=True)
                 continue
             click.echo(f"{head}: {step.why}", err=True)
@@ -258,9 +296,11 @@ class Runner:
                 f"{step.label} ended with exit code {code}; its message stands above. What is"
                 " finished is kept: mend it and run the same command again."
             )
+        self.failed_rows |= code == EXIT_FAILED_ROWS
         record = {
             "label": step.label,
             "command": [step.program, *step.command],
+            "inputs": _inputs(step),
             "seconds": round(time.monotonic() - begun, 1),
             "exit_code": code,
         }
@@ -308,9 +348,31 @@ def show(summary: dict[str, Any]) -> None:
         click.echo(f"{name}: {comparison.verdict(result)}", err=True)
 
 
+def check_inputs(pipeline: Pipeline, plan: Plan) -> None:
+    """Finds out now what would else stop the pipeline hours in: models, tokenizers, prompts.
+
+    Raises ConfigError or DataError.
+    """
+    tokenizer: dict[str, str] = {}
+    for name in (pipeline.student, pipeline.teacher):
+        tokenizer[name] = tokenizer_hash(load_tokenizer(resolve_model(name)))
+    if tokenizer[pipeline.student] != tokenizer[pipeline.teacher]:
+        raise ConfigError(
+            f"{pipeline.student} and {pipeline.teacher} have different tokenizers; both models must"
+            " share one: choose models of one family."
+        )
+    for settings in (pipeline.rollouts, *(chosen.rollouts for chosen in pipeline.evaluation)):
+        config = _stage(RolloutsConfig, "rollouts", settings, {"model": "", "out": Path()})
+        make_checker(config.checker)
+        load_prompts(config.prompts, config.prompt_column, config.id_column, config.answer_column)
+    plan.all_steps()
+
+
 def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
-    """Runs what is not finished of `pipeline` in `out` and returns its summary."""
+    """Runs what is not finished of `pipeline` in `out` and returns its summary, with
+    `failed_rows` true where a stage left rows in errors/."""
     plan = Plan(pipeline, out)
+    check_inputs(pipeline, plan)
     runner = Runner(out, pipeline.environment, len(plan.all_steps()))
     write_json_atomic(out / "pipeline.json", pipeline.model_dump(mode="json"))
     runner.run(list(plan.evaluations(0)), pipeline.parallel_evaluations)
@@ -319,12 +381,19 @@ def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
             runner.run([step])
         runner.run(list(plan.evaluations(round_)), pipeline.parallel_evaluations)
     summary = summarize(pipeline, plan)
+    summary["failed_rows"] = runner.failed_rows
     write_json_atomic(out / "summary.json", summary)
     headline = pipeline.evaluation[0].name
     lengths = {"base": plan.evaluation(0, headline)}
     lengths |= {f"round {r}": plan.evaluation(r, headline) for r in range(1, pipeline.rounds + 1)}
     plot_lengths(lengths, out / "lengths.png")
     return summary
+
+
+def _signed(value: float | None, interval: list[float] | None) -> str:
+    if value is None or interval is None:
+        return "-"
+    return f"{value:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]"
 
 
 def _seeds_table(summaries: list[dict[str, Any]]) -> str:
@@ -335,13 +404,13 @@ def _seeds_table(summaries: list[dict[str, Any]]) -> str:
                 "set": name,
                 "base accuracy": result["base"]["accuracy"],
                 "final accuracy": result["new"]["accuracy"],
-                "difference [95%]": "{:+.3f} [{:+.3f}, {:+.3f}]".format(
-                    result["accuracy_difference"], *result["accuracy_difference_interval"]
+                "difference [95%]": _signed(
+                    result["accuracy_difference"], result["accuracy_difference_interval"]
                 ),
                 "base tokens": result["base"]["mean_tokens"],
                 "final tokens": result["new"]["mean_tokens"],
-                "saved [95%]": "{:.3f} [{:.3f}, {:.3f}]".format(
-                    result["token_reduction"], *result["token_reduction_interval"]
+                "saved [95%]": _signed(
+                    result["token_reduction"], result["token_reduction_interval"]
                 ),
             }
             for summary in summaries
@@ -364,6 +433,9 @@ def cli(pipeline: Path, out: Path, overrides: tuple[str, ...], seeds: int | None
         summary = run_pipeline(load_pipeline(pipeline, overrides), out)
         show(summary)
         click.echo(f"wrote {out / 'summary.json'} and {out / 'lengths.png'}", err=True)
+        if summary["failed_rows"]:
+            click.echo(f"some rows failed; see {out}/*/*/errors/*.parquet", err=True)
+            raise click.exceptions.Exit(EXIT_FAILED_ROWS)
         return
     summaries = []
     for seed in range(seeds):

@@ -114,6 +114,14 @@ def test_unknown_settings_get_the_nearest_name():
         )
 
 
+def test_a_section_keeps_its_own_defaults():
+    """Rewriting is greedy by default, also where a TOML sets something else of its sampling."""
+    config = parse(RewriteConfig, {"teacher": "t", "shards": "s", "sampling": {"top_p": 0.9}}, "x")
+    assert config.sampling.temperature == 0
+    assert RewriteConfig(teacher="t", shards="s").sampling.temperature == 0
+    assert RolloutsConfig(model="m", prompts=["p"], out="o").sampling.temperature == 1
+
+
 def test_tables_show_hostile_text_and_obey_none_of_it():
     table = format_table([{"name": "\x1b[31mred\x1b[0m [bold]x[/bold]\n", "n": 1234}])
     assert "\x1b" not in table

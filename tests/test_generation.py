@@ -1,12 +1,14 @@
 """`mpd-gen` as a user runs it: real processes, real engine, kills included."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
 
 import polars as pl
 import pytest
+import torch
 from conftest import (
     STUDENT,
     TEACHER,
@@ -17,6 +19,7 @@ from conftest import (
     run,
     write_jsonl,
 )
+from transformers import AutoModelForCausalLM
 
 from mpd_data.compare import compare, evaluate
 from mpd_data.errors import ConfigError
@@ -116,6 +119,72 @@ def test_rewrites_survive_sigkill(round_dir, prompts, tmp_path):
     assert difference.filter(ours["topk_logprobs"].explode() > -10).abs().max() < 2e-2
     run("mpd-gen", "validate", out)
     assert "0 rows new" in run("mpd-gen", *arguments).stderr
+
+
+def test_an_interrupt_exits_130_and_the_rest_follows(round_dir, prompts, tmp_path):
+    out = tmp_path / "round1"
+    arguments = [*rollout_arguments(prompts, out), "--rows-per-shard", 10]
+    process = subprocess.Popen(
+        command("mpd-gen", *arguments), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    while len(list((out / "rollouts").glob("part-*.parquet"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert "run the same command again" in said
+    run("mpd-gen", *arguments)
+    assert rows(out, "rollouts").equals(rows(round_dir, "rollouts"))
+
+
+def test_thinking_that_the_chat_template_opens_is_not_opened_twice(prompts, tmp_path):
+    student = tmp_path / "student"
+    shutil.copytree(STUDENT, student)
+    with (student / "chat_template.jinja").open("a") as file:
+        file.write("{% if add_generation_prompt %}<think>{% endif %}")
+    out = tmp_path / "r"
+    settings = {"--model": student, "--num-prompts": 10, "-n": 2}
+    run("mpd-gen", *rollout_arguments(prompts, out, **settings))
+    run("mpd-gen", *rewrite_arguments(out))
+    first = rows(out, "rollouts").row(0, named=True)
+    assert first["prompt"].endswith("<think>")
+    think = first["prompt_ids"][-1]
+    kept = rows(out, "distill").filter(pl.col("status") == "ok")
+    assert kept.height > 3
+    assert all(list(ids).count(think) == 1 for ids in kept["input_ids"])
+
+
+def test_a_teacher_with_padded_vocabulary(round_dir, prompts, tmp_path):
+    """More embedding rows than the student, as in one family's larger models."""
+    teacher = tmp_path / "teacher"
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+    vocab = model.config.vocab_size
+    model.resize_token_embeddings(vocab + 27, mean_resizing=False)
+    model.save_pretrained(teacher)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TEACHER / name, teacher)
+    out = tmp_path / "r"
+    run("mpd-gen", *rollout_arguments(prompts, out))
+    run("mpd-gen", *rewrite_arguments(out, **{"--teacher": teacher}))
+    run("mpd-gen", "validate", out)
+    padded = rows(out, "distill").filter(pl.col("status") == "ok")
+    plain = rows(round_dir, "distill").filter(pl.col("status") == "ok")
+    assert read_metadata(RoundDir(out).shard_paths("distill")[0])["vocab_size"] == vocab
+    assert padded.height > 0.9 * plain.height
+    assert padded["topk_ids"].explode().max() < vocab
+    both = padded.join(plain, on="rollout_id").filter(
+        pl.col("input_ids") == pl.col("input_ids_right")
+    )
+    assert both.height > 0.9 * plain.height
+    row = both.row(0, named=True)
+    # What the padding took is given back: the distributions are the unpadded teacher's.
+    near = [
+        abs(a - b)
+        for a, b in zip(row["topk_logprobs"], row["topk_logprobs_right"], strict=True)
+        if b > -3
+    ]
+    assert max(near) < 0.02
 
 
 def test_bad_prompts_become_error_rows_and_hurt_no_other(tmp_path):
@@ -222,6 +291,27 @@ def test_stats_agree_with_the_rows(round_dir, tmp_path):
 def test_a_plot_does_not_parse_its_labels(round_dir, tmp_path):
     plot_lengths({"$\\frac{$ <b>": round_dir}, tmp_path / "l.svg")
     assert (tmp_path / "l.svg").read_text().startswith("<?xml")
+
+
+def test_stats_keep_folders_apart(round_dir, tmp_path):
+    """Evaluations share a round number and are not one set of rows."""
+    other = tmp_path / "other"
+    shutil.copytree(round_dir, other)
+    tables = round_stats([round_dir, other])
+    assert [line["folder"] for line in tables["rollouts"]] == [str(round_dir), str(other)]
+    assert [line["samples"] for line in tables["rollouts"]] == [240, 240]
+
+
+def test_stats_of_a_torn_shard_is_a_message(round_dir, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(round_dir, other)
+    victim = RoundDir(other).shard_paths("rollouts")[0]
+    victim.write_bytes(victim.read_bytes()[:-20])
+    said = run("mpd-gen", "stats", other, code=1).stderr
+    assert str(victim) in said
+    assert "Traceback" not in said
+    bad = run("mpd-gen", "stats", round_dir, "--plot", tmp_path / "x.nothing", code=1).stderr
+    assert "cannot be written" in bad
 
 
 def test_stats_of_nothing_is_an_error(tmp_path):

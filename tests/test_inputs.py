@@ -31,6 +31,7 @@ def test_jsonl_and_parquet_give_the_same_prompts(tmp_path):
         ('{"problem": "a"}\n{"problem": 3}\n', "row 2: column 'problem' holds int"),
         ('{"problem": "a"}\n{"problem": \n', "row 2: not a JSON object"),
         ("[1]\n", "row 1: found list"),
+        ('{"problem": "\\ud800"}\n', "row 1: .*half a character"),
         ('{"problem": "a"}\n{"problem": "a"}\n', "row 2: id .* already given by .*row 1"),
     ],
 )
@@ -106,6 +107,8 @@ def test_tokenizers_are_compared_by_content(tmp_path):
         ("answer", None),
         ("\\boxed{" * 5000, None),
         ("1" * 100_000 + "x", None),
+        ("answer" + " " * 300_000, None),
+        (" " * 300_000 + "x", None),
     ],
 )
 def test_number_checker_reads(completion, answer):
@@ -122,6 +125,7 @@ def test_number_checker_reads(completion, answer):
         ("3", "4", False),
         ("1/0", "1/0", False),
         ("9" * 5000, "9" * 5000, False),
+        ("1e999999999", "1e999999999", False),
     ],
 )
 def test_number_checker_compares(left, right, equal):
@@ -174,6 +178,10 @@ def test_models_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(ConfigError, match="no config.json"):
         resolve_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="vocab_size"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match="safetensors"):
         resolve_model(str(tmp_path))

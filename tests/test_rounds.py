@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, command, environment, run
 
 from mpd_data.errors import ConfigError
-from pipelines.rounds import Plan, load_pipeline
+from pipelines.rounds import Plan, Runner, Step, _inputs, load_pipeline
 
 POCKET = ROOT / "pipelines" / "pocket" / "pipeline.toml"
 
@@ -96,6 +96,8 @@ def test_rounds_follow_one_another(small, tmp_path):
         ("rollouts.model=x", "decided by the pipeline"),
         ("train.epoch=2", r"\[train\]: epoch: unknown setting; did you mean 'epochs'"),
         ("seed.x=2", "not a section"),
+        ("evaluation.9.name=x", "not a section"),
+        ("evaluation.name=x", "give a number"),
     ],
 )
 def test_bad_settings_are_named(small, tmp_path, override, message):
@@ -104,10 +106,44 @@ def test_bad_settings_are_named(small, tmp_path, override, message):
 
 
 def test_a_failing_stage_stops_the_pipeline(small, tmp_path):
-    said = run("mpd-rounds", small, "--out", tmp_path / "o", "--set", "student=nowhere", code=1)
-    assert "not a folder here" in said.stderr
+    bad = "evaluation.0.rollouts.engine.max_model_len=99999"
+    said = run("mpd-rounds", small, "--out", tmp_path / "o", "--set", bad, code=1)
+    assert "over the model's context" in said.stderr
     assert "base: evaluate test ended with exit code 1" in said.stderr
     assert not (tmp_path / "o" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("teacher=nowhere", "nowhere: not a folder here"),
+        ("evaluation.2.rollouts.prompts=['nowhere.jsonl']", "nowhere.jsonl: no such file"),
+        ("rollouts.answer_column=gold", "no column 'gold'"),
+    ],
+)
+def test_what_would_fail_hours_in_fails_at_once(small, tmp_path, override, message):
+    said = run("mpd-rounds", small, "--out", tmp_path / "o", "--set", override, code=1)
+    assert message in said.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_changed_inputs_and_torn_records_are_done_again(tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("a")
+    out = tmp_path / "made"
+    out.mkdir()
+    step = Step("label", "why", "mpd-gen", ["rollouts", str(prompts), str(out)], out)
+    record = {"command": ["mpd-gen", *step.command], "inputs": _inputs(step), "exit_code": 0}
+    (tmp_path / "finished.jsonl").write_text(json.dumps(record) + '\n{"command": ["mp')
+
+    def is_done():
+        runner = Runner(tmp_path, {}, 1)
+        assert (tmp_path / "finished.jsonl").read_text().endswith("\n")
+        return (["mpd-gen", *step.command], _inputs(step)) in runner._finished
+
+    assert is_done()
+    prompts.write_text("ab")
+    assert not is_done()
 
 
 def test_shipped_pipelines_are_valid(tmp_path):
