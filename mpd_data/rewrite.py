@@ -19,7 +19,7 @@ import numpy.typing as npt
 from mpd_data.checkers import Checker, judge, make_checker
 from mpd_data.config import RewriteConfig
 from mpd_data.engine import Completion, RequestError, Scores, VLLMEngine, pump
-from mpd_data.errors import ConfigError, DataError
+from mpd_data.errors import ConfigError
 from mpd_data.models import (
     chat_template_hash,
     load_tokenizer,
@@ -32,9 +32,6 @@ from mpd_data.prompts import ChatFormatter, PromptError
 from mpd_data.schema import distill_key, seed_of
 from mpd_data.shards import RoundDir, ShardWriter, read_metadata
 from mpd_data.template import RewriteTemplate, load_template
-
-# More log-probabilities than K to ask for where the teacher's embedding has padding rows.
-_SPARE_LOGPROBS = 8
 
 _ROLLOUT_COLUMNS = [
     "row_id",
@@ -86,18 +83,10 @@ def drop_padding(
     ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32], k: int, vocab_size: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """The k best of [n, K] ids below `vocab_size`, most probable first, their log-probabilities
-    renormalised by the mass of the padding rows that were dropped.
-
-    Raises DataError where padding rows leave fewer than k.
-    """
+    renormalised by the mass of the padding rows that were dropped. K must exceed k by at least
+    the number of padding rows."""
     padding = ids >= vocab_size
     if padding.any():
-        if (ids.shape[1] - padding.sum(axis=1)).min() < k:
-            raise DataError(
-                f"the teacher ranks padding rows of its embedding (ids from {vocab_size} on) among"
-                " its most probable tokens. Resize its embedding to the student's"
-                " (resize_token_embeddings) and save it."
-            )
         mass = np.where(padding, np.exp(logprobs.astype(np.float64)), 0.0).sum(axis=1)
         logprobs = (logprobs - np.log1p(-mass)[:, None]).astype(np.float32)
         order = np.argsort(padding, axis=1, kind="stable")
@@ -178,8 +167,9 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
         if len(done) >= rollouts:
             return Outcome(_count_statuses(round_dir), 0, 0)
         failures = round_dir.failures()
-        # A teacher with more embedding rows than the student may put padding among its best.
-        spare = min(_SPARE_LOGPROBS, teacher.vocab_size - vocab_size)
+        # A teacher with more embedding rows than the student may rank padding among its best:
+        # with so many more asked for, k others are always left.
+        spare = teacher.vocab_size - vocab_size
         engine = VLLMEngine(
             teacher, config.engine, config.trust_remote_code, max_logprobs=k + spare
         )
