@@ -102,6 +102,31 @@ def test_commit_never_replaces(tmp_path, hard_links):
     assert [p.read_text() for p in sorted(folder.iterdir())] == ["one", "two"]
 
 
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_processes_racing_for_names_lose_no_file(tmp_path, hard_links):
+    """Each process sees the same next name as free; every file must still find its own."""
+    code = """
+        import sys
+        from pathlib import Path
+        from mpd_data.shards import commit_file
+        root = Path(sys.argv[1])
+        for i in range(60):
+            staged = root / f"staged-{sys.argv[2]}-{i}"
+            staged.write_text(staged.name)
+            commit_file(staged, root / "folder", sys.argv[3] == "True")
+    """
+    (tmp_path / "folder").mkdir()
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), tmp_path, str(n), str(hard_links)]
+        )
+        for n in range(4)
+    ]
+    assert [racer.wait() for racer in racers] == [0] * 4
+    found = {path.read_text() for path in (tmp_path / "folder").iterdir()}
+    assert found == {f"staged-{n}-{i}" for n in range(4) for i in range(60)}
+
+
 @pytest.mark.parametrize("keep", [0, 1, 7, 0.1, 0.5, 0.9, -9, -8, -1])
 def test_a_torn_shard_is_set_aside_and_its_rows_owed(tmp_path, keep):
     round_dir = write(tmp_path / "r", map(rollout_row, range(300)), rows_per_shard=100)
