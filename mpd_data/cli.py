@@ -16,6 +16,8 @@ from mpd_data.errors import MPDError
 from mpd_data.options import build, config_options
 
 EXIT_FAILED_ROWS = 3
+# What the extras bring; looking at shards needs none of it.
+_EXTRAS = {"torch", "transformers", "safetensors", "huggingface_hub", "httpx", "vllm"}
 
 _OVERWRITE = click.option(
     "--overwrite", is_flag=True, help="Delete what this stage has written here, then start anew."
@@ -41,6 +43,15 @@ def run_command(command: click.Command) -> None:
         sys.exit(130)
     except MPDError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRAS:
+            raise
+        click.echo(
+            f"error: {error.name} is not installed. This command needs the project's engine: pip"
+            " install '.[gpu]' on a CUDA machine, `make install` on a CPU machine.",
+            err=True,
+        )
         sys.exit(1)
 
 

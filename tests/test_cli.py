@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from conftest import run
+from conftest import STUDENT, run
 
 from mpd_data.cli import cli
 from mpd_data.config import RewriteConfig, RolloutsConfig
@@ -128,6 +128,26 @@ def test_tables_show_hostile_text_and_obey_none_of_it():
     assert "\\x1b[31mred" in table
     assert "[bold]x[/bold]" in table
     assert "1,234" in table
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers", "huggingface_hub"])
+def test_a_missing_extra_is_a_message(tmp_path, missing):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"problem": "a"}\n')
+    arguments_ = ["rollouts", "--model", "some/model", "--prompts", str(prompts), "--out", "x"]
+    arguments_ += ["--max-tokens", "20"]
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; sys.argv[1:] = {arguments_!r}\n"
+        "from mpd_data.cli import main; main()"
+    )
+    if missing != "huggingface_hub":
+        code = code.replace("some/model", str(STUDENT))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 1
+    assert "is not installed" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_version_is_printed():
