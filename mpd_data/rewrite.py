@@ -30,8 +30,9 @@ from mpd_data.models import (
 from mpd_data.progress import Progress
 from mpd_data.prompts import ChatFormatter, PromptError
 from mpd_data.schema import distill_key, seed_of
-from mpd_data.shards import RoundDir, ShardWriter, read_metadata
+from mpd_data.shards import RoundDir, read_metadata
 from mpd_data.template import RewriteTemplate, load_template
+from mpd_data.writer import ShardWriter
 
 _ROLLOUT_COLUMNS = [
     "row_id",

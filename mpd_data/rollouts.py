@@ -21,7 +21,8 @@ from mpd_data.models import (
 from mpd_data.progress import Progress
 from mpd_data.prompts import ChatFormatter, Prompt, PromptError, choose_prompts, load_prompts
 from mpd_data.schema import content_key, rollout_key, seed_of
-from mpd_data.shards import RoundDir, ShardWriter
+from mpd_data.shards import RoundDir
+from mpd_data.writer import ShardWriter
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mpd_data.errors import ConfigError, DataError, MPDError
-from mpd_data.shards import RoundDir, ShardWriter, commit_file, read_metadata
+from mpd_data.shards import RoundDir, read_metadata
 from mpd_data.validate import validate_round
+from mpd_data.writer import ShardWriter, commit_file
 
 
 def error_row(i):
@@ -108,7 +109,7 @@ def test_processes_racing_for_names_lose_no_file(tmp_path, hard_links):
     code = """
         import sys
         from pathlib import Path
-        from mpd_data.shards import commit_file
+        from mpd_data.writer import commit_file
         root = Path(sys.argv[1])
         for i in range(60):
             staged = root / f"staged-{sys.argv[2]}-{i}"
@@ -255,7 +256,8 @@ WRITER = """
     from pathlib import Path
     sys.path.insert(0, "tests")
     from test_shards import rollout_row
-    from mpd_data.shards import RoundDir, ShardWriter
+    from mpd_data.shards import RoundDir
+    from mpd_data.writer import ShardWriter
     round_dir = RoundDir(Path(sys.argv[1]))
     with round_dir.lock():
         done = round_dir.recover("rollouts")
@@ -320,7 +322,8 @@ CRASHER = """
     from pathlib import Path
     sys.path.insert(0, "tests")
     from test_shards import rollout_row
-    from mpd_data.shards import RoundDir, ShardWriter
+    from mpd_data.shards import RoundDir
+    from mpd_data.writer import ShardWriter
     left = int(sys.argv[2])
     def die(event, arguments):
         global left
