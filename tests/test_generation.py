@@ -7,6 +7,8 @@ import subprocess
 import time
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import (
@@ -26,6 +28,7 @@ from mpd_data.errors import ConfigError
 from mpd_data.schema import DISTILL_SCHEMA, ROLLOUT_SCHEMA, STATUSES
 from mpd_data.shards import RoundDir, read_metadata
 from mpd_data.stats import plot_lengths, round_stats
+from mpd_data.validate import validate_round
 
 
 def rows(round_dir, stage):
@@ -312,6 +315,41 @@ def test_stats_of_a_torn_shard_is_a_message(round_dir, tmp_path):
     assert "Traceback" not in said
     bad = run("mpd-gen", "stats", round_dir, "--plot", tmp_path / "x.nothing", code=1).stderr
     assert "cannot be written" in bad
+
+
+def _swap_first_two(row):
+    row["topk_logprobs"][:2] = row["topk_logprobs"][1::-1]
+
+
+BREACHES = {
+    "expected loss_start": lambda row: row.update(loss_start=row["loss_start"] + 1),
+    "log-probabilities and": lambda row: row.update(topk_ids=row["topk_ids"][:-1]),
+    "not sorted": _swap_first_two,
+    "stands twice": lambda row: row["topk_ids"].__setitem__(1, row["topk_ids"][0]),
+    "sum to": lambda row: row["tail_logprobs"].__setitem__(0, -0.5),
+    "outside the vocabulary": lambda row: row["topk_ids"].__setitem__(63, 10_000),
+    "not the end token": lambda row: row["input_ids"].__setitem__(-1, 7),
+    "do not begin with the rollout's prompt": lambda row: row["input_ids"].__setitem__(0, 7),
+    "contradict 'rewrite' scoring": lambda row: row.update(teacher_prompt_ids=None),
+    "yet it has log-probabilities": lambda row: row.update(status="longer"),
+    "yet ids, counts or": lambda row: row.update(loss_start=None),
+    "is not here": lambda row: row.update(rollout_id="0" * 32),
+    "not in (": lambda row: row.update(status="fine"),
+}
+
+
+@pytest.mark.parametrize("message", BREACHES)
+def test_validate_finds_each_breach(round_dir, tmp_path, message):
+    other = tmp_path / "r"
+    shutil.copytree(round_dir, other)
+    file = RoundDir(other).shard_paths("distill")[0]
+    table = pq.read_table(file)
+    all_rows = table.to_pylist()
+    index = next(i for i, row in enumerate(all_rows) if row["status"] == "ok")
+    BREACHES[message](all_rows[index])
+    pq.write_table(pa.Table.from_pylist(all_rows, schema=table.schema), file)
+    found = [problem for problem in validate_round(other) if f"row {index} (" in problem]
+    assert any(message in problem for problem in found), found
 
 
 def test_stats_of_nothing_is_an_error(tmp_path):
