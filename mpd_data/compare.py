@@ -77,7 +77,7 @@ def evaluate(path: Path) -> dict[str, Any]:
     return {
         "problems": problems.height,
         "samples": int(problems["samples"].sum()),
-        "accuracy": float(problems["accuracy"].mean()) if graded else None,  # type: ignore[arg-type]
+        "accuracy": float(problems["accuracy"].to_numpy().mean()) if graded else None,
         "accuracy_interval": _interval(accuracy[0]) if graded else None,
         "mean_tokens": float(whole["tokens"].item()),
         "mean_tokens_interval": _interval(tokens),
