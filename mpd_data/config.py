@@ -18,6 +18,10 @@ class Strict(BaseModel):
 class EngineConfig(Strict):
     """How the engine runs a model. Of these only `dtype` changes what comes out."""
 
+    backend: Literal["vllm", "transformers"] = Field(
+        "vllm",
+        description="Engine. transformers: slower, for machines where vLLM does not install.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the engine."
     )
@@ -60,12 +64,29 @@ class OutputConfig(Strict):
     seconds_per_shard: float = Field(300.0, gt=0, description="or after so many seconds.")
 
 
+class CheckConfig(Strict):
+    """How answers are checked, in worker processes. None of it changes a row of a sound checker."""
+
+    checker_timeout: float = Field(
+        5.0, gt=0, description="Seconds for one check; after them it is stopped and has failed."
+    )
+    checker_processes: int = Field(2, ge=1, description="Processes that check answers.")
+
+
+AnswerFormat = Literal["boxed", "hashes", "tag", "phrase", "bare"]
+ANSWER_FORMATS: tuple[AnswerFormat, ...] = ("boxed", "hashes", "tag", "phrase", "bare")
+
+
 class RolloutsConfig(Strict):
     """`mpd-gen rollouts`."""
 
     model: str = Field(description="Student: a model folder or hub id.")
     revision: str | None = Field(None, description="Hub revision of the student.")
-    prompts: list[Path] = Field(min_length=1, description="JSONL or Parquet files.")
+    prompts: list[str] = Field(
+        min_length=1,
+        description="JSONL, CSV or Parquet files, or Hugging Face datasets as"
+        " hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG].",
+    )
     out: Path = Field(description="The round's folder.")
     round: int = Field(0, ge=0, description="Number of the round, part of each row's key.")
     num_samples: int = Field(1, ge=1, description="Samples per prompt.")
@@ -75,15 +96,69 @@ class RolloutsConfig(Strict):
     prompt_column: str = Field("problem", description="Column of the problem's text.")
     id_column: str | None = Field(None, description="Column of unique ids; default: text hash.")
     answer_column: str | None = Field(None, description="Column of gold answers, if any.")
-    checker: str = Field("number", description="How answers are read and compared.")
+    metadata_columns: list[str] = Field(
+        default_factory=list, description="Columns to carry through, as JSON in `metadata`."
+    )
+    duplicates: Literal["refuse", "first"] = Field(
+        "refuse", description="Prompts with an id that was there before: refuse, or keep the first."
+    )
+    prompt_template: str = Field(
+        "{{problem}}", description="The user's message; {{problem}} stands for the problem."
+    )
+    system_prompt: str | None = Field(None, description="System message before the user's.")
+    examples: Path | None = Field(
+        None, description="Few-shot examples: a JSONL, CSV or Parquet file, shown as earlier turns."
+    )
+    examples_column: str = Field("solution", description="Column of the examples' solutions.")
+    thinking: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Thinking mode of the student's chat template. auto: on where it has a switch.",
+    )
+    checker: str = Field(
+        "number",
+        description="How answers are compared: number, math, text, choice, reasoning-gym, or your"
+        " own as package.module:Name.",
+    )
+    answer_formats: list[AnswerFormat] = Field(
+        list(ANSWER_FORMATS),
+        min_length=1,
+        description=r"Where an answer may stand: boxed (\boxed{x}), hashes (#### x), tag"
+        " (<answer>x</answer>), phrase (the answer is x), bare (nothing but x).",
+    )
     seed: int = Field(0, ge=0, description="Base seed; each row's own is derived from its key.")
     template_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="For the chat template, such as enable_thinking."
+        default_factory=dict, description="More settings for the chat template."
     )
     trust_remote_code: bool = Field(False, description="Run code that ships with the model.")
     sampling: SamplingConfig = SamplingConfig()
+    checks: CheckConfig = CheckConfig()
     engine: EngineConfig = EngineConfig()
     output: OutputConfig = OutputConfig()
+
+
+class FilterConfig(Strict):
+    """Which rewrites are kept. Each rule has its status in the shards; `--refilter` applies
+    changed rules to rewrites that are there."""
+
+    drafts: Literal["any", "correct", "incorrect"] = Field(
+        "any", description="Rewrites of which drafts are kept, by their gold answers."
+    )
+    keep_answer: bool = Field(True, description="Only rewrites that keep their draft's answer.")
+    require_correct: bool = Field(
+        True, description="Only rewrites with the gold answer, where there is one."
+    )
+    max_ratio: float = Field(
+        1.0,
+        gt=0,
+        description="Longest rewrite kept, as a multiple of its draft's tokens. 1: not longer."
+        " Below 1 later rounds starve.",
+    )
+    min_ratio: float = Field(
+        0.0, ge=0, description="Shortest rewrite kept, as a multiple of its draft's tokens."
+    )
+    max_repetition: float = Field(
+        1.0, ge=0, le=1, description="Largest share of repeated 4-grams in a rewrite kept."
+    )
 
 
 class RewriteConfig(Strict):
@@ -92,7 +167,15 @@ class RewriteConfig(Strict):
     teacher: str = Field(description="Teacher: a model folder or hub id.")
     revision: str | None = Field(None, description="Hub revision of the teacher.")
     shards: Path = Field(description="The round's folder, with its rollouts.")
-    template: Path | None = Field(None, description="Rewrite template (TOML); default: built in.")
+    template: str = Field(
+        "tags",
+        description="Rewrite template: a TOML file, or one that is built in: tags (for models that"
+        " follow instructions well), plain (for small ones).",
+    )
+    num_candidates: int = Field(1, ge=1, description="Rewrites per rollout.")
+    choose: Literal["shortest", "first", "all"] = Field(
+        "shortest", description="Which of a rollout's rewrites to keep, of those that pass."
+    )
     score_context: Literal["problem", "rewrite"] = Field(
         "problem",
         description="What the teacher sees when it scores: the student's prompt, or the rewrite"
@@ -100,14 +183,23 @@ class RewriteConfig(Strict):
     )
     num_logprobs: int = Field(64, ge=1, description="K: log-probabilities stored per token.")
     seed: int = Field(0, ge=0, description="Base seed; each row's own is derived from its key.")
+    thinking: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Thinking mode of the teacher's chat template when it rewrites. auto: off where"
+        " it has a switch. (When it scores, it has the student's.)",
+    )
     template_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="For the teacher's chat template when it rewrites."
+        default_factory=dict,
+        description="More settings for the teacher's chat template when it rewrites.",
     )
     score_template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="For the teacher's chat template when it scores under the rewrite prompt.",
+        description="More settings for the teacher's chat template when it scores under the rewrite"
+        " prompt.",
     )
     trust_remote_code: bool = Field(False, description="Run code that ships with the model.")
     sampling: RewriteSamplingConfig = RewriteSamplingConfig()
+    filters: FilterConfig = FilterConfig()
+    checks: CheckConfig = CheckConfig()
     engine: EngineConfig = EngineConfig()
     output: OutputConfig = OutputConfig()

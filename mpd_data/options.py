@@ -79,7 +79,9 @@ def config_options(
             elif get_origin(plain) is Literal:
                 settings["type"] = click.Choice(get_args(plain))
             elif get_origin(plain) is list:
-                settings |= {"type": get_args(plain)[0], "multiple": True}
+                item = get_args(plain)[0]
+                choice = click.Choice(get_args(item)) if get_origin(item) is Literal else item
+                settings |= {"type": choice, "multiple": True}
             elif get_origin(plain) is dict:
                 settings |= {"callback": _json_object, "metavar": "JSON", "default": None}
             else:

@@ -28,7 +28,7 @@ class Prompt:
 
 
 def load_prompts(
-    paths: Iterable[Path],
+    paths: Iterable[str | Path],
     prompt_column: str,
     id_column: str | None = None,
     answer_column: str | None = None,

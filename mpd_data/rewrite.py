@@ -40,6 +40,7 @@ _ROLLOUT_COLUMNS = [
     "round",
     "prompt",
     "prompt_ids",
+    "completion",
     "completion_ids",
     "num_completion_tokens",
     "finish_reason",
@@ -285,7 +286,7 @@ class _Job:
         row["rewrite_finish_reason"] = completion.finish_reason
         if not stopped:
             return "truncated", []
-        trace = self.template.trace_of(row["rewrite"])
+        trace = self.template.trace_of(row["rewrite"], "</think>" in rollout["completion"])
         answer = None if trace is None else self.checker.extract(trace)
         if trace is None or answer is None:
             return "malformed", []
@@ -362,7 +363,11 @@ def _empty_row(row_id: str, rollout: dict[str, Any]) -> dict[str, Any]:
         "rewrite": None,
         "rewrite_finish_reason": None,
         "rewrite_answer": None,
+        "keeps_answer": None,
         "is_correct": None,
+        "check_error": None,
+        "draft_is_correct": None,
+        "repetition": None,
         "num_original_tokens": rollout["num_completion_tokens"],
         "num_rewritten_tokens": None,
         "compression_ratio": None,

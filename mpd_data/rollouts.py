@@ -20,7 +20,7 @@ from mpd_data.models import (
 )
 from mpd_data.progress import Progress
 from mpd_data.prompts import ChatFormatter, Prompt, PromptError, choose_prompts, load_prompts
-from mpd_data.schema import content_key, rollout_key, seed_of
+from mpd_data.schema import content_key, repetition, rollout_key, seed_of
 from mpd_data.shards import RoundDir
 from mpd_data.writer import ShardWriter
 
@@ -183,5 +183,8 @@ def _row(
         "answer": answer,
         "gold_answer": request.prompt.answer,
         "is_correct": judge(checker, answer, request.prompt.answer),
+        "check_error": None,
+        "repetition": repetition(result.token_ids),
+        "metadata": None,
         "seed": seed_of(request.row_id),
     }

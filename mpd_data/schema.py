@@ -6,12 +6,12 @@ docs/contract.md; `mpd-gen validate` checks it. A change of meaning raises SCHEM
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 FINISH_REASONS = ("stop", "length")
 
@@ -22,9 +22,14 @@ STATUSES = (
     "too_long",
     "truncated",
     "malformed",
+    "check_failed",
+    "draft_rejected",
     "answer_changed",
     "longer",
+    "too_short",
+    "repetitive",
     "incorrect",
+    "not_chosen",
     "ok",
 )
 
@@ -62,6 +67,9 @@ ROLLOUT_SCHEMA = pa.schema(
         _field("answer", pa.string(), nullable=True),
         _field("gold_answer", pa.string(), nullable=True),
         _field("is_correct", pa.bool_(), nullable=True),
+        _field("check_error", pa.string(), nullable=True),
+        _field("repetition", pa.float32()),
+        _field("metadata", pa.string(), nullable=True),
         _field("seed", pa.int64()),
     ]
 )
@@ -77,7 +85,11 @@ DISTILL_SCHEMA = pa.schema(
         _field("rewrite", pa.string(), nullable=True),
         _field("rewrite_finish_reason", pa.string(), nullable=True),
         _field("rewrite_answer", pa.string(), nullable=True),
+        _field("keeps_answer", pa.bool_(), nullable=True),
         _field("is_correct", pa.bool_(), nullable=True),
+        _field("check_error", pa.string(), nullable=True),
+        _field("draft_is_correct", pa.bool_(), nullable=True),
+        _field("repetition", pa.float32(), nullable=True),
         _field("num_original_tokens", pa.int32()),
         _field("num_rewritten_tokens", pa.int32(), nullable=True),
         _field("compression_ratio", pa.float32(), nullable=True),
@@ -150,3 +162,12 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
         elif old != new:
             lines.append(f"{prefix}{name}: saved {old!r} / now {new!r}")
     return lines
+
+
+def repetition(token_ids: Sequence[int], n: int = 4) -> float:
+    """Share of n-grams of `token_ids` that stand earlier in it too; 0 where it has none."""
+    total = len(token_ids) - n + 1
+    if total <= 0:
+        return 0.0
+    grams = set(zip(*(token_ids[i : total + i] for i in range(n)), strict=True))
+    return 1.0 - len(grams) / total

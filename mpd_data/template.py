@@ -1,6 +1,6 @@
 """Rewrite templates: TOML files that say how the teacher is asked and how it is read.
 
-See templates/rewrite-v1.toml for the format.
+See templates/tags.toml for the format.
 """
 
 import re
@@ -14,7 +14,10 @@ from mpd_data.config import Strict
 from mpd_data.errors import ConfigError
 from mpd_data.schema import content_key
 
-DEFAULT_TEMPLATE = Path(__file__).parent / "templates" / "rewrite-v1.toml"
+BUILT_IN = {
+    "tags": Path(__file__).parent / "templates" / "tags.toml",
+    "plain": Path(__file__).parent / "templates" / "plain.toml",
+}
 
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
@@ -31,7 +34,8 @@ class RewriteTemplate(Strict):
     version: int
     prompt: str
     output: str
-    trace: str
+    trace: str | None = None
+    plain_trace: str | None = None
 
     def hash(self) -> str:
         return content_key(self.model_dump())
@@ -40,18 +44,27 @@ class RewriteTemplate(Strict):
         """What the user says to the teacher."""
         return fill(self.prompt, {"problem": problem, "draft": draft}).strip()
 
-    def trace_of(self, rewrite: str) -> str | None:
+    def trace_of(self, rewrite: str, thinks: bool) -> str | None:
         """The teacher's turn laid out as the student's own trace, without the end token; None
-        where the turn is not in the template's format."""
+        where the turn is not in the template's format. `thinks`: the draft has a thinking part.
+        Raises ConfigError where the template has no layout for such drafts."""
         match = re.fullmatch(self.output, rewrite, re.DOTALL)
         if match is None:
             return None
-        return fill(self.trace, {name: text.strip() for name, text in match.groupdict("").items()})
+        parts = {name: text.strip() for name, text in match.groupdict("").items()}
+        layout = self.trace if thinks else self.plain_trace or self.trace
+        if layout is None:
+            raise ConfigError(
+                f"template {self.name!r} has no `trace`, and the drafts have a thinking part (they"
+                " close </think>). Give it one, or use --template tags."
+            )
+        return fill(layout, parts)
 
 
-def load_template(path: Path | None) -> RewriteTemplate:
-    """Reads and checks a template file. Raises ConfigError naming what is wrong in it."""
-    path = path or DEFAULT_TEMPLATE
+def load_template(name: str) -> RewriteTemplate:
+    """Reads and checks a template: the name of one that is built in, or the path of a file.
+    Raises ConfigError naming what is wrong in it."""
+    path = BUILT_IN.get(name, Path(name))
     try:
         template = RewriteTemplate(**tomllib.loads(path.read_text(encoding="utf-8")))
         groups = set(re.compile(template.output).groupindex)
@@ -61,9 +74,12 @@ def load_template(path: Path | None) -> RewriteTemplate:
         raise ConfigError(f"{path}: not a rewrite template: {error}") from error
     except re.error as error:
         raise ConfigError(f"{path}: `output` is not a regular expression: {error}") from error
+    if template.trace is None and template.plain_trace is None:
+        raise ConfigError(f"{path}: gives neither `trace` nor `plain_trace`; it needs one of them.")
     for field, text, known in (
         ("prompt", template.prompt, {"problem", "draft"}),
-        ("trace", template.trace, groups),
+        ("trace", template.trace or "", groups),
+        ("plain_trace", template.plain_trace or "", groups),
     ):
         unknown = set(_PLACEHOLDER.findall(text)) - known
         if unknown:

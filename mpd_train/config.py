@@ -16,6 +16,46 @@ class LossConfig(Strict):
     )
     beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in jsd's mixture.")
     alpha: float = Field(0.1, gt=0, lt=1, description="Share mixed in by the skewed divergences.")
+    ce_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the rewrite's own cross-entropy in the loss; 1: plain fine-tuning.",
+    )
+    divergence_clip: float | None = Field(
+        None,
+        gt=0,
+        description="Clamp each token's divergence, in nats. Tokens above it get no gradient from"
+        " it; their share is in the metrics.",
+    )
+
+
+class LoraConfig(Strict):
+    """Low-rank adapters instead of full training."""
+
+    lora_r: int = Field(0, ge=0, description="Rank of the adapters; 0: train all weights.")
+    lora_alpha: float | None = Field(
+        None, gt=0, description="Adapters are scaled by alpha / r; default: 2 r."
+    )
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
+    lora_target_modules: list[str] = Field(
+        ["all-linear"], min_length=1, description="Names of the layers that get an adapter."
+    )
+
+
+class ValidationConfig(Strict):
+    """Held-out rows and early stopping."""
+
+    validation_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Share of the prompts held out, chosen by hash of their id."
+    )
+    eval_steps: int = Field(50, ge=1, description="Optimiser steps between validations.")
+    early_stopping_patience: int = Field(
+        0,
+        ge=0,
+        description="Stop after so many validations without a better loss and export the best"
+        " weights; 0: never.",
+    )
 
 
 class OptimizerConfig(Strict):
@@ -43,6 +83,7 @@ class TrainConfig(Strict):
         description="Run this teacher in the process and use its full vocabulary, instead of the"
         " shards' cached top K.",
     )
+    teacher_revision: str | None = Field(None, description="Hub revision of the teacher.")
     epochs: int = Field(1, ge=1, description="Passes over the kept rows.")
     pack_length: int = Field(4096, ge=2, description="Tokens packed into one sequence.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Packs per optimiser step.")
@@ -56,7 +97,12 @@ class TrainConfig(Strict):
         False, description="Recompute activations in the backward pass: less memory, more time."
     )
     seed: int = Field(0, ge=0, description="Order of the data.")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="Trackers that get the metrics too."
+    )
     save_steps: int = Field(50, ge=1, description="Optimiser steps between checkpoints.")
     trust_remote_code: bool = Field(False, description="Run code that ships with the models.")
     loss: LossConfig = LossConfig()
+    lora: LoraConfig = LoraConfig()
+    validation: ValidationConfig = ValidationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

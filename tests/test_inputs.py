@@ -9,7 +9,7 @@ from mpd_data.checkers import NumberChecker, final_part, judge, make_checker
 from mpd_data.errors import ConfigError, DataError
 from mpd_data.models import load_tokenizer, resolve_model, tokenizer_hash
 from mpd_data.prompts import ChatFormatter, PromptError, choose_prompts, load_prompts
-from mpd_data.template import DEFAULT_TEMPLATE, load_template
+from mpd_data.template import BUILT_IN, load_template
 
 
 def test_jsonl_and_parquet_give_the_same_prompts(tmp_path):
@@ -142,15 +142,15 @@ def test_judging_without_gold_or_answer():
 
 
 def test_default_template_reads_a_rewrite():
-    template = load_template(None)
+    template = load_template("tags")
     rewrite = "<reasoning>\n2 + 2 = 4\n</reasoning>\n<answer>\n\\boxed{4}\n</answer>"
-    assert template.trace_of(rewrite) == "<think>\n2 + 2 = 4\n</think>\n\n\\boxed{4}"
-    assert template.trace_of("Sure! " + rewrite) is None
-    assert template.trace_of(rewrite.replace("</answer>", "")) is None
+    assert template.trace_of(rewrite, True) == "<think>\n2 + 2 = 4\n</think>\n\n\\boxed{4}"
+    assert template.trace_of("Sure! " + rewrite, True) is None
+    assert template.trace_of(rewrite.replace("</answer>", ""), True) is None
 
 
 def test_what_a_template_is_filled_with_is_not_expanded():
-    message = load_template(None).message("{{draft}} {{nothing}}", "SECRET {{problem}}")
+    message = load_template("tags").message("{{draft}} {{nothing}}", "SECRET {{problem}}")
     assert "Problem:\n{{draft}} {{nothing}}" in message
     assert "Draft:\nSECRET {{problem}}" in message
 
@@ -167,11 +167,11 @@ def test_what_a_template_is_filled_with_is_not_expanded():
     ],
 )
 def test_bad_templates_are_refused(tmp_path, old, new, message):
-    source = DEFAULT_TEMPLATE if old in DEFAULT_TEMPLATE.read_text() else TEMPLATE
+    source = BUILT_IN["tags"] if old in BUILT_IN["tags"].read_text() else TEMPLATE
     path = tmp_path / "t.toml"
     path.write_text(source.read_text().replace(old, new))
     with pytest.raises(ConfigError, match=message):
-        load_template(path)
+        load_template(str(path))
 
 
 def test_models_that_cannot_be_used_are_named(tmp_path):
