@@ -78,13 +78,22 @@ def rollouts(overwrite: bool, **options: Any) -> None:
 @cli.command()
 @config_options(RewriteConfig)
 @_OVERWRITE
-def rewrite(overwrite: bool, **options: Any) -> None:
+@click.option(
+    "--refilter",
+    is_flag=True,
+    help="Apply changed filters and choice to the rewrites that are there; scores what is newly"
+    " kept.",
+)
+def rewrite(overwrite: bool, refilter: bool, **options: Any) -> None:
     """Let the teacher rewrite and score a round's rollouts into SHARDS/distill. Run again to
     resume."""
+    from mpd_data.refilter import run_refilter
     from mpd_data.rewrite import run_rewrite
 
     config = build(RewriteConfig, options)
-    outcome = run_rewrite(config, overwrite)
+    if refilter and overwrite:
+        raise click.UsageError("--refilter keeps the rewrites, --overwrite deletes them: give one.")
+    outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite)
     counts = ", ".join(f"{n} {status}" for status, n in sorted(outcome.statuses.items()))
     if not outcome.statuses.get("ok"):
         raise MPDError(

@@ -70,29 +70,37 @@ class Engine(Protocol):
         """Advances all requests and returns those that finished. Raises EngineError."""
 
 
+class SideWork(Protocol):
+    """Work beside the engine whose results may bring it new requests: checks, and commits."""
+
+    @property
+    def in_flight(self) -> int:
+        """Pieces of work begun and not finished."""
+
+    def advance(self, wait: bool) -> None:
+        """Takes what has finished; `wait`: there is nothing else to do, so wait for something."""
+
+
 def pump(
-    engine: Engine,
-    submissions: Iterable[Callable[[], None]],
-    after_step: Callable[[], None],
+    engine: Engine, submissions: Iterable[Callable[[], None]], side: SideWork
 ) -> Iterator[Completion | Scores]:
-    """Runs `submissions` (each submits one request) through the engine, refilling it as
-    results return. The consumer may submit more while iterating: they are drained as well.
-    `after_step` runs after each engine step, also where nothing finished for a long time."""
+    """Runs `submissions` (each submits a request or a few) through the engine, refilling it as
+    results return. The consumer may submit more while iterating, and so may `side`: all are
+    drained. `side.advance` runs after each engine step, also where nothing finished."""
     source = iter(submissions)
     exhausted = False
     while True:
-        while not exhausted and engine.in_flight < engine.max_in_flight:
+        while not exhausted and max(engine.in_flight, side.in_flight) < engine.max_in_flight:
             submit = next(source, None)
             if submit is None:
                 exhausted = True
             else:
                 submit()
-        if engine.in_flight == 0:
-            if exhausted:
-                return
-            continue
-        yield from engine.step()
-        after_step()
+        if engine.in_flight:
+            yield from engine.step()
+        side.advance(wait=not engine.in_flight)
+        if exhausted and not engine.in_flight and not side.in_flight:
+            return
 
 
 def _prepare_environment(on_cpu: bool) -> None:

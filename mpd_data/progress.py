@@ -28,7 +28,7 @@ class Progress:
             else None
         )
 
-    def update(self, tokens: int, truncated: bool, in_flight: int) -> None:
+    def update(self, tokens: int, truncated: int, in_flight: int) -> None:
         """One more row finished, of so many tokens."""
         now = time.monotonic()
         self._rows += 1

@@ -391,3 +391,13 @@ class RoundDir:
                     if batch is None:
                         break
                     yield from batch.to_pylist()
+
+
+def scratch_of(round_dir: RoundDir) -> RoundDir:
+    """Where a refilter of `round_dir` gathers its rows."""
+    return RoundDir(round_dir.path / ".refilter")
+
+
+def is_whole(scratch: RoundDir) -> bool:
+    """Whether a refilter has all its rows and waits to be put in place."""
+    return (scratch.path / "complete").exists()

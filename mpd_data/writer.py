@@ -132,8 +132,14 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         self.commit()
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Takes one row (exactly the stage's columns); commits a shard where one is due."""
+    def add(self, *rows: dict[str, Any]) -> None:
+        """Takes rows (exactly the stage's columns) that belong together: they go into one shard.
+        Commits a shard where one is due."""
+        for row in rows:
+            self._add(row)
+        self.commit_if_due()
+
+    def _add(self, row: dict[str, Any]) -> None:
         if row.keys() != set(self._schema.names):
             missing, extra = (
                 set(self._schema.names) - row.keys(),
@@ -151,7 +157,6 @@ class ShardWriter:
         )
         if len(self._rows) >= ROWS_PER_GROUP or self._group_bytes >= BYTES_PER_GROUP:
             self._close_group()
-        self.commit_if_due()
 
     def commit_if_due(self) -> None:
         """Commits by age too; call it while waiting for results."""

@@ -1,0 +1,56 @@
+"""Which rewrites are kept: one named rule after another, and the choice among those that pass.
+
+A rule looks at nothing but a distill row's own columns, so that changed rules can be applied to
+rewrites that are there (`mpd-gen rewrite --refilter`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from mpd_data.config import FilterConfig
+
+# Settled while rewriting: no rule can make such a row fit for training.
+UNUSABLE = ("draft_truncated", "too_long", "truncated", "malformed", "check_failed")
+
+
+def status_of(row: Mapping[str, Any], filters: FilterConfig) -> str:
+    """The first rule that rejects a checked rewrite, or "ok".
+
+    Reads draft_is_correct, keeps_answer, compression_ratio, repetition and is_correct. A row
+    without a gold answer passes the rules that need one.
+    """
+    unwanted = {"any": None, "correct": False, "incorrect": True}[filters.drafts]
+    if unwanted is not None and row["draft_is_correct"] is unwanted:
+        return "draft_rejected"
+    # A draft without an answer has none that could be kept.
+    if filters.keep_answer and not row["keeps_answer"]:
+        return "answer_changed"
+    if row["compression_ratio"] > filters.max_ratio:
+        return "longer"
+    if row["compression_ratio"] < filters.min_ratio:
+        return "too_short"
+    if row["repetition"] > filters.max_repetition:
+        return "repetitive"
+    if filters.require_correct and row["is_correct"] is False:
+        return "incorrect"
+    return "ok"
+
+
+def settle(
+    rows: Sequence[dict[str, Any]],
+    filters: FilterConfig,
+    choose: Literal["shortest", "first", "all"],
+) -> None:
+    """Sets `status` of all rewrites of one rollout, in order of candidate_idx; rows whose status
+    is in UNUSABLE keep it. Of those that pass, the ones not chosen are "not_chosen"."""
+    for row in rows:
+        if row["status"] not in UNUSABLE:
+            row["status"] = status_of(row, filters)
+    passed = [row for row in rows if row["status"] == "ok"]
+    if choose == "all" or not passed:
+        return
+    # Ties go to the first.
+    chosen = min(passed, key=lambda r: r["num_rewritten_tokens"]) if choose == "shortest" else None
+    for row in passed:
+        if row is not (chosen or passed[0]):
+            row["status"] = "not_chosen"
