@@ -1,26 +1,29 @@
 """Answer checking by program.
 
-A checker reads the final answer from a completion and says whether two answers are equal.
+A checker reads the final answer from a completion and says whether two answers mean the same.
 `extract` gives None where no answer stands in a declared format: a failure of format, which
-stages count apart from a wrong answer.
+stages count apart from a wrong answer. Models write what is read here, so reading costs time in
+proportion to the text; comparing may take long (`math`), and runs under `checks.CheckPool`.
 """
 
+import difflib
+import importlib
+import importlib.util
+import json
+import logging
 import re
-from collections.abc import Callable
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Protocol
+from pathlib import Path
+from typing import Any
 
+from mpd_data.config import ANSWER_FORMATS, AnswerFormat
 from mpd_data.errors import ConfigError
 
-
-class Checker(Protocol):
-    """Reads and compares answers. Both methods take hostile text and never raise on it."""
-
-    def extract(self, completion: str) -> str | None:
-        """The final answer as it stands in the text, or None."""
-
-    def equal(self, answer: str, gold: str) -> bool:
-        """Whether two answers mean the same."""
+# Nothing longer is taken for a marked answer: nested marks would make each other's text count.
+MAX_ANSWER = 2000
 
 
 def final_part(completion: str) -> str | None:
@@ -32,59 +35,397 @@ def final_part(completion: str) -> str | None:
     return None if "<think>" in completion else completion
 
 
-# Every repetition is bounded: hostile text costs time in proportion to its length.
-_NUMBER = r"[-+]?\$?\d[\d,]{0,40}(?:\.\d{1,40})?(?:\s?/\s?\d{1,40})?"
-_SPACE = r"\s{0,4}"
-_FORMATS = [
-    re.compile(rf"\\boxed\{{{_SPACE}({_NUMBER}){_SPACE}\}}"),
-    re.compile(rf"####{_SPACE}({_NUMBER})"),
-    re.compile(rf"\banswer(?:\s{{1,4}}is)?{_SPACE}:?{_SPACE}({_NUMBER})", re.IGNORECASE),
-]
-_PLAIN = re.compile(_NUMBER)
+# Escaped braces and backslashes are matched so that they are passed over.
+_BRACES = re.compile(r"\\boxed\s{0,4}\{|\\boxed\s{1,4}(\w{1,40})|\\[\\{}]|[{}]")
+_TAGS = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_PHRASE = re.compile(
+    r"\banswer[*_]{0,3}(?:\s{1,4}is\b\s{0,4}:?|\s{0,4}:|(?=\s{1,4}[-+]?\$?\d))[*_]{0,3}\s{0,4}",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.?](?=[\s*]|$)")
 
 
-class NumberChecker:
-    r"""Exact numbers: integers, decimals, simple fractions. Formats taken, the last occurrence
-    of the first that occurs: `\boxed{12}`, `#### 12`, `answer 12` / `the answer is: 12`, or a
-    final part that is nothing but a number."""
+def _boxed(text: str) -> Iterator[str]:
+    open_braces: list[int | None] = []  # where a box's content starts, None for other braces
+    spans = []
+    for match in _BRACES.finditer(text):
+        token = match[0]
+        if match[1] is not None:
+            spans.append(match.span(1))
+        elif token == "}":
+            start = open_braces.pop() if open_braces else None
+            if start is not None:
+                spans.append((start, match.start()))
+        elif token == "{":
+            open_braces.append(None)
+        elif token.endswith("{") and len(token) > 2:
+            open_braces.append(match.end())
+    yield from (text[a:b] for a, b in sorted(spans, reverse=True) if b - a <= MAX_ANSWER)
+
+
+def _hashes(text: str) -> Iterator[str]:
+    for line in reversed(text.splitlines()):
+        _, mark, answer = line.rpartition("####")
+        if mark and len(answer) <= MAX_ANSWER:
+            yield answer
+
+
+def _tag(text: str) -> Iterator[str]:
+    spans = []
+    start = None
+    for match in _TAGS.finditer(text):
+        if not match[1]:
+            start = match.end()
+        elif start is not None:
+            spans.append((start, match.start()))
+            start = None
+    yield from (text[a:b] for a, b in reversed(spans) if b - a <= MAX_ANSWER)
+
+
+def _phrase(text: str) -> Iterator[str]:
+    for start in reversed([match.end() for match in _PHRASE.finditer(text)]):
+        line = text[start : start + MAX_ANSWER + 1].partition("\n")[0]
+        end = _SENTENCE_END.search(line)
+        answer = line[: end.start()] if end else line
+        if len(answer) <= MAX_ANSWER:
+            yield answer.strip().strip("*_")
+
+
+_MARKED: dict[AnswerFormat, Callable[[str], Iterator[str]]] = {
+    "boxed": _boxed,
+    "hashes": _hashes,
+    "tag": _tag,
+    "phrase": _phrase,
+}
+
+
+class Checker:
+    """Reads and compares answers. A checker of your own gives at least `equal`; `read` says what
+    it takes for an answer. Reading never raises; comparing may (the check then has failed)."""
+
+    def __init__(self, formats: Sequence[AnswerFormat] = ANSWER_FORMATS):
+        self.formats = tuple(formats)
+
+    def prepare(self) -> None:
+        """Imports what comparing needs: called once, before any time limit runs."""
+
+    def read(self, text: str) -> str | None:
+        """The answer in `text`, which stood in a marked place; None if that is no answer."""
+        return text.strip() or None
+
+    def read_bare(self, text: str) -> str | None:
+        """The answer where `text`, a whole final part, is nothing but an answer."""
+        return self.read(text) if len(text) <= 200 and "\n" not in text else None
 
     def extract(self, completion: str) -> str | None:
+        """The final answer: the last that `read` takes, of the first declared format (in the
+        order of ANSWER_FORMATS) that has one; None where none has."""
         final = final_part(completion)
         if final is None:
             return None
-        for pattern in _FORMATS:
-            found = pattern.findall(final)
-            if found:
-                return str(found[-1])
-        bare = final.strip().removesuffix(".")
+        marked = [name for name in ANSWER_FORMATS if name in self.formats and name in _MARKED]
+        answer = self._marked(final, marked)
+        if answer is None and "bare" in self.formats:
+            answer = self.read_bare(final.strip())
+        return answer
+
+    def _marked(self, text: str, formats: Sequence[AnswerFormat]) -> str | None:
+        for name in formats:
+            for found in _MARKED[name](text):
+                answer = self.read(found)
+                if answer is not None:
+                    return answer
+        return None
+
+    def equal(self, answer: str, gold: str) -> bool:
+        """Whether two answers mean the same."""
+        raise NotImplementedError(f"{type(self).__name__} has no `equal`")
+
+    def correct(self, answer: str, gold: str, metadata: Mapping[str, Any]) -> bool:
+        """Whether `answer` is right. `metadata`: the prompt's carried columns."""
+        return self.equal(answer, gold)
+
+    def gold(self, text: str) -> str:
+        r"""What a gold column's cell means: the answer marked in a solution (`\boxed{}`, `####`,
+        `<answer>`), else the text itself."""
+        answer = self._marked(text, ("boxed", "hashes", "tag"))
+        return text if answer is None else answer
+
+
+# Every repetition is bounded: hostile text costs time in proportion to its length.
+_NUMBER = (
+    r"[-+]?\$?(?:\d{1,3}(?:,\d{3}){1,12}(?!\d)|\d{1,40}(?!\d))(?:\.\d{1,40}(?!\d))?"
+    r"(?:\s?/\s?\d{1,40}(?!\d))?"
+)
+_PLAIN = re.compile(_NUMBER)
+_NAMED = re.compile(r"[A-Za-z]{1,20}\s{0,4}=\s{0,4}(?=[-+$\d])")
+# What may follow a number: its unit or the sentence's rest, and no more mathematics.
+_UNIT = re.compile(
+    r"\s{0,4}(?:$|%|°|\^\{?\\circ|\\(?:text|mathrm|mbox|circ|degree)\b|[.;:!)](?:\s|$)|,\s(?!\s?\d))"
+    r"|(?:\s{1,4}|(?=[A-Za-z]{2}|[mgshL]\b))(?!(?:and|or)\b|[A-Za-z]\s?[-+*/^=])[^\W\d]"
+)
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s?\{\s?(\d{1,40})\s?\}\s?\{\s?(\d{1,40})\s?\}")
+
+
+def _delatex(text: str) -> str:
+    """Number text without LaTeX's money, spacing and fractions."""
+    for old, new in (("\\$", "$"), ("{,}", ","), ("\\!", ""), ("\\,", " "), ("\\%", "%")):
+        text = text.replace(old, new)
+    text = text.strip().removeprefix("\\(").removesuffix("\\)").strip("*").strip()
+    if text.startswith("$") and text.endswith("$"):
+        text = text.strip("$").strip()
+    return _LATEX_FRACTION.sub(r"\1/\2", text).replace("\u2212", "-")
+
+
+class NumberChecker(Checker):
+    """Exact numbers: integers, decimals, simple fractions. Units and currency are dropped."""
+
+    def read(self, text: str) -> str | None:
+        text = _delatex(text[: MAX_ANSWER + 1])
+        named = _NAMED.match(text)
+        found = _PLAIN.match(text, named.end() if named else 0)
+        if found is None or _UNIT.match(text, found.end()) is None:
+            return None
+        return found[0]
+
+    def read_bare(self, text: str) -> str | None:
+        bare = text.removesuffix(".")
         return bare if _PLAIN.fullmatch(bare) else None
 
     def equal(self, answer: str, gold: str) -> bool:
-        left, right = _value(answer), _value(gold)
+        left, right = self._value(answer), self._value(gold)
         return left is not None and left == right
 
-
-def _value(text: str) -> Fraction | None:
-    if _PLAIN.fullmatch(text.strip()) is None:
-        return None
-    try:
-        return Fraction(re.sub(r"[\s,$]", "", text))
-    except ZeroDivisionError:
-        return None
-
-
-CHECKERS: dict[str, Callable[[], Checker]] = {"number": NumberChecker}
+    def _value(self, text: str) -> Fraction | None:
+        number = self.read(text)
+        if number is None:
+            return None
+        try:
+            return Fraction(re.sub(r"[\s,$]", "", number))
+        except ZeroDivisionError:
+            return None
 
 
-def make_checker(name: str) -> Checker:
-    """The checker called `name`. Raises ConfigError listing the known ones."""
+# Parsing evaluates: these would be evaluated until the time limit, to no avail.
+_UNBOUNDED = re.compile(r"\^\s?\{?\s?-?\d{5}|\d\^\s?\{?\s?\d{2,9}\s?\^|\d{4}\s?\}?!|!!!|\x00")
+_WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
+_FUNCTIONS = frozenset(
+    ("sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "det", "max", "min", "mod")
+)
+_MATH_MARKS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
+
+
+def _brace_depth(text: str) -> int:
+    depth = deepest = 0
+    for char in text:
+        depth += (char in "{([") - (char in "})]")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+class MathChecker(Checker):
+    """Mathematics as LaTeX or plain text, compared by math-verify."""
+
+    def prepare(self) -> None:
+        import math_verify
+
+        # It warns, once, that its own time limits (signals) are off: the pool's is on.
+        logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)
+
+    def read(self, text: str) -> str | None:
+        text = text.strip()
+        for opening, closing in _MATH_MARKS:
+            inner = text[len(opening) : -len(closing)]
+            if text.startswith(opening) and text.endswith(closing) and inner.strip():
+                if opening not in inner:
+                    text = inner.strip()
+                break
+        return text or None
+
+    def read_bare(self, text: str) -> str | None:
+        if not any(char.isalnum() for char in text) or len(text) > 200 or "\n" in text:
+            return None
+        if any(word not in _FUNCTIONS for word in _WORD.findall(text)):
+            return None
+        return self.read(text.removesuffix("."))
+
+    def equal(self, answer: str, gold: str) -> bool:
+        left, right = self.read(answer), self.read(gold)
+        if left is None or right is None:
+            return False
+        if re.sub(r"\s", "", left) == re.sub(r"\s", "", right):
+            return True
+        for text in (left, right):
+            if len(text) > MAX_ANSWER or _UNBOUNDED.search(text) or _brace_depth(text) > 40:
+                return False
+        self.prepare()
+        from math_verify import parse, verify
+
+        parsed = [parse(_as_latex(text), parsing_timeout=None) for text in (right, left)]
+        return all(parsed) and bool(verify(*parsed, timeout_seconds=None))
+
+
+def _as_latex(text: str) -> str:
+    return text if re.search(r"(?<!\\)\$", text) else f"${text}$"
+
+
+_QUOTES = " \t\r\n.,;:!?\"'`\u201c\u201d\u2018\u2019\u00ab\u00bb()[]{}*_"
+_WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s?\{([^{}]{0,500})\}")
+
+
+class TextChecker(Checker):
+    """Words: case, width, spacing, surrounding punctuation and a leading article do not count."""
+
+    def equal(self, answer: str, gold: str) -> bool:
+        return _plain_words(answer) == _plain_words(gold)
+
+
+def _plain_words(text: str) -> str:
+    text = _WRAPPED.sub(r"\1", unicodedata.normalize("NFKC", text)).casefold()
+    words = " ".join(text.split())
+    bare = words.strip(_QUOTES).removeprefix("the ").removeprefix("a ").removeprefix("an ")
+    return bare.strip(_QUOTES) or words
+
+
+_LETTER = re.compile(
+    r"(?:(?:option|choice|answer)\s{0,4}:?\s{0,4})?[(\[]?([A-J])(?:\s?[)\].:]+(?=\s|$)|\s{0,4}$)",
+    re.IGNORECASE,
+)
+_LETTER_IN_SENTENCE = re.compile(r"(?:(?i:option|choice)\s{1,4}\(?([A-J])\b|([B-HJ])[\s,])")
+
+
+class ChoiceChecker(Checker):
+    """Multiple choice: the letters A to J."""
+
+    def read(self, text: str) -> str | None:
+        text = _stripped_choice(text)
+        found = _LETTER.match(text) or _LETTER_IN_SENTENCE.match(text)
+        return next(group for group in found.groups() if group).upper() if found else None
+
+    def read_bare(self, text: str) -> str | None:
+        found = _LETTER.match(_stripped_choice(text)) if "\n" not in text else None
+        return found[1].upper() if found else None
+
+    def equal(self, answer: str, gold: str) -> bool:
+        left = self.read(answer)
+        return left is not None and left == self.read(gold)
+
+
+def _stripped_choice(text: str) -> str:
+    return _WRAPPED.sub(r"\1", text[: MAX_ANSWER + 1]).strip(" \t\r\n$*_\"'`\u201c\u201d")
+
+
+class ReasoningGymChecker(Checker):
+    """Tasks of reasoning-gym, scored by the task's own function; a full score is right."""
+
+    def prepare(self) -> None:
+        import reasoning_gym  # noqa: F401  # takes seconds
+
+    def read_bare(self, text: str) -> str | None:
+        return text or None
+
+    def gold(self, text: str) -> str:
+        return text
+
+    def equal(self, answer: str, gold: str) -> bool:
+        return answer.strip() == gold.strip()
+
+    def correct(self, answer: str, gold: str, metadata: Mapping[str, Any]) -> bool:
+        """Raises ValueError where the metadata names no `source_dataset`, or an unknown one."""
+        inner = metadata.get("metadata", metadata)  # a column `metadata`, carried whole
+        if "source_dataset" not in metadata:
+            metadata = json.loads(inner) if isinstance(inner, str) else inner
+        if not isinstance(metadata, Mapping) or "source_dataset" not in metadata:
+            raise ValueError(
+                "the prompt's metadata has no 'source_dataset': carry reasoning-gym's metadata"
+                " with metadata_columns"
+            )
+        from reasoning_gym import get_score_answer_fn
+
+        score = get_score_answer_fn(metadata["source_dataset"])
+        return float(score(answer, {"answer": gold, "metadata": dict(metadata)})) >= 1.0 - 1e-6
+
+
+CHECKERS: dict[str, type[Checker]] = {
+    "number": NumberChecker,
+    "math": MathChecker,
+    "text": TextChecker,
+    "choice": ChoiceChecker,
+    "reasoning-gym": ReasoningGymChecker,
+}
+_LIBRARIES = {"math": "math_verify", "reasoning-gym": "reasoning_gym"}
+
+
+class _Foreign(Checker):
+    """A user's object that has `extract` and `equal` and is no Checker."""
+
+    def __init__(self, theirs: Any):
+        super().__init__()
+        self._theirs = theirs
+        for name in ("prepare", "correct", "gold"):
+            if callable(getattr(theirs, name, None)):
+                setattr(self, name, getattr(theirs, name))
+
+    def extract(self, completion: str) -> str | None:
+        answer = self._theirs.extract(completion)
+        return None if answer is None else str(answer)
+
+    def equal(self, answer: str, gold: str) -> bool:
+        return bool(self._theirs.equal(answer, gold))
+
+
+def make_checker(name: str, formats: Sequence[AnswerFormat] = ANSWER_FORMATS) -> Checker:
+    """The checker called `name`, or a user's own by `package.module:Name`. Raises ConfigError
+    where there is none, or where it cannot be used."""
+    if ":" in name:
+        return _own_checker(name, formats)
     if name not in CHECKERS:
-        raise ConfigError(f"checker {name!r}: unknown; there are {', '.join(sorted(CHECKERS))}.")
-    return CHECKERS[name]()
+        near = difflib.get_close_matches(name, CHECKERS, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"checker {name!r}: unknown; there are {', '.join(sorted(CHECKERS))}, or your own as"
+            f" package.module:Name.{hint}"
+        )
+    library = _LIBRARIES.get(name)
+    if library is not None and importlib.util.find_spec(library) is None:
+        raise ConfigError(
+            f"checker {name!r} needs {library.replace('_', '-')}:"
+            " pip install 'mixed-policy-distillation[checkers]'"
+        )
+    return CHECKERS[name](formats)
 
 
-def judge(checker: Checker, answer: str | None, gold: str | None) -> bool | None:
+def _own_checker(name: str, formats: Sequence[AnswerFormat]) -> Checker:
+    module_name, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if "" not in sys.path and here not in sys.path:
+        sys.path.append(here)  # console scripts do not look in the working folder
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+        theirs = factory()
+    except Exception as error:  # a user's code may raise anything
+        raise ConfigError(
+            f"checker {name!r}: cannot be made: {type(error).__name__}: {error}"
+        ) from error
+    missing = [m for m in ("extract", "equal") if not callable(getattr(theirs, m, None))]
+    if missing:
+        raise ConfigError(
+            f"checker {name!r}: {type(theirs).__name__} has no method {' and no '.join(missing)};"
+            " subclass mpd_data.checkers.Checker or give both."
+        )
+    if isinstance(theirs, Checker):
+        theirs.formats = tuple(formats)
+        return theirs
+    return _Foreign(theirs)
+
+
+def judge(
+    checker: Checker,
+    answer: str | None,
+    gold: str | None,
+    metadata: Mapping[str, Any] | None = None,
+) -> bool | None:
     """Whether `answer` is right; None where there is no gold answer to say so."""
     if gold is None:
         return None
-    return answer is not None and checker.equal(answer, gold)
+    return answer is not None and checker.correct(answer, checker.gold(gold), metadata or {})

@@ -1,0 +1,298 @@
+"""Checks run in worker processes: a check that hangs or crashes costs its own verdict only.
+
+Parent and worker exchange JSON lines over pipes. A worker says `ready`, then for each request
+sends the extracted `answer` and the `verdict`. It has one request at a time, so killing it loses
+no other; the rest queue in the parent.
+"""
+
+import json
+import os
+import resource
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from mpd_data.checkers import Checker, make_checker
+from mpd_data.config import AnswerFormat
+from mpd_data.errors import ConfigError
+
+WORKER_MEMORY = 4 * 2**30
+START_SECONDS = 300.0  # to import a checker's libraries, on a cold disk
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """One completion to check. `gold`: the gold column's cell; `draft_answer`: what a rewrite has
+    to keep."""
+
+    key: str
+    completion: str
+    gold: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    draft_answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found. `is_correct` is None without gold, `keeps_answer` without a draft's
+    answer; both are False where no answer was found. `error`: why the check failed; it then counts
+    as not correct, and says nothing of keeping the answer."""
+
+    key: str
+    answer: str | None
+    is_correct: bool | None
+    keeps_answer: bool | None
+    error: str | None = None
+
+
+class _Worker:
+    def __init__(self, checker: str, formats: Sequence[AnswerFormat], timeout: float):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mpd_data.checks"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            bufsize=0,
+        )
+        assert self.process.stdout is not None
+        self.fd = self.process.stdout.fileno()
+        self.unread = b""
+        self.ready = False
+        self.request: CheckRequest | None = None
+        self.answer: str | None = None  # of the current request, once known
+        self.deadline = time.monotonic() + START_SECONDS
+        self.send({"checker": checker, "formats": list(formats), "timeout": timeout})
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """A worker that is gone is noticed by its closed output."""
+        assert self.process.stdin is not None
+        data = memoryview(json.dumps(message, default=str).encode() + b"\n")
+        with suppress(BrokenPipeError):
+            while data:
+                data = data[self.process.stdin.write(data) :]
+
+    def lines(self) -> list[dict[str, Any]] | None:
+        """Whole messages that have arrived; None at the end of the worker."""
+        data = os.read(self.fd, 1 << 16)
+        if not data:
+            return None
+        *lines, self.unread = (self.unread + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def end(self) -> int:
+        """Kills the worker if it lives; its exit status."""
+        self.process.kill()
+        status = self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+        return status
+
+
+class CheckPool:
+    """Checks completions in `processes` workers, each check within `timeout` seconds. A context
+    manager. Raises ConfigError where the checker cannot be made, here or in a worker."""
+
+    def __init__(
+        self, checker: str, formats: Sequence[AnswerFormat], timeout: float, processes: int
+    ):
+        make_checker(checker, formats)  # a bad name is refused here, before any work
+        self._checker, self._formats = checker, tuple(formats)
+        self._timeout, self._processes = timeout, processes
+        self._queue: deque[CheckRequest] = deque()
+        self._done: list[Verdict] = []
+        self._workers: list[_Worker] = []
+        self._selector = selectors.DefaultSelector()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers; checks under way are lost."""
+        for worker in list(self._workers):
+            self._remove(worker)
+        self._selector.close()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests whose verdict `ready` has not given yet."""
+        busy = sum(worker.request is not None for worker in self._workers)
+        return len(self._queue) + busy + len(self._done)
+
+    def submit(self, request: CheckRequest) -> None:
+        """Queues a check. Raises no error of the check's own."""
+        self._queue.append(request)
+        self._hand_out()
+
+    def ready(self, wait: float = 0.0) -> list[Verdict]:
+        """Finished checks, in the order they finished; waits up to `wait` seconds for the first.
+        Raises ConfigError where a worker cannot make the checker."""
+        until = time.monotonic() + wait
+        while True:
+            now = time.monotonic()
+            self._expire(now)
+            self._hand_out()
+            running = [w.deadline for w in self._workers if w.request is not None or not w.ready]
+            pause = 0.0 if self._done or not running else max(0.0, min(until, *running) - now)
+            for key, _ in self._selector.select(pause):
+                self._read(key.data)
+            self._hand_out()
+            if self._done or self.in_flight == 0 or time.monotonic() >= until:
+                done, self._done = self._done, []
+                return done
+
+    def _hand_out(self) -> None:
+        idle = [w for w in self._workers if w.ready and w.request is None]
+        starting = sum(not w.ready for w in self._workers)
+        while self._queue and idle:
+            worker, request = idle.pop(), self._queue.popleft()
+            worker.request, worker.answer = request, None
+            worker.send(
+                {
+                    "completion": request.completion,
+                    "gold": request.gold,
+                    "metadata": dict(request.metadata),
+                    "draft_answer": request.draft_answer,
+                }
+            )
+            worker.deadline = time.monotonic() + self._timeout
+        while len(self._queue) > starting and len(self._workers) < self._processes:
+            worker = _Worker(self._checker, self._formats, self._timeout)
+            self._workers.append(worker)
+            self._selector.register(worker.fd, selectors.EVENT_READ, worker)
+            starting += 1
+
+    def _read(self, worker: _Worker) -> None:
+        lines = worker.lines()
+        if lines is None:
+            self._died(worker)
+            return
+        for message in lines:
+            if "refused" in message:
+                raise ConfigError(message["refused"])
+            if "ready" in message:
+                worker.ready = True
+            elif "verdict" in message:
+                request, worker.request = worker.request, None
+                assert request is not None
+                if message["error"] is not None:
+                    self._failed(request, worker.answer, message["error"])
+                else:
+                    self._done.append(Verdict(request.key, worker.answer, *message["verdict"]))
+            else:
+                worker.answer = message["answer"]
+
+    def _expire(self, now: float) -> None:
+        for worker in list(self._workers):
+            if worker.request is None and worker.ready:
+                continue
+            if now < worker.deadline:
+                continue
+            # It may have answered while nobody asked: what has arrived counts.
+            if self._has_output(worker):
+                self._read(worker)
+                continue
+            self._remove(worker)
+            if worker.request is None:
+                raise ConfigError(
+                    f"checker {self._checker!r}: not ready after {START_SECONDS:g} s."
+                )
+            self._failed(worker.request, worker.answer, f"timed out after {self._timeout:g} s")
+
+    def _has_output(self, worker: _Worker) -> bool:
+        return any(key.data is worker for key, _ in self._selector.select(0))
+
+    def _died(self, worker: _Worker) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            worker.process.wait(1)  # its output has ended, so it is about to exit: let it say why
+        status = self._remove(worker)
+        how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
+        if not worker.ready:
+            raise ConfigError(f"checker {self._checker!r}: its process died at the start ({how}).")
+        if worker.request is not None:
+            self._failed(worker.request, worker.answer, f"the checking process died ({how})")
+
+    def _remove(self, worker: _Worker) -> int:
+        self._workers.remove(worker)
+        self._selector.unregister(worker.fd)
+        return worker.end()
+
+    def _failed(self, request: CheckRequest, answer: str | None, error: str) -> None:
+        is_correct = None if request.gold is None else False
+        self._done.append(Verdict(request.key, answer, is_correct, None, error))
+
+
+def _work() -> None:
+    """A worker's life: the settings, then one request a line, until its input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The protocol keeps the pipes to itself: a checker that prints or reads must not reach them.
+    requests = os.fdopen(os.dup(0), "rb")
+    replies = os.dup(1)
+    os.dup2(2, 1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    with suppress(ValueError, OSError):  # a lower limit is set already, or there are none
+        resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
+
+    def reply(message: Mapping[str, Any]) -> None:
+        data = memoryview(json.dumps(message).encode() + b"\n")
+        while data:
+            data = data[os.write(replies, data) :]
+
+    settings = json.loads(requests.readline())
+    try:
+        checker = make_checker(settings["checker"], settings["formats"])
+        checker.prepare()
+    except Exception as error:  # noqa: BLE001  # whatever it is, the parent has to say it
+        name = "" if isinstance(error, ConfigError) else f"checker {settings['checker']!r}: "
+        reply({"refused": f"{name}{error}"})
+        return
+    reply({"ready": True})
+    for line in requests:
+        # Where the parent is gone, nobody else ends a check that hangs.
+        signal.setitimer(signal.ITIMER_REAL, 2 * settings["timeout"] + 1)
+        verdict, error_text = None, None
+        try:
+            verdict = _check(checker, json.loads(line), reply)
+        except Exception as error:  # noqa: BLE001  # a checker's failure is its row's verdict
+            error_text = f"{type(error).__name__}: {error}"
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        reply({"verdict": verdict, "error": error_text})
+
+
+def _check(
+    checker: Checker, request: dict[str, Any], reply: Any
+) -> tuple[bool | None, bool | None]:
+    gold, draft = request["gold"], request["draft_answer"]
+    answer = checker.extract(request["completion"])
+    reply({"answer": answer})
+    if answer is None:
+        return (None if gold is None else False), (None if draft is None else False)
+    is_correct = None
+    if gold is not None:
+        is_correct = bool(checker.correct(answer, checker.gold(gold), request["metadata"]))
+    keeps = None if draft is None else bool(checker.equal(answer, draft))
+    return is_correct, keeps
+
+
+if __name__ == "__main__":
+    try:
+        _work()
+    except BrokenPipeError:
+        sys.exit(1)  # the parent is gone

@@ -1,0 +1,187 @@
+"""Checkers: what they read, what they hold equal, and the processes they run in."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mpd_data.checkers import NumberChecker, final_part, judge, make_checker
+from mpd_data.checks import CheckPool, CheckRequest
+from mpd_data.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "completion, answer",
+    [
+        ("<think> 1 + 1 = 2 . </think> answer 2", "2"),
+        ("<think>answer 3</think>\n\nThe answer is: -4.5.", "-4.5"),
+        ("so \\boxed{1} and then \\boxed{ 1/2 }", "1/2"),
+        ("#### 1,234", "1,234"),
+        ("<think>x</think> 7", "7"),
+        ("<think> answer 2", None),
+        ("<think>x</think> seven", None),
+        ("", None),
+        ("answer", None),
+        ("\\boxed{" * 5000, None),
+        ("1" * 100_000 + "x", None),
+        ("answer" + " " * 300_000, None),
+        (" " * 300_000 + "x", None),
+    ],
+)
+def test_number_checker_reads(completion, answer):
+    assert NumberChecker().extract(completion) == answer
+
+
+@pytest.mark.parametrize(
+    "left, right, equal",
+    [
+        ("2", "2.0", True),
+        ("1,234", "1234", True),
+        ("1/2", "0.5", True),
+        ("$5", "5", True),
+        ("3", "4", False),
+        ("1/0", "1/0", False),
+        ("9" * 5000, "9" * 5000, False),
+        ("1e999999999", "1e999999999", False),
+    ],
+)
+def test_number_checker_compares(left, right, equal):
+    assert NumberChecker().equal(left, right) is equal
+
+
+def test_judging_without_gold_or_answer():
+    checker = make_checker("number")
+    assert judge(checker, "2", None) is None
+    assert judge(checker, None, "2") is False
+    with pytest.raises(ConfigError, match="there are choice.*mean 'number'"):
+        make_checker("nummber")
+    assert final_part("<think> a") is None
+
+
+HOSTILE = """
+import os, time
+from mpd_data.checkers import Checker
+
+class Hostile(Checker):
+    def equal(self, answer, gold):
+        if answer == "sleep":
+            time.sleep(600)
+        if answer == "exit":
+            os._exit(7)
+        if answer == "raise":
+            raise ValueError("a bad answer")
+        if answer == "print":
+            print('{"verdict": [false, false], "error": null}', flush=True)
+            os.system("echo noise")
+        return answer == gold
+
+class Refuses:
+    def __init__(self):
+        raise OSError("no such table")
+
+class Half:
+    def extract(self, completion):
+        return completion
+
+class Plain:
+    def extract(self, completion):
+        return completion.strip()
+    def equal(self, answer, gold):
+        return answer == gold
+"""
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "hostile:Hostile"
+    sys.modules.pop("hostile", None)
+
+
+def collect(pool, requests):
+    for request in requests:
+        pool.submit(request)
+    verdicts = {}
+    until = time.monotonic() + 60
+    while pool.in_flight and time.monotonic() < until:
+        verdicts.update((v.key, v) for v in pool.ready(1.0))
+    return verdicts
+
+
+def test_a_check_that_fails_costs_its_own_verdict_only(hostile):
+    answers = ["sleep", "exit", "raise", "print", "fine", "print"]
+    requests = [
+        CheckRequest(str(i), f"<answer>{a}</answer>", gold=a, draft_answer=a)
+        for i, a in enumerate(answers)
+    ]
+    requests += [CheckRequest("none", "<think>", "1", {}, "1"), CheckRequest("no gold", "x")]
+    with CheckPool(hostile, ("tag", "bare"), 1.0, 2) as pool:
+        found = collect(pool, requests)
+        assert pool.in_flight == 0
+    assert set(found) == {r.key for r in requests}
+    errors = ["timed out after 1 s", "the checking process died (exit status 7)"]
+    for i, error in enumerate([*errors, "ValueError: a bad answer"]):
+        verdict = found[str(i)]
+        assert (verdict.answer, verdict.error) == (answers[i], error)
+        assert (verdict.is_correct, verdict.keeps_answer) == (False, None)
+    for key in ("3", "4", "5"):
+        assert (found[key].is_correct, found[key].keeps_answer, found[key].error) == (
+            True,
+            True,
+            None,
+        )
+    nothing = found["none"]
+    assert (nothing.answer, nothing.is_correct, nothing.keeps_answer) == (None, False, False)
+    ungraded = found["no gold"]
+    assert (ungraded.answer, ungraded.is_correct, ungraded.keeps_answer) == ("x", None, None)
+
+
+def test_checkers_that_cannot_be_used_are_named(hostile):
+    for name, message in [
+        ("hostile:Refuses", "OSError: no such table"),
+        ("hostile:Half", "Half has no method equal"),
+        ("hostile:Absent", "AttributeError"),
+        ("nowhere_at_all:X", "ModuleNotFoundError"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            CheckPool(name, ("bare",), 1.0, 1)
+    plain = make_checker("hostile:Plain")
+    assert plain.correct("a", plain.gold("a"), {}) is True
+
+
+def test_a_killed_parent_leaves_no_worker(hostile, tmp_path):
+    script = """
+import sys
+from mpd_data.checks import CheckPool, CheckRequest
+pool = CheckPool("hostile:Hostile", ("bare",), 1.0, 2)
+for answer in ("fine", "sleep"):
+    pool.submit(CheckRequest(answer, answer, answer))
+assert [v.key for v in pool.ready(60)] == ["fine"]
+print(*(w.process.pid for w in pool._workers), flush=True)
+sys.stdin.read()
+"""
+    path = os.pathsep.join([str(tmp_path), str(Path.cwd())])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+
+    def alive(pid):
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+    until = time.monotonic() + 20
+    while any(map(alive, pids)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(alive, pids))
