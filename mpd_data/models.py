@@ -20,7 +20,8 @@ from mpd_data.shards import sha256_of
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on disk. `version` is the hub's commit, or a hash of config and weights."""
+    """A model on disk. `version` is the hub's commit, or a hash of config and weights
+    ("unhashed" for a dry run's folder)."""
 
     name: str
     path: Path
@@ -47,9 +48,14 @@ def _weights_hash(path: Path) -> str:
 
 
 def resolve_model(
-    name: str, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> ModelFiles:
     """Finds a model's files, downloading a hub id (safetensors, tokenizer and configs only).
+    Without `weights`, for dry runs, these are neither fetched nor read: the version is then
+    "unhashed" for a folder, and the commit for a hub id as ever.
 
     Raises ConfigError where `name` is neither a model folder nor a hub id that can be had.
     """
@@ -60,9 +66,9 @@ def resolve_model(
                 f"{path}: no config.json here. Expected a Hugging Face model folder"
                 " (config.json, *.safetensors, tokenizer.json)."
             )
-        version = _weights_hash(path)
+        version = _weights_hash(path) if weights else "unhashed"
     else:
-        path, version = _download(name, revision, trust_remote_code)
+        path, version = _download(name, revision, trust_remote_code, weights)
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         config = config.get("text_config", config)
@@ -75,12 +81,13 @@ def resolve_model(
     return ModelFiles(name, path, version, vocab_size, context)
 
 
-def _download(name: str, revision: str | None, code: bool) -> tuple[Path, str]:
+def _download(name: str, revision: str | None, code: bool, weights: bool) -> tuple[Path, str]:
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"] + ["*.py"] * code
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt"]
+    patterns += ["*.safetensors"] * weights + ["*.py"] * code
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (

@@ -34,7 +34,7 @@ from mpd_data.config import RewriteConfig, RolloutsConfig, Strict
 from mpd_data.errors import ConfigError, MPDError
 from mpd_data.models import load_tokenizer, resolve_model, tokenizer_hash
 from mpd_data.options import arguments, parse
-from mpd_data.prompts import load_prompts
+from mpd_data.rollouts import read_prompts
 from mpd_data.shards import write_json_atomic
 from mpd_data.stats import plot_lengths
 from mpd_data.table import format_table
@@ -363,8 +363,7 @@ def check_inputs(pipeline: Pipeline, plan: Plan) -> None:
         )
     for settings in (pipeline.rollouts, *(chosen.rollouts for chosen in pipeline.evaluation)):
         config = _stage(RolloutsConfig, "rollouts", settings, {"model": "", "out": Path()})
-        make_checker(config.checker)
-        load_prompts(config.prompts, config.prompt_column, config.id_column, config.answer_column)
+        read_prompts(config, make_checker(config.checker, config.answer_formats))
     plan.all_steps()
 
 
