@@ -198,7 +198,10 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
         output = config.output.model_dump()
         with (
             CheckPool(
-                student["checker"], student["answer_formats"], **config.checks.model_dump()
+                student["checker"],
+                student["answer_formats"],
+                config.checks.checker_timeout,
+                config.checks.checker_processes,
             ) as pool,
             ShardWriter(round_dir, "distill", shard_metadata, **output) as writer,
             ShardWriter(round_dir, "errors", shard_metadata, **output) as errors,

@@ -187,7 +187,10 @@ def run_rollouts(config: RolloutsConfig, overwrite: bool = False) -> Outcome:
             if owed:
                 with (
                     CheckPool(
-                        config.checker, config.answer_formats, **config.checks.model_dump()
+                        config.checker,
+                        config.answer_formats,
+                        config.checks.checker_timeout,
+                        config.checks.checker_processes,
                     ) as pool,
                     Progress("rollouts", len(done) + len(owed), len(done)) as progress,
                 ):

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mpd_data.errors import ConfigError, DataError
+from mpd_data.filters import UNUSABLE
 from mpd_data.schema import ENUMS, SCHEMAS
 from mpd_data.shards import STAGES, RoundDir, Stage, read_metadata, sha256_of
 
@@ -146,7 +147,10 @@ class _Rows:
         for index, status in enumerate(statuses):
             if rollouts and origins[index] not in rollouts:
                 problems.append(self._say(index, f"its rollout {origins[index]} is not here."))
-            elif status == "ok":
+            elif status == "ok" or (
+                # A refilter leaves a rewrite that it rejects its scores.
+                status not in UNUSABLE and self._list("topk_ids", index) is not None
+            ):
                 problems += [
                     self._say(index, text)
                     for text in self._scored(index, metadata, rollouts.get(origins[index]))
@@ -162,7 +166,7 @@ class _Rows:
         ]
         counts = [self._table.column(c)[index] for c in ("loss_start", "num_rewritten_tokens")]
         if any(values is None for values in found) or not all(c.is_valid for c in counts):
-            return ["kept (ok), yet ids, counts or log-probabilities are missing."]
+            return ["scored or kept (ok), yet ids, counts or log-probabilities are missing."]
         input_ids, ids, logprobs, tail = (values for values in found if values is not None)
         k, vocab = metadata["num_logprobs"], metadata["vocab_size"]
         start = int(self._table.column("loss_start")[index].as_py())

@@ -331,7 +331,7 @@ BREACHES = {
     "not the end token": lambda row: row["input_ids"].__setitem__(-1, 7),
     "do not begin with the rollout's prompt": lambda row: row["input_ids"].__setitem__(0, 7),
     "contradict 'rewrite' scoring": lambda row: row.update(teacher_prompt_ids=None),
-    "yet it has log-probabilities": lambda row: row.update(status="longer"),
+    "yet it has log-probabilities": lambda row: row.update(status="truncated"),
     "yet ids, counts or": lambda row: row.update(loss_start=None),
     "is not here": lambda row: row.update(rollout_id="0" * 32),
     "not in (": lambda row: row.update(status="fine"),
