@@ -163,6 +163,39 @@ def compare(base: Path, new: Path, as_json: bool) -> None:
         click.echo(comparison.verdict(result), err=True)
 
 
+@cli.command()
+@_JSON
+def env(as_json: bool) -> None:
+    """Versions and machine, for a bug report."""
+    from mpd_data.models import environment
+
+    found = environment()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        width = max(map(len, found))
+        for name, value in found.items():
+            click.echo(f"{name.ljust(width)}  {value}", err=True)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the code that makes SHELL complete this project's commands.
+
+    For bash: mpd-gen completion bash >> ~/.bashrc
+    """
+    from click.shell_completion import get_completion_class
+
+    from mpd_train.cli import cli as train
+
+    made = get_completion_class(shell)
+    assert made is not None
+    for program, command in (("mpd-gen", cli), ("mpd-train", train)):
+        variable = f"_{program.replace('-', '_').upper()}_COMPLETE"
+        click.echo(made(command, {}, program, variable).source())
+
+
 def main() -> None:
     run_command(cli)
 

