@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 import subprocess
 import sys
 from decimal import Decimal
@@ -312,13 +313,18 @@ def hub(tmp_path_factory):
                 "  - {split: train, path: data/easy.parquet}\n"
                 "  - {split: test, path: data/easy-test.parquet}\n"
                 "- config_name: hard\n  data_files:\n"
-                "  - {split: train, path: data/hard.jsonl}\n---\n"
+                "  - {split: train, path: data/hard.parquet}\n---\n"
             )
             for name, start in (("easy", shift), ("easy-test", shift + 50)):
                 rows = [{"q": f"p{start + i}", "gold": start + i, "big": "x"} for i in range(3)]
                 pq.write_table(pa.Table.from_pylist(rows), folder / "data" / f"{name}.parquet")
-            write_jsonl(folder / "data" / "hard.jsonl", [{"q": f"hard{shift}", "gold": "h"}])
+            hard = pa.Table.from_pylist([{"q": f"hard{shift}", "gold": "h"}])
+            pq.write_table(hard, folder / "data" / "hard.parquet")
             hub.add("datasets", "owner/sums", folder, revision)
+        # Without README.md: found by the names of its files.
+        plain = tmp_path_factory.mktemp("plain")
+        write_jsonl(plain / "train.jsonl", [{"q": "line 1", "gold": 1}, {"q": "line 2", "gold": 2}])
+        hub.add("datasets", "owner/lines", plain)
         hub.add("datasets", "owner/gated", folder)
         hub.gated.add(("datasets", "owner/gated"))
         yield hub
@@ -328,13 +334,14 @@ def test_datasets_of_the_hub_are_read(hub, tmp_path):
     def load(query, *more):
         return ["prompts", [f"hf://owner/{query}"], *(more or ["q", None, "gold"])]
 
-    train, test, hard, v2, part = ask(
+    train, test, hard, v2, lines, part = ask(
         hub,
         tmp_path,
         load("sums?split=train"),
         load("sums?split=test&config=easy"),
         load("sums?split=train&config=hard"),
         load("sums@v2?split=train"),
+        load("lines?split=train"),
         load("sums?split=train[1:2]", "q", None, None, ["gold"]),
     )
     assert [(p["text"], p["answer"]) for p in train] == [("p0", "0"), ("p1", "1"), ("p2", "2")]
@@ -342,6 +349,7 @@ def test_datasets_of_the_hub_are_read(hub, tmp_path):
     assert [p["text"] for p in test] == ["p50", "p51", "p52"]
     assert [(p["text"], p["answer"]) for p in hard] == [("hard0", "h")]
     assert [p["text"] for p in v2] == ["p100", "p101", "p102"]
+    assert [(p["text"], p["answer"]) for p in lines] == [("line 1", "1"), ("line 2", "2")]
     assert [(p["text"], p["metadata"]) for p in part] == [("p1", {"gold": 1})]
 
 
@@ -358,8 +366,6 @@ def test_what_the_hub_does_not_give_is_said_in_one_line(hub, tmp_path):
         "gated?split=train": "not to be had from the hub .*gated",
     }
     found = ask(hub, tmp_path, *(load(query) for query in calls), load("sums?split=train", "p"))
-    import re
-
     for said, expected in zip(found, calls.values(), strict=False):
         assert said.startswith("ConfigError: hf://owner/") and "\n" not in said, said
         assert re.search(expected, said), said
@@ -377,10 +383,13 @@ def test_models_of_the_hub_are_had_with_and_without_weights(hub, tmp_path):
     assert "tokenizer.json" in dry[1]
     assert "pocket/student/tokenizer.json" in hub.served
     assert "pocket/student/model.safetensors" not in hub.served
+    whole_model = ["model", "pocket/student", None, True]
+    (offline,) = ask(hub, tmp_path, whole_model, HF_HUB_OFFLINE="1")
+    assert offline.startswith("ConfigError: pocket/student: no *.safetensors"), offline
     whole, absent, revision = ask(
         hub,
         tmp_path,
-        ["model", "pocket/student", None, True],
+        whole_model,
         ["model", "pocket/absent", None, True],
         ["model", "pocket/student", "v9", True],
     )
@@ -388,5 +397,5 @@ def test_models_of_the_hub_are_had_with_and_without_weights(hub, tmp_path):
     assert absent.startswith("ConfigError: pocket/absent: not a folder here")
     assert revision.startswith("ConfigError: pocket/student: not a folder here")
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    (said,) = ask(hub, tmp_path / "other", ["model", "pocket/student", None, True], **nowhere)
+    (said,) = ask(hub, tmp_path / "other", whole_model, **nowhere)
     assert said.startswith("ConfigError: pocket/student: not a folder here"), said
