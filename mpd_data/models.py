@@ -5,6 +5,7 @@ is: names and paths say nothing, and one differing merge shifts every id after i
 """
 
 import hashlib
+import importlib
 import json
 import platform
 import shutil
@@ -82,27 +83,39 @@ def resolve_model(
     return ModelFiles(name, path, version, vocab_size, context)
 
 
-def _download(name: str, revision: str | None, code: bool, weights: bool) -> tuple[Path, str]:
-    import httpx
-    from huggingface_hub import snapshot_download
+def hub_failures() -> tuple[type[Exception], ...]:
+    """The errors by which huggingface_hub says that something is not to be had."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    failures: list[type[Exception]] = [HfHubHTTPError, HFValidationError, LocalEntryNotFoundError]
+    # Version 1 speaks through httpx, version 2 through httpx2, and lets their errors out.
+    for client in ("httpx", "httpx2"):
+        try:
+            failures.append(importlib.import_module(client).HTTPError)
+        except ImportError:
+            continue
+    return (*failures, OSError)
+
+
+def _download(name: str, revision: str | None, code: bool, weights: bool) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.jinja", "*.model", "*.txt"]
     patterns += ["*.safetensors"] * weights + ["*.py"] * code
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        httpx.HTTPError,
-        OSError,
-    ) as error:
+    except hub_failures() as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError(
             f"{name}: not a folder here, and not to be had from the hub ({reason}). Give the path"
             " of a model folder, or a hub id with the network (and HF_TOKEN for gated models)."
         ) from error
+    # Offline, the cache may hold no more than an earlier dry run fetched.
+    if weights and not any(path.glob("*.safetensors")):
+        raise ConfigError(
+            f"{name}: no *.safetensors among its files of the hub. Use a model that has them (pickle"
+            " formats are not read); if it does, fetch it with the network: unset HF_HUB_OFFLINE."
+        )
     # The hub's cache keeps each snapshot in a folder named by its commit.
     return path, path.name
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mpd_data.errors import ConfigError, DataError
+from mpd_data.models import hub_failures
 
 Rows = Iterator[tuple[int, Mapping[str, Any]]]
 
@@ -186,16 +187,10 @@ def _hub_rows(url: str, columns: list[str]) -> Rows:
             f"{url}: reading datasets of the hub needs the package `datasets`:"
             " pip install 'mixed-policy-distillation[hub]'"
         ) from error
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     failures = (
         datasets.exceptions.DatasetsError,
-        HfHubHTTPError,
-        HFValidationError,
-        httpx.HTTPError,
+        *hub_failures(),
         pa.ArrowInvalid,
-        OSError,
         ValueError,
         RuntimeError,  # datasets' word for repositories that are scripts: never run here
     )
