@@ -376,3 +376,57 @@ def test_compare_needs_the_same_prompts(round_dir, prompts, tmp_path):
     run("mpd-gen", *rollout_arguments(prompts, tmp_path / "r", **{"--num-prompts": 5, "-n": 1}))
     with pytest.raises(ConfigError, match="share 5"):
         compare(round_dir, tmp_path / "r")
+
+
+def test_what_the_student_is_shown_and_what_is_carried_through(prompts, tmp_path):
+    examples = write_jsonl(tmp_path / "e.jsonl", [{"problem": "1 + 1 ?", "done": "answer 2"}])
+    out = tmp_path / "r"
+    settings = {
+        "--num-prompts": 3, "-n": 1, "--system-prompt": "be brief", "--examples": examples,
+        "--examples-column": "done", "--prompt-template": "{{problem}} now !",
+        "--metadata-columns": "id", "--answer-formats": "hashes", "--max-tokens": 250,
+    }  # fmt: skip
+    run("mpd-gen", *rollout_arguments(prompts, out, **settings))
+    frame = rows(out, "rollouts")
+    assert frame.height == 3
+    for row in frame.to_dicts():
+        shown = row["prompt"]
+        order = ["be brief", "1 + 1 ?", "answer 2", row["problem"] + " now !"]
+        places = [shown.index(part) for part in order]
+        assert places == sorted(places)
+        assert json.loads(row["metadata"]) == {"id": row["prompt_id"]}
+        # The model says "answer 7", which is none of the declared formats.
+        assert row["answer"] is None
+        assert row["is_correct"] is False
+        assert 0 <= row["repetition"] < 1
+    said = run("mpd-gen", *rollout_arguments(prompts, out, **{"--thinking": "on"}), code=1).stderr
+    assert "--thinking" in said
+
+
+def test_a_checker_of_ones_own_that_hangs_costs_its_rows_and_nothing_else(prompts, tmp_path):
+    """Its checks are stopped after their time; samples are kept, with the reason."""
+    (tmp_path / "sleepy.py").write_text(
+        "import time\n"
+        "class Sleepy:\n"
+        "    def extract(self, completion): return completion[-1:]\n"
+        "    def equal(self, a, b): time.sleep(60)\n"
+        "    def correct(self, answer, gold, metadata): time.sleep(60)\n"
+        "    def gold(self, text): return text\n"
+    )
+    out = tmp_path / "r"
+    settings = {
+        "--num-prompts": 2, "-n": 1, "--checker": "sleepy:Sleepy", "--checker-timeout": 0.5,
+        "--checker-processes": 1,
+    }  # fmt: skip
+    done = subprocess.run(
+        command("mpd-gen", *rollout_arguments(prompts, out, **settings)),
+        env={**environment(), "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    frame = rows(out, "rollouts").filter(pl.col("finish_reason") == "stop")
+    assert frame.height >= 1
+    assert frame["check_error"].str.contains("timed out").all()
+    assert frame["is_correct"].not_().all()
