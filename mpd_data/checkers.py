@@ -154,7 +154,7 @@ class Checker:
 
 # Every repetition is bounded: hostile text costs time in proportion to its length.
 _NUMBER = (
-    r"[-+]?\$?(?:\d{1,3}(?:,\d{3}){1,12}(?!\d)|\d{1,40}(?!\d))(?:\.\d{1,40}(?!\d))?"
+    r"(?:\$[-+]|[-+]?\$?)(?:\d{1,3}(?:,\d{3}){1,12}(?!\d)|\d{1,40}(?!\d))(?:\.\d{1,40}(?!\d))?"
     r"(?:\s?/\s?\d{1,40}(?!\d))?"
 )
 _PLAIN = re.compile(_NUMBER)

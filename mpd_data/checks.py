@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -225,8 +225,12 @@ class CheckPool:
         how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
         if not worker.ready:
             raise ConfigError(f"checker {self._checker!r}: its process died at the start ({how}).")
-        if worker.request is not None:
-            self._failed(worker.request, worker.answer, f"the checking process died ({how})")
+        if worker.request is None:
+            return
+        error = f"the checking process died ({how})"
+        if status == -signal.SIGALRM:  # its own limit, where `ready` was not called in time
+            error = f"timed out after {self._timeout:g} s"
+        self._failed(worker.request, worker.answer, error)
 
     def _remove(self, worker: _Worker) -> int:
         self._workers.remove(worker)
@@ -277,7 +281,7 @@ def _work() -> None:
 
 
 def _check(
-    checker: Checker, request: dict[str, Any], reply: Any
+    checker: Checker, request: dict[str, Any], reply: Callable[[Mapping[str, Any]], None]
 ) -> tuple[bool | None, bool | None]:
     gold, draft = request["gold"], request["draft_answer"]
     answer = checker.extract(request["completion"])

@@ -1,5 +1,6 @@
 """Checkers: what they read, what they hold equal, and the processes they run in."""
 
+import json
 import os
 import signal
 import subprocess
@@ -60,6 +61,103 @@ def test_judging_without_gold_or_answer():
     with pytest.raises(ConfigError, match="there are choice.*mean 'number'"):
         make_checker("nummber")
     assert final_part("<think> a") is None
+
+
+PAIRS = Path(__file__).parent / "data" / "answer_pairs.jsonl"
+
+
+def test_checkers_agree_with_hand_labels():
+    pairs = [json.loads(line) for line in PAIRS.read_text().splitlines()]
+    checkers = {name: make_checker(name) for name in {pair["checker"] for pair in pairs}}
+    wrong = [
+        pair
+        for pair in pairs
+        if checkers[pair["checker"]].equal(pair["answer"], pair["gold"]) is not pair["equal"]
+    ]
+    for pair in wrong:
+        print({key: str(value)[:80] for key, value in pair.items()})
+    assert len(pairs) >= 220
+    assert len(wrong) <= len(pairs) / 100
+
+
+@pytest.mark.parametrize(
+    "name, completion, answer",
+    [
+        ("math", r"so \boxed{\frac{1}{2}} or \boxed{\frac{\sqrt{3}}{2}}.", r"\frac{\sqrt{3}}{2}"),
+        ("math", r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        ("math", r"\boxed{\boxed{5}}", "5"),
+        ("math", r"\boxed{7} then \boxed{8", "7"),
+        ("math", r"\boxed{1} #### 2", "1"),
+        ("math", "<answer> 3 </answer> the answer is 4", "3"),
+        ("math", "**Answer:** $x^2$", "x^2"),
+        ("math", "The answer is 3.5. I hope it is right.", "3.5"),
+        ("math", r"<think>\boxed{1}</think> $\frac{1}{2}$.", r"\frac{1}{2}"),
+        ("math", "I do not know", None),
+        ("math", r"<think>\boxed{1}", None),
+        ("math", "\\boxed{" * 5000 + "}" * 5000, None),
+        ("number", "The answer is 12 apples.", "12"),
+        ("number", r"\boxed{\$1,234}", "$1,234"),
+        ("number", r"\boxed{x} \boxed{3} \boxed{y}", "3"),
+        ("number", "#### Step 1\n#### 5\n#### Done", "5"),
+        ("text", "The answer is: Paris. It lies on the Seine.", "Paris"),
+        ("text", "answer the question of " + "x " * 200, None),
+        ("choice", "The answer is (B).", "B"),
+        ("choice", r"\boxed{\text{C}}", "C"),
+        ("choice", "D) 12", "D"),
+        ("choice", "A dog sat down", None),
+        ("reasoning-gym", "<answer>1 2\n3 4</answer>", "1 2\n3 4"),
+        ("reasoning-gym", "<think>x</think>\n1 2\n3 4\n", "1 2\n3 4"),
+    ],
+)
+def test_checkers_read(name, completion, answer):
+    assert make_checker(name).extract(completion) == answer
+
+
+@pytest.mark.parametrize(
+    "mark", ["\\boxed{", "}", "<answer>", "</answer>", "#### ", "answer: ", "answer is", "\\text{"]
+)
+@pytest.mark.parametrize("name", ["number", "math", "text", "choice"])
+def test_hostile_text_is_read(name, mark):
+    assert make_checker(name).extract(mark * 20_000 + "x" * 100_000) is None
+
+
+def test_only_declared_formats_count():
+    text = r"\boxed{1} the answer is 2"
+    assert make_checker("number", ["phrase"]).extract(text) == "2"
+    assert make_checker("number", ["phrase", "boxed"]).extract(text) == "1"
+    assert make_checker("number", ["tag"]).extract(text) is None
+    assert make_checker("number", ["boxed"]).extract("7") is None
+
+
+@pytest.mark.parametrize(
+    "name, cell, gold",
+    [
+        ("number", "She has 40 + 2 = 42.\n#### 42", "42"),
+        ("math", r"Thus $x = \boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        ("text", "The answer is Paris", "The answer is Paris"),
+        ("number", "42", "42"),
+        ("reasoning-gym", "#### 42", "#### 42"),
+    ],
+)
+def test_what_a_gold_cell_means(name, cell, gold):
+    assert make_checker(name).gold(cell) == gold
+
+
+def test_reasoning_gym_scores_by_its_own_task():
+    import reasoning_gym
+
+    entry = reasoning_gym.create_dataset("chain_sum", size=1, seed=3)[0]
+    checker = make_checker("reasoning-gym")
+    gold = checker.gold(entry["answer"])
+    for metadata in (
+        entry["metadata"],
+        {"metadata": entry["metadata"]},
+        {"metadata": json.dumps(entry["metadata"])},
+    ):
+        assert checker.correct(gold, gold, metadata) is True
+        assert checker.correct(gold + "1", gold, metadata) is False
+    with pytest.raises(ValueError, match="source_dataset"):
+        checker.correct(gold, gold, {})
 
 
 HOSTILE = """
