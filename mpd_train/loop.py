@@ -17,11 +17,13 @@ from mpd_data.schema import differences
 from mpd_data.shards import exclusive, write_json_atomic
 from mpd_train import checkpoint
 from mpd_train.config import OptimizerConfig, TrainConfig
-from mpd_train.kl import Divergence, KLOutput, dense_kl, sparse_kl
+from mpd_train.evaluate import Sums, pack_loss
 from mpd_train.models import CausalLM, autocast, choose_device, compute_dtype, export
-from mpd_train.stream import Batch, Pack, ShardSet, load_pack, make_packs
+from mpd_train.stream import Pack, ShardSet, load_pack, make_packs
 
 _SECONDS_PER_LINE = 15.0
+# What may differ on resuming: places, and models, which are identified by their content.
+_NOT_IDENTITY = {"out", "shards", "student", "teacher", "save_steps", "device"}
 
 
 def train(config: TrainConfig, overwrite: bool = False) -> Path:
@@ -55,7 +57,9 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
     student_files = resolve_model(config.student, config.revision, config.trust_remote_code)
     teacher_files = None
     if config.teacher is not None:
-        teacher_files = resolve_model(config.teacher, None, config.trust_remote_code)
+        teacher_files = resolve_model(
+            config.teacher, config.teacher_revision, config.trust_remote_code
+        )
     for files in (student_files, teacher_files):
         if files is not None:
             if files.vocab_size < vocab_size:
@@ -69,9 +73,7 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
             )
     model_folder = config.out / "model"
     identity = {
-        "config": config.model_dump(
-            mode="json", exclude={"out", "shards", "student", "teacher", "save_steps", "device"}
-        ),
+        "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
         "shards": shards.identity(),
         "student": student_files.identity(),
         "teacher": None if teacher_files is None else teacher_files.identity(),
@@ -90,7 +92,6 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
         teacher = CausalLM(teacher_files, device, dtype, config.trust_remote_code)
         teacher.model.requires_grad_(False)
     optimizer = make_optimizer(student.model, config.optimizer)
-    divergence = Divergence(config.loss.divergence, config.loss.beta, config.loss.alpha)
 
     packs = [
         pack
@@ -129,7 +130,7 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
                 group["lr"] = learning_rate(config.optimizer, step, len(steps))
             # Dropout, where a model has any, is the same after a restart.
             torch.manual_seed(config.seed * 1_000_003 + step)
-            loss, waited = 0.0, 0.0
+            loss, waited, sums = 0.0, 0.0, Sums(config.loss)
             # One mean over all loss tokens of the optimiser step, however they are packed.
             normalizer = float(sum(pack.num_loss_tokens for pack in steps[step]))
             for pack in steps[step]:
@@ -137,9 +138,10 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
                 batch = load_pack(shards, pack).to(device)
                 waited += time.perf_counter() - before
                 with autocast(device, dtype):
-                    output = pack_loss(student, teacher, batch, vocab_size, divergence, normalizer)
+                    output = pack_loss(student, teacher, batch, vocab_size, config.loss, normalizer)
                 output.loss.backward()  # type: ignore[no-untyped-call]
                 loss += output.loss.item()
+                sums.add(output)
             norm = torch.nn.utils.clip_grad_norm_(
                 student.model.parameters(), config.optimizer.max_grad_norm
             )
@@ -158,6 +160,7 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
             record = {
                 "step": step + 1,
                 "loss": loss,
+                **sums.per_token(int(normalizer)),
                 "grad_norm": float(norm),
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "loss_tokens": int(normalizer),
@@ -184,43 +187,6 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
     if checkpoint_folder.exists():
         shutil.rmtree(checkpoint_folder)
     return model_folder
-
-
-def pack_loss(
-    student: CausalLM,
-    teacher: CausalLM | None,
-    batch: Batch,
-    vocab_size: int,
-    divergence: Divergence,
-    normalizer: float,
-) -> KLOutput:
-    """The loss of one pack: from the cached top K, or from the whole of `teacher`. Only the
-    states that predict a loss token reach the vocabulary."""
-    states = student.states(batch.input_ids, batch.position_ids)[0, batch.loss_positions]
-    if torch.is_autocast_enabled(states.device.type):
-        # The residual stream is float32; the head product takes the short type, as others do.
-        states = states.to(torch.get_autocast_dtype(states.device.type))
-    head = student.head(vocab_size)
-    if teacher is None:
-        return sparse_kl(
-            states,
-            head,
-            batch.topk_ids,
-            batch.topk_logprobs,
-            batch.tail_logprobs,
-            normalizer=normalizer,
-            divergence=divergence,
-        )
-    with torch.no_grad():
-        teacher_states = teacher.states(batch.teacher_input_ids, batch.teacher_position_ids)
-    return dense_kl(
-        states,
-        head,
-        teacher_states[0, batch.teacher_loss_positions],
-        teacher.head(vocab_size),
-        normalizer=normalizer,
-        divergence=divergence,
-    )
 
 
 def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -42,13 +42,15 @@ class Batch:
     """One pack, ready for the model. T tokens of which n are predicted under the loss.
 
     input_ids, position_ids int64 [1, T]; loss_positions int64 [n]: the state that predicts each
-    loss token, one before it; topk_ids int64 [n, K], topk_logprobs [n, K] and tail_logprobs [n]
-    float32; the teacher_* are the same sequences in the context the teacher scored them in.
+    loss token, one before it; labels int64 [n]: those tokens' ids; topk_ids int64 [n, K],
+    topk_logprobs [n, K] and tail_logprobs [n] float32; the teacher_* are the same sequences in the
+    context the teacher scored them in.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     loss_positions: Tensor
+    labels: Tensor
     topk_ids: Tensor
     topk_logprobs: Tensor
     tail_logprobs: Tensor
@@ -243,7 +245,7 @@ def load_pack(shards: ShardSet, pack: Pack) -> Batch:
     k = shards.metadata["num_logprobs"]
     ids: list[npt.NDArray[np.int32]] = []
     teacher_ids: list[npt.NDArray[np.int32]] = []
-    loss_positions, teacher_positions = [], []
+    loss_positions, teacher_positions, labels = [], [], []
     topk_ids, topk_logprobs, tails = [], [], []
     start, teacher_start = 0, 0
     for group, row in pack.rows:
@@ -265,6 +267,7 @@ def load_pack(shards: ShardSet, pack: Pack) -> Batch:
             )
         context = values.get("teacher_prompt_ids", sequence[:first])
         ids.append(sequence)
+        labels.append(sequence[first:])
         teacher_ids.append(np.concatenate([context, sequence[first:]]))
         # The state at position i predicts the token at i + 1.
         loss_positions.append(start + np.arange(first, len(sequence)) - 1)
@@ -279,6 +282,7 @@ def load_pack(shards: ShardSet, pack: Pack) -> Batch:
         input_ids=_int64(np.concatenate(ids))[None],
         position_ids=_int64(np.concatenate([np.arange(len(s)) for s in ids]))[None],
         loss_positions=_int64(np.concatenate(loss_positions)),
+        labels=_int64(np.concatenate(labels)),
         topk_ids=_int64(np.concatenate(topk_ids)),
         topk_logprobs=torch.from_numpy(np.concatenate(topk_logprobs).astype(np.float32)),
         tail_logprobs=torch.from_numpy(np.concatenate(tails).astype(np.float32)),
