@@ -26,8 +26,7 @@ def save(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer) 
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
-    # state_dict names tied weights twice, and safetensors stores a tensor once: parameters do.
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    weights = {name: p.detach().contiguous() for name, p in _trained(model).items()}
     save_file(weights, staging / "model.safetensors")
     moments = {
         f"{index}.{key}": value.contiguous()
@@ -52,11 +51,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
+def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
+    """What training changes: all parameters, or the adapters alone. state_dict names tied weights
+    twice, and safetensors stores a tensor once: parameters do."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> int:
     """Puts a checkpoint's weights and moments in place; returns its step."""
     weights = load_file(path / "model.safetensors")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in _trained(model).items():
             parameter.copy_(weights[name])
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in load_file(path / "optimizer.safetensors").items():

@@ -15,7 +15,7 @@ from mpd_data.errors import ConfigError, MPDError
 from mpd_data.models import load_tokenizer, provenance, require_same_tokenizer, resolve_model
 from mpd_data.schema import differences
 from mpd_data.shards import exclusive, write_json_atomic
-from mpd_train import checkpoint
+from mpd_train import checkpoint, lora
 from mpd_train.config import OptimizerConfig, TrainConfig
 from mpd_train.evaluate import Sums, pack_loss
 from mpd_train.models import CausalLM, autocast, choose_device, compute_dtype, export
@@ -84,6 +84,9 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
         return model_folder
 
     student = CausalLM(student_files, device, torch.float32, config.trust_remote_code)
+    adapted = None
+    if config.lora.lora_r > 0:
+        adapted = lora.attach(student, config.lora, config.revision, config.seed)
     student.model.train()
     if config.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -182,6 +185,8 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
                 )
             if (step + 1) % config.save_steps == 0 and step + 1 < len(steps):
                 checkpoint.save(checkpoint_folder, step + 1, student.model, optimizer)
+    if adapted is not None:
+        lora.save_and_merge(adapted, config.out / "adapter")
     export(student, model_folder)
     # Weights and moments of the way there: three times the model's size each.
     if checkpoint_folder.exists():
@@ -228,7 +233,7 @@ def _claim(out: Path, identity: dict[str, Any], config: TrainConfig, overwrite: 
     if overwrite and path.exists():
         doomed.mkdir()
         # Away at once under their names, the model first: a kill leaves no half of it behind.
-        for name in ("model", "checkpoints", "metrics.jsonl", "run.json"):
+        for name in ("model", "adapter", "checkpoints", "metrics.jsonl", "run.json"):
             if (out / name).exists():
                 (out / name).replace(doomed / name)
         shutil.rmtree(doomed)

@@ -387,7 +387,9 @@ def test_cross_entropy_alone_is_plain_fine_tuning(round_dir, student, shards):
             labels = torch.full_like(batch.input_ids, -100)
             labels[0, batch.loss_positions + 1] = batch.labels
             ids, positions = batch.input_ids, batch.position_ids
-            value = student.model(input_ids=ids, position_ids=positions, labels=labels).loss
+            value = student.model(
+                input_ids=ids, position_ids=positions, labels=labels, use_cache=False
+            ).loss
         value.backward()
         found.append((value.item(), student.head().grad.clone()))
     student.model.zero_grad(set_to_none=True)
