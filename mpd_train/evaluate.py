@@ -4,8 +4,8 @@ import torch
 
 from mpd_train.config import LossConfig
 from mpd_train.kl import Divergence, KLOutput, dense_kl, sparse_kl
-from mpd_train.models import CausalLM
-from mpd_train.stream import Batch
+from mpd_train.models import CausalLM, autocast
+from mpd_train.stream import Batch, Pack, ShardSet, load_pack
 
 
 def pack_loss(
@@ -54,6 +54,31 @@ def pack_loss(
         labels=labels,
         ce_weight=loss.ce_weight,
     )
+
+
+def validate(
+    student: CausalLM,
+    teacher: CausalLM | None,
+    shards: ShardSet,
+    packs: list[Pack],
+    loss: LossConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[float, int]:
+    """Mean loss over the packs' loss tokens, and their number: divergence, never clipped, and
+    cross-entropy mixed as in training; no gradients, dropout off."""
+    tokens = sum(pack.num_loss_tokens for pack in packs)
+    sums = Sums(loss)
+    student.model.eval()
+    with torch.no_grad(), autocast(device, dtype):
+        for pack in packs:
+            batch = load_pack(shards, pack).to(device)
+            vocab_size = int(shards.metadata["vocab_size"])
+            sums.add(pack_loss(student, teacher, batch, vocab_size, loss, float(tokens)))
+    student.model.train()
+    found = sums.per_token(tokens)
+    entropy = found.get("cross_entropy", 0.0)
+    return (1 - loss.ce_weight) * found["kl"] + loss.ce_weight * entropy, tokens
 
 
 class Sums:

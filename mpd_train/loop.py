@@ -17,9 +17,9 @@ from mpd_data.schema import differences
 from mpd_data.shards import exclusive, write_json_atomic
 from mpd_train import checkpoint, lora
 from mpd_train.config import OptimizerConfig, TrainConfig
-from mpd_train.evaluate import Sums, pack_loss
+from mpd_train.evaluate import Sums, pack_loss, validate
 from mpd_train.models import CausalLM, autocast, choose_device, compute_dtype, export
-from mpd_train.stream import Pack, ShardSet, load_pack, make_packs
+from mpd_train.stream import Pack, ShardSet, load_pack, split_packs
 
 _SECONDS_PER_LINE = 15.0
 # What may differ on resuming: places, and models, which are identified by their content.
@@ -50,6 +50,11 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
 
 
 def _train(config: TrainConfig, overwrite: bool) -> Path:
+    validation = config.validation
+    if validation.early_stopping_patience > 0 and validation.validation_fraction == 0:
+        raise ConfigError(
+            "--early-stopping-patience needs held-out prompts: give --validation-fraction too."
+        )
     device = choose_device(config.device)
     dtype = compute_dtype(device, config.dtype)
     shards = ShardSet(config.shards)
@@ -96,17 +101,16 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
         teacher.model.requires_grad_(False)
     optimizer = make_optimizer(student.model, config.optimizer)
 
-    packs = [
-        pack
-        for epoch in range(config.epochs)
-        for pack in make_packs(shards, config.pack_length, config.seed, epoch)
-    ]
+    packs, held_out = split_packs(
+        shards, config.pack_length, config.seed, config.epochs, validation.validation_fraction
+    )
     size = config.gradient_accumulation_steps
     steps = [packs[i : i + size] for i in range(0, len(packs), size)]
     checkpoint_folder = config.out / "checkpoints"
-    done = 0
+    done, progress = 0, checkpoint.Progress()
     if found := checkpoint.checkpoints(checkpoint_folder):
         done = checkpoint.load(found[-1], student.model, optimizer)
+        progress = checkpoint.progress_of(found[-1])
         print(f"resuming after step {done} of {len(steps)}", file=sys.stderr)
     metrics = _open_metrics(config.out / "metrics.jsonl", done)
     fill = sum(p.num_tokens for p in packs) / (len(packs) * config.pack_length)
@@ -128,6 +132,9 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
         ) as bar,
     ):
         for step in range(done, len(steps)):
+            if 0 < validation.early_stopping_patience <= progress.misses:
+                print(f"stopped early, after step {step}", file=sys.stderr)
+                break
             begun = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optimizer, step, len(steps))
@@ -173,6 +180,19 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
                 "tokens_per_second": round(tokens / seconds, 1),
             }
             metrics.write(json.dumps(record) + "\n")
+            last = step + 1 == len(steps)
+            if held_out and (last or (step + 1) % validation.eval_steps == 0):
+                value, count = validate(
+                    student, teacher, shards, held_out, config.loss, device, dtype
+                )
+                line = {"step": step + 1, "validation_loss": value, "validation_tokens": count}
+                metrics.write(json.dumps(line) + "\n")
+                if progress.best is None or value < progress.best:
+                    progress = checkpoint.Progress(value)
+                    if validation.early_stopping_patience > 0:
+                        checkpoint.save_best(checkpoint_folder, student.model)
+                else:
+                    progress.misses += 1
             metrics.flush()
             bar.update(1)
             bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tok/s", refresh=False)
@@ -184,7 +204,9 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
                     file=sys.stderr,
                 )
             if (step + 1) % config.save_steps == 0 and step + 1 < len(steps):
-                checkpoint.save(checkpoint_folder, step + 1, student.model, optimizer)
+                checkpoint.save(checkpoint_folder, step + 1, student.model, optimizer, progress)
+    if validation.early_stopping_patience > 0:
+        checkpoint.load_best(checkpoint_folder, student.model)
     if adapted is not None:
         lora.save_and_merge(adapted, config.out / "adapter")
     export(student, model_folder)
