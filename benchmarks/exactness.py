@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from mpd_data.models import resolve_model
-from mpd_train.kl import Divergence
-from mpd_train.loop import pack_loss
+from mpd_train.config import LossConfig
+from mpd_train.evaluate import pack_loss
 from mpd_train.models import CausalLM
 from mpd_train.stream import ShardSet, load_pack, make_packs
 
@@ -38,10 +38,10 @@ def main(round_dir: Path, teacher_name: str) -> None:
         error = (batch.topk_logprobs.double() - exact).abs()
         worst = max(worst, float(error.max()))
         excess = max(excess, float((error - 2**-11 * exact.abs()).max()))
-        output = pack_loss(teacher, None, batch, vocab, Divergence(), normalizer)
+        output = pack_loss(teacher, None, batch, vocab, LossConfig(), normalizer)
         cached += output.loss.item()
         lowest = min(lowest, float(output.per_token.min()))
-        dense += pack_loss(teacher, teacher, batch, vocab, Divergence(), normalizer).loss.item()
+        dense += pack_loss(teacher, teacher, batch, vocab, LossConfig(), normalizer).loss.item()
     print(f"{shards.num_rows} rows, {int(normalizer)} loss tokens, K = {batch.topk_ids.shape[1]}\n")
     print("| | |\n|---|---|")
     print(f"| largest error of a stored log-probability | {worst:.1e} |")

@@ -15,13 +15,15 @@ from mpd_data.errors import ConfigError, MPDError
 from mpd_data.models import load_tokenizer, provenance, require_same_tokenizer, resolve_model
 from mpd_data.schema import differences
 from mpd_data.shards import exclusive, write_json_atomic
-from mpd_train import checkpoint
+from mpd_train import checkpoint, lora
 from mpd_train.config import OptimizerConfig, TrainConfig
-from mpd_train.kl import Divergence, KLOutput, dense_kl, sparse_kl
+from mpd_train.evaluate import Sums, pack_loss, validate
 from mpd_train.models import CausalLM, autocast, choose_device, compute_dtype, export
-from mpd_train.stream import Batch, Pack, ShardSet, load_pack, make_packs
+from mpd_train.stream import Pack, ShardSet, load_pack, split_packs
 
 _SECONDS_PER_LINE = 15.0
+# What may differ on resuming: places, and models, which are identified by their content.
+_NOT_IDENTITY = {"out", "shards", "student", "teacher", "save_steps", "device"}
 
 
 def train(config: TrainConfig, overwrite: bool = False) -> Path:
@@ -48,6 +50,11 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
 
 
 def _train(config: TrainConfig, overwrite: bool) -> Path:
+    validation = config.validation
+    if validation.early_stopping_patience > 0 and validation.validation_fraction == 0:
+        raise ConfigError(
+            "--early-stopping-patience needs held-out prompts: give --validation-fraction too."
+        )
     device = choose_device(config.device)
     dtype = compute_dtype(device, config.dtype)
     shards = ShardSet(config.shards)
@@ -55,7 +62,9 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
     student_files = resolve_model(config.student, config.revision, config.trust_remote_code)
     teacher_files = None
     if config.teacher is not None:
-        teacher_files = resolve_model(config.teacher, None, config.trust_remote_code)
+        teacher_files = resolve_model(
+            config.teacher, config.teacher_revision, config.trust_remote_code
+        )
     for files in (student_files, teacher_files):
         if files is not None:
             if files.vocab_size < vocab_size:
@@ -69,9 +78,7 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
             )
     model_folder = config.out / "model"
     identity = {
-        "config": config.model_dump(
-            mode="json", exclude={"out", "shards", "student", "teacher", "save_steps", "device"}
-        ),
+        "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
         "shards": shards.identity(),
         "student": student_files.identity(),
         "teacher": None if teacher_files is None else teacher_files.identity(),
@@ -82,6 +89,9 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
         return model_folder
 
     student = CausalLM(student_files, device, torch.float32, config.trust_remote_code)
+    adapted = None
+    if config.lora.lora_r > 0:
+        adapted = lora.attach(student, config.lora, config.revision, config.seed)
     student.model.train()
     if config.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -90,19 +100,17 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
         teacher = CausalLM(teacher_files, device, dtype, config.trust_remote_code)
         teacher.model.requires_grad_(False)
     optimizer = make_optimizer(student.model, config.optimizer)
-    divergence = Divergence(config.loss.divergence, config.loss.beta, config.loss.alpha)
 
-    packs = [
-        pack
-        for epoch in range(config.epochs)
-        for pack in make_packs(shards, config.pack_length, config.seed, epoch)
-    ]
+    packs, held_out = split_packs(
+        shards, config.pack_length, config.seed, config.epochs, validation.validation_fraction
+    )
     size = config.gradient_accumulation_steps
     steps = [packs[i : i + size] for i in range(0, len(packs), size)]
     checkpoint_folder = config.out / "checkpoints"
-    done = 0
+    done, progress = 0, checkpoint.Progress()
     if found := checkpoint.checkpoints(checkpoint_folder):
         done = checkpoint.load(found[-1], student.model, optimizer)
+        progress = checkpoint.progress_of(found[-1])
         print(f"resuming after step {done} of {len(steps)}", file=sys.stderr)
     metrics = _open_metrics(config.out / "metrics.jsonl", done)
     fill = sum(p.num_tokens for p in packs) / (len(packs) * config.pack_length)
@@ -124,12 +132,15 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
         ) as bar,
     ):
         for step in range(done, len(steps)):
+            if 0 < validation.early_stopping_patience <= progress.misses:
+                print(f"stopped early, after step {step}", file=sys.stderr)
+                break
             begun = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optimizer, step, len(steps))
             # Dropout, where a model has any, is the same after a restart.
             torch.manual_seed(config.seed * 1_000_003 + step)
-            loss, waited = 0.0, 0.0
+            loss, waited, sums = 0.0, 0.0, Sums(config.loss)
             # One mean over all loss tokens of the optimiser step, however they are packed.
             normalizer = float(sum(pack.num_loss_tokens for pack in steps[step]))
             for pack in steps[step]:
@@ -137,9 +148,10 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
                 batch = load_pack(shards, pack).to(device)
                 waited += time.perf_counter() - before
                 with autocast(device, dtype):
-                    output = pack_loss(student, teacher, batch, vocab_size, divergence, normalizer)
+                    output = pack_loss(student, teacher, batch, vocab_size, config.loss, normalizer)
                 output.loss.backward()  # type: ignore[no-untyped-call]
                 loss += output.loss.item()
+                sums.add(output)
             norm = torch.nn.utils.clip_grad_norm_(
                 student.model.parameters(), config.optimizer.max_grad_norm
             )
@@ -158,6 +170,7 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
             record = {
                 "step": step + 1,
                 "loss": loss,
+                **sums.per_token(int(normalizer)),
                 "grad_norm": float(norm),
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "loss_tokens": int(normalizer),
@@ -167,6 +180,19 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
                 "tokens_per_second": round(tokens / seconds, 1),
             }
             metrics.write(json.dumps(record) + "\n")
+            last = step + 1 == len(steps)
+            if held_out and (last or (step + 1) % validation.eval_steps == 0):
+                value, count = validate(
+                    student, teacher, shards, held_out, config.loss, device, dtype
+                )
+                line = {"step": step + 1, "validation_loss": value, "validation_tokens": count}
+                metrics.write(json.dumps(line) + "\n")
+                if progress.best is None or value < progress.best:
+                    progress = checkpoint.Progress(value)
+                    if validation.early_stopping_patience > 0:
+                        checkpoint.save_best(checkpoint_folder, student.model)
+                else:
+                    progress.misses += 1
             metrics.flush()
             bar.update(1)
             bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tok/s", refresh=False)
@@ -178,49 +204,16 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
                     file=sys.stderr,
                 )
             if (step + 1) % config.save_steps == 0 and step + 1 < len(steps):
-                checkpoint.save(checkpoint_folder, step + 1, student.model, optimizer)
+                checkpoint.save(checkpoint_folder, step + 1, student.model, optimizer, progress)
+    if validation.early_stopping_patience > 0:
+        checkpoint.load_best(checkpoint_folder, student.model)
+    if adapted is not None:
+        lora.save_and_merge(adapted, config.out / "adapter")
     export(student, model_folder)
     # Weights and moments of the way there: three times the model's size each.
     if checkpoint_folder.exists():
         shutil.rmtree(checkpoint_folder)
     return model_folder
-
-
-def pack_loss(
-    student: CausalLM,
-    teacher: CausalLM | None,
-    batch: Batch,
-    vocab_size: int,
-    divergence: Divergence,
-    normalizer: float,
-) -> KLOutput:
-    """The loss of one pack: from the cached top K, or from the whole of `teacher`. Only the
-    states that predict a loss token reach the vocabulary."""
-    states = student.states(batch.input_ids, batch.position_ids)[0, batch.loss_positions]
-    if torch.is_autocast_enabled(states.device.type):
-        # The residual stream is float32; the head product takes the short type, as others do.
-        states = states.to(torch.get_autocast_dtype(states.device.type))
-    head = student.head(vocab_size)
-    if teacher is None:
-        return sparse_kl(
-            states,
-            head,
-            batch.topk_ids,
-            batch.topk_logprobs,
-            batch.tail_logprobs,
-            normalizer=normalizer,
-            divergence=divergence,
-        )
-    with torch.no_grad():
-        teacher_states = teacher.states(batch.teacher_input_ids, batch.teacher_position_ids)
-    return dense_kl(
-        states,
-        head,
-        teacher_states[0, batch.teacher_loss_positions],
-        teacher.head(vocab_size),
-        normalizer=normalizer,
-        divergence=divergence,
-    )
 
 
 def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -262,7 +255,7 @@ def _claim(out: Path, identity: dict[str, Any], config: TrainConfig, overwrite: 
     if overwrite and path.exists():
         doomed.mkdir()
         # Away at once under their names, the model first: a kill leaves no half of it behind.
-        for name in ("model", "checkpoints", "metrics.jsonl", "run.json"):
+        for name in ("model", "adapter", "checkpoints", "metrics.jsonl", "run.json"):
             if (out / name).exists():
                 (out / name).replace(doomed / name)
         shutil.rmtree(doomed)

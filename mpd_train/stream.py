@@ -8,6 +8,7 @@ stays inside a run of consecutive positions.
 """
 
 import bisect
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,15 @@ class Batch:
     """One pack, ready for the model. T tokens of which n are predicted under the loss.
 
     input_ids, position_ids int64 [1, T]; loss_positions int64 [n]: the state that predicts each
-    loss token, one before it; topk_ids int64 [n, K], topk_logprobs [n, K] and tail_logprobs [n]
-    float32; the teacher_* are the same sequences in the context the teacher scored them in.
+    loss token, one before it; labels int64 [n]: those tokens' ids; topk_ids int64 [n, K],
+    topk_logprobs [n, K] and tail_logprobs [n] float32; the teacher_* are the same sequences in the
+    context the teacher scored them in.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     loss_positions: Tensor
+    labels: Tensor
     topk_ids: Tensor
     topk_logprobs: Tensor
     tail_logprobs: Tensor
@@ -71,12 +74,14 @@ class Pack:
 
 @dataclass(frozen=True)
 class _Group:
-    """A Parquet row group and the lengths of its rows; 0 loss tokens means not kept."""
+    """A Parquet row group and the lengths of its rows; 0 loss tokens means not kept. A row's
+    place in [0, 1) is its prompt's hash: rows below the validation fraction are held out."""
 
     path: Path
     index: int
     num_tokens: npt.NDArray[np.int64]
     num_loss_tokens: npt.NDArray[np.int64]
+    place: npt.NDArray[np.float64]
 
 
 class ShardSet:
@@ -172,18 +177,54 @@ def _groups_of(path: Path) -> Iterator[_Group]:
         for index in range(file.num_row_groups):
             try:
                 table = file.read_row_group(
-                    index, columns=["status", "loss_start", "num_rewritten_tokens"]
+                    index, columns=["prompt_id", "status", "loss_start", "num_rewritten_tokens"]
                 )
             except (pa.ArrowInvalid, OSError) as error:
                 raise DataError(f"{path}, row group {index}: cannot be read ({error})") from error
             kept = np.array([s == "ok" for s in table.column("status").to_pylist()])
             loss = table.column("num_rewritten_tokens").fill_null(0).to_numpy().astype(np.int64)
             start = table.column("loss_start").fill_null(0).to_numpy().astype(np.int64)
-            yield _Group(path, index, start + loss, np.where(kept, loss, 0))
+            place = np.array([_place(i) for i in table.column("prompt_id").to_pylist()])
+            yield _Group(path, index, start + loss, np.where(kept, loss, 0), place)
 
 
-def make_packs(shards: ShardSet, pack_length: int, seed: int, epoch: int) -> list[Pack]:
-    """The packs of one epoch: at most `pack_length` tokens each, every kept row in exactly one.
+def _place(prompt_id: str) -> float:
+    """A prompt's place in [0, 1): its own in every run, whatever the seed."""
+    digest = hashlib.sha256(prompt_id.encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2.0**48
+
+
+def split_packs(
+    shards: ShardSet, pack_length: int, seed: int, epochs: int, fraction: float
+) -> tuple[list[Pack], list[Pack]]:
+    """The packs to train on, epoch after epoch, and those of the held-out `fraction` of prompts.
+
+    All samples of a prompt are on one side. Raises ConfigError where a side is left empty.
+    """
+    packs = [
+        pack
+        for epoch in range(epochs)
+        for pack in make_packs(shards, pack_length, seed, epoch, (fraction, 1.0))
+    ]
+    held_out = make_packs(shards, pack_length, 0, 0, (0.0, fraction)) if fraction > 0 else []
+    if not packs or (fraction > 0 and not held_out):
+        side = "validate" if packs else "train"
+        raise ConfigError(
+            f"--validation-fraction {fraction}: no kept row left to {side} on, of"
+            f" {shards.num_rows}. Change it, or give more shards."
+        )
+    return packs, held_out
+
+
+def make_packs(
+    shards: ShardSet,
+    pack_length: int,
+    seed: int,
+    epoch: int,
+    places: tuple[float, float] = (0.0, 1.0),
+) -> list[Pack]:
+    """The packs of one epoch: at most `pack_length` tokens each, every kept row whose prompt's
+    place is in `places` (from, below) in exactly one.
 
     Best-fit decreasing inside a window of shuffled row groups, whose packs are then shuffled.
     Raises ConfigError naming a row that is longer than a pack.
@@ -195,7 +236,11 @@ def make_packs(shards: ShardSet, pack_length: int, seed: int, epoch: int) -> lis
         rows = [
             (int(group), int(row))
             for group in order[first : first + _WINDOW_GROUPS]
-            for row in np.flatnonzero(shards.groups[group].num_loss_tokens)
+            for row in np.flatnonzero(
+                (shards.groups[group].num_loss_tokens > 0)
+                & (shards.groups[group].place >= places[0])
+                & (shards.groups[group].place < places[1])
+            )
         ]
         rng.shuffle(rows)
         lengths = [int(shards.groups[g].num_tokens[r]) for g, r in rows]
@@ -243,7 +288,7 @@ def load_pack(shards: ShardSet, pack: Pack) -> Batch:
     k = shards.metadata["num_logprobs"]
     ids: list[npt.NDArray[np.int32]] = []
     teacher_ids: list[npt.NDArray[np.int32]] = []
-    loss_positions, teacher_positions = [], []
+    loss_positions, teacher_positions, labels = [], [], []
     topk_ids, topk_logprobs, tails = [], [], []
     start, teacher_start = 0, 0
     for group, row in pack.rows:
@@ -265,6 +310,7 @@ def load_pack(shards: ShardSet, pack: Pack) -> Batch:
             )
         context = values.get("teacher_prompt_ids", sequence[:first])
         ids.append(sequence)
+        labels.append(sequence[first:])
         teacher_ids.append(np.concatenate([context, sequence[first:]]))
         # The state at position i predicts the token at i + 1.
         loss_positions.append(start + np.arange(first, len(sequence)) - 1)
@@ -279,6 +325,7 @@ def load_pack(shards: ShardSet, pack: Pack) -> Batch:
         input_ids=_int64(np.concatenate(ids))[None],
         position_ids=_int64(np.concatenate([np.arange(len(s)) for s in ids]))[None],
         loss_positions=_int64(np.concatenate(loss_positions)),
+        labels=_int64(np.concatenate(labels)),
         topk_ids=_int64(np.concatenate(topk_ids)),
         topk_logprobs=torch.from_numpy(np.concatenate(topk_logprobs).astype(np.float32)),
         tail_logprobs=torch.from_numpy(np.concatenate(tails).astype(np.float32)),

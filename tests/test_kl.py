@@ -30,19 +30,20 @@ def make(seed=0, gap=3.0, k=8):
     return hidden, weight, teacher_hidden, teacher_weight, top.indices, top.values, tail
 
 
-def run(kind, data, divergence, weights, normalizer, dtype, chunk_size=None):
+def run(kind, data, divergence, weights, normalizer, dtype, chunk_size=None, **mixing):
     hidden, weight, th, tw, ids, logprobs, tail = data
     if kind == "sparse_full":
         full = (th @ tw.T).log_softmax(-1)
         ids = torch.arange(V).expand(N, V)
         logprobs, tail = full, torch.full((N,), float("-inf"), dtype=full.dtype)
-    h = hidden.to(dtype).requires_grad_()
-    w = weight.to(dtype).requires_grad_()
+    h = hidden.to(dtype, copy=True).requires_grad_()
+    w = weight.to(dtype, copy=True).requires_grad_()
     options = {
         "normalizer": normalizer,
         "divergence": divergence,
         "weights": None if weights is None else weights.to(dtype),
         "chunk_size": chunk_size,
+        **mixing,
     }
     if kind == "dense":
         out = dense_kl(h, w, th.to(dtype), tw.to(dtype), **options)
@@ -52,14 +53,16 @@ def run(kind, data, divergence, weights, normalizer, dtype, chunk_size=None):
     return out, h.grad, w.grad
 
 
-def reference(kind, data, divergence, weights, normalizer):
+def reference(kind, data, divergence, weights, normalizer, **mixing):
     hidden, weight, th, tw, ids, logprobs, tail = data
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     weights = torch.ones(N, dtype=torch.float64) if weights is None else weights
     if kind == "sparse":
-        loss = sparse_reference(h, w, ids, logprobs, tail, divergence, weights, normalizer)
+        loss = sparse_reference(
+            h, w, ids, logprobs, tail, divergence, weights, normalizer, **mixing
+        )
     else:
-        loss = dense_reference(h, w, th, tw, divergence, weights, normalizer)
+        loss = dense_reference(h, w, th, tw, divergence, weights, normalizer, **mixing)
     loss.backward()
     return loss.detach(), h.grad, w.grad
 
@@ -78,6 +81,55 @@ def test_float64_equals_reference(kind, divergence, chunk_size):
     out, dh, dw = run(kind, data, divergence, weights, 7.0, torch.float64, chunk_size)
     for got, want in zip((out.loss.detach(), dh, dw), expected, strict=True):
         assert relative(got, want) <= 1e-12
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("clip", [None, "median"])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_clip_and_cross_entropy_equal_reference(kind, divergence, clip, ce_weight):
+    data = make()
+    ids = data[4]
+    plain, _, _ = run(kind, data, divergence, None, 1.0, torch.float64)
+    if clip is not None:
+        clip = plain.per_token.median().item() + 1e-9
+        assert 0 < (plain.per_token > clip).sum() < N
+    # Every other label inside the top K, the rest in the tail.
+    outside = torch.ones(N, V, dtype=torch.bool).scatter(1, ids, False).int().argmax(1)
+    labels = torch.where(torch.arange(N) % 2 == 0, ids[:, 3], outside)
+    weights = torch.linspace(0, 2, N, dtype=torch.float64)
+    mixing = {"divergence_clip": clip, "labels": labels, "ce_weight": ce_weight}
+    expected = reference(kind, data, divergence, weights, 7.0, **mixing)
+    out, dh, dw = run(kind, data, divergence, weights, 7.0, torch.float64, 5, **mixing)
+    for got, want in zip((out.loss.detach(), dh, dw), expected, strict=True):
+        assert relative(got, want) <= 1e-12
+    assert torch.allclose(out.per_token[1:], plain.per_token[1:], rtol=1e-12, atol=0)
+    entropy = torch.nn.functional.cross_entropy(data[0] @ data[1].T, labels, reduction="none")
+    assert torch.allclose(out.cross_entropy[1:], entropy[1:], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_above_the_clip_gets_no_gradient(kind):
+    plain, _, _ = run(kind, make(), Divergence(), None, 1.0, torch.float64)
+    clip = plain.per_token.median().item() + 1e-9
+    above = plain.per_token > clip
+    out, dh, _ = run(kind, make(), Divergence(), None, 1.0, torch.float64, divergence_clip=clip)
+    assert (dh[above] == 0).all()
+    assert (dh[~above] != 0).any(1).all()
+    assert out.cross_entropy.abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_mixing_that_makes_no_sense_is_refused(kind):
+    labels = torch.zeros(N, dtype=torch.int64)
+    for mixing, message in (
+        ({"ce_weight": 0.3}, "needs labels"),
+        ({"ce_weight": 1.5, "labels": labels}, "within"),
+        ({"divergence_clip": 0.0}, "above 0"),
+        ({"ce_weight": 0.3, "labels": labels[1:]}, "do not fit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(kind, make(), Divergence(), None, 1.0, torch.float32, **mixing)
 
 
 @pytest.mark.parametrize("gap, tolerance", [(3.0, 1e-5), (1.0, 1e-5), (0.03, 1e-3)])

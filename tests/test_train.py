@@ -19,9 +19,10 @@ from mpd_data.errors import ConfigError
 from mpd_data.models import load_tokenizer, resolve_model
 from mpd_data.shards import RoundDir, exclusive
 from mpd_train import checkpoint
-from mpd_train.config import OptimizerConfig, TrainConfig
-from mpd_train.kl import NAMES, Divergence
-from mpd_train.loop import learning_rate, make_optimizer, pack_loss, train
+from mpd_train.config import LossConfig, OptimizerConfig, TrainConfig
+from mpd_train.evaluate import pack_loss
+from mpd_train.kl import NAMES
+from mpd_train.loop import learning_rate, make_optimizer, train
 from mpd_train.models import CausalLM
 from mpd_train.stream import ShardSet, load_pack, make_packs
 
@@ -113,7 +114,7 @@ def test_a_batch_holds_what_the_shard_says(shards, round_dir):
 # -- the loss through the whole path --------------------------------------------------------
 
 
-def losses(student, teacher, shards, divergence, num_packs=None):
+def losses(student, teacher, shards, loss, num_packs=None):
     total = 0.0
     packs = make_packs(shards, 2000, 0, 0)[:num_packs]
     normalizer = float(sum(p.num_loss_tokens for p in packs))
@@ -121,7 +122,7 @@ def losses(student, teacher, shards, divergence, num_packs=None):
     for pack in packs:
         batch = load_pack(shards, pack)
         vocab = shards.metadata["vocab_size"]
-        out = pack_loss(student, teacher, batch, vocab, divergence, normalizer)
+        out = pack_loss(student, teacher, batch, vocab, loss, normalizer)
         total += out.loss.item()
         per_token.append(out.per_token)
     return total, torch.cat(per_token)
@@ -129,13 +130,13 @@ def losses(student, teacher, shards, divergence, num_packs=None):
 
 def test_student_equal_to_teacher_gives_zero_from_cached_records(self_round, teacher):
     """Engine -> shard -> packing -> loss, every step at once."""
-    loss, per_token = losses(teacher, None, ShardSet([self_round]), Divergence())
+    loss, per_token = losses(teacher, None, ShardSet([self_round]), LossConfig())
     assert 0 <= loss < 5e-4
     assert per_token.min() > -1e-6
 
 
 def test_student_equal_to_teacher_gives_zero_with_the_full_vocabulary(self_round, teacher):
-    loss, _ = losses(teacher, teacher, ShardSet([self_round]), Divergence())
+    loss, _ = losses(teacher, teacher, ShardSet([self_round]), LossConfig())
     assert abs(loss) < 1e-5
 
 
@@ -146,7 +147,7 @@ def test_a_shift_by_one_would_not_be_zero(self_round, teacher):
     shifted = batch.__class__(**{**batch.__dict__, "loss_positions": batch.loss_positions + 1})
     n = float(len(batch.loss_positions))
     vocab = shards.metadata["vocab_size"]
-    assert pack_loss(teacher, None, shifted, vocab, Divergence(), n).loss > 0.1
+    assert pack_loss(teacher, None, shifted, vocab, LossConfig(), n).loss > 0.1
 
 
 def test_a_shift_of_the_teacher_alone_would_not_be_zero(round_dir, student, teacher):
@@ -155,18 +156,18 @@ def test_a_shift_of_the_teacher_alone_would_not_be_zero(round_dir, student, teac
     shards = ShardSet([round_dir])
     batch = load_pack(shards, make_packs(shards, 2000, 0, 0)[0])
     vocab, n = shards.metadata["vocab_size"], float(len(batch.loss_positions))
-    right = pack_loss(student, teacher, batch, vocab, Divergence(), n).loss
-    cached = pack_loss(student, None, batch, vocab, Divergence(), n).loss
+    right = pack_loss(student, teacher, batch, vocab, LossConfig(), n).loss
+    cached = pack_loss(student, None, batch, vocab, LossConfig(), n).loss
     moved = {"teacher_loss_positions": batch.teacher_loss_positions - 1}
     shifted = batch.__class__(**{**batch.__dict__, **moved})
     assert abs(right - cached) < 0.02 * cached
-    assert pack_loss(student, teacher, shifted, vocab, Divergence(), n).loss > 2 * right
+    assert pack_loss(student, teacher, shifted, vocab, LossConfig(), n).loss > 2 * right
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_cached_loss_bounds_the_dense_one(shards, student, teacher, name):
-    cached, _ = losses(student, None, shards, Divergence(name), num_packs=3)
-    dense, _ = losses(student, teacher, shards, Divergence(name), num_packs=3)
+    cached, _ = losses(student, None, shards, LossConfig(divergence=name), num_packs=3)
+    dense, _ = losses(student, teacher, shards, LossConfig(divergence=name), num_packs=3)
     assert cached <= dense * 1.002 + 1e-4
     assert cached >= 0.9 * dense - 1e-4
 
@@ -180,8 +181,8 @@ def test_dense_equals_cached_at_full_k(round_dir, student, teacher, tmp_path):
     run("mpd-gen", "validate", out)
     shards = ShardSet([out])
     assert shards.metadata["num_logprobs"] == vocab
-    cached, _ = losses(student, None, shards, Divergence())
-    dense, _ = losses(student, teacher, shards, Divergence())
+    cached, _ = losses(student, None, shards, LossConfig())
+    dense, _ = losses(student, teacher, shards, LossConfig())
     assert abs(cached - dense) < 1e-3 * dense
     with pytest.raises(ConfigError, match=f"num_logprobs: saved 64 / now {vocab}"):
         ShardSet([round_dir, out])
@@ -212,7 +213,7 @@ def test_loss_and_gradients_do_not_depend_on_packing(shards, student):
         for pack in packs:
             batch = load_pack(shards, pack)
             vocab = shards.metadata["vocab_size"]
-            out = pack_loss(student, None, batch, vocab, Divergence(), normalizer)
+            out = pack_loss(student, None, batch, vocab, LossConfig(), normalizer)
             out.loss.backward()
             total += out.loss.item()
         found.append((total, student.head().grad.clone()))
@@ -302,7 +303,7 @@ def test_a_checkpoint_holds_weights_and_moments(tmp_path, shards, round_dir):
     optimizer = make_optimizer(model.model, OptimizerConfig())
     batch = load_pack(shards, make_packs(shards, 600, 0, 0)[0])
     vocab = shards.metadata["vocab_size"]
-    pack_loss(model, None, batch, vocab, Divergence(), 100.0).loss.backward()
+    pack_loss(model, None, batch, vocab, LossConfig(), 100.0).loss.backward()
     optimizer.step()
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, model.model, optimizer)
@@ -370,6 +371,43 @@ def test_training_with_a_teacher_in_the_process(round_dir, trained, tmp_path):
     dense = [r["loss"] for r in metrics(tmp_path / "run")]
     cached = [r["loss"] for r in metrics(trained)]
     assert abs(dense[0] - cached[0]) < 0.02 * cached[0]
+
+
+def test_cross_entropy_alone_is_plain_fine_tuning(round_dir, student, shards):
+    """ce_weight 1 = transformers' own loss on the rewrites, gradient included."""
+    batch = load_pack(shards, make_packs(shards, 600, 0, 0)[0])
+    n = float(len(batch.loss_positions))
+    loss = LossConfig(ce_weight=1.0, divergence_clip=0.5)
+    found = []
+    for ours in (True, False):
+        student.model.zero_grad()
+        if ours:
+            value = pack_loss(student, None, batch, shards.metadata["vocab_size"], loss, n).loss
+        else:
+            labels = torch.full_like(batch.input_ids, -100)
+            labels[0, batch.loss_positions + 1] = batch.labels
+            ids, positions = batch.input_ids, batch.position_ids
+            value = student.model(
+                input_ids=ids, position_ids=positions, labels=labels, use_cache=False
+            ).loss
+        value.backward()
+        found.append((value.item(), student.head().grad.clone()))
+    student.model.zero_grad(set_to_none=True)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert (found[0][1] - found[1][1]).norm() < 1e-4 * found[1][1].norm()
+
+
+def test_clip_and_cross_entropy_are_recorded(round_dir, trained, tmp_path):
+    loss = {"ce_weight": 0.25, "divergence_clip": 1.0}
+    train(config(round_dir, tmp_path / "run", epochs=1, loss=loss))
+    first, plain = metrics(tmp_path / "run")[0], metrics(trained)[0]
+    assert plain["kl"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert first["kl"] == pytest.approx(plain["kl"], rel=1e-5)
+    assert 0 < first["clipped"] < 1
+    assert first["loss"] < 0.75 * first["kl"] + 0.25 * first["cross_entropy"]
+    assert first["loss"] > 0.25 * first["cross_entropy"]
+    assert "clipped" not in plain
+    assert "cross_entropy" not in plain
 
 
 def test_learning_rate_schedules():

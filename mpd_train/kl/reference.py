@@ -35,11 +35,15 @@ def dense_reference(
     divergence: Divergence,
     weights: Tensor,
     normalizer: float,
+    divergence_clip: float | None = None,
+    labels: Tensor | None = None,
+    ce_weight: float = 0.0,
 ) -> Tensor:
     """The scalar loss of `dense_kl` on float64 inputs."""
     p = (teacher_hidden @ teacher_weight.T).softmax(-1)
     q = (hidden @ weight.T).softmax(-1)
-    return (divergence_of(divergence, p, q) * weights).sum() / normalizer
+    value = _mixed(divergence_of(divergence, p, q), q, divergence_clip, labels, ce_weight)
+    return (value * weights).sum() / normalizer
 
 
 def sparse_reference(
@@ -51,9 +55,12 @@ def sparse_reference(
     divergence: Divergence,
     weights: Tensor,
     normalizer: float,
+    divergence_clip: float | None = None,
+    labels: Tensor | None = None,
+    ce_weight: float = 0.0,
 ) -> Tensor:
     """The scalar loss of `sparse_kl` on float64 inputs."""
-    q = (hidden @ weight.T).softmax(-1)
+    q = whole = (hidden @ weight.T).softmax(-1)
     q_top = q.gather(1, topk_ids)
     p = topk_logprobs.exp()
     if topk_ids.shape[1] < weight.shape[0]:
@@ -63,4 +70,17 @@ def sparse_reference(
         p = torch.cat([p, tail_logprobs.exp()[:, None]], 1)
     else:
         q = q_top
-    return (divergence_of(divergence, p / p.sum(1, keepdim=True), q) * weights).sum() / normalizer
+    value = divergence_of(divergence, p / p.sum(1, keepdim=True), q)
+    value = _mixed(value, whole, divergence_clip, labels, ce_weight)
+    return (value * weights).sum() / normalizer
+
+
+def _mixed(
+    value: Tensor, q: Tensor, clip: float | None, labels: Tensor | None, ce_weight: float
+) -> Tensor:
+    """(1 - ce_weight) min(F, clip) + ce_weight (-log q[label]), [n]."""
+    if clip is not None:
+        value = value.clamp(max=clip)
+    if labels is None:
+        return value
+    return (1 - ce_weight) * value - ce_weight * q.gather(1, labels[:, None])[:, 0].log()

@@ -1,0 +1,128 @@
+"""Held-out prompts, early stopping and the best weights."""
+
+import json
+
+import polars as pl
+import pytest
+import torch
+from conftest import STUDENT
+from safetensors.torch import load_file
+
+from mpd_data.errors import ConfigError
+from mpd_data.models import resolve_model
+from mpd_train import loop
+from mpd_train.config import LossConfig, TrainConfig
+from mpd_train.evaluate import validate
+from mpd_train.loop import train
+from mpd_train.models import CausalLM
+from mpd_train.stream import ShardSet, split_packs
+
+
+def config(round_dir, out, **changed):
+    settings = {
+        "shards": [round_dir],
+        "student": str(STUDENT),
+        "out": out,
+        "pack_length": 600,
+        "save_steps": 4,
+        "dtype": "float32",
+        "epochs": 2,
+        # So high that validation soon gets worse.
+        "optimizer": {"learning_rate": 2e-2, "lr_schedule": "constant"},
+        "validation": {
+            "validation_fraction": 0.25, "eval_steps": 3, "early_stopping_patience": 2,
+        },
+    }  # fmt: skip
+    return TrainConfig(**{**settings, **changed})
+
+
+def lines(out):
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in found if "loss" in r], [r for r in found if "validation_loss" in r]
+
+
+def prompts_of(shards, packs):
+    columns = {}
+    for path in {group.path for group in shards.groups}:
+        ids = pl.read_parquet(path, columns=["prompt_id"])["prompt_id"].to_list()
+        offset = 0
+        for i, group in enumerate(shards.groups):
+            if group.path == path:
+                columns[i] = ids[offset : offset + len(group.place)]
+                offset += len(group.place)
+    return {columns[g][r] for pack in packs for g, r in pack.rows}
+
+
+def test_prompts_are_on_one_side_for_every_seed(round_dir):
+    shards = ShardSet([round_dir])
+    packs, held_out = split_packs(shards, 600, 0, 1, 0.25)
+    assert sum(len(p.rows) for p in packs + held_out) == shards.num_rows
+    assert not prompts_of(shards, packs) & prompts_of(shards, held_out)
+    other, same = split_packs(shards, 600, 7, 1, 0.25)
+    assert held_out == same
+    assert packs != other
+    assert prompts_of(shards, packs) == prompts_of(shards, other)
+
+
+@pytest.mark.parametrize("fraction, side", [(1e-9, "validate"), (1 - 1e-9, "train")])
+def test_an_empty_side_is_refused(round_dir, fraction, side):
+    with pytest.raises(ConfigError, match=f"left to {side} on"):
+        split_packs(ShardSet([round_dir]), 600, 0, 1, fraction)
+
+
+def test_patience_needs_validation(round_dir, tmp_path):
+    with pytest.raises(ConfigError, match="--validation-fraction"):
+        train(config(round_dir, tmp_path / "run", validation={"early_stopping_patience": 1}))
+
+
+@pytest.fixture(scope="module")
+def stopped(round_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    train(config(round_dir, out))
+    return out
+
+
+def test_stops_and_exports_the_best(stopped, round_dir):
+    steps, validations = lines(stopped)
+    values = [v["validation_loss"] for v in validations]
+    best = values.index(min(values))
+    assert len(values) - 1 - best == 2
+    shards = ShardSet([round_dir])
+    packs, held_out = split_packs(shards, 600, 0, 2, 0.25)
+    assert len(steps) < len(packs)
+    student = CausalLM(
+        resolve_model(str(stopped / "model")), torch.device("cpu"), torch.float32, False
+    )
+    value, count = validate(
+        student, None, shards, held_out, LossConfig(), torch.device("cpu"), torch.float32
+    )
+    # The export is rounded to bfloat16.
+    assert value == pytest.approx(values[best], rel=0.02)
+    assert abs(values[-1] / values[best] - 1) > 0.02
+    assert count == validations[0]["validation_tokens"]
+
+
+def test_resumed_stops_at_the_same_step_with_the_same_weights(
+    stopped, round_dir, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    save = loop.checkpoint.save
+    calls = []
+
+    def killed(*arguments):
+        save(*arguments)
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.checkpoint, "save", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(config(round_dir, out))
+    monkeypatch.undo()
+    train(config(round_dir, out))
+    ours, theirs = lines(out), lines(stopped)
+    assert [r["loss"] for r in ours[0]] == [r["loss"] for r in theirs[0]]
+    assert ours[1] == theirs[1]
+    name = "model/model.safetensors"
+    expected = load_file(stopped / name)
+    assert all(torch.equal(w, expected[n]) for n, w in load_file(out / name).items())
