@@ -110,10 +110,10 @@ def _download(name: str, revision: str | None, code: bool, weights: bool) -> tup
             f"{name}: not a folder here, and not to be had from the hub ({reason}). Give the path"
             " of a model folder, or a hub id with the network (and HF_TOKEN for gated models)."
         ) from error
-    # Offline, the cache may hold no more than an earlier dry run fetched.
+    # Weights in other formats; or, with an older huggingface_hub offline, a dry run's files alone.
     if weights and not any(path.glob("*.safetensors")):
         raise ConfigError(
-            f"{name}: no *.safetensors among its files of the hub. Use a model that has them (pickle"
+            f"{name}: no *.safetensors among its files. Use a model that has them (pickle"
             " formats are not read); if it does, fetch it with the network: unset HF_HUB_OFFLINE."
         )
     # The hub's cache keeps each snapshot in a folder named by its commit.

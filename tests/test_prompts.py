@@ -385,7 +385,14 @@ def test_models_of_the_hub_are_had_with_and_without_weights(hub, tmp_path):
     assert "pocket/student/model.safetensors" not in hub.served
     whole_model = ["model", "pocket/student", None, True]
     (offline,) = ask(hub, tmp_path, whole_model, HF_HUB_OFFLINE="1")
-    assert offline.startswith("ConfigError: pocket/student: no *.safetensors"), offline
+    assert re.match("ConfigError: pocket/student: .*safetensors", offline), offline
+    old = tmp_path / "pickled"
+    old.mkdir()
+    (old / "config.json").write_bytes((STUDENT / "config.json").read_bytes())
+    (old / "pytorch_model.bin").write_bytes(b"")
+    hub.add("models", "pocket/pickled", old)
+    (pickled,) = ask(hub, tmp_path, ["model", "pocket/pickled", None, True])
+    assert pickled.startswith("ConfigError: pocket/pickled: no *.safetensors"), pickled
     whole, absent, revision = ask(
         hub,
         tmp_path,
