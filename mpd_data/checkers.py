@@ -207,7 +207,10 @@ class NumberChecker(Checker):
 
 
 # Parsing evaluates: these would be evaluated until the time limit, to no avail.
-_UNBOUNDED = re.compile(r"\^\s?\{?\s?-?\d{5}|\d\^\s?\{?\s?\d{2,9}\s?\^|\d{4}\s?\}?!|!!!|\x00")
+_UNBOUNDED = re.compile(
+    r"\^\s?\{?\s?-?\d{5}|\d{4}\s?\}?!|!!!|\x00|\d\s?\^\s?\{?\s?\d{2,9}\s?\^"
+    r"|\d\s?\^\s?\{?\s?\d\s?\^\s?\{?\s?(?:[4-9]|\d\d|\d\s?\^)"
+)
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 _FUNCTIONS = frozenset(
     ("sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "det", "max", "min", "mod")
@@ -259,9 +262,14 @@ class MathChecker(Checker):
             if len(text) > MAX_ANSWER or _UNBOUNDED.search(text) or _brace_depth(text) > 40:
                 return False
         self.prepare()
-        from math_verify import parse, verify
+        from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-        parsed = [parse(_as_latex(text), parsing_timeout=None) for text in (right, left)]
+        parsed = []
+        for text in (right, left):
+            # Its search for plain expressions would pick one number out of prose.
+            plain = [] if re.search(r"[A-Za-z_]", text) else [ExprExtractionConfig()]
+            configs = [LatexExtractionConfig(), *plain]
+            parsed.append(parse(_as_latex(text), configs, parsing_timeout=None))
         return all(parsed) and bool(verify(*parsed, timeout_seconds=None))
 
 
@@ -291,7 +299,9 @@ _LETTER = re.compile(
     r"(?:(?:option|choice|answer)\s{0,4}:?\s{0,4})?[(\[]?([A-J])(?:\s?[)\].:]+(?=\s|$)|\s{0,4}$)",
     re.IGNORECASE,
 )
-_LETTER_IN_SENTENCE = re.compile(r"(?:(?i:option|choice)\s{1,4}\(?([A-J])\b|([B-HJ])[\s,])")
+_LETTER_IN_SENTENCE = re.compile(
+    r"(?:(?i:option|choice)\s{1,4}\(?([A-J])\b|([B-HJ])[\s,](?!\s?(?:or|and|[A-J])\b))"
+)
 
 
 class ChoiceChecker(Checker):
