@@ -18,10 +18,6 @@ class Strict(BaseModel):
 class EngineConfig(Strict):
     """How the engine runs a model. Of these only `dtype` changes what comes out."""
 
-    backend: Literal["vllm", "transformers"] = Field(
-        "vllm",
-        description="Engine. transformers: slower, for machines where vLLM does not install.",
-    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the engine."
     )

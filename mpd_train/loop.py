@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from mpd_train.config import OptimizerConfig, TrainConfig
 from mpd_train.evaluate import Sums, pack_loss, validate
 from mpd_train.models import CausalLM, autocast, choose_device, compute_dtype, export
 from mpd_train.stream import Pack, ShardSet, load_pack, split_packs
+from mpd_train.tracking import Trackers, load_trackers
 
 _SECONDS_PER_LINE = 15.0
 # What may differ on resuming: places, and models, which are identified by their content.
-_NOT_IDENTITY = {"out", "shards", "student", "teacher", "save_steps", "device"}
+_NOT_IDENTITY = {"out", "shards", "student", "teacher", "save_steps", "device", "report_to"}
 
 
 def train(config: TrainConfig, overwrite: bool = False) -> Path:
@@ -55,6 +57,7 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
         raise ConfigError(
             "--early-stopping-patience needs held-out prompts: give --validation-fraction too."
         )
+    tracker_modules = load_trackers(list(config.report_to))
     device = choose_device(config.device)
     dtype = compute_dtype(device, config.dtype)
     shards = ShardSet(config.shards)
@@ -120,9 +123,11 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
         file=sys.stderr,
     )
 
+    trackers = Trackers(tracker_modules, config.out, config.model_dump(mode="json"), done)
     last_line = time.monotonic()
     with (
         metrics,
+        closing(trackers),
         tqdm(
             total=len(steps),
             initial=done,
@@ -180,13 +185,20 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
                 "tokens_per_second": round(tokens / seconds, 1),
             }
             metrics.write(json.dumps(record) + "\n")
+            trackers.log(record)
             last = step + 1 == len(steps)
             if held_out and (last or (step + 1) % validation.eval_steps == 0):
                 value, count = validate(
                     student, teacher, shards, held_out, config.loss, device, dtype
                 )
+                if not math.isfinite(value):
+                    raise MPDError(
+                        f"step {step + 1}: validation loss {value}; the last checkpoint is from"
+                        " before it. Check the round with mpd-gen validate."
+                    )
                 line = {"step": step + 1, "validation_loss": value, "validation_tokens": count}
                 metrics.write(json.dumps(line) + "\n")
+                trackers.log(line)
                 if progress.best is None or value < progress.best:
                     progress = checkpoint.Progress(value)
                     if validation.early_stopping_patience > 0:
@@ -255,7 +267,7 @@ def _claim(out: Path, identity: dict[str, Any], config: TrainConfig, overwrite: 
     if overwrite and path.exists():
         doomed.mkdir()
         # Away at once under their names, the model first: a kill leaves no half of it behind.
-        for name in ("model", "adapter", "checkpoints", "metrics.jsonl", "run.json"):
+        for name in ("model", "adapter", "tensorboard", "checkpoints", "metrics.jsonl", "run.json"):
             if (out / name).exists():
                 (out / name).replace(doomed / name)
         shutil.rmtree(doomed)

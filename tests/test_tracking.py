@@ -1,0 +1,47 @@
+"""Trackers get what metrics.jsonl gets."""
+
+import json
+import sys
+
+import pytest
+from conftest import STUDENT
+
+from mpd_data.errors import ConfigError
+from mpd_train.config import TrainConfig
+from mpd_train.loop import train
+
+
+def config(round_dir, out, tracker):
+    return TrainConfig(
+        shards=[round_dir],
+        student=str(STUDENT),
+        out=out,
+        pack_length=2000,
+        dtype="float32",
+        report_to=[tracker],
+        validation={"validation_fraction": 0.25, "eval_steps": 2},
+    )
+
+
+def test_tensorboard_holds_the_metrics(round_dir, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = tmp_path / "run"
+    train(config(round_dir, out, "tensorboard"))
+    events = accumulator.EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "kl", "grad_norm", "validation_loss"):
+        written = [(r["step"], r[name]) for r in records if name in r]
+        read = [(e.step, e.value) for e in events.Scalars(name)]
+        assert written
+        assert [s for s, _ in read] == [s for s, _ in written]
+        assert [v for _, v in read] == pytest.approx([v for _, v in written], rel=1e-6)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
+def test_a_missing_tracker_is_refused_before_training(round_dir, tmp_path, tracker, monkeypatch):
+    monkeypatch.setitem(sys.modules, tracker, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(ConfigError, match=r"mixed-policy-distillation\[trackers\]"):
+        train(config(round_dir, tmp_path / "run", tracker))
+    assert not (tmp_path / "run" / "run.json").exists()
