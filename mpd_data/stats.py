@@ -6,6 +6,7 @@ The same in a notebook needs nothing of this module:
     df.group_by("round").agg(pl.col("num_completion_tokens").mean()).collect()
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,19 @@ from mpd_data.errors import ConfigError, DataError
 from mpd_data.shards import RoundDir, Stage, read_metadata
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
+
+# Words with which a trace turns back on itself. Shorter traces that lose all of them may have lost
+# the habit of checking too.
+MARKERS = (
+    "wait",
+    "hmm",
+    "actually",
+    "alternatively",
+    "let me check",
+    "let me re",
+    "double-check",
+    "on second thought",
+)
 
 
 def scan(rounds: list[Path], stage: Stage) -> pl.LazyFrame | None:
@@ -47,10 +61,48 @@ def _lengths(column: str) -> list[pl.Expr]:
     ]
 
 
+def _markers() -> pl.Expr:
+    """Self-correction markers in a completion, as whole words, in any case."""
+    return pl.col("completion").str.count_matches(rf"(?i)\b(?:{'|'.join(MARKERS)})")
+
+
+def _tokens_where(correct: bool) -> pl.Expr:
+    return pl.col("num_completion_tokens").filter(pl.col("is_correct") == correct).mean()
+
+
+def pass_at(rollouts: pl.LazyFrame) -> list[dict[str, Any]]:
+    """pass@k by folder, for powers of two up to the samples per prompt: the chance that one of k
+    samples is right, without bias 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374), averaged over
+    the prompts with a gold answer and at least k samples."""
+    counts = collect(
+        rollouts.filter(pl.col("is_correct").is_not_null())
+        .group_by("folder", "prompt_id", maintain_order=True)
+        .agg(pl.len().alias("n"), pl.col("is_correct").sum().alias("c"))
+    )
+    rows: list[dict[str, Any]] = []
+    for (folder,), group in counts.group_by("folder", maintain_order=True):
+        pairs = list(zip(group["n"].to_list(), group["c"].to_list(), strict=True))
+        k = 1
+        while k <= max(n for n, _ in pairs):
+            chances = [1 - math.comb(n - c, k) / math.comb(n, k) for n, c in pairs if n >= k]
+            rows.append(
+                {
+                    "folder": folder,
+                    "k": k,
+                    "pass_at_k": sum(chances) / len(chances),
+                    "prompts": len(chances),
+                }
+            )
+            k *= 2
+    return rows
+
+
 def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
     """Tables as rows, each by folder: `rollouts`, `rollouts_by` finish reason and correctness,
-    `rewrites` by status. Lengths in tokens; rates are fractions; `no_answer` is the share of
-    finished samples without an answer in a declared format.
+    `pass_at_k` where there are gold answers, `rewrites` by status. Lengths in tokens; rates are
+    fractions; `no_answer` is the share of finished samples without an answer in a declared
+    format, `repetition` the mean share of repeated 4-grams, `markers_per_1k` self-correction
+    MARKERS per 1,000 tokens.
 
     Raises ConfigError where none of the folders holds a round.
     """
@@ -72,6 +124,13 @@ def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
                 pl.col("is_correct").mean().alias("accuracy"),
                 (pl.col("finish_reason") == "length").mean().alias("truncated"),
                 pl.col("answer").is_null().filter(finished).mean().alias("no_answer"),
+                pl.col("check_error").is_not_null().mean().alias("check_failed"),
+                pl.col("repetition").mean().alias("repetition"),
+                (1000 * _markers().sum() / pl.col("num_completion_tokens").sum()).alias(
+                    "markers_per_1k"
+                ),
+                _tokens_where(True).alias("right_tokens"),
+                _tokens_where(False).alias("wrong_tokens"),
                 *_lengths("num_completion_tokens"),
             )
             .sort("round", maintain_order=True)
@@ -83,6 +142,8 @@ def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
         )
         tables["rollouts"] = collect(by_folder).to_dicts()
         tables["rollouts_by"] = collect(by_outcome).to_dicts()
+        if passes := pass_at(rollouts):
+            tables["pass_at_k"] = passes
     if distill is not None:
         by_status = (
             distill.group_by("folder", "status")
@@ -90,6 +151,7 @@ def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
                 pl.len().alias("rows"),
                 pl.col("num_original_tokens").mean().alias("mean_original"),
                 pl.col("num_rewritten_tokens").mean().alias("mean_rewritten"),
+                pl.col("repetition").mean().alias("repetition"),
                 pl.col("compression_ratio").mean().alias("mean_ratio"),
                 pl.col("compression_ratio").quantile(0.5, "nearest").alias("median_ratio"),
             )

@@ -286,6 +286,17 @@ def test_stats_agree_with_the_rows(round_dir, tmp_path):
     counts = {row["status"]: row["rows"] for row in tables["rewrites"]}
     assert counts == dict(distill.group_by("status").len().iter_rows())
     assert sum(row["share"] for row in tables["rewrites"]) == pytest.approx(1)
+    for name, correct in (("right_tokens", True), ("wrong_tokens", False)):
+        mean = frame.filter(pl.col("is_correct") == correct)["num_completion_tokens"].mean()
+        assert line[name] == pytest.approx(mean)
+    assert line["repetition"] == pytest.approx(frame["repetition"].mean(), rel=1e-5)
+    assert line["check_failed"] == 0
+    solved = frame.group_by("prompt_id").agg(pl.col("is_correct").sum())["is_correct"].to_list()
+    passes = {row["k"]: row["pass_at_k"] for row in tables["pass_at_k"]}
+    assert set(passes) == {1, 2, 4}
+    assert passes[1] == pytest.approx(frame["is_correct"].mean())
+    assert passes[2] == pytest.approx(sum(1 - (4 - c) * (3 - c) / 12 for c in solved) / len(solved))
+    assert passes[4] == pytest.approx(sum(c > 0 for c in solved) / len(solved))
     said = run("mpd-gen", "stats", round_dir, "--plot", tmp_path / "l.png")
     assert "mean_tokens" in said.stderr
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
@@ -430,3 +441,20 @@ def test_a_checker_of_ones_own_that_hangs_costs_its_rows_and_nothing_else(prompt
     assert frame.height >= 1
     assert frame["check_error"].str.contains("timed out").all()
     assert frame["is_correct"].not_().all()
+
+
+def test_self_correction_markers_are_counted(round_dir, tmp_path):
+    other = tmp_path / "r"
+    shutil.copytree(round_dir, other)
+    files = RoundDir(other).shard_paths("rollouts")
+    for file in files:
+        table = pq.read_table(file)
+        text = "Wait, no. Hmm, let me check: awaiting."
+        column = pa.array([text if file == files[0] else "fine"] * table.num_rows)
+        index = table.schema.get_field_index("completion")
+        table = table.set_column(index, table.schema.field(index), column)
+        pq.write_table(table, file)
+    changed = pq.read_metadata(files[0]).num_rows
+    (line,) = round_stats([other])["rollouts"]
+    tokens = rows(other, "rollouts")["num_completion_tokens"].sum()
+    assert line["markers_per_1k"] == pytest.approx(1000 * 3 * changed / tokens)
