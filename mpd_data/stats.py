@@ -98,8 +98,8 @@ def pass_at(rollouts: pl.LazyFrame) -> list[dict[str, Any]]:
 
 
 def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
-    """Tables as rows, each by folder: `rollouts`, `rollouts_by` finish reason and correctness,
-    `pass_at_k` where there are gold answers, `rewrites` by status. Lengths in tokens; rates are
+    """Tables as rows, each by folder: `rollouts`, their `behaviour`, `rollouts_by` finish reason
+    and correctness, `pass_at_k` where there are gold answers, `rewrites` by status. Lengths in tokens; rates are
     fractions; `no_answer` is the share of finished samples without an answer in a declared
     format, `repetition` the mean share of repeated 4-grams, `markers_per_1k` self-correction
     MARKERS per 1,000 tokens.
@@ -124,6 +124,14 @@ def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
                 pl.col("is_correct").mean().alias("accuracy"),
                 (pl.col("finish_reason") == "length").mean().alias("truncated"),
                 pl.col("answer").is_null().filter(finished).mean().alias("no_answer"),
+                *_lengths("num_completion_tokens"),
+            )
+            .sort("round", maintain_order=True)
+        )
+        behaviour = (
+            rollouts.group_by("folder", maintain_order=True)
+            .agg(
+                pl.col("round").first(),
                 pl.col("check_error").is_not_null().mean().alias("check_failed"),
                 pl.col("repetition").mean().alias("repetition"),
                 (1000 * _markers().sum() / pl.col("num_completion_tokens").sum()).alias(
@@ -131,7 +139,6 @@ def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
                 ),
                 _tokens_where(True).alias("right_tokens"),
                 _tokens_where(False).alias("wrong_tokens"),
-                *_lengths("num_completion_tokens"),
             )
             .sort("round", maintain_order=True)
         )
@@ -141,6 +148,7 @@ def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
             .sort("folder", "finish_reason", "is_correct")
         )
         tables["rollouts"] = collect(by_folder).to_dicts()
+        tables["behaviour"] = collect(behaviour).to_dicts()
         tables["rollouts_by"] = collect(by_outcome).to_dicts()
         if passes := pass_at(rollouts):
             tables["pass_at_k"] = passes

@@ -286,11 +286,12 @@ def test_stats_agree_with_the_rows(round_dir, tmp_path):
     counts = {row["status"]: row["rows"] for row in tables["rewrites"]}
     assert counts == dict(distill.group_by("status").len().iter_rows())
     assert sum(row["share"] for row in tables["rewrites"]) == pytest.approx(1)
+    (behaviour,) = tables["behaviour"]
     for name, correct in (("right_tokens", True), ("wrong_tokens", False)):
         mean = frame.filter(pl.col("is_correct") == correct)["num_completion_tokens"].mean()
-        assert line[name] == pytest.approx(mean)
-    assert line["repetition"] == pytest.approx(frame["repetition"].mean(), rel=1e-5)
-    assert line["check_failed"] == 0
+        assert behaviour[name] == pytest.approx(mean)
+    assert behaviour["repetition"] == pytest.approx(frame["repetition"].mean(), rel=1e-5)
+    assert behaviour["check_failed"] == 0
     solved = frame.group_by("prompt_id").agg(pl.col("is_correct").sum())["is_correct"].to_list()
     passes = {row["k"]: row["pass_at_k"] for row in tables["pass_at_k"]}
     assert set(passes) == {1, 2, 4}
@@ -455,6 +456,6 @@ def test_self_correction_markers_are_counted(round_dir, tmp_path):
         table = table.set_column(index, table.schema.field(index), column)
         pq.write_table(table, file)
     changed = pq.read_metadata(files[0]).num_rows
-    (line,) = round_stats([other])["rollouts"]
+    (line,) = round_stats([other])["behaviour"]
     tokens = rows(other, "rollouts")["num_completion_tokens"].sum()
     assert line["markers_per_1k"] == pytest.approx(1000 * 3 * changed / tokens)
