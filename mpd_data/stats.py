@@ -99,10 +99,10 @@ def pass_at(rollouts: pl.LazyFrame) -> list[dict[str, Any]]:
 
 def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
     """Tables as rows, each by folder: `rollouts`, their `behaviour`, `rollouts_by` finish reason
-    and correctness, `pass_at_k` where there are gold answers, `rewrites` by status. Lengths in tokens; rates are
-    fractions; `no_answer` is the share of finished samples without an answer in a declared
-    format, `repetition` the mean share of repeated 4-grams, `markers_per_1k` self-correction
-    MARKERS per 1,000 tokens.
+    and correctness, `pass_at_k` where there are gold answers, `rewrites` by status.
+    Lengths in tokens; rates are fractions; `no_answer` is the share of finished samples without an
+    answer in a declared format, `repetition` the mean share of repeated 4-grams, `markers_per_1k`
+    self-correction MARKERS per 1,000 tokens.
 
     Raises ConfigError where none of the folders holds a round.
     """
