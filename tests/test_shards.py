@@ -40,6 +40,9 @@ def rollout_row(i, tokens=5):
         "answer": None,
         "gold_answer": None,
         "is_correct": None,
+        "check_error": None,
+        "repetition": 0.0,
+        "metadata": None,
         "seed": i,
     }
 
