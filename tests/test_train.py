@@ -398,7 +398,7 @@ def test_cross_entropy_alone_is_plain_fine_tuning(round_dir, student, shards):
 
 
 def test_clip_and_cross_entropy_are_recorded(round_dir, trained, tmp_path):
-    loss = {"ce_weight": 0.25, "divergence_clip": 1.0}
+    loss = {"ce_weight": 0.25, "divergence_clip": 0.05}
     train(config(round_dir, tmp_path / "run", epochs=1, loss=loss))
     first, plain = metrics(tmp_path / "run")[0], metrics(trained)[0]
     assert plain["kl"] == pytest.approx(plain["loss"], rel=1e-5)
