@@ -19,12 +19,12 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from mpd_data.config import RewriteConfig
-from mpd_data.engine import Engine, RequestError, Scores, pump
+from mpd_data.engine import Engine, RequestError, Scores, pump, start_engine
 from mpd_data.errors import ConfigError, EngineError
 from mpd_data.filters import settle
 from mpd_data.models import load_tokenizer, require_same_tokenizer, resolve_model
 from mpd_data.progress import Progress
-from mpd_data.rewrite import Outcome, score_columns, start_teacher
+from mpd_data.rewrite import Outcome, score_columns
 from mpd_data.schema import DISTILL_SCHEMA, differences
 from mpd_data.shards import (
     ROWS_PER_GROUP,
@@ -147,7 +147,7 @@ class _Job:
         )
         self._k, self._vocab_size = self.metadata["num_logprobs"], self.metadata["vocab_size"]
         self._asked = self._k + teacher.vocab_size - self._vocab_size
-        self._engine = start_teacher(config, teacher, self._asked)
+        self._engine = start_engine(teacher, config.engine, config.trust_remote_code, self._asked)
         return self._engine
 
     @staticmethod

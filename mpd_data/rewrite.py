@@ -20,11 +20,10 @@ import numpy.typing as npt
 
 from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RewriteConfig
-from mpd_data.engine import Completion, Engine, RequestError, Scores, VLLMEngine, pump
+from mpd_data.engine import Completion, Engine, RequestError, Scores, pump, start_engine
 from mpd_data.errors import ConfigError
 from mpd_data.filters import settle
 from mpd_data.models import (
-    ModelFiles,
     chat_template_hash,
     load_tokenizer,
     provenance,
@@ -174,6 +173,7 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
         "vocab_size": vocab_size,
         "eos_token_id": student["eos_token_id"],
         "score_temperature": 1.0,
+        "backend": config.engine.backend,
         **provenance(),
     }
 
@@ -217,7 +217,7 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
                 vocab_size=vocab_size,
                 k=k,
                 spare=spare,
-                engine=start_teacher(config, teacher, k + spare),
+                engine=start_engine(teacher, config.engine, config.trust_remote_code, k + spare),
                 pool=pool,
                 writer=writer,
                 errors=errors,
@@ -449,11 +449,6 @@ class _Job:
                     "message": f"rollout {group.rollout['row_id']}: {error}",
                 }
             )
-
-
-def start_teacher(config: RewriteConfig, teacher: ModelFiles, max_logprobs: int) -> Engine:
-    """The teacher in its engine, ready to write and to score."""
-    return VLLMEngine(teacher, config.engine, config.trust_remote_code, max_logprobs=max_logprobs)
 
 
 def score_columns(scores: Scores, k: int, vocab_size: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from mpd_data.checkers import Checker, make_checker
 from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RolloutsConfig
-from mpd_data.engine import Completion, RequestError, VLLMEngine, pump
+from mpd_data.engine import Completion, Engine, RequestError, pump, start_engine
 from mpd_data.models import (
     chat_template_hash,
     load_tokenizer,
@@ -137,6 +137,7 @@ def run_rollouts(config: RolloutsConfig, overwrite: bool = False) -> Outcome:
         "model": {"name": config.model, **model.identity()},
         "vocab_size": model.vocab_size,
         "eos_token_id": tokenizer.eos_token_id,
+        "backend": config.engine.backend,
         **provenance(),
     }
 
@@ -194,7 +195,7 @@ def run_rollouts(config: RolloutsConfig, overwrite: bool = False) -> Outcome:
                     ) as pool,
                     Progress("rollouts", len(done) + len(owed), len(done)) as progress,
                 ):
-                    engine = VLLMEngine(model, config.engine, config.trust_remote_code)
+                    engine = start_engine(model, config.engine, config.trust_remote_code)
                     job = _Job(config, tokenizer, engine, pool, writer, progress)
 
                     def submit(request: Request) -> None:
@@ -216,7 +217,7 @@ class _Job:
 
     config: RolloutsConfig
     tokenizer: Any
-    engine: VLLMEngine
+    engine: Engine
     pool: CheckPool
     writer: ShardWriter
     progress: Progress
