@@ -215,7 +215,10 @@ def hub_splits(url: str) -> list[str]:
             _place(source), source.config, revision=source.revision
         )
     except failures as error:
-        raise ConfigError(f"its splits cannot be listed: {_first_line(error)}") from error
+        raise ConfigError(
+            f"{url}: its splits cannot be listed ({_first_line(error)}). Check the name, config and"
+            " revision, the network, and HF_TOKEN for gated datasets."
+        ) from error
     return names
 
 
@@ -223,11 +226,8 @@ def _hub_rows(url: str, columns: list[str] | None) -> Rows:
     source = HubSource.parse(url)
     datasets, failures = _datasets(url)
     if source.split is None:
-        try:
-            there = f"There are {', '.join(hub_splits(url))}."
-        except ConfigError as error:
-            there = f"({error}.)"
-        raise ConfigError(f"{url}: names no split; expected {_FORM}. {there}")
+        there = ", ".join(hub_splits(url))
+        raise ConfigError(f"{url}: names no split; expected {_FORM}. There are {there}.")
     try:
         data = datasets.load_dataset(
             _place(source), source.config, split=source.split, revision=source.revision

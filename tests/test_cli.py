@@ -32,6 +32,7 @@ def modules_after(code):
         ("mpd_data.cli", ["--help"]),
         ("mpd_data.cli", ["rollouts", "--help"]),
         ("mpd_data.cli", ["rewrite", "--help"]),
+        ("mpd_data.cli", ["init", "--help"]),
         ("mpd_train.cli", ["--help"]),
         ("pipelines.rounds", ["--help"]),
     ],

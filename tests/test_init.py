@@ -13,9 +13,10 @@ from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, run, write_jsonl
 from hub import Hub
 
 from mpd_data.config import InitConfig
-from mpd_data.errors import ConfigError, DataError
-from mpd_data.init import held_out, run_init, toml_value
+from mpd_data.errors import ConfigError, DataError, MPDError
+from mpd_data.init import run_init, toml_value
 from mpd_data.prompts import load_prompts
+from mpd_data.survey import held_out
 from pipelines.rounds import Plan, load_pipeline
 
 
@@ -364,6 +365,23 @@ def test_nothing_is_overwritten(tmp_path, name):
         made(folder, prompts=path if name != "pipeline.toml" else tmp_path / "p.jsonl")
     assert path.read_bytes() == before
     assert list(folder.iterdir()) == [path]
+
+
+def test_ones_own_split_may_lie_in_the_folder(tmp_path):
+    folder = tmp_path / "o"
+    folder.mkdir()
+    train = write_jsonl(folder / "train.jsonl", rows(4))
+    test = write_jsonl(folder / "test.jsonl", [{"problem": "another"}])
+    pipeline, _ = made(folder, prompts=train, test=test)
+    assert pipeline.evaluation[0].rollouts["prompts"] == [str(test)]
+    assert "answer_column" not in pipeline.evaluation[0].rollouts
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", rows(4))
+    with pytest.raises(MPDError, match="p.jsonl/o: cannot be written: Not a directory"):
+        made(path / "o", prompts=path)
 
 
 def test_a_dataset_of_the_hub_needs_test_prompts(tmp_path):
