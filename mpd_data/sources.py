@@ -233,9 +233,10 @@ def _hub_rows(url: str, columns: list[str] | None) -> Rows:
             _place(source), source.config, split=source.split, revision=source.revision
         )
     except failures as error:
+        hint = _split_hint(url, error)
         raise ConfigError(
-            f"{url}: not to be had from the hub ({_first_line(error)}).{_split_hint(url)} Check the"
-            " name, split, config and revision, the network, and HF_TOKEN for gated datasets."
+            f"{url}: not to be had from the hub ({_first_line(error)}).{hint} Check the name, split,"
+            " config and revision, the network, and HF_TOKEN for gated datasets."
         ) from error
     if columns is None:
         return enumerate(data, start=1)
@@ -243,15 +244,16 @@ def _hub_rows(url: str, columns: list[str] | None) -> Rows:
     return enumerate(data.select_columns(list(dict.fromkeys(columns))), start=1)
 
 
-def _split_hint(url: str) -> str:
-    """What the split of `url` may be a misspelling of, as a sentence."""
+def _split_hint(url: str, error: BaseException) -> str:
+    """What the split of `url` may be a misspelling of, as a sentence, where `error` is about it."""
     split = (HubSource.parse(url).split or "").partition("[")[0]  # of train[:100], train
+    if split not in str(error):
+        return ""  # asking for the splits would only wait for the same failure again
     try:
-        known = hub_splits(url)
+        close = nearest(split, hub_splits(url))
     except ConfigError:
         return ""
-    close = None if split in known else nearest(split, known)
-    return "" if close is None else f" Did you mean split={close}?"
+    return "" if close in (None, split) else f" Did you mean split={close}?"
 
 
 def _first_line(error: BaseException) -> str:
