@@ -235,8 +235,8 @@ def _hub_rows(url: str, columns: list[str] | None) -> Rows:
     except failures as error:
         hint = _split_hint(url, error)
         raise ConfigError(
-            f"{url}: not to be had from the hub ({_first_line(error)}).{hint} Check the name, split,"
-            " config and revision, the network, and HF_TOKEN for gated datasets."
+            f"{url}: not to be had from the hub ({_first_line(error)}).{hint} Check the name,"
+            " split, config and revision, the network, and HF_TOKEN for gated datasets."
         ) from error
     if columns is None:
         return enumerate(data, start=1)
