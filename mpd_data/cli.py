@@ -5,13 +5,14 @@ Exit codes: 0 done, 1 fatal, 2 usage, 3 done with failed rows (in errors/), 130 
 """
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mpd_data.config import RewriteConfig, RolloutsConfig
+from mpd_data.config import InitConfig, RewriteConfig, RolloutsConfig
 from mpd_data.errors import MPDError
 from mpd_data.options import build, config_options
 
@@ -59,6 +60,20 @@ def run_command(command: click.Command) -> None:
 @click.version_option(package_name="mixed-policy-distillation")
 def cli() -> None:
     """Stage one of Mixed-Policy Distillation: generate, rewrite, inspect."""
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@config_options(InitConfig)
+def init(folder: Path, **options: Any) -> None:
+    """Write FOLDER/pipeline.toml, a commented pipeline for your models and prompts."""
+    from mpd_data.init import run_init
+
+    config = build(InitConfig, options)
+    for line in run_init(folder, config):
+        click.echo(line, err=True)
+    pipeline, out = shlex.quote(str(folder / "pipeline.toml")), shlex.quote(str(folder / "out"))
+    click.echo(f"wrote {pipeline}; next: mpd-rounds {pipeline} --out {out} --dry-run", err=True)
 
 
 @cli.command()

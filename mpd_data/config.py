@@ -205,3 +205,30 @@ class RewriteConfig(Strict):
     checks: CheckConfig = CheckConfig()
     engine: EngineConfig = EngineConfig()
     output: OutputConfig = OutputConfig()
+
+
+class InitConfig(Strict):
+    """`mpd-gen init`."""
+
+    student: str = Field(description="Student: a model folder or hub id.")
+    teacher: str = Field(description="Teacher: a model folder or hub id, of the same family.")
+    prompts: str = Field(
+        description="Training prompts: a JSONL, CSV or Parquet file, or"
+        " hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG]."
+    )
+    test: str | None = Field(
+        None, description="Held-out prompts; default: a part of --prompts, where it is a file."
+    )
+    prompt_column: str | None = Field(
+        None, description="Column of the problem's text; default: found by its usual names."
+    )
+    answer_column: str | None = Field(
+        None, description="Column of gold answers; default: found by its usual names, if any."
+    )
+    id_column: str | None = Field(
+        None, description="Column of unique ids; default: found by its usual names, if any."
+    )
+    checker: str | None = Field(
+        None,
+        description="How answers are compared, as for rollouts; default: by the gold answers.",
+    )

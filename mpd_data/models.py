@@ -198,12 +198,18 @@ def environment() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     versions |= {"python": platform.python_version()}
-    gpus = "no nvidia-smi"
-    if smi := shutil.which("nvidia-smi"):
-        asked = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        found = subprocess.run(asked, capture_output=True, text=True, check=False)
-        gpus = "; ".join(found.stdout.split("\n")).strip("; ") or found.stderr.strip()
-    return versions | {"gpus": gpus}
+    found = "; ".join(gpus()) if shutil.which("nvidia-smi") else "no nvidia-smi"
+    return versions | {"gpus": found}
+
+
+def gpus() -> list[str]:
+    """Name, memory and driver of each CUDA GPU, as nvidia-smi gives them; none without it."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    asked = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return [line.strip() for line in found.stdout.splitlines() if line.strip()]
 
 
 _REPORTED = (
