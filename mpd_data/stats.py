@@ -203,7 +203,7 @@ def round_stats(rounds: list[Path], by: str | None = None) -> dict[str, list[dic
                 pl.col("round").first(),
                 pl.col("check_error").is_not_null().mean().alias("check_failed"),
                 pl.col("repetition").mean().alias("repetition"),
-                (1000 * _markers().sum() / pl.col("num_completion_tokens").sum()).alias(
+                (1000 * _markers().mean() / pl.col("num_completion_tokens").mean()).alias(
                     "markers_per_1k"
                 ),
                 _tokens_where(True).alias("right_tokens"),
