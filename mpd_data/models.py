@@ -156,6 +156,17 @@ def chat_template_hash(tokenizer: Any) -> str:
     return content_key(tokenizer.chat_template)
 
 
+def context_of(model: ModelFiles, max_model_len: int | None) -> int:
+    """The context in tokens that an engine runs `model` with. Raises ConfigError where the model
+    has none that long."""
+    if max_model_len is not None and max_model_len > model.context:
+        raise ConfigError(
+            f"{model.name}: --max-model-len {max_model_len} is over the model's context of"
+            f" {model.context} tokens."
+        )
+    return max_model_len or model.context
+
+
 def require_same_tokenizer(saved_hash: str, tokenizer: Any, saved: str, now: str) -> None:
     """Raises ConfigError unless `tokenizer` has the content hash that `saved` was made with."""
     found = tokenizer_hash(tokenizer)
@@ -199,11 +210,27 @@ def environment() -> dict[str, str]:
             versions[package] = "not installed"
     versions |= {"python": platform.python_version()}
     gpus = "no nvidia-smi"
-    if smi := shutil.which("nvidia-smi"):
-        asked = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        found = subprocess.run(asked, capture_output=True, text=True, check=False)
-        gpus = "; ".join(found.stdout.split("\n")).strip("; ") or found.stderr.strip()
+    if (found := _nvidia_smi("name,memory.total,driver_version")) is not None:
+        gpus = _listed(found) or found.stderr.strip()
     return versions | {"gpus": gpus}
+
+
+def device_name() -> str:
+    """The machine's GPUs, or "cpu": what a recorded speed is of."""
+    found = _nvidia_smi("name")
+    return "cpu" if found is None or found.returncode else _listed(found) or "cpu"
+
+
+def _nvidia_smi(fields: str) -> "subprocess.CompletedProcess[str] | None":
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return None
+    asked = [smi, f"--query-gpu={fields}", "--format=csv,noheader"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False)
+
+
+def _listed(found: "subprocess.CompletedProcess[str]") -> str:
+    return "; ".join(found.stdout.split("\n")).strip("; ")
 
 
 _REPORTED = (

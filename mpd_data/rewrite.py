@@ -10,6 +10,7 @@ together, since the choice among them is made once.
 """
 
 import functools
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -26,10 +27,23 @@ from mpd_data.filters import settle
 from mpd_data.models import (
     ModelFiles,
     chat_template_hash,
+    context_of,
+    device_name,
     load_tokenizer,
     provenance,
     require_same_tokenizer,
     resolve_model,
+)
+from mpd_data.options import arguments
+from mpd_data.plan import (
+    Learned,
+    Lengths,
+    Shown,
+    StagePlan,
+    as_saved,
+    distill_bytes,
+    first_reasons,
+    learn,
 )
 from mpd_data.progress import Progress
 from mpd_data.prompts import ChatFormatter, PromptError
@@ -56,14 +70,20 @@ _ROLLOUT_COLUMNS = [
 ]
 
 
+# What decides how many bytes a rewritten token takes.
+_SIZE = ("num_candidates", "choose", "num_logprobs", "score_context")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What the stage left behind: distill rows by status in the whole round, rows this run
-    wrote, rows that failed for good (they stand in errors/)."""
+    wrote, rows that failed for good (they stand in errors/), rollouts still owed after a
+    --limit."""
 
     statuses: dict[str, int]
     written: int
     failed: int
+    owed: int = 0
 
 
 def tail_logprobs(
@@ -122,25 +142,99 @@ class Group:
     unscored: set[str] = field(default_factory=set)
 
 
-def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
-    """Rewrites, filters and scores what the round still owes and commits it shard by shard.
+@dataclass(frozen=True)
+class Asked:
+    """What the teacher is asked about a rollout: the rewrite prompt, and the context under which
+    the rewrite would be scored with it."""
 
-    Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
-    finished before are committed in every case.
-    """
-    round_dir = RoundDir(config.shards)
-    student = _rollout_metadata(round_dir)
+    text: str
+    prompt_ids: list[int]
+    teacher_prompt_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run settles before it starts an engine. `student` is the rollouts' metadata;
+    `spare`: the teacher's embedding rows beyond the student's."""
+
+    config: RewriteConfig
+    student: dict[str, Any]
+    template: RewriteTemplate
+    teacher: ModelFiles
+    tokenizer: Any
+    writing: ChatFormatter
+    scoring: ChatFormatter
+    context: int
+    vocab_size: int
+    k: int
+    row_identity: dict[str, Any]
+    identity: dict[str, Any]
+
+    @property
+    def spare(self) -> int:
+        return self.teacher.vocab_size - self.vocab_size
+
+    def metadata(self) -> dict[str, Any]:
+        """What the stage's shards say of themselves."""
+        template, student = self.template, self.student
+        return {
+            **self.identity,
+            "teacher": {"name": self.config.teacher, **self.teacher.identity()},
+            "template": {
+                "name": template.name,
+                "version": template.version,
+                "hash": template.hash(),
+            },
+            "student": student["model"],
+            "round": student["round"],
+            "tokenizer": student["tokenizer"],
+            "vocab_size": self.vocab_size,
+            "eos_token_id": student["eos_token_id"],
+            "score_temperature": 1.0,
+            **provenance(),
+        }
+
+    def ask(self, problem: str, draft: str) -> Asked:
+        """Renders the rewrite prompt. Raises PromptError where it cannot be used."""
+        message = self.template.message(problem, draft)
+        text, prompt_ids = self.writing.render(message)
+        return Asked(text, prompt_ids, self.scoring.render(message)[1])
+
+    def ask_about(self, rollout: dict[str, Any]) -> Asked:
+        """The same for a row of rollouts."""
+        # Control tokens that the student sampled would be obeyed in the teacher's prompt.
+        draft = self.tokenizer.decode(rollout["completion_ids"], skip_special_tokens=True)
+        return self.ask(rollout["problem"], draft)
+
+    def fits(self, asked: Asked) -> bool:
+        """Whether the teacher's context has room for the prompt and the longest rewrite."""
+        return len(asked.prompt_ids) + self.config.sampling.max_tokens <= self.context
+
+
+def prepare(config: RewriteConfig, student: dict[str, Any], teacher: ModelFiles) -> Prepared:
+    """Checks everything that can be checked without an engine. `student`: what the rollouts'
+    shards say of themselves. Raises ConfigError."""
     template = load_template(config.template)
     if config.num_candidates > 1 and config.sampling.temperature == 0:
         raise ConfigError(
             f"--num-candidates {config.num_candidates} at --temperature 0 gives the same rewrite so"
             " many times; give a temperature above 0."
         )
-    teacher = resolve_model(config.teacher, config.revision, config.trust_remote_code)
     tokenizer = load_tokenizer(teacher, config.trust_remote_code)
     require_same_tokenizer(
-        student["tokenizer"], tokenizer, f"the student of {round_dir.path}", config.teacher
+        student["tokenizer"], tokenizer, f"the student of {config.shards}", config.teacher
     )
+    writing = ChatFormatter(
+        tokenizer, config.template_kwargs, thinking=config.thinking, default_thinking=False
+    )
+    # ỹ is in the student's format, so the teacher is to take it as its own turn would be in that
+    # mode.
+    scoring = ChatFormatter(
+        tokenizer,
+        config.score_template_kwargs,
+        default_thinking=student["thinking"] is not False,
+    )
+    context = context_of(teacher, config.engine.max_model_len)
     # Rows that one model has beyond the other's are padding of the embedding, not tokens.
     vocab_size = min(student["vocab_size"], teacher.vocab_size)
     k = min(config.num_logprobs, vocab_size)
@@ -162,39 +256,173 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
         "score_template_kwargs": config.score_template_kwargs,
         "dtype": config.engine.dtype,
         # Decides which rows are too_long.
-        "max_model_len": config.engine.max_model_len or teacher.context,
+        "max_model_len": context,
     }
-    shard_metadata = {
-        **identity,
-        "teacher": {"name": config.teacher, **teacher.identity()},
-        "template": {"name": template.name, "version": template.version, "hash": template.hash()},
-        "student": student["model"],
-        "round": student["round"],
-        "tokenizer": student["tokenizer"],
-        "vocab_size": vocab_size,
-        "eos_token_id": student["eos_token_id"],
-        "score_temperature": 1.0,
-        **provenance(),
-    }
+    return Prepared(
+        config=config,
+        student=student,
+        template=template,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        writing=writing,
+        scoring=scoring,
+        context=context,
+        vocab_size=vocab_size,
+        k=k,
+        row_identity=row_identity,
+        identity=identity,
+    )
+
+
+def plan_rewrite(
+    config: RewriteConfig, overwrite: bool = False, limit: int | None = None
+) -> StagePlan:
+    """What `run_rewrite` would do, found without an engine or weights and without writing
+    anything. Raises what the run would raise before it starts its engine."""
+    round_dir = RoundDir(config.shards)
+    student = _rollout_metadata(round_dir)
+    teacher = resolve_model(config.teacher, config.revision, config.trust_remote_code, False)
+    saved = round_dir.run_info().get("stages", {}).get("distill")
+    if saved is not None and not overwrite:
+        teacher = as_saved(teacher, saved["identity"]["teacher"])
+    prepared = prepare(config, student, teacher)
+    refuse_half_refiltered(round_dir)
+    done: set[str] = set()
+    if not overwrite:
+        round_dir.check("distill", prepared.identity)
+        sound = round_dir.survey("distill").paths
+        done = {row["rollout_id"] for row in round_dir.rows("distill", ["rollout_id"], sound)}
+    sound = round_dir.survey("rollouts").paths
+    total = committed = owed = asked_about = 0
+    first: Shown | None = None
+    reasons: list[str] = []
+    unasked: Counter[str] = Counter()
+    lengths: list[int] = []
+    contexts = kept_at_most = 0
+    for rollout in round_dir.rows("rollouts", _ROLLOUT_COLUMNS, sound):
+        total += 1
+        if rollout["row_id"] in done:
+            committed += 1
+            continue
+        if owed == limit:
+            continue
+        owed += 1
+        if rollout["finish_reason"] == "length":
+            unasked["draft_truncated"] += 1
+            continue
+        prepared.template.layout(closes_thinking(rollout))
+        try:
+            asked = prepared.ask_about(rollout)
+        except PromptError as error:
+            reasons.append(f"rollout {rollout['row_id']}: {error}")
+            continue
+        if not prepared.fits(asked):
+            unasked["too_long"] += 1
+            continue
+        asked_about += 1
+        first = first or Shown("first rewrite prompt", asked.text, len(asked.prompt_ids))
+        lengths.append(len(asked.prompt_ids))
+        contexts += len(rollout["prompt_ids"])
+        if config.score_context == "rewrite":
+            contexts += len(asked.teacher_prompt_ids)
+        longest = int(config.filters.max_ratio * rollout["num_completion_tokens"])
+        kept_at_most += min(longest, config.sampling.max_tokens)
+    return predict(
+        prepared,
+        total=total,
+        owed=owed,
+        asked=asked_about,
+        contexts=contexts,
+        kept_at_most=kept_at_most,
+        shown=[] if first is None else [first],
+        prompt_tokens=Lengths.of(lengths),
+        committed=committed,
+        failing=len(reasons),
+        reasons=first_reasons(reasons),
+        details={f"not asked: {status}": n for status, n in sorted(unasked.items())},
+    )
+
+
+def predict(
+    prepared: Prepared, total: int, owed: int, asked: int, contexts: int, kept_at_most: int,
+    **known: Any,
+) -> StagePlan:  # fmt: skip
+    """The plan for `asked` rollouts that the teacher is asked about, of `owed`: tokens, disk and
+    time. `contexts`: tokens of the contexts that are stored with their rewrites; `kept_at_most`:
+    tokens of the longest rewrites that the filter keeps, one for each rollout; `known`: other
+    fields of the plan."""
+    config = prepared.config
+    learned = learn_rewrites(prepared)
+    rewrites = asked * config.num_candidates
+    at_most = rewrites * config.sampling.max_tokens
+    stored = config.num_candidates if config.choose == "all" else 1
+    expected = seconds = None
+    kept = kept_at_most * stored
+    if learned is not None:
+        expected = min(round(rewrites * learned.tokens_per_row), at_most)
+        seconds = learned.seconds(expected)
+        kept = min(kept, expected)
+    contexts *= config.num_candidates
+    disk = distill_bytes(owed, contexts, kept, prepared.k, prepared.vocab_size)
+    if learned is not None and expected is not None and learned.has(prepared.identity, _SIZE):
+        disk = round(expected * learned.bytes_per_token)
+    return StagePlan(
+        command="mpd-gen rewrite",
+        out=str(config.shards),
+        settings=arguments(config),
+        rows=total,
+        owed=owed,
+        tokens_expected=expected,
+        tokens_at_most=at_most,
+        disk_bytes=disk,
+        seconds=seconds,
+        device=None if learned is None else learned.device,
+        learned_from=None if learned is None else learned.source,
+        **known,
+    )
+
+
+def learn_rewrites(prepared: Prepared) -> Learned | None:
+    """What rewrites that are there say of those to come."""
+    same = ("sampling", "num_candidates", "choose", "filters", "num_logprobs", "score_context")
+    return learn(
+        prepared.config.shards,
+        "distill",
+        prepared.student["tokenizer"],
+        prepared.config.teacher,
+        {name: prepared.identity[name] for name in same},
+    )
+
+
+def run_rewrite(
+    config: RewriteConfig, overwrite: bool = False, limit: int | None = None
+) -> Outcome:
+    """Rewrites, filters and scores what the round still owes, at most `limit` rollouts of it, and
+    commits it shard by shard.
+
+    Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
+    finished before are committed in every case.
+    """
+    round_dir = RoundDir(config.shards)
+    student = _rollout_metadata(round_dir)
+    teacher = resolve_model(config.teacher, config.revision, config.trust_remote_code)
+    prepared = prepare(config, student, teacher)
+    k, spare, shard_metadata = prepared.k, prepared.spare, prepared.metadata()
 
     with round_dir.lock():
-        if is_whole(scratch_of(round_dir)):
-            raise ConfigError(
-                f"{config.shards}: a refilter was killed while its rows were put in place. Run it"
-                " again (--refilter); it takes a moment."
-            )
+        refuse_half_refiltered(round_dir)
         if overwrite:
             round_dir.discard("distill")
-        round_dir.claim("distill", identity, {"config": config.model_dump(mode="json")})
+        details = {"config": config.model_dump(mode="json")}
+        round_dir.claim("distill", prepared.identity, details)
         rollouts = round_dir.recover("rollouts")
         round_dir.recover("distill")
         done = {row["rollout_id"] for row in round_dir.rows("distill", ["rollout_id"])}
-        if rollouts <= done:
+        owed_ids = rollouts - done
+        if not owed_ids:
             return Outcome(_count_statuses(round_dir), 0, 0)
+        now = len(owed_ids) if limit is None else min(limit, len(owed_ids))
         failures = round_dir.failures()
-        # A teacher with more embedding rows than the student may rank padding among its best:
-        # with so many more asked for, k others are always left.
-        spare = teacher.vocab_size - vocab_size
         output = config.output.model_dump()
         with (
             CheckPool(
@@ -205,18 +433,10 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
             ) as pool,
             ShardWriter(round_dir, "distill", shard_metadata, **output) as writer,
             ShardWriter(round_dir, "errors", shard_metadata, **output) as errors,
-            Progress("rewrite", len(rollouts), len(done)) as progress,
+            Progress("rewrite", len(done) + now, len(done)) as progress,
         ):
             job = _Job(
-                config=config,
-                row_identity=row_identity,
-                template=template,
-                tokenizer=tokenizer,
-                student_thinks=student["thinking"],
-                eos=student["eos_token_id"],
-                vocab_size=vocab_size,
-                k=k,
-                spare=spare,
+                prepared=prepared,
                 engine=start_teacher(config, teacher, k + spare),
                 pool=pool,
                 writer=writer,
@@ -229,9 +449,30 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
                 for rollout in round_dir.rows("rollouts", _ROLLOUT_COLUMNS)
                 if rollout["row_id"] not in done
             )
-            for result in pump(job.engine, owed, job):
-                job.take(result)
-        return Outcome(_count_statuses(round_dir), writer.rows_committed, job.failed)
+            progress.engine_started()
+            try:
+                for result in pump(job.engine, itertools.islice(owed, limit), job):
+                    job.take(result)
+            finally:
+                if (speed := progress.speed()) is not None:
+                    round_dir.record_speed("distill", speed | {"device": device_name()})
+        left = len(owed_ids) - now
+        return Outcome(_count_statuses(round_dir), writer.rows_committed, job.failed, left)
+
+
+def refuse_half_refiltered(round_dir: RoundDir) -> None:
+    """Raises ConfigError where a refilter has all its rows and was killed before they took the
+    old ones' place."""
+    if is_whole(scratch_of(round_dir)):
+        raise ConfigError(
+            f"{round_dir.path}: a refilter was killed while its rows were put in place. Run it"
+            " again (--refilter); it takes a moment."
+        )
+
+
+def closes_thinking(rollout: dict[str, Any]) -> bool:
+    """Whether a draft has a thinking part."""
+    return "</think>" in rollout["completion"]
 
 
 @dataclass
@@ -239,15 +480,7 @@ class _Job:
     """What happens to one rollout after another: start -> (rewrite -> check) for each candidate
     -> filter and choice -> (score) -> rows."""
 
-    config: RewriteConfig
-    row_identity: dict[str, Any]
-    template: RewriteTemplate
-    tokenizer: Any
-    student_thinks: bool | None
-    eos: int
-    vocab_size: int
-    k: int
-    spare: int
+    prepared: Prepared
     engine: Engine
     pool: CheckPool
     writer: ShardWriter
@@ -257,21 +490,10 @@ class _Job:
     failed: int = 0
 
     def __post_init__(self) -> None:
-        self._writing = ChatFormatter(
-            self.tokenizer,
-            self.config.template_kwargs,
-            thinking=self.config.thinking,
-            default_thinking=False,
-        )
-        # ỹ is in the student's format, so the teacher is to take it as its own turn would be
-        # in that mode.
-        self._scoring = ChatFormatter(
-            self.tokenizer,
-            self.config.score_template_kwargs,
-            default_thinking=self.student_thinks is not False,
-        )
+        self.config = self.prepared.config
+        self._tokenizer = self.prepared.tokenizer
         self._groups: dict[str, Group] = {}
-        self._control = set(self.tokenizer.all_special_ids)
+        self._control = set(self._tokenizer.all_special_ids)
 
     # -- work beside the engine (SideWork) --------------------------------------------
 
@@ -292,24 +514,24 @@ class _Job:
         """Asks for the rewrites of a rollout, or settles it at once where there is none to ask."""
         rows = {}
         for index in range(self.config.num_candidates):
-            row = _empty_row(distill_key(rollout["row_id"], index, self.row_identity), rollout)
+            row = _empty_row(
+                distill_key(rollout["row_id"], index, self.prepared.row_identity), rollout
+            )
             rows[row["row_id"]] = row | {"candidate_idx": index}
         group = Group(rollout, [], rows)
         if rollout["finish_reason"] == "length":
             self._finish_unasked(group, "draft_truncated")
             return
-        # Control tokens that the student sampled would be obeyed in the teacher's prompt.
-        draft = self.tokenizer.decode(rollout["completion_ids"], skip_special_tokens=True)
-        message = self.template.message(rollout["problem"], draft)
-        sampling = self.config.sampling
         try:
-            _, prompt_ids = self._writing.render(message)
-            _, group.teacher_prompt_ids = self._scoring.render(message)
-            if len(prompt_ids) + sampling.max_tokens > self.engine.max_model_len:
+            asked = self.prepared.ask_about(rollout)
+            group.teacher_prompt_ids = asked.teacher_prompt_ids
+            if not self.prepared.fits(asked):
                 self._finish_unasked(group, "too_long")
                 return
             for row_id in rows:
-                self.engine.submit_generate(row_id, prompt_ids, sampling, seed_of(row_id))
+                self.engine.submit_generate(
+                    row_id, asked.prompt_ids, self.config.sampling, seed_of(row_id)
+                )
                 group.unjudged.add(row_id)
                 self._groups[row_id] = group
         except (PromptError, RequestError) as error:
@@ -322,7 +544,7 @@ class _Job:
         group = self._groups[result.key]
         row = group.rows[result.key]
         if isinstance(result, Scores):
-            row |= score_columns(result, self.k, self.vocab_size)
+            row |= score_columns(result, self.prepared.k, self.prepared.vocab_size)
             group.unscored.discard(result.key)
             self._finish_if_whole(group)
             return
@@ -347,12 +569,12 @@ class _Job:
         rollout = group.rollout
         stopped = completion.finish_reason == "stop"
         visible = completion.token_ids[:-1] if stopped else completion.token_ids
-        row["rewrite"] = self.tokenizer.decode(visible, skip_special_tokens=False)
+        row["rewrite"] = self._tokenizer.decode(visible, skip_special_tokens=False)
         row["rewrite_finish_reason"] = completion.finish_reason
         if not stopped:
             row["status"] = "truncated"
             return None
-        trace = self.template.trace_of(row["rewrite"], "</think>" in rollout["completion"])
+        trace = self.prepared.template.trace_of(row["rewrite"], closes_thinking(rollout))
         if trace is None:
             row["status"] = "malformed"
             return None
@@ -360,7 +582,7 @@ class _Job:
         if rollout["prompt"].rstrip().endswith("<think>"):
             # Some chat templates open the thinking themselves: the trace goes on from there.
             rest = trace.removeprefix("<think>").lstrip()
-        ids = [*self._writing.encode(rest), self.eos]
+        ids = [*self.prepared.writing.encode(rest), self.prepared.student["eos_token_id"]]
         if self._control & set(ids[:-1]):
             # The teacher spelled a control token; as an id it would end or restart the turn.
             row["status"] = "malformed"
@@ -398,6 +620,7 @@ class _Job:
             return
         rows = list(group.rows.values())
         settle(rows, self.config.filters, self.config.choose)
+        k = self.prepared.k + self.prepared.spare
         for row in rows:
             if row["status"] != "ok":
                 continue
@@ -405,11 +628,11 @@ class _Job:
             context = row["teacher_prompt_ids"] or row["input_ids"][:start]
             targets = row["input_ids"][start:]
             # The engine generates one token after a sequence that it scores.
-            if len(context) + len(targets) + 1 > self.engine.max_model_len:
+            if len(context) + len(targets) + 1 > self.prepared.context:
                 row["status"] = "too_long"
                 continue
             try:
-                self.engine.submit_score(row["row_id"], context, targets, self.k + self.spare)
+                self.engine.submit_score(row["row_id"], context, targets, k)
             except RequestError as error:
                 self._fail(group, row["row_id"], error)
                 continue
