@@ -132,8 +132,8 @@ def rewrite(
     if refilter and limit is not None:
         raise click.UsageError("--refilter judges all rewrites anew: it takes no --limit.")
     if dry_run:
-        plan = plan_refilter(config) if refilter else plan_rewrite(config, overwrite, limit)
-        show_plan(plan, as_json)
+        planned = plan_refilter(config) if refilter else plan_rewrite(config, overwrite, limit)
+        show_plan(planned, as_json)
         return
     outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite, limit)
     counts = ", ".join(f"{n} {status}" for status, n in sorted(outcome.statuses.items()))
@@ -215,6 +215,25 @@ def compare(base: Path, new: Path, as_json: bool) -> None:
         sides = {"base": result["base"], "new": result["new"]}
         click.echo(comparison.table(sides), err=True)
         click.echo(comparison.verdict(result), err=True)
+
+
+@cli.command()
+@click.argument("pipeline", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a setting.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the run, for what is there already.  [default: runs/NAME]",
+)
+@_JSON
+def plan(pipeline: Path, overrides: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """Predict rows, tokens, disk and time of each step of a PIPELINE (TOML). Writes nothing."""
+    from pipelines.plan import plan_pipeline, show_pipeline
+    from pipelines.rounds import load_pipeline
+
+    loaded = load_pipeline(pipeline, overrides)
+    planned = plan_pipeline(loaded, Path("runs") / loaded.name if out is None else out)
+    show_pipeline(planned, as_json, prompts=False)
 
 
 @cli.command()

@@ -332,12 +332,15 @@ def all_notes(plan: StagePlan) -> list[str]:
     """The plan's notes, and those that its figures call for."""
     notes = [*plan.reasons, *plan.notes]
     unknown = plan.tokens_expected is None and plan.tokens_at_most is not None
-    if plan.owed and unknown:
+    if plan.owed and plan.command == "mpd-train" and plan.seconds is None:
+        notes.append(
+            "No training with these settings here or beside it: metrics.jsonl has its speed from"
+            " the first steps on. Plan again then."
+        )
+    elif plan.owed and unknown:
         notes.append(
             "No rows to learn from: the figures are bounds. Run a few first (--limit 64), then"
             " plan again."
-            if plan.command.startswith("mpd-gen")
-            else "No training beside this one to learn from."
         )
     elif plan.owed and plan.tokens_expected is not None and plan.seconds is None:
         notes.append("No speed is recorded there: run a few rows (--limit 64), then plan again.")

@@ -23,7 +23,16 @@ from mpd_data.models import (
     tokenizer_hash,
 )
 from mpd_data.options import arguments
-from mpd_data.plan import Lengths, Shown, StagePlan, as_saved, first_reasons, learn, rollout_bytes
+from mpd_data.plan import (
+    Learned,
+    Lengths,
+    Shown,
+    StagePlan,
+    as_saved,
+    first_reasons,
+    learn,
+    rollout_bytes,
+)
 from mpd_data.progress import Progress
 from mpd_data.prompts import (
     ChatFormatter,
@@ -183,6 +192,17 @@ def prepare(
     return Prepared(config, chosen, model, tokenizer, formatter, context, row_identity, identity)
 
 
+def learn_rollouts(prepared: Prepared) -> Learned | None:
+    """What rollouts that are there say of those to come."""
+    return learn(
+        prepared.config.out,
+        "rollouts",
+        prepared.identity["tokenizer"],
+        prepared.config.model,
+        {"sampling": prepared.identity["sampling"]},
+    )
+
+
 def plan_rollouts(
     config: RolloutsConfig,
     overwrite: bool = False,
@@ -221,13 +241,7 @@ def plan_rollouts(
         lengths.append(len(asked[0].ids))
         requests += asked
     owed = [request for request in requests if request.row_id not in done][:limit]
-    learned = learn(
-        config.out,
-        "rollouts",
-        prepared.identity["tokenizer"],
-        config.model,
-        {"sampling": prepared.identity["sampling"]},
-    )
+    learned = learn_rollouts(prepared)
     at_most = len(owed) * config.sampling.max_tokens
     expected = seconds = None
     prompt_tokens = sum(len(request.ids) for request in owed)

@@ -10,8 +10,9 @@ import tomllib
 import pytest
 from conftest import ROOT, command, environment, run
 
+from mpd_data.config import RolloutsConfig
 from mpd_data.errors import ConfigError
-from pipelines.rounds import Plan, Runner, Step, _inputs, load_pipeline
+from pipelines.rounds import Finished, Plan, Runner, Step, _inputs, load_pipeline
 
 POCKET = ROOT / "pipelines" / "pocket" / "pipeline.toml"
 
@@ -132,14 +133,15 @@ def test_changed_inputs_and_torn_records_are_done_again(tmp_path):
     prompts.write_text("a")
     out = tmp_path / "made"
     out.mkdir()
-    step = Step("label", "why", "mpd-gen", ["rollouts", str(prompts), str(out)], out)
+    config = RolloutsConfig(model="m", prompts=[str(prompts)], out=out)
+    step = Step("label", "why", "mpd-gen", ["rollouts", str(prompts), str(out)], out, config)
     record = {"command": ["mpd-gen", *step.command], "inputs": _inputs(step), "exit_code": 0}
     (tmp_path / "finished.jsonl").write_text(json.dumps(record) + '\n{"command": ["mp')
 
     def is_done():
-        runner = Runner(tmp_path, {}, 1)
+        Runner(tmp_path, {}, 1)
         assert (tmp_path / "finished.jsonl").read_text().endswith("\n")
-        return (["mpd-gen", *step.command], _inputs(step)) in runner._finished
+        return Finished(tmp_path).holds(step)
 
     assert is_done()
     prompts.write_text("ab")
