@@ -28,13 +28,11 @@ import click
 from pydantic import BaseModel, Field
 
 from mpd_data import compare as comparison
-from mpd_data.checkers import make_checker
 from mpd_data.cli import DRY_RUN, EXIT_FAILED_ROWS, PLAN_JSON, run_command
 from mpd_data.config import RewriteConfig, RolloutsConfig, Strict
 from mpd_data.errors import ConfigError, MPDError
-from mpd_data.models import load_tokenizer, resolve_model, tokenizer_hash
+from mpd_data.models import resolve_model
 from mpd_data.options import arguments, parse
-from mpd_data.rollouts import read_prompts
 from mpd_data.shards import write_json_atomic
 from mpd_data.stats import plot_lengths
 from mpd_data.table import format_table
@@ -362,30 +360,21 @@ def show(summary: dict[str, Any]) -> None:
         click.echo(f"{name}: {comparison.verdict(result)}", err=True)
 
 
-def check_inputs(pipeline: Pipeline, plan: Plan) -> None:
-    """Finds out now what would else stop the pipeline hours in: models, tokenizers, prompts.
+def check_inputs(pipeline: Pipeline, out: Path) -> None:
+    """Finds out now what would else stop the pipeline hours in: both models, with their weights,
+    and all that a dry run checks. Raises ConfigError or DataError."""
+    from pipelines.plan import plan_pipeline
 
-    Raises ConfigError or DataError.
-    """
-    tokenizer: dict[str, str] = {}
     for name in (pipeline.student, pipeline.teacher):
-        tokenizer[name] = tokenizer_hash(load_tokenizer(resolve_model(name)))
-    if tokenizer[pipeline.student] != tokenizer[pipeline.teacher]:
-        raise ConfigError(
-            f"{pipeline.student} and {pipeline.teacher} have different tokenizers; both models must"
-            " share one: choose models of one family."
-        )
-    for settings in (pipeline.rollouts, *(chosen.rollouts for chosen in pipeline.evaluation)):
-        config = _stage(RolloutsConfig, "rollouts", settings, {"model": "", "out": Path()})
-        read_prompts(config, make_checker(config.checker, config.answer_formats))
-    plan.all_steps()
+        resolve_model(name)
+    plan_pipeline(pipeline, out)
 
 
 def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
     """Runs what is not finished of `pipeline` in `out` and returns its summary, with
     `failed_rows` true where a stage left rows in errors/."""
     plan = Plan(pipeline, out)
-    check_inputs(pipeline, plan)
+    check_inputs(pipeline, out)
     runner = Runner(out, pipeline.environment, len(plan.all_steps()))
     write_json_atomic(out / "pipeline.json", pipeline.model_dump(mode="json"))
     runner.run(list(plan.evaluations(0)), pipeline.parallel_evaluations)

@@ -107,9 +107,10 @@ def test_bad_settings_are_named(small, tmp_path, override, message):
 
 
 def test_a_failing_stage_stops_the_pipeline(small, tmp_path):
-    bad = "evaluation.0.rollouts.engine.max_model_len=99999"
+    # No dry run can tell that the engine will not start with this.
+    bad = "evaluation.0.rollouts.engine.kv_cache_gib=0.000001"
     said = run("mpd-rounds", small, "--out", tmp_path / "o", "--set", bad, code=1)
-    assert "over the model's context" in said.stderr
+    assert "vLLM cannot start" in said.stderr
     assert "base: evaluate test ended with exit code 1" in said.stderr
     assert not (tmp_path / "o" / "summary.json").exists()
 
@@ -120,6 +121,9 @@ def test_a_failing_stage_stops_the_pipeline(small, tmp_path):
         ("teacher=nowhere", "nowhere: not a folder here"),
         ("evaluation.2.rollouts.prompts=['nowhere.jsonl']", "nowhere.jsonl: no such file"),
         ("rollouts.answer_column=gold", "no column 'gold'"),
+        ("evaluation.1.rollouts.engine.max_model_len=9999", "over the model's context"),
+        ("rewrite.num_candidates=2", "--num-candidates 2 at --temperature 0"),
+        ("train.lora={lora_r=2, lora_target_modules=['x']}", "has no layer of that name"),
     ],
 )
 def test_what_would_fail_hours_in_fails_at_once(small, tmp_path, override, message):
