@@ -8,6 +8,7 @@ there to learn from.
 
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import click
 from mpd_data.checkers import make_checker
 from mpd_data.config import RewriteConfig, RolloutsConfig
 from mpd_data.models import ModelFiles, resolve_model
-from mpd_data.plan import Shown, StagePlan, first_reasons, shown_text, steps_table, totals
+from mpd_data.plan import Shown, StagePlan, as_saved, first_reasons, shown_text, steps_table, totals
 from mpd_data.prompts import Prompt, PromptError
 from mpd_data.rewrite import learn_rewrites, plan_rewrite, predict
 from mpd_data.rewrite import prepare as prepare_rewrite
 from mpd_data.rollouts import Prepared, learn_rollouts, plan_rollouts, read_prompts
+from mpd_data.shards import RoundDir
 from mpd_data.table import plain_lines
 from mpd_train.config import TrainConfig
 from mpd_train.plan import plan_train, plan_train_ahead
@@ -156,7 +158,12 @@ class _Planner:
         assert isinstance(config, RewriteConfig)
         code = config.trust_remote_code
         teacher = resolve_model(config.teacher, config.revision, code, weights=False)
+        round_dir = RoundDir(config.shards)
+        saved = round_dir.run_info().get("stages", {}).get("distill")
+        if saved is not None:
+            teacher = as_saved(teacher, saved["identity"]["teacher"])
         prepared = prepare_rewrite(config, drafts.metadata(), teacher)
+        round_dir.check("distill", prepared.identity)
         prepared.template.layout(bool(drafts.formatter.thinking))
         first: Shown | None = None
         writing: list[int] = []
@@ -276,9 +283,16 @@ def show_pipeline(plan: PipelinePlan, as_json: bool, prompts: bool) -> None:
             sources.setdefault(step.learned_from, []).append(label)
     lines += [f"learned from {source}: {', '.join(of)}" for source, of in sources.items()]
     owed = [step for _, step in plan.steps if step is not None and step.owed]
-    if any(step.tokens_expected is None or step.seconds is None for step in owed):
-        lines.append(
-            'What says "at most" or "not known" has no rows to learn from: run the command that'
-            " the step prints with --limit 64, or one small round, then plan again."
-        )
     click.echo("\n" + "\n".join(f"* {plain_lines(line)}" for line in lines), err=True)
+    if any(step.tokens_expected is None or step.seconds is None for step in owed):
+        click.echo(
+            '\nWhat says "at most" or "not known" has no rows to learn from. Make a few of the'
+            " first round's, then plan again; the pipeline goes on from them:\n",
+            err=True,
+        )
+        few = [
+            f"    {step.command} {shlex.join(step.settings)} --limit 64"
+            for label, step in plan.steps
+            if step is not None and step.command.startswith("mpd-gen") and "evaluate" not in label
+        ]
+        click.echo(plain_lines("\n".join(few[:2])), err=True)

@@ -518,6 +518,7 @@ def test_a_budget_that_does_not_hold_is_said(pocket, tmp_path, monkeypatch):
     arguments = [a for s in sets for a in ("--set", s)]
     said = ask("mpd-rounds", pocket, "--out", tmp_path / "o", *arguments)[1]
     assert "first prompt" in said and "first rewrite prompt" in said
+    assert re.search(rf"mpd-gen rewrite .*--shards {tmp_path}/o/data/round1 .*--limit 64", said)
     assert "of the teacher's context of 1,024: OVER by" in said
     assert "of pack_length 300: OVER by" in said
     bad = ["--set", "rewrite.num_candidates=2"]
