@@ -8,13 +8,16 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mpd_data.config import InitConfig, RewriteConfig, RolloutsConfig
 from mpd_data.errors import MPDError
 from mpd_data.options import build, config_options
+
+if TYPE_CHECKING:
+    from mpd_data.plan import StagePlan
 
 EXIT_FAILED_ROWS = 3
 # What the extras bring; looking at shards needs none of it.
@@ -23,9 +26,22 @@ _EXTRAS = {"torch", "transformers", "safetensors", "huggingface_hub", "httpx", "
 _OVERWRITE = click.option(
     "--overwrite", is_flag=True, help="Delete what this stage has written here, then start anew."
 )
+_LIMIT = click.option(
+    "--limit",
+    type=click.IntRange(1),
+    help="Do at most so much of what is owed (samples; rollouts to rewrite), then stop.",
+)
+DRY_RUN = click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything, show the first prompt, predict tokens, disk and time; write nothing.",
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout.")
 _BY = click.option(
     "--by", metavar="NAME", help="Also by the values of NAME, a key of the rollouts' metadata."
+)
+PLAN_JSON = click.option(
+    "--json", "as_json", is_flag=True, help="With --dry-run: print JSON to stdout."
 )
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
@@ -82,48 +98,87 @@ def init(folder: Path, **options: Any) -> None:
 @cli.command()
 @config_options(RolloutsConfig, short={"num_samples": "-n"})
 @_OVERWRITE
-def rollouts(overwrite: bool, **options: Any) -> None:
+@_LIMIT
+@DRY_RUN
+@PLAN_JSON
+def rollouts(
+    overwrite: bool, limit: int | None, dry_run: bool, as_json: bool, **options: Any
+) -> None:
     """Sample solutions with the student into OUT/rollouts. Run again to resume."""
-    from mpd_data.rollouts import run_rollouts
+    from mpd_data.rollouts import plan_rollouts, run_rollouts
 
     config = build(RolloutsConfig, options)
-    outcome = run_rollouts(config, overwrite)
+    if dry_run:
+        show_plan(plan_rollouts(config, overwrite, limit)[0], as_json)
+        return
+    outcome = run_rollouts(config, overwrite, limit)
     _finish(
-        f"{config.out}: {outcome.total} rollouts, {outcome.written} of them new", outcome.failed
+        f"{config.out}: {outcome.total} rollouts, {outcome.written} of them new",
+        outcome.failed,
+        outcome.owed,
     )
 
 
 @cli.command()
 @config_options(RewriteConfig)
 @_OVERWRITE
+@_LIMIT
+@DRY_RUN
+@PLAN_JSON
 @click.option(
     "--refilter",
     is_flag=True,
     help="Apply changed filters and choice to the rewrites that are there; scores what is newly"
     " kept.",
 )
-def rewrite(overwrite: bool, refilter: bool, **options: Any) -> None:
+def rewrite(
+    overwrite: bool,
+    limit: int | None,
+    dry_run: bool,
+    as_json: bool,
+    refilter: bool,
+    **options: Any,
+) -> None:
     """Let the teacher rewrite and score a round's rollouts into SHARDS/distill. Run again to
     resume."""
-    from mpd_data.refilter import run_refilter
+    from mpd_data.refilter import plan_refilter, run_refilter
     from mpd_data.rewrite import run_rewrite
+    from mpd_data.rewrite_plan import plan_rewrite
 
     config = build(RewriteConfig, options)
     if refilter and overwrite:
         raise click.UsageError("--refilter keeps the rewrites, --overwrite deletes them: give one.")
-    outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite)
+    if refilter and limit is not None:
+        raise click.UsageError("--refilter judges all rewrites anew: it takes no --limit.")
+    if dry_run:
+        planned = plan_refilter(config) if refilter else plan_rewrite(config, overwrite, limit)
+        show_plan(planned, as_json)
+        return
+    outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite, limit)
     counts = ", ".join(f"{n} {status}" for status, n in sorted(outcome.statuses.items()))
-    if not outcome.statuses.get("ok"):
+    if not outcome.statuses.get("ok") and not outcome.owed:
         raise MPDError(
             f"{config.shards}: no rewrite was kept ({counts or 'no rows'}), so there is nothing to"
             " train on. Read some in distill/*.parquet (columns rewrite, status): is the teacher"
             " able to follow the template, is --max-tokens long enough?"
         )
-    _finish(f"{config.shards}: {counts}; {outcome.written} rows new", outcome.failed)
+    _finish(f"{config.shards}: {counts}; {outcome.written} rows new", outcome.failed, outcome.owed)
 
 
-def _finish(summary: str, failed: int) -> None:
+def show_plan(plan: "StagePlan", as_json: bool) -> None:
+    """What a dry run prints."""
+    from mpd_data.plan import show
+
+    if as_json:
+        click.echo(json.dumps(plan.as_json(), indent=2))
+    else:
+        click.echo(show(plan), err=True)
+
+
+def _finish(summary: str, failed: int, owed: int) -> None:
     click.echo(summary, err=True)
+    if owed:
+        click.echo(f"{owed:,} still owed; run without --limit for the rest.", err=True)
     if failed:
         click.echo(f"{failed} rows failed; see errors/*.parquet (column message).", err=True)
         raise click.exceptions.Exit(EXIT_FAILED_ROWS)
@@ -186,6 +241,25 @@ def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
         click.echo(comparison.verdict(result), err=True)
         if by is not None:
             click.echo(f"\nby {plain(by)}\n{comparison.groups_table(result['groups'])}", err=True)
+
+
+@cli.command()
+@click.argument("pipeline", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a setting.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the run, for what is there already.  [default: runs/NAME]",
+)
+@_JSON
+def plan(pipeline: Path, overrides: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """Predict rows, tokens, disk and time of each step of a PIPELINE (TOML). Writes nothing."""
+    from pipelines.plan import plan_pipeline, show_pipeline
+    from pipelines.rounds import load_pipeline
+
+    loaded = load_pipeline(pipeline, overrides)
+    planned = plan_pipeline(loaded, Path("runs") / loaded.name if out is None else out)
+    show_pipeline(planned, as_json, prompts=False)
 
 
 @cli.command()

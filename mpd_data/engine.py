@@ -101,6 +101,22 @@ def pump(
             return
 
 
+def context_of(model: ModelFiles, config: EngineConfig) -> int:
+    """The context in tokens that the engine runs `model` with. Raises ConfigError for settings
+    that do not fit the model or the engine."""
+    if config.max_model_len is not None and config.max_model_len > model.context:
+        raise ConfigError(
+            f"{model.name}: --max-model-len {config.max_model_len} is over the model's context of"
+            f" {model.context} tokens."
+        )
+    if config.backend == "transformers" and config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"--tensor-parallel-size {config.tensor_parallel_size}: the transformers backend runs a"
+            " model on one device. Use --backend vllm, or leave it out."
+        )
+    return config.max_model_len or model.context
+
+
 def start_engine(
     model: ModelFiles,
     config: EngineConfig,
@@ -108,17 +124,13 @@ def start_engine(
     max_logprobs: int = 1,
 ) -> Engine:
     """The engine that `config` names, with `model` loaded. `max_logprobs`: the largest K that it
-    will be asked to score. Raises EngineError where it cannot start, ConfigError for settings that
-    do not fit the model or the engine."""
-    if (config.max_model_len or 0) > model.context:
-        raise ConfigError(
-            f"{model.name}: --max-model-len {config.max_model_len} is over the model's context of"
-            f" {model.context} tokens."
-        )
+    will be asked to score. Raises EngineError where it cannot start, ConfigError like
+    `context_of`."""
+    context = context_of(model, config)
     if config.backend == "transformers":
         from mpd_data.transformers_engine import TransformersEngine
 
-        return TransformersEngine(model, config, trust_remote_code)
+        return TransformersEngine(model, config, trust_remote_code, context)
     from mpd_data.vllm_engine import VLLMEngine
 
-    return VLLMEngine(model, config, trust_remote_code, max_logprobs)
+    return VLLMEngine(model, config, trust_remote_code, context, max_logprobs)

@@ -202,14 +202,21 @@ def environment() -> dict[str, str]:
     return versions | {"gpus": found}
 
 
-def gpus() -> list[str]:
-    """Name, memory and driver of each CUDA GPU, as nvidia-smi gives them; none without it."""
+def gpus(fields: str = "name,memory.total,driver_version") -> list[str]:
+    """Each CUDA GPU's `fields`, as nvidia-smi gives them; none without it."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return []
-    asked = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    asked = [smi, f"--query-gpu={fields}", "--format=csv,noheader"]
     found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if found.returncode:
+        return []
     return [line.strip() for line in found.stdout.splitlines() if line.strip()]
+
+
+def device_name() -> str:
+    """The machine's GPUs, or "cpu": what a recorded speed is of."""
+    return "; ".join(gpus("name")) or "cpu"
 
 
 _REPORTED = (

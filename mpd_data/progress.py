@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import deque
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,12 +22,31 @@ class Progress:
         self._tokens = 0
         self._truncated = 0
         self._begun = self._last_line = time.monotonic()
+        self._start_seconds = 0.0
         self._recent: deque[tuple[float, int]] = deque([(self._begun, 0)], maxlen=200)
         self._bar = (
             tqdm(total=total, initial=done, desc=label, unit="row", dynamic_ncols=True)
             if sys.stderr.isatty()
             else None
         )
+
+    def engine_started(self) -> None:
+        """What went by until now was the engine's start; rates count from here."""
+        now = time.monotonic()
+        self._start_seconds, self._begun = now - self._begun, now
+        self._recent = deque([(now, 0)], maxlen=200)
+
+    def speed(self) -> dict[str, Any] | None:
+        """Rows and tokens of this run, seconds of the engine's start and of the work after it;
+        None where no token was made."""
+        if not self._tokens:
+            return None
+        return {
+            "rows": self._rows - self._start_rows,
+            "tokens": self._tokens,
+            "start_seconds": round(self._start_seconds, 1),
+            "seconds": round(time.monotonic() - self._begun, 1),
+        }
 
     def update(self, tokens: int, truncated: int, in_flight: int) -> None:
         """One more row finished, of so many tokens."""

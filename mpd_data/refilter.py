@@ -22,10 +22,14 @@ from mpd_data.config import RewriteConfig
 from mpd_data.engine import Engine, RequestError, Scores, pump, start_engine
 from mpd_data.errors import ConfigError, EngineError
 from mpd_data.filters import settle
-from mpd_data.models import load_tokenizer, require_same_tokenizer, resolve_model
+from mpd_data.models import ModelFiles, load_tokenizer, require_same_tokenizer, resolve_model
+from mpd_data.options import arguments
+from mpd_data.plan import StagePlan, as_saved, distill_bytes
 from mpd_data.progress import Progress
-from mpd_data.rewrite import Outcome, score_columns
-from mpd_data.schema import DISTILL_SCHEMA, differences
+from mpd_data.rewrite import Outcome
+from mpd_data.rewrite_plan import refuse_half_refiltered
+from mpd_data.schema import DISTILL_SCHEMA, STATUSES, differences
+from mpd_data.scores import score_columns
 from mpd_data.shards import (
     ROWS_PER_GROUP,
     RoundDir,
@@ -54,31 +58,104 @@ def run_refilter(config: RewriteConfig) -> Outcome:
         if is_whole(scratch):
             # A kill while an earlier one was put in place.
             _put_in_place(scratch, round_dir, config)
-        saved = round_dir.run_info().get("stages", {}).get("distill")
-        if saved is None:
-            raise ConfigError(
-                f"{config.shards}: no rewrites here to filter anew; run mpd-gen rewrite first."
-            )
-        given = {
-            "num_candidates": config.num_candidates,
-            "score_context": config.score_context,
-            "seed": config.seed,
-            "sampling": config.sampling.model_dump(),
-        }
-        unlike = differences({name: saved["identity"][name] for name in given}, given)
-        if unlike:
-            raise ConfigError(
-                f"{config.shards}: --refilter changes filters and choice, nothing else:\n  "
-                + "\n  ".join(unlike)
-                + "\nGive the saved settings, or run without --refilter and with --overwrite."
-            )
-        rules = {"filters": config.filters.model_dump(), "choose": config.choose}
-        if rules != {name: saved["identity"][name] for name in rules}:
+        saved = check_refilter(round_dir, config)
+        if (rules := _changed_rules(config, saved)) is not None:
             round_dir.recover("distill")
-            _filter_into(scratch, round_dir, config, {**saved["identity"], **rules})
+            _filter_into(scratch, round_dir, config, {**saved, **rules})
             _put_in_place(scratch, round_dir, config)
         counts = Counter(row["status"] for row in round_dir.rows("distill", ["status"]))
         return Outcome(dict(counts), sum(counts.values()), 0)
+
+
+def check_refilter(round_dir: RoundDir, config: RewriteConfig) -> dict[str, Any]:
+    """The identity of the rewrites in `round_dir`. Raises ConfigError where there are none, or
+    where another setting than filters and choice changed."""
+    saved = round_dir.run_info().get("stages", {}).get("distill")
+    if saved is None:
+        raise ConfigError(
+            f"{config.shards}: no rewrites here to filter anew; run mpd-gen rewrite first."
+        )
+    identity: dict[str, Any] = saved["identity"]
+    given = {
+        "num_candidates": config.num_candidates,
+        "score_context": config.score_context,
+        "seed": config.seed,
+        "sampling": config.sampling.model_dump(),
+    }
+    unlike = differences({name: identity[name] for name in given}, given)
+    if unlike:
+        raise ConfigError(
+            f"{config.shards}: --refilter changes filters and choice, nothing else:\n  "
+            + "\n  ".join(unlike)
+            + "\nGive the saved settings, or run without --refilter and with --overwrite."
+        )
+    return identity
+
+
+def _changed_rules(config: RewriteConfig, saved: dict[str, Any]) -> dict[str, Any] | None:
+    """Filters and choice of `config`, None where they are the saved ones."""
+    rules = {"filters": config.filters.model_dump(), "choose": config.choose}
+    return None if rules == {name: saved[name] for name in rules} else rules
+
+
+def plan_refilter(config: RewriteConfig) -> StagePlan:
+    """What `run_refilter` would do, found without an engine or weights and without writing
+    anything. Raises what the run would raise before it starts its engine."""
+    round_dir = RoundDir(config.shards)
+    refuse_half_refiltered(round_dir)
+    saved = check_refilter(round_dir, config)
+    unchanged = _changed_rules(config, saved) is None
+    paths = round_dir.survey("distill").paths
+    before = Counter(row["status"] for row in round_dir.rows("distill", ["status"], paths))
+    after: Counter[str] = Counter()
+    rollouts = unscored = tokens = 0
+    # The tails are there where the scores are, and are the smallest of their columns.
+    rows = round_dir.rows("distill", [*_LIGHT, "tail_logprobs"], paths)
+    for _, group in itertools.groupby(rows, key=lambda row: row["rollout_id"]):
+        candidates = sorted(group, key=lambda row: row["candidate_idx"])
+        rollouts += 1
+        settle(candidates, config.filters, config.choose)
+        after.update(row["status"] for row in candidates)
+        for row in candidates:
+            if row["status"] == "ok" and row["tail_logprobs"] is None:
+                unscored += 1
+                tokens += row["num_rewritten_tokens"]
+    metadata = read_metadata(paths[0]) if paths else {}
+    if unscored:
+        teacher = resolve_model(config.teacher, config.revision, config.trust_remote_code, False)
+        _require_teacher(config, as_saved(teacher, saved["teacher"]), metadata)
+    size = sum(path.stat().st_size for path in paths)
+    more = distill_bytes(0, 0, tokens, saved["num_logprobs"], metadata.get("vocab_size", 2))
+    return StagePlan(
+        command="mpd-gen rewrite --refilter",
+        out=str(config.shards),
+        settings=arguments(config),
+        rows=rollouts,
+        committed=rollouts if unchanged else 0,
+        owed=0 if unchanged else rollouts,
+        disk_bytes=0 if unchanged else size + more,
+        details={
+            "rewrites to score": unscored,
+            "tokens to score": tokens,
+            **{
+                status: f"{before[status]:,} -> {after[status]:,}"
+                for status in STATUSES
+                if before[status] or after[status]
+            },
+        },
+        notes=["The rules are those of the rewrites that are there."] * unchanged,
+    )
+
+
+def _require_teacher(config: RewriteConfig, teacher: ModelFiles, metadata: dict[str, Any]) -> None:
+    """Raises ConfigError unless `teacher` made the rewrites that `metadata` is of."""
+    if teacher.identity() != {"version": metadata["teacher"]["version"]}:
+        raise ConfigError(
+            f"{config.teacher} is not the teacher that made these rewrites"
+            f" ({metadata['teacher']['name']}); newly kept ones need its scores."
+        )
+    tokenizer = load_tokenizer(teacher, config.trust_remote_code)
+    require_same_tokenizer(metadata["tokenizer"], tokenizer, str(config.shards), config.teacher)
 
 
 def _filter_into(
@@ -136,15 +213,7 @@ class _Job:
     def start_engine(self) -> Engine:
         config = self.config
         teacher = resolve_model(config.teacher, config.revision, config.trust_remote_code)
-        if teacher.identity() != {"version": self.metadata["teacher"]["version"]}:
-            raise ConfigError(
-                f"{config.teacher} is not the teacher that made these rewrites"
-                f" ({self.metadata['teacher']['name']}); newly kept ones need its scores."
-            )
-        tokenizer = load_tokenizer(teacher, config.trust_remote_code)
-        require_same_tokenizer(
-            self.metadata["tokenizer"], tokenizer, str(config.shards), config.teacher
-        )
+        _require_teacher(config, teacher, self.metadata)
         self._k, self._vocab_size = self.metadata["num_logprobs"], self.metadata["vocab_size"]
         self._asked = self._k + teacher.vocab_size - self._vocab_size
         self._engine = start_engine(teacher, config.engine, config.trust_remote_code, self._asked)
@@ -229,7 +298,7 @@ def _put_in_place(scratch: RoundDir, round_dir: RoundDir, config: RewriteConfig)
     if scratch.manifest_path("distill").exists():
         scratch.manifest_path("distill").replace(round_dir.manifest_path("distill"))
     info = round_dir.run_info()
-    info["stages"]["distill"] = {
+    info["stages"]["distill"] |= {
         "identity": scratch.run_info()["stages"]["distill"]["identity"],
         "details": {"config": config.model_dump(mode="json")},
     }

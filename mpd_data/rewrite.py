@@ -10,103 +10,43 @@ together, since the choice among them is made once.
 """
 
 import functools
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RewriteConfig
 from mpd_data.engine import Completion, Engine, RequestError, Scores, pump, start_engine
-from mpd_data.errors import ConfigError
 from mpd_data.filters import settle
-from mpd_data.models import (
-    chat_template_hash,
-    load_tokenizer,
-    provenance,
-    require_same_tokenizer,
-    resolve_model,
-)
+from mpd_data.models import device_name, resolve_model
 from mpd_data.progress import Progress
-from mpd_data.prompts import ChatFormatter, PromptError
+from mpd_data.prompts import PromptError
+from mpd_data.rewrite_plan import (
+    ROLLOUT_COLUMNS,
+    Prepared,
+    closes_thinking,
+    prepare,
+    refuse_half_refiltered,
+    rollout_metadata,
+)
 from mpd_data.schema import distill_key, repetition, seed_of
-from mpd_data.shards import RoundDir, is_whole, read_metadata, scratch_of
-from mpd_data.template import RewriteTemplate, load_template
+from mpd_data.scores import score_columns
+from mpd_data.shards import RoundDir
 from mpd_data.writer import ShardWriter
-
-_ROLLOUT_COLUMNS = [
-    "row_id",
-    "prompt_id",
-    "round",
-    "prompt",
-    "prompt_ids",
-    "completion",
-    "completion_ids",
-    "num_completion_tokens",
-    "finish_reason",
-    "problem",
-    "answer",
-    "gold_answer",
-    "is_correct",
-    "metadata",
-]
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What the stage left behind: distill rows by status in the whole round, rows this run
-    wrote, rows that failed for good (they stand in errors/)."""
+    wrote, rows that failed for good (they stand in errors/), rollouts still owed after a
+    --limit."""
 
     statuses: dict[str, int]
     written: int
     failed: int
-
-
-def tail_logprobs(
-    topk_logprobs: npt.NDArray[np.float32], vocab_size: int
-) -> npt.NDArray[np.float64]:
-    """Log of the mass outside the top K, [n, K] -> [n]; -inf where K is the whole vocabulary.
-
-    log(1 - sum p) in float64. Two bounds mend what float32 inputs cannot resolve: the mass is
-    at most (V - K) times the smallest kept probability, and where the kept ones sum to 1 up to
-    rounding the tail is taken as that rounding (or the bound, if smaller), never as zero: a
-    zero would make reverse KL infinite.
-    """
-    n, k = topk_logprobs.shape
-    if k == vocab_size:
-        return np.full(n, -np.inf)
-    exact = topk_logprobs.astype(np.float64)
-    missing = 1.0 - np.exp(exact).sum(axis=1)
-    resolution = float(np.finfo(np.float32).eps)
-    bound = exact[:, -1] + np.log(vocab_size - k)
-    tail: npt.NDArray[np.float64] = np.minimum(np.log(np.maximum(missing, resolution)), bound)
-    return tail
-
-
-def drop_padding(
-    ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32], k: int, vocab_size: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """The k best of [n, K] ids below `vocab_size`, most probable first, their log-probabilities
-    renormalised by the mass of the padding rows that were dropped. K must exceed k by at least
-    the number of padding rows."""
-    padding = ids >= vocab_size
-    if padding.any():
-        mass = np.where(padding, np.exp(logprobs.astype(np.float64)), 0.0).sum(axis=1)
-        logprobs = (logprobs - np.log1p(-mass)[:, None]).astype(np.float32)
-        order = np.argsort(padding, axis=1, kind="stable")
-        ids, logprobs = np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
-    return ids[:, :k], logprobs[:, :k]
-
-
-def as_float16(logprobs: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
-    """Rounds to float16, the lowest finite value standing for anything below it; -inf stays."""
-    lowest = float(np.finfo(np.float16).min)
-    bounded = np.where(np.isneginf(logprobs), -np.inf, np.maximum(logprobs, lowest))
-    rounded: npt.NDArray[np.float16] = bounded.astype(np.float16)
-    return rounded
+    owed: int = 0
 
 
 @dataclass
@@ -121,80 +61,35 @@ class Group:
     unscored: set[str] = field(default_factory=set)
 
 
-def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
-    """Rewrites, filters and scores what the round still owes and commits it shard by shard.
+def run_rewrite(
+    config: RewriteConfig, overwrite: bool = False, limit: int | None = None
+) -> Outcome:
+    """Rewrites, filters and scores what the round still owes, at most `limit` rollouts of it, and
+    commits it shard by shard.
 
     Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
     finished before are committed in every case.
     """
     round_dir = RoundDir(config.shards)
-    student = _rollout_metadata(round_dir)
-    template = load_template(config.template)
-    if config.num_candidates > 1 and config.sampling.temperature == 0:
-        raise ConfigError(
-            f"--num-candidates {config.num_candidates} at --temperature 0 gives the same rewrite so"
-            " many times; give a temperature above 0."
-        )
+    student = rollout_metadata(round_dir)
     teacher = resolve_model(config.teacher, config.revision, config.trust_remote_code)
-    tokenizer = load_tokenizer(teacher, config.trust_remote_code)
-    require_same_tokenizer(
-        student["tokenizer"], tokenizer, f"the student of {round_dir.path}", config.teacher
-    )
-    # Rows that one model has beyond the other's are padding of the embedding, not tokens.
-    vocab_size = min(student["vocab_size"], teacher.vocab_size)
-    k = min(config.num_logprobs, vocab_size)
-    row_identity = {
-        "teacher": teacher.identity(),
-        "template": template.hash(),
-        "template_kwargs": config.template_kwargs,
-        "chat_template": chat_template_hash(tokenizer),
-        "sampling": config.sampling.model_dump(),
-        "seed": config.seed,
-    }
-    identity = {
-        **row_identity,
-        "num_candidates": config.num_candidates,
-        "choose": config.choose,
-        "filters": config.filters.model_dump(),
-        "num_logprobs": k,
-        "score_context": config.score_context,
-        "score_template_kwargs": config.score_template_kwargs,
-        "dtype": config.engine.dtype,
-        # Decides which rows are too_long.
-        "max_model_len": config.engine.max_model_len or teacher.context,
-    }
-    shard_metadata = {
-        **identity,
-        "teacher": {"name": config.teacher, **teacher.identity()},
-        "template": {"name": template.name, "version": template.version, "hash": template.hash()},
-        "student": student["model"],
-        "round": student["round"],
-        "tokenizer": student["tokenizer"],
-        "vocab_size": vocab_size,
-        "eos_token_id": student["eos_token_id"],
-        "score_temperature": 1.0,
-        "backend": config.engine.backend,
-        **provenance(),
-    }
+    prepared = prepare(config, student, teacher)
+    k, spare, shard_metadata = prepared.k, prepared.spare, prepared.metadata()
 
     with round_dir.lock():
-        if is_whole(scratch_of(round_dir)):
-            raise ConfigError(
-                f"{config.shards}: a refilter was killed while its rows were put in place. Run it"
-                " again (--refilter); it takes a moment."
-            )
+        refuse_half_refiltered(round_dir)
         if overwrite:
             round_dir.discard("distill")
-        round_dir.claim("distill", identity, {"config": config.model_dump(mode="json")})
+        details = {"config": config.model_dump(mode="json")}
+        round_dir.claim("distill", prepared.identity, details)
         rollouts = round_dir.recover("rollouts")
         round_dir.recover("distill")
         done = {row["rollout_id"] for row in round_dir.rows("distill", ["rollout_id"])}
-        if rollouts <= done:
+        owed_ids = rollouts - done
+        if not owed_ids:
             return Outcome(_count_statuses(round_dir), 0, 0)
+        now = len(owed_ids) if limit is None else min(limit, len(owed_ids))
         failures = round_dir.failures()
-        # A teacher with more embedding rows than the student may rank padding among its best:
-        # with so many more asked for, k others are always left.
-        spare = teacher.vocab_size - vocab_size
         output = config.output.model_dump()
         with (
             CheckPool(
@@ -205,18 +100,10 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
             ) as pool,
             ShardWriter(round_dir, "distill", shard_metadata, **output) as writer,
             ShardWriter(round_dir, "errors", shard_metadata, **output) as errors,
-            Progress("rewrite", len(rollouts), len(done)) as progress,
+            Progress("rewrite", len(done) + now, len(done)) as progress,
         ):
             job = _Job(
-                config=config,
-                row_identity=row_identity,
-                template=template,
-                tokenizer=tokenizer,
-                student_thinks=student["thinking"],
-                eos=student["eos_token_id"],
-                vocab_size=vocab_size,
-                k=k,
-                spare=spare,
+                prepared=prepared,
                 engine=start_engine(teacher, config.engine, config.trust_remote_code, k + spare),
                 pool=pool,
                 writer=writer,
@@ -226,12 +113,18 @@ def run_rewrite(config: RewriteConfig, overwrite: bool = False) -> Outcome:
             )
             owed = (
                 functools.partial(job.start, rollout)
-                for rollout in round_dir.rows("rollouts", _ROLLOUT_COLUMNS)
+                for rollout in round_dir.rows("rollouts", ROLLOUT_COLUMNS)
                 if rollout["row_id"] not in done
             )
-            for result in pump(job.engine, owed, job):
-                job.take(result)
-        return Outcome(_count_statuses(round_dir), writer.rows_committed, job.failed)
+            progress.engine_started()
+            try:
+                for result in pump(job.engine, itertools.islice(owed, limit), job):
+                    job.take(result)
+            finally:
+                if (speed := progress.speed()) is not None:
+                    round_dir.record_speed("distill", speed | {"device": device_name()})
+        left = len(owed_ids) - now
+        return Outcome(_count_statuses(round_dir), writer.rows_committed, job.failed, left)
 
 
 @dataclass
@@ -239,15 +132,7 @@ class _Job:
     """What happens to one rollout after another: start -> (rewrite -> check) for each candidate
     -> filter and choice -> (score) -> rows."""
 
-    config: RewriteConfig
-    row_identity: dict[str, Any]
-    template: RewriteTemplate
-    tokenizer: Any
-    student_thinks: bool | None
-    eos: int
-    vocab_size: int
-    k: int
-    spare: int
+    prepared: Prepared
     engine: Engine
     pool: CheckPool
     writer: ShardWriter
@@ -257,21 +142,10 @@ class _Job:
     failed: int = 0
 
     def __post_init__(self) -> None:
-        self._writing = ChatFormatter(
-            self.tokenizer,
-            self.config.template_kwargs,
-            thinking=self.config.thinking,
-            default_thinking=False,
-        )
-        # ỹ is in the student's format, so the teacher is to take it as its own turn would be
-        # in that mode.
-        self._scoring = ChatFormatter(
-            self.tokenizer,
-            self.config.score_template_kwargs,
-            default_thinking=self.student_thinks is not False,
-        )
+        self.config = self.prepared.config
+        self._tokenizer = self.prepared.tokenizer
         self._groups: dict[str, Group] = {}
-        self._control = set(self.tokenizer.all_special_ids)
+        self._control = set(self._tokenizer.all_special_ids)
 
     # -- work beside the engine (SideWork) --------------------------------------------
 
@@ -292,24 +166,24 @@ class _Job:
         """Asks for the rewrites of a rollout, or settles it at once where there is none to ask."""
         rows = {}
         for index in range(self.config.num_candidates):
-            row = _empty_row(distill_key(rollout["row_id"], index, self.row_identity), rollout)
+            row = _empty_row(
+                distill_key(rollout["row_id"], index, self.prepared.row_identity), rollout
+            )
             rows[row["row_id"]] = row | {"candidate_idx": index}
         group = Group(rollout, [], rows)
         if rollout["finish_reason"] == "length":
             self._finish_unasked(group, "draft_truncated")
             return
-        # Control tokens that the student sampled would be obeyed in the teacher's prompt.
-        draft = self.tokenizer.decode(rollout["completion_ids"], skip_special_tokens=True)
-        message = self.template.message(rollout["problem"], draft)
-        sampling = self.config.sampling
         try:
-            _, prompt_ids = self._writing.render(message)
-            _, group.teacher_prompt_ids = self._scoring.render(message)
-            if len(prompt_ids) + sampling.max_tokens > self.engine.max_model_len:
+            asked = self.prepared.ask_about(rollout)
+            group.teacher_prompt_ids = asked.teacher_prompt_ids
+            if not self.prepared.fits(asked):
                 self._finish_unasked(group, "too_long")
                 return
             for row_id in rows:
-                self.engine.submit_generate(row_id, prompt_ids, sampling, seed_of(row_id))
+                self.engine.submit_generate(
+                    row_id, asked.prompt_ids, self.config.sampling, seed_of(row_id)
+                )
                 group.unjudged.add(row_id)
                 self._groups[row_id] = group
         except (PromptError, RequestError) as error:
@@ -322,7 +196,7 @@ class _Job:
         group = self._groups[result.key]
         row = group.rows[result.key]
         if isinstance(result, Scores):
-            row |= score_columns(result, self.k, self.vocab_size)
+            row |= score_columns(result, self.prepared.k, self.prepared.vocab_size)
             group.unscored.discard(result.key)
             self._finish_if_whole(group)
             return
@@ -347,12 +221,12 @@ class _Job:
         rollout = group.rollout
         stopped = completion.finish_reason == "stop"
         visible = completion.token_ids[:-1] if stopped else completion.token_ids
-        row["rewrite"] = self.tokenizer.decode(visible, skip_special_tokens=False)
+        row["rewrite"] = self._tokenizer.decode(visible, skip_special_tokens=False)
         row["rewrite_finish_reason"] = completion.finish_reason
         if not stopped:
             row["status"] = "truncated"
             return None
-        trace = self.template.trace_of(row["rewrite"], "</think>" in rollout["completion"])
+        trace = self.prepared.template.trace_of(row["rewrite"], closes_thinking(rollout))
         if trace is None:
             row["status"] = "malformed"
             return None
@@ -360,7 +234,7 @@ class _Job:
         if rollout["prompt"].rstrip().endswith("<think>"):
             # Some chat templates open the thinking themselves: the trace goes on from there.
             rest = trace.removeprefix("<think>").lstrip()
-        ids = [*self._writing.encode(rest), self.eos]
+        ids = [*self.prepared.writing.encode(rest), self.prepared.student["eos_token_id"]]
         if self._control & set(ids[:-1]):
             # The teacher spelled a control token; as an id it would end or restart the turn.
             row["status"] = "malformed"
@@ -398,6 +272,7 @@ class _Job:
             return
         rows = list(group.rows.values())
         settle(rows, self.config.filters, self.config.choose)
+        k = self.prepared.k + self.prepared.spare
         for row in rows:
             if row["status"] != "ok":
                 continue
@@ -405,11 +280,11 @@ class _Job:
             context = row["teacher_prompt_ids"] or row["input_ids"][:start]
             targets = row["input_ids"][start:]
             # The engine generates one token after a sequence that it scores.
-            if len(context) + len(targets) + 1 > self.engine.max_model_len:
+            if len(context) + len(targets) + 1 > self.prepared.context:
                 row["status"] = "too_long"
                 continue
             try:
-                self.engine.submit_score(row["row_id"], context, targets, self.k + self.spare)
+                self.engine.submit_score(row["row_id"], context, targets, k)
             except RequestError as error:
                 self._fail(group, row["row_id"], error)
                 continue
@@ -449,26 +324,6 @@ class _Job:
                     "message": f"rollout {group.rollout['row_id']}: {error}",
                 }
             )
-
-
-def score_columns(scores: Scores, k: int, vocab_size: int) -> dict[str, Any]:
-    """A distill row's log-probability columns: the k best below `vocab_size`, and the tail."""
-    ids, logprobs = drop_padding(scores.topk_ids, scores.topk_logprobs, k, vocab_size)
-    return {
-        "topk_ids": ids.reshape(-1),
-        "topk_logprobs": as_float16(logprobs).reshape(-1),
-        "tail_logprobs": as_float16(tail_logprobs(logprobs, vocab_size)),
-    }
-
-
-def _rollout_metadata(round_dir: RoundDir) -> dict[str, Any]:
-    paths = round_dir.shard_paths("rollouts")
-    if not paths:
-        raise ConfigError(
-            f"{round_dir.path}: no rollouts here (rollouts/part-*.parquet). Run mpd-gen rollouts"
-            " with this folder as --out first."
-        )
-    return read_metadata(paths[0])
 
 
 def _empty_row(row_id: str, rollout: dict[str, Any]) -> dict[str, Any]:

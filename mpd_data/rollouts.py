@@ -11,13 +11,26 @@ from typing import Any
 from mpd_data.checkers import Checker, make_checker
 from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RolloutsConfig
-from mpd_data.engine import Completion, Engine, RequestError, pump, start_engine
+from mpd_data.engine import Completion, Engine, RequestError, context_of, pump, start_engine
 from mpd_data.models import (
+    ModelFiles,
     chat_template_hash,
+    device_name,
     load_tokenizer,
     provenance,
     resolve_model,
     tokenizer_hash,
+)
+from mpd_data.options import arguments
+from mpd_data.plan import (
+    Learned,
+    Lengths,
+    Shown,
+    StagePlan,
+    as_saved,
+    first_reasons,
+    learn,
+    rollout_bytes,
 )
 from mpd_data.progress import Progress
 from mpd_data.prompts import (
@@ -36,12 +49,13 @@ from mpd_data.writer import ShardWriter
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the stage left behind: rows owed in all, rows this run wrote, rows that failed for
-    good (they stand in errors/)."""
+    """What the stage left behind: rows committed and owed in all, rows this run wrote, rows that
+    failed for good (they stand in errors/), rows still owed after a --limit."""
 
     total: int
     written: int
     failed: int
+    owed: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,23 +106,65 @@ def make_formatter(
     )
 
 
-def run_rollouts(config: RolloutsConfig, overwrite: bool = False) -> Outcome:
-    """Samples what the round still owes and commits it shard by shard.
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run settles before it starts an engine."""
 
-    Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
-    finished before are committed in every case.
-    """
+    config: RolloutsConfig
+    prompts: list[Prompt]
+    model: ModelFiles
+    tokenizer: Any
+    formatter: ChatFormatter
+    context: int
+    row_identity: dict[str, Any]
+    identity: dict[str, Any]
+
+    def metadata(self) -> dict[str, Any]:
+        """What the stage's shards say of themselves."""
+        return {
+            **self.identity,
+            "model": {"name": self.config.model, **self.model.identity()},
+            "vocab_size": self.model.vocab_size,
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "backend": self.config.engine.backend,
+            **provenance(),
+        }
+
+    def render(self, prompt: Prompt) -> tuple[str, list[int]]:
+        """A prompt's text and ids. Raises PromptError where it cannot be used or leaves no room
+        for its completion."""
+        text, ids = self.formatter.render(fill_prompt(self.config.prompt_template, prompt.text))
+        room = self.config.sampling.max_tokens
+        if len(ids) + room > self.context:
+            raise PromptError(
+                f"{len(ids)} prompt tokens and {room} for the completion do not fit the context of"
+                f" {self.context}; lower --max-tokens or raise --max-model-len"
+            )
+        return text, ids
+
+    def requests(self, prompt: Prompt) -> list[Request]:
+        """The samples to take of a prompt. Raises PromptError like `render`."""
+        text, ids = self.render(prompt)
+        return [
+            Request(rollout_key(prompt.id, ids, i, self.row_identity), prompt, text, ids, i)
+            for i in range(self.config.num_samples)
+        ]
+
+
+def prepare(
+    config: RolloutsConfig, model: ModelFiles, prompts: list[Prompt] | None = None
+) -> Prepared:
+    """Checks everything that can be checked without an engine. `prompts`: all that `config`
+    names, where they have been read before. Raises ConfigError or DataError."""
     checker = make_checker(config.checker, config.answer_formats)
-    prompts = choose_prompts(
-        read_prompts(config, checker),
+    chosen = choose_prompts(
+        read_prompts(config, checker) if prompts is None else prompts,
         config.num_prompts,
         f"{config.seed}/{config.round}",
     )
-    model = resolve_model(config.model, config.revision, config.trust_remote_code)
     tokenizer = load_tokenizer(model, config.trust_remote_code)
     examples = read_examples(config)
     formatter = make_formatter(config, tokenizer, examples)
-    context = config.engine.max_model_len or model.context
     row_identity = {
         "round": config.round,
         "sampling": config.sampling.model_dump(),
@@ -125,27 +181,118 @@ def run_rollouts(config: RolloutsConfig, overwrite: bool = False) -> Outcome:
         "thinking": formatter.thinking,
         "num_samples": config.num_samples,
         "prompts": content_key(
-            sorted([p.id, p.text, p.answer or "", canonical_json(p.metadata)] for p in prompts)
+            sorted([p.id, p.text, p.answer or "", canonical_json(p.metadata)] for p in chosen)
         ),
         "dtype": config.engine.dtype,
         "chat_template": chat_template_hash(tokenizer),
         "template_kwargs": config.template_kwargs,
         "tokenizer": tokenizer_hash(tokenizer),
     }
-    shard_metadata = {
-        **identity,
-        "model": {"name": config.model, **model.identity()},
-        "vocab_size": model.vocab_size,
-        "eos_token_id": tokenizer.eos_token_id,
-        "backend": config.engine.backend,
-        **provenance(),
-    }
+    context = context_of(model, config.engine)
+    return Prepared(config, chosen, model, tokenizer, formatter, context, row_identity, identity)
+
+
+def learn_rollouts(prepared: Prepared) -> Learned | None:
+    """What rollouts that are there say of those to come."""
+    return learn(
+        prepared.config.out,
+        "rollouts",
+        prepared.identity["tokenizer"],
+        prepared.config.model,
+        {"sampling": prepared.identity["sampling"]},
+    )
+
+
+def plan_rollouts(
+    config: RolloutsConfig,
+    overwrite: bool = False,
+    limit: int | None = None,
+    model: ModelFiles | None = None,
+    prompts: list[Prompt] | None = None,
+) -> tuple[StagePlan, Prepared]:
+    """What `run_rollouts` would do, found without an engine or weights and without writing
+    anything. `model` stands in for a student that is not there yet; `prompts` as for `prepare`.
+
+    Raises what the run would raise before it starts its engine.
+    """
+    if model is None:
+        model = resolve_model(
+            config.model, config.revision, config.trust_remote_code, weights=False
+        )
+    round_dir = RoundDir(config.out)
+    saved = round_dir.run_info().get("stages", {}).get("rollouts")
+    if saved is not None and not overwrite:
+        model = as_saved(model, saved["identity"]["model"])
+    prepared = prepare(config, model, prompts)
+    done: set[str] = set()
+    if not overwrite:
+        round_dir.check("rollouts", prepared.identity)
+        done = round_dir.keys("rollouts", round_dir.survey("rollouts").paths)
+    requests: list[Request] = []
+    first: Shown | None = None
+    reasons, lengths = [], []
+    for prompt in prepared.prompts:
+        try:
+            asked = prepared.requests(prompt)
+        except PromptError as error:
+            reasons.append(f"{prompt.source}: {error}")
+            continue
+        first = first or Shown("first prompt", asked[0].text, len(asked[0].ids))
+        lengths.append(len(asked[0].ids))
+        requests += asked
+    owed = [request for request in requests if request.row_id not in done][:limit]
+    learned = learn_rollouts(prepared)
+    at_most = len(owed) * config.sampling.max_tokens
+    expected = seconds = None
+    prompt_tokens = sum(len(request.ids) for request in owed)
+    disk = rollout_bytes(len(owed), prompt_tokens, at_most, model.vocab_size)
+    if learned is not None:
+        expected = min(round(len(owed) * learned.tokens_per_row), at_most)
+        disk = round(expected * learned.bytes_per_token)
+        seconds = learned.seconds(expected)
+    plan = StagePlan(
+        command="mpd-gen rollouts",
+        out=str(config.out),
+        settings=arguments(config),
+        rows=len(requests),
+        committed=sum(request.row_id in done for request in requests),
+        owed=len(owed),
+        shown=[] if first is None else [first],
+        prompt_tokens=Lengths.of(lengths),
+        tokens_expected=expected,
+        tokens_at_most=at_most,
+        failing=len(reasons),
+        reasons=first_reasons(reasons),
+        disk_bytes=disk,
+        seconds=seconds,
+        device=None if learned is None else learned.device,
+        learned_from=None if learned is None else learned.source,
+        details={
+            "context": prepared.context,
+            "longest prompt + completion": max(lengths, default=0) + config.sampling.max_tokens,
+        },
+    )
+    return plan, prepared
+
+
+def run_rollouts(
+    config: RolloutsConfig, overwrite: bool = False, limit: int | None = None
+) -> Outcome:
+    """Samples what the round still owes, at most `limit` of it, and commits it shard by shard.
+
+    Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
+    finished before are committed in every case.
+    """
+    model = resolve_model(config.model, config.revision, config.trust_remote_code)
+    prepared = prepare(config, model)
+    tokenizer, shard_metadata = prepared.tokenizer, prepared.metadata()
 
     round_dir = RoundDir(config.out)
     with round_dir.lock():
         if overwrite:
             round_dir.discard("rollouts", "distill", "errors")
-        round_dir.claim("rollouts", identity, {"config": config.model_dump(mode="json")})
+        details = {"config": config.model_dump(mode="json")}
+        round_dir.claim("rollouts", prepared.identity, details)
         done = round_dir.recover("rollouts")
         failures = round_dir.failures()
         output = config.output.model_dump()
@@ -169,22 +316,16 @@ def run_rollouts(config: RolloutsConfig, overwrite: bool = False) -> Outcome:
                         }
                     )
 
-            for prompt in prompts:
+            for prompt in prepared.prompts:
                 try:
-                    text, ids = formatter.render(fill_prompt(config.prompt_template, prompt.text))
-                    if len(ids) + config.sampling.max_tokens > context:
-                        raise PromptError(
-                            f"{len(ids)} prompt tokens and {config.sampling.max_tokens} for the"
-                            f" completion do not fit the context of {context}; lower --max-tokens"
-                            " or raise --max-model-len"
-                        )
+                    asked = prepared.requests(prompt)
                 except PromptError as error:
-                    fail(rollout_key(prompt.id, [], 0, row_identity), prompt, error)
+                    fail(rollout_key(prompt.id, [], 0, prepared.row_identity), prompt, error)
                     continue
-                for sample_idx in range(config.num_samples):
-                    key = rollout_key(prompt.id, ids, sample_idx, row_identity)
-                    if key not in done:
-                        owed.append(Request(key, prompt, text, ids, sample_idx))
+                owed += [request for request in asked if request.row_id not in done]
+            left = 0 if limit is None else max(len(owed) - limit, 0)
+            total = len(done) + len(owed)
+            owed = owed[:limit]
             if owed:
                 with (
                     CheckPool(
@@ -205,10 +346,15 @@ def run_rollouts(config: RolloutsConfig, overwrite: bool = False) -> Outcome:
                             fail(request.row_id, request.prompt, f"the engine refused it: {error}")
 
                     submissions = (functools.partial(submit, request) for request in owed)
-                    for result in pump(engine, submissions, job):
-                        assert isinstance(result, Completion)
-                        job.take(result)
-        return Outcome(len(done) + len(owed), writer.rows_committed, failed)
+                    progress.engine_started()
+                    try:
+                        for result in pump(engine, submissions, job):
+                            assert isinstance(result, Completion)
+                            job.take(result)
+                    finally:
+                        if (speed := progress.speed()) is not None:
+                            round_dir.record_speed("rollouts", speed | {"device": device_name()})
+        return Outcome(total, writer.rows_committed, failed, left)
 
 
 @dataclass

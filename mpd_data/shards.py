@@ -115,11 +115,13 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Reconciled:
-    """What `RoundDir.reconcile` found and mended."""
+class Survey:
+    """The shards of a stage as the folder has them: sound ones with their paths, and the files
+    that are torn."""
 
     shards: list[Shard]
-    quarantined: list[str]
+    paths: list[Path]
+    torn: list[Path]
 
 
 def _footer(path: Path) -> pq.FileMetaData:
@@ -211,14 +213,23 @@ class RoundDir:
 
     def claim(self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any]) -> None:
         """Records in run.json what determines the rows of `stage` (`identity`) and what is
-        good to know beside it (`details`).
+        good to know beside it (`details`). Raises ConfigError like `check`."""
+        saved = self.check(stage, identity)
+        if saved is not None and saved["details"] == details:
+            return
+        info = self.run_info()
+        info["schema_version"] = SCHEMA_VERSION
+        entry = {**(saved or {}), "identity": dict(identity), "details": dict(details)}
+        info.setdefault("stages", {})[stage] = entry
+        write_json_atomic(self.path / "run.json", info)
+
+    def check(self, stage: Stage, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What run.json holds of `stage`, None where it has not run here.
 
         Raises ConfigError where the stage ran here with another identity: mixing rows of two
         settings in one round is never meant.
         """
-        info = self.run_info()
-        stages = info.setdefault("stages", {})
-        saved = stages.get(stage)
+        saved: dict[str, Any] | None = self.run_info().get("stages", {}).get(stage)
         if saved is None and self.shard_paths(stage):
             raise ConfigError(
                 f"{self.path}: holds {stage} shards, but run.json does not say how they were made."
@@ -231,10 +242,16 @@ class RoundDir:
                 "Give the saved settings to resume, another --out for a new round, or"
                 " --overwrite to delete what this stage has written."
             )
-        if saved is not None and saved["details"] == details:
+        return saved
+
+    def record_speed(self, stage: Stage, speed: Mapping[str, Any]) -> None:
+        """Keeps in run.json how fast `stage` went: rows, tokens, seconds, device. A run of fewer
+        rows on the same device says less than the one before it and does not replace that."""
+        info = self.run_info()
+        saved = info["stages"][stage].get("speed")
+        if saved and saved["device"] == speed["device"] and saved["rows"] > speed["rows"]:
             return
-        info["schema_version"] = SCHEMA_VERSION
-        stages[stage] = {"identity": dict(identity), "details": dict(details)}
+        info["stages"][stage]["speed"] = dict(speed)
         write_json_atomic(self.path / "run.json", info)
 
     def discard(self, *stages: Stage) -> None:
@@ -303,22 +320,18 @@ class RoundDir:
         """The shards under their final names, in order."""
         return sorted(self.folder(stage).glob("part-*.parquet"))
 
-    def reconcile(self, stage: Stage) -> Reconciled:
-        """Brings manifest and folder together; call it with the lock held.
-
-        A shard the manifest does not know (a kill between link and append) is indexed by
-        reading it. A torn one goes to `.quarantine/` and its rows are owed again. A manifest
-        line without its file is dropped.
-        """
-        path = self.manifest_path(stage)
+    def survey(self, stage: Stage) -> Survey:
+        """Looks at every shard by footer, size and key column, and changes nothing. A shard that
+        the manifest does not know (a kill between link and append) is described by reading it."""
         try:
             saved = self.manifest(stage)
         except DataError:
-            # The folder is the truth: an index that cannot be read is made anew below.
+            # The folder is the truth: an index that cannot be read is made anew.
             saved = []
         known = {shard.name: shard for shard in saved}
         shards: list[Shard] = []
-        quarantined: list[str] = []
+        paths: list[Path] = []
+        torn: list[Path] = []
         for file in self.shard_paths(stage):
             shard = known.get(file.name)
             try:
@@ -328,14 +341,26 @@ class RoundDir:
                     _footer(file)
                 _read_keys(file)
             except DataError:
-                quarantine = self.path / ".quarantine"
-                quarantine.mkdir(exist_ok=True)
-                file.replace(quarantine / f"{stage}-{file.stem}-{uuid.uuid4().hex[:8]}.parquet")
-                quarantined.append(file.name)
+                torn.append(file)
                 continue
             shards.append(shard)
-        if shards != saved or (path.exists() and not path.read_bytes().endswith(b"\n")):
-            text = "".join(json.dumps(s.__dict__, separators=(",", ":")) + "\n" for s in shards)
+            paths.append(file)
+        return Survey(shards, paths, torn)
+
+    def reconcile(self, stage: Stage) -> Survey:
+        """Brings manifest and folder together; call it with the lock held.
+
+        A shard the manifest does not know is indexed. A torn one goes to `.quarantine/` and its
+        rows are owed again. A manifest line without its file is dropped.
+        """
+        path = self.manifest_path(stage)
+        found = self.survey(stage)
+        for file in found.torn:
+            quarantine = self.path / ".quarantine"
+            quarantine.mkdir(exist_ok=True)
+            file.replace(quarantine / f"{stage}-{file.stem}-{uuid.uuid4().hex[:8]}.parquet")
+        text = "".join(json.dumps(s.__dict__, separators=(",", ":")) + "\n" for s in found.shards)
+        if text.encode() != (path.read_bytes() if path.exists() else b""):
             temporary = self.staging / path.name
             with temporary.open("w", encoding="utf-8") as out:
                 out.write(text)
@@ -343,14 +368,15 @@ class RoundDir:
                 os.fsync(out.fileno())
             temporary.replace(path)
             fsync_directory(self.path)
-        return Reconciled(shards, quarantined)
+        return found
 
     # -- reading ----------------------------------------------------------------------
 
-    def keys(self, stage: Stage) -> set[str]:
-        """`row_id` of every committed row. Raises DataError where a key occurs twice."""
+    def keys(self, stage: Stage, paths: list[Path] | None = None) -> set[str]:
+        """`row_id` of every committed row, or of the rows of the shards at `paths`. Raises
+        DataError where a key occurs twice."""
         keys: set[str] = set()
-        for path in self.shard_paths(stage):
+        for path in self.shard_paths(stage) if paths is None else paths:
             for key in _read_keys(path):
                 if key in keys:
                     raise DataError(
@@ -367,16 +393,19 @@ class RoundDir:
     def recover(self, stage: Stage) -> set[str]:
         """Mends what a kill or a damaged disk left of `stage`, says so on stderr, and returns
         the keys of the rows that are committed and sound. Call it with the lock held."""
-        for name in self.reconcile(stage).quarantined:
+        for file in self.reconcile(stage).torn:
             print(
-                f"{self.folder(stage) / name}: torn; moved to .quarantine, its rows are owed again",
+                f"{file}: torn; moved to .quarantine, its rows are owed again",
                 file=sys.stderr,
             )
         return self.keys(stage)
 
-    def rows(self, stage: Stage, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """All committed rows, shard by shard and row group by row group (memory: one group)."""
-        for path in self.shard_paths(stage):
+    def rows(
+        self, stage: Stage, columns: list[str], paths: list[Path] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """All committed rows, or those of the shards at `paths`, shard by shard and row group by
+        row group (memory: one group)."""
+        for path in self.shard_paths(stage) if paths is None else paths:
             _footer(path)
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 batches = file.iter_batches(ROWS_PER_GROUP, columns=columns)

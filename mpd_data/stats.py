@@ -6,7 +6,6 @@ The same in a notebook needs nothing of this module:
     df.group_by("round").agg(pl.col("num_completion_tokens").mean()).collect()
 """
 
-import difflib
 import itertools
 import json
 import math
@@ -15,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from mpd_data.errors import ConfigError, DataError
+from mpd_data.errors import ConfigError, DataError, nearest
 from mpd_data.shards import RoundDir, Stage, read_metadata
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
@@ -73,9 +72,9 @@ def with_group(rollouts: pl.LazyFrame, name: str) -> pl.LazyFrame:
         return grouped
     objects = collect(rollouts.select(pl.col("metadata").drop_nulls().unique())).to_series()
     carried = sorted({key for text in objects for key in json.loads(text)} - {name})
-    near = difflib.get_close_matches(name, carried, n=1)
-    if near:
-        hint = f"Did you mean {near[0]!r}?"
+    near = nearest(name, carried)
+    if near is not None:
+        hint = f"Did you mean {near!r}?"
     elif carried:
         hint = f"They carry {', '.join(map(repr, carried))}."
     else:

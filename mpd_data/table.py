@@ -20,6 +20,11 @@ def plain(value: Any) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value))
 
 
+def plain_lines(text: str) -> str:
+    """Text for a terminal: its line breaks stay, other control characters are escaped."""
+    return "\n".join(plain(line) for line in text.split("\n"))
+
+
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Rows with the same keys as aligned columns, numbers to the right."""
     header = list(rows[0])

@@ -52,13 +52,18 @@ class RewriteTemplate(Strict):
         if match is None:
             return None
         parts = {name: text.strip() for name, text in match.groupdict("").items()}
+        return fill(self.layout(thinks), parts)
+
+    def layout(self, thinks: bool) -> str:
+        """The trace's layout for drafts with or without a thinking part. Raises ConfigError where
+        the template has none."""
         layout = self.trace if thinks else self.plain_trace or self.trace
         if layout is None:
             raise ConfigError(
                 f"template {self.name!r} has no `trace`, and the drafts have a thinking part (they"
                 " close </think>). Give it one, or use --template tags."
             )
-        return fill(layout, parts)
+        return layout
 
 
 def load_template(name: str) -> RewriteTemplate:

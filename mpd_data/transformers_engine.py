@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engine import Completion, RequestError, Scores
-from mpd_data.errors import ConfigError, EngineError
+from mpd_data.errors import EngineError
 from mpd_data.models import ModelFiles, load_tokenizer
 
 _BATCHED_TOKENS = 2048
@@ -57,14 +57,11 @@ class _ToScore:
 
 class TransformersEngine:
     """A model in this process, on the GPU if there is one. Raises EngineError where the model
-    cannot be loaded, ConfigError for settings that only vLLM has."""
+    cannot be loaded."""
 
-    def __init__(self, model: ModelFiles, config: EngineConfig, trust_remote_code: bool) -> None:
-        if config.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"--tensor-parallel-size {config.tensor_parallel_size}: the transformers backend"
-                " runs a model on one device. Use --backend vllm, or leave it out."
-            )
+    def __init__(
+        self, model: ModelFiles, config: EngineConfig, trust_remote_code: bool, context: int
+    ) -> None:
         logging.disable_progress_bar()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -76,7 +73,7 @@ class TransformersEngine:
             raise EngineError(
                 f"{model.name}: transformers cannot load this model: {error}"
             ) from error
-        self.max_model_len = config.max_model_len or model.context
+        self.max_model_len = context
         self.max_in_flight = 2 * config.max_num_seqs
         self._max_num_seqs = config.max_num_seqs
         self._batched_tokens = config.max_num_batched_tokens or _BATCHED_TOKENS

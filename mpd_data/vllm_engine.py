@@ -34,6 +34,7 @@ class VLLMEngine:
         model: ModelFiles,
         config: EngineConfig,
         trust_remote_code: bool,
+        context: int,
         max_logprobs: int,
     ) -> None:
         try:
@@ -61,7 +62,7 @@ class VLLMEngine:
         except ImportError as error:
             raise EngineError(_NO_VLLM.format(error=error)) from error
 
-        self.max_model_len = config.max_model_len or model.context
+        self.max_model_len = context
         self.max_in_flight = 2 * config.max_num_seqs
         settings: dict[str, Any] = {
             "dtype": config.dtype,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from mpd_data.shards import fsync_directory, fsync_file
 
-_KEEP = 2
+KEEP = 2
 
 
 @dataclass
@@ -58,7 +58,7 @@ def save(
         shutil.rmtree(final)
     staging.replace(final)
     fsync_directory(folder)
-    for old in checkpoints(folder)[:-_KEEP]:
+    for old in checkpoints(folder)[:-KEEP]:
         shutil.rmtree(old)
 
 

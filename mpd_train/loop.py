@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ import torch
 from tqdm import tqdm
 
 from mpd_data.errors import ConfigError, MPDError
-from mpd_data.models import load_tokenizer, provenance, require_same_tokenizer, resolve_model
+from mpd_data.models import (
+    ModelFiles,
+    device_name,
+    load_tokenizer,
+    provenance,
+    require_same_tokenizer,
+    resolve_model,
+)
 from mpd_data.schema import differences
 from mpd_data.shards import exclusive, write_json_atomic
 from mpd_train import checkpoint, lora
@@ -51,7 +59,21 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
             ) from error
 
 
-def _train(config: TrainConfig, overwrite: bool) -> Path:
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run settles before it loads a model."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shards: ShardSet
+    vocab_size: int
+    tracker_modules: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, torch.dtype]:
+    """Trackers' modules, device and compute precision. Raises ConfigError for settings that
+    contradict each other or the machine."""
     validation = config.validation
     if validation.early_stopping_patience > 0 and validation.validation_fraction == 0:
         raise ConfigError(
@@ -59,16 +81,15 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
         )
     tracker_modules = load_trackers(list(config.report_to))
     device = choose_device(config.device)
-    dtype = compute_dtype(device, config.dtype)
+    return tracker_modules, device, compute_dtype(device, config.dtype)
+
+
+def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None) -> Prepared:
+    """Checks everything that can be checked without weights. Raises ConfigError or DataError."""
+    tracker_modules, device, dtype = check_settings(config)
     shards = ShardSet(config.shards)
     vocab_size = int(shards.metadata["vocab_size"])
-    student_files = resolve_model(config.student, config.revision, config.trust_remote_code)
-    teacher_files = None
-    if config.teacher is not None:
-        teacher_files = resolve_model(
-            config.teacher, config.teacher_revision, config.trust_remote_code
-        )
-    for files in (student_files, teacher_files):
+    for files in (student, teacher):
         if files is not None:
             if files.vocab_size < vocab_size:
                 raise ConfigError(
@@ -79,14 +100,35 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
             require_same_tokenizer(
                 shards.metadata["tokenizer"], tokenizer, str(config.shards[0]), files.name
             )
-    model_folder = config.out / "model"
     identity = {
         "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
         "shards": shards.identity(),
-        "student": student_files.identity(),
-        "teacher": None if teacher_files is None else teacher_files.identity(),
+        "student": student.identity(),
+        "teacher": None if teacher is None else teacher.identity(),
     }
-    _claim(config.out, identity, config, overwrite)
+    return Prepared(device, dtype, shards, vocab_size, tracker_modules, identity)
+
+
+def _train(config: TrainConfig, overwrite: bool) -> Path:
+    code = config.trust_remote_code
+    student_files = resolve_model(config.student, config.revision, code)
+    teacher_files = None
+    if config.teacher is not None:
+        teacher_files = resolve_model(config.teacher, config.teacher_revision, code)
+    prepared = prepare(config, student_files, teacher_files)
+    device, dtype, shards = prepared.device, prepared.dtype, prepared.shards
+    vocab_size, validation = prepared.vocab_size, config.validation
+    packs, held_out = split_packs(
+        shards, config.pack_length, config.seed, config.epochs, validation.validation_fraction
+    )
+    model_folder = config.out / "model"
+    _claim(
+        config.out,
+        prepared.identity,
+        config,
+        "cpu" if device.type == "cpu" else device_name(),
+        overwrite,
+    )
     if model_folder.is_dir():
         print(f"{model_folder}: this run has finished; nothing to do.", file=sys.stderr)
         return model_folder
@@ -94,7 +136,9 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
     student = CausalLM(student_files, device, torch.float32, config.trust_remote_code)
     adapted = None
     if config.lora.lora_r > 0:
-        adapted = lora.attach(student, config.lora, config.revision, config.seed)
+        adapted = lora.attach(
+            student.model, student_files.name, config.lora, config.revision, config.seed
+        )
     student.model.train()
     if config.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -104,9 +148,6 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
         teacher.model.requires_grad_(False)
     optimizer = make_optimizer(student.model, config.optimizer)
 
-    packs, held_out = split_packs(
-        shards, config.pack_length, config.seed, config.epochs, validation.validation_fraction
-    )
     size = config.gradient_accumulation_steps
     steps = [packs[i : i + size] for i in range(0, len(packs), size)]
     checkpoint_folder = config.out / "checkpoints"
@@ -123,7 +164,7 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
         file=sys.stderr,
     )
 
-    trackers = Trackers(tracker_modules, config.out, config.model_dump(mode="json"), done)
+    trackers = Trackers(prepared.tracker_modules, config.out, config.model_dump(mode="json"), done)
     last_line = time.monotonic()
     with (
         metrics,
@@ -258,8 +299,21 @@ def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
     return config.learning_rate
 
 
-def _claim(out: Path, identity: dict[str, Any], config: TrainConfig, overwrite: bool) -> None:
-    """Records the run's settings, or refuses to go on with others than it began with."""
+def check_claim(out: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raises ConfigError where the run in `out` began with other settings."""
+    if saved != identity:
+        listing = "\n  ".join(differences(saved, identity))
+        raise ConfigError(
+            f"{out}: this run was started with other settings:\n  {listing}\nGive the saved"
+            " settings to resume, another --out, or --overwrite to start anew."
+        )
+
+
+def _claim(
+    out: Path, identity: dict[str, Any], config: TrainConfig, device: str, overwrite: bool
+) -> None:
+    """Records the run's settings and device, or refuses to go on with other settings than it
+    began with."""
     path = out / "run.json"
     doomed = out / ".discarded"
     if doomed.exists():
@@ -272,16 +326,10 @@ def _claim(out: Path, identity: dict[str, Any], config: TrainConfig, overwrite: 
                 (out / name).replace(doomed / name)
         shutil.rmtree(doomed)
     if path.exists():
-        saved = json.loads(path.read_text(encoding="utf-8"))["identity"]
-        if saved != identity:
-            listing = "\n  ".join(differences(saved, identity))
-            raise ConfigError(
-                f"{out}: this run was started with other settings:\n  {listing}\nGive the saved"
-                " settings to resume, another --out, or --overwrite to start anew."
-            )
+        check_claim(out, json.loads(path.read_text(encoding="utf-8"))["identity"], identity)
         return
     out.mkdir(parents=True, exist_ok=True)
-    details = {"config": config.model_dump(mode="json"), **provenance()}
+    details = {"config": config.model_dump(mode="json"), "device": device, **provenance()}
     write_json_atomic(path, {"identity": identity, "details": details})
 
 

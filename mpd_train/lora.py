@@ -9,12 +9,12 @@ import torch
 from mpd_data.errors import ConfigError
 from mpd_data.shards import fsync_directory, fsync_file
 from mpd_train.config import LoraConfig
-from mpd_train.models import CausalLM
 
 
-def attach(student: CausalLM, config: LoraConfig, revision: str | None, seed: int) -> Any:
-    """Freezes the student, puts adapters into its layers in place and returns peft's wrapper,
-    which saves and merges them. The adapters start from `seed`, and at zero effect.
+def attach(model: Any, name: str, config: LoraConfig, revision: str | None, seed: int) -> Any:
+    """Freezes `model`, the student called `name`, puts adapters into its layers in place and
+    returns peft's wrapper, which saves and merges them. The adapters start from `seed`, and at
+    zero effect.
 
     Raises ConfigError where peft is missing, where a target names no layer, or where one is the
     embedding or the head: the loss takes the head's weight as it is.
@@ -27,11 +27,11 @@ def attach(student: CausalLM, config: LoraConfig, revision: str | None, seed: in
         ) from error
     targets = config.lora_target_modules
     if "all-linear" not in targets:
-        names = [name for name, _ in student.model.named_modules()]
+        layers = [layer for layer, _ in model.named_modules()]
         for target in targets:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
+            if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
                 raise ConfigError(
-                    f"--lora-target-modules {target}: {student.files.name} has no layer of that"
+                    f"--lora-target-modules {target}: {name} has no layer of that"
                     " name. Give the last parts of layers' names, as q_proj, or all-linear."
                 )
     elif len(targets) > 1:
@@ -44,18 +44,18 @@ def attach(student: CausalLM, config: LoraConfig, revision: str | None, seed: in
         task_type="CAUSAL_LM",
         revision=revision,
     )
-    ends = (student.model.get_input_embeddings(), student.model.get_output_embeddings())
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
     torch.manual_seed(seed)
     try:
-        adapted = peft.get_peft_model(student.model, settings)
+        adapted = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise ConfigError(f"--lora-target-modules {' '.join(targets)}: {error}") from error
-    found = (student.model.get_input_embeddings(), student.model.get_output_embeddings())
+    found = (model.get_input_embeddings(), model.get_output_embeddings())
     if any(now is not before for now, before in zip(found, ends, strict=True)):
         raise ConfigError(
             "--lora-target-modules: the embedding and the output head cannot have an adapter here."
         )
-    adapted.peft_config["default"].base_model_name_or_path = student.files.name
+    adapted.peft_config["default"].base_model_name_or_path = name
     return adapted
 
 

@@ -84,6 +84,19 @@ class CausalLM:
         return weight if vocab_size in (None, weight.shape[0]) else weight[:vocab_size]
 
 
+def skeleton(files: ModelFiles, trust_remote_code: bool) -> Any:
+    """The model without weights, on torch's meta device: its layers and their sizes. Raises
+    ConfigError where its configuration gives none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(files.path), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
+
+
 def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

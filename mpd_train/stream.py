@@ -128,6 +128,10 @@ class ShardSet:
         """What these shards are (their hashes), for a checkpoint that must resume on the same."""
         return [_committed_hash(file) for file in self.files]
 
+    def lengths(self) -> list[int]:
+        """Tokens of each kept row, prompt and rewrite."""
+        return [int(n) for g in self.groups for n in g.num_tokens[g.num_loss_tokens > 0]]
+
     def load(self, group: int) -> dict[str, pa.ChunkedArray]:
         """The training columns of a row group; the last window's worth of groups is kept."""
         if group not in self._cache:
@@ -246,11 +250,7 @@ def make_packs(
         lengths = [int(shards.groups[g].num_tokens[r]) for g, r in rows]
         for i, length in enumerate(lengths):
             if length > pack_length:
-                group = shards.groups[rows[i][0]]
-                raise ConfigError(
-                    f"{group.path}, row {rows[i][1]} of row group {group.index}: {length} tokens"
-                    f" do not fit --pack-length {pack_length}. Raise it; nothing is cut off here."
-                )
+                raise ConfigError(_too_long(shards.groups[rows[i][0]], rows[i][1], pack_length))
         window = []
         for members in _best_fit(lengths, pack_length):
             chosen = tuple((int(rows[i][0]), int(rows[i][1])) for i in members)
@@ -264,6 +264,22 @@ def make_packs(
         # Inside the window only: the row groups that a pack draws on are then still in memory.
         packs += [window[i] for i in rng.permutation(len(window))]
     return packs
+
+
+def overlong(shards: ShardSet, pack_length: int) -> list[str]:
+    """Why `make_packs` would refuse, for every kept row that is longer than a pack."""
+    return [
+        _too_long(group, int(row), pack_length)
+        for group in shards.groups
+        for row in np.flatnonzero((group.num_loss_tokens > 0) & (group.num_tokens > pack_length))
+    ]
+
+
+def _too_long(group: _Group, row: int, pack_length: int) -> str:
+    return (
+        f"{group.path}, row {row} of row group {group.index}: {int(group.num_tokens[row])} tokens"
+        f" do not fit --pack-length {pack_length}. Raise it; nothing is cut off here."
+    )
 
 
 def _best_fit(lengths: list[int], capacity: int) -> list[list[int]]:

@@ -28,13 +28,11 @@ import click
 from pydantic import BaseModel, Field
 
 from mpd_data import compare as comparison
-from mpd_data.checkers import make_checker
-from mpd_data.cli import EXIT_FAILED_ROWS, run_command
+from mpd_data.cli import DRY_RUN, EXIT_FAILED_ROWS, PLAN_JSON, run_command
 from mpd_data.config import RewriteConfig, RolloutsConfig, Strict
 from mpd_data.errors import ConfigError, MPDError
-from mpd_data.models import load_tokenizer, resolve_model, tokenizer_hash
+from mpd_data.models import resolve_model
 from mpd_data.options import arguments, parse
-from mpd_data.rollouts import read_prompts
 from mpd_data.shards import write_json_atomic
 from mpd_data.stats import plot_lengths
 from mpd_data.table import format_table
@@ -68,13 +66,14 @@ class Pipeline(Strict):
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the pipeline; `out` is the folder it makes."""
+    """One command of the pipeline, with its settings; `out` is the folder it makes."""
 
     label: str
     why: str
     program: str
     command: list[str]
     out: Path
+    config: RolloutsConfig | RewriteConfig | TrainConfig
 
 
 def load_pipeline(path: Path, overrides: tuple[str, ...]) -> Pipeline:
@@ -159,6 +158,7 @@ class Plan:
             "mpd-gen",
             ["rollouts", *arguments(rollouts)],
             data,
+            rollouts,
         )
         rewrite = _stage(
             RewriteConfig,
@@ -172,6 +172,7 @@ class Plan:
             "mpd-gen",
             ["rewrite", *arguments(rewrite)],
             data / "distill",
+            rewrite,
         )
         train = _stage(
             TrainConfig,
@@ -190,6 +191,7 @@ class Plan:
             "mpd-train",
             arguments(train),
             train.out / "model",
+            train,
         )
 
     def evaluations(self, round_: int) -> Iterator[Step]:
@@ -212,6 +214,7 @@ class Plan:
                 "mpd-gen",
                 ["rollouts", *arguments(rollouts)],
                 rollouts.out,
+                rollouts,
             )
 
     def all_steps(self) -> list[Step]:
@@ -240,25 +243,35 @@ def _inputs(step: Step) -> dict[str, str]:
     return found
 
 
+class Finished:
+    """The steps that OUT/finished.jsonl says are done; nothing is written."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / "finished.jsonl"
+        # A kill can tear the last line: its step is asked again, and resumes.
+        self.whole = self.path.read_bytes() if self.path.exists() else b""
+        self.whole = self.whole[: self.whole.rfind(b"\n") + 1]
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in self.whole.splitlines()]
+
+    def holds(self, step: Step) -> bool:
+        """Whether `step` has finished, with the inputs that are there now."""
+        now = ([step.program, *step.command], _inputs(step))
+        return step.out.exists() and any((r["command"], r["inputs"]) == now for r in self.records)
+
+
 class Runner:
     """Runs steps as processes and remembers in OUT/finished.jsonl which are done."""
 
     def __init__(self, out: Path, environment: dict[str, str], total: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self._path = out / "finished.jsonl"
+        self._finished = Finished(out)
+        self._path = self._finished.path
+        if self._path.exists():
+            self._path.write_bytes(self._finished.whole)
         self._environment = {**os.environ, **environment}
         self._total = total
         self._number = 0
-        self._finished: list[tuple[list[str], dict[str, str]]] = []
-        self.failed_rows = False
-        if self._path.exists():
-            # A kill can tear the last line: it is cut off, its step asked again, and resumes.
-            whole = self._path.read_bytes().rpartition(b"\n")
-            self._path.write_bytes(whole[0] + whole[1])
-            for line in whole[0].splitlines():
-                record = json.loads(line)
-                self._finished.append((record["command"], record["inputs"]))
-                self.failed_rows |= record["exit_code"] == EXIT_FAILED_ROWS
+        self.failed_rows = any(r["exit_code"] == EXIT_FAILED_ROWS for r in self._finished.records)
 
     def run(self, steps: list[Step], parallel: int = 1) -> None:
         """Runs `steps`, up to `parallel` at a time. Raises MPDError if one fails."""
@@ -266,8 +279,7 @@ class Runner:
         for step in steps:
             self._number += 1
             head = f"[{self._number}/{self._total}] {step.label}"
-            command = [step.program, *step.command]
-            if step.out.exists() and (command, _inputs(step)) in self._finished:
+            if self._finished.holds(step):
                 click.echo(f"{head}: done before", err=True)
                 continue
             click.echo(f"{head}: {step.why}", err=True)
@@ -351,30 +363,21 @@ def show(summary: dict[str, Any]) -> None:
     click.echo(f"\n{format_table(sets)}", err=True)
 
 
-def check_inputs(pipeline: Pipeline, plan: Plan) -> None:
-    """Finds out now what would else stop the pipeline hours in: models, tokenizers, prompts.
+def check_inputs(pipeline: Pipeline, out: Path) -> None:
+    """Finds out now what would else stop the pipeline hours in: both models, with their weights,
+    and all that a dry run checks. Raises ConfigError or DataError."""
+    from pipelines.plan import plan_pipeline
 
-    Raises ConfigError or DataError.
-    """
-    tokenizer: dict[str, str] = {}
     for name in (pipeline.student, pipeline.teacher):
-        tokenizer[name] = tokenizer_hash(load_tokenizer(resolve_model(name)))
-    if tokenizer[pipeline.student] != tokenizer[pipeline.teacher]:
-        raise ConfigError(
-            f"{pipeline.student} and {pipeline.teacher} have different tokenizers; both models must"
-            " share one: choose models of one family."
-        )
-    for settings in (pipeline.rollouts, *(chosen.rollouts for chosen in pipeline.evaluation)):
-        config = _stage(RolloutsConfig, "rollouts", settings, {"model": "", "out": Path()})
-        read_prompts(config, make_checker(config.checker, config.answer_formats))
-    plan.all_steps()
+        resolve_model(name)
+    plan_pipeline(pipeline, out)
 
 
 def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
     """Runs what is not finished of `pipeline` in `out` and returns its summary, with
     `failed_rows` true where a stage left rows in errors/."""
     plan = Plan(pipeline, out)
-    check_inputs(pipeline, plan)
+    check_inputs(pipeline, out)
     runner = Runner(out, pipeline.environment, len(plan.all_steps()))
     write_json_atomic(out / "pipeline.json", pipeline.model_dump(mode="json"))
     runner.run(list(plan.evaluations(0)), pipeline.parallel_evaluations)
@@ -409,9 +412,25 @@ def _seeds_table(summaries: list[dict[str, Any]]) -> str:
 @click.option(
     "--seeds", type=click.IntRange(1), help="Run seeds 0 … N-1 into OUT/seed0 … and compare them."
 )
+@DRY_RUN
+@PLAN_JSON
 @click.version_option(package_name="mixed-policy-distillation")
-def cli(pipeline: Path, out: Path, overrides: tuple[str, ...], seeds: int | None) -> None:
+def cli(
+    pipeline: Path,
+    out: Path,
+    overrides: tuple[str, ...],
+    seeds: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Run a whole distillation PIPELINE (TOML) into OUT. Run again to resume."""
+    if dry_run:
+        from pipelines.plan import plan_pipeline, show_pipeline
+
+        folder = out if seeds is None else out / "seed0"
+        planned = plan_pipeline(load_pipeline(pipeline, overrides), folder)
+        show_pipeline(planned, as_json, prompts=True)
+        return
     if seeds is None:
         summary = run_pipeline(load_pipeline(pipeline, overrides), out)
         show(summary)

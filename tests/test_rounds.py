@@ -11,8 +11,9 @@ import tomllib
 import pytest
 from conftest import ROOT, command, environment, run
 
+from mpd_data.config import RolloutsConfig
 from mpd_data.errors import ConfigError
-from pipelines.rounds import Plan, Runner, Step, _inputs, load_pipeline
+from pipelines.rounds import Finished, Plan, Runner, Step, _inputs, load_pipeline
 
 POCKET = ROOT / "pipelines" / "pocket" / "pipeline.toml"
 
@@ -121,9 +122,10 @@ def test_bad_settings_are_named(small, tmp_path, override, message):
 
 
 def test_a_failing_stage_stops_the_pipeline(small, tmp_path):
-    bad = "evaluation.0.rollouts.engine.max_model_len=99999"
+    # No dry run can tell that the engine will not start with this.
+    bad = "evaluation.0.rollouts.engine.kv_cache_gib=0.000001"
     said = run("mpd-rounds", small, "--out", tmp_path / "o", "--set", bad, code=1)
-    assert "over the model's context" in said.stderr
+    assert "vLLM cannot start" in said.stderr
     assert "base: evaluate test ended with exit code 1" in said.stderr
     assert not (tmp_path / "o" / "summary.json").exists()
 
@@ -134,6 +136,9 @@ def test_a_failing_stage_stops_the_pipeline(small, tmp_path):
         ("teacher=nowhere", "nowhere: not a folder here"),
         ("evaluation.2.rollouts.prompts=['nowhere.jsonl']", "nowhere.jsonl: no such file"),
         ("rollouts.answer_column=gold", "no column 'gold'"),
+        ("evaluation.1.rollouts.engine.max_model_len=9999", "over the model's context"),
+        ("rewrite.num_candidates=2", "--num-candidates 2 at --temperature 0"),
+        ("train.lora={lora_r=2, lora_target_modules=['x']}", "has no layer of that name"),
     ],
 )
 def test_what_would_fail_hours_in_fails_at_once(small, tmp_path, override, message):
@@ -147,14 +152,15 @@ def test_changed_inputs_and_torn_records_are_done_again(tmp_path):
     prompts.write_text("a")
     out = tmp_path / "made"
     out.mkdir()
-    step = Step("label", "why", "mpd-gen", ["rollouts", str(prompts), str(out)], out)
+    config = RolloutsConfig(model="m", prompts=[str(prompts)], out=out)
+    step = Step("label", "why", "mpd-gen", ["rollouts", str(prompts), str(out)], out, config)
     record = {"command": ["mpd-gen", *step.command], "inputs": _inputs(step), "exit_code": 0}
     (tmp_path / "finished.jsonl").write_text(json.dumps(record) + '\n{"command": ["mp')
 
     def is_done():
-        runner = Runner(tmp_path, {}, 1)
+        Runner(tmp_path, {}, 1)
         assert (tmp_path / "finished.jsonl").read_text().endswith("\n")
-        return (["mpd-gen", *step.command], _inputs(step)) in runner._finished
+        return Finished(tmp_path).holds(step)
 
     assert is_done()
     prompts.write_text("ab")

@@ -14,7 +14,7 @@ from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engine import RequestError, Scores, start_engine
 from mpd_data.models import load_tokenizer, resolve_model
 from mpd_data.prompts import ChatFormatter
-from mpd_data.rewrite import as_float16, tail_logprobs
+from mpd_data.scores import as_float16, tail_logprobs
 from mpd_data.shards import RoundDir, read_metadata
 from mpd_data.template import load_template
 

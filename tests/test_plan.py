@@ -1,0 +1,527 @@
+"""Dry runs: what they check and predict, and that they write nothing; --limit; speeds."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from conftest import (
+    ROOT,
+    STUDENT,
+    command,
+    rewrite_arguments,
+    rollout_arguments,
+    run,
+    write_jsonl,
+)
+from hub import Hub
+from test_prompts import OFF, QWEN
+
+from mpd_data.cli import cli as gen
+from mpd_data.errors import ConfigError, MPDError
+from mpd_data.models import device_name
+from mpd_data.plan import Learned, distill_bytes, learn, rollout_bytes
+from mpd_data.shards import RoundDir
+from mpd_train.cli import cli as train
+from pipelines.rounds import cli as rounds
+
+
+def ask(program, *arguments):
+    """A dry run in this process, which has loaded what it needs: (stdout, stderr). Raises what
+    the command would print as an error."""
+    command = {"mpd-gen": gen, "mpd-train": train, "mpd-rounds": rounds}[program]
+    result = CliRunner().invoke(command, [*map(str, arguments), "--dry-run"])
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout, result.stderr
+
+
+def dry(program, *arguments):
+    """What a dry run prints as JSON."""
+    return json.loads(ask(program, *arguments, "--json")[0])
+
+
+def content(folder):
+    """Names, sizes and times of all that lies in a folder."""
+    files = (p for p in sorted(folder.rglob("*")))
+    return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
+def rows(round_dir, stage):
+    return pl.read_parquet(round_dir / stage / "*.parquet")
+
+
+# -- what is there already -------------------------------------------------------------------
+
+
+def test_a_new_round_is_planned_and_not_made(round_dir, prompts, tmp_path):
+    out = tmp_path / "data" / "new"
+    arguments = rollout_arguments(prompts, out)
+    plan = dry("mpd-gen", *arguments)
+    there = rows(round_dir, "rollouts")
+    lengths = there["num_prompt_tokens"]
+    assert (plan["rows"], plan["committed"], plan["owed"]) == (240, 0, 240)
+    assert plan["prompt_tokens"] == {"mean": round(lengths.mean(), 1), "max": lengths.max()}
+    (first,) = plan["shown"]
+    (shown,) = there.filter(pl.col("prompt") == first["text"])["num_prompt_tokens"].unique()
+    assert first["num_tokens"] == shown
+    assert (plan["tokens_expected"], plan["tokens_at_most"]) == (None, 240 * 400)
+    assert plan["disk_bytes"] > sum(p.stat().st_size for p in (round_dir / "rollouts").iterdir())
+    # What is not at its default, as it stands on the command line.
+    assert plan["settings"][:2] == ["--model", str(STUDENT)]
+    assert "--temperature" not in plan["settings"]
+    stdout, said = ask("mpd-gen", *arguments)
+    assert stdout == ""
+    assert "first prompt (" in said
+    assert "<|im_start|>user\n  | " in said
+    assert re.search("tokens owed, at most +96,000", said)
+    assert "--limit 64" in said
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_finished_round_owes_nothing_and_stays_as_it_is(round_dir, prompts, tmp_path):
+    before = content(round_dir)
+    plan = dry("mpd-gen", *rollout_arguments(prompts, round_dir))
+    assert (plan["rows"], plan["committed"], plan["owed"]) == (240, 240, 0)
+    assert plan["tokens_expected"] == 0
+    plan = dry("mpd-gen", *rewrite_arguments(round_dir))
+    assert (plan["rows"], plan["committed"], plan["owed"]) == (240, 240, 0)
+    changed = [*rewrite_arguments(round_dir), "--refilter", "--max-ratio", 0.5]
+    plan = dry("mpd-gen", *changed)
+    frame = rows(round_dir, "distill")
+    kept = frame.filter((pl.col("status") == "ok") & (pl.col("compression_ratio") <= 0.5)).height
+    assert plan["details"]["ok"] == f"{(frame['status'] == 'ok').sum()} -> {kept}"
+    assert plan["details"]["rewrites to score"] == 0
+    plan = dry("mpd-gen", *rewrite_arguments(round_dir), "--refilter", "--no-keep-answer",
+               "--no-require-correct")  # fmt: skip
+    newly = frame.filter(
+        pl.col("status").is_in(["answer_changed", "incorrect"]) & (pl.col("compression_ratio") <= 1)
+    )
+    assert plan["details"]["rewrites to score"] == newly.height > 0
+    assert plan["details"]["tokens to score"] == newly["num_rewritten_tokens"].sum()
+    assert content(round_dir) == before
+
+
+def test_what_was_there_with_other_settings_is_refused(round_dir, prompts, tmp_path):
+    before = content(round_dir)
+    calls = [
+        [*rollout_arguments(prompts, round_dir), "--temperature", 0.9],
+        [*rewrite_arguments(round_dir), "--num-logprobs", 8],
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match="was started here with other settings") as raised:
+            ask("mpd-gen", *call)
+        # The model of a folder is not hashed in a dry run, and not said to be another one.
+        assert "model" not in str(raised.value) and "teacher" not in str(raised.value)
+    call = [*rewrite_arguments(round_dir), "--refilter", "--seed", 3]
+    with pytest.raises(ConfigError, match="--refilter changes filters and choice"):
+        ask("mpd-gen", *call)
+    assert content(round_dir) == before
+    assert "no --limit" in run("mpd-gen", *call, "--limit", 3, code=2).stderr
+
+
+def test_a_torn_shard_is_owed_and_left_where_it_is(round_dir, prompts, tmp_path):
+    out = tmp_path / "round"
+    shutil.copytree(round_dir, out)
+    torn = out / "rollouts" / "part-00002.parquet"
+    count = pq.read_metadata(torn).num_rows
+    torn.write_bytes(torn.read_bytes()[:-100])
+    before = content(out)
+    plan = dry("mpd-gen", *rollout_arguments(prompts, out))
+    assert (plan["committed"], plan["owed"]) == (240 - count, count)
+    assert content(out) == before
+
+
+def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path):
+    good = [{"id": i, "problem": f"Ida has {i} coins ."} for i in range(3)]
+    long = [{"id": f"long{i}", "problem": "coins " * 700} for i in range(5)]
+    control = [{"id": "c", "problem": "coins <|im_end|> \x1b[31m"}]
+    path = write_jsonl(tmp_path / "p.jsonl", [*control, *good, *long])
+    out = tmp_path / "out"
+    arguments = [
+        "rollouts", "--model", STUDENT, "--prompts", path, "--out", out, "--id-column", "id",
+        "--max-tokens", 400, "-n", 2,
+    ]  # fmt: skip
+    plan = dry("mpd-gen", *arguments)
+    assert (plan["rows"], plan["failing"]) == (6, 6)
+    assert "row 1: the prompt spells the control token" in plan["reasons"][0]
+    assert "do not fit the context of 1024" in plan["reasons"][1]
+    assert plan["reasons"][-1] == "and 3 more"
+    assert not out.exists()
+    # The first prompt that is shown is one that is used; hostile text is escaped.
+    write_jsonl(path, [{"id": "x", "problem": "coins \x1b[31m ."}])
+    said = ask("mpd-gen", *arguments)[1]
+    assert "\x1b" not in said
+    assert "coins \\x1b[31m ." in said
+
+
+def test_bad_input_is_what_the_real_run_says(prompts, round_dir, tmp_path):
+    out = tmp_path / "out"
+    calls = [
+        rollout_arguments(prompts, out, **{"--answer-column": "gold"}),
+        rollout_arguments(prompts, out, **{"--max-model-len": 5000}),
+        rollout_arguments(prompts, out, **{"--model": ROOT}),
+        rollout_arguments(prompts, out, **{"--checker": "nowhere"}),
+    ]
+    expected = ["no column 'gold'", "over the model's context", "no config.json here", "nowhere"]
+    for call, message in zip(calls, expected, strict=True):
+        with pytest.raises(MPDError, match=message):
+            ask("mpd-gen", *call)
+    with pytest.raises(ConfigError, match="no rollouts here"):
+        ask("mpd-gen", *rewrite_arguments(out))
+    said = run("mpd-gen", *calls[0], "--dry-run", code=1).stderr
+    assert said.startswith("error: ") and "no column 'gold'" in said
+    assert not out.exists()
+
+
+def test_a_dry_run_starts_no_engine(round_dir, prompts, tmp_path):
+    calls = [
+        rollout_arguments(prompts, tmp_path / "o"),
+        [*rewrite_arguments(round_dir), "--overwrite"],
+    ]
+    code = "from mpd_data.cli import cli\nimport sys\n"
+    for arguments in calls:
+        code += f"cli.main({[*map(str, arguments), '--dry-run']!r}, standalone_mode=False)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(*sorted(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    loaded = done.stdout.split()
+    assert "transformers" in loaded
+    assert "vllm" not in loaded
+
+
+# -- predictions and --limit -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def part(round_dir, prompts, tmp_path_factory):
+    """The first 120 of the round's rollouts, and the first 120 rewrites of all of them."""
+    folder = tmp_path_factory.mktemp("part")
+    rollouts = folder / "rollouts"
+    said = run("mpd-gen", *rollout_arguments(prompts, rollouts), "--limit", 120).stderr
+    assert "120 still owed" in said
+    rewrites = folder / "rewrites"
+    shutil.copytree(round_dir, rewrites, ignore=shutil.ignore_patterns("distill*"))
+    info = json.loads((rewrites / "run.json").read_text())
+    del info["stages"]["distill"]
+    (rewrites / "run.json").write_text(json.dumps(info))
+    said = run("mpd-gen", *rewrite_arguments(rewrites), "--limit", 120).stderr
+    assert "120 still owed" in said
+    return rollouts, rewrites
+
+
+def test_a_limited_run_says_what_the_rest_takes(part, round_dir, prompts):
+    """Expected tokens and bytes are within a quarter of what the whole round then holds."""
+    calls = [
+        ("rollouts", rollout_arguments(prompts, part[0]), "num_completion_tokens"),
+        ("distill", rewrite_arguments(part[1]), "num_rewritten_tokens"),
+    ]
+    for (stage, call, column), folder in zip(calls, part, strict=True):
+        there, whole = rows(folder, stage), rows(round_dir, stage)
+        key = "row_id" if stage == "rollouts" else "rollout_id"
+        assert there.height == 120
+        assert set(there[key]) < set(whole[key])
+        speed = json.loads((folder / "run.json").read_text())["stages"][stage]["speed"]
+        assert speed["rows"] == 120
+        assert speed["tokens"] == there[column].sum()
+        assert speed["device"] == device_name()
+        assert speed["start_seconds"] > 0
+        plan = dry("mpd-gen", *call)
+        assert (plan["rows"], plan["committed"], plan["owed"]) == (240, 120, 120)
+        assert str(folder) in plan["learned_from"]
+        owed = whole.filter(~pl.col(key).is_in(there[key].to_list()))
+        assert plan["tokens_expected"] == pytest.approx(owed[column].sum(), rel=0.25)
+        size = sum(p.stat().st_size for p in (round_dir / stage).iterdir())
+        assert 2 * plan["disk_bytes"] == pytest.approx(size, rel=0.25)
+        seconds = plan["tokens_expected"] * speed["seconds"] / speed["tokens"]
+        assert plan["seconds"] == pytest.approx(seconds + speed["start_seconds"], abs=0.2)
+        assert plan["device"] == speed["device"]
+
+
+def test_without_the_limit_the_rest_follows(part, round_dir, prompts, tmp_path):
+    out = tmp_path / "r"
+    shutil.copytree(part[0], out)
+    said = run("mpd-gen", *rollout_arguments(prompts, out)).stderr
+    assert "240 rollouts, 120 of them new" in said
+    assert "still owed" not in said
+    ours, theirs = (rows(folder, "rollouts").sort("row_id") for folder in (out, round_dir))
+    assert ours.equals(theirs)
+
+
+def test_a_folder_beside_it_teaches(part, round_dir, prompts, tmp_path):
+    shutil.copytree(part[0], tmp_path / "first")
+    plan = dry("mpd-gen", *rollout_arguments(prompts, tmp_path / "second"))
+    assert plan["learned_from"].startswith(str(tmp_path / "first"))
+    assert plan["seconds"] > 0
+    # Rows that were cut earlier say nothing of longer ones.
+    longer = rollout_arguments(prompts, tmp_path / "third", **{"--max-tokens": 500})
+    assert dry("mpd-gen", *longer)["learned_from"] is None
+
+    def found(name, sampling, tokenizer=None):
+        info = json.loads((part[0] / "run.json").read_text())["stages"]["rollouts"]["identity"]
+        tokenizer = tokenizer or info["tokenizer"]
+        alike = {"sampling": {**info["sampling"], **sampling}}
+        return learn(tmp_path / "second", "rollouts", tokenizer, name, alike)
+
+    assert isinstance(found("another", {}), Learned)
+    assert found(str(STUDENT), {"temperature": 0.5}).rows == 120
+    assert found("another", {"temperature": 0.5}) is None
+    assert found(str(STUDENT), {}, tokenizer="other") is None
+
+
+def test_bounds_on_disk_hold(round_dir):
+    """What is said where nothing is known is more than a real round takes, and no nonsense."""
+    student, distill = rows(round_dir, "rollouts"), rows(round_dir, "distill")
+
+    def size(stage):
+        return sum(p.stat().st_size for p in (round_dir / stage).iterdir())
+
+    bound = rollout_bytes(
+        240, student["num_prompt_tokens"].sum(), student["num_completion_tokens"].sum(), 165
+    )
+    assert 1 < bound / size("rollouts") < 2
+    kept = distill.filter(pl.col("status") == "ok")
+    contexts = kept["loss_start"].sum() + kept["teacher_prompt_ids"].list.len().sum()
+    bound = distill_bytes(240, contexts, kept["num_rewritten_tokens"].sum(), 64, 165)
+    assert 1 < bound / size("distill") < 2
+
+
+def test_a_shorter_run_does_not_replace_a_longer_ones_speed(tmp_path):
+    round_dir = RoundDir(tmp_path)
+    round_dir.claim("rollouts", {"a": 1}, {})
+
+    def record(count, device):
+        round_dir.record_speed("rollouts", {"rows": count, "device": device})
+        round_dir.claim("rollouts", {"a": 1}, {"more": count})
+        return round_dir.run_info()["stages"]["rollouts"]["speed"]["rows"]
+
+    assert record(10, "cpu") == 10
+    assert record(5, "cpu") == 10
+    assert record(20, "cpu") == 20
+    assert record(5, "gpu") == 5
+
+
+# -- training --------------------------------------------------------------------------------
+
+
+def test_a_training_is_planned(round_dir, tmp_path):
+    def arguments(out, *more):
+        return ["--shards", round_dir, "--student", STUDENT, "--out", tmp_path / out, *more]
+
+    call = arguments("one", "--pack-length", 1024)
+    plan = dry("mpd-train", *call)
+    assert list(tmp_path.iterdir()) == []
+    run("mpd-train", *call)
+    lines = [json.loads(x) for x in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert plan["details"]["steps"] == len(lines)
+    assert plan["tokens_expected"] == sum(line["tokens"] for line in lines)
+    assert plan["details"]["loss tokens"] == sum(line["loss_tokens"] for line in lines)
+    size = sum(p.stat().st_size for p in (tmp_path / "one" / "model").iterdir())
+    assert plan["disk_bytes"] == pytest.approx(size, rel=0.05)
+    assert plan["seconds"] is None
+    assert dry("mpd-train", *call)["owed"] == 0
+    with pytest.raises(ConfigError, match="started with other settings"):
+        ask("mpd-train", *arguments("one", "--pack-length", 2048))
+
+    plan = dry("mpd-train", *arguments("two", "--pack-length", 1024, "--epochs", 2))
+    assert plan["learned_from"].startswith(str(tmp_path / "one"))
+    per_token = sum(x["seconds"] for x in lines) / sum(x["tokens"] for x in lines)
+    assert plan["seconds"] == pytest.approx(plan["tokens_expected"] * per_token, abs=0.1)
+    assert plan["device"] == "cpu"
+
+    lengths = rows(round_dir, "distill").filter(pl.col("status") == "ok")
+    lengths = lengths["loss_start"] + lengths["num_rewritten_tokens"]
+    plan = dry("mpd-train", *arguments("three", "--pack-length", 90))
+    assert plan["failing"] == (lengths > 90).sum() > 3
+    assert "do not fit --pack-length 90" in plan["reasons"][0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one"]
+
+
+# -- pipelines -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pocket(prompts, tmp_path_factory):
+    """The pocket pipeline, on the fixtures' prompts."""
+    text = (ROOT / "pipelines" / "pocket" / "pipeline.toml").read_text()
+    for name in ("train", "test", "ood"):
+        text = text.replace(f"data/pocket/{name}.jsonl", str(prompts))
+    for size in ("320", "1000", "500"):
+        text = text.replace(f"num_prompts = {size}", "num_prompts = 24")
+    path = tmp_path_factory.mktemp("pocket") / "small.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_pipeline_is_planned_from_a_round_beside_it(pocket, round_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "run"
+    shutil.copytree(round_dir, out / "data" / "round9")
+    before = content(out)
+    found = dry("mpd-rounds", pocket, "--out", out)
+    plans = {step["label"]: step["plan"] for step in found["steps"]}
+    assert len(plans) == 15
+    drafts, rewrites = rows(round_dir, "rollouts"), rows(round_dir, "distill")
+    kept = rewrites.filter(pl.col("status") == "ok")
+    for round_ in (1, 2):
+        plan = plans[f"round {round_}: rollouts"]
+        expected = 96 * drafts["num_completion_tokens"].mean()
+        assert plan["tokens_expected"] == pytest.approx(expected, abs=1)
+        plan = plans[f"round {round_}: rewrite"]
+        asked = 96 * (1 - (drafts["finish_reason"] == "length").mean())
+        per_row = rewrites["num_rewritten_tokens"].sum() / 240
+        assert plan["tokens_expected"] == pytest.approx(asked * per_row, rel=0.02)
+        plan = plans[f"round {round_}: train"]
+        assert plan["rows"] == pytest.approx(asked * kept.height / 240, rel=0.02)
+        length = (kept["loss_start"] + kept["num_rewritten_tokens"]).mean()
+        assert plan["tokens_expected"] == pytest.approx(plan["rows"] * length, rel=0.05)
+    assert plans["base: evaluate test"]["tokens_expected"] is None
+    assert content(out) == before
+    table = run("mpd-gen", "plan", pocket, "--out", out).stderr
+    assert "round 2: train" in table
+    assert "first prompt" not in table
+    assert f"learned from {out}/data/round9" in table
+
+
+QWEN_CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40960,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151936,
+}
+QWEN_SIZES = {
+    "Qwen/Qwen3-1.7B": {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-8B": {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+# The datasets' real columns, splits and configs; the rows are made up.
+QWEN_DATA = {
+    "nvidia/OpenMathInstruct-2": (
+        "default", "train_1M", 2100,
+        lambda i: {"problem": f"What is {i} + 1 ?", "generated_solution": "…",
+                   "expected_answer": str(i + 1), "problem_source": "augmented_gsm8k"},
+    ),
+    "openai/gsm8k": (
+        "main", "test", 20,
+        lambda i: {"question": f"Ida has {i} coins .", "answer": f"{i} - 0 = {i}\n#### {i}"},
+    ),
+    "HuggingFaceH4/MATH-500": (
+        "default", "test", 20,
+        lambda i: {"problem": f"Find ${i}x$ .", "solution": "…", "answer": rf"\frac{{{i}}}{{7}}",
+                   "subject": "Algebra", "level": 3, "unique_id": f"test/{i}"},
+    ),
+    "HuggingFaceH4/aime_2024": (
+        "default", "train", 30,
+        lambda i: {"id": i, "problem": f"Let {i} be .", "solution": "…", "answer": f"{i:03}",
+                   "url": "…", "year": "2024"},
+    ),
+    "math-ai/aime25": (
+        "default", "test", 30,
+        lambda i: {"problem": f"Let {i} be .", "answer": str(i), "id": str(i)},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def qwen_hub(tmp_path_factory):
+    """Stand-ins of the models (configurations and a tokenizer, no weights) and datasets that the
+    Qwen3 pipeline names."""
+    with Hub() as hub:
+        for name, sizes in QWEN_SIZES.items():
+            folder = tmp_path_factory.mktemp("model")
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copyfile(STUDENT / file, folder / file)
+            (folder / "chat_template.jinja").write_text(QWEN)
+            (folder / "config.json").write_text(json.dumps(QWEN_CONFIG | sizes))
+            hub.add("models", name, folder)
+        for name, (config, split, count, row) in QWEN_DATA.items():
+            folder = tmp_path_factory.mktemp("dataset")
+            (folder / "data").mkdir()
+            (folder / "README.md").write_text(
+                f"---\nconfigs:\n- config_name: {config}\n  data_files:\n"
+                f"  - {{split: {split}, path: data/{split}-*.parquet}}\n---\n"
+            )
+            table = pa.Table.from_pylist([row(i) for i in range(count)])
+            pq.write_table(table, folder / "data" / f"{split}-00000-of-00001.parquet")
+            hub.add("datasets", name, folder)
+        yield hub
+
+
+def test_the_qwen3_pipeline_is_sound_in_every_stage(qwen_hub, tmp_path):
+    command_ = command("mpd-rounds", "pipelines/qwen3-1.7b/pipeline.toml", "--out")
+    done = subprocess.run(
+        [*command_, tmp_path / "run", "--dry-run", "--json"],
+        cwd=ROOT,
+        env=qwen_hub.environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    plans = {step["label"]: step["plan"] for step in found["steps"]}
+    assert len(plans) == 4 + 3 * (3 + 4)
+    assert all(plan["failing"] == 0 for plan in plans.values())
+    drafts, rewrite, training = (plans[f"round 3: {s}"] for s in ("rollouts", "rewrite", "train"))
+    assert (drafts["rows"], drafts["tokens_at_most"]) == (8000, 8000 * 27000)
+    assert (rewrite["rows"], rewrite["tokens_at_most"]) == (8000, 8000 * 10000)
+    assert plans["base: evaluate aime24"]["rows"] == 30 * 16
+    # The student thinks, the teacher rewrites without.
+    (student,), (teacher,) = drafts["shown"], rewrite["shown"]
+    assert "\\boxed{}" in student["text"]
+    assert student["text"].endswith("<|im_start|>assistant\n")
+    assert teacher["text"].endswith("<|im_start|>assistant\n" + OFF)
+    assert "Rewrite the draft" in teacher["text"]
+    # The context budget.
+    longest = drafts["prompt_tokens"]["max"]
+    asked = plans["round 1: rewrite"]["details"]["longest rewrite prompt + draft + rewrite"]
+    assert 37000 < asked <= 40960
+    assert f"prompt {longest} + rewrite 10,000 = {longest + 10000:,} of pack_length" in str(
+        training["notes"]
+    )
+    budget = [note for plan in plans.values() for note in plan["notes"]]
+    assert len(budget) == 9
+    assert all(note.endswith(": fits") for note in budget)
+    # Rank 64 on every linear layer of 28, from the configuration alone.
+    assert training["details"]["trained parameters"] == "69,730,304"
+    assert training["details"]["parameters"] == "1,720,574,976"
+    served = {name.partition("/Qwen3")[0] for name in qwen_hub.served if "safetensors" in name}
+    assert served == set()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_that_does_not_hold_is_said(pocket, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sets = ["rounds=1", "rewrite.sampling.max_tokens=600", "train.pack_length=300"]
+    arguments = [a for s in sets for a in ("--set", s)]
+    said = ask("mpd-rounds", pocket, "--out", tmp_path / "o", *arguments)[1]
+    assert "first prompt" in said and "first rewrite prompt" in said
+    assert re.search(rf"mpd-gen rewrite .*--shards {tmp_path}/o/data/round1 .*--limit 64", said)
+    assert "of the teacher's context of 1,024: OVER by" in said
+    assert "of pack_length 300: OVER by" in said
+    bad = ["--set", "rewrite.num_candidates=2"]
+    with pytest.raises(ConfigError, match="--num-candidates 2 at --temperature 0"):
+        ask("mpd-rounds", pocket, "--out", tmp_path / "o", *bad)
+    assert not (tmp_path / "o").exists()
