@@ -6,7 +6,6 @@ stages count apart from a wrong answer. Models write what is read here, so readi
 proportion to the text; comparing may take long (`math`), and runs under `checks.CheckPool`.
 """
 
-import difflib
 import importlib
 import importlib.util
 import json
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mpd_data.config import ANSWER_FORMATS, AnswerFormat
-from mpd_data.errors import ConfigError
+from mpd_data.errors import ConfigError, nearest
 
 # Nothing longer is taken for a marked answer: nested marks would make each other's text count.
 MAX_ANSWER = 2000
@@ -390,8 +389,8 @@ def make_checker(name: str, formats: Sequence[AnswerFormat] = ANSWER_FORMATS) ->
     if ":" in name:
         return _own_checker(name, formats)
     if name not in CHECKERS:
-        near = difflib.get_close_matches(name, CHECKERS, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        near = nearest(name, CHECKERS)
+        hint = "" if near is None else f" Did you mean {near!r}?"
         raise ConfigError(
             f"checker {name!r}: unknown; there are {', '.join(sorted(CHECKERS))}, or your own as"
             f" package.module:Name.{hint}"

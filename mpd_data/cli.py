@@ -5,13 +5,14 @@ Exit codes: 0 done, 1 fatal, 2 usage, 3 done with failed rows (in errors/), 130 
 """
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mpd_data.config import RewriteConfig, RolloutsConfig
+from mpd_data.config import InitConfig, RewriteConfig, RolloutsConfig
 from mpd_data.errors import MPDError
 from mpd_data.options import build, config_options
 
@@ -38,6 +39,9 @@ DRY_RUN = click.option(
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout.")
 PLAN_JSON = click.option(
     "--json", "as_json", is_flag=True, help="With --dry-run: print JSON to stdout."
+)
+_BY = click.option(
+    "--by", metavar="NAME", help="Also by the values of NAME, a key of the rollouts' metadata."
 )
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
@@ -75,6 +79,20 @@ def run_command(command: click.Command) -> None:
 @click.version_option(package_name="mixed-policy-distillation")
 def cli() -> None:
     """Stage one of Mixed-Policy Distillation: generate, rewrite, inspect."""
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@config_options(InitConfig)
+def init(folder: Path, **options: Any) -> None:
+    """Write FOLDER/pipeline.toml, a commented pipeline for your models and prompts."""
+    from mpd_data.init import run_init
+
+    config = build(InitConfig, options)
+    for line in run_init(folder, config):
+        click.echo(line, err=True)
+    pipeline, out = shlex.quote(str(folder / "pipeline.toml")), shlex.quote(str(folder / "out"))
+    click.echo(f"wrote {pipeline}; next: mpd-rounds {pipeline} --out {out} --dry-run", err=True)
 
 
 @cli.command()
@@ -168,18 +186,21 @@ def _finish(summary: str, failed: int, owed: int) -> None:
 @cli.command()
 @click.argument("rounds", nargs=-1, required=True, type=_FOLDER)
 @_JSON
+@_BY
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw trace lengths to this file.")
-def stats(rounds: tuple[Path, ...], as_json: bool, plot: Path | None) -> None:
+def stats(rounds: tuple[Path, ...], as_json: bool, by: str | None, plot: Path | None) -> None:
     """Trace-length statistics of ROUNDS."""
     from mpd_data.stats import plot_lengths, round_stats
-    from mpd_data.table import format_table
+    from mpd_data.table import format_histogram, format_table, plain
 
-    tables = round_stats(list(rounds))
+    tables = round_stats(list(rounds), by)
     if as_json:
         click.echo(json.dumps(tables, indent=2))
     else:
         for name, rows in tables.items():
-            click.echo(f"\n{name.replace('_', ' ')}\n{format_table(rows)}", err=True)
+            title = f"by {plain(by)}" if name == "groups" else name.replace("_", " ")
+            text = format_histogram(rows) if name == "trace_lengths" else format_table(rows)
+            click.echo(f"\n{title}\n{text}", err=True)
     if plot is not None:
         plot_lengths({str(path): path for path in rounds}, plot)
         click.echo(f"wrote {plot}", err=True)
@@ -204,17 +225,21 @@ def validate(rounds: tuple[Path, ...]) -> None:
 @click.argument("base", type=_FOLDER)
 @click.argument("new", type=_FOLDER)
 @_JSON
-def compare(base: Path, new: Path, as_json: bool) -> None:
+@_BY
+def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
     """Compare the rollouts of NEW with those of BASE on the same prompts."""
     from mpd_data import compare as comparison
+    from mpd_data.table import plain
 
-    result = comparison.compare(base, new)
+    result = comparison.compare(base, new, by)
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
         sides = {"base": result["base"], "new": result["new"]}
         click.echo(comparison.table(sides), err=True)
         click.echo(comparison.verdict(result), err=True)
+        if by is not None:
+            click.echo(f"\nby {plain(by)}\n{comparison.groups_table(result['groups'])}", err=True)
 
 
 @cli.command()

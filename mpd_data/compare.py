@@ -14,7 +14,7 @@ import polars as pl
 from mpd_data.errors import ConfigError
 from mpd_data.schema import differences
 from mpd_data.shards import RoundDir, read_metadata
-from mpd_data.stats import collect, scan
+from mpd_data.stats import GROUP_ORDER, collect, scan, with_group
 from mpd_data.table import format_table
 
 RESAMPLES = 10_000
@@ -86,11 +86,14 @@ def evaluate(path: Path) -> dict[str, Any]:
     }
 
 
-def compare(base: Path, new: Path) -> dict[str, Any]:
+def compare(base: Path, new: Path, by: str | None = None) -> dict[str, Any]:
     """Both sides' `evaluate`, the accuracy difference (new - base) and the fraction of tokens
-    saved (1 - new / base), each with a paired 95% bootstrap interval over problems.
+    saved (1 - new / base), each with a paired 95% bootstrap interval over problems (None where
+    there is one problem alone). With `by`, a key of the rollouts' metadata, the same for the
+    problems of each of its values, in `groups`.
 
-    Raises ConfigError unless both were sampled on the same prompts.
+    Raises ConfigError unless both were sampled on the same prompts, and where no rollout has the
+    key `by` or the two sides contradict each other in it.
     """
     left, right = _per_problem(base), _per_problem(new)
     if not left["prompt_id"].equals(right["prompt_id"]):
@@ -99,23 +102,79 @@ def compare(base: Path, new: Path) -> dict[str, Any]:
             f"{base} has {left.height} prompts, {new} has {right.height}, and they share {shared}."
             " A paired comparison needs the same prompts on both sides: sample both from one file."
         )
-    graded = left["accuracy"].null_count() == 0 and right["accuracy"].null_count() == 0
-    names = ["tokens", "accuracy"] if graded else ["tokens"]
-    columns = [side[name].to_numpy() for name in names for side in (left, right)]
-    means = _resampled_means(columns)
-    result: dict[str, Any] = {
+    result = {
         "settings_that_differ": _unlike_settings(base, new),
         "base": evaluate(base),
         "new": evaluate(new),
+        **_paired(left, right),
+    }
+    if by is not None:
+        result["groups"] = _by_group(base, new, by, left, right)
+    return result
+
+
+def _paired(left: pl.DataFrame, right: pl.DataFrame) -> dict[str, Any]:
+    """The differences between two frames of the same problems in the same order."""
+    graded = left["accuracy"].null_count() == 0 and right["accuracy"].null_count() == 0
+    names = ["tokens", "accuracy"] if graded else ["tokens"]
+    columns = [side[name].to_numpy() for name in names for side in (left, right)]
+    result: dict[str, Any] = {
         "token_reduction": float(1 - columns[1].mean() / columns[0].mean()),
-        "token_reduction_interval": _interval(1 - means[1] / means[0]),
-        "accuracy_difference": None,
+        "token_reduction_interval": None,
+        "accuracy_difference": float(columns[3].mean() - columns[2].mean()) if graded else None,
         "accuracy_difference_interval": None,
     }
-    if graded:
-        result["accuracy_difference"] = float(columns[3].mean() - columns[2].mean())
-        result["accuracy_difference_interval"] = _interval(means[3] - means[2])
+    # One problem says nothing of how problems differ.
+    if left.height > 1:
+        means = _resampled_means(columns)
+        result["token_reduction_interval"] = _interval(1 - means[1] / means[0])
+        if graded:
+            result["accuracy_difference_interval"] = _interval(means[3] - means[2])
     return result
+
+
+def _by_group(
+    base: Path, new: Path, by: str, left: pl.DataFrame, right: pl.DataFrame
+) -> list[dict[str, Any]]:
+    """Both sides and their differences for the problems of each value of `by`; a problem's value
+    is taken from whichever side carries it."""
+    rows = scan([base, new], "rollouts")
+    assert rows is not None
+    values = collect(
+        with_group(rows, by)
+        .group_by("prompt_id")
+        .agg(pl.col("group").drop_nulls().unique().sort())
+        .sort("prompt_id")
+    )
+    for prompt_id, found in values.filter(pl.col("group").list.len() > 1).iter_rows():
+        raise ConfigError(
+            f"--by {by!r}: prompt {prompt_id!r} has {found[0]!r} on one side and {found[1]!r} on"
+            " the other. Sample both from one file."
+        )
+    values = values.with_columns(pl.col("group").list.first())
+    groups = []
+    for value in values["group"].unique().to_frame().sort(*GROUP_ORDER, nulls_last=True)["group"]:
+        chosen = values["group"].eq_missing(value)
+        sides = [side.filter(chosen) for side in (left, right)]
+        groups.append(
+            {
+                "group": value,
+                "problems": sides[0].height,
+                "base": _means(sides[0]),
+                "new": _means(sides[1]),
+                **_paired(*sides),
+            }
+        )
+    return groups
+
+
+def _means(problems: pl.DataFrame) -> dict[str, float | None]:
+    """Accuracy and mean tokens as `evaluate` defines them."""
+    graded = problems["accuracy"].null_count() == 0
+    return {
+        "accuracy": float(problems["accuracy"].to_numpy().mean()) if graded else None,
+        "mean_tokens": float(np.average(problems["tokens"], weights=problems["samples"])),
+    }
 
 
 def _unlike_settings(base: Path, new: Path) -> list[str]:
@@ -129,9 +188,10 @@ def _unlike_settings(base: Path, new: Path) -> list[str]:
 
 
 def _percent(value: float | None, interval: list[float] | None) -> str:
-    if value is None or interval is None:
+    if value is None:
         return "-"
-    return f"{100 * value:.1f}% [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    bounds = "" if interval is None else f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    return f"{100 * value:.1f}%{bounds}"
 
 
 def table(sides: dict[str, dict[str, Any]]) -> str:
@@ -150,6 +210,30 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
                 "samples": side["samples"],
             }
             for label, side in sides.items()
+        ]
+    )
+
+
+def side_by_side(result: dict[str, Any]) -> dict[str, str]:
+    """The cells of a table's line: base and new of a `compare` or of one of its groups, with
+    their paired differences (accuracy in points)."""
+    base, new = result["base"], result["new"]
+    return {
+        "accuracy": " -> ".join(_percent(side["accuracy"], None) for side in (base, new)),
+        "difference [95%]": _percent(
+            result["accuracy_difference"], result["accuracy_difference_interval"]
+        ),
+        "tokens": " -> ".join(f"{side['mean_tokens']:,.1f}" for side in (base, new)),
+        "saved [95%]": _percent(result["token_reduction"], result["token_reduction_interval"]),
+    }
+
+
+def groups_table(groups: list[dict[str, Any]]) -> str:
+    """The `groups` of `compare` as a table, one line per value."""
+    return format_table(
+        [
+            {"group": group["group"], "problems": group["problems"], **side_by_side(group)}
+            for group in groups
         ]
     )
 

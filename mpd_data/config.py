@@ -16,8 +16,13 @@ class Strict(BaseModel):
 
 
 class EngineConfig(Strict):
-    """How the engine runs a model. Of these only `dtype` changes what comes out."""
+    """How the engine runs a model. Of these only `dtype` changes what comes out; with another
+    backend the same distributions are sampled with other random numbers."""
 
+    backend: Literal["vllm", "transformers"] = Field(
+        "vllm",
+        description="Engine. transformers: slower, for machines where vLLM does not install.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the engine."
     )
@@ -29,13 +34,14 @@ class EngineConfig(Strict):
         None,
         ge=1,
         description="Tokens per engine step. Bounds the memory of scoring on a GPU:"
-        " tokens x vocabulary x 4 bytes, outside vLLM's own memory profile.",
+        " tokens x vocabulary x 4 bytes, outside vLLM's own memory profile. Default: vLLM's own;"
+        " 2048 with transformers.",
     )
     gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=1, description="Share of the GPU's memory for weights and cache."
+        0.9, gt=0, le=1, description="Share of the GPU's memory for weights and cache (vLLM)."
     )
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one model.")
-    kv_cache_gib: float = Field(1.0, gt=0, description="Cache on a CPU machine, in GiB.")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one model (vLLM).")
+    kv_cache_gib: float = Field(1.0, gt=0, description="Cache on a CPU machine, in GiB (vLLM).")
 
 
 class SamplingConfig(Strict):
@@ -199,3 +205,30 @@ class RewriteConfig(Strict):
     checks: CheckConfig = CheckConfig()
     engine: EngineConfig = EngineConfig()
     output: OutputConfig = OutputConfig()
+
+
+class InitConfig(Strict):
+    """`mpd-gen init`."""
+
+    student: str = Field(description="Student: a model folder or hub id.")
+    teacher: str = Field(description="Teacher: a model folder or hub id, of the same family.")
+    prompts: str = Field(
+        description="Training prompts: a JSONL, CSV or Parquet file, or"
+        " hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG]."
+    )
+    test: str | None = Field(
+        None, description="Held-out prompts; default: a part of --prompts, where it is a file."
+    )
+    prompt_column: str | None = Field(
+        None, description="Column of the problem's text; default: found by its usual names."
+    )
+    answer_column: str | None = Field(
+        None, description="Column of gold answers; default: found by its usual names, if any."
+    )
+    id_column: str | None = Field(
+        None, description="Column of unique ids; default: found by its usual names, if any."
+    )
+    checker: str | None = Field(
+        None,
+        description="How answers are compared, as for rollouts; default: by the gold answers.",
+    )

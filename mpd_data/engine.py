@@ -3,22 +3,19 @@
 One small protocol serves both stages: `submit_*` adds a request, `step` advances the engine
 and returns what finished. A stage keeps a bounded number of requests in flight and refills as
 results return, so that no batch waits for its slowest member and memory does not grow with
-the job. vLLM is the engine; it is imported only when an engine is started.
+the job. vLLM is the engine, transformers the one for machines where vLLM does not install; either
+is imported only when it is started.
 """
 
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from mpd_data.config import EngineConfig, SamplingConfig
-from mpd_data.errors import ConfigError, EngineError
-from mpd_data.models import ModelFiles
+from mpd_data.models import ModelFiles, context_of
 
 
 @dataclass(frozen=True)
@@ -103,181 +100,20 @@ def pump(
             return
 
 
-def _prepare_environment(on_cpu: bool) -> None:
-    """Settings vLLM reads when it is imported."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # A forked engine would inherit this process's round lock and its CUDA state.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    if on_cpu:
-        # In-process: starts in seconds instead of twenty, and deterministic.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # 'auto' pins every engine of a machine to the same core.
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+def start_engine(
+    model: ModelFiles,
+    config: EngineConfig,
+    trust_remote_code: bool = False,
+    max_logprobs: int = 1,
+) -> Engine:
+    """The engine that `config` names, with `model` loaded. `max_logprobs`: the largest K that it
+    will be asked to score. Raises EngineError where it cannot start, ConfigError for settings that
+    do not fit the model or the engine."""
+    context_of(model, config.max_model_len)
+    if config.backend == "transformers":
+        from mpd_data.transformers_engine import TransformersEngine
 
+        return TransformersEngine(model, config, trust_remote_code)
+    from mpd_data.vllm_engine import VLLMEngine
 
-class VLLMEngine:
-    """vLLM behind the protocol. Raises EngineError where it cannot start."""
-
-    def __init__(
-        self,
-        model: ModelFiles,
-        config: EngineConfig,
-        trust_remote_code: bool = False,
-        max_logprobs: int = 1,
-    ) -> None:
-        try:
-            import torch
-        except ImportError as error:
-            raise EngineError(_NO_VLLM.format(error=error)) from error
-        # Ask the driver's management library, which leaves CUDA uninitialised for vLLM.
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-        on_cpu = not torch.cuda.is_available()
-        _prepare_environment(on_cpu)
-        if on_cpu:
-            # The engine runs eagerly here; what would be compiled is one small function of
-            # scoring, and the compiler takes a minute over it on a fresh machine.
-            torch._dynamo.config.disable = True
-            # It warns that there is no Triton, which a CPU machine does not need.
-            logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
-            if "OMP_NUM_THREADS" not in os.environ:
-                # A second thread that has to share its core slows small models down many times
-                # over. Set the variable for a large model on an idle machine.
-                os.environ["OMP_NUM_THREADS"] = "1"
-                torch.set_num_threads(1)
-        try:
-            from vllm import LLM
-            from vllm.exceptions import VLLMError
-        except ImportError as error:
-            raise EngineError(_NO_VLLM.format(error=error)) from error
-
-        self.max_model_len = config.max_model_len or model.context
-        if self.max_model_len > model.context:
-            raise ConfigError(
-                f"{model.name}: --max-model-len {self.max_model_len} is over the model's context"
-                f" of {model.context} tokens."
-            )
-        self.max_in_flight = 2 * config.max_num_seqs
-        settings: dict[str, Any] = {
-            "dtype": config.dtype,
-            "max_model_len": self.max_model_len,
-            "max_num_seqs": config.max_num_seqs,
-            "max_logprobs": max_logprobs,
-            "tensor_parallel_size": config.tensor_parallel_size,
-            "trust_remote_code": trust_remote_code,
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-        }
-        if config.max_num_batched_tokens is not None:
-            settings["max_num_batched_tokens"] = config.max_num_batched_tokens
-        if on_cpu:
-            settings |= {
-                "enforce_eager": True,
-                "kv_cache_memory_bytes": int(config.kv_cache_gib * (1 << 30)),
-                # A seed with chunked prefill kills the CPU engine (no generator offsets there).
-                "enable_chunked_prefill": False,
-            }
-            settings["max_num_batched_tokens"] = max(
-                config.max_num_batched_tokens or 4096, self.max_model_len
-            )
-        else:
-            settings["gpu_memory_utilization"] = config.gpu_memory_utilization
-        try:
-            with warnings.catch_warnings():
-                # vLLM's own use of torch, nothing that our users could change.
-                warnings.simplefilter("ignore", FutureWarning)
-                llm = LLM(str(model.path), **settings)
-        except (VLLMError, ValueError, RuntimeError, OSError) as error:
-            raise EngineError(
-                f"{model.name}: vLLM cannot start with this model: {error}"
-            ) from error
-        self._engine = llm.llm_engine
-        self._open: dict[str, tuple[str, int, int]] = {}
-        self._serial = 0
-
-    @property
-    def in_flight(self) -> int:
-        return len(self._open)
-
-    def submit_generate(
-        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
-    ) -> None:
-        from vllm import SamplingParams
-
-        params = SamplingParams(
-            n=1,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            seed=seed,
-            detokenize=False,
-        )
-        self._submit(key, prompt_ids, params, 0, 0)
-
-    def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
-        from vllm import SamplingParams
-
-        params = SamplingParams(
-            max_tokens=1, prompt_logprobs=k, flat_logprobs=True, detokenize=False
-        )
-        self._submit(key, context_ids + target_ids, params, len(context_ids), k)
-
-    def _submit(self, key: str, ids: list[int], params: Any, start: int, k: int) -> None:
-        from vllm.exceptions import VLLMClientError
-
-        self._serial += 1
-        request_id = str(self._serial)
-        try:
-            (rendered,) = self._engine.renderer.render_cmpl([{"prompt_token_ids": ids}])
-            self._engine.add_request(request_id, rendered, params)
-        except (VLLMClientError, ValueError) as error:
-            raise RequestError(str(error)) from error
-        self._open[request_id] = (key, start, k)
-
-    def step(self) -> list[Completion | Scores]:
-        from vllm.exceptions import VLLMError
-
-        try:
-            outputs = self._engine.step()
-        except (VLLMError, RuntimeError, OSError) as error:
-            raise EngineError(
-                f"the engine died: {error}. Finished rows are committed; run the same command again"
-                " to go on. If it dies again, lower --max-num-seqs or --max-model-len."
-            ) from error
-        results: list[Completion | Scores] = []
-        for output in outputs:
-            if not output.finished:
-                continue
-            key, start, k = self._open.pop(output.request_id)
-            if k:
-                results.append(_scores(key, output.prompt_logprobs, start, k))
-            else:
-                sample = output.outputs[0]
-                if sample.finish_reason not in ("stop", "length"):
-                    raise EngineError(f"request {key} ended by {sample.finish_reason!r}")
-                results.append(Completion(key, list(sample.token_ids), sample.finish_reason))
-        return results
-
-
-def _scores(key: str, flat: Any, start: int, k: int) -> Scores:
-    """From vLLM's flat prompt log-probabilities: each position after the first holds the actual
-    token and then the k best, the actual one again if it is among them."""
-    first = flat.start_indices[start]
-    ids = np.asarray(flat.token_ids[first:], dtype=np.int32)
-    logprobs = np.asarray(flat.logprobs[first:], dtype=np.float32)
-    rows = len(flat) - start
-    if start == 0 or len(ids) != rows * (k + 1):
-        raise EngineError(
-            f"scoring {key}: expected {rows} positions of {k + 1} log-probabilities, found"
-            f" {len(ids)}. This vLLM lays its prompt log-probabilities out in another way; use a"
-            " version named in pyproject.toml."
-        )
-    ids, logprobs = ids.reshape(rows, k + 1), logprobs.reshape(rows, k + 1)
-    return Scores(key, ids[:, 1:], logprobs[:, 1:], logprobs[:, 0])
-
-
-_NO_VLLM = (
-    "vLLM is not installed here ({error}). Install the project with its engine:"
-    " pip install '.[gpu]' on a CUDA machine, `make install` on a CPU machine."
-)
+    return VLLMEngine(model, config, trust_remote_code, max_logprobs)

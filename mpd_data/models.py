@@ -209,28 +209,23 @@ def environment() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     versions |= {"python": platform.python_version()}
-    gpus = "no nvidia-smi"
-    if (found := _nvidia_smi("name,memory.total,driver_version")) is not None:
-        gpus = _listed(found) or found.stderr.strip()
-    return versions | {"gpus": gpus}
+    found = "; ".join(gpus()) if shutil.which("nvidia-smi") else "no nvidia-smi"
+    return versions | {"gpus": found}
+
+
+def gpus() -> list[str]:
+    """Name, memory and driver of each CUDA GPU, as nvidia-smi gives them; none without it."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    asked = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return [line.strip() for line in found.stdout.splitlines() if line.strip()]
 
 
 def device_name() -> str:
-    """The machine's GPUs, or "cpu": what a recorded speed is of."""
-    found = _nvidia_smi("name")
-    return "cpu" if found is None or found.returncode else _listed(found) or "cpu"
-
-
-def _nvidia_smi(fields: str) -> "subprocess.CompletedProcess[str] | None":
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return None
-    asked = [smi, f"--query-gpu={fields}", "--format=csv,noheader"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False)
-
-
-def _listed(found: "subprocess.CompletedProcess[str]") -> str:
-    return "; ".join(found.stdout.split("\n")).strip("; ")
+    """The machine's GPUs by name, or "cpu": what a recorded speed is of."""
+    return "; ".join(gpu.split(",")[0] for gpu in gpus()) or "cpu"
 
 
 _REPORTED = (

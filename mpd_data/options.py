@@ -3,8 +3,8 @@
 Nested models are flattened: `sampling.temperature` becomes `--temperature`.
 """
 
-import difflib
 import json
+import re
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ import click
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from mpd_data.errors import ConfigError
+from mpd_data.errors import ConfigError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -51,6 +51,21 @@ def _json_object(_: click.Context, option: click.Parameter, value: str | None) -
     return parsed
 
 
+class _Choice(click.Choice[str]):
+    """A choice that names the nearest one to what was given."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            near = nearest(str(value), self.choices)
+            if near is None:
+                raise
+            raise click.BadParameter(
+                f"{error.message} Did you mean {near!r}?", ctx, param
+            ) from None
+
+
 def config_options(
     model: type[BaseModel], short: dict[str, str] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -77,10 +92,10 @@ def config_options(
                 flags[0] = f"{flags[0]}/--no-{name.replace('_', '-')}" if default else flags[0]
                 settings |= {"is_flag": True}
             elif get_origin(plain) is Literal:
-                settings["type"] = click.Choice(get_args(plain))
+                settings["type"] = _Choice(get_args(plain))
             elif get_origin(plain) is list:
                 item = get_args(plain)[0]
-                choice = click.Choice(get_args(item)) if get_origin(item) is Literal else item
+                choice = _Choice(get_args(item)) if get_origin(item) is Literal else item
                 settings |= {"type": choice, "multiple": True}
             elif get_origin(plain) is dict:
                 settings |= {"callback": _json_object, "metavar": "JSON", "default": None}
@@ -118,20 +133,27 @@ def parse(model: type[Model], values: dict[str, Any], source: str) -> Model:
         lines = []
         for e in error.errors():
             place = ".".join(map(str, e["loc"]))
-            hint = ""
             if e["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(str(e["loc"][-1]), _known(model, e["loc"]), n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                lines.append(f"{place}: unknown setting{hint}")
+                near = nearest(str(e["loc"][-1]), _known(model, e["loc"]))
+                said = f"{place}: unknown setting"
             else:
-                lines.append(f"{place}: {e['msg']}, found {e['input']!r}")
+                # A Literal's message spells what there is, each in quotes.
+                known = re.findall("'([^']*)'", e["msg"]) if e["type"] == "literal_error" else ()
+                near = nearest(str(e["input"]), known)
+                said = f"{place}: {e['msg']}, found {e['input']!r}"
+            lines.append(said if near is None else f"{said}; did you mean {near!r}?")
         raise ConfigError(f"{source}: " + "; ".join(lines)) from error
 
 
 def _known(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Names of the settings beside the one at `location`; a number in it is a place in a list."""
     for part in location[:-1]:
-        field = model.model_fields.get(str(part))
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
         inner = None if field is None else _plain(field.annotation)
+        if get_origin(inner) is list:
+            inner = get_args(inner)[0]
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return []
         model = inner

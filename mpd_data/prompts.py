@@ -53,8 +53,8 @@ def load_prompts(
         for number, row in read_rows(path, wanted):
             source = f"{path}, row {number}"
             text = _text_of(row, prompt_column, source)
-            answer = _as_text(row, answer_column, source)
-            given = _as_text(row, id_column, source)
+            answer = _as_text(row, answer_column, source, "--answer-column")
+            given = _as_text(row, id_column, source, "--id-column")
             if id_column is not None and given is None:
                 raise DataError(f"{source}: column {id_column!r} is null, expected an id.")
             identifier = content_key(text) if given is None else given
@@ -67,7 +67,7 @@ def load_prompts(
                     " first of them with --duplicates first."
                 )
             seen[identifier] = source
-            metadata = {c: _as_json(row[c], f"{source}: column {c!r}") for c in metadata_columns}
+            metadata = {c: as_json(row[c], f"{source}: column {c!r}") for c in metadata_columns}
             prompts.append(Prompt(identifier, text, answer, source, metadata))
     if not prompts:
         raise ConfigError(
@@ -136,7 +136,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _as_text(row: Mapping[str, Any], column: str | None, source: str) -> str | None:
+def _as_text(row: Mapping[str, Any], column: str | None, source: str, option: str) -> str | None:
     value = None if column is None else row[column]
     if isinstance(value, str) and not _is_unicode(value):
         raise DataError(f"{source}: column {column!r} holds half a character.")
@@ -145,18 +145,19 @@ def _as_text(row: Mapping[str, Any], column: str | None, source: str) -> str | N
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise DataError(
-        f"{source}: column {column!r} holds {type(value).__name__}, expected text or a number."
+        f"{source}: column {column!r} holds {type(value).__name__}, expected text or a number. Name"
+        f" the column that holds it with {option}."
     )
 
 
-def _as_json(value: Any, where: str) -> Any:
+def as_json(value: Any, where: str) -> Any:
     """`value` in JSON's types: NaN as None, what JSON lacks (dates, decimals) as its text."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{where} holds bytes that are no text; leave it out of --metadata-columns."
+                f"{where} holds bytes that are no text; leave the column out."
             ) from error
     if value is None or isinstance(value, bool | int):
         return value
@@ -165,9 +166,9 @@ def _as_json(value: Any, where: str) -> Any:
             return None
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
-        return {_as_json(str(k), where): _as_json(v, where) for k, v in value.items()}
+        return {as_json(str(k), where): as_json(v, where) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_as_json(v, where) for v in value]
+        return [as_json(v, where) for v in value]
     text = str(value)
     if not _is_unicode(text):
         raise DataError(f"{where} holds half a character.")

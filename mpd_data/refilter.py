@@ -19,14 +19,14 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from mpd_data.config import RewriteConfig
-from mpd_data.engine import Engine, RequestError, Scores, pump
+from mpd_data.engine import Engine, RequestError, Scores, pump, start_engine
 from mpd_data.errors import ConfigError, EngineError
 from mpd_data.filters import settle
 from mpd_data.models import ModelFiles, load_tokenizer, require_same_tokenizer, resolve_model
 from mpd_data.options import arguments
 from mpd_data.plan import StagePlan, as_saved, distill_bytes
 from mpd_data.progress import Progress
-from mpd_data.rewrite import Outcome, refuse_half_refiltered, score_columns, start_teacher
+from mpd_data.rewrite import Outcome, refuse_half_refiltered, score_columns
 from mpd_data.schema import DISTILL_SCHEMA, STATUSES, differences
 from mpd_data.shards import (
     ROWS_PER_GROUP,
@@ -214,7 +214,7 @@ class _Job:
         _require_teacher(config, teacher, self.metadata)
         self._k, self._vocab_size = self.metadata["num_logprobs"], self.metadata["vocab_size"]
         self._asked = self._k + teacher.vocab_size - self._vocab_size
-        self._engine = start_teacher(config, teacher, self._asked)
+        self._engine = start_engine(teacher, config.engine, config.trust_remote_code, self._asked)
         return self._engine
 
     @staticmethod

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RewriteConfig
-from mpd_data.engine import Completion, Engine, RequestError, Scores, VLLMEngine, pump
+from mpd_data.engine import Completion, Engine, RequestError, Scores, pump, start_engine
 from mpd_data.errors import ConfigError
 from mpd_data.filters import settle
 from mpd_data.models import (
@@ -191,6 +191,7 @@ class Prepared:
             "vocab_size": self.vocab_size,
             "eos_token_id": student["eos_token_id"],
             "score_temperature": 1.0,
+            "backend": self.config.engine.backend,
             **provenance(),
         }
 
@@ -437,7 +438,7 @@ def run_rewrite(
         ):
             job = _Job(
                 prepared=prepared,
-                engine=start_teacher(config, teacher, k + spare),
+                engine=start_engine(teacher, config.engine, config.trust_remote_code, k + spare),
                 pool=pool,
                 writer=writer,
                 errors=errors,
@@ -455,7 +456,8 @@ def run_rewrite(
                     job.take(result)
             finally:
                 if (speed := progress.speed()) is not None:
-                    round_dir.record_speed("distill", speed | {"device": device_name()})
+                    made_by = {"device": device_name(), "backend": config.engine.backend}
+                    round_dir.record_speed("distill", speed | made_by)
         left = len(owed_ids) - now
         return Outcome(_count_statuses(round_dir), writer.rows_committed, job.failed, left)
 
@@ -672,11 +674,6 @@ class _Job:
                     "message": f"rollout {group.rollout['row_id']}: {error}",
                 }
             )
-
-
-def start_teacher(config: RewriteConfig, teacher: ModelFiles, max_logprobs: int) -> Engine:
-    """The teacher in its engine, ready to write and to score."""
-    return VLLMEngine(teacher, config.engine, config.trust_remote_code, max_logprobs=max_logprobs)
 
 
 def score_columns(scores: Scores, k: int, vocab_size: int) -> dict[str, Any]:

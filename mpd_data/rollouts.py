@@ -11,7 +11,7 @@ from typing import Any
 from mpd_data.checkers import Checker, make_checker
 from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RolloutsConfig
-from mpd_data.engine import Completion, RequestError, VLLMEngine, pump
+from mpd_data.engine import Completion, Engine, RequestError, pump, start_engine
 from mpd_data.models import (
     ModelFiles,
     chat_template_hash,
@@ -127,6 +127,7 @@ class Prepared:
             "model": {"name": self.config.model, **self.model.identity()},
             "vocab_size": self.model.vocab_size,
             "eos_token_id": self.tokenizer.eos_token_id,
+            "backend": self.config.engine.backend,
             **provenance(),
         }
 
@@ -336,7 +337,7 @@ def run_rollouts(
                     ) as pool,
                     Progress("rollouts", len(done) + len(owed), len(done)) as progress,
                 ):
-                    engine = VLLMEngine(model, config.engine, config.trust_remote_code)
+                    engine = start_engine(model, config.engine, config.trust_remote_code)
                     job = _Job(config, tokenizer, engine, pool, writer, progress)
 
                     def submit(request: Request) -> None:
@@ -353,7 +354,8 @@ def run_rollouts(
                             job.take(result)
                     finally:
                         if (speed := progress.speed()) is not None:
-                            round_dir.record_speed("rollouts", speed | {"device": device_name()})
+                            made_by = {"device": device_name(), "backend": config.engine.backend}
+                            round_dir.record_speed("rollouts", speed | made_by)
         return Outcome(total, writer.rows_committed, failed, left)
 
 
@@ -363,7 +365,7 @@ class _Job:
 
     config: RolloutsConfig
     tokenizer: Any
-    engine: VLLMEngine
+    engine: Engine
     pool: CheckPool
     writer: ShardWriter
     progress: Progress

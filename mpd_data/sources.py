@@ -5,7 +5,6 @@ the format allows it.
 """
 
 import csv
-import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,7 @@ from urllib.parse import parse_qsl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mpd_data.errors import ConfigError, DataError
+from mpd_data.errors import ConfigError, DataError, nearest
 from mpd_data.models import hub_failures
 
 Rows = Iterator[tuple[int, Mapping[str, Any]]]
@@ -26,11 +25,12 @@ HUB = "hf://"
 _FORM = "hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG]"
 
 
-def read_rows(source: str | Path, columns: list[str]) -> Rows:
+def read_rows(source: str | Path, columns: list[str] | None) -> Rows:
     """Rows of a *.jsonl, *.csv or *.parquet file, or of a dataset named hf://OWNER/NAME?split=...
 
-    Each row has at least `columns`. Raises DataError (naming source and row) for a missing column
-    or a damaged file; ConfigError for a source that is not there or not of a known kind.
+    Each row has at least `columns`; None: all that there are. Raises DataError (naming source and
+    row) for a missing column or a damaged file; ConfigError for a source that is not there or not
+    of a known kind.
     """
     if isinstance(source, str) and source.startswith(HUB):
         return _hub_rows(source, columns)
@@ -50,11 +50,14 @@ def read_rows(source: str | Path, columns: list[str]) -> Rows:
     return readers[path.suffix](path, columns)
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` is most likely a misspelling of, if any comes close."""
-    by_lower = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(name.lower(), list(by_lower), n=1)
-    return by_lower[close[0]] if close else None
+def columns_of(source: str | Path) -> list[str]:
+    """The names of a source's columns; a JSONL file's are those of its first row.
+
+    Raises DataError or ConfigError like `read_rows`, ConfigError also for a source without rows.
+    """
+    for _, row in read_rows(source, None):
+        return list(row)
+    raise ConfigError(f"{source}: no prompts. Expected at least one row.")
 
 
 def _require(where: object, columns: Iterable[str], found: list[str]) -> None:
@@ -70,13 +73,13 @@ def _require(where: object, columns: Iterable[str], found: list[str]) -> None:
         )
 
 
-def _parquet_rows(path: Path, columns: list[str]) -> Rows:
+def _parquet_rows(path: Path, columns: list[str] | None) -> Rows:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a whole Parquet file ({error}).") from error
     with file:
-        _require(path, columns, file.schema_arrow.names)
+        _require(path, columns or (), file.schema_arrow.names)
         number = 0
         try:
             for batch in file.iter_batches(4096, columns=columns):
@@ -89,7 +92,7 @@ def _parquet_rows(path: Path, columns: list[str]) -> Rows:
             ) from error
 
 
-def _jsonl_rows(path: Path, columns: list[str]) -> Rows:
+def _jsonl_rows(path: Path, columns: list[str] | None) -> Rows:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -102,11 +105,11 @@ def _jsonl_rows(path: Path, columns: list[str]) -> Rows:
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}, row {number}: found {type(row).__name__}, not an object.")
-            _require(f"{path}, row {number}", columns, list(row))
+            _require(f"{path}, row {number}", columns or (), list(row))
             yield number, row
 
 
-def _csv_rows(path: Path, columns: list[str]) -> Rows:
+def _csv_rows(path: Path, columns: list[str] | None) -> Rows:
     """Cells stay text; an empty one is None, as CSV has no other way to leave something out."""
     # Python's own limit (128 KiB a cell) would refuse long solutions in columns nobody asked for.
     csv.field_size_limit(2**31 - 1)
@@ -119,6 +122,7 @@ def _csv_rows(path: Path, columns: list[str]) -> Rows:
             header = next(reader, None)
             if not header:
                 raise DataError(f"{path}: no header. The first line must name the columns.")
+            columns = header if columns is None else columns
             _require(path, columns, header)
             for column in columns:
                 if header.count(column) > 1:
@@ -178,8 +182,8 @@ class HubSource:
         return cls(repo, revision or None, given.get("split"), given.get("config"))
 
 
-def _hub_rows(url: str, columns: list[str]) -> Rows:
-    source = HubSource.parse(url)
+def _datasets(url: str) -> tuple[Any, tuple[type[Exception], ...]]:
+    """The package `datasets`, and the errors by which it says that something is not to be had."""
     try:
         import datasets
     except ImportError as error:
@@ -194,26 +198,62 @@ def _hub_rows(url: str, columns: list[str]) -> Rows:
         ValueError,
         RuntimeError,  # datasets' word for repositories that are scripts: never run here
     )
-    # Spelt so, it is never taken for a folder OWNER/NAME that happens to lie here.
-    place = f"hf://datasets/{source.repo}"
-    if source.split is None:
-        try:
-            names = datasets.get_dataset_split_names(place, source.config, revision=source.revision)
-            there = f"There are {', '.join(names)}."
-        except failures as error:
-            there = f"(Its splits cannot be listed: {_first_line(error)}.)"
-        raise ConfigError(f"{url}: names no split; expected {_FORM}. {there}")
+    return datasets, failures
+
+
+def _place(source: HubSource) -> str:
+    """Spelt so, it is never taken for a folder OWNER/NAME that happens to lie here."""
+    return f"hf://datasets/{source.repo}"
+
+
+def hub_splits(url: str) -> list[str]:
+    """The splits of a dataset on the hub, whichever `url` names. Raises ConfigError."""
+    source = HubSource.parse(url)
+    datasets, failures = _datasets(url)
     try:
-        data = datasets.load_dataset(
-            place, source.config, split=source.split, revision=source.revision
+        names: list[str] = datasets.get_dataset_split_names(
+            _place(source), source.config, revision=source.revision
         )
     except failures as error:
         raise ConfigError(
-            f"{url}: not to be had from the hub ({_first_line(error)}). Check the name, split,"
-            " config and revision, the network, and HF_TOKEN for gated datasets."
+            f"{url}: its splits cannot be listed ({_first_line(error)}). Check the name, config and"
+            " revision, the network, and HF_TOKEN for gated datasets."
         ) from error
+    return names
+
+
+def _hub_rows(url: str, columns: list[str] | None) -> Rows:
+    source = HubSource.parse(url)
+    datasets, failures = _datasets(url)
+    if source.split is None:
+        there = ", ".join(hub_splits(url))
+        raise ConfigError(f"{url}: names no split; expected {_FORM}. There are {there}.")
+    try:
+        data = datasets.load_dataset(
+            _place(source), source.config, split=source.split, revision=source.revision
+        )
+    except failures as error:
+        hint = _split_hint(url, error)
+        raise ConfigError(
+            f"{url}: not to be had from the hub ({_first_line(error)}).{hint} Check the name,"
+            " split, config and revision, the network, and HF_TOKEN for gated datasets."
+        ) from error
+    if columns is None:
+        return enumerate(data, start=1)
     _require(url, columns, data.column_names)
     return enumerate(data.select_columns(list(dict.fromkeys(columns))), start=1)
+
+
+def _split_hint(url: str, error: BaseException) -> str:
+    """What the split of `url` may be a misspelling of, as a sentence, where `error` is about it."""
+    split = (HubSource.parse(url).split or "").partition("[")[0]  # of train[:100], train
+    if split not in str(error):
+        return ""  # asking for the splits would only wait for the same failure again
+    try:
+        close = nearest(split, hub_splits(url))
+    except ConfigError:
+        return ""
+    return "" if close in (None, split) else f" Did you mean split={close}?"
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,6 +6,9 @@ The same in a notebook needs nothing of this module:
     df.group_by("round").agg(pl.col("num_completion_tokens").mean()).collect()
 """
 
+import difflib
+import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,12 @@ from mpd_data.errors import ConfigError, DataError
 from mpd_data.shards import RoundDir, Stage, read_metadata
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
+
+# At most so many bins in a histogram; the last begins below the largest 99th percentile of a round.
+BINS = 20
+
+# Groups in order: numbers by size, then text, then the rows without a value.
+GROUP_ORDER = (pl.col("group").cast(pl.Float64, strict=False), pl.col("group"))
 
 # Words with which a trace turns back on itself. Shorter traces that lose all of them may have lost
 # the habit of checking too.
@@ -40,7 +49,7 @@ def scan(rounds: list[Path], stage: Stage) -> pl.LazyFrame | None:
         for file in files:
             read_metadata(file)
         if files:
-            frames.append(pl.scan_parquet(files).with_columns(folder=pl.lit(str(path))))
+            frames.append(pl.scan_parquet(files, glob=False).with_columns(folder=pl.lit(str(path))))
     return pl.concat(frames) if frames else None
 
 
@@ -50,6 +59,28 @@ def collect(frame: pl.LazyFrame) -> pl.DataFrame:
         return frame.collect()
     except pl.exceptions.ComputeError as error:
         raise DataError(f"a shard is damaged ({error}). Find it with mpd-gen validate.") from error
+
+
+def with_group(rollouts: pl.LazyFrame, name: str) -> pl.LazyFrame:
+    """`rollouts` with the column `group`: the value of the key `name` in `metadata`, as text; null
+    where a row has none.
+
+    Raises ConfigError where no row has one.
+    """
+    key = f"$[{json.dumps(name, ensure_ascii=False)}]"
+    grouped = rollouts.with_columns(group=pl.col("metadata").str.json_path_match(key))
+    if collect(grouped.select(pl.col("group").is_not_null().any())).item():
+        return grouped
+    objects = collect(rollouts.select(pl.col("metadata").drop_nulls().unique())).to_series()
+    carried = sorted({key for text in objects for key in json.loads(text)} - {name})
+    near = difflib.get_close_matches(name, carried, n=1)
+    if near:
+        hint = f"Did you mean {near[0]!r}?"
+    elif carried:
+        hint = f"They carry {', '.join(map(repr, carried))}."
+    else:
+        hint = "Columns are carried through by --metadata-columns of mpd-gen rollouts."
+    raise ConfigError(f"--by {name!r}: no rollout has a value of it in its metadata. {hint}")
 
 
 def _lengths(column: str) -> list[pl.Expr]:
@@ -97,14 +128,50 @@ def pass_at(rollouts: pl.LazyFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
-    """Tables as rows, each by folder: `rollouts`, their `behaviour`, `rollouts_by` finish reason
-    and correctness, `pass_at_k` where there are gold answers, `rewrites` by status.
+def trace_lengths(rollouts: pl.LazyFrame, p99: dict[str, int]) -> list[dict[str, Any]]:
+    """Histograms of completion tokens, one row for each folder and bin: the samples of `from` up
+    to, but without, `below` tokens (None: no bound). The bins are the same for all folders; `p99`
+    holds the 99th percentile of each, in the order of the rows."""
+    longest = max(p99.values())
+    width = next(
+        size * 10**exponent
+        for exponent in itertools.count()
+        for size in (1, 2, 5)
+        if longest // (size * 10**exponent) < BINS
+    )
+    last = longest // width
+    of_bin = (pl.col("num_completion_tokens") // width).clip(upper_bound=last).alias("bin")
+    counts = {
+        (folder, index): samples
+        for folder, index, samples in collect(
+            rollouts.group_by("folder", of_bin).agg(pl.len())
+        ).iter_rows()
+    }
+    rows: list[dict[str, Any]] = []
+    for folder in p99:
+        samples = [counts.get((folder, index), 0) for index in range(last + 1)]
+        rows += [
+            {
+                "folder": folder,
+                "from": index * width,
+                "below": (index + 1) * width if index < last else None,
+                "samples": count,
+                "share": count / sum(samples),
+            }
+            for index, count in enumerate(samples)
+        ]
+    return rows
+
+
+def round_stats(rounds: list[Path], by: str | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Tables as rows, each by folder: `rollouts`, their `trace_lengths` (a histogram), their
+    `behaviour`, `rollouts_by` finish reason and correctness, `pass_at_k` where there are gold
+    answers, `groups` by the key `by` of their metadata where one is given, `rewrites` by status.
     Lengths in tokens; rates are fractions; `no_answer` is the share of finished samples without an
     answer in a declared format, `repetition` the mean share of repeated 4-grams, `markers_per_1k`
     self-correction MARKERS per 1,000 tokens.
 
-    Raises ConfigError where none of the folders holds a round.
+    Raises ConfigError where none of the folders holds a round, or no rollout has the key `by`.
     """
     rollouts, distill = scan(rounds, "rollouts"), scan(rounds, "distill")
     if rollouts is None and distill is None:
@@ -114,7 +181,9 @@ def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
         )
     tables: dict[str, list[dict[str, Any]]] = {}
     if rollouts is not None:
+        truncated = (pl.col("finish_reason") == "length").mean().alias("truncated")
         finished = pl.col("finish_reason") == "stop"
+        no_answer = pl.col("answer").is_null().filter(finished).mean().alias("no_answer")
         by_folder = (
             rollouts.group_by("folder", maintain_order=True)
             .agg(
@@ -122,8 +191,8 @@ def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
                 pl.col("prompt_id").n_unique().alias("prompts"),
                 pl.len().alias("samples"),
                 pl.col("is_correct").mean().alias("accuracy"),
-                (pl.col("finish_reason") == "length").mean().alias("truncated"),
-                pl.col("answer").is_null().filter(finished).mean().alias("no_answer"),
+                truncated,
+                no_answer,
                 *_lengths("num_completion_tokens"),
             )
             .sort("round", maintain_order=True)
@@ -134,7 +203,7 @@ def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
                 pl.col("round").first(),
                 pl.col("check_error").is_not_null().mean().alias("check_failed"),
                 pl.col("repetition").mean().alias("repetition"),
-                (1000 * _markers().sum() / pl.col("num_completion_tokens").sum()).alias(
+                (1000 * _markers().mean() / pl.col("num_completion_tokens").mean()).alias(
                     "markers_per_1k"
                 ),
                 _tokens_where(True).alias("right_tokens"),
@@ -148,10 +217,36 @@ def round_stats(rounds: list[Path]) -> dict[str, list[dict[str, Any]]]:
             .sort("folder", "finish_reason", "is_correct")
         )
         tables["rollouts"] = collect(by_folder).to_dicts()
+        tables["trace_lengths"] = trace_lengths(
+            rollouts, {row["folder"]: int(row["p99"]) for row in tables["rollouts"]}
+        )
         tables["behaviour"] = collect(behaviour).to_dicts()
         tables["rollouts_by"] = collect(by_outcome).to_dicts()
         if passes := pass_at(rollouts):
             tables["pass_at_k"] = passes
+        if by is not None:
+            tokens = pl.col("num_completion_tokens")
+            by_group = (
+                with_group(rollouts, by)
+                .group_by("group", "folder", maintain_order=True)
+                .agg(
+                    pl.len().alias("samples"),
+                    pl.col("is_correct").mean().alias("accuracy"),
+                    no_answer,
+                    tokens.mean().alias("mean_tokens"),
+                    *(
+                        tokens.quantile(q, "nearest").alias(f"p{round(q * 100)}")
+                        for q in (0.5, 0.9)
+                    ),
+                    truncated,
+                    pl.col("round").first(),
+                )
+                .sort(*GROUP_ORDER, "round", nulls_last=True, maintain_order=True)
+                .drop("round")
+            )
+            tables["groups"] = collect(by_group).to_dicts()
+    elif by is not None:
+        raise ConfigError(f"--by {by!r}: no rollouts here, and only they have metadata.")
     if distill is not None:
         by_status = (
             distill.group_by("folder", "status")

@@ -1,7 +1,12 @@
-"""Plain-text tables. Cells are data: control characters in them are shown, never sent to the
-terminal, and no markup is interpreted."""
+"""Plain-text tables and histograms. Cells are data: control characters in them are shown, never
+sent to the terminal, and no markup is interpreted."""
 
+from itertools import accumulate
 from typing import Any
+
+_COLUMNS = 80
+_NARROWEST_BAR, _WIDEST_BAR = 9, 40
+_EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
 
 
 def plain(value: Any) -> str:
@@ -38,3 +43,48 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def format_histogram(rows: list[dict[str, Any]]) -> str:
+    """`stats.trace_lengths` as bars, one line for each bin, folders side by side: as many as 80
+    columns hold, the others below, all on one scale. `*` marks the bin of the median."""
+    folders = list(dict.fromkeys(row["folder"] for row in rows))
+    bins = [row for row in rows if row["folder"] == folders[0]]
+    labels = ["tokens"] + [
+        f"{row['from']:,}+" if row["below"] is None else f"{row['from']:,}-{row['below'] - 1:,}"
+        for row in bins
+    ]
+    margin = max(map(len, labels))
+    # A column is two spaces, the share, the mark and the bar.
+    fit = (_COLUMNS - margin) // (7 + _NARROWEST_BAR)
+    blocks = -(-len(folders) // fit)
+    fit = -(-len(folders) // blocks)
+    width = min((_COLUMNS - margin) // fit - 7, _WIDEST_BAR)
+    tallest = max(row["share"] for row in rows)
+    columns = [
+        _bars(folder, [row for row in rows if row["folder"] == folder], width, tallest)
+        for folder in folders
+    ]
+    lines = []
+    for first in range(0, len(columns), fit):
+        block = zip(labels, *columns[first : first + fit], strict=True)
+        lines += ["  ".join([label.rjust(margin), *cells]).rstrip() for label, *cells in block]
+        lines.append("")
+    return "\n".join([*lines, "share of the samples; * the bin of the median"])
+
+
+def _bars(folder: str, bins: list[dict[str, Any]], width: int, tallest: float) -> list[str]:
+    """A folder's column of the histogram: its name, then share, mark and bar of each bin."""
+    name = plain(folder)
+    # The end of a path tells folders apart.
+    cells = [name if len(name) <= width + 5 else f"…{name[-(width + 4) :]}"]
+    reached = list(accumulate(row["samples"] for row in bins))
+    median = next(i for i, samples in enumerate(reached) if 2 * samples >= reached[-1])
+    for index, row in enumerate(bins):
+        share = (
+            "" if not row["samples"] else "<1%" if row["share"] < 0.005 else f"{row['share']:.0%}"
+        )
+        eighths = max(round(8 * width * row["share"] / tallest), row["samples"] > 0)
+        bar = "█" * (eighths // 8) + _EIGHTHS[eighths % 8]
+        cells.append(f"{share:>4}{'*' if index == median else ' '}{bar}")
+    return [cell.ljust(width + 5) for cell in cells]

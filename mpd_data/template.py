@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from mpd_data.config import Strict
-from mpd_data.errors import ConfigError
+from mpd_data.errors import ConfigError, nearest
 from mpd_data.schema import content_key
 
 BUILT_IN = {
@@ -74,7 +74,15 @@ def load_template(name: str) -> RewriteTemplate:
         template = RewriteTemplate(**tomllib.loads(path.read_text(encoding="utf-8")))
         groups = set(re.compile(template.output).groupindex)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        near = nearest(name, BUILT_IN)
+        hint = (
+            f"the built-in ones are {', '.join(BUILT_IN)}"
+            if near is None
+            else f"did you mean {near!r}?"
+        )
+        raise ConfigError(
+            f"{path}: no template that can be read ({error.strerror}); {hint}"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError, TypeError) as error:
         raise ConfigError(f"{path}: not a rewrite template: {error}") from error
     except re.error as error:

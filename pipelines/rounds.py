@@ -352,12 +352,15 @@ def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
 
 
 def show(summary: dict[str, Any]) -> None:
-    """The before/after table of a summary, on stderr."""
+    """The before/after tables of a summary, on stderr: the first evaluation set by round, and all
+    sets side by side."""
     rows = {"base": summary["base"]}
     rows |= {f"round {i}": side for i, side in enumerate(summary["rounds"], start=1)}
     click.echo(f"\n{comparison.table(rows)}", err=True)
-    for name, result in summary["sets"].items():
-        click.echo(f"{name}: {comparison.verdict(result)}", err=True)
+    sets = [
+        {"set": name, **comparison.side_by_side(result)} for name, result in summary["sets"].items()
+    ]
+    click.echo(f"\n{format_table(sets)}", err=True)
 
 
 def check_inputs(pipeline: Pipeline, out: Path) -> None:
@@ -392,29 +395,10 @@ def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
     return summary
 
 
-def _signed(value: float | None, interval: list[float] | None) -> str:
-    if value is None or interval is None:
-        return "-"
-    return f"{value:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]"
-
-
 def _seeds_table(summaries: list[dict[str, Any]]) -> str:
     return format_table(
         [
-            {
-                "seed": str(summary["seed"]),
-                "set": name,
-                "base accuracy": result["base"]["accuracy"],
-                "final accuracy": result["new"]["accuracy"],
-                "difference [95%]": _signed(
-                    result["accuracy_difference"], result["accuracy_difference_interval"]
-                ),
-                "base tokens": result["base"]["mean_tokens"],
-                "final tokens": result["new"]["mean_tokens"],
-                "saved [95%]": _signed(
-                    result["token_reduction"], result["token_reduction_interval"]
-                ),
-            }
+            {"seed": str(summary["seed"]), "set": name, **comparison.side_by_side(result)}
             for summary in summaries
             for name, result in summary["sets"].items()
         ]

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +51,7 @@ def rollout_arguments(prompts, out, **changed):
         "-n": 4,
         "--id-column": "id",
         "--answer-column": "answer",
+        "--metadata-columns": "family",
         "--dtype": "float32",
         "--max-tokens": 400,
         "--max-num-seqs": 64,
@@ -91,6 +94,15 @@ def round_dir(prompts, tmp_path_factory):
     run("mpd-gen", *rollout_arguments(prompts, out), "--rows-per-shard", 100)
     run("mpd-gen", *rewrite_arguments(out), "--rows-per-shard", 100)
     return out
+
+
+def edit_rows(round_dir, stage, change):
+    """Changes each row (a dict, in place) of a copied round's shards; `change` returns False for
+    a row that goes. The manifest stays as it was."""
+    for file in sorted((round_dir / stage).glob("*.parquet")):
+        table = pq.read_table(file)
+        rows = [row for row in table.to_pylist() if change(row) is not False]
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
 
 
 def write_jsonl(path, rows):

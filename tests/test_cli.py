@@ -32,6 +32,7 @@ def modules_after(code):
         ("mpd_data.cli", ["--help"]),
         ("mpd_data.cli", ["rollouts", "--help"]),
         ("mpd_data.cli", ["rewrite", "--help"]),
+        ("mpd_data.cli", ["init", "--help"]),
         ("mpd_train.cli", ["--help"]),
         ("pipelines.rounds", ["--help"]),
     ],
@@ -115,6 +116,14 @@ def test_unknown_settings_get_the_nearest_name():
         )
 
 
+def test_unknown_values_in_a_toml_get_the_nearest_name():
+    values = {"shards": ["s"], "student": "m", "out": "o"}
+    with pytest.raises(ConfigError, match=r"found 'foward_kl'; did you mean 'forward_kl'\?"):
+        parse(TrainConfig, values | {"loss": {"divergence": "foward_kl"}}, "x.toml")
+    with pytest.raises(ConfigError, match=r"report_to.0: .*did you mean 'tensorboard'\?"):
+        parse(TrainConfig, values | {"report_to": ["tensorbord"]}, "x.toml")
+
+
 def test_a_section_keeps_its_own_defaults():
     """Rewriting is greedy by default, also where a TOML sets something else of its sampling."""
     config = parse(RewriteConfig, {"teacher": "t", "shards": "s", "sampling": {"top_p": 0.9}}, "x")
@@ -174,3 +183,20 @@ def test_completion_code_names_the_commands(shell):
 def test_a_mistyped_name_gets_the_nearest_one():
     assert "'rollouts'" in run("mpd-gen", "rolouts", code=2).stderr
     assert "--model" in run("mpd-gen", "rollouts", "--modle", "x", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments_, near",
+    [
+        (["--divergence", "foward_kl"], "'forward_kl'"),
+        (["--report-to", "tensorbord"], "'tensorboard'"),
+    ],
+)
+def test_a_mistyped_choice_gets_the_nearest_one(arguments_, near):
+    required = ["--shards", "s", "--student", "m", "--out", "o"]
+    result = CliRunner().invoke(train_cli, [*required, *arguments_])
+    assert result.exit_code == 2
+    assert f"Did you mean {near}?" in result.output
+    far = CliRunner().invoke(train_cli, [*required, arguments_[0], "zzz"])
+    assert "is not one of" in far.output
+    assert "Did you mean" not in far.output

@@ -8,6 +8,7 @@ from conftest import STUDENT, TEACHER, TEMPLATE, write_jsonl
 from mpd_data.errors import ConfigError, DataError
 from mpd_data.models import load_tokenizer, resolve_model, tokenizer_hash
 from mpd_data.prompts import ChatFormatter, PromptError, choose_prompts, load_prompts
+from mpd_data.sources import columns_of
 from mpd_data.template import BUILT_IN, load_template
 
 
@@ -123,6 +124,35 @@ def test_bad_templates_are_refused(tmp_path, old, new, message):
     path.write_text(source.read_text().replace(old, new))
     with pytest.raises(ConfigError, match=message):
         load_template(str(path))
+
+
+def test_a_mistyped_template_gets_the_nearest_name(tmp_path):
+    with pytest.raises(ConfigError, match="plian: .*did you mean 'plain'"):
+        load_template("plian")
+    with pytest.raises(ConfigError, match="mine.toml: .*the built-in ones are tags, plain"):
+        load_template(str(tmp_path / "mine.toml"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_sources_columns_are_listed(tmp_path, suffix):
+    path = tmp_path / f"p.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(path, [{"q": "a", "Gold": 1}, {"q": "b", "Gold": 2, "more": 3}])
+    elif suffix == "csv":
+        path.write_text("q,Gold\na,1\n")
+    else:
+        pq.write_table(pa.table({"q": ["a"], "Gold": [1]}), path)
+    assert columns_of(path) == ["q", "Gold"]
+    (tmp_path / f"e.{suffix}").write_bytes(b"" if suffix != "parquet" else path.read_bytes()[:8])
+    with pytest.raises((ConfigError, DataError), match="no prompts|no header|not a whole"):
+        columns_of(tmp_path / f"e.{suffix}")
+
+
+def test_a_column_of_the_wrong_type_names_its_option(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"problem": "a", "gold": ["1"], "key": {}}])
+    for columns, option in (((None, "gold"), "--answer-column"), (("key", None), "--id-column")):
+        with pytest.raises(DataError, match=f"expected text or a number. Name .* {option}"):
+            load_prompts([path], "problem", *columns)
 
 
 def test_models_that_cannot_be_used_are_named(tmp_path):

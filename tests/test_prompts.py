@@ -360,6 +360,8 @@ def test_what_the_hub_does_not_give_is_said_in_one_line(hub, tmp_path):
     calls = {
         "sums": "names no split.*There are train, test",
         "sums?split=dev": "not to be had from the hub .*dev",
+        "sums?split=tset": r"not to be had from the hub .*Did you mean split=test\?",
+        "sums?split=trian[:2]": r"Did you mean split=train\?",
         "sums?split=train&config=odd": "not to be had from the hub .*odd",
         "sums@v9?split=train": "not to be had from the hub .*v9",
         "absent?split=train": "not to be had from the hub .*absent",

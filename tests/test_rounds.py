@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -66,6 +67,15 @@ def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
     # Even this little moves the student: the stages are connected.
     assert saved > 0.1
     assert set(summary["sets"]) == {"test", "greedy", "ood"}
+    for name, result in summary["sets"].items():
+        (line,) = [line for line in said.splitlines() if re.match(rf"{name}  .* -> .* -> ", line)]
+        for change in ("accuracy_difference", "token_reduction"):
+            low, high = (100 * bound for bound in result[f"{change}_interval"])
+            assert f"{100 * result[change]:.1f}% [{low:.1f}, {high:.1f}]" in line
+        for figure in ("{:.1f}", "mean_tokens", 1), ("{:.1f}%", "accuracy", 100):
+            form, key, factor = figure
+            sides = [form.format(factor * result[side][key]) for side in ("base", "new")]
+            assert " -> ".join(sides) in line
     assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
     run("mpd-gen", "validate", out / "data" / "round1", out / "data" / "round2")
     # Round 2 was sampled from round 1's student, not from the base again.
@@ -96,6 +106,11 @@ def test_rounds_follow_one_another(small, tmp_path):
         ("rounds", "expected NAME=VALUE"),
         ("rollouts.model=x", "decided by the pipeline"),
         ("train.epoch=2", r"\[train\]: epoch: unknown setting; did you mean 'epochs'"),
+        ("rewrte.filters.max_ratio=1", "rewrte: unknown setting; did you mean 'rewrite'"),
+        ("rewrite.filter.max_ratio=1", "filter: unknown setting; did you mean 'filters'"),
+        ("rewrite.filters.max_rato=1", "max_rato: unknown setting; did you mean 'max_ratio'"),
+        ("evaluation.0.rollots.seed=1", "evaluation.0.rollots: .*did you mean 'rollouts'"),
+        ("train.loss.divergence=foward_kl", "did you mean 'forward_kl'"),
         ("seed.x=2", "not a section"),
         ("evaluation.9.name=x", "not a section"),
         ("evaluation.name=x", "give a number"),

@@ -11,7 +11,7 @@ from conftest import STUDENT, TEACHER, TEMPLATE, rewrite_arguments, run
 from transformers import AutoModelForCausalLM
 
 from mpd_data.config import EngineConfig, SamplingConfig
-from mpd_data.engine import RequestError, Scores, VLLMEngine
+from mpd_data.engine import RequestError, Scores, start_engine
 from mpd_data.models import load_tokenizer, resolve_model
 from mpd_data.prompts import ChatFormatter
 from mpd_data.rewrite import as_float16, tail_logprobs
@@ -21,7 +21,7 @@ from mpd_data.template import load_template
 
 @pytest.fixture(scope="module")
 def teacher_engine():
-    return VLLMEngine(
+    return start_engine(
         resolve_model(str(TEACHER)),
         EngineConfig(dtype="float32", max_num_seqs=16),
         max_logprobs=64,

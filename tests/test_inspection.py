@@ -1,0 +1,235 @@
+"""Histograms, and stats and comparisons by a metadata key, against plain loops over the rows."""
+
+import json
+import shutil
+from collections import defaultdict
+from itertools import groupby
+from statistics import fmean, median, quantiles
+
+import polars as pl
+import pytest
+from conftest import edit_rows, run
+
+from mpd_data.compare import compare
+from mpd_data.errors import ConfigError
+from mpd_data.stats import BINS, round_stats
+from mpd_data.table import format_histogram
+
+HOSTILE = "\x1b[31mred"
+# Read as a glob pattern, this name matches nothing.
+ODD_FOLDER = f"round[1]{HOSTILE}\n with a name that is longer than its column"
+
+
+def rows(folder):
+    return pl.read_parquet(folder / "rollouts" / "*.parquet").to_dicts()
+
+
+def lengthen(row):
+    row["num_completion_tokens"] = 3 * row["num_completion_tokens"] + int(row["prompt_id"][-2:])
+
+
+@pytest.fixture(scope="module")
+def longer(round_dir, tmp_path_factory):
+    """The real round with longer traces, in which every fifth answer is wrong."""
+    folder = tmp_path_factory.mktemp("longer") / "new"
+    shutil.copytree(round_dir, folder)
+
+    def change(row):
+        lengthen(row)
+        row["is_correct"] = row["is_correct"] and int(row["row_id"], 16) % 5 > 0
+
+    edit_rows(folder, "rollouts", change)
+    return folder
+
+
+def test_histograms_count_the_rows_in_the_same_bins(round_dir, longer):
+    tables = json.loads(run("mpd-gen", "stats", round_dir, longer, "--json").stdout)
+    edges = []
+    for folder in (round_dir, longer):
+        bins = [row for row in tables["trace_lengths"] if row["folder"] == str(folder)]
+        lengths = [row["num_completion_tokens"] for row in rows(folder)]
+        for row in bins:
+            end = float("inf") if row["below"] is None else row["below"]
+            assert row["samples"] == sum(row["from"] <= length < end for length in lengths)
+            assert row["share"] == row["samples"] / 240
+        assert sum(row["samples"] for row in bins) == 240
+        edges.append([(row["from"], row["below"]) for row in bins])
+    assert edges[0] == edges[1]
+    starts = [start for start, _ in edges[0]]
+    assert [below for _, below in edges[0]] == [*starts[1:], None]
+    assert BINS / 2.5 <= len(starts) <= BINS
+    # The open bin is the tail of the longest round, not most of it.
+    assert starts[-1] <= quantiles(lengths, n=100)[98] <= starts[-1] + 2 * starts[1]
+
+
+def test_a_histogram_fits_a_terminal_and_is_no_markup(round_dir, tmp_path):
+    folder = tmp_path / ODD_FOLDER
+    shutil.copytree(round_dir, folder)
+    said = run("mpd-gen", "stats", folder).stderr
+    assert "\x1b" not in said
+    text = said.partition("trace lengths\n")[2].partition("\nbehaviour")[0]
+    assert "…" in text.splitlines()[0]
+    assert text.splitlines()[0].endswith("its column")
+    middle = median(row["num_completion_tokens"] for row in rows(round_dir))
+    (marked,) = [line for line in text.splitlines() if "%*" in line]
+    start, end = marked.split()[0].split("-")
+    assert int(start) <= middle <= int(end) + 1
+    tallest = max(round_stats([round_dir])["trace_lengths"], key=lambda row: row["share"])
+    label, share, bar = max(text.splitlines(), key=lambda line: line.count("█")).split()
+    assert label == f"{tallest['from']}-{tallest['below'] - 1}"
+    assert share == f"{tallest['share']:.0%}"
+    assert bar == 40 * "█"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_histograms_of_many_rounds_stay_narrow(count):
+    """One scale for all: a bar half as long is half the share."""
+    table = []
+    for number in range(count):
+        shares = (0.5, 0.5, 0.0) if number else (0.0, 0.999, 0.001)
+        for index, share in enumerate(shares):
+            below = None if index == 2 else 10_000 * (index + 1)
+            row = {"folder": f"data/of/a/run/round{number}", "from": 10_000 * index}
+            table.append(row | {"below": below, "samples": round(1000 * share), "share": share})
+    lines = format_histogram(table).splitlines()
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert all(f"round{number}" in text for number in range(count))
+    blocks = [list(block) for filled, block in groupby(lines, key=bool) if filled]
+    assert all(len(block) == 4 for block in blocks[:-1])
+    _, first, second, tail = blocks[0]
+    assert first.split()[:1] == ["0-9,999"]
+    assert second.split()[0] == "10,000-19,999"
+    full = second.split()[1].removeprefix("100%*")
+    assert set(full) == {"█"}
+    assert len(full) >= 9
+    assert tail.split() == ["20,000+", "<1%", "▏"]
+    if count > 1:
+        half = first.split()[1]
+        assert half.startswith("50%*")
+        assert abs(2 * len(half.removeprefix("50%*")) - len(full)) <= 2
+
+
+def test_stats_by_a_metadata_key(round_dir, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(round_dir, other)
+    levels = [10, 9, HOSTILE, None]
+
+    def change(row):
+        level = levels[int(row["prompt_id"][-1]) % 4]
+        row["metadata"] = None if level is None else json.dumps({"a level": level, "n": 1})
+        row["round"] = 1
+        if row["sample_idx"] == 3:
+            row |= {"finish_reason": "length", "answer": None}
+        elif row["sample_idx"] == 2:
+            row["answer"] = None
+
+    edit_rows(other, "rollouts", change)
+    found = json.loads(run("mpd-gen", "stats", other, "--by", "a level", "--json").stdout)["groups"]
+    # Numbers by size, then text, then what has none.
+    assert [row["group"] for row in found] == ["9", "10", HOSTILE, None]
+    groups = defaultdict(list)
+    for row in rows(other):
+        groups[json.loads(row["metadata"] or "{}").get("a level")].append(row)
+    for line, level in zip(found, [9, 10, HOSTILE, None], strict=True):
+        group = groups[level]
+        lengths = sorted(row["num_completion_tokens"] for row in group)
+        assert line["folder"] == str(other)
+        assert line["samples"] == len(group)
+        assert line["accuracy"] == pytest.approx(fmean(row["is_correct"] for row in group))
+        assert line["no_answer"] == pytest.approx(1 / 3)
+        assert line["truncated"] == pytest.approx(1 / 4)
+        assert line["mean_tokens"] == pytest.approx(fmean(lengths))
+        assert line["p90"] in lengths[round(0.9 * len(group)) - 2 : round(0.9 * len(group)) + 2]
+    said = run("mpd-gen", "stats", other, round_dir, "--by", "a level").stderr
+    assert "\x1b" not in said
+    lines = said.partition("by a level\n")[2].partition("\n\n")[0].splitlines()
+    # Rows of the round that lacks the key stand beside those of this one that do.
+    assert [line.split("  ")[0] for line in lines[2:]] == ["9", "10", "\\x1b[31mred", "-", "-"]
+    assert [str(round_dir) in line for line in lines[2:]] == [False, False, False, True, False]
+
+
+def test_a_key_that_no_row_carries_is_an_error(round_dir, tmp_path):
+    said = run("mpd-gen", "stats", round_dir, "--by", "famly", code=1).stderr
+    assert "no rollout has a value of it in its metadata. Did you mean 'family'?" in said
+    said = run("mpd-gen", "compare", round_dir, round_dir, "--by", "subject", code=1).stderr
+    assert "They carry 'family'." in said
+    bare = tmp_path / "bare"
+    shutil.copytree(round_dir, bare)
+    edit_rows(bare, "rollouts", lambda row: row.update(metadata=None))
+    with pytest.raises(ConfigError, match="carried through by --metadata-columns"):
+        round_stats([bare], "family")
+    shutil.rmtree(bare / "rollouts")
+    with pytest.raises(ConfigError, match="no rollouts here"):
+        round_stats([bare], "family")
+
+
+def test_compare_by_a_metadata_key(round_dir, longer, tmp_path):
+    """A group's line is what comparing its problems alone gives."""
+    result = json.loads(
+        run("mpd-gen", "compare", round_dir, longer, "--by", "family", "--json").stdout
+    )
+    whole = compare(round_dir, longer)
+    assert {name: value for name, value in result.items() if name != "groups"} == whole
+    assert [group["group"] for group in result["groups"]] == ["shop", "tally"]
+    assert sum(group["problems"] for group in result["groups"]) == 60
+    said = run("mpd-gen", "compare", round_dir, longer, "--by", "family").stderr
+    for group in result["groups"]:
+        sides = []
+        for side in (round_dir, longer):
+            part = tmp_path / group["group"] / side.name
+            shutil.copytree(side, part)
+            edit_rows(part, "rollouts", lambda row: group["group"] in row["metadata"])  # noqa: B023
+            sides.append(part)
+        alone = compare(*sides)
+        assert group["problems"] == alone["base"]["problems"] > 10
+        for name in ("token_reduction", "accuracy_difference"):
+            assert group[name] == alone[name]
+            assert group[f"{name}_interval"] == alone[f"{name}_interval"]
+        for side, folder in zip(("base", "new"), sides, strict=True):
+            mine = rows(folder)
+            assert group[side]["accuracy"] == pytest.approx(fmean(r["is_correct"] for r in mine))
+            tokens = fmean(row["num_completion_tokens"] for row in mine)
+            assert group[side]["mean_tokens"] == pytest.approx(tokens)
+        low, high = group["accuracy_difference_interval"]
+        assert low < group["accuracy_difference"] < high < 0
+        (line,) = [line for line in said.splitlines() if line.startswith(group["group"])]
+        assert line.split("  ")[-1] == "{:.1f}% [{:.1f}, {:.1f}]".format(
+            *(100 * x for x in (group["token_reduction"], *group["token_reduction_interval"]))
+        )
+        assert f"{group['base']['mean_tokens']:,.1f} -> {group['new']['mean_tokens']:,.1f}" in line
+
+
+def test_a_problems_group_is_known_from_either_side(round_dir, longer, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(longer, bare)
+    edit_rows(bare, "rollouts", lambda row: row.update(metadata=None))
+    both = compare(round_dir, longer, "family")["groups"]
+    assert compare(round_dir, bare, "family")["groups"] == both
+    flipped = compare(bare, round_dir, "family")["groups"]
+    assert [group["new"] for group in flipped] == [group["base"] for group in both]
+    edit_rows(bare, "rollouts", lambda row: row.update(metadata='{"family":"tally"}'))
+    with pytest.raises(ConfigError, match="has 'shop' on one side and 'tally' on the other"):
+        compare(round_dir, bare, "family")
+
+
+def test_one_problem_alone_has_no_interval(round_dir, longer, tmp_path):
+    chosen = rows(round_dir)[0]["prompt_id"]
+
+    def change(row):
+        row["metadata"] = json.dumps({"family": "one" if row["prompt_id"] == chosen else "z"})
+
+    sides = []
+    for side in (round_dir, longer):
+        sides.append(tmp_path / side.name)
+        shutil.copytree(side, sides[-1])
+        edit_rows(sides[-1], "rollouts", change)
+    first, rest = compare(*sides, "family")["groups"]
+    assert (first["group"], first["problems"], rest["problems"]) == ("one", 1, 59)
+    assert first["token_reduction"] < 0
+    assert first["token_reduction_interval"] is None
+    assert first["accuracy_difference_interval"] is None
+    assert rest["token_reduction_interval"] is not None
+    said = run("mpd-gen", "compare", *sides, "--by", "family").stderr
+    (line,) = [line for line in said.splitlines() if line.startswith("one")]
+    assert line.endswith(f"  {100 * first['token_reduction']:.1f}%")
