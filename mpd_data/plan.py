@@ -115,7 +115,7 @@ class Learned:
 
     @property
     def device(self) -> str | None:
-        return None if self.speed is None else str(self.speed["device"])
+        return None if self.speed is None else f"{self.speed['device']}, {self.speed['backend']}"
 
 
 def siblings(out: Path, marker: str) -> Iterator[Path]:

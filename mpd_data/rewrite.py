@@ -122,7 +122,8 @@ def run_rewrite(
                     job.take(result)
             finally:
                 if (speed := progress.speed()) is not None:
-                    round_dir.record_speed("distill", speed | {"device": device_name()})
+                    made_by = {"device": device_name(), "backend": config.engine.backend}
+                    round_dir.record_speed("distill", speed | made_by)
         left = len(owed_ids) - now
         return Outcome(_count_statuses(round_dir), writer.rows_committed, job.failed, left)
 

@@ -353,7 +353,8 @@ def run_rollouts(
                             job.take(result)
                     finally:
                         if (speed := progress.speed()) is not None:
-                            round_dir.record_speed("rollouts", speed | {"device": device_name()})
+                            made_by = {"device": device_name(), "backend": config.engine.backend}
+                            round_dir.record_speed("rollouts", speed | made_by)
         return Outcome(total, writer.rows_committed, failed, left)
 
 

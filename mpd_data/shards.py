@@ -245,11 +245,12 @@ class RoundDir:
         return saved
 
     def record_speed(self, stage: Stage, speed: Mapping[str, Any]) -> None:
-        """Keeps in run.json how fast `stage` went: rows, tokens, seconds, device. A run of fewer
-        rows on the same device says less than the one before it and does not replace that."""
+        """Keeps in run.json how fast `stage` went: rows, tokens, seconds, device, backend. A run of
+        fewer rows on the same device says less than the one before and does not replace it."""
         info = self.run_info()
         saved = info["stages"][stage].get("speed")
-        if saved and saved["device"] == speed["device"] and saved["rows"] > speed["rows"]:
+        same = ("device", "backend")
+        if saved and saved["rows"] > speed["rows"] and all(saved[n] == speed[n] for n in same):
             return
         info["stages"][stage]["speed"] = dict(speed)
         write_json_atomic(self.path / "run.json", info)

@@ -245,7 +245,7 @@ def test_a_limited_run_says_what_the_rest_takes(part, round_dir, prompts):
         assert 2 * plan["disk_bytes"] == pytest.approx(size, rel=0.25)
         seconds = plan["tokens_expected"] * speed["seconds"] / speed["tokens"]
         assert plan["seconds"] == pytest.approx(seconds + speed["start_seconds"], abs=0.2)
-        assert plan["device"] == speed["device"]
+        assert plan["device"] == f"{speed['device']}, vllm"
 
 
 def test_without_the_limit_the_rest_follows(part, round_dir, prompts, tmp_path):
@@ -301,7 +301,7 @@ def test_a_shorter_run_does_not_replace_a_longer_ones_speed(tmp_path):
     round_dir.claim("rollouts", {"a": 1}, {})
 
     def record(count, device):
-        round_dir.record_speed("rollouts", {"rows": count, "device": device})
+        round_dir.record_speed("rollouts", {"rows": count, "device": device, "backend": "vllm"})
         round_dir.claim("rollouts", {"a": 1}, {"more": count})
         return round_dir.run_info()["stages"]["rollouts"]["speed"]["rows"]
 
