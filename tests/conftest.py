@@ -1,4 +1,7 @@
-"""Shared fixtures: the shipped pocket models, real prompts for them, real commands."""
+"""Shared fixtures: the shipped pocket models, real prompts for them, real commands.
+
+MPD_TEST_DATA names a folder with prompts and a round that are made already (ignore_option.py).
+"""
 
 import json
 import os
@@ -43,6 +46,12 @@ def run(program, *arguments, code=0):
     return done
 
 
+def invoke(command, *arguments):
+    """Runs a click command in this process; returns its exit code, raises its MPDError."""
+    code = command.main(list(map(str, arguments)), standalone_mode=False)
+    return code if isinstance(code, int) else 0
+
+
 def rollout_arguments(prompts, out, **changed):
     settings = {
         "--model": STUDENT,
@@ -77,6 +86,8 @@ def rewrite_arguments(shards, **changed):
 @pytest.fixture(scope="session")
 def prompts(tmp_path_factory):
     """60 held-out problems as JSONL, made by the shipped script."""
+    if "MPD_TEST_DATA" in os.environ:
+        return Path(os.environ["MPD_TEST_DATA"]) / "validation.jsonl"
     folder = tmp_path_factory.mktemp("prompts")
     sizes = ["--train", "0", "--validation", "60", "--test", "0", "--ood", "0"]
     subprocess.run(
@@ -90,10 +101,16 @@ def prompts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def round_dir(prompts, tmp_path_factory):
     """A whole round made by the real commands: rollouts and rewrites. Read it, never write it."""
+    if "MPD_TEST_DATA" in os.environ:
+        return Path(os.environ["MPD_TEST_DATA"]) / "round1"
     out = tmp_path_factory.mktemp("data") / "round1"
+    make_round(prompts, out)
+    return out
+
+
+def make_round(prompts, out):
     run("mpd-gen", *rollout_arguments(prompts, out), "--rows-per-shard", 100)
     run("mpd-gen", *rewrite_arguments(out), "--rows-per-shard", 100)
-    return out
 
 
 def edit_rows(round_dir, stage, change):

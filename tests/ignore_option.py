@@ -1,0 +1,91 @@
+"""Proves the table in test_options.py: ignore an option, and each test that it names fails.
+
+    .venv/bin/python tests/ignore_option.py                       all
+    .venv/bin/python tests/ignore_option.py mpd-train --alpha     those that begin so
+
+The tests run in this process, one option after another, so that torch and vLLM are loaded once;
+the processes that they start ignore the option too (ignoring/sitecustomize.py). First all of them
+run with nothing ignored, and must pass.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+
+
+class Outcomes:
+    """The first failure of each test function."""
+
+    def __init__(self):
+        self.failures = {}
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            said = str(crash.message if crash else report.longrepr)
+            self.failures.setdefault(report.nodeid.partition("[")[0], said.strip().splitlines()[0])
+
+
+def failures(nodes):
+    import pytest
+
+    outcomes = Outcomes()
+    quiet = ["-p", "no:terminal", "-p", "no:cacheprovider", "-o", "addopts="]
+    code = pytest.main([*quiet, *nodes], plugins=[outcomes])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise SystemExit(f"pytest ended with {code!r} on {nodes}")
+    return outcomes.failures
+
+
+def main():
+    os.chdir(ROOT)
+    paths = [str(TESTS / "ignoring"), str(ROOT), str(TESTS)]
+    sys.path[:0] = paths
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [*paths[:2], *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPD_IGNORED": ""}
+    import sitecustomize  # noqa: F401  # before anything else is imported
+
+    from test_options import EXERCISED
+
+    begin = " ".join(sys.argv[1:])
+    chosen = {key: tests for key, tests in EXERCISED.items() if " ".join(key).startswith(begin)}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MPD_IGNORED_FOLDER"] = folder
+        if "MPD_TEST_DATA" not in os.environ:
+            make_data(Path(folder))
+        tests = sorted({test for tests in chosen.values() for test in tests})
+        if broken := failures(tests):
+            raise SystemExit(f"these fail with nothing ignored: {broken}")
+        caught = 0
+        for key, tests in chosen.items():
+            os.environ["MPD_IGNORED"] = name = " ".join(key)
+            found = failures(tests)
+            missed = [test for test in tests if test not in found]
+            caught += not missed
+            print(f"{'MISSED' if missed else 'caught'}  {name}", flush=True)
+            for test in tests:
+                print(f"        {test}: {found.get(test, 'passes')[:100]}", flush=True)
+    print(f"{len(chosen)} options, {caught} caught")
+    return 0 if caught == len(chosen) else 1
+
+
+def make_data(folder):
+    """Prompts and a round, once for all runs."""
+    from conftest import make_round
+
+    sizes = ["--train", "0", "--validation", "60", "--test", "0", "--ood", "0"]
+    made = [sys.executable, "-m", "pipelines.pocket.prompts", "--out", str(folder), *sizes]
+    subprocess.run(made, check=True)
+    make_round(folder / "validation.jsonl", folder / "round1")
+    os.environ["MPD_TEST_DATA"] = str(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,551 @@
+"""What each setting of rollouts and rewrite does, seen in what the stages leave behind.
+
+The stages run in this process: vLLM is loaded once, and an engine then starts in two seconds.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import polars as pl
+import pytest
+import torch
+from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, invoke, rewrite_arguments, write_jsonl
+from hub import Hub
+from transformers import AutoModelForCausalLM
+
+from mpd_data.cli import cli
+from mpd_data.config import RewriteConfig, RolloutsConfig
+from mpd_data.errors import ConfigError, EngineError, MPDError
+from mpd_data.models import load_tokenizer, resolve_model
+from mpd_data.refilter import run_refilter
+from mpd_data.rewrite import run_rewrite
+from mpd_data.rollouts import run_rollouts
+from mpd_data.shards import RoundDir, read_metadata
+
+ENGINE = {"dtype": "float32", "max_num_seqs": 16, "kv_cache_gib": 0.25}
+
+
+def rows(round_dir, stage):
+    return pl.read_parquet(round_dir / stage / "*.parquet").sort("row_id")
+
+
+def sampled(prompts, out, **changed):
+    """Rollouts of four problems."""
+    settings = {
+        "model": str(STUDENT),
+        "prompts": [str(prompts)],
+        "out": out,
+        "num_prompts": 4,
+        "id_column": "id",
+        "answer_column": "answer",
+        "sampling": {"max_tokens": 250},
+        "engine": ENGINE,
+    }
+    run_rollouts(RolloutsConfig(**{**settings, **changed}))
+    return rows(out, "rollouts")
+
+
+def rewritten(drafts, out, **changed):
+    """Rewrites of the rollouts in `drafts`, in a copy of it."""
+    shutil.copytree(drafts, out)
+    settings = {
+        "teacher": str(TEACHER),
+        "shards": out,
+        "template": str(TEMPLATE),
+        "score_context": "rewrite",
+        "sampling": {"max_tokens": 200},
+        "engine": ENGINE,
+    }
+    run_rewrite(RewriteConfig(**{**settings, **changed}))
+    return rows(out, "distill")
+
+
+def model_with(folder, model, suffix):
+    """A copy of `model` whose chat template goes on with `suffix`."""
+    shutil.copytree(model, folder)
+    with (folder / "chat_template.jinja").open("a") as file:
+        file.write(suffix)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def drafts(prompts, tmp_path_factory):
+    """Two rollouts of each of six problems."""
+    out = tmp_path_factory.mktemp("drafts") / "round1"
+    sampled(prompts, out, num_prompts=6, num_samples=2)
+    return out
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """The vLLM engines that are started from here on."""
+    import vllm
+
+    started = []
+
+    class Seen(vllm.LLM):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            started.append(self)
+
+    monkeypatch.setattr(vllm, "LLM", Seen)
+    return started
+
+
+# -- rollouts -------------------------------------------------------------------------------
+
+
+def test_rollouts_take_what_they_are_told(tmp_path):
+    problems = [
+        {"key": f"k{i}", "text": f"Dan has {20 + i} shells .", "gold": i, "family": "f"}
+        for i in range(6)
+    ]
+    file = write_jsonl(tmp_path / "p.jsonl", [*problems, problems[0] | {"text": "again"}])
+    examples = write_jsonl(tmp_path / "e.jsonl", [{"text": "1 + 1 ?", "done": "answer 2"}])
+    student = model_with(
+        tmp_path / "student",
+        STUDENT,
+        "{{ word }}{% if enable_thinking %}thinks{% else %}says{% endif %}",
+    )
+    out = tmp_path / "r"
+    frame = sampled(
+        file,
+        out,
+        model=student,
+        round=3,
+        num_samples=2,
+        num_prompts=4,
+        prompt_column="text",
+        id_column="key",
+        answer_column="gold",
+        metadata_columns=["family"],
+        duplicates="first",
+        prompt_template="{{problem}} now !",
+        system_prompt="be brief",
+        examples=examples,
+        examples_column="done",
+        thinking="off",
+        template_kwargs={"word": "shells"},
+        sampling={"max_tokens": 5},
+        output={"rows_per_shard": 3},
+    )
+    by_key = {problem["key"]: problem for problem in problems}
+    assert frame["prompt_id"].n_unique() == 4
+    assert frame.height == 8
+    for row in frame.to_dicts():
+        problem = by_key[row["prompt_id"]]
+        assert row["problem"] == problem["text"]
+        assert row["gold_answer"] == str(problem["gold"])
+        assert json.loads(row["metadata"]) == {"family": "f"}
+        assert row["round"] == 3
+        order = ["be brief", "1 + 1 ?", "answer 2", problem["text"] + " now !", "shells", "says"]
+        places = [row["prompt"].rindex(part) for part in order]
+        assert places == sorted(places)
+        assert row["finish_reason"] == "length"
+        assert row["num_completion_tokens"] == 5
+    assert [shard.rows for shard in RoundDir(out).manifest("rollouts")] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("formats, found", [(["hashes"], False), (["phrase", "hashes"], True)])
+def test_answers_are_read_where_they_are_declared_to_stand(prompts, tmp_path, formats, found):
+    """The student says "answer 7": the form called phrase."""
+    frame = sampled(prompts, tmp_path / "r", answer_formats=formats)
+    ended = frame.filter(pl.col("finish_reason") == "stop")
+    assert ended.height > 1
+    assert ended["answer"].is_not_null().to_list() == [found] * ended.height
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    """Continues ids greedily, in transformers."""
+    model = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32).eval()
+
+    def complete(prompt_ids):
+        ids = torch.tensor([prompt_ids])
+        mask = torch.ones_like(ids)
+        found = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=250)
+        return found[0, len(prompt_ids) :].tolist()
+
+    return complete
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": 0}, {"temperature": 2, "top_k": 1}, {"temperature": 3, "top_p": 1e-6}],
+    ids=["temperature", "top_k", "top_p"],
+)
+def test_greedy_by_each_of_three_ways(prompts, tmp_path, greedy, sampling):
+    frame = sampled(prompts, tmp_path / "r", sampling={"max_tokens": 250, **sampling})
+    for row in frame.to_dicts():
+        assert row["completion_ids"] == greedy(row["prompt_ids"])
+
+
+def test_the_seed_decides_prompts_and_samples(prompts, tmp_path):
+    found = [sampled(prompts, tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    assert set(found[0]["prompt_id"]) != set(found[1]["prompt_id"])
+    found = [
+        sampled(prompts, tmp_path / f"all{seed}", seed=seed, num_prompts=60, sampling=SHORT)
+        for seed in (0, 1)
+    ]
+    assert not set(found[0]["row_id"]) & set(found[1]["row_id"])
+    both = found[0].join(found[1], on="prompt_id")
+    assert both.height == 60
+    assert (both["completion_ids"] != both["completion_ids_right"]).sum() > 30
+
+
+SHORT = {"max_tokens": 20}
+
+
+def test_shards_close_by_age(prompts, tmp_path):
+    sampled(prompts, tmp_path / "r", sampling={"max_tokens": 5}, output={"seconds_per_shard": 1e-9})
+    assert [shard.rows for shard in RoundDir(tmp_path / "r").manifest("rollouts")] == [1] * 4
+
+
+CHECKER = """
+import os
+import time
+from pathlib import Path
+
+from mpd_data.checkers import Checker
+
+
+class Own(Checker):
+    # A worker takes no work before MPD_TEST_WORKERS of them are there.
+    def prepare(self):
+        here = Path(os.environ["MPD_TEST_FOLDER"])
+        (here / str(os.getpid())).touch()
+        until = time.monotonic() + 20
+        while len(list(here.iterdir())) < int(os.environ["MPD_TEST_WORKERS"]):
+            if time.monotonic() > until:
+                raise RuntimeError("too few workers")
+            time.sleep(0.01)
+
+    def equal(self, answer, gold):
+        time.sleep(float(os.environ["MPD_TEST_SLEEP"]))
+        return True
+"""
+
+
+@pytest.fixture
+def own_checker(tmp_path, monkeypatch):
+    """Makes own:Own a checker that starts with `workers` workers and takes `seconds` to compare;
+    returns the folder in which each leaves a file."""
+    (tmp_path / "own.py").write_text(CHECKER)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+
+    def make(name, workers, seconds):
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.setenv("MPD_TEST_FOLDER", str(folder))
+        monkeypatch.setenv("MPD_TEST_WORKERS", str(workers))
+        monkeypatch.setenv("MPD_TEST_SLEEP", str(seconds))
+        return folder
+
+    return make
+
+
+def test_checks_have_their_processes_and_their_time(prompts, tmp_path, own_checker):
+    """Of rollouts and of rewrites."""
+    started = own_checker("rollouts", workers=3, seconds=60)
+    checks = {"checker_timeout": 0.25, "checker_processes": 3}
+    settings = {"checker": "own:Own", "checks": checks, "num_prompts": 8}
+    frame = sampled(prompts, tmp_path / "a", **settings)
+    ended = frame.filter(pl.col("finish_reason") == "stop")
+    assert ended.height >= 4
+    assert set(ended["check_error"]) == {"timed out after 0.25 s"}
+    assert len(list(started.iterdir())) >= 3
+
+    own_checker("quick", workers=0, seconds=0)
+    frame = sampled(prompts, tmp_path / "b", **settings)
+    # It finds every answer right.
+    assert frame.filter(pl.col("finish_reason") == "stop")["is_correct"].all()
+
+    started = own_checker("rewrites", workers=3, seconds=60)
+    frame = rewritten(tmp_path / "b", tmp_path / "c", checks=checks)
+    failed = frame.filter(pl.col("status") == "check_failed")
+    assert failed.height >= 4
+    assert set(failed["check_error"]) == {"timed out after 0.25 s"}
+    assert len(list(started.iterdir())) >= 3
+
+
+def nothing_to_sample(folder):
+    """Prompts that all fail, so that no engine is needed."""
+    return write_jsonl(folder / "empty.jsonl", [{"problem": " "}])
+
+
+def test_overwrite_of_rollouts(tmp_path):
+    arguments = [
+        "rollouts", "--model", STUDENT, "--prompts", nothing_to_sample(tmp_path),
+        "--out", tmp_path / "r", "--max-tokens", 9,
+    ]  # fmt: skip
+    assert invoke(cli, *arguments) == 3
+    changed = [*arguments, "--seed", 1]
+    with pytest.raises(ConfigError, match="seed: saved 0 / now 1"):
+        invoke(cli, *changed)
+    assert invoke(cli, *changed, "--overwrite") == 3
+    assert rows(tmp_path / "r", "errors").height == 1
+
+
+# -- rewrite --------------------------------------------------------------------------------
+
+
+def test_rewrites_take_what_they_are_told(drafts, tmp_path):
+    teacher = model_with(
+        tmp_path / "teacher", TEACHER, "{% if word is defined %}{{ word }}{% endif %}"
+    )
+    out = tmp_path / "r"
+    frame = rewritten(
+        drafts,
+        out,
+        teacher=teacher,
+        num_logprobs=8,
+        score_template_kwargs={"word": "shells"},
+        output={"rows_per_shard": 5},
+    )
+    assert [shard.rows for shard in RoundDir(out).manifest("distill")] == [5, 5, 2]
+    kept = frame.filter(pl.col("status") == "ok")
+    assert kept.height > 3
+    tokenizer = load_tokenizer(resolve_model(str(TEACHER)))
+    for row in kept.to_dicts():
+        assert len(row["topk_ids"]) == 8 * row["num_rewritten_tokens"]
+        # The scoring prompt is the rewrite prompt, with what its own settings put there.
+        prompt = tokenizer.decode(row["teacher_prompt_ids"])
+        assert "rewrite shorter" in prompt
+        assert prompt.endswith("shells")
+
+
+def test_the_teachers_template_has_its_own_settings(drafts, tmp_path):
+    suffix = "{% if refuse is defined %}{{ raise_exception(refuse) }}{% endif %}"
+    teacher = model_with(tmp_path / "teacher", TEACHER, suffix)
+    settings = {"teacher": teacher, "template_kwargs": {"refuse": "never so"}}
+    shutil.copytree(drafts, tmp_path / "r")
+    arguments = rewrite_arguments(tmp_path / "r", **{"--teacher": teacher})
+    arguments += ["--template-kwargs", json.dumps(settings["template_kwargs"])]
+    with pytest.raises(MPDError, match="no rewrite was kept"):
+        invoke(cli, *arguments)
+    messages = rows(tmp_path / "r", "errors")["message"]
+    assert messages.len() == 12
+    assert messages.str.contains("never so").all()
+
+
+def test_the_teacher_thinks_when_told(drafts, tmp_path):
+    """It does not by default, and this one writes nothing then."""
+    suffix = "{% if not enable_thinking %}{{ raise_exception('no') }}{% endif %}"
+    teacher = model_with(tmp_path / "teacher", TEACHER, suffix)
+    frame = rewritten(drafts, tmp_path / "r", teacher=teacher, thinking="on")
+    assert frame.height == 12
+
+
+def texts(frame):
+    return dict(frame.select("rollout_id", "rewrite").iter_rows())
+
+
+@pytest.fixture(scope="module")
+def greedy_rewrites(drafts, tmp_path_factory):
+    return texts(rewritten(drafts, tmp_path_factory.mktemp("greedy") / "r"))
+
+
+def test_rewrites_are_sampled_when_told(drafts, tmp_path, greedy_rewrites):
+    sampling = {"max_tokens": 200, "temperature": 2}
+    found = texts(rewritten(drafts, tmp_path / "r", sampling=sampling))
+    assert found.keys() == greedy_rewrites.keys()
+    assert all(found[key] != rewrite for key, rewrite in greedy_rewrites.items())
+
+
+@pytest.mark.parametrize("one", [{"top_k": 1}, {"top_p": 1e-6}], ids=["top_k", "top_p"])
+def test_a_choice_of_one_token_is_greedy(drafts, tmp_path, greedy_rewrites, one):
+    sampling = {"max_tokens": 200, "temperature": 2, **one}
+    assert texts(rewritten(drafts, tmp_path / "r", sampling=sampling)) == greedy_rewrites
+
+
+def test_rewrites_are_cut_at_their_limit(drafts, tmp_path):
+    frame = rewritten(drafts, tmp_path / "r", sampling={"max_tokens": 3})
+    assert set(frame["status"]) == {"truncated"}
+    assert set(frame["rewrite"].str.split(" ").list.len()) == {3}
+
+
+def test_candidates_their_choice_and_their_seed(drafts, tmp_path):
+    sampling = {"max_tokens": 200, "temperature": 1}
+    found = [
+        rewritten(
+            drafts,
+            tmp_path / str(seed),
+            num_candidates=3,
+            choose="all",
+            seed=seed,
+            sampling=sampling,
+        )
+        for seed in (0, 1)
+    ]
+    for frame in found:
+        assert frame.group_by("rollout_id").len()["len"].to_list() == [3] * 12
+        kept = frame.filter(pl.col("status") == "ok")
+        assert kept.group_by("rollout_id").len()["len"].max() > 1
+    assert not set(found[0]["row_id"]) & set(found[1]["row_id"])
+    both = found[0].join(found[1], on=["rollout_id", "candidate_idx"])
+    assert (both["rewrite"] != both["rewrite_right"]).sum() > 12
+
+
+def test_shards_of_rewrites_close_by_age(drafts, tmp_path):
+    out = tmp_path / "r"
+    rewritten(drafts, out, sampling={"max_tokens": 3}, output={"seconds_per_shard": 1e-9})
+    assert [shard.rows for shard in RoundDir(out).manifest("distill")] == [1] * 12
+
+
+def test_each_rule_rejects_rewrites_of_a_round(round_dir, tmp_path):
+    """All at once: a rewrite has the status of the first rule that rejects it."""
+    out = tmp_path / "r"
+    shutil.copytree(round_dir, out)
+    rules = {"drafts": "correct", "max_ratio": 0.9, "min_ratio": 0.2, "max_repetition": 0.001}
+    before = rows(out, "distill").filter(pl.col("status") == "ok")
+    outcome = run_refilter(refiltering(out, filters=rules))
+    assert set(outcome.statuses) > {"draft_rejected", "longer", "too_short", "repetitive"}
+    ratio, repeated = pl.col("compression_ratio"), pl.col("repetition")
+    kept = before.filter(ratio.is_between(0.2, 0.9) & (repeated <= 0.001)).height
+    assert outcome.statuses["ok"] == kept > 0
+
+
+def test_rules_that_are_dropped_let_rewrites_in(round_dir, tmp_path):
+    out = tmp_path / "r"
+    shutil.copytree(round_dir, out)
+    run_refilter(refiltering(out, filters={"keep_answer": False, "require_correct": False}))
+    kept = rows(out, "distill").filter(pl.col("status") == "ok")
+    assert kept["topk_ids"].null_count() == 0
+    assert kept.filter(pl.col("keeps_answer").not_()).height > 10
+    assert kept.filter(pl.col("keeps_answer") & pl.col("is_correct").not_()).height > 0
+
+
+def refiltering(out, **changed):
+    settings = {
+        "teacher": str(TEACHER),
+        "shards": out,
+        "score_context": "rewrite",
+        "sampling": {"max_tokens": 200},
+        "engine": ENGINE,
+    }
+    return RewriteConfig(**{**settings, **changed})
+
+
+def test_overwrite_of_rewrites(drafts, tmp_path):
+    out = tmp_path / "r"
+    shutil.copytree(drafts, out)
+    arguments = rewrite_arguments(out, **{"--num-logprobs": 4})
+    assert invoke(cli, *arguments) == 0
+    changed = rewrite_arguments(out, **{"--num-logprobs": 5})
+    with pytest.raises(ConfigError, match="num_logprobs: saved 4 / now 5"):
+        invoke(cli, *changed)
+    assert invoke(cli, *changed, "--overwrite") == 0
+    assert read_metadata(RoundDir(out).shard_paths("distill")[0])["num_logprobs"] == 5
+
+
+# -- the engine, in both stages -------------------------------------------------------------
+
+
+STAGES = {"rollouts": sampled, "rewrite": rewritten}
+
+
+@pytest.fixture(params=STAGES)
+def stage(request, prompts, drafts, tmp_path):
+    """Runs a stage with the given settings."""
+    source = prompts if request.param == "rollouts" else drafts
+    return lambda **changed: STAGES[request.param](source, tmp_path / "r", **changed)
+
+
+def test_the_engine_runs_as_it_is_told(stage, engines):
+    told = {
+        "dtype": "float16",
+        "max_model_len": 700,
+        "max_num_seqs": 5,
+        "max_num_batched_tokens": 800,
+        "kv_cache_gib": 0.125,
+    }
+    stage(engine=told, trust_remote_code=True)
+    (engine,) = engines
+    config = engine.llm_engine.vllm_config
+    assert config.model_config.dtype == torch.float16
+    assert config.model_config.max_model_len == 700
+    assert config.model_config.trust_remote_code
+    assert config.scheduler_config.max_num_seqs == 5
+    assert config.scheduler_config.max_num_batched_tokens == 800
+    assert config.cache_config.kv_cache_memory_bytes == 2**27
+
+
+def test_the_engine_shares_a_model_as_it_is_told(stage):
+    """The pocket models' four heads cannot be shared by three: vLLM was asked for that."""
+    with pytest.raises(EngineError, match="divi"):
+        stage(engine={**ENGINE, "tensor_parallel_size": 3})
+
+
+# -- revisions ------------------------------------------------------------------------------
+
+RUN = """
+import json, sys
+from mpd_data.config import RewriteConfig, RolloutsConfig
+from mpd_data.errors import MPDError
+from mpd_data.rewrite import run_rewrite
+from mpd_data.rollouts import run_rollouts
+from mpd_train.config import TrainConfig
+from mpd_train.loop import train
+stages = [(RolloutsConfig, run_rollouts), (RewriteConfig, run_rewrite), (TrainConfig, train)]
+for settings in json.loads(sys.argv[1]):
+    model, run = next((m, r) for m, r in stages if m.model_fields.keys() >= settings.keys())
+    try:
+        run(model(**settings))
+        print("done")
+    except MPDError as error:
+        print(str(error).replace(chr(10), " "))
+"""
+
+
+def test_models_are_had_in_the_revision_that_is_asked_for(round_dir, tmp_path):
+    """Revision `other` of the models here has another tokenizer, which is refused by name."""
+    other = tmp_path / "other"
+    shutil.copytree(STUDENT, other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    a, b = list(vocab)[40:42]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    rollouts = {
+        "model": "pocket/student",
+        "revision": "other",
+        "prompts": [str(nothing_to_sample(tmp_path))],
+        "out": str(tmp_path / "r"),
+        "sampling": {"max_tokens": 9},
+    }
+    rewrite = {"teacher": "pocket/teacher", "revision": "other", "shards": str(round_dir)}
+    train = {"shards": [str(round_dir)], "student": "pocket/student"}
+    train_out = {"out": str(tmp_path / "train"), "revision": "other"}
+    teacher = {
+        "student": str(STUDENT),
+        "teacher": "pocket/teacher",
+        "teacher_revision": "other",
+        "out": str(tmp_path / "taught"),
+    }
+    calls = [rollouts, rewrite, train | train_out, train | teacher]
+    with Hub() as hub:
+        for name, folder in (("student", STUDENT), ("teacher", TEACHER)):
+            hub.add("models", f"pocket/{name}", folder)
+            commit = hub.add("models", f"pocket/{name}", other, "other")
+            if name == "student":
+                asked = commit
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, json.dumps(calls)],
+            cwd=ROOT,
+            env=hub.environment(tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0] == "done"
+    (shard,) = RoundDir(tmp_path / "r").shard_paths("errors")
+    assert read_metadata(shard)["model"] == {"name": "pocket/student", "version": asked}
+    refused = "have different tokenizers"
+    assert said[1].startswith("pocket/teacher and the student of") and refused in said[1]
+    assert said[2].startswith("pocket/student and") and refused in said[2]
+    assert said[3].startswith("pocket/teacher and") and refused in said[3]
