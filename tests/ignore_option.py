@@ -51,7 +51,6 @@ def main():
     )
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPD_IGNORED": ""}
     import sitecustomize  # noqa: F401  # before anything else is imported
-
     from test_options import EXERCISED
 
     begin = " ".join(sys.argv[1:])
