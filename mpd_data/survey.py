@@ -50,7 +50,7 @@ _BOXED = "{{problem}}\n\nPlease reason step by step, and put your final answer w
 _MEASURED = 200
 # Drafts and rewrites share a teacher's context as 27,000 and 10,000 tokens do Qwen3's.
 _DRAFT, _REWRITE = 27, 10
-_GPU_CONTEXT, _CPU_CONTEXT = 40_960, 4_096
+_GPU_CONTEXT, _CPU_CONTEXT = 40_960, 2_048
 _LEAST_TOKENS = 32
 _SMALL = 1_000_000_000
 

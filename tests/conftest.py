@@ -5,6 +5,7 @@ MPD_TEST_DATA names a folder with prompts and a round that are made already (ign
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,34 @@ def edit_rows(round_dir, stage, change):
         table = pq.read_table(file)
         rows = [row for row in table.to_pylist() if change(row) is not False]
         pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+
+
+@pytest.fixture(scope="session")
+def exact_student(tmp_path_factory):
+    """The pocket student in float32: its exports are not rounded."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("student") / "student"
+    shutil.copytree(STUDENT, folder)
+    AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def loss_on_all(shards, model):
+    """The mean loss of a model's folder on all kept rows: a measure without the noise of steps."""
+    import torch
+
+    from mpd_data.models import resolve_model
+    from mpd_train.config import LossConfig
+    from mpd_train.evaluate import validate
+    from mpd_train.models import CausalLM
+    from mpd_train.stream import make_packs
+
+    cpu = torch.device("cpu")
+    student = CausalLM(resolve_model(str(model)), cpu, torch.float32, False)
+    packs = make_packs(shards, 2000, 0, 0)
+    return validate(student, None, shards, packs, LossConfig(), cpu, torch.float32)[0]
 
 
 def write_jsonl(path, rows):

@@ -12,7 +12,6 @@ import torch
 from conftest import STUDENT, TEACHER, invoke
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import AutoModelForCausalLM
 
 from mpd_data.errors import ConfigError
 from mpd_data.models import resolve_model
@@ -44,15 +43,6 @@ def few(round_dir, tmp_path_factory):
         at = table.schema.get_field_index("status")
         pq.write_table(table.set_column(at, table.schema.field(at), pa.array(statuses)), file)
     return out
-
-
-@pytest.fixture(scope="module")
-def exact_student(tmp_path_factory):
-    """The pocket student in float32: its exports are not rounded."""
-    folder = tmp_path_factory.mktemp("student") / "student"
-    shutil.copytree(STUDENT, folder)
-    AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
 """Held-out prompts, early stopping and the best weights."""
 
 import json
-import shutil
 
 import polars as pl
 import pytest
 import torch
 from conftest import STUDENT
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from mpd_data.errors import ConfigError
 from mpd_data.models import resolve_model
@@ -80,18 +78,9 @@ def test_patience_needs_validation(round_dir, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """The pocket student in float32, so that its export is not rounded."""
-    folder = tmp_path_factory.mktemp("base") / "student"
-    shutil.copytree(STUDENT, folder)
-    AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def stopped(round_dir, base, tmp_path_factory):
+def stopped(round_dir, exact_student, tmp_path_factory):
     out = tmp_path_factory.mktemp("stopped") / "run"
-    train(config(round_dir, base, out))
+    train(config(round_dir, exact_student, out))
     return out
 
 
@@ -115,7 +104,7 @@ def test_stops_and_exports_the_best(stopped, round_dir):
 
 
 def test_resumed_stops_at_the_same_step_with_the_same_weights(
-    stopped, round_dir, base, tmp_path, monkeypatch
+    stopped, round_dir, exact_student, tmp_path, monkeypatch
 ):
     out = tmp_path / "run"
     save = loop.checkpoint.save
@@ -129,9 +118,9 @@ def test_resumed_stops_at_the_same_step_with_the_same_weights(
     monkeypatch.setattr(loop.checkpoint, "save", killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            train(config(round_dir, base, out))
+            train(config(round_dir, exact_student, out))
     monkeypatch.undo()
-    train(config(round_dir, base, out))
+    train(config(round_dir, exact_student, out))
     ours, theirs = lines(out), lines(stopped)
     assert [r["loss"] for r in ours[0]] == [r["loss"] for r in theirs[0]]
     assert ours[1] == theirs[1]
