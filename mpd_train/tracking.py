@@ -27,9 +27,9 @@ def load_trackers(names: list[str]) -> dict[str, Any]:
 class Trackers:
     """Runs named like the run's folder, in the project "mpd".
 
-    After a resume tensorboard drops the steps that are done again (purge_step). For
-    wandb and trackio this code is resolved, not run: a resumed training is a further run of the
-    same name there.
+    After a resume tensorboard drops the steps that are done again (purge_step); with wandb and
+    trackio a resumed training is a further run of the same name. wandb has been run offline,
+    trackio not at all.
     """
 
     def __init__(

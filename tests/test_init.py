@@ -251,7 +251,7 @@ def test_a_long_context_is_cut_on_a_cpu(tmp_path):
     pipeline, notes = made(tmp_path / "o", prompts=path, student=student, teacher=teacher)
     assert pipeline.rollouts["engine"]["max_model_len"] == 2048
     assert pipeline.rewrite["engine"]["max_model_len"] == 2048
-    # 4 sequences x 2048 tokens x (2 x 40 layers x 4 heads x 128) x 4 bytes = 2.5 GiB
+    # 4 sequences x 2048 tokens x (2 x 40 layers x 4 heads x 128) x 4 bytes = 1.25 GiB
     assert pipeline.rewrite["engine"]["kv_cache_gib"] == 2.0
     assert "tags. `tags`, for a teacher of about 6." in notes
 

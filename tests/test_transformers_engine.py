@@ -1,10 +1,13 @@
 """The second engine: the same protocol, scores equal to vLLM's, samples equal in law."""
 
+import subprocess
+import sys
+
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import STUDENT, rewrite_arguments, rollout_arguments, run
+from conftest import ROOT, STUDENT, environment, rewrite_arguments, rollout_arguments, run
 from transformers import AutoModelForCausalLM
 
 from mpd_data.config import EngineConfig, SamplingConfig
@@ -12,6 +15,7 @@ from mpd_data.engine import RequestError, start_engine
 from mpd_data.errors import ConfigError
 from mpd_data.models import load_tokenizer, resolve_model
 from mpd_data.prompts import ChatFormatter
+from mpd_data.shards import RoundDir, read_metadata
 
 
 def start(**settings):
@@ -143,6 +147,21 @@ def test_what_does_not_fit_is_refused_alone(engine, prompt_ids):
 def test_settings_of_vllm_alone_are_refused():
     with pytest.raises(ConfigError, match="--tensor-parallel-size 2"):
         start(tensor_parallel_size=2)
+
+
+def test_no_vllm_is_needed(prompts, tmp_path):
+    arguments = rollout_arguments(
+        prompts, tmp_path / "r", **{"--backend": "transformers", "--num-prompts": 2, "-n": 2}
+    )
+    code = (
+        f"import sys; sys.modules['vllm'] = None; sys.argv[1:] = {arguments!r}\n"
+        "from mpd_data.cli import main; main()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True)
+    frame = pl.read_parquet(tmp_path / "r" / "rollouts" / "*.parquet")
+    assert frame["row_id"].n_unique() == 4
+    (shard,) = RoundDir(tmp_path / "r").shard_paths("rollouts")
+    assert read_metadata(shard)["backend"] == "transformers"
 
 
 def test_a_round_of_its_own_equals_vllms(round_dir, prompts, tmp_path):
