@@ -9,6 +9,7 @@ run with nothing ignored, and must pass.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,15 +57,20 @@ def main():
     begin = " ".join(sys.argv[1:])
     chosen = {key: tests for key, tests in EXERCISED.items() if " ".join(key).startswith(begin)}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["MPD_IGNORED_FOLDER"] = folder
-        if "MPD_TEST_DATA" not in os.environ:
-            make_data(Path(folder))
+        made, data = Path(folder) / "made", Path(folder) / "data"
+        os.environ["MPD_IGNORED_FOLDER"] = str(Path(folder) / "ignored")
+        os.environ["MPD_TEST_DATA"] = str(data)
+        make_data(made)
+        shutil.copytree(made, data)
         tests = sorted({test for tests in chosen.values() for test in tests})
         if broken := failures(tests):
             raise SystemExit(f"these fail with nothing ignored: {broken}")
         caught = 0
         for key, tests in chosen.items():
             os.environ["MPD_IGNORED"] = name = " ".join(key)
+            # A command that ignores its --out or --dry-run may write where it should only read.
+            shutil.rmtree(data)
+            shutil.copytree(made, data)
             found = failures(tests)
             missed = [test for test in tests if test not in found]
             caught += not missed
@@ -80,10 +86,10 @@ def make_data(folder):
     from conftest import make_round
 
     sizes = ["--train", "0", "--validation", "60", "--test", "0", "--ood", "0"]
+    folder.mkdir()
     made = [sys.executable, "-m", "pipelines.pocket.prompts", "--out", str(folder), *sizes]
     subprocess.run(made, check=True)
     make_round(folder / "validation.jsonl", folder / "round1")
-    os.environ["MPD_TEST_DATA"] = str(folder)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import click
 from pydantic import BaseModel
 
 _SETTINGS = {
+    "InitConfig": "mpd-gen init",
     "RolloutsConfig": "mpd-gen rollouts",
     "RewriteConfig": "mpd-gen rewrite",
     "TrainConfig": "mpd-train",
@@ -29,7 +30,7 @@ def _ignored():
 def _another(value):
     if isinstance(value, list | tuple):
         return type(value)(map(_another, value))
-    return type(value)(Path(os.environ["MPD_IGNORED_FOLDER"]) / "ignored")
+    return type(value)(os.environ["MPD_IGNORED_FOLDER"])
 
 
 def _default(model, name):
