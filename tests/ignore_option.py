@@ -32,12 +32,12 @@ class Outcomes:
             self.failures.setdefault(report.nodeid.partition("[")[0], said.strip().splitlines()[0])
 
 
-def failures(nodes):
+def failures(nodes, *options):
     import pytest
 
     outcomes = Outcomes()
     quiet = ["-p", "no:terminal", "-p", "no:cacheprovider", "-o", "addopts="]
-    code = pytest.main([*quiet, *nodes], plugins=[outcomes])
+    code = pytest.main([*quiet, *options, *nodes], plugins=[outcomes])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise SystemExit(f"pytest ended with {code!r} on {nodes}")
     return outcomes.failures
@@ -59,8 +59,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         made, data = Path(folder) / "made", Path(folder) / "data"
         os.environ["MPD_IGNORED_FOLDER"] = str(Path(folder) / "ignored")
+        if "MPD_TEST_DATA" in os.environ:
+            made = Path(os.environ["MPD_TEST_DATA"])
+        else:
+            make_data(made)
         os.environ["MPD_TEST_DATA"] = str(data)
-        make_data(made)
         shutil.copytree(made, data)
         tests = sorted({test for tests in chosen.values() for test in tests})
         if broken := failures(tests):
@@ -71,12 +74,12 @@ def main():
             # A command that ignores its --out or --dry-run may write where it should only read.
             shutil.rmtree(data)
             shutil.copytree(made, data)
-            found = failures(tests)
-            missed = [test for test in tests if test not in found]
-            caught += not missed
-            print(f"{'MISSED' if missed else 'caught'}  {name}", flush=True)
-            for test in tests:
-                print(f"        {test}: {found.get(test, 'passes')[:100]}", flush=True)
+            # Of a test with many parameters the first failure says enough.
+            found = {test: failures([test], "--exitfirst").get(test) for test in tests}
+            caught += all(found.values())
+            print(f"{'caught' if all(found.values()) else 'MISSED'}  {name}", flush=True)
+            for test, failure in found.items():
+                print(f"        {test}: {(failure or 'passes')[:100]}", flush=True)
     print(f"{len(chosen)} options, {caught} caught")
     return 0 if caught == len(chosen) else 1
 

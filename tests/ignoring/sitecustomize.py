@@ -65,7 +65,7 @@ _invoke = click.Command.invoke
 
 def _invoked(self, context):
     root = context.find_root()
-    program = _PROGRAMS[Path(root.command.callback.__code__.co_filename).parent.name]
+    program = _PROGRAMS.get(Path(root.command.callback.__code__.co_filename).parent.name, "")
     names = [] if context is root else [context.info_name]
     command, option = _ignored()
     if command == " ".join([program, *names]):
