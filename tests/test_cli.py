@@ -173,9 +173,17 @@ def test_env_names_versions_and_loads_nothing_heavy():
     assert modules_after(code) == set()
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_code_names_the_commands(shell):
+@pytest.mark.parametrize(
+    "shell, spelled",
+    [
+        ("bash", "complete -o nosort -F"),
+        ("zsh", "#compdef mpd-gen"),
+        ("fish", "complete --no-files --command mpd-gen"),
+    ],
+)
+def test_completion_code_names_the_commands(shell, spelled):
     said = run("mpd-gen", "completion", shell).stdout
+    assert spelled in said
     assert "_MPD_GEN_COMPLETE" in said
     assert "_MPD_TRAIN_COMPLETE" in said
 

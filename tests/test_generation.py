@@ -15,6 +15,7 @@ from conftest import (
     STUDENT,
     TEACHER,
     command,
+    edit_rows,
     environment,
     rewrite_arguments,
     rollout_arguments,
@@ -362,6 +363,17 @@ def test_validate_finds_each_breach(round_dir, tmp_path, message):
     pq.write_table(pa.Table.from_pylist(all_rows, schema=table.schema), file)
     found = [problem for problem in validate_round(other) if f"row {index} (" in problem]
     assert any(message in problem for problem in found), found
+
+
+def test_validate_judges_each_round_that_it_is_given(round_dir, tmp_path):
+    assert f"{round_dir}: sound" in run("mpd-gen", "validate", round_dir).stderr
+    other = tmp_path / "r"
+    shutil.copytree(round_dir, other)
+    edit_rows(other, "rollouts", lambda row: row.update(num_completion_tokens=1))
+    said = run("mpd-gen", "validate", round_dir, other, code=1).stderr
+    assert str(other) in said
+    assert "breaches of the contract" in said
+    assert str(round_dir) not in said
 
 
 def test_stats_of_nothing_is_an_error(tmp_path):

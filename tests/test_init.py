@@ -148,6 +148,16 @@ def test_test_prompts_may_have_columns_of_their_own(tmp_path):
     assert "1 of the test problems are in the training prompts" in notes
 
 
+def test_columns_are_those_that_are_named(tmp_path):
+    """Also where others have the usual names."""
+    usual = {"problem": "a", "answer": "1", "id": "i"}
+    given = [{**usual, "text": f"b {i}", "gold": str(i), "key": f"k{i}"} for i in range(4)]
+    path = write_jsonl(tmp_path / "p.jsonl", given)
+    named = {"prompt_column": "text", "answer_column": "gold", "id_column": "key"}
+    pipeline, _ = made(tmp_path / "o", prompts=path, **named)
+    assert named.items() <= pipeline.rollouts.items()
+
+
 # -- the split ----------------------------------------------------------------------------
 
 

@@ -393,6 +393,14 @@ def test_a_pipeline_is_planned_from_a_round_beside_it(pocket, round_dir, tmp_pat
     assert f"learned from {out}/data/round9" in table
 
 
+def test_a_pipeline_is_planned_with_changed_settings(pocket, tmp_path):
+    sets = ["--set", "rounds=1", "--set", "rollouts.num_prompts=5"]
+    said = run("mpd-gen", "plan", pocket, "--out", tmp_path / "o", *sets, "--json").stdout
+    plans = {step["label"]: step["plan"] for step in json.loads(said)["steps"]}
+    assert len(plans) == 9
+    assert plans["round 1: rollouts"]["rows"] == 20
+
+
 QWEN_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",

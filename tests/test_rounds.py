@@ -85,6 +85,25 @@ def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
     assert run("mpd-rounds", *arguments).stderr.count("done before") == 15
 
 
+def test_seeds_are_run_apart_and_compared(small, tmp_path):
+    """One round on four problems, measured once, with the engine that starts fastest."""
+    text = "[[evaluation]]".join(small.read_text().split("[[evaluation]]")[:2])
+    text = text.replace("num_prompts = 24", "num_prompts = 4").replace("rounds = 2", "rounds = 1")
+    path = tmp_path / "tiny.toml"
+    path.write_text(text.replace("max_num_seqs = 256", 'backend = "transformers"'))
+    out = tmp_path / "o"
+    said = run("mpd-rounds", path, "--out", out, "--seeds", 2).stderr
+    summaries = json.loads((out / "seeds.json").read_text())
+    assert [summary["seed"] for summary in summaries] == [0, 1]
+    table = said.partition("\nseed ")[2].splitlines()
+    for seed, summary in enumerate(summaries):
+        assert json.loads((out / f"seed{seed}" / "summary.json").read_text()) == summary
+        assert summary["base"]["problems"] == 4
+        (line,) = [line for line in table if line.startswith(f"{seed} ")]
+        assert f"-> {summary['final']['mean_tokens']:,.1f}" in line
+    assert summaries[0]["base"] != summaries[1]["base"]
+
+
 def test_rounds_follow_one_another(small, tmp_path):
     plan = Plan(load_pipeline(small, ("rounds=3",)), tmp_path)
     labels = [step.label for step in plan.all_steps() if "evaluate" not in step.label]

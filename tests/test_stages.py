@@ -473,6 +473,28 @@ def test_the_engine_runs_as_it_is_told(stage, engines):
     assert config.cache_config.kv_cache_memory_bytes == 2**27
 
 
+def test_the_engine_is_the_one_asked_for(stage, engines, tmp_path):
+    assert stage(engine={**ENGINE, "backend": "transformers"}).height > 0
+    stages = json.loads((tmp_path / "r" / "run.json").read_text())["stages"]
+    # The drafts were sampled by vLLM.
+    assert "transformers" in {stage["speed"]["backend"] for stage in stages.values()}
+    assert not engines
+
+
+def test_a_gpu_is_filled_as_told(stage, monkeypatch):
+    """What vLLM is asked for on a machine with a GPU, whether or not this is one."""
+    import vllm
+
+    class Refusing:
+        def __init__(self, *_, **settings):
+            raise ValueError(f"share {settings['gpu_memory_utilization']}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(vllm, "LLM", Refusing)
+    with pytest.raises(EngineError, match="share 0.375"):
+        stage(engine={**ENGINE, "gpu_memory_utilization": 0.375})
+
+
 def test_the_engine_shares_a_model_as_it_is_told(stage):
     """The pocket models' four heads cannot be shared by three: vLLM was asked for that."""
     with pytest.raises(EngineError, match="divi"):

@@ -13,6 +13,7 @@ import click
 from pydantic import BaseModel
 
 _SETTINGS = {
+    "InitConfig": "mpd-gen init",
     "RolloutsConfig": "mpd-gen rollouts",
     "RewriteConfig": "mpd-gen rewrite",
     "TrainConfig": "mpd-train",
@@ -29,7 +30,7 @@ def _ignored():
 def _another(value):
     if isinstance(value, list | tuple):
         return type(value)(map(_another, value))
-    return type(value)(Path(os.environ["MPD_IGNORED_FOLDER"]) / "ignored")
+    return type(value)(os.environ["MPD_IGNORED_FOLDER"])
 
 
 def _default(model, name):
@@ -64,7 +65,7 @@ _invoke = click.Command.invoke
 
 def _invoked(self, context):
     root = context.find_root()
-    program = _PROGRAMS[Path(root.command.callback.__code__.co_filename).parent.name]
+    program = _PROGRAMS.get(Path(root.command.callback.__code__.co_filename).parent.name, "")
     names = [] if context is root else [context.info_name]
     command, option = _ignored()
     if command == " ".join([program, *names]):

@@ -1,0 +1,202 @@
+"""Every option and argument of every command has a test that fails when it is ignored.
+
+TESTS says which; ignore_option.py proves it, by ignoring one after another. Here it is only held to
+name all that there is, and nothing that is gone.
+"""
+
+import ast
+from collections import defaultdict
+
+import click
+from conftest import ROOT
+
+from mpd_data.cli import cli as gen
+from mpd_train.cli import cli as train
+from pipelines.rounds import cli as rounds
+
+# The commands and their options (arguments in capitals) that a test is the one for.
+TESTS = {
+    "tests/test_cli.py": {
+        "test_completion_code_names_the_commands": {"mpd-gen completion": "SHELL"},
+        "test_env_names_versions_and_loads_nothing_heavy": {"mpd-gen env": "--json"},
+    },
+    "tests/test_filters.py": {
+        "test_refilter_chooses_anew_and_goes_back_without_scoring": {
+            "mpd-gen rewrite": "--refilter",
+        },
+    },
+    "tests/test_generation.py": {
+        "test_stats_agree_with_the_rows": {"mpd-gen stats": "ROUNDS --json --plot"},
+        "test_validate_judges_each_round_that_it_is_given": {"mpd-gen validate": "ROUNDS"},
+    },
+    "tests/test_init.py": {
+        "test_a_dataset_of_the_hub_needs_test_prompts": {"mpd-gen init": "FOLDER"},
+        "test_columns_are_those_that_are_named": {
+            "mpd-gen init": "--prompt-column --answer-column --id-column",
+        },
+        "test_sampling_is_the_makers": {"mpd-gen init": "--student"},
+        "test_test_prompts_may_have_columns_of_their_own": {"mpd-gen init": "--prompts --test"},
+        "test_thinking_is_set_where_there_is_a_switch": {"mpd-gen init": "--teacher"},
+        "test_what_is_lost_without_gold_answers_is_said": {"mpd-gen init": "--checker"},
+    },
+    "tests/test_inspection.py": {
+        "test_compare_by_a_metadata_key": {"mpd-gen compare": "BASE NEW --json --by"},
+        "test_stats_by_a_metadata_key": {"mpd-gen stats": "--by"},
+    },
+    "tests/test_plan.py": {
+        "test_a_budget_that_does_not_hold_is_said": {"mpd-rounds": "--set"},
+        "test_a_finished_round_owes_nothing_and_stays_as_it_is": {
+            "mpd-gen rewrite": "--dry-run --json",
+        },
+        "test_a_limited_run_says_what_the_rest_takes": {
+            "mpd-gen rollouts": "--limit",
+            "mpd-gen rewrite": "--limit",
+        },
+        "test_a_new_round_is_planned_and_not_made": {"mpd-gen rollouts": "--dry-run --json"},
+        "test_a_pipeline_is_planned_from_a_round_beside_it": {
+            "mpd-gen plan": "PIPELINE --out",
+            "mpd-rounds": "PIPELINE --out",
+        },
+        "test_a_pipeline_is_planned_with_changed_settings": {"mpd-gen plan": "--set --json"},
+        "test_a_training_is_planned": {"mpd-train": "--dry-run --json"},
+        "test_the_qwen3_pipeline_is_sound_in_every_stage": {"mpd-rounds": "--dry-run --json"},
+    },
+    "tests/test_rounds.py": {
+        "test_seeds_are_run_apart_and_compared": {"mpd-rounds": "--seeds"},
+    },
+    "tests/test_stages.py": {
+        "test_a_choice_of_one_token_is_greedy": {"mpd-gen rewrite": "--top-p --top-k"},
+        "test_a_gpu_is_filled_as_told": {
+            "mpd-gen rollouts": "--gpu-memory-utilization",
+            "mpd-gen rewrite": "--gpu-memory-utilization",
+        },
+        "test_answers_are_read_where_they_are_declared_to_stand": {
+            "mpd-gen rollouts": "--answer-formats",
+        },
+        "test_candidates_their_choice_and_their_seed": {
+            "mpd-gen rewrite": "--num-candidates --choose --seed",
+        },
+        "test_checks_have_their_processes_and_their_time": {
+            "mpd-gen rollouts": "--checker --checker-timeout --checker-processes",
+            "mpd-gen rewrite": "--checker-timeout --checker-processes",
+        },
+        "test_each_rule_rejects_rewrites_of_a_round": {
+            "mpd-gen rewrite": "--drafts --max-ratio --min-ratio --max-repetition",
+        },
+        "test_greedy_by_each_of_three_ways": {
+            "mpd-gen rollouts": "--temperature --top-p --top-k",
+        },
+        "test_models_are_had_in_the_revision_that_is_asked_for": {
+            "mpd-gen rollouts": "--revision",
+            "mpd-gen rewrite": "--revision",
+            "mpd-train": "--revision --teacher-revision",
+        },
+        "test_overwrite_of_rewrites": {"mpd-gen rewrite": "--overwrite"},
+        "test_overwrite_of_rollouts": {"mpd-gen rollouts": "--overwrite"},
+        "test_rewrites_are_cut_at_their_limit": {"mpd-gen rewrite": "--max-tokens"},
+        "test_rewrites_are_sampled_when_told": {"mpd-gen rewrite": "--temperature"},
+        "test_rewrites_take_what_they_are_told": {
+            "mpd-gen rewrite": "--teacher --shards --template --score-context --num-logprobs"
+            " --score-template-kwargs --rows-per-shard",
+        },
+        "test_rollouts_take_what_they_are_told": {
+            "mpd-gen rollouts": "--model --prompts --out --round --num-samples --num-prompts"
+            " --prompt-column --id-column --answer-column --metadata-columns --duplicates"
+            " --prompt-template --system-prompt --examples --examples-column --thinking"
+            " --template-kwargs --max-tokens --rows-per-shard",
+        },
+        "test_rules_that_are_dropped_let_rewrites_in": {
+            "mpd-gen rewrite": "--keep-answer --require-correct",
+        },
+        "test_shards_close_by_age": {"mpd-gen rollouts": "--seconds-per-shard"},
+        "test_shards_of_rewrites_close_by_age": {"mpd-gen rewrite": "--seconds-per-shard"},
+        "test_the_engine_is_the_one_asked_for": {
+            "mpd-gen rollouts": "--backend",
+            "mpd-gen rewrite": "--backend",
+        },
+        "test_the_engine_runs_as_it_is_told": {
+            "mpd-gen rollouts": "--trust-remote-code --dtype --max-model-len --max-num-seqs"
+            " --max-num-batched-tokens --kv-cache-gib",
+            "mpd-gen rewrite": "--trust-remote-code --dtype --max-model-len --max-num-seqs"
+            " --max-num-batched-tokens --kv-cache-gib",
+        },
+        "test_the_engine_shares_a_model_as_it_is_told": {
+            "mpd-gen rollouts": "--tensor-parallel-size",
+            "mpd-gen rewrite": "--tensor-parallel-size",
+        },
+        "test_the_seed_decides_prompts_and_samples": {"mpd-gen rollouts": "--seed"},
+        "test_the_teacher_thinks_when_told": {"mpd-gen rewrite": "--thinking"},
+        "test_the_teachers_template_has_its_own_settings": {
+            "mpd-gen rewrite": "--template-kwargs",
+        },
+    },
+    "tests/test_tracking.py": {
+        "test_tensorboard_holds_the_metrics": {"mpd-train": "--report-to"},
+    },
+    "tests/test_training_settings.py": {
+        "test_a_teacher_in_the_process_is_the_one_learned_from": {"mpd-train": "--teacher"},
+        "test_accumulated_packs_are_one_step": {"mpd-train": "--gradient-accumulation-steps"},
+        "test_adapters_are_as_told": {
+            "mpd-train": "--lora-r --lora-alpha --lora-dropout --lora-target-modules",
+        },
+        "test_bfloat16_computes_in_bfloat16": {"mpd-train": "--dtype"},
+        "test_checkpoints_are_as_frequent_as_told": {"mpd-train": "--save-steps"},
+        "test_code_that_ships_with_a_model_runs_when_told": {"mpd-train": "--trust-remote-code"},
+        "test_gradient_checkpointing_runs_each_layer_twice": {
+            "mpd-train": "--gradient-checkpointing",
+        },
+        "test_gradients_are_clipped_to_the_norm_given": {"mpd-train": "--max-grad-norm"},
+        "test_overwrite_of_a_run": {"mpd-train": "--overwrite"},
+        "test_packs_epochs_and_steps_are_as_told": {
+            "mpd-train": "--shards --student --out --epochs --pack-length --seed",
+        },
+        "test_schedule_and_warm_up_are_as_told": {"mpd-train": "--lr-schedule --warmup-ratio"},
+        "test_the_device_is_the_one_given": {"mpd-train": "--device"},
+        "test_the_learning_rate_is_the_one_given": {"mpd-train": "--learning-rate"},
+        "test_the_loss_is_the_one_asked_for": {
+            "mpd-train": "--divergence --beta --alpha --ce-weight --divergence-clip",
+        },
+        "test_the_second_moment_decays_as_told": {"mpd-train": "--adam-beta2"},
+        "test_validation_is_held_and_ended_as_told": {
+            "mpd-train": "--validation-fraction --eval-steps --early-stopping-patience",
+        },
+        "test_weight_decay_shrinks_matrices": {"mpd-train": "--weight-decay"},
+    },
+}
+
+# (command, option) -> the tests that fail when it is ignored.
+EXERCISED: dict[tuple[str, str], list[str]] = defaultdict(list)
+for file, functions in TESTS.items():
+    for function, commands in functions.items():
+        for command, options in commands.items():
+            for option in options.split():
+                EXERCISED[command, option].append(f"{file}::{function}")
+
+COMMANDS = {f"mpd-gen {name}": command for name, command in gen.commands.items()}
+COMMANDS |= {"mpd-gen": gen, "mpd-train": train, "mpd-rounds": rounds}
+
+
+def spelled(parameter):
+    """As it stands in --help."""
+    if isinstance(parameter, click.Argument):
+        return parameter.name.upper()
+    return next(name for name in parameter.opts if name.startswith("--"))
+
+
+def test_every_option_has_its_test_and_every_test_its_option():
+    there = {
+        (name, spelled(parameter))
+        for name, command in COMMANDS.items()
+        for parameter in command.params
+    }
+    there -= {(name, "--version") for name in COMMANDS}
+    assert len(there) > 100
+    assert there - EXERCISED.keys() == set(), "add them to TESTS, beside a test that needs them"
+    assert EXERCISED.keys() - there == set(), "no command has these"
+
+
+def test_every_test_that_is_named_is_there():
+    for file, functions in TESTS.items():
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        there = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert functions.keys() - there == set(), file
