@@ -6,10 +6,13 @@
    bfloat16, every divergence and both teachers;
 2. roofline: time and peak memory at Qwen3-1.7B <- Qwen3-8B sizes beside the time that the bare
    matrix products take in the same run, and beside the plain loss that holds all logits;
-3. a training step: a Qwen3-1.7B-shaped student with random weights, 8k tokens, cached top K.
+3. a training step: a Qwen3-1.7B-shaped student with random weights, 8k tokens, cached top K;
+4. the transformers engine with the pocket student: scores against float64 on the CPU, and samples
+   that do not depend on the batch.
 
 `--device cpu --small` runs all of it on toy sizes, to see that the script works. Needs torch and
-transformers; prints Markdown tables for benchmarks/README.md.
+transformers, and for the last part the project's own dependencies (left out, with a word, where
+they are not installed); prints Markdown tables for benchmarks/README.md.
 """
 
 import argparse
@@ -24,11 +27,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from mpd_train.config import OptimizerConfig
 from mpd_train.kl import NAMES, Divergence, dense_kl, sparse_kl
 from mpd_train.kl.reference import dense_reference, sparse_reference
-from mpd_train.loop import make_optimizer
 
+ROOT = Path(__file__).resolve().parents[1]
 K = 64
 
 
@@ -177,7 +179,7 @@ def training_step(device: torch.device, small: bool) -> None:
     config = transformers.Qwen3Config(**shape, **heads, tie_word_embeddings=True)
     with torch.device(device):
         model = transformers.Qwen3ForCausalLM(config)
-    optimizer = make_optimizer(model, OptimizerConfig())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     tokens, sequence = (128, 32) if small else (8192, 2048)
     ids = torch.randint(0, config.vocab_size, (1, tokens), device=device)
     positions = torch.arange(tokens, device=device)[None] % sequence
@@ -205,6 +207,53 @@ def training_step(device: torch.device, small: bool) -> None:
     )
 
 
+def engine() -> bool:
+    """Runs the transformers engine where it runs by itself (CUDA if there is one); says whether
+    scores are within 1e-4 of float64 and samples the same alone and in company."""
+    try:
+        from mpd_data.config import EngineConfig, SamplingConfig
+        from mpd_data.engine import Completion, Scores, start_engine
+        from mpd_data.models import resolve_model
+    except ModuleNotFoundError as error:
+        print(f"\ntransformers engine: not run, {error.name} is not installed")
+        return True
+    folder = ROOT / "pipelines" / "pocket" / "models" / "student"
+    files = resolve_model(str(folder))
+    generator = torch.Generator().manual_seed(0)
+    prompts = [
+        torch.randint(4, files.vocab_size, (length,), generator=generator).tolist()
+        for length in range(5, 69, 4)
+    ]
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    samples: list[dict[str, list[int]]] = []
+    worst = 0.0
+    for together in (len(prompts), 3):
+        settings = EngineConfig(backend="transformers", dtype="float32", max_num_seqs=together)
+        started = start_engine(files, settings)
+        for index, ids in enumerate(prompts):
+            started.submit_generate(f"{index}", ids, SamplingConfig(max_tokens=40), index)
+            started.submit_score(f"score {index}", ids[:3], ids[3:], 8)
+        found: dict[str, list[int]] = {}
+        while started.in_flight:
+            for result in started.step():
+                if isinstance(result, Completion):
+                    found[result.key] = result.token_ids
+                    continue
+                assert isinstance(result, Scores)
+                ids = prompts[int(result.key.split()[1])]
+                with torch.no_grad():
+                    exact = plain(torch.tensor([ids])).logits[0, 2:-1].log_softmax(-1)
+                best = exact.topk(8).values.numpy()
+                worst = max(worst, float(abs(result.topk_logprobs - best).max()))
+        samples.append(found)
+    same = sum(samples[0][key] == samples[1][key] for key in samples[0])
+    print(
+        f"\ntransformers engine: largest error of a log-probability {worst:.1e};"
+        f" {same} of {len(prompts)} samples the same in batches of {len(prompts)} and of 3"
+    )
+    return worst <= 1e-4 and same >= len(prompts) - 1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda")
@@ -213,7 +262,7 @@ def main() -> None:
     device = torch.device(options.device)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        cwd=ROOT, capture_output=True, text=True, check=False,
     ).stdout.strip()  # fmt: skip
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     print(
@@ -223,6 +272,7 @@ def main() -> None:
     good = correctness(device)
     roofline(device, options.small)
     training_step(device, options.small)
+    good &= engine()
     raise SystemExit(not good)
 
 
