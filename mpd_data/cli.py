@@ -15,6 +15,7 @@ import click
 from mpd_data.config import InitConfig, RewriteConfig, RolloutsConfig
 from mpd_data.errors import MPDError
 from mpd_data.options import build, config_options
+from mpd_data.table import plain, plain_lines
 
 if TYPE_CHECKING:
     from mpd_data.plan import StagePlan
@@ -62,7 +63,7 @@ def run_command(command: click.Command) -> None:
         click.echo("interrupted; run the same command again to go on.", err=True)
         sys.exit(130)
     except MPDError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {plain_lines(str(error))}", err=True)
         sys.exit(1)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRAS:
@@ -192,7 +193,7 @@ def _finish(summary: str, failed: int, owed: int) -> None:
 def stats(rounds: tuple[Path, ...], as_json: bool, by: str | None, plot: Path | None) -> None:
     """Trace-length statistics of ROUNDS."""
     from mpd_data.stats import plot_lengths, round_stats
-    from mpd_data.table import format_histogram, format_table, plain
+    from mpd_data.table import format_histogram, format_table
 
     tables = round_stats(list(rounds), by)
     if as_json:
@@ -230,7 +231,6 @@ def validate(rounds: tuple[Path, ...]) -> None:
 def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
     """Compare the rollouts of NEW with those of BASE on the same prompts."""
     from mpd_data import compare as comparison
-    from mpd_data.table import plain
 
     result = comparison.compare(base, new, by)
     if as_json:

@@ -5,6 +5,7 @@ beside every setting. Without test prompts a local file is split first, so that 
 on what was trained on. Nothing is written unless everything was in order.
 """
 
+import importlib.util
 import json
 import os
 import shlex
@@ -260,7 +261,10 @@ class _Pipeline:
         if models.student_switch is not None:
             main.add("thinking", "on", "The student's chat template has a switch: it thinks.")
         sampling = _Section(f"[{name}.sampling]")
-        why = "0 is greedy. 1.0, or what the student's generation_config.json says."
+        why = (
+            "0 is greedy. 1.0, or what the student's generation_config.json says. Lower it where"
+            " drafts ramble, as small models' do."
+        )
         for setting, value in models.student_sampling.items():
             sampling.add(setting, value, _SAMPLING.get(setting, why))
         sampling.add(
@@ -277,6 +281,10 @@ class _Pipeline:
     def _engine(self, name: str, model: ModelFiles, shape: Shape) -> _Section:
         gpu, rewriting = bool(self.models.gpus), name == "rewrite"
         section = _Section(f"[{name}.engine]")
+        vllm = importlib.util.find_spec("vllm") is not None
+        if not vllm:
+            why = "vLLM is not installed here; with it take the line out, it is the faster one."
+            section.add("backend", "transformers", why)
         section.add(
             "dtype",
             "bfloat16" if gpu else "float32",
@@ -293,7 +301,8 @@ class _Pipeline:
             share = 0.8 if rewriting else 0.9
             why = "Share of the GPU's memory for weights and cache."
             why += " The rest is for scoring." if rewriting else " Lower it where others use it."
-            section.add("gpu_memory_utilization", share, why)
+            if vllm:
+                section.add("gpu_memory_utilization", share, why)
             if rewriting:
                 held = 2048 * model.vocab_size * 4 / 1e9
                 section.add(
@@ -303,7 +312,7 @@ class _Pipeline:
                     " of the logits when scoring, outside vLLM's memory profile. Lower it where"
                     " scoring runs out of memory.",
                 )
-        elif shape.cache_bytes is not None:
+        elif vllm and shape.cache_bytes is not None:
             needed = 4 * context * shape.cache_bytes / (1 << 30)
             why = f"Cache in GiB: four sequences of {context:,} tokens take {needed:.2f}."
             section.add("kv_cache_gib", max(1.0, float(-(-needed // 1))), why)

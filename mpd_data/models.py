@@ -10,6 +10,7 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -215,7 +216,11 @@ def gpus(fields: str = "name,memory.total,driver_version") -> list[str]:
 
 
 def device_name() -> str:
-    """The machine's GPUs, or "cpu": what a recorded speed is of."""
+    """What a speed is recorded of: the GPUs, or "cpu", also where torch is there and can use no
+    GPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and not torch.cuda.is_available():
+        return "cpu"
     return "; ".join(gpus("name")) or "cpu"
 
 

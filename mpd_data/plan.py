@@ -182,6 +182,7 @@ def _read(
         kept = [row["num_rewritten_tokens"] for row in rows if row["status"] == "ok"]
     if not sum(tokens):
         return None
+    speed = entry.get("speed")
     cut = sum(row.get("finish_reason") == "length" for row in rows)
     return Learned(
         folder=round_dir.path,
@@ -189,7 +190,7 @@ def _read(
         tokens_per_row=sum(tokens) / len(rows),
         bytes_per_token=size / sum(tokens),
         identity=entry["identity"],
-        speed=entry.get("speed"),
+        speed=speed if speed is not None and "backend" in speed else None,
         truncated=cut / len(rows),
         kept=len(kept) / len(rows),
         kept_tokens=sum(kept) / len(kept) if kept else 0.0,

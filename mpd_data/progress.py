@@ -7,6 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mpd_data.models import device_name
+
 _SECONDS_PER_LINE = 15.0
 
 
@@ -36,12 +38,14 @@ class Progress:
         self._start_seconds, self._begun = now - self._begun, now
         self._recent = deque([(now, 0)], maxlen=200)
 
-    def speed(self) -> dict[str, Any] | None:
-        """Rows and tokens of this run, seconds of the engine's start and of the work after it;
-        None where no token was made."""
+    def speed(self, backend: str) -> dict[str, Any] | None:
+        """Rows and tokens of this run, seconds of the engine's start and of the work after it, the
+        device and the engine's `backend`; None where no token was made."""
         if not self._tokens:
             return None
         return {
+            "device": device_name(),
+            "backend": backend,
             "rows": self._rows - self._start_rows,
             "tokens": self._tokens,
             "start_seconds": round(self._start_seconds, 1),

@@ -20,7 +20,7 @@ from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RewriteConfig
 from mpd_data.engine import Completion, Engine, RequestError, Scores, pump, start_engine
 from mpd_data.filters import settle
-from mpd_data.models import device_name, resolve_model
+from mpd_data.models import resolve_model
 from mpd_data.progress import Progress
 from mpd_data.prompts import PromptError
 from mpd_data.rewrite_plan import (
@@ -121,9 +121,8 @@ def run_rewrite(
                 for result in pump(job.engine, itertools.islice(owed, limit), job):
                     job.take(result)
             finally:
-                if (speed := progress.speed()) is not None:
-                    made_by = {"device": device_name(), "backend": config.engine.backend}
-                    round_dir.record_speed("distill", speed | made_by)
+                if (speed := progress.speed(config.engine.backend)) is not None:
+                    round_dir.record_speed("distill", speed)
         left = len(owed_ids) - now
         return Outcome(_count_statuses(round_dir), writer.rows_committed, job.failed, left)
 

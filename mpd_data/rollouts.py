@@ -15,7 +15,6 @@ from mpd_data.engine import Completion, Engine, RequestError, context_of, pump, 
 from mpd_data.models import (
     ModelFiles,
     chat_template_hash,
-    device_name,
     load_tokenizer,
     provenance,
     resolve_model,
@@ -324,8 +323,8 @@ def run_rollouts(
                     continue
                 owed += [request for request in asked if request.row_id not in done]
             left = 0 if limit is None else max(len(owed) - limit, 0)
-            total = len(done) + len(owed)
             owed = owed[:limit]
+            total = len(done) + len(owed)
             if owed:
                 with (
                     CheckPool(
@@ -352,9 +351,8 @@ def run_rollouts(
                             assert isinstance(result, Completion)
                             job.take(result)
                     finally:
-                        if (speed := progress.speed()) is not None:
-                            made_by = {"device": device_name(), "backend": config.engine.backend}
-                            round_dir.record_speed("rollouts", speed | made_by)
+                        if (speed := progress.speed(config.engine.backend)) is not None:
+                            round_dir.record_speed("rollouts", speed)
         return Outcome(total, writer.rows_committed, failed, left)
 
 

@@ -250,7 +250,7 @@ class RoundDir:
         info = self.run_info()
         saved = info["stages"][stage].get("speed")
         same = ("device", "backend")
-        if saved and saved["rows"] > speed["rows"] and all(saved[n] == speed[n] for n in same):
+        if saved and saved["rows"] > speed["rows"] and all(saved.get(n) == speed[n] for n in same):
             return
         info["stages"][stage]["speed"] = dict(speed)
         write_json_atomic(self.path / "run.json", info)

@@ -4,13 +4,14 @@ how their contexts are to be divided."""
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpd_data.checkers import ChoiceChecker, MathChecker, NumberChecker
-from mpd_data.config import InitConfig
+from mpd_data.config import InitConfig, SamplingConfig
 from mpd_data.errors import ConfigError, nearest
 from mpd_data.models import (
     ModelFiles,
@@ -46,8 +47,8 @@ _IDS = (("id",), ("problem_id",), ("question_id",), ("unique_id",), ("uid",), ("
 _HELD_OUT_SHARE, _HELD_OUT_LEAST, _HELD_OUT_MOST = 0.05, 20, 500
 
 _BOXED = "{{problem}}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-# Of the prompts with the most characters so many are tokenised to find the longest.
-_MEASURED = 200
+# Of the prompts with the most bytes so many are tokenised to find the longest.
+_MEASURED = 1000
 # Drafts and rewrites share a teacher's context as 27,000 and 10,000 tokens do Qwen3's.
 _DRAFT, _REWRITE = 27, 10
 _GPU_CONTEXT, _CPU_CONTEXT = 40_960, 2_048
@@ -341,7 +342,11 @@ def _own_sampling(model: ModelFiles) -> dict[str, Any]:
             taken["top_p"] = float(found["top_p"])
         if found.get("top_k"):
             taken["top_k"] = int(found["top_k"])
+        SamplingConfig(**taken)
+        if not all(map(math.isfinite, taken.values())):
+            raise ValueError(taken)
     except (OSError, ValueError, TypeError, AttributeError):
+        # It is not to be sampled so.
         return {"temperature": 1.0}
     return taken
 
@@ -368,7 +373,7 @@ def plan_budget(models: Models, prompts: list[Prompt]) -> Budget:
     students = ChatFormatter(models.student_tokenizer)
     teachers = ChatFormatter(models.teacher_tokenizer, default_thinking=False)
     prompt, asked, longest = 0, 0, ""
-    for candidate in sorted(prompts, key=lambda p: len(p.text), reverse=True)[:_MEASURED]:
+    for candidate in sorted(prompts, key=lambda p: len(p.text.encode()), reverse=True)[:_MEASURED]:
         try:
             _, ids = students.render(fill_prompt(models.prompt_template, candidate.text))
             _, rewriting = teachers.render(asking.message(candidate.text, ""))

@@ -27,12 +27,13 @@ def plain_lines(text: str) -> str:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Rows with the same keys as aligned columns, numbers to the right."""
-    header = list(rows[0])
-    cells = [[plain(row[name]) for name in header] for row in rows]
+    names = list(rows[0])
+    header = [plain(name) for name in names]
+    cells = [[plain(row[name]) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
     right = [
         all(isinstance(row[name], int | float) or row[name] is None for row in rows)
-        for name in header
+        for name in names
     ]
     lines = [
         "  ".join(

@@ -3,8 +3,9 @@
 Generation is transformers' own `generate` over a left-padded batch. Two small hooks make it the
 engine that the stages expect. The sampler draws each row's tokens from the row's own seed, by
 position, so that neither the batch nor a restart changes them. The stopping rule ends a batch as
-soon as half of it has finished: what has finished is returned, the rest goes on in the next batch
-beside new requests, from where it stood, so that no batch waits for its slowest member.
+soon as half of it has finished, or after some tokens: what has finished is returned, the rest goes
+on in the next batch beside new requests, from where it stood, so that no batch waits for its
+slowest member.
 """
 
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from mpd_data.errors import EngineError
 from mpd_data.models import ModelFiles, load_tokenizer
 
 _BATCHED_TOKENS = 2048
+# Tokens of a row in one step: what has finished is not held back for longer.
+_STEP_TOKENS = 256
 
 
 @dataclass
@@ -68,6 +71,9 @@ class TransformersEngine:
             self._model: Any = AutoModelForCausalLM.from_pretrained(
                 str(model.path), dtype=config.dtype, trust_remote_code=trust_remote_code
             )
+            if config.dtype == "auto" and self._model.dtype == torch.float32:
+                # What "auto" means has to be one thing: vLLM runs float32 weights in bfloat16.
+                self._model.to(torch.bfloat16)
             self._model.to(self._device).eval()
         except (OSError, ValueError, RuntimeError) as error:
             raise EngineError(
@@ -116,7 +122,8 @@ class TransformersEngine:
         except RuntimeError as error:  # out of memory is one
             raise EngineError(
                 f"the engine died: {error}. Finished rows are committed; run the same command again"
-                " to go on. If it dies again, lower --max-num-seqs or --max-num-batched-tokens."
+                " to go on. If it dies again, lower --max-num-seqs (where it dies while scoring,"
+                " --max-num-batched-tokens)."
             ) from error
         return results
 
@@ -132,7 +139,7 @@ class TransformersEngine:
         output = self._model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=max(rest),
+            max_new_tokens=min(max(rest), _STEP_TOKENS),
             logits_processor=[_SeededSampler(rows, sampling, ids.shape[1])],
             stopping_criteria=[_HalfDone(rest, self._stop_ids, ids.shape[1])],
         )

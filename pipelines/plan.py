@@ -37,6 +37,10 @@ _SOURCE = {
 }  # fmt: skip
 
 
+# What decides which share of rewrites is kept.
+_KEEPING = ("num_candidates", "choose", "filters")
+
+
 @dataclass(frozen=True)
 class Ahead:
     """What a round that is not there yet hands from one stage to the next, in tokens: the longest
@@ -227,10 +231,13 @@ class _Planner:
         )
         learned = learn_rewrites(prepared)
         kept = None
-        if learned is not None and learned.kept:
-            count = round(asked_about * config.num_candidates * learned.kept)
-            kept = count, round(count * (mean_prompt + learned.kept_tokens))
         stored = config.num_candidates if config.choose == "all" else 1
+        # Other rules or another choice keep another share.
+        if learned is not None and learned.kept and learned.has(prepared.identity, _KEEPING):
+            count = min(
+                round(asked_about * config.num_candidates * learned.kept), asked_about * stored
+            )
+            kept = count, round(count * (mean_prompt + learned.kept_tokens))
         return plan, Ahead(
             drafts.identity["tokenizer"],
             asked_about * stored,

@@ -427,9 +427,14 @@ def cli(
     if dry_run:
         from pipelines.plan import plan_pipeline, show_pipeline
 
-        folder = out if seeds is None else out / "seed0"
-        planned = plan_pipeline(load_pipeline(pipeline, overrides), folder)
+        # Of several seeds the first: the others take as much again.
+        folder, settings = out, overrides
+        if seeds is not None:
+            folder, settings = out / "seed0", (*overrides, "seed=0")
+        planned = plan_pipeline(load_pipeline(pipeline, settings), folder)
         show_pipeline(planned, as_json, prompts=True)
+        if seeds is not None:
+            click.echo(f"This is the first of {seeds} seeds.", err=True)
         return
     if seeds is None:
         summary = run_pipeline(load_pipeline(pipeline, overrides), out)
