@@ -330,7 +330,8 @@ class _Pipeline:
             "score_context",
             "problem",
             "What the teacher sees when it scores. problem: the student's prompt, the paper's way;"
-            " rewrite: its own, with the draft. Try that where a verbose teacher saves nothing.",
+            " rewrite: its own, with the draft. Try that where a verbose teacher saves"
+            " nothing, with a template whose turn is the trace: not tags.",
         )
         main.add("num_logprobs", 64, "Log-probabilities stored per token. More: larger shards.")
         sampling = _Section("[rewrite.sampling]")

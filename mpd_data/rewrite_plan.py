@@ -156,6 +156,7 @@ def prepare(config: RewriteConfig, student: dict[str, Any], teacher: ModelFiles)
         "teacher": teacher.identity(),
         "template": template.hash(),
         "template_kwargs": config.template_kwargs,
+        "thinking": writing.thinking,
         "chat_template": chat_template_hash(tokenizer),
         "sampling": config.sampling.model_dump(),
         "seed": config.seed,

@@ -337,6 +337,17 @@ def test_the_teacher_thinks_when_told(drafts, tmp_path):
     teacher = model_with(tmp_path / "teacher", TEACHER, suffix)
     frame = rewritten(drafts, tmp_path / "r", teacher=teacher, thinking="on")
     assert frame.height == 12
+    # Rows of both modes never mix.
+    other = RewriteConfig(
+        teacher=teacher,
+        shards=tmp_path / "r",
+        template=str(TEMPLATE),
+        score_context="rewrite",
+        sampling={"max_tokens": 200},
+        engine=ENGINE,
+    )
+    with pytest.raises(ConfigError, match="thinking: saved True / now False"):
+        run_rewrite(other)
 
 
 def texts(frame):
