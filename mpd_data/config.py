@@ -47,7 +47,7 @@ class EngineConfig(Strict):
 class SamplingConfig(Strict):
     """How one continuation is sampled."""
 
-    temperature: float = Field(1.0, ge=0, description="0 is greedy.")
+    temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass.")
     top_k: int = Field(-1, ge=-1, description="Most probable tokens kept; -1: all.")
     max_tokens: int = Field(2048, ge=1, description="Longest continuation, in tokens.")
@@ -56,7 +56,7 @@ class SamplingConfig(Strict):
 class RewriteSamplingConfig(SamplingConfig):
     """Greedy unless asked otherwise: the rewrite is to be the teacher's best, not a sample."""
 
-    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
+    temperature: float = Field(0.0, ge=0, le=2, description="0 is greedy.")
 
 
 class OutputConfig(Strict):
