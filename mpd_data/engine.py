@@ -67,6 +67,9 @@ class Engine(Protocol):
     def step(self) -> list[Completion | Scores]:
         """Advances all requests and returns those that finished. Raises EngineError."""
 
+    def close(self) -> None:
+        """Gives back what the engine holds. Until then no other can start in this process."""
+
 
 class SideWork(Protocol):
     """Work beside the engine whose results may bring it new requests: checks, and commits."""

@@ -13,6 +13,7 @@ import itertools
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,9 +187,10 @@ def _filter_into(
                 if job.owes_scores(rows):
                     rest = itertools.chain([rows], groups)
                     submissions = (functools.partial(job.start, rows) for rows in rest)
-                    for result in pump(job.start_engine(), submissions, job):
-                        assert isinstance(result, Scores)
-                        job.take(result)
+                    with closing(job.start_engine()) as engine:
+                        for result in pump(engine, submissions, job):
+                            assert isinstance(result, Scores)
+                            job.take(result)
                     break
                 job.finish(rows)
         (scratch.path / "complete").touch()

@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,10 +102,13 @@ def run_rewrite(
             ShardWriter(round_dir, "distill", shard_metadata, **output) as writer,
             ShardWriter(round_dir, "errors", shard_metadata, **output) as errors,
             Progress("rewrite", len(done) + now, len(done)) as progress,
+            closing(
+                start_engine(teacher, config.engine, config.trust_remote_code, k + spare)
+            ) as engine,
         ):
             job = _Job(
                 prepared=prepared,
-                engine=start_engine(teacher, config.engine, config.trust_remote_code, k + spare),
+                engine=engine,
                 pool=pool,
                 writer=writer,
                 errors=errors,
@@ -118,7 +122,7 @@ def run_rewrite(
             )
             progress.engine_started()
             try:
-                for result in pump(job.engine, itertools.islice(owed, limit), job):
+                for result in pump(engine, itertools.islice(owed, limit), job):
                     job.take(result)
             finally:
                 if (speed := progress.speed(config.engine.backend)) is not None:

@@ -5,6 +5,7 @@ prompts -> chat template -> ids -> engine -> rollouts/part-*.parquet
 
 import dataclasses
 import functools
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -334,8 +335,8 @@ def run_rollouts(
                         config.checks.checker_processes,
                     ) as pool,
                     Progress("rollouts", len(done) + len(owed), len(done)) as progress,
+                    closing(start_engine(model, config.engine, config.trust_remote_code)) as engine,
                 ):
-                    engine = start_engine(model, config.engine, config.trust_remote_code)
                     job = _Job(config, tokenizer, engine, pool, writer, progress)
 
                     def submit(request: Request) -> None:

@@ -222,6 +222,9 @@ class TransformersEngine:
             for i, request in enumerate(batch)
         ]
 
+    def close(self) -> None:
+        del self._model
+
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end a turn, as vLLM takes them: the tokenizer's end token, and those of the

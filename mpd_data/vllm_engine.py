@@ -165,6 +165,11 @@ class VLLMEngine:
                 results.append(Completion(key, list(sample.token_ids), sample.finish_reason))
         return results
 
+    def close(self) -> None:
+        # vLLM does so when the engine is collected as garbage, which may be after the next one
+        # has started: what the two share is then torn down under that one.
+        self._engine.engine_core.shutdown()
+
 
 def _scores(key: str, flat: Any, start: int, k: int) -> Scores:
     """From vLLM's flat prompt log-probabilities: each position after the first holds the actual

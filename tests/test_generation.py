@@ -246,6 +246,8 @@ def test_usage_errors_exit_2(prompts, tmp_path):
             "mpd-gen", *rollout_arguments(prompts, tmp_path, **{"--temperature": -1}), code=2
         ).stderr
     )
+    hot = rollout_arguments(prompts, tmp_path, **{"--temperature": 2.1})
+    assert "--temperature" in run("mpd-gen", *hot, code=2).stderr
     assert "No such option" in run("mpd-gen", "rollouts", "--modell", "x", code=2).stderr
     bad_json = rollout_arguments(prompts, tmp_path, **{"--template-kwargs": "[1]"})
     assert "JSON object" in run("mpd-gen", *bad_json, code=2).stderr

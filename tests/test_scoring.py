@@ -3,6 +3,8 @@
 One real vLLM engine per model, in this process.
 """
 
+from contextlib import closing
+
 import numpy as np
 import polars as pl
 import pytest
@@ -21,11 +23,9 @@ from mpd_data.template import load_template
 
 @pytest.fixture(scope="module")
 def teacher_engine():
-    return start_engine(
-        resolve_model(str(TEACHER)),
-        EngineConfig(dtype="float32", max_num_seqs=16),
-        max_logprobs=64,
-    )
+    settings = EngineConfig(dtype="float32", max_num_seqs=16)
+    with closing(start_engine(resolve_model(str(TEACHER)), settings, max_logprobs=64)) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
