@@ -72,9 +72,10 @@ def model_with(folder, model, suffix):
 
 @pytest.fixture(scope="module")
 def drafts(prompts, tmp_path_factory):
-    """Two rollouts of each of six problems."""
+    """Two rollouts of each of six problems, none of them cut off."""
     out = tmp_path_factory.mktemp("drafts") / "round1"
-    sampled(prompts, out, num_prompts=6, num_samples=2)
+    frame = sampled(prompts, out, num_prompts=6, num_samples=2, sampling={"max_tokens": 400})
+    assert set(frame["finish_reason"]) == {"stop"}
     return out
 
 
