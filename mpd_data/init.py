@@ -115,6 +115,11 @@ class _Pipeline:
         trained = {same(p.text) for p in self.train.prompts}
         return len(trained & {same(p.text) for p in self.test.prompts})
 
+    @property
+    def self_taught(self) -> bool:
+        """Whether the student is its own teacher: under the student's prompt the two agree."""
+        return self.config.student == self.config.teacher
+
     def notes(self) -> list[str]:
         """What was taken for what, and what to look at."""
         lines = []
@@ -143,6 +148,11 @@ class _Pipeline:
             f" to {budget.rewrite:,}"
         )
         lines.append(f"machine: {', '.join(self.models.gpus) or 'no GPU found'}")
+        if self.self_taught and self.models.template != "plain":
+            lines.append(
+                'the student is its own teacher: under score_context = "problem" it learns'
+                ' nothing; take "rewrite", with a template whose turn is the trace'
+            )
         if not self.models.spelt:
             lines.append(
                 "the tokenizer cannot spell the built-in instructions: give a prompt_template and a"
@@ -326,13 +336,16 @@ class _Pipeline:
         if models.teacher_switch is not None:
             why = "The teacher's chat template has a switch: it rewrites without thinking."
             main.add("thinking", "off", why)
-        main.add(
-            "score_context",
-            "problem",
+        why = (
             "What the teacher sees when it scores. problem: the student's prompt, the paper's way;"
-            " rewrite: its own, with the draft. Try that where a verbose teacher saves"
-            " nothing, with a template whose turn is the trace: not tags.",
+            " rewrite: its own, with the draft. Try that where a verbose teacher saves nothing,"
+            " with a template whose turn is the trace: not tags."
         )
+        if self.self_taught:
+            why += " A student that is its own teacher learns nothing under problem."
+        turn_is_trace = models.template == "plain"
+        context = "rewrite" if self.self_taught and turn_is_trace else "problem"
+        main.add("score_context", context, why)
         main.add("num_logprobs", 64, "Log-probabilities stored per token. More: larger shards.")
         sampling = _Section("[rewrite.sampling]")
         sampling.add("temperature", 0.0, "0 is greedy. Above it with num_candidates.")

@@ -273,7 +273,14 @@ def test_small_teachers_get_the_plain_template_where_the_student_does_not_think(
         "student": changed_model(STUDENT, tmp_path / "s", renamed),
         "teacher": changed_model(TEACHER, tmp_path / "t", renamed),
     }
-    assert made(tmp_path / "o", prompts=path, **models)[0].rewrite["template"] == "plain"
+    rewrite = made(tmp_path / "o", prompts=path, **models)[0].rewrite
+    assert (rewrite["template"], rewrite["score_context"]) == ("plain", "problem")
+    # Its own teacher: under its own prompt there is nothing to learn.
+    alone = models | {"teacher": models["student"]}
+    assert made(tmp_path / "o1", prompts=path, **alone)[0].rewrite["score_context"] == "rewrite"
+    pipeline, notes = made(tmp_path / "o3", prompts=path, student=STUDENT, teacher=STUDENT)
+    assert pipeline.rewrite["score_context"] == "problem"
+    assert "is its own teacher" in notes
     pipeline, notes = made(tmp_path / "o2", prompts=path)
     assert pipeline.rewrite["template"] == "tags"
     assert "`plain` has no layout" in notes
