@@ -76,9 +76,10 @@ def _invoked(self, context):
 
 
 def _forget(parameter, context):
-    given = context.params.pop(parameter.name)
+    given = context.params[parameter.name]
     if not parameter.required:
-        parameter.handle_parse_result(context, {}, [])
+        fresh = click.Command("fresh", params=[parameter]).make_context("fresh", [])
+        context.params[parameter.name] = fresh.params[parameter.name]
     elif isinstance(parameter.type, click.Choice):
         context.params[parameter.name] = next(iter(parameter.type.choices))
     else:
