@@ -404,7 +404,7 @@ def test_candidates_their_choice_and_their_seed(drafts, tmp_path):
         assert kept.group_by("rollout_id").len()["len"].max() > 1
     assert not set(found[0]["row_id"]) & set(found[1]["row_id"])
     both = found[0].join(found[1], on=["rollout_id", "candidate_idx"])
-    assert (both["rewrite"] != both["rewrite_right"]).sum() > 12
+    assert (both["rewrite"] != both["rewrite_right"]).any()
 
 
 def test_shards_of_rewrites_close_by_age(drafts, tmp_path):
