@@ -35,14 +35,27 @@ _LIMIT = click.option(
 DRY_RUN = click.option(
     "--dry-run",
     is_flag=True,
+    is_eager=True,  # known when --json is read
     help="Check everything, show the first prompt, predict tokens, disk and time; write nothing.",
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout.")
 _BY = click.option(
     "--by", metavar="NAME", help="Also by the values of NAME, a key of the rollouts' metadata."
 )
+
+
+def _with_dry_run(context: click.Context, _: click.Parameter, value: bool) -> bool:
+    if value and not context.params.get("dry_run"):
+        raise click.UsageError("--json goes with --dry-run.")
+    return value
+
+
 PLAN_JSON = click.option(
-    "--json", "as_json", is_flag=True, help="With --dry-run: print JSON to stdout."
+    "--json",
+    "as_json",
+    is_flag=True,
+    callback=_with_dry_run,
+    help="With --dry-run: print JSON to stdout.",
 )
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 

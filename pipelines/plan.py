@@ -18,7 +18,17 @@ import click
 from mpd_data.checkers import make_checker
 from mpd_data.config import RewriteConfig, RolloutsConfig
 from mpd_data.models import ModelFiles, resolve_model
-from mpd_data.plan import Shown, StagePlan, as_saved, first_reasons, shown_text, steps_table, totals
+from mpd_data.plan import (
+    Shown,
+    StagePlan,
+    as_saved,
+    first_reasons,
+    free_bytes,
+    shown_text,
+    size_text,
+    steps_table,
+    totals,
+)
 from mpd_data.prompts import Prompt, PromptError
 from mpd_data.rewrite_plan import learn_rewrites, plan_rewrite, predict
 from mpd_data.rewrite_plan import prepare as prepare_rewrite
@@ -90,6 +100,11 @@ def plan_pipeline(pipeline: Pipeline, out: Path) -> PipelinePlan:
     for round_ in range(1, pipeline.rounds + 1):
         planner.train(result, round_)
         planner.evaluate(result, round_)
+    needed = sum(plan.disk_bytes or 0 for _, plan in result.steps if plan is not None)
+    if needed > (free := free_bytes(out)):
+        result.notes.append(
+            f"{out}: {size_text(free)} of disk are free, all steps may take {size_text(needed)}."
+        )
     return result
 
 

@@ -188,6 +188,17 @@ def test_completion_code_names_the_commands(shell, spelled):
     assert "_MPD_TRAIN_COMPLETE" in said
 
 
+@pytest.mark.parametrize("program", ["mpd-train", "mpd-rounds"])
+def test_json_without_a_dry_run_is_refused(tmp_path, program):
+    (tmp_path / "p.toml").write_text("")
+    arguments_ = {
+        "mpd-train": ["--shards", tmp_path, "--student", STUDENT, "--out", tmp_path / "o"],
+        "mpd-rounds": [tmp_path / "p.toml", "--out", tmp_path / "o"],
+    }[program]
+    said = run(program, "--json", *arguments_, code=2).stderr
+    assert "--json goes with --dry-run" in said
+
+
 def test_a_mistyped_name_gets_the_nearest_one():
     assert "'rollouts'" in run("mpd-gen", "rolouts", code=2).stderr
     assert "--model" in run("mpd-gen", "rollouts", "--modle", "x", code=2).stderr
