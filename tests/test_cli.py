@@ -186,6 +186,7 @@ def test_completion_code_names_the_commands(shell, spelled):
     assert spelled in said
     assert "_MPD_GEN_COMPLETE" in said
     assert "_MPD_TRAIN_COMPLETE" in said
+    assert "_MPD_ROUNDS_COMPLETE" in said
 
 
 @pytest.mark.parametrize("program", ["mpd-train", "mpd-rounds"])
