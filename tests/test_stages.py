@@ -260,7 +260,8 @@ def test_checks_have_their_processes_and_their_time(prompts, tmp_path, own_check
     assert len(list(started.iterdir())) >= 3
 
     own_checker("quick", workers=0, seconds=0)
-    frame = sampled(prompts, tmp_path / "b", **settings)
+    patient = settings | {"checks": checks | {"checker_timeout": 30}}
+    frame = sampled(prompts, tmp_path / "b", **patient)
     # It finds every answer right.
     assert frame.filter(pl.col("finish_reason") == "stop")["is_correct"].all()
 
