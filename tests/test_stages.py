@@ -365,7 +365,8 @@ def test_rewrites_are_sampled_when_told(drafts, tmp_path, greedy_rewrites):
     sampling = {"max_tokens": 200, "temperature": 2}
     found = texts(rewritten(drafts, tmp_path / "r", sampling=sampling))
     assert found.keys() == greedy_rewrites.keys()
-    assert all(found[key] != rewrite for key, rewrite in greedy_rewrites.items())
+    # Even so hot, this teacher may write one as it would have anyway.
+    assert sum(found[key] != rewrite for key, rewrite in greedy_rewrites.items()) > 6
 
 
 @pytest.mark.parametrize("one", [{"top_k": 1}, {"top_p": 1e-6}], ids=["top_k", "top_p"])
