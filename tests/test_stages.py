@@ -145,7 +145,7 @@ def test_rollouts_take_what_they_are_told(tmp_path):
         examples=examples,
         examples_column="done",
         thinking="off",
-        template_kwargs={"word": "shells"},
+        template_kwargs={"word": "coins"},
         sampling={"max_tokens": 5},
         output={"rows_per_shard": 3},
     )
@@ -158,7 +158,7 @@ def test_rollouts_take_what_they_are_told(tmp_path):
         assert row["gold_answer"] == str(problem["gold"])
         assert json.loads(row["metadata"]) == {"family": "f"}
         assert row["round"] == 3
-        order = ["be brief", "1 + 1 ?", "answer 2", problem["text"] + " now !", "shells", "says"]
+        order = ["be brief", "1 + 1 ?", "answer 2", problem["text"] + " now !", "coins", "says"]
         places = [row["prompt"].rindex(part) for part in order]
         assert places == sorted(places)
         assert row["finish_reason"] == "length"
