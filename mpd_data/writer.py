@@ -136,10 +136,21 @@ class ShardWriter:
         """Takes rows (exactly the stage's columns) that belong together: they go into one shard.
         Commits a shard where one is due."""
         for row in rows:
-            self._add(row)
+            self._check(row)
+        if not self._rows and not self._groups:
+            self._oldest = time.monotonic()
+        if len(self._rows) + len(rows) > ROWS_PER_GROUP:
+            self._close_group()
+        # All at once: an interrupt must not leave a part of them here to be committed.
+        self._rows.extend(rows)
+        self._group_bytes += sum(
+            4 * len(value) for row in rows for value in row.values() if hasattr(value, "__len__")
+        )
+        if len(self._rows) >= ROWS_PER_GROUP or self._group_bytes >= BYTES_PER_GROUP:
+            self._close_group()
         self.commit_if_due()
 
-    def _add(self, row: dict[str, Any]) -> None:
+    def _check(self, row: dict[str, Any]) -> None:
         if row.keys() != set(self._schema.names):
             missing, extra = (
                 set(self._schema.names) - row.keys(),
@@ -149,14 +160,6 @@ class ShardWriter:
         for name, allowed in ENUMS.items():
             if row.get(name) is not None and row[name] not in allowed:
                 raise DataError(f"{self._stage} row: {name} is {row[name]!r}, not one of {allowed}")
-        if not self._rows and not self._groups:
-            self._oldest = time.monotonic()
-        self._rows.append(row)
-        self._group_bytes += sum(
-            4 * len(value) for value in row.values() if hasattr(value, "__len__")
-        )
-        if len(self._rows) >= ROWS_PER_GROUP or self._group_bytes >= BYTES_PER_GROUP:
-            self._close_group()
 
     def commit_if_due(self) -> None:
         """Commits by age too; call it while waiting for results."""
@@ -168,8 +171,10 @@ class ShardWriter:
 
     def _close_group(self) -> None:
         if self._rows:
-            self._groups.append(pa.Table.from_pylist(self._rows, schema=self._schema))
+            table = pa.Table.from_pylist(self._rows, schema=self._schema)
+            # Out of one place before they are in the next: see _commit_groups.
             self._rows, self._group_bytes = [], 0
+            self._groups.append(table)
 
     def commit(self) -> None:
         """Commits the gathered rows as one shard, durable when this returns."""
@@ -207,8 +212,9 @@ class ShardWriter:
             sink.flush()
             os.fsync(sink.fileno())
         shard = describe(staged, self._stage)
-        final = commit_file(staged, self._round.folder(self._stage), self._hard_links)
-        # From here on the rows are in the round: an error below must not write them again.
+        # Forgotten before they are linked: an error or an interrupt after the link would have the
+        # rows written again on leaving. One before it leaves them owed, to be made anew.
         self._groups = []
+        final = commit_file(staged, self._round.folder(self._stage), self._hard_links)
         self.rows_committed += shard.rows
         self._round.append_manifest(self._stage, dataclasses.replace(shard, name=final.name))

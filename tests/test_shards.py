@@ -302,6 +302,58 @@ def test_rows_are_not_written_twice_when_the_manifest_fails(tmp_path):
     assert validate_round(tmp_path / "r") == []
 
 
+def interrupted(path, pairs, at):
+    """Writes pairs of rows that belong together, interrupted before line `at` of the writer that
+    runs; says whether it came so far."""
+    seen = 0
+
+    def trace(frame, event, _):
+        nonlocal seen
+        if not frame.f_code.co_filename.endswith("mpd_data/writer.py"):
+            return None
+        if event == "line":
+            seen += 1
+            if seen == at:
+                raise KeyboardInterrupt
+        return trace
+
+    round_dir = RoundDir(path)
+    with round_dir.lock():
+        done = round_dir.recover("rollouts")
+        owed = [pair for pair in pairs if pair[0]["row_id"] not in done]
+        try:
+            with ShardWriter(
+                round_dir, "rollouts", {"eos_token_id": 2}, rows_per_shard=4
+            ) as writer:
+                sys.settrace(trace)
+                for pair in owed:
+                    writer.add(*pair)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+    return False
+
+
+def test_an_interrupt_at_any_line_doubles_and_parts_no_rows(tmp_path):
+    """Ctrl-C raises wherever the writer is, and leaving it commits what is there: no row twice, no
+    pair in half, and the same command makes the rest."""
+    pairs = [(rollout_row(2 * i), rollout_row(2 * i + 1)) for i in range(3)]
+    at, went_on = 1, True
+    while went_on:
+        path = tmp_path / str(at)
+        went_on = interrupted(path, pairs, at)
+        with RoundDir(path).lock():
+            found = RoundDir(path).recover("rollouts")
+        for first, second in pairs:
+            assert (first["row_id"] in found) == (second["row_id"] in found), at
+        assert not interrupted(path, pairs, 0)
+        assert validate_round(path) == [], at
+        assert len(RoundDir(path).keys("rollouts")) == 6, at
+        at += 1
+    assert at > 100
+
+
 def test_shards_of_unknown_settings_are_refused(tmp_path):
     round_dir = write(tmp_path / "r", [rollout_row(0)])
     with round_dir.lock(), pytest.raises(ConfigError, match="does not say how they were made"):
