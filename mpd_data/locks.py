@@ -127,9 +127,7 @@ def moment(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def member(
-    folder: Path, label: str, part: Part, when_alone: Callable[[], None]
-) -> Iterator[None]:
+def member(folder: Path, label: str, part: Part, when_alone: Callable[[], None]) -> Iterator[None]:
     """Makes `folder` and holds `part` of the work `label` in it. Beside it live only other parts of
     the same work, divided alike. Where there are none yet, what lies half-written in the folder
     is nobody's: `when_alone` is called before any can come.

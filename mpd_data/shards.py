@@ -7,6 +7,7 @@
       distill.manifest.jsonl, distill/, errors.manifest.jsonl, errors/   likewise
       .staging/                 half-written files; safe to delete when nothing runs
       .writers/, .lock          who is writing (locks.py)
+      .status/                  how far each writer is (progress.py)
       .quarantine/              shards found torn; their rows are owed again
 
 The folder is the truth and the manifest an index of it. A file under its final name is
@@ -256,17 +257,30 @@ class RoundDir:
     def lock(self, label: str = "round", part: Part = WHOLE) -> Iterator[None]:
         """Holds `part` of the work `label` on this round for one writing process; the kernel drops
         it if the process dies. Raises ConfigError where another process is in the way."""
-        with member(self.path, label, part, self._clear_staging):
+
+        def clear() -> None:
+            self.staging.mkdir(exist_ok=True)
+            for leftover in self.staging.iterdir():
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
+            # Of the work that begins now, what another division of it said is history.
+            for status in self.statuses():
+                name, _, count = status.stem.rpartition("-of-")
+                if name.rpartition("-")[0] == label and count != str(part.count):
+                    status.unlink()
+
+        with member(self.path, label, part, clear):
             yield
 
-    def _clear_staging(self) -> None:
-        """Nobody is writing: what lies here was left by a kill."""
-        self.staging.mkdir(exist_ok=True)
-        for leftover in self.staging.iterdir():
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+    def status_path(self, label: str, part: Part) -> Path:
+        """Where the process that does `part` of the work `label` says how far it is."""
+        return self.path / ".status" / f"{part.name(label)}.json"
+
+    def statuses(self) -> list[Path]:
+        """What the processes that write here, or did, say of themselves."""
+        return sorted((self.path / ".status").glob("*.json"))
 
     # -- manifest ---------------------------------------------------------------------
 

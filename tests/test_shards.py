@@ -79,12 +79,14 @@ def test_all_null_columns_keep_their_type(tmp_path):
 
 def test_a_shard_closes_by_age(tmp_path):
     round_dir = RoundDir(tmp_path / "r")
-    with round_dir.lock():
-        with ShardWriter(round_dir, "rollouts", {}, seconds_per_shard=0.05) as writer:
-            writer.add(rollout_row(0))
-            time.sleep(0.06)
-            writer.add(rollout_row(1))
-            writer.add(rollout_row(2))
+    with (
+        round_dir.lock(),
+        ShardWriter(round_dir, "rollouts", {}, seconds_per_shard=0.05) as writer,
+    ):
+        writer.add(rollout_row(0))
+        time.sleep(0.06)
+        writer.add(rollout_row(1))
+        writer.add(rollout_row(2))
     assert [shard.rows for shard in round_dir.manifest("rollouts")] == [2, 1]
 
 
