@@ -167,6 +167,7 @@ class RoundDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.is_locked = False  # by this object: see `lock`
 
     def folder(self, stage: Stage) -> Path:
         return self.path / stage
@@ -272,7 +273,11 @@ class RoundDir:
                     status.unlink()
 
         with member(self.path, label, part, clear):
-            yield
+            self.is_locked = True
+            try:
+                yield
+            finally:
+                self.is_locked = False
 
     def status_path(self, label: str, part: Part) -> Path:
         """Where the process that does `part` of the work `label` says how far it is."""

@@ -280,6 +280,10 @@ class ShardWriter:
             folder = self._round.folder(self._stage)
             # One moment for both: a writer that starts now finds them in step.
             with moment(self._round.path):
+                if not self._round.is_locked:
+                    # An interrupt left the writer in the midst of leaving: another process may
+                    # have begun to make these rows.
+                    raise MPDError(f"{self._round.path}: let go before its last shard was written")
                 # From the link on the rows are committed, whatever happens to the manifest.
                 self._staged = None
                 final = commit_file(staged.path, folder, self._hard_links)
