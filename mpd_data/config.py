@@ -3,12 +3,25 @@
 The same models serve the command line and a pipeline's TOML: a field here is an option there.
 """
 
+import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from mpd_data.locks import Part
+
+
+def _on_a_file_system(path: Path) -> Path:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise ValueError(
+            f"{path}: object stores are not supported, as they have neither links nor locks; give a"
+            " folder on a file system and copy the finished round"
+        )
+    return path
+
+
+RoundPath = Annotated[Path, AfterValidator(_on_a_file_system)]
 
 
 class Strict(BaseModel):
@@ -139,7 +152,7 @@ class RolloutsConfig(Strict):
         description="JSONL, CSV or Parquet files, or Hugging Face datasets as"
         " hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG].",
     )
-    out: Path = Field(description="The round's folder.")
+    out: RoundPath = Field(description="The round's folder.")
     round: int = Field(0, ge=0, description="Number of the round, part of each row's key.")
     num_samples: int = Field(1, ge=1, description="Samples per prompt.")
     num_prompts: int | None = Field(
@@ -220,7 +233,7 @@ class RewriteConfig(Strict):
 
     teacher: str = Field(description="Teacher: a model folder or hub id.")
     revision: str | None = Field(None, description="Hub revision of the teacher.")
-    shards: Path = Field(description="The round's folder, with its rollouts.")
+    shards: RoundPath = Field(description="The round's folder, with its rollouts.")
     template: str = Field(
         "tags",
         description="Rewrite template: a TOML file, or one that is built in: tags (for models that"

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import click
 import polars as pl
 import pytest
 from conftest import (
+    ROOT,
     command,
     edit_rows,
     environment,
@@ -145,6 +147,23 @@ def test_a_job_array_is_the_default(prompts, tmp_path, monkeypatch, capsys):
         invoke(cli, *rollout_arguments(prompts, out))
 
 
+def test_the_shipped_job_script_makes_the_round_task_by_task(round_dir, prompts, tmp_path):
+    """As SLURM runs it: bash, one task after another, the array in its environment."""
+    out = tmp_path / "r"
+    script = ROOT / "pipelines" / "slurm" / "mpd-gen.sbatch"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for task in range(2):
+        array = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2"}
+        done = subprocess.run(
+            ["bash", script, *rollout_arguments(prompts, out)],
+            env=environment() | array | {"PATH": path},
+            check=False,
+        )
+        assert done.returncode == 0
+    assert rows(out, "rollouts").equals(rows(round_dir, "rollouts"))
+    assert sorted(writers(out)) == ["rollouts-0-of-2", "rollouts-1-of-2"]
+
+
 def test_outside_an_array_a_job_is_whole(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert slurm_part() is None
@@ -209,6 +228,14 @@ def test_parts_cannot_overwrite_or_refilter(prompts, tmp_path):
             invoke(cli, *rewrite_arguments(tmp_path), "--overwrite", *extra)
         with pytest.raises(click.UsageError, match="no parts or workers"):
             invoke(cli, *rewrite_arguments(tmp_path), "--refilter", *extra)
+
+
+def test_object_stores_are_refused(prompts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for asked in (rollout_arguments(prompts, "s3://b/r"), rewrite_arguments("gs://b/r")):
+        with pytest.raises(click.UsageError, match="object stores are not supported"):
+            invoke(cli, *asked)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_gpus_are_shared_out(monkeypatch):
