@@ -97,6 +97,7 @@ class VLLMEngine:
             raise EngineError(
                 f"{model.name}: vLLM cannot start with this model: {error}"
             ) from error
+        self.llm = llm
         self._engine = llm.llm_engine
         self._open: dict[str, tuple[str, int, int]] = {}
         self._serial = 0
@@ -109,6 +110,7 @@ class VLLMEngine:
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
     ) -> None:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
             n=1,
@@ -118,6 +120,8 @@ class VLLMEngine:
             max_tokens=sampling.max_tokens,
             seed=seed,
             detokenize=False,
+            # Otherwise each step makes an output for each sequence, to be thrown away here.
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self._submit(key, prompt_ids, params, 0, 0)
 
