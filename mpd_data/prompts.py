@@ -15,17 +15,21 @@ from mpd_data.schema import content_key
 from mpd_data.sources import read_rows
 from mpd_data.template import fill
 
+_NOT_UNICODE = "holds bytes that are not UTF-8, or half a character"
+
 
 @dataclass(frozen=True)
 class Prompt:
     """One problem to solve: `text` is the problem, `answer` the gold answer if any, `metadata`
-    what is carried through (JSON types only). `source` says where it was read, for messages."""
+    what is carried through (JSON types only). `source` says where it was read, for messages; `flaw`
+    why the row cannot be used, if it cannot: its text is then spelt so that it can be shown."""
 
     id: str
     text: str
     answer: str | None
     source: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    flaw: str | None = None
 
 
 def load_prompts(
@@ -39,7 +43,8 @@ def load_prompts(
     """Reads *.jsonl, *.csv and *.parquet files and hf:// datasets. Without `id_column` a prompt's
     id is the hash of its text. Numbers are taken as their text in the id and answer columns; in
     `metadata_columns` values stay as they are where JSON can hold them. With `duplicates` "first"
-    later rows of an id are left out.
+    later rows of an id are left out. A row whose problem or answer is not UTF-8 is a prompt with a
+    `flaw`.
 
     Raises DataError (naming source and row) for a missing column, a value of the wrong type or
     an id given twice; ConfigError for a missing or unknown source or no rows at all.
@@ -52,6 +57,7 @@ def load_prompts(
     for path in sources:
         for number, row in read_rows(path, wanted):
             source = f"{path}, row {number}"
+            row, flaw = _readable(row, [c for c in (prompt_column, answer_column) if c])
             text = _text_of(row, prompt_column, source)
             answer = _as_text(row, answer_column, source, "--answer-column")
             given = _as_text(row, id_column, source, "--id-column")
@@ -68,7 +74,7 @@ def load_prompts(
                 )
             seen[identifier] = source
             metadata = {c: as_json(row[c], f"{source}: column {c!r}") for c in metadata_columns}
-            prompts.append(Prompt(identifier, text, answer, source, metadata))
+            prompts.append(Prompt(identifier, text, answer, source, metadata, flaw))
     if not prompts:
         raise ConfigError(
             f"{', '.join(map(str, sources))}: no prompts. Expected at least one row with the column"
@@ -123,8 +129,18 @@ def _text_of(
             f" it with {option}."
         )
     if not _is_unicode(text):
-        raise DataError(f"{source}: column {column!r} holds half a character.")
+        raise DataError(f"{source}: column {column!r} {_NOT_UNICODE}.")
     return text
+
+
+def _readable(row: Mapping[str, Any], columns: list[str]) -> tuple[Mapping[str, Any], str | None]:
+    """The row with what is no text in `columns` spelt out, and what was wrong with it if
+    anything."""
+    bad = [c for c in columns if isinstance(row[c], str) and not _is_unicode(row[c])]
+    if not bad:
+        return row, None
+    spelt = {c: row[c].encode("utf-8", "backslashreplace").decode("utf-8") for c in bad}
+    return {**row, **spelt}, f"column {bad[0]!r} {_NOT_UNICODE}"
 
 
 def _is_unicode(text: str) -> bool:
@@ -139,7 +155,7 @@ def _is_unicode(text: str) -> bool:
 def _as_text(row: Mapping[str, Any], column: str | None, source: str, option: str) -> str | None:
     value = None if column is None else row[column]
     if isinstance(value, str) and not _is_unicode(value):
-        raise DataError(f"{source}: column {column!r} holds half a character.")
+        raise DataError(f"{source}: column {column!r} {_NOT_UNICODE}.")
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -171,7 +187,7 @@ def as_json(value: Any, where: str) -> Any:
         return [as_json(v, where) for v in value]
     text = str(value)
     if not _is_unicode(text):
-        raise DataError(f"{where} holds half a character.")
+        raise DataError(f"{where} {_NOT_UNICODE}.")
     return text
 
 

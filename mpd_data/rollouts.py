@@ -136,6 +136,8 @@ class Prepared:
     def render(self, prompt: Prompt) -> tuple[str, list[int]]:
         """A prompt's text and ids. Raises PromptError where it cannot be used or leaves no room
         for its completion."""
+        if prompt.flaw is not None:
+            raise PromptError(prompt.flaw)
         text, ids = self.formatter.render(fill_prompt(self.config.prompt_template, prompt.text))
         room = self.config.sampling.max_tokens
         if len(ids) + room > self.context:

@@ -22,6 +22,9 @@ from mpd_data.models import hub_failures
 Rows = Iterator[tuple[int, Mapping[str, Any]]]
 
 HUB = "hf://"
+# Bytes that are no UTF-8 become half characters, which are no text either: one bad row is a matter
+# of its own, found by whoever reads its cell.
+_KEEP = "surrogateescape"
 _FORM = "hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG]"
 
 
@@ -83,7 +86,7 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Rows:
         number = 0
         try:
             for batch in file.iter_batches(4096, columns=columns):
-                for row in batch.to_pylist():
+                for row in _rows_of(batch):
                     number += 1
                     yield number, row
         except (pa.ArrowInvalid, OSError) as error:
@@ -92,17 +95,34 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Rows:
             ) from error
 
 
+def _rows_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        # Writers other than Arrow's do not look at what they are given.
+        columns = [_cells(column) for column in batch.columns]
+        names = batch.schema.names
+        return [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    return rows
+
+
+def _cells(column: pa.Array) -> list[Any]:
+    if not pa.types.is_string(column.type):
+        cells: list[Any] = column.to_pylist()
+        return cells
+    raw = column.cast(pa.binary()).to_pylist()
+    return [None if value is None else value.decode("utf-8", _KEEP) for value in raw]
+
+
 def _jsonl_rows(path: Path, columns: list[str] | None) -> Rows:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8", _KEEP))
             except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{path}, row {number}: not a JSON object in UTF-8 ({error})."
-                ) from error
+                raise DataError(f"{path}, row {number}: not a JSON object ({error}).") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}, row {number}: found {type(row).__name__}, not an object.")
             _require(f"{path}, row {number}", columns or (), list(row))
@@ -115,8 +135,9 @@ def _csv_rows(path: Path, columns: list[str] | None) -> Rows:
     csv.field_size_limit(2**31 - 1)
     number = 0
     with path.open("rb") as file:
-        # Decoded line by line, so that a bad byte is reported with its row.
-        lines = (line.decode("utf-8-sig" if i == 0 else "utf-8") for i, line in enumerate(file))
+        lines = (
+            line.decode("utf-8-sig" if i == 0 else "utf-8", _KEEP) for i, line in enumerate(file)
+        )
         reader = csv.reader(lines, strict=True)
         try:
             header = next(reader, None)
@@ -142,10 +163,6 @@ def _csv_rows(path: Path, columns: list[str] | None) -> Rows:
                     )
                 row = dict(zip(header, cells, strict=True))
                 yield number, {column: row[column] or None for column in columns}
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}, row {number + 1}: not UTF-8 ({error}). Save the file as UTF-8."
-            ) from error
         except csv.Error as error:
             raise DataError(
                 f"{path}, row {number + 1} (line {reader.line_num}): not CSV ({error}). Expected"

@@ -31,7 +31,6 @@ def test_jsonl_and_parquet_give_the_same_prompts(tmp_path):
         ('{"problem": "a"}\n{"problem": 3}\n', "row 2: column 'problem' holds int"),
         ('{"problem": "a"}\n{"problem": \n', "row 2: not a JSON object"),
         ("[1]\n", "row 1: found list"),
-        ('{"problem": "\\ud800"}\n', "row 1: .*half a character"),
         ('{"problem": "a"}\n{"problem": "a"}\n', "row 2: id .* already given by .*row 1"),
     ],
 )
@@ -42,11 +41,47 @@ def test_bad_rows_are_named(tmp_path, content, message):
         load_prompts([path], "problem")
 
 
-def test_bytes_that_are_not_text_are_named(tmp_path):
+def not_text(folder, kind):
+    """A file whose second problem is no text, and whose third gold answer is none."""
+    path = folder / f"p.{kind}"
+    rows = [["a", b"one", b"1"], ["b", b"two \xff", b"2"], ["c", b"three", b"\xc3("]]
+    if kind == "jsonl":
+        line = b'{"id": "%s", "problem": "%s", "gold": "%s"}\n'
+        path.write_bytes(b"".join(line % (i.encode(), p, g) for i, p, g in rows))
+    elif kind == "csv":
+        lines = [b"id,problem,gold", *(b",".join([i.encode(), p, g]) for i, p, g in rows)]
+        path.write_bytes(b"\n".join(lines))
+    else:
+        table = pa.table(
+            {
+                "id": [row[0] for row in rows],
+                # What other writers put into a column of text without a look at it.
+                "problem": pa.array([row[1] for row in rows]).view(pa.string()),
+                "gold": pa.array([row[2] for row in rows]).view(pa.string()),
+            }
+        )
+        pq.write_table(table, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_bytes_that_are_not_text_spoil_their_own_prompt_alone(tmp_path, kind):
+    first, second, third = load_prompts([not_text(tmp_path, kind)], "problem", "id", "gold")
+    assert (first.text, first.answer, first.flaw) == ("one", "1", None)
+    assert "column 'problem' holds bytes that are not UTF-8" in second.flaw
+    assert "column 'gold' holds bytes that are not UTF-8" in third.flaw
+    for prompt in (first, second, third):
+        f"{prompt.text}{prompt.answer}".encode()  # can be hashed and shown
+    with pytest.raises(DataError, match="row 2: column 'problem' .*not UTF-8"):
+        load_prompts([tmp_path / f"p.{kind}"], "gold", "problem")
+
+
+def test_half_a_character_spoils_its_own_prompt_alone(tmp_path):
     path = tmp_path / "p.jsonl"
-    path.write_bytes(b'{"problem": "\xff"}\n')
-    with pytest.raises(DataError, match="row 1: .*UTF-8"):
-        load_prompts([path], "problem")
+    path.write_text('{"problem": "a"}\n{"problem": "\\ud800"}\n')
+    whole, half = load_prompts([path], "problem")
+    assert whole.flaw is None
+    assert "half a character" in half.flaw
 
 
 def test_bad_files_are_named(tmp_path):
