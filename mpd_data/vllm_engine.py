@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from multiprocessing.connection import wait
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -99,6 +101,7 @@ class VLLMEngine:
             ) from error
         self.llm = llm
         self._engine = llm.llm_engine
+        _wake_when_dead(self._engine.engine_core)
         self._open: dict[str, tuple[str, int, int]] = {}
         self._serial = 0
 
@@ -143,18 +146,15 @@ class VLLMEngine:
             self._engine.add_request(request_id, rendered, params)
         except (VLLMClientError, ValueError) as error:
             raise RequestError(str(error)) from error
+        except Exception as error:
+            raise _died(error) from error
         self._open[request_id] = (key, start, k)
 
     def step(self) -> list[Completion | Scores]:
-        from vllm.exceptions import VLLMError
-
         try:
             outputs = self._engine.step()
-        except (VLLMError, RuntimeError, OSError) as error:
-            raise EngineError(
-                f"the engine died: {error}. Finished rows are committed; run the same command again"
-                " to go on. If it dies again, lower --max-num-seqs or --max-model-len."
-            ) from error
+        except Exception as error:  # whatever it is, what the engine had in hand is gone
+            raise _died(error) from error
         results: list[Completion | Scores] = []
         for output in outputs:
             if not output.finished:
@@ -173,6 +173,32 @@ class VLLMEngine:
         # vLLM does so when the engine is collected as garbage, which may be after the next one
         # has started: what the two share is then torn down under that one.
         self._engine.engine_core.shutdown()
+
+
+def _died(error: Exception) -> EngineError:
+    # Some of vLLM's have no words, some have many lines.
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return EngineError(
+        f"the engine died: {lines[0]} Finished rows are committed; run the same command again to go"
+        " on. If it dies again, lower --max-num-seqs or --max-model-len."
+    )
+
+
+def _wake_when_dead(client: Any) -> None:
+    """Sees to it that `step` ends when the engine's process is killed, by the kernel for want of
+    memory, say: such a process cannot say that it dies, and vLLM's client waits for its next
+    output for ever. Does nothing where the engine is in this process."""
+    outputs = getattr(client, "outputs_queue", None)
+    manager = getattr(getattr(client, "resources", None), "engine_manager", None)
+    if outputs is None or manager is None:
+        return
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def wake() -> None:
+        wait([process.sentinel for process in manager.processes])
+        outputs.put_nowait(EngineDeadError())
+
+    Thread(target=wake, name="engine-watch", daemon=True).start()
 
 
 def _scores(key: str, flat: Any, start: int, k: int) -> Scores:
