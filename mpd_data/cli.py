@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 fatal, 2 usage, 3 done with failed rows (in errors/), 130 
 (run the same command again to go on). Tables go to stderr, `--json` to stdout.
 """
 
+import errno
 import json
 import shlex
 import signal
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 # What the extras bring; looking at shards needs none of it.
 _EXTRAS = {"torch", "transformers", "safetensors", "huggingface_hub", "httpx", "vllm"}
+# What a disk says that is full, read-only, not ours or broken.
+_DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
+}  # fmt: skip
 
 _OVERWRITE = click.option(
     "--overwrite", is_flag=True, help="Delete what this stage has written here, then start anew."
@@ -81,6 +86,16 @@ def run_command(command: click.Command) -> None:
         sys.exit(130)
     except MPDError as error:
         click.echo(f"error: {plain_lines(str(error))}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        place = "" if error.filename is None else f"{plain(str(error.filename))}: "
+        click.echo(
+            f"error: {place}{error.strerror}. What is committed is safe; free space or give a"
+            " writable place, then run the same command again.",
+            err=True,
+        )
         sys.exit(1)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRAS:

@@ -14,7 +14,8 @@ _FEWEST = 50
 @dataclass
 class Failures:
     """The failures of one run of `stage`. `known`: keys of those that earlier runs left, which are
-    not written again and are no news of this run; `tried`: requests made."""
+    not written again and are no news of this run; `tried`: requests of this run, those among them
+    that cannot even be made. The stage counts each before its outcome is known."""
 
     stage: str
     writer: ShardWriter
@@ -33,12 +34,12 @@ class Failures:
         """
         self.count += 1
         if row_id in self.known:
+            self.tried -= 1
             return
         self.writer.add(
             {"row_id": row_id, "stage": self.stage, "prompt_id": prompt_id, "message": message}
         )
         self._new += 1
-        self.tried += 1
         if self.tried >= _FEWEST and self._new > self.config.max_error_rate * self.tried:
             raise MPDError(
                 f"{self._new} of {self.tried} requests failed, more than --max-error-rate"

@@ -13,13 +13,14 @@ import functools
 import itertools
 import json
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RewriteConfig
 from mpd_data.engine import Completion, Engine, RequestError, Scores, pump, start_engine
+from mpd_data.errors import MPDError
 from mpd_data.failures import Failures
 from mpd_data.filters import settle
 from mpd_data.models import resolve_model
@@ -126,8 +127,10 @@ def run_rewrite(
                 for result in pump(engine, itertools.islice(owed, limit), job):
                     job.take(result)
             finally:
-                if (speed := progress.speed(config.engine.backend)) is not None:
-                    round_dir.record_speed("distill", speed)
+                # Not worth an error in place of the one that may be on its way.
+                with suppress(MPDError, OSError):
+                    if (speed := progress.speed(config.engine.backend)) is not None:
+                        round_dir.record_speed("distill", speed)
         left = len(owed_ids) - now
         return Outcome(_count_statuses(round_dir), writer.rows_committed, failed.count, left)
 
@@ -178,6 +181,7 @@ class _Job:
         if rollout["finish_reason"] == "length":
             self._finish_unasked(group, "draft_truncated")
             return
+        self.failed.tried += len(rows)
         try:
             asked = self.prepared.ask_about(rollout)
             group.teacher_prompt_ids = asked.teacher_prompt_ids
@@ -188,7 +192,6 @@ class _Job:
                 self.engine.submit_generate(
                     row_id, asked.prompt_ids, self.config.sampling, seed_of(row_id)
                 )
-                self.failed.tried += 1
                 group.unjudged.add(row_id)
                 self._groups[row_id] = group
         except (PromptError, RequestError) as error:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Container, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from mpd_data.checkers import Checker, make_checker
 from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RolloutsConfig
 from mpd_data.engine import Completion, Engine, RequestError, context_of, pump, start_engine
+from mpd_data.errors import MPDError
 from mpd_data.failures import Failures
 from mpd_data.models import (
     ModelFiles,
@@ -358,8 +359,10 @@ def run_rollouts(
                             assert isinstance(result, Completion)
                             job.take(result)
                     finally:
-                        if (speed := progress.speed(config.engine.backend)) is not None:
-                            round_dir.record_speed("rollouts", speed)
+                        # Not worth an error in place of the one that may be on its way.
+                        with suppress(MPDError, OSError):
+                            if (speed := progress.speed(config.engine.backend)) is not None:
+                                round_dir.record_speed("rollouts", speed)
             left = sum(1 for _ in every)
         return Outcome(progress.done, writer.rows_committed, failed.count, left)
 
@@ -378,6 +381,7 @@ def _owed(
         except PromptError as error:
             row_id = rollout_key(prompt.id, [], 0, prepared.row_identity)
             progress.fail(prepared.config.num_samples)
+            failed.tried += 1
             failed.add(row_id, prompt.id, f"{prompt.source}: {error}")
             continue
         for request in asked:

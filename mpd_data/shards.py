@@ -70,12 +70,17 @@ def sha256_of(path: Path) -> str:
 def write_json_atomic(path: Path, value: Any) -> None:
     """Replaces `path` by `value` as JSON: readers see the old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        # On a full disk it would take room that nobody gets back.
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_directory(path.parent)
 
 
@@ -261,7 +266,7 @@ class RoundDir:
 
         def clear() -> None:
             self.staging.mkdir(exist_ok=True)
-            for leftover in self.staging.iterdir():
+            for leftover in (*self.staging.iterdir(), *self.path.glob(".run.json.*.tmp")):
                 if leftover.is_dir():
                     shutil.rmtree(leftover)
                 else:
@@ -400,13 +405,15 @@ class RoundDir:
         """Mends what a kill or a damaged disk left of `stage`, says so on stderr, and returns
         the keys of the rows that are committed and sound. Call it with the lock held."""
         with moment(self.path):
-            torn = self.reconcile(stage).torn
-        for file in torn:
+            found = self.reconcile(stage)
+        for file in found.torn:
             print(
                 f"{file}: torn; moved to .quarantine, its rows are owed again",
                 file=sys.stderr,
             )
-        return self.keys(stage)
+        # Of the shards that were whole then: without hard links, the next of another part may have
+        # its name and not yet its content.
+        return self.keys(stage, found.paths)
 
     def rows(
         self, stage: Stage, columns: list[str], paths: list[Path] | None = None
