@@ -19,7 +19,7 @@ from mpd_data.errors import MPDError
 from mpd_data.locks import WHOLE
 from mpd_data.options import build, config_options
 from mpd_data.table import plain, plain_lines
-from mpd_data.workers import EXIT_FAILED_ROWS, run_workers, slurm_part
+from mpd_data.workers import EXIT_FAILED_ROWS, end_with_parent, run_workers, slurm_part
 
 if TYPE_CHECKING:
     from mpd_data.plan import StagePlan
@@ -381,6 +381,7 @@ def completion(shell: str) -> None:
 
 
 def main() -> None:
+    end_with_parent()
     run_command(cli)
 
 

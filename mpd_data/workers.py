@@ -18,6 +18,7 @@ from mpd_data.models import gpus
 from mpd_data.options import arguments
 
 EXIT_FAILED_ROWS = 3  # done with failed rows
+_WORKER = "MPD_GEN_WORKER"  # set for a worker: its standard input lasts as long as its parent
 
 
 def slurm_part() -> tuple[int, int] | None:
@@ -92,8 +93,10 @@ def run_workers(
                 [sys.executable, "-m", "mpd_data.cli", *asked],
                 env={
                     **os.environ,
+                    _WORKER: "1",
                     **({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}),
                 },
+                stdin=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
@@ -111,6 +114,20 @@ def run_workers(
         for printer in printers:
             printer.join()
     return EXIT_FAILED_ROWS if EXIT_FAILED_ROWS in codes else 0
+
+
+def end_with_parent() -> None:
+    """In a worker, an interrupt where the parent is killed: nobody else would end it, and it would
+    stand in the way of the same command. Elsewhere nothing."""
+    if os.environ.pop(_WORKER, None) is None:
+        return
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def _wait(processes: list[subprocess.Popen[str]]) -> list[int]:
