@@ -1,0 +1,307 @@
+"""Many real `mpd-gen` processes, quickly: a parent that has imported everything, and forks.
+
+A fresh Python takes most of ten seconds to import torch, vLLM and transformers; a fork of a process
+that has them takes none. The parent has no engine, no thread of its own and no CUDA; what runs in
+the child is the whole command, from `sys.argv` on, with the engine in the process.
+
+    with Nursery(log_folder) as nursery:
+        child = nursery.start(["rollouts", ...])
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+
+A child can also be told to kill itself, by SIGKILL too: at the n-th change that it makes to a
+folder, or before the n-th line of the writer's thread in some functions (`Death`).
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+_ENGINES = ("vllm", "mpd_data.vllm_engine", "mpd_data.transformers_engine")
+_CHANGES = ("os.link", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.rmdir")
+
+
+@dataclass
+class Death:
+    """Where a child kills itself: at the `at`-th of its changes to what lies under `folder`, or
+    before the `at`-th line that its writer's threads run of `functions` of writer.py, shards.py
+    and locks.py."""
+
+    at: int
+    folder: str | None = None
+    functions: tuple[str, ...] = ()
+
+
+class Child:
+    """One process of the nursery."""
+
+    def __init__(self, pid, log):
+        self.pid = pid
+        self.log = log
+        self._ended = threading.Event()
+        self._status = None
+
+    def end(self, status):
+        self._status = status
+        self._ended.set()
+
+    def kill(self, number=signal.SIGKILL):
+        """Sends a signal, if the process still lives."""
+        if not self._ended.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    @property
+    def running(self):
+        return not self._ended.is_set()
+
+    def wait(self, seconds=300):
+        """The exit code, negative for a signal. Fails where the process hangs."""
+        if not self._ended.wait(seconds):
+            os.kill(self.pid, signal.SIGKILL)
+            raise AssertionError(f"still running after {seconds} s:\n{self.said()}")
+        return os.waitstatus_to_exitcode(self._status)
+
+    def said(self):
+        return self.log.read_text(errors="replace")
+
+
+class Nursery:
+    """The parent process. A context manager; several children may live at a time, and several
+    threads may start them."""
+
+    def __init__(self, folder):
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._serial = 0
+        self._lock = threading.Lock()
+        self._children = {}
+        self._started = threading.Condition()
+        self._pids = {}
+
+    def __enter__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            },
+        )
+        assert self._process.stdout.readline() == "ready\n"
+        threading.Thread(target=self._listen, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        for child in list(self._children.values()):
+            child.kill()
+        self._process.stdin.close()
+        self._process.wait()
+
+    def start(self, arguments, *deaths, limit=None, user=None):
+        """Starts `mpd-gen ARGUMENTS`, to kill itself where the first of `deaths` says; with a
+        `limit` on the size of its files, in bytes; as `user`, where we may be another (a uid)."""
+        with self._lock:
+            self._serial += 1
+            serial = self._serial
+            log = self._folder / f"{serial}.log"
+            order = {
+                "serial": serial,
+                "arguments": [str(argument) for argument in arguments],
+                "log": str(log),
+                "deaths": [asdict(death) for death in deaths],
+                "limit": limit,
+                "user": user,
+            }
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+        with self._started:
+            assert self._started.wait_for(lambda: serial in self._pids, 60), "the nursery is dead"
+            return self._children[self._pids[serial]]
+
+    def finish(self, arguments, code=0, **options):
+        """Runs `mpd-gen ARGUMENTS` to its end; what it said. Fails unless it exits with `code`."""
+        child = self.start(arguments, **options)
+        ended = child.wait()
+        assert ended == code, f"exit {ended}\n{child.said()}"
+        return child.said()
+
+    def count(self, arguments, *deaths):
+        """Runs `mpd-gen ARGUMENTS` to its end; how often it came by each place where one of
+        `deaths` would kill it if that said when."""
+        child = self.start(arguments, *(replace(death, at=0) for death in deaths))
+        assert child.wait() == 0, child.said()
+        return json.loads(child.log.with_suffix(".json").read_text())
+
+    def _listen(self):
+        for line in self._process.stdout:
+            word, *numbers = line.split()
+            if word == "started":
+                serial, pid = map(int, numbers)
+                with self._started:
+                    self._children[pid] = Child(pid, self._folder / f"{serial}.log")
+                    self._pids[serial] = pid
+                    self._started.notify_all()
+            else:
+                pid, status = map(int, numbers)
+                self._children.pop(pid).end(status)
+
+
+# -- in the nursery's process ----------------------------------------------------------
+
+
+class _Counter:
+    """Counts how often this process comes by a place, and kills it when it is told to."""
+
+    def __init__(self, death):
+        self.death = death
+        self.seen = 0
+        self._lock = threading.Lock()
+
+    def pass_by(self):
+        with self._lock:
+            self.seen += 1
+            if self.seen == self.death["at"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _arm(deaths):
+    """Sees to it that this process dies where it is told."""
+    counters = [_Counter(death) for death in deaths]
+    changes = [counter for counter in counters if counter.death["folder"] is not None]
+    lines = [counter for counter in counters if counter.death["folder"] is None]
+    ours = tuple(str(ROOT / "mpd_data" / f"{name}.py") for name in ("writer", "shards", "locks"))
+
+    def audit(event, arguments):
+        if event == "open":
+            _, mode, flags = arguments
+            if not (set("wax+") & set(mode or "")) and not (flags or 0) & os.O_CREAT:
+                return
+        elif event not in _CHANGES:
+            return
+        for counter in changes:
+            if counter.death["folder"] in str(arguments[0]):
+                counter.pass_by()
+
+    def trace(frame, event, _):
+        code = frame.f_code
+        if code.co_filename not in ours:
+            return None
+        counting = [c for c in lines if code.co_name in c.death["functions"]]
+        if event == "line":
+            for counter in counting:
+                counter.pass_by()
+        return trace if counting else None
+
+    if changes:
+        sys.addaudithook(audit)
+    if lines:
+        threading.settrace(trace)
+    return counters
+
+
+def _be_child(order):
+    """The life of a child: all of `mpd-gen`, with its own output. Does not return."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(nothing, 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if order["limit"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], order["limit"]))
+    if order["user"] is not None:
+        os.setgroups([])
+        os.setgid(order["user"])
+        os.setuid(order["user"])
+    sys.argv = ["mpd-gen", *order["arguments"]]
+    counters = _arm(order["deaths"])
+    code = 1
+    try:
+        from mpd_data.cli import main
+
+        main()
+    except SystemExit as ending:
+        code = ending.code or 0
+    except BaseException:  # noqa: BLE001  # as Python does with what nobody catches
+        traceback.print_exc()
+    # A command that leaves a thread at work has to wait for it, as any Python does.
+    threading._shutdown()
+    if counters:
+        counts = json.dumps([counter.seen for counter in counters])
+        Path(order["log"]).with_suffix(".json").write_text(counts)
+    if code == 0:
+        Path(order["log"]).with_suffix(".modules").write_text("\n".join(sys.modules))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _import_what_it_did(log):
+    """The engines import most of what they need when they start: children to come need not."""
+    file = Path(log).with_suffix(".modules")
+    new = set(file.read_text().split()) - set(sys.modules) if file.exists() else set()
+    for name in sorted(new):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    assert threading.active_count() == 1
+    if new:
+        # A collection in a child would go through all that is here, and copy its pages.
+        gc.collect()
+        gc.freeze()
+
+
+def _serve():
+    from mpd_data.vllm_engine import _prepare_environment
+
+    _prepare_environment(on_cpu=True)
+    for name in _ENGINES:
+        importlib.import_module(name)
+    import mpd_data.rewrite
+    import mpd_data.rollouts  # noqa: F401
+
+    assert threading.active_count() == 1
+    gc.collect()
+    gc.freeze()
+    print("ready", flush=True)
+    unread = b""
+    living = {}
+    while True:
+        if select.select([0], [], [], 0.005 if living else None)[0]:
+            data = os.read(0, 1 << 16)
+            if not data:
+                return
+            *lines, unread = (unread + data).split(b"\n")
+            for line in lines:
+                order = json.loads(line)
+                pid = os.fork()
+                if pid == 0:
+                    _be_child(order)
+                living[pid] = order["log"]
+                print("started", order["serial"], pid, flush=True)
+        while living:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            print("ended", pid, status, flush=True)
+            _import_what_it_did(living.pop(pid))
+
+
+if __name__ == "__main__":
+    _serve()
