@@ -6,21 +6,23 @@ Exit codes: 0 done, 1 fatal, 2 usage, 3 done with failed rows (in errors/), 130 
 
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mpd_data.config import InitConfig, RewriteConfig, RolloutsConfig
+from mpd_data.config import InitConfig, PartsConfig, RewriteConfig, RolloutsConfig
 from mpd_data.errors import MPDError
+from mpd_data.locks import WHOLE
 from mpd_data.options import build, config_options
 from mpd_data.table import plain, plain_lines
+from mpd_data.workers import EXIT_FAILED_ROWS, run_workers, slurm_part
 
 if TYPE_CHECKING:
     from mpd_data.plan import StagePlan
 
-EXIT_FAILED_ROWS = 3
 # What the extras bring; looking at shards needs none of it.
 _EXTRAS = {"torch", "transformers", "safetensors", "huggingface_hub", "httpx", "vllm"}
 
@@ -61,7 +63,9 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
 
 def run_command(command: click.Command) -> None:
-    """Runs a click command; our own errors become one message and exit code 1."""
+    """Runs a click command; our own errors become one message and exit code 1. SIGTERM, with which
+    schedulers announce the end, is an interrupt: what is finished is committed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         # Without standalone mode click returns the code of an Exit instead of raising it.
         code = command.main(standalone_mode=False)
@@ -121,9 +125,13 @@ def rollouts(
     """Sample solutions with the student into OUT/rollouts. Run again to resume."""
     from mpd_data.rollouts import plan_rollouts, run_rollouts
 
-    config = build(RolloutsConfig, options)
+    config = _with_part(build(RolloutsConfig, options))
+    _refuse_overwrite_of_parts(config, overwrite)
     if dry_run:
         show_plan(plan_rollouts(config, overwrite, limit)[0], as_json)
+        return
+    if config.parts.workers > 1:
+        _finish_workers(run_workers("rollouts", config, limit))
         return
     outcome = run_rollouts(config, overwrite, limit)
     _finish(
@@ -160,6 +168,11 @@ def rewrite(
     from mpd_data.rewrite_plan import plan_rewrite
 
     config = build(RewriteConfig, options)
+    if not refilter:
+        config = _with_part(config)
+    elif config.parts != PartsConfig():
+        raise click.UsageError("--refilter judges a round as a whole: it has no parts or workers.")
+    _refuse_overwrite_of_parts(config, overwrite)
     if refilter and overwrite:
         raise click.UsageError("--refilter keeps the rewrites, --overwrite deletes them: give one.")
     if refilter and limit is not None:
@@ -168,15 +181,43 @@ def rewrite(
         planned = plan_refilter(config) if refilter else plan_rewrite(config, overwrite, limit)
         show_plan(planned, as_json)
         return
+    if config.parts.workers > 1:
+        _finish_workers(run_workers("rewrite", config, limit))
+        return
     outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite, limit)
     counts = ", ".join(f"{n} {status}" for status, n in sorted(outcome.statuses.items()))
-    if not outcome.statuses.get("ok") and not outcome.owed:
+    # Of a part that keeps nothing, the other parts may still keep something.
+    if not outcome.statuses.get("ok") and not outcome.owed and config.parts.part == WHOLE:
         raise MPDError(
             f"{config.shards}: no rewrite was kept ({counts or 'no rows'}), so there is nothing to"
             " train on. Read some in distill/*.parquet (columns rewrite, status): is the teacher"
             " able to follow the template, is --max-tokens long enough?"
         )
     _finish(f"{config.shards}: {counts}; {outcome.written} rows new", outcome.failed, outcome.owed)
+
+
+def _with_part(config: Any) -> Any:
+    """`config` with its part of a SLURM job array, where it names none and is in one."""
+    if config.parts.num_shards is not None or (found := slurm_part()) is None:
+        return config
+    index, count = found
+    click.echo(f"SLURM job array: part {index} of {count} (--shard-index, --num-shards)", err=True)
+    parts = config.parts.model_copy(update={"shard_index": index, "num_shards": count})
+    return config.model_copy(update={"parts": parts})
+
+
+def _refuse_overwrite_of_parts(config: Any, overwrite: bool) -> None:
+    if overwrite and (config.parts.workers > 1 or config.parts.part != WHOLE):
+        raise click.UsageError(
+            "--overwrite deletes what all parts have written. Give it once without --workers and"
+            " --num-shards, with --limit 1; then start the parts."
+        )
+
+
+def _finish_workers(code: int) -> None:
+    if code == EXIT_FAILED_ROWS:
+        click.echo("some rows failed; see errors/*.parquet (column message).", err=True)
+        raise click.exceptions.Exit(code)
 
 
 def show_plan(plan: "StagePlan", as_json: bool) -> None:
@@ -219,6 +260,21 @@ def stats(rounds: tuple[Path, ...], as_json: bool, by: str | None, plot: Path | 
     if plot is not None:
         plot_lengths({str(path): path for path in rounds}, plot)
         click.echo(f"wrote {plot}", err=True)
+
+
+@cli.command()
+@click.argument("rounds", nargs=-1, required=True, type=_FOLDER)
+@_JSON
+def status(rounds: tuple[Path, ...], as_json: bool) -> None:
+    """How far the stages of ROUNDS are, and who is writing there now."""
+    from mpd_data.status import round_status, show_status
+
+    found = {str(path): round_status(path) for path in rounds}
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for path, status in found.items():
+        click.echo(f"\n{plain(path)}\n{show_status(status)}", err=True)
 
 
 @cli.command()

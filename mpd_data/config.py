@@ -3,10 +3,25 @@
 The same models serve the command line and a pipeline's TOML: a field here is an option there.
 """
 
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from mpd_data.locks import Part
+
+
+def _on_a_file_system(path: Path) -> Path:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise ValueError(
+            f"{path}: object stores are not supported, as they have neither links nor locks; give a"
+            " folder on a file system and copy the finished round"
+        )
+    return path
+
+
+RoundPath = Annotated[Path, AfterValidator(_on_a_file_system)]
 
 
 class Strict(BaseModel):
@@ -66,6 +81,54 @@ class OutputConfig(Strict):
     seconds_per_shard: float = Field(300.0, gt=0, description="or after so many seconds.")
 
 
+class PartsConfig(Strict):
+    """How a stage is shared out among processes. None of it changes a row."""
+
+    workers: int = Field(
+        1,
+        ge=1,
+        description="Processes on this machine, each with an engine and GPUs of its own, that share"
+        " the work.",
+    )
+    shard_index: int | None = Field(
+        None,
+        ge=0,
+        description="Do this part of the work, from 0; default: the task's place in a SLURM job"
+        " array, or all of it.",
+    )
+    num_shards: int | None = Field(
+        None, ge=1, description="of so many parts; default: the tasks of the SLURM job array."
+    )
+
+    @model_validator(mode="after")
+    def _index_of_count(self) -> Self:
+        if (self.shard_index is None) != (self.num_shards is None):
+            raise ValueError("--shard-index and --num-shards go together")
+        if self.shard_index is not None and self.shard_index >= (self.num_shards or 1):
+            raise ValueError(
+                f"--shard-index {self.shard_index} of --num-shards {self.num_shards}: counted from"
+                " 0, the last is one less than their number"
+            )
+        return self
+
+    @property
+    def part(self) -> Part:
+        """The part that this process, with its workers, does."""
+        return Part(self.shard_index or 0, self.num_shards or 1)
+
+
+class FailureConfig(Strict):
+    """When a stage gives up. None of it changes a row."""
+
+    max_error_rate: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Stop when more than this share of the requests of a run have failed, 50 or"
+        " more of them having been made.",
+    )
+
+
 class CheckConfig(Strict):
     """How answers are checked, in worker processes. None of it changes a row of a sound checker."""
 
@@ -89,7 +152,7 @@ class RolloutsConfig(Strict):
         description="JSONL, CSV or Parquet files, or Hugging Face datasets as"
         " hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG].",
     )
-    out: Path = Field(description="The round's folder.")
+    out: RoundPath = Field(description="The round's folder.")
     round: int = Field(0, ge=0, description="Number of the round, part of each row's key.")
     num_samples: int = Field(1, ge=1, description="Samples per prompt.")
     num_prompts: int | None = Field(
@@ -136,6 +199,8 @@ class RolloutsConfig(Strict):
     checks: CheckConfig = CheckConfig()
     engine: EngineConfig = EngineConfig()
     output: OutputConfig = OutputConfig()
+    parts: PartsConfig = PartsConfig()
+    failures: FailureConfig = FailureConfig()
 
 
 class FilterConfig(Strict):
@@ -168,7 +233,7 @@ class RewriteConfig(Strict):
 
     teacher: str = Field(description="Teacher: a model folder or hub id.")
     revision: str | None = Field(None, description="Hub revision of the teacher.")
-    shards: Path = Field(description="The round's folder, with its rollouts.")
+    shards: RoundPath = Field(description="The round's folder, with its rollouts.")
     template: str = Field(
         "tags",
         description="Rewrite template: a TOML file, or one that is built in: tags (for models that"
@@ -205,6 +270,8 @@ class RewriteConfig(Strict):
     checks: CheckConfig = CheckConfig()
     engine: EngineConfig = EngineConfig()
     output: OutputConfig = OutputConfig()
+    parts: PartsConfig = PartsConfig()
+    failures: FailureConfig = FailureConfig()
 
 
 class InitConfig(Strict):

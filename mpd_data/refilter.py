@@ -23,6 +23,7 @@ from mpd_data.config import RewriteConfig
 from mpd_data.engine import Engine, RequestError, Scores, pump, start_engine
 from mpd_data.errors import ConfigError, EngineError
 from mpd_data.filters import settle
+from mpd_data.locks import WHOLE
 from mpd_data.models import ModelFiles, load_tokenizer, require_same_tokenizer, resolve_model
 from mpd_data.options import arguments
 from mpd_data.plan import StagePlan, as_saved, distill_bytes
@@ -55,7 +56,7 @@ def run_refilter(config: RewriteConfig) -> Outcome:
     """
     round_dir = RoundDir(config.shards)
     scratch = scratch_of(round_dir)
-    with round_dir.lock():
+    with round_dir.lock("refilter"):
         if is_whole(scratch):
             # A kill while an earlier one was put in place.
             _put_in_place(scratch, round_dir, config)
@@ -177,8 +178,9 @@ def _filter_into(
         total = len({row["rollout_id"] for row in round_dir.rows("distill", ["rollout_id"])})
         with (
             ShardWriter(scratch, "distill", metadata, **output) as writer,
-            Progress("refilter", total, len(done)) as progress,
+            Progress("refilter", total, round_dir.status_path("refilter", WHOLE)) as progress,
         ):
+            progress.skip(len(done))
             job = _Job(config, metadata, writer, progress)
             groups = (rows for rows in _groups(round_dir) if rows[0]["rollout_id"] not in done)
             # The engine is started when the first rewrite needs it, if any does.
@@ -302,7 +304,8 @@ def _put_in_place(scratch: RoundDir, round_dir: RoundDir, config: RewriteConfig)
     info = round_dir.run_info()
     info["stages"]["distill"] |= {
         "identity": scratch.run_info()["stages"]["distill"]["identity"],
-        "details": {"config": config.model_dump(mode="json")},
+        "details": info["stages"]["distill"]["details"]
+        | {"config": config.model_dump(mode="json", exclude={"parts"})},
     }
     write_json_atomic(round_dir.path / "run.json", info)
     (scratch.path / "complete").unlink()

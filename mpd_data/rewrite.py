@@ -20,6 +20,7 @@ from typing import Any
 from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RewriteConfig
 from mpd_data.engine import Completion, Engine, RequestError, Scores, pump, start_engine
+from mpd_data.failures import Failures
 from mpd_data.filters import settle
 from mpd_data.models import resolve_model
 from mpd_data.progress import Progress
@@ -76,20 +77,26 @@ def run_rewrite(
     teacher = resolve_model(config.teacher, config.revision, config.trust_remote_code)
     prepared = prepare(config, student, teacher)
     k, spare, shard_metadata = prepared.k, prepared.spare, prepared.metadata()
+    part = config.parts.part
 
-    with round_dir.lock():
+    with round_dir.lock("rewrite", part):
         refuse_half_refiltered(round_dir)
         if overwrite:
             round_dir.discard("distill")
-        details = {"config": config.model_dump(mode="json")}
-        round_dir.claim("distill", prepared.identity, details)
         rollouts = round_dir.recover("rollouts")
+        details = {
+            "config": config.model_dump(mode="json", exclude={"parts"}),
+            "rows": len(rollouts),
+        }
+        round_dir.claim("distill", prepared.identity, details)
         round_dir.recover("distill")
         done = {row["rollout_id"] for row in round_dir.rows("distill", ["rollout_id"])}
-        owed_ids = rollouts - done
+        own = [key for key in rollouts if part.holds(key)]
+        owed_ids = [key for key in own if key not in done]
         if not owed_ids:
             return Outcome(_count_statuses(round_dir), 0, 0)
         now = len(owed_ids) if limit is None else min(limit, len(owed_ids))
+        there = len(own) - len(owed_ids)
         failures = round_dir.failures()
         output = config.output.model_dump()
         with (
@@ -101,24 +108,18 @@ def run_rewrite(
             ) as pool,
             ShardWriter(round_dir, "distill", shard_metadata, **output) as writer,
             ShardWriter(round_dir, "errors", shard_metadata, **output) as errors,
-            Progress("rewrite", len(done) + now, len(done)) as progress,
+            Progress("rewrite", there + now, round_dir.status_path("rewrite", part)) as progress,
             closing(
                 start_engine(teacher, config.engine, config.trust_remote_code, k + spare)
             ) as engine,
         ):
-            job = _Job(
-                prepared=prepared,
-                engine=engine,
-                pool=pool,
-                writer=writer,
-                errors=errors,
-                failures=failures,
-                progress=progress,
-            )
+            progress.skip(there)
+            failed = Failures("rewrite", errors, failures, config.failures)
+            job = _Job(prepared, engine, pool, writer, failed, progress)
             owed = (
                 functools.partial(job.start, rollout)
                 for rollout in round_dir.rows("rollouts", ROLLOUT_COLUMNS)
-                if rollout["row_id"] not in done
+                if rollout["row_id"] not in done and part.holds(rollout["row_id"])
             )
             progress.engine_started()
             try:
@@ -128,7 +129,7 @@ def run_rewrite(
                 if (speed := progress.speed(config.engine.backend)) is not None:
                     round_dir.record_speed("distill", speed)
         left = len(owed_ids) - now
-        return Outcome(_count_statuses(round_dir), writer.rows_committed, job.failed, left)
+        return Outcome(_count_statuses(round_dir), writer.rows_committed, failed.count, left)
 
 
 @dataclass
@@ -140,10 +141,8 @@ class _Job:
     engine: Engine
     pool: CheckPool
     writer: ShardWriter
-    errors: ShardWriter
-    failures: set[str]
+    failed: Failures
     progress: Progress
-    failed: int = 0
 
     def __post_init__(self) -> None:
         self.config = self.prepared.config
@@ -163,6 +162,7 @@ class _Job:
         for verdict in self.pool.ready(1.0 if wait else 0.0):
             self._take_verdict(verdict)
         self.writer.commit_if_due()
+        self.progress.tick()
 
     # -- one rollout after another ----------------------------------------------------
 
@@ -188,10 +188,12 @@ class _Job:
                 self.engine.submit_generate(
                     row_id, asked.prompt_ids, self.config.sampling, seed_of(row_id)
                 )
+                self.failed.tried += 1
                 group.unjudged.add(row_id)
                 self._groups[row_id] = group
         except (PromptError, RequestError) as error:
             # What holds for the prompt holds for each of its rewrites: none was taken.
+            self.progress.fail()
             for row_id in list(rows):
                 self._fail(group, row_id, error)
 
@@ -318,16 +320,8 @@ class _Job:
         """Takes a rewrite out of its group and into errors/."""
         del group.rows[row_id]
         self._groups.pop(row_id, None)
-        self.failed += 1
-        if row_id not in self.failures:
-            self.errors.add(
-                {
-                    "row_id": row_id,
-                    "stage": "rewrite",
-                    "prompt_id": group.rollout["prompt_id"],
-                    "message": f"rollout {group.rollout['row_id']}: {error}",
-                }
-            )
+        message = f"rollout {group.rollout['row_id']}: {error}"
+        self.failed.add(row_id, group.rollout["prompt_id"], message)
 
 
 def _empty_row(row_id: str, rollout: dict[str, Any]) -> dict[str, Any]:

@@ -214,7 +214,10 @@ def plan_rewrite(
     unasked: Counter[str] = Counter()
     lengths: list[int] = []
     contexts = kept_at_most = 0
+    part = config.parts.part
     for rollout in round_dir.rows("rollouts", ROLLOUT_COLUMNS, sound):
+        if not part.holds(rollout["row_id"]):
+            continue
         total += 1
         if rollout["row_id"] in done:
             committed += 1
@@ -275,7 +278,7 @@ def predict(
     kept = kept_at_most * stored
     if learned is not None:
         expected = min(round(rewrites * learned.tokens_per_row), at_most)
-        seconds = learned.seconds(expected)
+        seconds = learned.seconds(expected / config.parts.workers)
         kept = min(kept, expected)
     contexts *= config.num_candidates
     disk = distill_bytes(owed, contexts, kept, prepared.k, prepared.vocab_size)

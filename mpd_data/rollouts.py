@@ -5,6 +5,8 @@ prompts -> chat template -> ids -> engine -> rollouts/part-*.parquet
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Container, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ from mpd_data.checkers import Checker, make_checker
 from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RolloutsConfig
 from mpd_data.engine import Completion, Engine, RequestError, context_of, pump, start_engine
+from mpd_data.failures import Failures
 from mpd_data.models import (
     ModelFiles,
     chat_template_hash,
@@ -49,8 +52,8 @@ from mpd_data.writer import ShardWriter
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the stage left behind: rows committed and owed in all, rows this run wrote, rows that
-    failed for good (they stand in errors/), rows still owed after a --limit."""
+    """What the stage left behind: rows committed in all, rows this run wrote, rows that failed for
+    good (they stand in errors/), rows still owed after a --limit. All of this process's part."""
 
     total: int
     written: int
@@ -142,6 +145,13 @@ class Prepared:
             )
         return text, ids
 
+    @property
+    def own_prompts(self) -> list[Prompt]:
+        """The prompts of this process's part. All samples of a prompt are of one part, so that they
+        share the engine's cache of their prompt."""
+        part = self.config.parts.part
+        return [prompt for prompt in self.prompts if part.holds(prompt.id)]
+
     def requests(self, prompt: Prompt) -> list[Request]:
         """The samples to take of a prompt. Raises PromptError like `render`."""
         text, ids = self.render(prompt)
@@ -231,7 +241,7 @@ def plan_rollouts(
     requests: list[Request] = []
     first: Shown | None = None
     reasons, lengths = [], []
-    for prompt in prepared.prompts:
+    for prompt in prepared.own_prompts:
         try:
             asked = prepared.requests(prompt)
         except PromptError as error:
@@ -249,7 +259,7 @@ def plan_rollouts(
     if learned is not None:
         expected = min(round(len(owed) * learned.tokens_per_row), at_most)
         disk = round(expected * learned.bytes_per_token)
-        seconds = learned.seconds(expected)
+        seconds = learned.seconds(expected / config.parts.workers)
     plan = StagePlan(
         command="mpd-gen rollouts",
         out=str(config.out),
@@ -285,48 +295,35 @@ def run_rollouts(
     """
     model = resolve_model(config.model, config.revision, config.trust_remote_code)
     prepared = prepare(config, model)
-    tokenizer, shard_metadata = prepared.tokenizer, prepared.metadata()
+    metadata, part = prepared.metadata(), config.parts.part
+    prompts = prepared.own_prompts
+    total = len(prompts) * config.num_samples
 
     round_dir = RoundDir(config.out)
-    with round_dir.lock():
+    with round_dir.lock("rollouts", part):
         if overwrite:
             round_dir.discard("rollouts", "distill", "errors")
-        details = {"config": config.model_dump(mode="json")}
+        details = {
+            "config": config.model_dump(mode="json", exclude={"parts"}),
+            "rows": len(prepared.prompts) * config.num_samples,
+        }
         round_dir.claim("rollouts", prepared.identity, details)
         done = round_dir.recover("rollouts")
         failures = round_dir.failures()
+        if limit is not None:
+            total = min(total, len(done) + limit)
         output = config.output.model_dump()
         with (
-            ShardWriter(round_dir, "rollouts", shard_metadata, **output) as writer,
-            ShardWriter(round_dir, "errors", shard_metadata, **output) as errors,
+            ShardWriter(round_dir, "rollouts", metadata, **output) as writer,
+            ShardWriter(round_dir, "errors", metadata, **output) as errors,
+            Progress("rollouts", total, round_dir.status_path("rollouts", part)) as progress,
         ):
-            owed: list[Request] = []
-            failed = 0
-
-            def fail(row_id: str, prompt: Prompt, reason: object) -> None:
-                nonlocal failed
-                failed += 1
-                if row_id not in failures:
-                    errors.add(
-                        {
-                            "row_id": row_id,
-                            "stage": "rollouts",
-                            "prompt_id": prompt.id,
-                            "message": f"{prompt.source}: {reason}",
-                        }
-                    )
-
-            for prompt in prepared.prompts:
-                try:
-                    asked = prepared.requests(prompt)
-                except PromptError as error:
-                    fail(rollout_key(prompt.id, [], 0, prepared.row_identity), prompt, error)
-                    continue
-                owed += [request for request in asked if request.row_id not in done]
-            left = 0 if limit is None else max(len(owed) - limit, 0)
-            owed = owed[:limit]
-            total = len(done) + len(owed)
-            if owed:
+            failed = Failures("rollouts", errors, failures, config.failures)
+            # One after another, as the engine takes them: memory does not grow with the job.
+            every = _owed(prepared, prompts, done, failed, progress)
+            owed = itertools.islice(every, limit)
+            first = next(owed, None)
+            if first is not None:
                 with (
                     CheckPool(
                         config.checker,
@@ -334,18 +331,25 @@ def run_rollouts(
                         config.checks.checker_timeout,
                         config.checks.checker_processes,
                     ) as pool,
-                    Progress("rollouts", len(done) + len(owed), len(done)) as progress,
                     closing(start_engine(model, config.engine, config.trust_remote_code)) as engine,
                 ):
-                    job = _Job(config, tokenizer, engine, pool, writer, progress)
+                    job = _Job(config, prepared.tokenizer, engine, pool, writer, progress)
 
                     def submit(request: Request) -> None:
                         try:
                             job.submit(request)
                         except RequestError as error:
-                            fail(request.row_id, request.prompt, f"the engine refused it: {error}")
+                            progress.fail()
+                            failed.add(
+                                request.row_id,
+                                request.prompt.id,
+                                f"{request.prompt.source}: the engine refused it: {error}",
+                            )
 
-                    submissions = (functools.partial(submit, request) for request in owed)
+                    submissions = (
+                        functools.partial(submit, request)
+                        for request in itertools.chain([first], owed)
+                    )
                     progress.engine_started()
                     try:
                         for result in pump(engine, submissions, job):
@@ -354,7 +358,32 @@ def run_rollouts(
                     finally:
                         if (speed := progress.speed(config.engine.backend)) is not None:
                             round_dir.record_speed("rollouts", speed)
-        return Outcome(total, writer.rows_committed, failed, left)
+            left = sum(1 for _ in every)
+        return Outcome(progress.done, writer.rows_committed, failed.count, left)
+
+
+def _owed(
+    prepared: Prepared,
+    prompts: list[Prompt],
+    done: Container[str],
+    failed: Failures,
+    progress: Progress,
+) -> Iterator[Request]:
+    """The samples that are not there yet, prompt by prompt."""
+    for prompt in prompts:
+        try:
+            asked = prepared.requests(prompt)
+        except PromptError as error:
+            row_id = rollout_key(prompt.id, [], 0, prepared.row_identity)
+            progress.fail(prepared.config.num_samples)
+            failed.add(row_id, prompt.id, f"{prompt.source}: {error}")
+            continue
+        for request in asked:
+            if request.row_id in done:
+                progress.skip()
+            else:
+                failed.tried += 1
+                yield request
 
 
 @dataclass
@@ -388,6 +417,7 @@ class _Job:
         for verdict in self.pool.ready(1.0 if wait else 0.0):
             self._finish(self._rows.pop(verdict.key), verdict)
         self.writer.commit_if_due()
+        self.progress.tick()
 
     def take(self, result: Completion) -> None:
         """Handles what the engine finished."""

@@ -6,6 +6,8 @@
       rollouts/part-00000.parquet
       distill.manifest.jsonl, distill/, errors.manifest.jsonl, errors/   likewise
       .staging/                 half-written files; safe to delete when nothing runs
+      .writers/, .lock          who is writing (locks.py)
+      .status/                  how far each writer is (progress.py)
       .quarantine/              shards found torn; their rows are owed again
 
 The folder is the truth and the manifest an index of it. A file under its final name is
@@ -17,7 +19,6 @@ whatever the order of its input.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mpd_data.errors import ConfigError, DataError
+from mpd_data.locks import WHOLE, Part, member, moment
 from mpd_data.schema import SCHEMA_VERSION, TOKEN_COLUMN, differences
 
 Stage = Literal["rollouts", "distill", "errors"]
@@ -75,31 +77,6 @@ def write_json_atomic(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     fsync_directory(path.parent)
-
-
-@contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Makes `folder` and holds it for one writing process; the kernel lets go if that dies.
-
-    Raises ConfigError where another process holds it or it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder}: cannot write here ({error.strerror}). Give a writable --out."
-        ) from error
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"{folder}: another process is writing here. Wait for it, or give another --out."
-            ) from error
-        yield
-    finally:
-        os.close(fd)
 
 
 @dataclass(frozen=True)
@@ -190,6 +167,7 @@ class RoundDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.is_locked = False  # by this object: see `lock`
 
     def folder(self, stage: Stage) -> Path:
         return self.path / stage
@@ -214,14 +192,15 @@ class RoundDir:
     def claim(self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any]) -> None:
         """Records in run.json what determines the rows of `stage` (`identity`) and what is
         good to know beside it (`details`). Raises ConfigError like `check`."""
-        saved = self.check(stage, identity)
-        if saved is not None and saved["details"] == details:
-            return
-        info = self.run_info()
-        info["schema_version"] = SCHEMA_VERSION
-        entry = {**(saved or {}), "identity": dict(identity), "details": dict(details)}
-        info.setdefault("stages", {})[stage] = entry
-        write_json_atomic(self.path / "run.json", info)
+        with moment(self.path):
+            saved = self.check(stage, identity)
+            if saved is not None and saved["details"] == details:
+                return
+            info = self.run_info()
+            info["schema_version"] = SCHEMA_VERSION
+            entry = {**(saved or {}), "identity": dict(identity), "details": dict(details)}
+            info.setdefault("stages", {})[stage] = entry
+            write_json_atomic(self.path / "run.json", info)
 
     def check(self, stage: Stage, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         """What run.json holds of `stage`, None where it has not run here.
@@ -247,13 +226,18 @@ class RoundDir:
     def record_speed(self, stage: Stage, speed: Mapping[str, Any]) -> None:
         """Keeps in run.json how fast `stage` went: rows, tokens, seconds, device, backend. A run of
         fewer rows on the same device says less than the one before and does not replace it."""
-        info = self.run_info()
-        saved = info["stages"][stage].get("speed")
         same = ("device", "backend")
-        if saved and saved["rows"] > speed["rows"] and all(saved.get(n) == speed[n] for n in same):
-            return
-        info["stages"][stage]["speed"] = dict(speed)
-        write_json_atomic(self.path / "run.json", info)
+        with moment(self.path):
+            info = self.run_info()
+            saved = info["stages"][stage].get("speed")
+            if (
+                saved
+                and saved["rows"] > speed["rows"]
+                and all(saved.get(name) == speed[name] for name in same)
+            ):
+                return
+            info["stages"][stage]["speed"] = dict(speed)
+            write_json_atomic(self.path / "run.json", info)
 
     def discard(self, *stages: Stage) -> None:
         """Deletes what these stages have written here (the `--overwrite` of a command)."""
@@ -271,17 +255,37 @@ class RoundDir:
             write_json_atomic(self.path / "run.json", info)
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds the round for one writing process; the kernel drops it if the process dies."""
-        with exclusive(self.path):
+    def lock(self, label: str = "round", part: Part = WHOLE) -> Iterator[None]:
+        """Holds `part` of the work `label` on this round for one writing process; the kernel drops
+        it if the process dies. Raises ConfigError where another process is in the way."""
+
+        def clear() -> None:
             self.staging.mkdir(exist_ok=True)
-            # With the lock held nobody else is writing: what lies here was left by a kill.
             for leftover in self.staging.iterdir():
                 if leftover.is_dir():
                     shutil.rmtree(leftover)
                 else:
                     leftover.unlink()
-            yield
+            # Of the work that begins now, what another division of it said is history.
+            for status in self.statuses():
+                name, _, count = status.stem.rpartition("-of-")
+                if name.rpartition("-")[0] == label and count != str(part.count):
+                    status.unlink()
+
+        with member(self.path, label, part, clear):
+            self.is_locked = True
+            try:
+                yield
+            finally:
+                self.is_locked = False
+
+    def status_path(self, label: str, part: Part) -> Path:
+        """Where the process that does `part` of the work `label` says how far it is."""
+        return self.path / ".status" / f"{part.name(label)}.json"
+
+    def statuses(self) -> list[Path]:
+        """What the processes that write here, or did, say of themselves."""
+        return sorted((self.path / ".status").glob("*.json"))
 
     # -- manifest ---------------------------------------------------------------------
 
@@ -304,6 +308,7 @@ class RoundDir:
         return shards
 
     def append_manifest(self, stage: Stage, shard: Shard) -> None:
+        """Indexes a shard that has its final name; call it in the `moment` of that."""
         line = json.dumps(shard.__dict__, separators=(",", ":")).encode() + b"\n"
         fd = os.open(self.manifest_path(stage), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -349,7 +354,7 @@ class RoundDir:
         return Survey(shards, paths, torn)
 
     def reconcile(self, stage: Stage) -> Survey:
-        """Brings manifest and folder together; call it with the lock held.
+        """Brings manifest and folder together; call it with the lock held, in a `moment`.
 
         A shard the manifest does not know is indexed. A torn one goes to `.quarantine/` and its
         rows are owed again. A manifest line without its file is dropped.
@@ -394,7 +399,9 @@ class RoundDir:
     def recover(self, stage: Stage) -> set[str]:
         """Mends what a kill or a damaged disk left of `stage`, says so on stderr, and returns
         the keys of the rows that are committed and sound. Call it with the lock held."""
-        for file in self.reconcile(stage).torn:
+        with moment(self.path):
+            torn = self.reconcile(stage).torn
+        for file in torn:
             print(
                 f"{file}: torn; moved to .quarantine, its rows are owed again",
                 file=sys.stderr,

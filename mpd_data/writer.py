@@ -1,8 +1,11 @@
 """Writing shards: rows in, committed Parquet files out.
 
-Staged, closed, fsynced, linked under the first free name, indexed: see docs/contract.md.
+Staged, closed, fsynced, linked under the first free name, indexed: see docs/contract.md. All of
+that happens in a thread, row group by row group, so that the engine does not wait for the disk and
+a shard is never in memory whole.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -10,14 +13,17 @@ import os
 import sys
 import time
 import uuid
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mpd_data.errors import DataError, MPDError
+from mpd_data.locks import moment
 from mpd_data.schema import ENUMS, SCHEMA_VERSION, SCHEMAS
 from mpd_data.shards import (
     METADATA_KEY,
@@ -29,6 +35,8 @@ from mpd_data.shards import (
 )
 
 BYTES_PER_GROUP = 16 << 20
+# Row groups that wait for the disk at most: with a slower one the engine waits after all.
+_WAITING_GROUPS = 4
 # Numbers compress better split by byte than by dictionary.
 _SPLIT_COLUMNS = {
     "prompt_ids",
@@ -83,14 +91,32 @@ def has_hard_links(staging: Path) -> bool:
     return True
 
 
+@dataclasses.dataclass
+class _Staged:
+    """A shard that is being written."""
+
+    path: Path
+    sink: IO[bytes]
+    parquet: pq.ParquetWriter
+
+    def drop(self) -> None:
+        """Gives the file up; what was written to it is owed."""
+        with contextlib.suppress(OSError, pa.ArrowInvalid):
+            self.parquet.close()
+        with contextlib.suppress(OSError):
+            self.sink.close()
+        self.path.unlink(missing_ok=True)
+
+
 class ShardWriter:
     """Writes rows of one stage into committed shards.
 
-    Rows gather in memory until a shard is due, by number or by age, since an open Parquet file
-    is lost with its writer: what a kill can cost is bounded by both. Use as a context manager;
+    A shard is committed when it is due, by number of rows or by age, since an open Parquet file is
+    lost with its writer: what a kill can cost is bounded by both. Use as a context manager;
     leaving it, also by an exception, commits what is there.
 
-    Raises MPDError where the disk is full or the folder read-only, naming what to do.
+    Raises MPDError where the disk is full or the folder read-only, naming what to do: from the
+    call that wrote, or from one of the next.
     """
 
     def __init__(
@@ -111,10 +137,15 @@ class ShardWriter:
         }
         self._rows_per_shard = rows_per_shard
         self._seconds_per_shard = seconds_per_shard
-        self._groups: list[pa.Table] = []
         self._rows: list[dict[str, Any]] = []
         self._group_bytes = 0
+        self._in_shard = 0  # rows of the shard that is being written, those in `_rows` too
         self._oldest = 0.0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{stage}-writer")
+        self._pending: deque[Future[None]] = deque()
+        # The thread's own:
+        self._staged: _Staged | None = None
+        self._broken = False
         self.rows_committed = 0
         round_dir.folder(stage).mkdir(parents=True, exist_ok=True)
         fsync_directory(round_dir.path)
@@ -130,19 +161,23 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.commit()
+        try:
+            self.commit()
+        finally:
+            self._thread.shutdown()
 
     def add(self, *rows: dict[str, Any]) -> None:
         """Takes rows (exactly the stage's columns) that belong together: they go into one shard.
         Commits a shard where one is due."""
         for row in rows:
             self._check(row)
-        if not self._rows and not self._groups:
+        if not self._in_shard:
             self._oldest = time.monotonic()
         if len(self._rows) + len(rows) > ROWS_PER_GROUP:
             self._close_group()
         # All at once: an interrupt must not leave a part of them here to be committed.
         self._rows.extend(rows)
+        self._in_shard += len(rows)
         self._group_bytes += sum(
             4 * len(value) for row in rows for value in row.values() if hasattr(value, "__len__")
         )
@@ -163,58 +198,107 @@ class ShardWriter:
 
     def commit_if_due(self) -> None:
         """Commits by age too; call it while waiting for results."""
-        pending = sum(table.num_rows for table in self._groups) + len(self._rows)
-        if pending >= self._rows_per_shard or (
-            pending and time.monotonic() - self._oldest >= self._seconds_per_shard
+        if self._in_shard >= self._rows_per_shard or (
+            self._in_shard and time.monotonic() - self._oldest >= self._seconds_per_shard
         ):
-            self.commit()
-
-    def _close_group(self) -> None:
-        if self._rows:
-            table = pa.Table.from_pylist(self._rows, schema=self._schema)
-            # Out of one place before they are in the next: see _commit_groups.
-            self._rows, self._group_bytes = [], 0
-            self._groups.append(table)
+            self._close_shard()
+        self._collect(_WAITING_GROUPS)
 
     def commit(self) -> None:
         """Commits the gathered rows as one shard, durable when this returns."""
+        self._close_shard()
+        self._collect(0)
+
+    def _close_group(self) -> None:
+        if self._rows:
+            rows = self._rows
+            # Out of one place before they are in the next: an interrupt between leaves them owed.
+            self._rows, self._group_bytes = [], 0
+            self._pending.append(self._thread.submit(self._write_group, rows))
+
+    def _close_shard(self) -> None:
         self._close_group()
-        if not self._groups:
+        self._in_shard = 0
+        self._pending.append(self._thread.submit(self._commit_staged))
+
+    def _collect(self, waiting: int) -> None:
+        """Waits until no more than `waiting` pieces of work are left to the thread, and raises what
+        went wrong in those that are done."""
+        while self._pending and (len(self._pending) > waiting or self._pending[0].done()):
+            done = self._pending[0]
+            done.exception()  # waits: an interrupt here leaves it to be waited for on leaving
+            self._pending.popleft()
+            try:
+                done.result()
+            except OSError as error:
+                raise MPDError(
+                    f"{self._round.path}: writing a shard failed: {error.strerror or error}. Every"
+                    " row committed before is safe; free space or give a writable place, then run"
+                    " the same command again."
+                ) from error
+
+    # -- in the thread ----------------------------------------------------------------
+
+    def _write_group(self, rows: list[dict[str, Any]]) -> None:
+        if self._broken:
+            return  # the error is on its way to the caller; these rows stay owed
+        try:
+            if self._staged is None:
+                self._staged = self._stage_shard()
+            table = pa.Table.from_pylist(rows, schema=self._schema)
+            self._staged.parquet.write_table(table, row_group_size=ROWS_PER_GROUP)
+        except BaseException:
+            self._break()
+            raise
+
+    def _stage_shard(self) -> _Staged:
+        path = self._round.staging / f"{self._stage}-{os.getpid()}-{uuid.uuid4().hex}.parquet"
+        sink = path.open("wb")
+        parquet = pq.ParquetWriter(
+            sink,
+            self._schema.with_metadata(self._metadata),
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=[f.name for f in self._schema if f.name in _DICTIONARY_COLUMNS],
+            use_byte_stream_split=[
+                f"{f.name}.list.element" for f in self._schema if f.name in _SPLIT_COLUMNS
+            ],
+            write_page_checksum=True,
+        )
+        return _Staged(path, sink, parquet)
+
+    def _commit_staged(self) -> None:
+        staged = self._staged
+        if self._broken or staged is None:
             return
         try:
-            self._commit_groups()
-        except OSError as error:
-            raise MPDError(
-                f"{self._round.path}: writing a shard failed: {error.strerror or error}. Every row"
-                " committed before is safe; free space or give a writable place, then run the same"
-                " command again."
-            ) from error
+            staged.parquet.close()
+            staged.sink.flush()
+            os.fsync(staged.sink.fileno())
+            staged.sink.close()
+            shard = describe(staged.path, self._stage)
+            folder = self._round.folder(self._stage)
+            # One moment for both: a writer that starts now finds them in step.
+            with moment(self._round.path):
+                if not self._round.is_locked:
+                    # An interrupt left the writer in the midst of leaving: another process may
+                    # have begun to make these rows.
+                    raise MPDError(f"{self._round.path}: let go before its last shard was written")
+                # From the link on the rows are committed, whatever happens to the manifest.
+                self._staged = None
+                final = commit_file(staged.path, folder, self._hard_links)
+                self.rows_committed += shard.rows
+                self._round.append_manifest(
+                    self._stage, dataclasses.replace(shard, name=final.name)
+                )
+        except BaseException:
+            self._break()
+            raise
 
-    def _commit_groups(self) -> None:
-        staged = self._round.staging / f"{self._stage}-{os.getpid()}-{uuid.uuid4().hex}.parquet"
-        schema = self._schema.with_metadata(self._metadata)
-        numbers = [f"{f.name}.list.element" for f in self._schema if f.name in _SPLIT_COLUMNS]
-        with (
-            staged.open("wb") as sink,
-            pq.ParquetWriter(
-                sink,
-                schema,
-                compression="zstd",
-                compression_level=3,
-                use_dictionary=[f.name for f in self._schema if f.name in _DICTIONARY_COLUMNS],
-                use_byte_stream_split=numbers,
-                write_page_checksum=True,
-            ) as writer,
-        ):
-            for table in self._groups:
-                writer.write_table(table, row_group_size=ROWS_PER_GROUP)
-            writer.close()
-            sink.flush()
-            os.fsync(sink.fileno())
-        shard = describe(staged, self._stage)
-        # Forgotten before they are linked: an error or an interrupt after the link would have the
-        # rows written again on leaving. One before it leaves them owed, to be made anew.
-        self._groups = []
-        final = commit_file(staged, self._round.folder(self._stage), self._hard_links)
-        self.rows_committed += shard.rows
-        self._round.append_manifest(self._stage, dataclasses.replace(shard, name=final.name))
+    def _break(self) -> None:
+        """After an error nothing more is written: a disk that is full now and not a second later
+        would leave holes that look like choice."""
+        self._broken = True
+        if self._staged is not None:
+            staged, self._staged = self._staged, None
+            staged.drop()

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from mpd_data.errors import ConfigError, MPDError
+from mpd_data.locks import exclusive
 from mpd_data.models import (
     ModelFiles,
     device_name,
@@ -23,7 +24,7 @@ from mpd_data.models import (
     resolve_model,
 )
 from mpd_data.schema import differences
-from mpd_data.shards import exclusive, write_json_atomic
+from mpd_data.shards import write_json_atomic
 from mpd_train import checkpoint, lora
 from mpd_train.config import OptimizerConfig, TrainConfig
 from mpd_train.evaluate import Sums, pack_loss, validate

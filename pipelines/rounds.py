@@ -28,7 +28,7 @@ import click
 from pydantic import BaseModel, Field
 
 from mpd_data import compare as comparison
-from mpd_data.cli import DRY_RUN, EXIT_FAILED_ROWS, PLAN_JSON, run_command
+from mpd_data.cli import DRY_RUN, PLAN_JSON, run_command
 from mpd_data.config import RewriteConfig, RolloutsConfig, Strict
 from mpd_data.errors import ConfigError, MPDError
 from mpd_data.models import resolve_model
@@ -36,6 +36,7 @@ from mpd_data.options import arguments, parse
 from mpd_data.shards import write_json_atomic
 from mpd_data.stats import plot_lengths
 from mpd_data.table import format_table
+from mpd_data.workers import EXIT_FAILED_ROWS
 from mpd_train.config import TrainConfig
 
 
@@ -269,6 +270,8 @@ class Runner:
         if self._path.exists():
             self._path.write_bytes(self._finished.whole)
         self._environment = {**os.environ, **environment}
+        # A pipeline that is a task of a job array is not one of the parts of its stages.
+        self._environment.pop("SLURM_ARRAY_TASK_COUNT", None)
         self._total = total
         self._number = 0
         self.failed_rows = any(r["exit_code"] == EXIT_FAILED_ROWS for r in self._finished.records)

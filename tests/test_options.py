@@ -43,6 +43,21 @@ TESTS = {
         "test_compare_by_a_metadata_key": {"mpd-gen compare": "BASE NEW --json --by"},
         "test_stats_by_a_metadata_key": {"mpd-gen stats": "--by"},
     },
+    "tests/test_parts.py": {
+        "test_a_hopeless_job_stops_early": {"mpd-gen rollouts": "--max-error-rate"},
+        "test_a_hopeless_rewrite_stops_early": {"mpd-gen rewrite": "--max-error-rate"},
+        "test_a_scheduler_that_ends_a_job_loses_no_finished_row": {
+            "mpd-gen status": "ROUNDS --json",
+        },
+        "test_one_part_after_another_makes_the_round": {
+            "mpd-gen rollouts": "--shard-index --num-shards",
+            "mpd-gen rewrite": "--shard-index --num-shards",
+        },
+        "test_workers_make_the_rows_of_one_process": {
+            "mpd-gen rollouts": "--workers",
+            "mpd-gen rewrite": "--workers",
+        },
+    },
     "tests/test_plan.py": {
         "test_a_budget_that_does_not_hold_is_said": {"mpd-rounds": "--set"},
         "test_a_finished_round_owes_nothing_and_stays_as_it_is": {

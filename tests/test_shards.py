@@ -79,12 +79,15 @@ def test_all_null_columns_keep_their_type(tmp_path):
 
 def test_a_shard_closes_by_age(tmp_path):
     round_dir = RoundDir(tmp_path / "r")
-    with round_dir.lock():
-        writer = ShardWriter(round_dir, "rollouts", {}, seconds_per_shard=0.05)
+    with (
+        round_dir.lock(),
+        ShardWriter(round_dir, "rollouts", {}, seconds_per_shard=0.05) as writer,
+    ):
         writer.add(rollout_row(0))
         time.sleep(0.06)
         writer.add(rollout_row(1))
-        assert writer.rows_committed == 2
+        writer.add(rollout_row(2))
+    assert [shard.rows for shard in round_dir.manifest("rollouts")] == [2, 1]
 
 
 def test_wrong_rows_are_refused(tmp_path):
@@ -220,7 +223,7 @@ def test_validate_finds_strangers_and_changed_bytes(tmp_path):
 
 def test_a_full_disk_loses_nothing_committed(tmp_path):
     code = """
-        import resource, sys
+        import resource, sys, time
         from pathlib import Path
         sys.path.insert(0, "tests")
         from test_shards import rollout_row, write
@@ -228,6 +231,8 @@ def test_a_full_disk_loses_nothing_committed(tmp_path):
         def rows():
             for i in range(400):
                 if i == 250:  # from here on the kernel refuses every write past the limit
+                    while len(list((Path(sys.argv[1]) / "rollouts").glob("*"))) < 2:
+                        time.sleep(0.01)
                     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
                 yield rollout_row(i, tokens=2000 + i)
         write(Path(sys.argv[1]), rows(), rows_per_shard=100)

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mpd_data.errors import ConfigError
+from mpd_data.locks import exclusive
 from mpd_data.models import load_tokenizer, resolve_model
-from mpd_data.shards import RoundDir, exclusive
+from mpd_data.shards import RoundDir
 from mpd_train import checkpoint
 from mpd_train.config import LossConfig, OptimizerConfig, TrainConfig
 from mpd_train.evaluate import pack_loss
