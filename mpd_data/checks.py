@@ -1,8 +1,8 @@
 """Checks run in worker processes: a check that hangs or crashes costs its own verdict only.
 
 Parent and worker exchange JSON lines over pipes. A worker says `ready`, then for each request
-sends the extracted `answer` and the `verdict`. It has one request at a time, so killing it loses
-no other; the rest queue in the parent.
+sends the extracted `answer` and the `verdict`. The parent looks only between two steps of the
+engine, so a worker has some requests ahead; where it is killed over one, the others go to the next.
 """
 
 import json
@@ -25,6 +25,8 @@ from mpd_data.config import AnswerFormat
 from mpd_data.errors import ConfigError
 
 WORKER_MEMORY = 4 * 2**30
+_AHEAD_BYTES = 32 << 10  # of requests with a worker: less than a pipe holds, so no write waits
+_AHEAD_REQUESTS = 32
 START_SECONDS = 300.0  # to import a checker's libraries, on a cold disk
 
 
@@ -53,6 +55,12 @@ class Verdict:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class _Task:
+    request: CheckRequest
+    line: bytes  # what a worker is sent
+
+
 class _Worker:
     def __init__(self, checker: str, formats: Sequence[AnswerFormat], timeout: float):
         self.process = subprocess.Popen(
@@ -66,15 +74,37 @@ class _Worker:
         self.fd = self.process.stdout.fileno()
         self.unread = b""
         self.ready = False
-        self.request: CheckRequest | None = None
-        self.answer: str | None = None  # of the current request, once known
+        self.tasks: deque[_Task] = deque()  # the first is being checked
+        self.answer: str | None = None  # to the first, once known
         self.deadline = time.monotonic() + START_SECONDS
-        self.send({"checker": checker, "formats": list(formats), "timeout": timeout})
+        self._timeout = timeout
+        self._send(_line({"checker": checker, "formats": list(formats), "timeout": timeout}))
 
-    def send(self, message: Mapping[str, Any]) -> None:
+    def takes(self, task: _Task) -> bool:
+        """Whether it can be given `task` now."""
+        ahead = sum(len(other.line) for other in self.tasks) + len(task.line)
+        return not self.tasks or (ahead <= _AHEAD_BYTES and len(self.tasks) < _AHEAD_REQUESTS)
+
+    def give(self, task: _Task) -> None:
+        self.tasks.append(task)
+        if len(self.tasks) == 1:
+            self._begin()
+        self._send(task.line)
+
+    def done(self) -> CheckRequest:
+        """Takes the first request away: the next one's time begins."""
+        task = self.tasks.popleft()
+        self._begin()
+        return task.request
+
+    def _begin(self) -> None:
+        self.answer = None
+        self.deadline = time.monotonic() + self._timeout
+
+    def _send(self, line: bytes) -> None:
         """A worker that is gone is noticed by its closed output."""
         assert self.process.stdin is not None
-        data = memoryview(json.dumps(message, default=str).encode() + b"\n")
+        data = memoryview(line)
         with suppress(BrokenPipeError):
             while data:
                 data = data[self.process.stdin.write(data) :]
@@ -97,6 +127,10 @@ class _Worker:
         return status
 
 
+def _line(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, default=str).encode() + b"\n"
+
+
 class CheckPool:
     """Checks completions in `processes` workers, each check within `timeout` seconds. A context
     manager. Raises ConfigError where the checker cannot be made, here or in a worker."""
@@ -107,7 +141,7 @@ class CheckPool:
         make_checker(checker, formats)  # a bad name is refused here, before any work
         self._checker, self._formats = checker, tuple(formats)
         self._timeout, self._processes = timeout, processes
-        self._queue: deque[CheckRequest] = deque()
+        self._queue: deque[_Task] = deque()
         self._done: list[Verdict] = []
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
@@ -132,12 +166,20 @@ class CheckPool:
     @property
     def in_flight(self) -> int:
         """Requests whose verdict `ready` has not given yet."""
-        busy = sum(worker.request is not None for worker in self._workers)
-        return len(self._queue) + busy + len(self._done)
+        given = sum(len(worker.tasks) for worker in self._workers)
+        return len(self._queue) + given + len(self._done)
 
     def submit(self, request: CheckRequest) -> None:
         """Queues a check. Raises no error of the check's own."""
-        self._queue.append(request)
+        line = _line(
+            {
+                "completion": request.completion,
+                "gold": request.gold,
+                "metadata": dict(request.metadata),
+                "draft_answer": request.draft_answer,
+            }
+        )
+        self._queue.append(_Task(request, line))
         self._hand_out()
 
     def ready(self, wait: float = 0.0) -> list[Verdict]:
@@ -148,7 +190,7 @@ class CheckPool:
             now = time.monotonic()
             self._expire(now)
             self._hand_out()
-            running = [w.deadline for w in self._workers if w.request is not None or not w.ready]
+            running = [w.deadline for w in self._workers if w.tasks or not w.ready]
             pause = 0.0 if self._done or not running else max(0.0, min(until, *running) - now)
             for key, _ in self._selector.select(pause):
                 self._read(key.data)
@@ -158,21 +200,15 @@ class CheckPool:
                 return done
 
     def _hand_out(self) -> None:
-        idle = [w for w in self._workers if w.ready and w.request is None]
-        starting = sum(not w.ready for w in self._workers)
-        while self._queue and idle:
-            worker, request = idle.pop(), self._queue.popleft()
-            worker.request, worker.answer = request, None
-            worker.send(
-                {
-                    "completion": request.completion,
-                    "gold": request.gold,
-                    "metadata": dict(request.metadata),
-                    "draft_answer": request.draft_answer,
-                }
-            )
-            worker.deadline = time.monotonic() + self._timeout
-        while len(self._queue) > starting and len(self._workers) < self._processes:
+        ready = [worker for worker in self._workers if worker.ready]
+        while self._queue and ready:
+            worker = min(ready, key=lambda worker: len(worker.tasks))
+            if not worker.takes(self._queue[0]):
+                break
+            worker.give(self._queue.popleft())
+        waiting = len(self._queue) + sum(len(worker.tasks) - 1 for worker in ready if worker.tasks)
+        starting = len(self._workers) - len(ready)
+        while waiting > starting and len(self._workers) < self._processes:
             worker = _Worker(self._checker, self._formats, self._timeout)
             self._workers.append(worker)
             self._selector.register(worker.fd, selectors.EVENT_READ, worker)
@@ -189,18 +225,17 @@ class CheckPool:
             if "ready" in message:
                 worker.ready = True
             elif "verdict" in message:
-                request, worker.request = worker.request, None
-                assert request is not None
+                answer, request = worker.answer, worker.done()
                 if message["error"] is not None:
-                    self._failed(request, worker.answer, message["error"])
+                    self._failed(request, answer, message["error"])
                 else:
-                    self._done.append(Verdict(request.key, worker.answer, *message["verdict"]))
+                    self._done.append(Verdict(request.key, answer, *message["verdict"]))
             else:
                 worker.answer = message["answer"]
 
     def _expire(self, now: float) -> None:
         for worker in list(self._workers):
-            if worker.request is None and worker.ready:
+            if not worker.tasks and worker.ready:
                 continue
             if now < worker.deadline:
                 continue
@@ -209,11 +244,11 @@ class CheckPool:
                 self._read(worker)
                 continue
             self._remove(worker)
-            if worker.request is None:
+            if not worker.tasks:
                 raise ConfigError(
                     f"checker {self._checker!r}: not ready after {START_SECONDS:g} s."
                 )
-            self._failed(worker.request, worker.answer, f"timed out after {self._timeout:g} s")
+            self._ended(worker, f"timed out after {self._timeout:g} s")
 
     def _has_output(self, worker: _Worker) -> bool:
         return any(key.data is worker for key, _ in self._selector.select(0))
@@ -225,12 +260,18 @@ class CheckPool:
         how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
         if not worker.ready:
             raise ConfigError(f"checker {self._checker!r}: its process died at the start ({how}).")
-        if worker.request is None:
+        if not worker.tasks:
             return
         error = f"the checking process died ({how})"
         if status == -signal.SIGALRM:  # its own limit, where `ready` was not called in time
             error = f"timed out after {self._timeout:g} s"
-        self._failed(worker.request, worker.answer, error)
+        self._ended(worker, error)
+
+    def _ended(self, worker: _Worker, error: str) -> None:
+        """A worker is gone over its first request; the others it had are checked by another."""
+        answer, request = worker.answer, worker.done()
+        self._failed(request, answer, error)
+        self._queue.extendleft(reversed(worker.tasks))
 
     def _remove(self, worker: _Worker) -> int:
         self._workers.remove(worker)

@@ -240,6 +240,35 @@ def test_a_check_that_fails_costs_its_own_verdict_only(hostile):
     assert (ungraded.answer, ungraded.is_correct, ungraded.keeps_answer) == ("x", None, None)
 
 
+def test_workers_go_on_while_nobody_asks(hostile):
+    """The stages ask once for each step of the engine, which may end many samples at once."""
+    with CheckPool(hostile, ("bare",), 1.0, 1) as pool:
+        pool.submit(CheckRequest("first", "fine", "fine"))
+        assert len(pool.ready(60)) == 1
+        for i in range(20):
+            pool.submit(CheckRequest(str(i), "fine", "fine"))
+        time.sleep(0.5)
+        assert [verdict.key for verdict in pool.ready()] == [str(i) for i in range(20)]
+
+
+def test_text_that_overfills_a_pipe_holds_nobody_up(hostile):
+    """A worker that sleeps reads nothing: what it could not take has to stay here."""
+    with CheckPool(hostile, ("tag",), 1.0, 1) as pool:
+        pool.submit(CheckRequest("first", "<answer>fine</answer>", "fine"))
+        assert len(pool.ready(60)) == 1
+        requests = [CheckRequest("sleep", "<answer>sleep</answer>", "sleep")]
+        text = "x" * 20_000 + "<answer>fine</answer>"
+        requests += [CheckRequest(str(i), text, "fine") for i in range(12)]
+        begun = time.monotonic()
+        for request in requests:
+            pool.submit(request)
+        pool.ready(0.2)
+        assert time.monotonic() - begun < 0.9
+        found = collect(pool, [])
+        assert {v.is_correct for key, v in found.items() if key != "sleep"} == {True}
+        assert len(found) == len(requests)
+
+
 def test_checkers_that_cannot_be_used_are_named(hostile):
     for name, message in [
         ("hostile:Refuses", "OSError: no such table"),
