@@ -129,7 +129,7 @@ def init(folder: Path, **options: Any) -> None:
 
 
 @cli.command()
-@config_options(RolloutsConfig, short={"num_samples": "-n"})
+@config_options(RolloutsConfig, also={"num_samples": "-n", "backend": "--engine"})
 @_OVERWRITE
 @_LIMIT
 @DRY_RUN
@@ -157,7 +157,7 @@ def rollouts(
 
 
 @cli.command()
-@config_options(RewriteConfig)
+@config_options(RewriteConfig, also={"backend": "--engine"})
 @_OVERWRITE
 @_LIMIT
 @DRY_RUN

@@ -6,8 +6,16 @@ The same models serve the command line and a pipeline's TOML: a field here is an
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from mpd_data.locks import Part
 
@@ -32,11 +40,22 @@ class Strict(BaseModel):
 
 class EngineConfig(Strict):
     """How the engine runs a model. Of these only `dtype` changes what comes out; with another
-    backend the same distributions are sampled with other random numbers."""
+    backend the same distributions are sampled with other random numbers. With the backend openai
+    a server runs the model, as it was told to when it was started."""
 
-    backend: Literal["vllm", "transformers"] = Field(
+    backend: Literal["vllm", "transformers", "openai"] = Field(
         "vllm",
-        description="Engine. transformers: slower, for machines where vLLM does not install.",
+        description="Engine. transformers: slower, for machines where vLLM does not install."
+        " openai: a running vLLM server, for models that are too large for this machine.",
+    )
+    base_url: str | None = Field(
+        None,
+        description="URL of the server (openai), as http://HOST:8000. A key that it wants stands"
+        " in the environment: MPD_API_KEY or OPENAI_API_KEY.",
+    )
+    served_model: str | None = Field(
+        None,
+        description="The server's name for the model (openai); default: the model's name here.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the engine."
@@ -44,7 +63,9 @@ class EngineConfig(Strict):
     max_model_len: int | None = Field(
         None, ge=2, description="Context in tokens; default: the model's own."
     )
-    max_num_seqs: int = Field(256, ge=1, description="Sequences the engine runs at once.")
+    max_num_seqs: int = Field(
+        256, ge=1, description="Sequences the engine runs at once; with a server, requests to it."
+    )
     max_num_batched_tokens: int | None = Field(
         None,
         ge=1,
@@ -57,6 +78,29 @@ class EngineConfig(Strict):
     )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one model (vLLM).")
     kv_cache_gib: float = Field(1.0, gt=0, description="Cache on a CPU machine, in GiB (vLLM).")
+
+    @field_validator("base_url")
+    @classmethod
+    def _names_a_server_and_no_secret(cls, url: str | None) -> str | None:
+        # The URL is written to run.json and into messages, so that a secret must not stand in it.
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url)
+            whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError("expected the URL of a server, as http://HOST:8000")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("no user or password in the URL; set MPD_API_KEY instead")
+        if parts.query or parts.fragment:
+            raise ValueError("nothing after ? or # in the URL; set MPD_API_KEY for a key")
+        return url.rstrip("/").removesuffix("/v1")
+
+    def served(self, name: str) -> str | None:
+        """What the server calls the model that is `name` here; None where this machine runs it."""
+        return (self.served_model or name) if self.backend == "openai" else None
 
 
 class SamplingConfig(Strict):

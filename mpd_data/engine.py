@@ -3,11 +3,11 @@
 One small protocol serves both stages: `submit_*` adds a request, `step` advances the engine
 and returns what finished. A stage keeps a bounded number of requests in flight and refills as
 results return, so that no batch waits for its slowest member and memory does not grow with
-the job. vLLM is the engine, transformers the one for machines where vLLM does not install; either
-is imported only when it is started.
+the job. vLLM is the engine, transformers the one for machines where vLLM does not install, and a
+server the one for models that this machine cannot hold; each is imported only when it is started.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,15 @@ import numpy.typing as npt
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.errors import ConfigError
 from mpd_data.models import ModelFiles
+
+# Settings of an engine that a server was started with.
+_THE_SERVERS = (
+    "dtype",
+    "max_num_batched_tokens",
+    "gpu_memory_utilization",
+    "tensor_parallel_size",
+    "kv_cache_gib",
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,15 @@ class Scores:
     topk_ids: npt.NDArray[np.int32]
     topk_logprobs: npt.NDArray[np.float32]
     target_logprobs: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The engine refuses this one request, which it found out only after it was submitted; others
+    are not affected."""
+
+    key: str
+    message: str
 
 
 class RequestError(ValueError):
@@ -64,7 +82,7 @@ class Engine(Protocol):
         """Asks for the distributions over `target_ids` after `context_ids`. Raises RequestError
         if refused."""
 
-    def step(self) -> list[Completion | Scores]:
+    def step(self) -> Sequence[Completion | Scores | Refused]:
         """Advances all requests and returns those that finished. Raises EngineError."""
 
     def close(self) -> None:
@@ -84,7 +102,7 @@ class SideWork(Protocol):
 
 def pump(
     engine: Engine, submissions: Iterable[Callable[[], None]], side: SideWork
-) -> Iterator[Completion | Scores]:
+) -> Iterator[Completion | Scores | Refused]:
     """Runs `submissions` (each submits a request or a few) through the engine, refilling it as
     results return. The consumer may submit more while iterating, and so may `side`: all are
     drained. `side.advance` runs after each engine step, also where nothing finished."""
@@ -117,7 +135,35 @@ def context_of(model: ModelFiles, config: EngineConfig) -> int:
             f"--tensor-parallel-size {config.tensor_parallel_size}: the transformers backend runs a"
             " model on one device. Use --backend vllm, or leave it out."
         )
+    _check_server_settings(config)
     return config.max_model_len or model.context
+
+
+def _check_server_settings(config: EngineConfig) -> None:
+    """Raises ConfigError for settings of a server without one, or that are the server's own."""
+    if config.backend != "openai":
+        for name in ("base_url", "served_model"):
+            if getattr(config, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} goes with --backend openai: add it.")
+        return
+    if config.base_url is None:
+        raise ConfigError(
+            "--backend openai needs the server's URL: --base-url http://HOST:8000. Start one with"
+            " vllm serve."
+        )
+    for name in _THE_SERVERS:
+        if getattr(config, name) != EngineConfig.model_fields[name].default:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is the server's to know with --backend openai: leave"
+                " it out here, and start the server with it."
+            )
+
+
+def server_notes(config: EngineConfig) -> list[str]:
+    """What a plan does not know of a stage whose model a server runs."""
+    if config.backend != "openai":
+        return []
+    return [f"{config.base_url} was not asked: whether it serves the model shows at the start."]
 
 
 def start_engine(
@@ -134,6 +180,10 @@ def start_engine(
         from mpd_data.transformers_engine import TransformersEngine
 
         return TransformersEngine(model, config, trust_remote_code, context)
+    if config.backend == "openai":
+        from mpd_data.openai_engine import OpenAIEngine
+
+        return OpenAIEngine(model, config, trust_remote_code, context, max_logprobs)
     from mpd_data.vllm_engine import VLLMEngine
 
     return VLLMEngine(model, config, trust_remote_code, context, max_logprobs)

@@ -24,17 +24,20 @@ from mpd_data.shards import sha256_of
 @dataclass(frozen=True)
 class ModelFiles:
     """A model on disk. `version` is the hub's commit, or a hash of config and weights
-    ("unhashed" for a dry run's folder)."""
+    ("unhashed" for a dry run's folder). `served`: a server's name for it, which has the weights;
+    a folder's version is then a hash of its config."""
 
     name: str
     path: Path
     version: str
     vocab_size: int
     context: int
+    served: str | None = None
 
     def identity(self) -> dict[str, str]:
-        """What of it determines rows; the folder's place does not."""
-        return {"version": self.version}
+        """What of it determines rows, as far as it can be known; the folder's place does not."""
+        served = {} if self.served is None else {"served": self.served}
+        return {"version": self.version, **served}
 
 
 def _weights_hash(path: Path) -> str:
@@ -55,10 +58,12 @@ def resolve_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     weights: bool = True,
+    served: str | None = None,
 ) -> ModelFiles:
     """Finds a model's files, downloading a hub id (safetensors, tokenizer and configs only).
     Without `weights`, for dry runs, these are neither fetched nor read: the version is then
-    "unhashed" for a folder, and the commit for a hub id as ever.
+    "unhashed" for a folder, and the commit for a hub id as ever. Nor are they of a model that a
+    server runs, under the name `served`.
 
     Raises ConfigError where `name` is neither a model folder nor a hub id that can be had.
     """
@@ -69,8 +74,12 @@ def resolve_model(
                 f"{path}: no config.json here. Expected a Hugging Face model folder"
                 " (config.json, *.safetensors, tokenizer.json)."
             )
-        version = _weights_hash(path) if weights else "unhashed"
+        if served is not None:
+            version = sha256_of(path / "config.json")
+        else:
+            version = _weights_hash(path) if weights else "unhashed"
     else:
+        weights = weights and served is None
         path, version = _download(name, revision, trust_remote_code, weights)
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -81,7 +90,7 @@ def resolve_model(
             f"{path / 'config.json'}: expected the JSON of a language model's configuration with"
             f" vocab_size and max_position_embeddings ({type(error).__name__}: {error})."
         ) from error
-    return ModelFiles(name, path, version, vocab_size, context)
+    return ModelFiles(name, path, version, vocab_size, context, served)
 
 
 def hub_failures() -> tuple[type[Exception], ...]:

@@ -67,9 +67,10 @@ class _Choice(click.Choice[str]):
 
 
 def config_options(
-    model: type[BaseModel], short: dict[str, str] | None = None
+    model: type[BaseModel], also: dict[str, str] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator that gives a command one option per field of `model`; `short` adds a letter."""
+    """Decorator that gives a command one option per field of `model`; `also` adds a second
+    spelling."""
 
     names = [name for _, name, *_ in _fields(model)]
     if len(set(names)) < len(names):
@@ -79,8 +80,8 @@ def config_options(
         for _, name, annotation, default, help_ in reversed(list(_fields(model))):
             plain = _plain(annotation)
             flags = [f"--{name.replace('_', '-')}", name]
-            if short and name in short:
-                flags.insert(0, short[name])
+            if also and name in also:
+                flags.insert(1, also[name])
             required = default is PydanticUndefined
             settings: dict[str, Any] = {
                 "help": help_,
@@ -140,7 +141,10 @@ def parse(model: type[Model], values: dict[str, Any], source: str) -> Model:
                 # A Literal's message spells what there is, each in quotes.
                 known = re.findall("'([^']*)'", e["msg"]) if e["type"] == "literal_error" else ()
                 near = nearest(str(e["input"]), known)
-                said = f"{place}: {e['msg']}, found {e['input']!r}"
+                said = f"{place}: {e['msg']}"
+                # Our own checks say what they found, where it may be said.
+                if e["type"] != "value_error":
+                    said += f", found {e['input']!r}"
             lines.append(said if near is None else f"{said}; did you mean {near!r}?")
         raise ConfigError(f"{source}: " + "; ".join(lines)) from error
 

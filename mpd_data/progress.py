@@ -64,7 +64,7 @@ class Progress:
         if not self._tokens:
             return None
         return {
-            "device": device_name(),
+            "device": "server" if backend == "openai" else device_name(),
             "backend": backend,
             "rows": self._rows,
             "tokens": self._tokens,

@@ -20,7 +20,15 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from mpd_data.config import RewriteConfig
-from mpd_data.engine import Engine, RequestError, Scores, pump, start_engine
+from mpd_data.engine import (
+    Engine,
+    Refused,
+    RequestError,
+    Scores,
+    pump,
+    server_notes,
+    start_engine,
+)
 from mpd_data.errors import ConfigError, EngineError
 from mpd_data.filters import settle
 from mpd_data.locks import WHOLE
@@ -124,7 +132,7 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
                 tokens += row["num_rewritten_tokens"]
     metadata = read_metadata(paths[0]) if paths else {}
     if unscored:
-        teacher = resolve_model(config.teacher, config.revision, config.trust_remote_code, False)
+        teacher = _teacher(config, weights=False)
         _require_teacher(config, as_saved(teacher, saved["teacher"]), metadata)
     size = sum(path.stat().st_size for path in paths)
     more = distill_bytes(0, 0, tokens, saved["num_logprobs"], metadata.get("vocab_size", 2))
@@ -145,13 +153,19 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
                 if before[status] or after[status]
             },
         },
-        notes=["The rules are those of the rewrites that are there."] * unchanged,
+        notes=["The rules are those of the rewrites that are there."] * unchanged
+        + (server_notes(config.engine) if unscored else []),
     )
+
+
+def _teacher(config: RewriteConfig, weights: bool = True) -> ModelFiles:
+    served = config.engine.served(config.teacher)
+    return resolve_model(config.teacher, config.revision, config.trust_remote_code, weights, served)
 
 
 def _require_teacher(config: RewriteConfig, teacher: ModelFiles, metadata: dict[str, Any]) -> None:
     """Raises ConfigError unless `teacher` made the rewrites that `metadata` is of."""
-    if teacher.identity() != {"version": metadata["teacher"]["version"]}:
+    if {**teacher.identity(), "name": metadata["teacher"]["name"]} != metadata["teacher"]:
         raise ConfigError(
             f"{config.teacher} is not the teacher that made these rewrites"
             f" ({metadata['teacher']['name']}); newly kept ones need its scores."
@@ -191,6 +205,8 @@ def _filter_into(
                     submissions = (functools.partial(job.start, rows) for rows in rest)
                     with closing(job.start_engine()) as engine:
                         for result in pump(engine, submissions, job):
+                            if isinstance(result, Refused):
+                                raise _cannot_be_scored(result.key, result.message)
                             assert isinstance(result, Scores)
                             job.take(result)
                     break
@@ -216,7 +232,7 @@ class _Job:
 
     def start_engine(self) -> Engine:
         config = self.config
-        teacher = resolve_model(config.teacher, config.revision, config.trust_remote_code)
+        teacher = _teacher(config)
         _require_teacher(config, teacher, self.metadata)
         self._k, self._vocab_size = self.metadata["num_logprobs"], self.metadata["vocab_size"]
         self._asked = self._k + teacher.vocab_size - self._vocab_size
@@ -242,10 +258,7 @@ class _Job:
             try:
                 self._engine.submit_score(row["row_id"], context, ids[start:], self._asked)
             except RequestError as error:
-                raise EngineError(
-                    f"rewrite {row['row_id']} cannot be scored: {error}. It passes the rules;"
-                    " raise --max-model-len, or keep it out by a rule."
-                ) from error
+                raise _cannot_be_scored(row["row_id"], str(error)) from error
             self._groups[row["row_id"]] = rows
             self._unscored.setdefault(row["rollout_id"], set()).add(row["row_id"])
         if rows[0]["rollout_id"] not in self._unscored:
@@ -265,6 +278,13 @@ class _Job:
     def finish(self, rows: list[dict[str, Any]]) -> None:
         self.writer.add(*rows)
         self.progress.update(sum(r["num_rewritten_tokens"] or 0 for r in rows), False, 0)
+
+
+def _cannot_be_scored(row_id: str, reason: str) -> EngineError:
+    return EngineError(
+        f"rewrite {row_id} cannot be scored: {reason}. It passes the rules; raise --max-model-len,"
+        " or keep it out by a rule."
+    )
 
 
 def _groups(round_dir: RoundDir) -> Iterator[list[dict[str, Any]]]:

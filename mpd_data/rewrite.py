@@ -19,7 +19,15 @@ from typing import Any
 
 from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RewriteConfig
-from mpd_data.engine import Completion, Engine, RequestError, Scores, pump, start_engine
+from mpd_data.engine import (
+    Completion,
+    Engine,
+    Refused,
+    RequestError,
+    Scores,
+    pump,
+    start_engine,
+)
 from mpd_data.errors import MPDError
 from mpd_data.failures import Failures
 from mpd_data.filters import settle
@@ -75,7 +83,10 @@ def run_rewrite(
     """
     round_dir = RoundDir(config.shards)
     student = rollout_metadata(round_dir)
-    teacher = resolve_model(config.teacher, config.revision, config.trust_remote_code)
+    served = config.engine.served(config.teacher)
+    teacher = resolve_model(
+        config.teacher, config.revision, config.trust_remote_code, served=served
+    )
     prepared = prepare(config, student, teacher)
     k, spare, shard_metadata = prepared.k, prepared.spare, prepared.metadata()
     part = config.parts.part
@@ -200,9 +211,18 @@ class _Job:
             for row_id in list(rows):
                 self._fail(group, row_id, error)
 
-    def take(self, result: Completion | Scores) -> None:
+    def take(self, result: Completion | Scores | Refused) -> None:
         """Handles what the engine finished."""
         group = self._groups[result.key]
+        if isinstance(result, Refused):
+            scoring = result.key in group.unscored
+            self._fail(group, result.key, f"the engine refused it: {result.message}")
+            if scoring:
+                group.unscored.discard(result.key)
+                self._finish_if_whole(group)
+            else:
+                self._judged(group, result.key)
+            return
         row = group.rows[result.key]
         if isinstance(result, Scores):
             row |= score_columns(result, self.prepared.k, self.prepared.vocab_size)
@@ -319,7 +339,7 @@ class _Job:
         group.rows = {first: group.rows[first] | {"status": status}}
         self._finish_if_whole(group)
 
-    def _fail(self, group: Group, row_id: str, error: Exception) -> None:
+    def _fail(self, group: Group, row_id: str, error: Exception | str) -> None:
         """Takes a rewrite out of its group and into errors/."""
         del group.rows[row_id]
         self._groups.pop(row_id, None)

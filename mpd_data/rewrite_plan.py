@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpd_data.config import RewriteConfig
-from mpd_data.engine import context_of
+from mpd_data.engine import context_of, server_notes
 from mpd_data.errors import ConfigError
 from mpd_data.models import (
     ModelFiles,
@@ -196,7 +196,13 @@ def plan_rewrite(
     anything. Raises what the run would raise before it starts its engine."""
     round_dir = RoundDir(config.shards)
     student = rollout_metadata(round_dir)
-    teacher = resolve_model(config.teacher, config.revision, config.trust_remote_code, False)
+    teacher = resolve_model(
+        config.teacher,
+        config.revision,
+        config.trust_remote_code,
+        weights=False,
+        served=config.engine.served(config.teacher),
+    )
     saved = round_dir.run_info().get("stages", {}).get("distill")
     if saved is not None and not overwrite:
         teacher = as_saved(teacher, saved["identity"]["teacher"])
@@ -258,6 +264,7 @@ def plan_rewrite(
         failing=len(reasons),
         reasons=first_reasons(reasons),
         details={f"not asked: {status}": n for status, n in sorted(unasked.items())},
+        notes=server_notes(config.engine),
     )
 
 

@@ -14,7 +14,16 @@ from typing import Any
 from mpd_data.checkers import Checker, make_checker
 from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RolloutsConfig
-from mpd_data.engine import Completion, Engine, RequestError, context_of, pump, start_engine
+from mpd_data.engine import (
+    Completion,
+    Engine,
+    Refused,
+    RequestError,
+    context_of,
+    pump,
+    server_notes,
+    start_engine,
+)
 from mpd_data.errors import MPDError
 from mpd_data.failures import Failures
 from mpd_data.models import (
@@ -229,8 +238,9 @@ def plan_rollouts(
     Raises what the run would raise before it starts its engine.
     """
     if model is None:
+        served = config.engine.served(config.model)
         model = resolve_model(
-            config.model, config.revision, config.trust_remote_code, weights=False
+            config.model, config.revision, config.trust_remote_code, weights=False, served=served
         )
     round_dir = RoundDir(config.out)
     saved = round_dir.run_info().get("stages", {}).get("rollouts")
@@ -284,6 +294,7 @@ def plan_rollouts(
             "context": prepared.context,
             "longest prompt + completion": max(lengths, default=0) + config.sampling.max_tokens,
         },
+        notes=server_notes(config.engine),
     )
     return plan, prepared
 
@@ -296,7 +307,8 @@ def run_rollouts(
     Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
     finished before are committed in every case.
     """
-    model = resolve_model(config.model, config.revision, config.trust_remote_code)
+    served = config.engine.served(config.model)
+    model = resolve_model(config.model, config.revision, config.trust_remote_code, served=served)
     prepared = prepare(config, model)
     metadata, part = prepared.metadata(), config.parts.part
     prompts = prepared.own_prompts
@@ -338,16 +350,16 @@ def run_rollouts(
                 ):
                     job = _Job(config, prepared.tokenizer, engine, pool, writer, progress)
 
+                    def refuse(request: Request, reason: str) -> None:
+                        progress.fail()
+                        message = f"{request.prompt.source}: the engine refused it: {reason}"
+                        failed.add(request.row_id, request.prompt.id, message)
+
                     def submit(request: Request) -> None:
                         try:
                             job.submit(request)
                         except RequestError as error:
-                            progress.fail()
-                            failed.add(
-                                request.row_id,
-                                request.prompt.id,
-                                f"{request.prompt.source}: the engine refused it: {error}",
-                            )
+                            refuse(request, str(error))
 
                     submissions = (
                         functools.partial(submit, request)
@@ -356,6 +368,9 @@ def run_rollouts(
                     progress.engine_started()
                     try:
                         for result in pump(engine, submissions, job):
+                            if isinstance(result, Refused):
+                                refuse(job.give_up(result.key), result.message)
+                                continue
                             assert isinstance(result, Completion)
                             job.take(result)
                     finally:
@@ -412,6 +427,10 @@ class _Job:
         row_id = request.row_id
         self.engine.submit_generate(row_id, request.ids, self.config.sampling, seed_of(row_id))
         self._requests[row_id] = request
+
+    def give_up(self, row_id: str) -> Request:
+        """Forgets a sample that the engine refuses, and returns what was asked for."""
+        return self._requests.pop(row_id)
 
     @property
     def in_flight(self) -> int:

@@ -17,6 +17,7 @@ import click
 
 from mpd_data.checkers import make_checker
 from mpd_data.config import RewriteConfig, RolloutsConfig
+from mpd_data.engine import server_notes
 from mpd_data.models import ModelFiles, resolve_model
 from mpd_data.plan import (
     Shown,
@@ -176,7 +177,8 @@ class _Planner:
         config = step.config
         assert isinstance(config, RewriteConfig)
         code = config.trust_remote_code
-        teacher = resolve_model(config.teacher, config.revision, code, weights=False)
+        served = config.engine.served(config.teacher)
+        teacher = resolve_model(config.teacher, config.revision, code, weights=False, served=served)
         round_dir = RoundDir(config.shards)
         saved = round_dir.run_info().get("stages", {}).get("distill")
         if saved is not None:
@@ -223,6 +225,7 @@ class _Planner:
                 prepared.context,
                 "rewrites that do not fit get the status too_long",
             ),
+            *server_notes(config.engine),
         ]
         known = learn_rollouts(drafts)
         rows = rollouts.rows or 0

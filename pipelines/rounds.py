@@ -367,12 +367,14 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def check_inputs(pipeline: Pipeline, out: Path) -> None:
-    """Finds out now what would else stop the pipeline hours in: both models, with their weights,
-    and all that a dry run checks. Raises ConfigError or DataError."""
+    """Finds out now what would else stop the pipeline hours in: both models, with their weights
+    where this machine runs them, and all that a dry run checks. Raises ConfigError or DataError."""
     from pipelines.plan import plan_pipeline
 
-    for name in (pipeline.student, pipeline.teacher):
-        resolve_model(name)
+    resolve_model(pipeline.student)
+    for step in Plan(pipeline, out).training(1):
+        if isinstance(step.config, RewriteConfig):
+            resolve_model(pipeline.teacher, served=step.config.engine.served(pipeline.teacher))
     plan_pipeline(pipeline, out)
 
 

@@ -43,6 +43,14 @@ TESTS = {
         "test_compare_by_a_metadata_key": {"mpd-gen compare": "BASE NEW --json --by"},
         "test_stats_by_a_metadata_key": {"mpd-gen stats": "--by"},
     },
+    "tests/test_openai_engine.py": {
+        "test_a_server_that_dies_ends_the_job_and_the_rest_follows": {
+            "mpd-gen rollouts": "--base-url --served-model",
+        },
+        "test_rewrites_are_those_of_an_engine_here": {
+            "mpd-gen rewrite": "--base-url --served-model",
+        },
+    },
     "tests/test_parts.py": {
         "test_a_hopeless_job_stops_early": {"mpd-gen rollouts": "--max-error-rate"},
         "test_a_hopeless_rewrite_stops_early": {"mpd-gen rewrite": "--max-error-rate"},
