@@ -132,9 +132,11 @@ def test_rewrites_are_those_of_an_engine_here(round_dir, teacher, tmp_path, monk
     assert info["identity"]["teacher"]["served"] == "pocket"
 
 
-def test_scores_are_exact_and_samples_follow_their_seed(teacher, monkeypatch):
+def test_scores_are_exact_and_samples_follow_their_seed(round_dir, teacher, monkeypatch):
     """Float32 on both sides: scores within 1e-4, samples token for token."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    row = rows(round_dir, "rollouts").row(0, named=True)
+    ids, targets = row["prompt_ids"], row["completion_ids"]
     model = resolve_model(str(TEACHER))
     here = start_engine(model, EngineConfig(dtype="float32"), max_logprobs=20)
     results = {}
@@ -146,13 +148,12 @@ def test_scores_are_exact_and_samples_follow_their_seed(teacher, monkeypatch):
         )
         try:
             for name, engine in (("here", here), ("there", there)):
-                ids = [5, 9, 31, 7, 12]
                 for seed in range(6):
                     engine.submit_generate(
                         f"s{seed}", ids, SamplingConfig(max_tokens=40, temperature=1.0), seed
                     )
-                engine.submit_generate("cut", ids, SamplingConfig(max_tokens=1), 1)
-                engine.submit_score("score", ids, [4, 8, 15, 16, 23], 20)
+                engine.submit_generate("cut", ids, SamplingConfig(max_tokens=3), 1)
+                engine.submit_score("score", ids, targets, 20)
                 assert engine.in_flight == 8
                 found = {}
                 while engine.in_flight:
@@ -180,9 +181,8 @@ def test_scores_are_exact_and_samples_follow_their_seed(teacher, monkeypatch):
 
 
 def test_what_the_server_cannot_do_is_said_at_the_start(round_dir, teacher, tmp_path, monkeypatch):
-    folder = without_rewrites(round_dir, tmp_path / "r")
-
     def refused(message, key=KEY, **changed):
+        folder = without_rewrites(round_dir, tmp_path / message.replace(" ", "-"))
         monkeypatch.setenv("MPD_API_KEY", key)
         settings = served(teacher.url) | {"--seconds-per-shard": 1.0} | changed
         with pytest.raises(EngineError, match=message) as caught:
