@@ -139,9 +139,13 @@ def _read_keys(path: Path) -> list[str]:
     """`row_id` of every row of a shard; DataError where it cannot be read."""
     try:
         table = pq.read_table(path, columns=["row_id"], page_checksum_verification=True)
-    except (pa.ArrowInvalid, OSError) as error:
+        keys: list[str] = table.column("row_id").to_pylist()
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: column 'row_id' cannot be read ({error})") from error
-    keys: list[str] = table.column("row_id").to_pylist()
+    # A checksum covers a page's data and not its header, which says how many values it has.
+    rows = _footer(path).num_rows
+    if len(keys) != rows or None in keys:
+        raise DataError(f"{path}: column 'row_id' has {len(keys)} values, the footer {rows} rows")
     return keys
 
 
