@@ -505,8 +505,9 @@ def engine_of(pid):
     """The process of vLLM's engine below `pid`, once there is one."""
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            name, _, rest = status.read_text().partition(") ")
-            if int(rest.split()[1]) == pid and "EngineCore" in name:
+            parent = int(status.read_text().rpartition(") ")[2].split()[1])
+            # Its title; the name in `stat` is cut at 15 characters.
+            if parent == pid and b"EngineCore" in (status.parent / "cmdline").read_bytes():
                 return int(status.parent.name)
     return None
 
