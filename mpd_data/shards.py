@@ -45,6 +45,10 @@ METADATA_KEY = b"mpd"
 ROWS_PER_GROUP = 64
 
 
+# What pyarrow raises over damaged bytes: a name in a footer that is no UTF-8 or is not there, too.
+ROTTEN = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
+
+
 def fsync_directory(path: Path) -> None:
     """Makes the entries of `path` (new names, removed names) durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -109,8 +113,9 @@ class Survey:
 def _footer(path: Path) -> pq.FileMetaData:
     """The Parquet footer of `path`; DataError if the file is torn or not a shard."""
     try:
-        return pq.read_metadata(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        with pq.ParquetFile(path) as file:  # which also reads the names of the columns
+            return file.metadata
+    except ROTTEN as error:
         raise DataError(
             f"{path}: not a whole Parquet file ({error}). A shard that mpd-gen committed is whole,"
             " so it was damaged afterwards: run the stage that wrote it again, which sets it aside"
@@ -126,7 +131,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
             f"{path}: no `mpd` metadata, so this Parquet file was not written by mpd-gen."
             " Expected a shard; move other files out of the shard folder."
         )
-    metadata: dict[str, Any] = json.loads(raw)
+    try:
+        metadata: dict[str, Any] = json.loads(raw)
+    except ValueError as error:
+        raise DataError(f"{path}: its `mpd` metadata is damaged ({error}).") from error
     if metadata.get("schema_version") != SCHEMA_VERSION:
         raise DataError(
             f"{path}: schema version {metadata.get('schema_version')}, this version of the toolkit"
@@ -140,7 +148,7 @@ def _read_keys(path: Path) -> list[str]:
     try:
         table = pq.read_table(path, columns=["row_id"], page_checksum_verification=True)
         keys: list[str] = table.column("row_id").to_pylist()
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+    except ROTTEN as error:
         raise DataError(f"{path}: column 'row_id' cannot be read ({error})") from error
     # A checksum covers a page's data and not its header, which says how many values it has.
     rows = _footer(path).num_rows
@@ -159,7 +167,7 @@ def describe(path: Path, stage: Stage) -> Shard:
         if column is not None:
             values = pq.read_table(path, columns=[column]).column(column)
             tokens = pa.compute.sum(values).as_py() or 0
-    except (pa.ArrowInvalid, OSError) as error:
+    except ROTTEN as error:
         raise DataError(f"{path}: column {column!r} cannot be read ({error})") from error
     return Shard(
         name=path.name,
@@ -431,7 +439,7 @@ class RoundDir:
                 while True:
                     try:
                         batch = next(batches, None)
-                    except (pa.ArrowInvalid, OSError) as error:
+                    except ROTTEN as error:
                         raise DataError(
                             f"{path}: damaged ({error}). Move it out of its folder and run the"
                             " stage that wrote it again: it makes the missing rows anew."

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from mpd_data.errors import ConfigError, DataError
 from mpd_data.filters import UNUSABLE
 from mpd_data.schema import ENUMS, SCHEMAS
-from mpd_data.shards import STAGES, RoundDir, Stage, read_metadata, sha256_of
+from mpd_data.shards import ROTTEN, STAGES, RoundDir, Stage, read_metadata, sha256_of
 
 # Settings in which all shards of one folder must agree.
 _SAME = (
@@ -49,8 +49,8 @@ def validate_round(path: Path) -> list[str]:
                 continue
             try:
                 metadata = read_metadata(file)
-                table = pq.read_table(file)
-            except (DataError, pa.ArrowInvalid, OSError) as error:
+                table = pq.read_table(file, page_checksum_verification=True)
+            except (DataError, *ROTTEN) as error:
                 problems.append(f"{file}: cannot be read: {error}")
                 continue
             if not table.schema.remove_metadata().equals(SCHEMAS[stage]):
