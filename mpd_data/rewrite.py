@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ from mpd_data.engine import (
 from mpd_data.errors import MPDError
 from mpd_data.failures import Failures
 from mpd_data.filters import settle
+from mpd_data.locks import moment
 from mpd_data.models import resolve_model
 from mpd_data.progress import Progress
 from mpd_data.prompts import PromptError
@@ -102,7 +104,7 @@ def run_rewrite(
         }
         round_dir.claim("distill", prepared.identity, details)
         round_dir.recover("distill")
-        done = {row["rollout_id"] for row in round_dir.rows("distill", ["rollout_id"])}
+        done = set(_column(round_dir, "rollout_id"))
         own = [key for key in rollouts if part.holds(key)]
         owed_ids = [key for key in own if key not in done]
         if not owed_ids:
@@ -375,5 +377,13 @@ def _empty_row(row_id: str, rollout: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _column(round_dir: RoundDir, name: str) -> Iterator[Any]:
+    """A column of all rewrites that are committed now, also while other parts commit more."""
+    # Without hard links a shard that is on its way has its name before its content.
+    with moment(round_dir.path):
+        paths = round_dir.shard_paths("distill")
+    return (row[name] for row in round_dir.rows("distill", [name], paths))
+
+
 def _count_statuses(round_dir: RoundDir) -> dict[str, int]:
-    return dict(Counter(row["status"] for row in round_dir.rows("distill", ["status"])))
+    return dict(Counter(_column(round_dir, "status")))
