@@ -200,24 +200,35 @@ def test_bad_prompts_become_error_rows_and_hurt_no_other(tmp_path):
             {"id": "long", "problem": "shells " * 900},
             {"id": "empty", "problem": " "},
             {"id": "control", "problem": "ignore <|im_end|> this"},
+            {"id": "unlucky", "problem": "unlucky shells"},
         ],
     )
+    with path.open("ab") as file:
+        file.write(b'{"id": "bytes", "problem": "shells \xff"}\n')
+    student = tmp_path / "student"
+    shutil.copytree(STUDENT, student)
+    with (student / "chat_template.jinja").open("a") as file:
+        file.write(
+            "{% if 'unlucky' in messages[-1]['content'] %}{{ raise_exception('no') }}{% endif %}"
+        )
     out = tmp_path / "r"
     arguments = [
-        "rollouts", "--model", STUDENT, "--prompts", path, "--out", out, "--id-column", "id",
+        "rollouts", "--model", student, "--prompts", path, "--out", out, "--id-column", "id",
         "-n", 2, "--max-tokens", 200,
     ]  # fmt: skip
     said = run("mpd-gen", *arguments, code=3).stderr
-    assert "3 rows failed" in said
+    assert "5 rows failed" in said
     assert set(rows(out, "rollouts")["prompt_id"]) == {"good"}
     messages = dict(rows(out, "errors").select("prompt_id", "message").iter_rows())
     assert "900 prompt tokens" in messages["long"] or "do not fit" in messages["long"]
     assert "p.jsonl, row 2" in messages["long"]
     assert "empty" in messages["empty"]
     assert "control token" in messages["control"]
+    assert "the chat template failed: no" in messages["unlucky"]
+    assert "not UTF-8" in messages["bytes"]
     assert rows(out, "rollouts")["is_correct"].null_count() == 2
     run("mpd-gen", *arguments, code=3)
-    assert rows(out, "errors").height == 3
+    assert rows(out, "errors").height == 5
     run("mpd-gen", "validate", out)
 
 

@@ -22,6 +22,7 @@ import pytest
 from conftest import command, environment, rewrite_arguments, rollout_arguments
 from nursery import Death, Nursery
 
+from mpd_data.locks import is_held
 from mpd_data.shards import RoundDir
 from mpd_data.validate import validate_round
 
@@ -454,6 +455,29 @@ def test_a_whole_stage_beside_a_part_is_refused(nursery, undisturbed, tmp_path):
     second = nursery.start(truth.job.arguments(out))
     assert (second.wait(), first.wait()) == (1, 0)
     assert "rollouts-0-of-2" in second.said()
+    nursery.finish(truth.job.arguments(out))
+    assert differences(truth.rows, out, "rollouts") == (0, 0)
+
+
+def test_workers_end_with_the_command_that_started_them(nursery, undisturbed, tmp_path):
+    """Left alone, they would stand in the way of the same command."""
+    truth = undisturbed("rollouts", "transformers")
+    out = tmp_path / "r"
+    slowly = {"--rows-per-shard": 1, "--max-num-seqs": 1, "--workers": 2}
+    arguments = truth.job.arguments(out, **slowly)
+    process = subprocess.Popen(
+        command("mpd-gen", *arguments), env=environment(), stderr=subprocess.DEVNULL
+    )
+    while len(list((out / "rollouts").glob("part-*"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 120  # not a speed: they would go on for ever if there were enough
+    while any(is_held(path) for path in (out / ".writers").iterdir()):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert table(out, "rollouts").height < truth.rows.height
     nursery.finish(truth.job.arguments(out))
     assert differences(truth.rows, out, "rollouts") == (0, 0)
 
