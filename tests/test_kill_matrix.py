@@ -406,6 +406,28 @@ def test_a_shard_torn_anywhere_is_set_aside_and_made_anew(nursery, undisturbed, 
     assert differences(truth.rows, out, "rollouts") == (0, 0)
 
 
+def test_a_flipped_bit_anywhere_is_found(undisturbed, tmp_path):
+    """What a start reads (footer, key column) is set aside by it; the rest `validate` names."""
+    truth = undisturbed("rollouts", "transformers")
+    victim = RoundDir(truth.path).shard_paths("rollouts")[1].name
+    at_places, footer, size = places(truth.path / "rollouts" / victim)
+    rng = random.Random(0)
+    for at in sorted({*at_places, *rng.sample(range(footer, size), 150), *rng.sample(range(4, footer), 150)}):
+        out = tmp_path / "r"
+        shutil.copytree(truth.path, out)
+        path = out / "rollouts" / victim
+        content = bytearray(path.read_bytes())
+        content[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        with RoundDir(out).lock():
+            keys = set(RoundDir(out).recover("rollouts"))
+        assert keys <= set(truth.rows["row_id"]), at
+        set_aside = len(keys) < truth.rows.height
+        assert set_aside == (out / ".quarantine").exists(), at
+        assert set_aside or any(victim in problem for problem in validate_round(out)), at
+        shutil.rmtree(out)
+
+
 # -- several writers -----------------------------------------------------------------------
 
 
