@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 from conftest import (
     ROOT,
+    STUDENT,
     command,
     environment,
     invoke,
@@ -29,8 +30,10 @@ from mpd_data.config import RolloutsConfig
 from mpd_data.errors import ConfigError
 from mpd_data.locks import Part
 from mpd_data.options import build
+from mpd_data.progress import Progress
 from mpd_data.ray_stage import BLOCKS_PER_ACTOR, EngineActor, Job
 from mpd_data.shards import RoundDir
+from mpd_data.status import round_status, show_status
 
 # A node is a raylet with room for one actor.
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
@@ -135,7 +138,7 @@ def test_a_node_that_dies_costs_and_doubles_no_row(on_cluster, round_dir, prompt
     run("mpd-gen", "validate", out)
 
 
-def test_an_interrupt_commits_and_the_rest_follows(on_cluster, round_dir, prompts, tmp_path):
+def test_an_interrupt_commits_what_is_finished(on_cluster, round_dir, prompts, tmp_path):
     out = tmp_path / "round1"
     process = start(*rollout_arguments(prompts, out), *TWO, "--rows-per-shard", 8)
     wait_for_shards(process, out, "rollouts", 2)
@@ -143,20 +146,22 @@ def test_an_interrupt_commits_and_the_rest_follows(on_cluster, round_dir, prompt
     _, said = process.communicate()
     assert process.returncode == 130
     assert "run the same command again" in said
-    assert "interrupted" in {each["state"] for each in writers(out, "rollouts").values()}
-    kept = rows(out, "rollouts").height
-    assert kept < 240
-    said = run("mpd-gen", *rollout_arguments(prompts, out)).stderr
-    assert f"240 rollouts, {240 - kept} of them new" in said
-    assert rows(out, "rollouts").equals(rows(round_dir, "rollouts"))
+    # Those at work heard of it, and of their open shards nothing is lost.
+    stopped = [each for each in writers(out, "rollouts").values() if each["state"] != "finished"]
+    assert {each["state"] for each in stopped} == {"interrupted"}
+    kept, whole = rows(out, "rollouts"), rows(round_dir, "rollouts")
+    assert kept.height == sum(each["rows"] for each in writers(out, "rollouts").values()) < 240
+    assert kept.equals(whole.join(kept, on="row_id", how="semi"))
+    run("mpd-gen", "validate", out)
 
 
 def test_an_actors_error_is_one_message(on_cluster, prompts, tmp_path):
-    """Here of an engine that has no room for one sequence."""
-    small = rollout_arguments(prompts, tmp_path / "r", **{"--kv-cache-gib": 1e-5})
-    said = run("mpd-gen", *small, *TWO, code=1).stderr
-    assert "error: " in said.splitlines()[-1]
-    assert "vLLM cannot start with this model" in said
+    """Here of weights, which the command itself does not read."""
+    student = tmp_path / "student"
+    shutil.copytree(STUDENT, student, ignore=shutil.ignore_patterns("*.safetensors"))
+    arguments = rollout_arguments(prompts, tmp_path / "r", **{"--model": student})
+    said = run("mpd-gen", *arguments, *TWO, code=1).stderr
+    assert said.splitlines()[-1].startswith(f"error: {student}: no *.safetensors here")
     assert "Traceback" not in said
 
 
@@ -164,7 +169,7 @@ def test_overwrite_and_limit(on_cluster, round_dir, prompts, tmp_path):
     out = tmp_path / "round1"
     shutil.copytree(round_dir, out)
     fewer = rollout_arguments(prompts, out, **{"-n": 3})
-    said = run("mpd-gen", *fewer, *TWO, "--overwrite", "--limit", 9).stderr
+    said = run("mpd-gen", *fewer, "--ray", "--overwrite", "--limit", 9).stderr
     assert "9 rollouts, 9 of them new" in said
     assert "171 still owed" in said
     assert rows(out, "rollouts").height == 9
@@ -258,6 +263,20 @@ def test_a_block_that_takes_its_process_along_ends_the_job(job, monkeypatch):
         assert "4 processes died on this block" in do(EngineActor(job), 0)["error"]
     with told(job), pytest.raises(SystemExit):
         do(EngineActor(job), 0)
+
+
+def test_of_many_blocks_the_status_lists_those_that_are_not_done(tmp_path):
+    round_dir = RoundDir(tmp_path)
+    round_dir.path.joinpath(".status").mkdir()
+    for block in range(20):
+        with Progress("rollouts", 4, round_dir.status_path("rollouts", Part(block, 20))):
+            pass
+    path = round_dir.status_path("rollouts", Part(7, 20))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "state": "failed"}))
+    said = show_status(round_status(tmp_path))
+    assert "19 writers have finished." in said
+    assert "rollouts-7-of-20" in said
+    assert "rollouts-8-of-20" not in said
 
 
 # -- refusals -------------------------------------------------------------------------
