@@ -145,7 +145,9 @@ def rollouts(
     if dry_run:
         show_plan(plan_rollouts(config, overwrite, limit)[0], as_json)
         return
-    if config.parts.workers > 1:
+    if config.parts.ray:
+        from mpd_data.ray_stage import rollouts_on_ray as run_rollouts
+    elif config.parts.workers > 1:
         _finish_workers(run_workers("rollouts", config, limit))
         return
     outcome = run_rollouts(config, overwrite, limit)
@@ -196,7 +198,9 @@ def rewrite(
         planned = plan_refilter(config) if refilter else plan_rewrite(config, overwrite, limit)
         show_plan(planned, as_json)
         return
-    if config.parts.workers > 1:
+    if config.parts.ray:
+        from mpd_data.ray_stage import rewrite_on_ray as run_rewrite
+    elif config.parts.workers > 1:
         _finish_workers(run_workers("rewrite", config, limit))
         return
     outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite, limit)
@@ -213,15 +217,18 @@ def rewrite(
 
 def _with_part(config: Any) -> Any:
     """`config` with its part of a SLURM job array, where it names none and is in one."""
-    if config.parts.num_shards is not None or (found := slurm_part()) is None:
+    parts = config.parts
+    if parts.ray or parts.num_shards is not None or (found := slurm_part()) is None:
         return config
     index, count = found
     click.echo(f"SLURM job array: part {index} of {count} (--shard-index, --num-shards)", err=True)
-    parts = config.parts.model_copy(update={"shard_index": index, "num_shards": count})
-    return config.model_copy(update={"parts": parts})
+    own = parts.model_copy(update={"shard_index": index, "num_shards": count})
+    return config.model_copy(update={"parts": own})
 
 
 def _refuse_overwrite_of_parts(config: Any, overwrite: bool) -> None:
+    if config.parts.ray:
+        return  # the one command that starts the actors deletes before it does
     if overwrite and (config.parts.workers > 1 or config.parts.part != WHOLE):
         raise click.UsageError(
             "--overwrite deletes what all parts have written. Give it once without --workers and"

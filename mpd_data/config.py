@@ -132,7 +132,12 @@ class PartsConfig(Strict):
         1,
         ge=1,
         description="Processes on this machine, each with an engine and GPUs of its own, that share"
-        " the work.",
+        " the work; with --ray, actors of the cluster.",
+    )
+    ray: bool = Field(
+        False,
+        description="Do the work on a Ray cluster: the one of RAY_ADDRESS, or one that runs here."
+        " All nodes share the round's folder.",
     )
     shard_index: int | None = Field(
         None,
@@ -148,6 +153,10 @@ class PartsConfig(Strict):
     def _index_of_count(self) -> Self:
         if (self.shard_index is None) != (self.num_shards is None):
             raise ValueError("--shard-index and --num-shards go together")
+        if self.ray and self.shard_index is not None:
+            raise ValueError(
+                "--ray divides the work itself: leave out --shard-index and --num-shards"
+            )
         if self.shard_index is not None and self.shard_index >= (self.num_shards or 1):
             raise ValueError(
                 f"--shard-index {self.shard_index} of --num-shards {self.num_shards}: counted from"

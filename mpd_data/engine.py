@@ -89,6 +89,18 @@ class Engine(Protocol):
         """Gives back what the engine holds. Until then no other can start in this process."""
 
 
+class StartEngine(Protocol):
+    """What gives a stage its engine: `start_engine`, or who has one."""
+
+    def __call__(
+        self,
+        model: ModelFiles,
+        config: EngineConfig,
+        trust_remote_code: bool = False,
+        max_logprobs: int = 1,
+    ) -> Engine: ...
+
+
 class SideWork(Protocol):
     """Work beside the engine whose results may bring it new requests: checks, and commits."""
 

@@ -126,6 +126,11 @@ def moment(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def member_path(folder: Path, label: str, part: Part) -> Path:
+    """The file that `member` locks."""
+    return folder / ".writers" / part.name(label)
+
+
 @contextlib.contextmanager
 def member(folder: Path, label: str, part: Part, when_alone: Callable[[], None]) -> Iterator[None]:
     """Makes `folder` and holds `part` of the work `label` in it. Beside it live only other parts of
@@ -134,7 +139,7 @@ def member(folder: Path, label: str, part: Part, when_alone: Callable[[], None])
 
     Raises ConfigError where another process is in the way or the folder cannot be written.
     """
-    own = folder / ".writers" / part.name(label)
+    own = member_path(folder, label, part)
     with contextlib.ExitStack() as stack:
         with moment(folder):
             living = [p for p in _others(own) if is_held(p)]

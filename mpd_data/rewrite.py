@@ -26,6 +26,7 @@ from mpd_data.engine import (
     Refused,
     RequestError,
     Scores,
+    StartEngine,
     pump,
     start_engine,
 )
@@ -46,8 +47,10 @@ from mpd_data.rewrite_plan import (
 )
 from mpd_data.schema import distill_key, repetition, seed_of
 from mpd_data.scores import score_columns
-from mpd_data.shards import RoundDir
+from mpd_data.shards import RoundDir, Stage
 from mpd_data.writer import ShardWriter
+
+OVERWRITTEN: tuple[Stage, ...] = ("distill",)
 
 
 @dataclass(frozen=True)
@@ -83,20 +86,34 @@ def run_rewrite(
     Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
     finished before are committed in every case.
     """
-    round_dir = RoundDir(config.shards)
-    student = rollout_metadata(round_dir)
+    return distill(prepare_run(config), overwrite, limit)
+
+
+def prepare_run(config: RewriteConfig) -> Prepared:
+    """`prepare` with the model that will run: its weights are fetched and hashed."""
+    student = rollout_metadata(RoundDir(config.shards))
     served = config.engine.served(config.teacher)
     teacher = resolve_model(
         config.teacher, config.revision, config.trust_remote_code, served=served
     )
-    prepared = prepare(config, student, teacher)
+    return prepare(config, student, teacher)
+
+
+def distill(
+    prepared: Prepared,
+    overwrite: bool = False,
+    limit: int | None = None,
+    start: StartEngine = start_engine,
+) -> Outcome:
+    """`run_rewrite` from where all is prepared. `start` is as for `rollouts.sample`."""
+    config, student, teacher = prepared.config, prepared.student, prepared.teacher
     k, spare, shard_metadata = prepared.k, prepared.spare, prepared.metadata()
-    part = config.parts.part
+    round_dir, part = RoundDir(config.shards), config.parts.part
 
     with round_dir.lock("rewrite", part):
         refuse_half_refiltered(round_dir)
         if overwrite:
-            round_dir.discard("distill")
+            round_dir.discard(*OVERWRITTEN)
         rollouts = round_dir.recover("rollouts")
         details = {
             "config": config.model_dump(mode="json", exclude={"parts"}),
@@ -107,9 +124,9 @@ def run_rewrite(
         done = set(_column(round_dir, "rollout_id"))
         own = [key for key in rollouts if part.holds(key)]
         owed_ids = [key for key in own if key not in done]
-        if not owed_ids:
-            return Outcome(_count_statuses(round_dir), 0, 0)
         now = len(owed_ids) if limit is None else min(limit, len(owed_ids))
+        if not now:
+            return Outcome(count_statuses(round_dir), 0, 0, len(owed_ids))
         there = len(own) - len(owed_ids)
         failures = round_dir.failures()
         output = config.output.model_dump()
@@ -123,9 +140,7 @@ def run_rewrite(
             ShardWriter(round_dir, "distill", shard_metadata, **output) as writer,
             ShardWriter(round_dir, "errors", shard_metadata, **output) as errors,
             Progress("rewrite", there + now, round_dir.status_path("rewrite", part)) as progress,
-            closing(
-                start_engine(teacher, config.engine, config.trust_remote_code, k + spare)
-            ) as engine,
+            closing(start(teacher, config.engine, config.trust_remote_code, k + spare)) as engine,
         ):
             progress.skip(there)
             failed = Failures("rewrite", errors, failures, config.failures)
@@ -145,7 +160,7 @@ def run_rewrite(
                     if (speed := progress.speed(config.engine.backend)) is not None:
                         round_dir.record_speed("distill", speed)
         left = len(owed_ids) - now
-        return Outcome(_count_statuses(round_dir), writer.rows_committed, failed.count, left)
+        return Outcome(count_statuses(round_dir), writer.rows_committed, failed.count, left)
 
 
 @dataclass
@@ -385,5 +400,6 @@ def _column(round_dir: RoundDir, name: str) -> Iterator[Any]:
     return (row[name] for row in round_dir.rows("distill", [name], paths))
 
 
-def _count_statuses(round_dir: RoundDir) -> dict[str, int]:
+def count_statuses(round_dir: RoundDir) -> dict[str, int]:
+    """The rows of distill/ by status."""
     return dict(Counter(_column(round_dir, "status")))

@@ -189,11 +189,8 @@ def prepare(config: RewriteConfig, student: dict[str, Any], teacher: ModelFiles)
     )
 
 
-def plan_rewrite(
-    config: RewriteConfig, overwrite: bool = False, limit: int | None = None
-) -> StagePlan:
-    """What `run_rewrite` would do, found without an engine or weights and without writing
-    anything. Raises what the run would raise before it starts its engine."""
+def prepare_dry(config: RewriteConfig, overwrite: bool = False) -> Prepared:
+    """`prepare` without weights, and whether the round takes these settings."""
     round_dir = RoundDir(config.shards)
     student = rollout_metadata(round_dir)
     teacher = resolve_model(
@@ -208,9 +205,20 @@ def plan_rewrite(
         teacher = as_saved(teacher, saved["identity"]["teacher"])
     prepared = prepare(config, student, teacher)
     refuse_half_refiltered(round_dir)
-    done: set[str] = set()
     if not overwrite:
         round_dir.check("distill", prepared.identity)
+    return prepared
+
+
+def plan_rewrite(
+    config: RewriteConfig, overwrite: bool = False, limit: int | None = None
+) -> StagePlan:
+    """What `run_rewrite` would do, found without an engine or weights and without writing
+    anything. Raises what the run would raise before it starts its engine."""
+    prepared = prepare_dry(config, overwrite)
+    round_dir = RoundDir(config.shards)
+    done: set[str] = set()
+    if not overwrite:
         sound = round_dir.survey("distill").paths
         done = {row["rollout_id"] for row in round_dir.rows("distill", ["rollout_id"], sound)}
     sound = round_dir.survey("rollouts").paths

@@ -19,6 +19,7 @@ from mpd_data.engine import (
     Engine,
     Refused,
     RequestError,
+    StartEngine,
     context_of,
     pump,
     server_notes,
@@ -56,8 +57,11 @@ from mpd_data.prompts import (
     load_prompts,
 )
 from mpd_data.schema import canonical_json, content_key, repetition, rollout_key, seed_of
-from mpd_data.shards import RoundDir
+from mpd_data.shards import RoundDir, Stage
 from mpd_data.writer import ShardWriter
+
+# What --overwrite deletes: later stages' rows are of rollouts that are gone.
+OVERWRITTEN: tuple[Stage, ...] = ("rollouts", "distill", "errors")
 
 
 @dataclass(frozen=True)
@@ -214,6 +218,29 @@ def prepare(
     return Prepared(config, chosen, model, tokenizer, formatter, context, row_identity, identity)
 
 
+def prepare_dry(
+    config: RolloutsConfig,
+    overwrite: bool = False,
+    model: ModelFiles | None = None,
+    prompts: list[Prompt] | None = None,
+) -> Prepared:
+    """`prepare` without weights, and whether the round takes these settings. `model` stands in for
+    a student that is not there yet."""
+    if model is None:
+        served = config.engine.served(config.model)
+        model = resolve_model(
+            config.model, config.revision, config.trust_remote_code, weights=False, served=served
+        )
+    round_dir = RoundDir(config.out)
+    saved = round_dir.run_info().get("stages", {}).get("rollouts")
+    if saved is not None and not overwrite:
+        model = as_saved(model, saved["identity"]["model"])
+    prepared = prepare(config, model, prompts)
+    if not overwrite:
+        round_dir.check("rollouts", prepared.identity)
+    return prepared
+
+
 def learn_rollouts(prepared: Prepared) -> Learned | None:
     """What rollouts that are there say of those to come."""
     return learn(
@@ -237,19 +264,10 @@ def plan_rollouts(
 
     Raises what the run would raise before it starts its engine.
     """
-    if model is None:
-        served = config.engine.served(config.model)
-        model = resolve_model(
-            config.model, config.revision, config.trust_remote_code, weights=False, served=served
-        )
-    round_dir = RoundDir(config.out)
-    saved = round_dir.run_info().get("stages", {}).get("rollouts")
-    if saved is not None and not overwrite:
-        model = as_saved(model, saved["identity"]["model"])
-    prepared = prepare(config, model, prompts)
+    prepared = prepare_dry(config, overwrite, model, prompts)
+    model, round_dir = prepared.model, RoundDir(config.out)
     done: set[str] = set()
     if not overwrite:
-        round_dir.check("rollouts", prepared.identity)
         done = round_dir.keys("rollouts", round_dir.survey("rollouts").paths)
     requests: list[Request] = []
     first: Shown | None = None
@@ -307,9 +325,25 @@ def run_rollouts(
     Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
     finished before are committed in every case.
     """
+    return sample(prepare_run(config), overwrite, limit)
+
+
+def prepare_run(config: RolloutsConfig) -> Prepared:
+    """`prepare` with the model that will run: its weights are fetched and hashed."""
     served = config.engine.served(config.model)
     model = resolve_model(config.model, config.revision, config.trust_remote_code, served=served)
-    prepared = prepare(config, model)
+    return prepare(config, model)
+
+
+def sample(
+    prepared: Prepared,
+    overwrite: bool = False,
+    limit: int | None = None,
+    start: StartEngine = start_engine,
+) -> Outcome:
+    """`run_rollouts` from where all is prepared. `start` gives the engine; it is closed at the end,
+    so whoever keeps one for the next call gives out one whose `close` spares it."""
+    config, model = prepared.config, prepared.model
     metadata, part = prepared.metadata(), config.parts.part
     prompts = prepared.own_prompts
     total = len(prompts) * config.num_samples
@@ -317,7 +351,7 @@ def run_rollouts(
     round_dir = RoundDir(config.out)
     with round_dir.lock("rollouts", part):
         if overwrite:
-            round_dir.discard("rollouts", "distill", "errors")
+            round_dir.discard(*OVERWRITTEN)
         details = {
             "config": config.model_dump(mode="json", exclude={"parts"}),
             "rows": len(prepared.prompts) * config.num_samples,
@@ -346,7 +380,7 @@ def run_rollouts(
                         config.checks.checker_timeout,
                         config.checks.checker_processes,
                     ) as pool,
-                    closing(start_engine(model, config.engine, config.trust_remote_code)) as engine,
+                    closing(start(model, config.engine, config.trust_remote_code)) as engine,
                 ):
                     job = _Job(config, prepared.tokenizer, engine, pool, writer, progress)
 

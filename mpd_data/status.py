@@ -11,6 +11,8 @@ from mpd_data.shards import STAGES, RoundDir
 from mpd_data.table import format_table
 
 _AT_WORK = ("starting", "running")
+# More writers than fit a screen: those that have finished are counted, not listed.
+_MANY = 16
 
 
 def round_status(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -55,7 +57,11 @@ def show_status(status: dict[str, list[dict[str, Any]]]) -> str:
     parts = []
     if status["stages"]:
         parts.append(format_table(status["stages"]))
-    if status["writers"]:
+    writers = status["writers"]
+    if len(writers) > _MANY:
+        writers = [said for said in writers if said["state"] != "finished"]
+        parts.append(f"{len(status['writers']) - len(writers)} writers have finished.")
+    if writers:
         parts.append(
             format_table(
                 [
@@ -71,7 +77,7 @@ def show_status(status: dict[str, list[dict[str, Any]]]) -> str:
                         "pid": said["pid"],
                         "heard s ago": said["heard"],
                     }
-                    for said in status["writers"]
+                    for said in writers
                 ]
             )
         )

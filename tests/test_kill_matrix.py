@@ -412,7 +412,9 @@ def test_a_flipped_bit_anywhere_is_found(undisturbed, tmp_path):
     victim = RoundDir(truth.path).shard_paths("rollouts")[1].name
     at_places, footer, size = places(truth.path / "rollouts" / victim)
     rng = random.Random(0)
-    for at in sorted({*at_places, *rng.sample(range(footer, size), 150), *rng.sample(range(4, footer), 150)}):
+    for at in sorted(
+        {*at_places, *rng.sample(range(footer, size), 150), *rng.sample(range(4, footer), 150)}
+    ):
         out = tmp_path / "r"
         shutil.copytree(truth.path, out)
         path = out / "rollouts" / victim

@@ -84,6 +84,12 @@ TESTS = {
         "test_a_training_is_planned": {"mpd-train": "--dry-run --json"},
         "test_the_qwen3_pipeline_is_sound_in_every_stage": {"mpd-rounds": "--dry-run --json"},
     },
+    "tests/test_ray.py": {
+        "test_two_nodes_make_the_rows_of_one_process": {
+            "mpd-gen rollouts": "--ray",
+            "mpd-gen rewrite": "--ray",
+        },
+    },
     "tests/test_rounds.py": {
         "test_seeds_are_run_apart_and_compared": {"mpd-rounds": "--seeds"},
     },
