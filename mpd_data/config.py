@@ -76,7 +76,12 @@ class EngineConfig(Strict):
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of the GPU's memory for weights and cache (vLLM)."
     )
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one model (vLLM).")
+    tensor_parallel_size: int = Field(
+        1, ge=1, description="GPUs that share each layer of a model (vLLM)."
+    )
+    pipeline_parallel_size: int = Field(
+        1, ge=1, description="GPUs, or groups of them, that share a model's layers out (vLLM)."
+    )
     kv_cache_gib: float = Field(1.0, gt=0, description="Cache on a CPU machine, in GiB (vLLM).")
 
     @field_validator("base_url")

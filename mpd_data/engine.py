@@ -142,11 +142,12 @@ def context_of(model: ModelFiles, config: EngineConfig) -> int:
             f"{model.name}: --max-model-len {config.max_model_len} is over the model's context of"
             f" {model.context} tokens."
         )
-    if config.backend == "transformers" and config.tensor_parallel_size > 1:
-        raise ConfigError(
-            f"--tensor-parallel-size {config.tensor_parallel_size}: the transformers backend runs a"
-            " model on one device. Use --backend vllm, or leave it out."
-        )
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if config.backend == "transformers" and (size := getattr(config, name)) > 1:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {size}: the transformers backend runs a model on one"
+                " device. Use --backend vllm, or leave it out."
+            )
     _check_server_settings(config)
     return config.max_model_len or model.context
 

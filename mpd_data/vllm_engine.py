@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from multiprocessing.connection import wait
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -71,7 +72,9 @@ class VLLMEngine:
             "max_model_len": self.max_model_len,
             "max_num_seqs": config.max_num_seqs,
             "max_logprobs": max_logprobs,
+            "tokenizer": str(model.tokenizer_path),
             "tensor_parallel_size": config.tensor_parallel_size,
+            "pipeline_parallel_size": config.pipeline_parallel_size,
             "trust_remote_code": trust_remote_code,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
@@ -90,11 +93,14 @@ class VLLMEngine:
             )
         else:
             settings["gpu_memory_utilization"] = config.gpu_memory_utilization
+        if model.adapter is not None:
+            settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank(model)}
         try:
             with warnings.catch_warnings():
                 # vLLM's own use of torch, nothing that our users could change.
                 warnings.simplefilter("ignore", FutureWarning)
                 llm = LLM(str(model.path), **settings)
+            self._adapter = None if model.adapter is None else _load(llm, model.adapter)
         except (VLLMError, ValueError, RuntimeError, OSError) as error:
             raise EngineError(
                 f"{model.name}: vLLM cannot start with this model: {error}"
@@ -143,7 +149,7 @@ class VLLMEngine:
         request_id = str(self._serial)
         try:
             (rendered,) = self._engine.renderer.render_cmpl([{"prompt_token_ids": ids}])
-            self._engine.add_request(request_id, rendered, params)
+            self._engine.add_request(request_id, rendered, params, lora_request=self._adapter)
         except (VLLMClientError, ValueError) as error:
             raise RequestError(str(error)) from error
         except Exception as error:
@@ -199,6 +205,56 @@ def _wake_when_dead(client: Any) -> None:
         outputs.put_nowait(EngineDeadError())
 
     Thread(target=wake, name="engine-watch", daemon=True).start()
+
+
+# The ranks that vLLM has room for.
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_MERGE = (
+    "Merge it into its base and give the merged folder (mpd-train leaves one in OUT/model, peft's"
+    " merge_and_unload makes one), or use --backend transformers."
+)
+
+
+def _rank(model: ModelFiles) -> int:
+    """The rank to make room for. Raises EngineError for an adapter that vLLM would refuse after
+    its start, or run without a part of it."""
+    from safetensors import safe_open
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.peft_helper import PEFTHelper
+
+    assert model.adapter is not None
+    for file in sorted(model.adapter.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            # vLLM leaves trained embeddings and heads out without a word.
+            ends = (".lora_A.weight", ".lora_B.weight")
+            other = [name for name in tensors.keys() if not name.endswith(ends)]  # noqa: SIM118
+        if other:
+            raise EngineError(
+                f"{model.name}: vLLM runs the low-rank factors of linear layers, and this adapter"
+                f" has {', '.join(sorted(other)[:3])} beside them. {_MERGE}"
+            )
+    try:
+        settings = PEFTHelper.from_local_dir(str(model.adapter), None)
+        largest = max(settings.r, *settings.rank_pattern.values(), 1)
+        rank = next((rank for rank in _RANKS if rank >= largest), _RANKS[-1])
+        settings.validate_legal(LoRAConfig(max_lora_rank=rank))
+    except (ValueError, TypeError) as error:
+        raise EngineError(
+            f"{model.name}: vLLM cannot run this adapter: {error} {_MERGE}"
+        ) from error
+    return rank
+
+
+def _load(llm: Any, adapter: Path) -> Any:
+    """The adapter, as each request names it. Raises RuntimeError where it does not fit."""
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest("adapter", 1, str(adapter))
+    try:
+        llm.llm_engine.add_lora(request)
+    except Exception as error:  # from an engine's own process it comes as nothing more specific
+        raise RuntimeError(f"{error} {_MERGE}") from error
+    return request
 
 
 def _scores(key: str, flat: Any, start: int, k: int) -> Scores:

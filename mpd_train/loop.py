@@ -21,6 +21,7 @@ from mpd_data.models import (
     load_tokenizer,
     provenance,
     require_same_tokenizer,
+    require_whole,
     resolve_model,
 )
 from mpd_data.schema import differences
@@ -92,6 +93,7 @@ def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None
     vocab_size = int(shards.metadata["vocab_size"])
     for files in (student, teacher):
         if files is not None:
+            require_whole(files)
             if files.vocab_size < vocab_size:
                 raise ConfigError(
                     f"{files.name}: has {files.vocab_size} embedding rows, the shards are scored"

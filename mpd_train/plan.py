@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-from mpd_data.models import ModelFiles, load_tokenizer, require_same_tokenizer, resolve_model
+from mpd_data.models import (
+    ModelFiles,
+    load_tokenizer,
+    require_same_tokenizer,
+    require_whole,
+    resolve_model,
+)
 from mpd_data.options import arguments
 from mpd_data.plan import StagePlan, as_saved, first_reasons, siblings, size_text
 from mpd_train import checkpoint, lora
@@ -123,9 +129,11 @@ def plan_train_ahead(
     that can be kept; `longest`: tokens of the longest row; `expected`: rows and tokens to expect
     where that is known; `at_most`: tokens of all rows at their longest."""
     check_settings(config)
+    require_whole(student)
     if config.teacher is not None:
         code = config.trust_remote_code
         files = resolve_model(config.teacher, config.teacher_revision, code, weights=False)
+        require_whole(files)
         require_same_tokenizer(tokenizer, load_tokenizer(files, code), student.name, files.name)
     tokens = None if expected is None else expected[1] * config.epochs
     per_step = config.pack_length * config.gradient_accumulation_steps

@@ -153,6 +153,10 @@ TESTS = {
             "mpd-gen rollouts": "--tensor-parallel-size",
             "mpd-gen rewrite": "--tensor-parallel-size",
         },
+        "test_the_engine_splits_a_model_as_it_is_told": {
+            "mpd-gen rollouts": "--pipeline-parallel-size",
+            "mpd-gen rewrite": "--pipeline-parallel-size",
+        },
         "test_the_seed_decides_prompts_and_samples": {"mpd-gen rollouts": "--seed"},
         "test_the_teacher_thinks_when_told": {"mpd-gen rewrite": "--thinking"},
         "test_the_teachers_template_has_its_own_settings": {

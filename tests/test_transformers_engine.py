@@ -148,6 +148,8 @@ def test_what_does_not_fit_is_refused_alone(engine, prompt_ids):
 def test_settings_of_vllm_alone_are_refused():
     with pytest.raises(ConfigError, match="--tensor-parallel-size 2"):
         start(tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="--pipeline-parallel-size 2"):
+        start(pipeline_parallel_size=2)
 
 
 def test_no_vllm_is_needed(prompts, tmp_path):
