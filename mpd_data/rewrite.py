@@ -12,7 +12,6 @@ together, since the choice among them is made once.
 import functools
 import itertools
 import json
-from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RewriteConfig
 from mpd_data.engine import Completion, Engine, RequestError, Scores, pump, start_engine
 from mpd_data.filters import settle
+from mpd_data.keys import KeySet
 from mpd_data.models import resolve_model
 from mpd_data.progress import Progress
 from mpd_data.prompts import PromptError
@@ -85,11 +85,11 @@ def run_rewrite(
         round_dir.claim("distill", prepared.identity, details)
         rollouts = round_dir.recover("rollouts")
         round_dir.recover("distill")
-        done = {row["rollout_id"] for row in round_dir.rows("distill", ["rollout_id"])}
-        owed_ids = rollouts - done
-        if not owed_ids:
-            return Outcome(_count_statuses(round_dir), 0, 0)
-        now = len(owed_ids) if limit is None else min(limit, len(owed_ids))
+        done = round_dir.rewritten()
+        owing = len(rollouts - done)
+        if not owing:
+            return Outcome(round_dir.statuses(), 0, 0)
+        now = owing if limit is None else min(limit, owing)
         failures = round_dir.failures()
         output = config.output.model_dump()
         with (
@@ -117,8 +117,7 @@ def run_rewrite(
             )
             owed = (
                 functools.partial(job.start, rollout)
-                for rollout in round_dir.rows("rollouts", ROLLOUT_COLUMNS)
-                if rollout["row_id"] not in done
+                for rollout in round_dir.rows("rollouts", ROLLOUT_COLUMNS, done=done)
             )
             progress.engine_started()
             try:
@@ -127,8 +126,7 @@ def run_rewrite(
             finally:
                 if (speed := progress.speed(config.engine.backend)) is not None:
                     round_dir.record_speed("distill", speed)
-        left = len(owed_ids) - now
-        return Outcome(_count_statuses(round_dir), writer.rows_committed, job.failed, left)
+        return Outcome(round_dir.statuses(), writer.rows_committed, job.failed, owing - now)
 
 
 @dataclass
@@ -141,7 +139,7 @@ class _Job:
     pool: CheckPool
     writer: ShardWriter
     errors: ShardWriter
-    failures: set[str]
+    failures: KeySet
     progress: Progress
     failed: int = 0
 
@@ -356,7 +354,3 @@ def _empty_row(row_id: str, rollout: dict[str, Any]) -> dict[str, Any]:
         "topk_logprobs": None,
         "tail_logprobs": None,
     }
-
-
-def _count_statuses(round_dir: RoundDir) -> dict[str, int]:
-    return dict(Counter(row["status"] for row in round_dir.rows("distill", ["status"])))

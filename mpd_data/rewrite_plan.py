@@ -3,6 +3,8 @@
 The real run and the dry run share this preparation, so that they cannot drift apart.
 """
 
+import itertools
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from mpd_data.config import RewriteConfig
 from mpd_data.engine import context_of
 from mpd_data.errors import ConfigError
+from mpd_data.keys import KeySet
 from mpd_data.models import (
     ModelFiles,
     chat_template_hash,
@@ -202,25 +205,21 @@ def plan_rewrite(
         teacher = as_saved(teacher, saved["identity"]["teacher"])
     prepared = prepare(config, student, teacher)
     refuse_half_refiltered(round_dir)
-    done: set[str] = set()
+    done = KeySet()
     if not overwrite:
         round_dir.check("distill", prepared.identity)
-        sound = round_dir.survey("distill").paths
-        done = {row["rollout_id"] for row in round_dir.rows("distill", ["rollout_id"], sound)}
-    sound = round_dir.survey("rollouts").paths
-    total = committed = owed = asked_about = 0
+        done = round_dir.rewritten(round_dir.survey("distill").paths)
+    found = round_dir.survey("rollouts")
+    total = sum(shard.rows for shard in found.shards)
+    committed = total - len(found.keys() - done)
+    owed = asked_about = 0
     first: Shown | None = None
     reasons: list[str] = []
     unasked: Counter[str] = Counter()
-    lengths: list[int] = []
+    lengths = array("i")
     contexts = kept_at_most = 0
-    for rollout in round_dir.rows("rollouts", ROLLOUT_COLUMNS, sound):
-        total += 1
-        if rollout["row_id"] in done:
-            committed += 1
-            continue
-        if owed == limit:
-            continue
+    rows = round_dir.rows("rollouts", ROLLOUT_COLUMNS, found.paths, done)
+    for rollout in itertools.islice(rows, limit):
         owed += 1
         if rollout["finish_reason"] == "length":
             unasked["draft_truncated"] += 1

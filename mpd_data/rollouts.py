@@ -5,6 +5,7 @@ prompts -> chat template -> ids -> engine -> rollouts/part-*.parquet
 
 import dataclasses
 import functools
+from array import array
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from mpd_data.checkers import Checker, make_checker
 from mpd_data.checks import CheckPool, CheckRequest, Verdict
 from mpd_data.config import RolloutsConfig
 from mpd_data.engine import Completion, Engine, RequestError, context_of, pump, start_engine
+from mpd_data.keys import KeySet
 from mpd_data.models import (
     ModelFiles,
     chat_template_hash,
@@ -224,13 +226,14 @@ def plan_rollouts(
     if saved is not None and not overwrite:
         model = as_saved(model, saved["identity"]["model"])
     prepared = prepare(config, model, prompts)
-    done: set[str] = set()
+    done = KeySet()
     if not overwrite:
         round_dir.check("rollouts", prepared.identity)
-        done = round_dir.keys("rollouts", round_dir.survey("rollouts").paths)
-    requests: list[Request] = []
+        done = round_dir.survey("rollouts").keys()
+    rows = committed = owed = prompt_tokens = 0
     first: Shown | None = None
-    reasons, lengths = [], []
+    reasons: list[str] = []
+    lengths = array("i")
     for prompt in prepared.prompts:
         try:
             asked = prepared.requests(prompt)
@@ -239,24 +242,27 @@ def plan_rollouts(
             continue
         first = first or Shown("first prompt", asked[0].text, len(asked[0].ids))
         lengths.append(len(asked[0].ids))
-        requests += asked
-    owed = [request for request in requests if request.row_id not in done][:limit]
+        rows += len(asked)
+        left = sum(request.row_id not in done for request in asked)
+        committed += len(asked) - left
+        now = left if limit is None else min(left, limit - owed)
+        owed += now
+        prompt_tokens += now * len(asked[0].ids)
     learned = learn_rollouts(prepared)
-    at_most = len(owed) * config.sampling.max_tokens
+    at_most = owed * config.sampling.max_tokens
     expected = seconds = None
-    prompt_tokens = sum(len(request.ids) for request in owed)
-    disk = rollout_bytes(len(owed), prompt_tokens, at_most, model.vocab_size)
+    disk = rollout_bytes(owed, prompt_tokens, at_most, model.vocab_size)
     if learned is not None:
-        expected = min(round(len(owed) * learned.tokens_per_row), at_most)
+        expected = min(round(owed * learned.tokens_per_row), at_most)
         disk = round(expected * learned.bytes_per_token)
         seconds = learned.seconds(expected)
     plan = StagePlan(
         command="mpd-gen rollouts",
         out=str(config.out),
         settings=arguments(config),
-        rows=len(requests),
-        committed=sum(request.row_id in done for request in requests),
-        owed=len(owed),
+        rows=rows,
+        committed=committed,
+        owed=owed,
         shown=[] if first is None else [first],
         prompt_tokens=Lengths.of(lengths),
         tokens_expected=expected,
