@@ -284,7 +284,8 @@ def _disk_text(plan: StagePlan) -> str | None:
 
 def _time_cell(plan: StagePlan) -> str:
     text = time_text(plan.seconds)
-    return f"{text} ({plan.device})" if text else "not known"
+    bound = "at most " if plan.seconds and plan.tokens_expected is None else ""
+    return f"{bound}{text} ({plan.device})" if text else "not known"
 
 
 def show(plan: StagePlan) -> str:
@@ -382,7 +383,7 @@ def totals(plans: list[StagePlan]) -> list[str]:
         known = [found for plan in plans if (found := value(plan)) is not None]
         if not known:
             return "not known" if plans else "-"
-        bound = value is not _seconds and any(p.tokens_expected is None for p in plans)
+        bound = any(p.tokens_expected is None and value(p) for p in plans)
         more = " and more" if len(known) < len(plans) else ""
         return f"{'at most ' if bound and not more else ''}{text(sum(known))}{more}"
 
