@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 fatal, 2 usage, 3 done with failed rows (in errors/), 130 
 
 import errno
 import json
+import math
 import shlex
 import signal
 import sys
@@ -64,6 +65,25 @@ PLAN_JSON = click.option(
     callback=_with_dry_run,
     help="With --dry-run: print JSON to stdout.",
 )
+
+
+def _rates(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+    """`--rate` as stage -> tokens per second."""
+    rates = {}
+    for value in values:
+        stage, _equals, number = value.partition("=")
+        try:
+            rates[stage] = float(number)
+        except ValueError:
+            rates[stage] = 0.0
+        if stage not in ("rollouts", "rewrite", "train") or not 0 < rates[stage] < math.inf:
+            raise click.BadParameter(
+                f"{value!r}: expected rollouts=, rewrite= or train= and tokens per second"
+                " (rollouts=25000)."
+            )
+    return rates
+
+
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
 
@@ -342,14 +362,29 @@ def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
     type=click.Path(path_type=Path),
     help="Folder of the run, for what is there already.  [default: runs/NAME]",
 )
+@click.option(
+    "--rate",
+    "rates",
+    multiple=True,
+    callback=_rates,
+    metavar="STAGE=N",
+    help="Take N tokens per second, of all GPUs together, for rollouts (evaluations too), rewrite"
+    " or train, in place of a recorded speed.",
+)
 @_JSON
-def plan(pipeline: Path, overrides: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+def plan(
+    pipeline: Path,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    rates: dict[str, float],
+    as_json: bool,
+) -> None:
     """Predict rows, tokens, disk and time of each step of a PIPELINE (TOML). Writes nothing."""
     from pipelines.plan import plan_pipeline, show_pipeline
     from pipelines.rounds import load_pipeline
 
     loaded = load_pipeline(pipeline, overrides)
-    planned = plan_pipeline(loaded, Path("runs") / loaded.name if out is None else out)
+    planned = plan_pipeline(loaded, Path("runs") / loaded.name if out is None else out, rates)
     show_pipeline(planned, as_json, prompts=False)
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,10 @@ class Part:
     def holds(self, key: str) -> bool:
         """Whether `key` is of this part: the same for every process and on every machine."""
         return self.count == 1 or zlib.crc32(key.encode()) % self.count == self.index
+
+    def share(self, keys: Collection[str]) -> int:
+        """How many of `keys` are of this part."""
+        return len(keys) if self.count == 1 else sum(map(self.holds, keys))
 
     def name(self, label: str) -> str:
         """What this part of the work `label` is called in file names."""

@@ -10,10 +10,13 @@ import math
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from mpd_data.errors import DataError
 from mpd_data.models import ModelFiles
@@ -35,7 +38,7 @@ class Lengths:
     max: int
 
     @classmethod
-    def of(cls, values: list[int]) -> "Lengths | None":
+    def of(cls, values: Sequence[int]) -> "Lengths | None":
         return cls(round(sum(values) / len(values), 1), max(values)) if values else None
 
 
@@ -168,32 +171,31 @@ def _read(
 ) -> Learned | None:
     size = sum(path.stat().st_size for path in round_dir.shard_paths(stage))
     if stage == "rollouts":
-        rows = list(round_dir.rows(stage, ["num_completion_tokens", "finish_reason"]))
-        tokens = [row["num_completion_tokens"] for row in rows]
-        kept: list[int] = []
+        table = round_dir.table(stage, ["num_completion_tokens", "finish_reason"])
+        tokens = table["num_completion_tokens"]
+        cut = pc.sum(pc.equal(table["finish_reason"], "length")).as_py()
+        kept = tokens[:0]
     else:
-        columns = ["status", "num_rewritten_tokens"]
-        rows = [
-            row
-            for row in round_dir.rows(stage, columns)
-            if row["status"] not in ("draft_truncated", "too_long")
-        ]
-        tokens = [row["num_rewritten_tokens"] or 0 for row in rows]
-        kept = [row["num_rewritten_tokens"] for row in rows if row["status"] == "ok"]
-    if not sum(tokens):
+        table = round_dir.table(stage, ["num_rewritten_tokens", "status"])
+        unasked = pa.array(["draft_truncated", "too_long"])
+        table = table.filter(pc.invert(pc.is_in(table["status"], unasked)))
+        tokens = table["num_rewritten_tokens"]
+        cut = 0
+        kept = tokens.filter(pc.equal(table["status"], "ok"))
+    total = pc.sum(tokens).as_py()
+    if not total:
         return None
     speed = entry.get("speed")
-    cut = sum(row.get("finish_reason") == "length" for row in rows)
     return Learned(
         folder=round_dir.path,
-        rows=len(rows),
-        tokens_per_row=sum(tokens) / len(rows),
-        bytes_per_token=size / sum(tokens),
+        rows=len(table),
+        tokens_per_row=total / len(table),
+        bytes_per_token=size / total,
         identity=entry["identity"],
         speed=speed if speed is not None and "backend" in speed else None,
-        truncated=cut / len(rows),
-        kept=len(kept) / len(rows),
-        kept_tokens=sum(kept) / len(kept) if kept else 0.0,
+        truncated=cut / len(table),
+        kept=len(kept) / len(table),
+        kept_tokens=pc.mean(kept).as_py() or 0.0,
     )
 
 
@@ -282,7 +284,8 @@ def _disk_text(plan: StagePlan) -> str | None:
 
 def _time_cell(plan: StagePlan) -> str:
     text = time_text(plan.seconds)
-    return f"{text} ({plan.device})" if text else "not known"
+    bound = "at most " if plan.seconds and plan.tokens_expected is None else ""
+    return f"{bound}{text} ({plan.device})" if text else "not known"
 
 
 def show(plan: StagePlan) -> str:
@@ -380,7 +383,7 @@ def totals(plans: list[StagePlan]) -> list[str]:
         known = [found for plan in plans if (found := value(plan)) is not None]
         if not known:
             return "not known" if plans else "-"
-        bound = value is not _seconds and any(p.tokens_expected is None for p in plans)
+        bound = any(p.tokens_expected is None and value(p) for p in plans)
         more = " and more" if len(known) < len(plans) else ""
         return f"{'at most ' if bound and not more else ''}{text(sum(known))}{more}"
 

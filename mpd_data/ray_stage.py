@@ -104,7 +104,7 @@ def rewrite_on_ray(
     prepare_dry(config, overwrite)
     round_dir = RoundDir(config.shards)
     counts = _run(config, round_dir, "distill", overwrite, limit)
-    return rewrite.Outcome(rewrite.count_statuses(round_dir), **counts)
+    return rewrite.Outcome(round_dir.count_statuses(), **counts)
 
 
 def _rows(round_dir: RoundDir, stage: Stage) -> int:

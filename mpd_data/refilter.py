@@ -73,8 +73,8 @@ def run_refilter(config: RewriteConfig) -> Outcome:
             round_dir.recover("distill")
             _filter_into(scratch, round_dir, config, {**saved, **rules})
             _put_in_place(scratch, round_dir, config)
-        counts = Counter(row["status"] for row in round_dir.rows("distill", ["status"]))
-        return Outcome(dict(counts), sum(counts.values()), 0)
+        counts = round_dir.count_statuses()
+        return Outcome(counts, sum(counts.values()), 0)
 
 
 def check_refilter(round_dir: RoundDir, config: RewriteConfig) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
     saved = check_refilter(round_dir, config)
     unchanged = _changed_rules(config, saved) is None
     paths = round_dir.survey("distill").paths
-    before = Counter(row["status"] for row in round_dir.rows("distill", ["status"], paths))
+    before = Counter(round_dir.count_statuses(paths))
     after: Counter[str] = Counter()
     rollouts = unscored = tokens = 0
     # The tails are there where the scores are, and are the smallest of their columns.
@@ -184,12 +184,12 @@ def _filter_into(
             scratch.discard("distill")
         scratch.claim("distill", identity, {})
         scratch.recover("distill")
-        done = {row["rollout_id"] for row in scratch.rows("distill", ["rollout_id"])}
+        done = scratch.rewritten()
         metadata = read_metadata(round_dir.shard_paths("distill")[0])
         metadata = {k: v for k, v in metadata.items() if k not in ("schema_version", "stage")}
         metadata |= {name: identity[name] for name in _CHANGEABLE}
         output = config.output.model_dump()
-        total = len({row["rollout_id"] for row in round_dir.rows("distill", ["rollout_id"])})
+        total = len(round_dir.rewritten())
         with (
             ShardWriter(scratch, "distill", metadata, **output) as writer,
             Progress("refilter", total, round_dir.status_path("refilter", WHOLE)) as progress,

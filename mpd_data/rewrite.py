@@ -12,8 +12,6 @@ together, since the choice among them is made once.
 import functools
 import itertools
 import json
-from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +31,6 @@ from mpd_data.engine import (
 from mpd_data.errors import MPDError
 from mpd_data.failures import Failures
 from mpd_data.filters import settle
-from mpd_data.locks import moment
 from mpd_data.models import resolve_model
 from mpd_data.progress import Progress
 from mpd_data.prompts import PromptError
@@ -121,13 +118,12 @@ def distill(
         }
         round_dir.claim("distill", prepared.identity, details)
         round_dir.recover("distill")
-        done = set(_column(round_dir, "rollout_id"))
-        own = [key for key in rollouts if part.holds(key)]
-        owed_ids = [key for key in own if key not in done]
-        now = len(owed_ids) if limit is None else min(limit, len(owed_ids))
+        done = round_dir.rewritten()
+        owing = part.share(rollouts - done)
+        now = owing if limit is None else min(limit, owing)
         if not now:
-            return Outcome(count_statuses(round_dir), 0, 0, len(owed_ids))
-        there = len(own) - len(owed_ids)
+            return Outcome(round_dir.count_statuses(), 0, 0, owing)
+        there = part.share(rollouts) - owing
         failures = round_dir.failures()
         output = config.output.model_dump()
         with (
@@ -147,8 +143,8 @@ def distill(
             job = _Job(prepared, engine, pool, writer, failed, progress)
             owed = (
                 functools.partial(job.start, rollout)
-                for rollout in round_dir.rows("rollouts", ROLLOUT_COLUMNS)
-                if rollout["row_id"] not in done and part.holds(rollout["row_id"])
+                for rollout in round_dir.rows("rollouts", ROLLOUT_COLUMNS, done=done)
+                if part.holds(rollout["row_id"])
             )
             progress.engine_started()
             try:
@@ -159,8 +155,7 @@ def distill(
                 with suppress(MPDError, OSError):
                     if (speed := progress.speed(config.engine.backend)) is not None:
                         round_dir.record_speed("distill", speed)
-        left = len(owed_ids) - now
-        return Outcome(count_statuses(round_dir), writer.rows_committed, failed.count, left)
+        return Outcome(round_dir.count_statuses(), writer.rows_committed, failed.count, owing - now)
 
 
 @dataclass
@@ -390,16 +385,3 @@ def _empty_row(row_id: str, rollout: dict[str, Any]) -> dict[str, Any]:
         "topk_logprobs": None,
         "tail_logprobs": None,
     }
-
-
-def _column(round_dir: RoundDir, name: str) -> Iterator[Any]:
-    """A column of all rewrites that are committed now, also while other parts commit more."""
-    # Without hard links a shard that is on its way has its name before its content.
-    with moment(round_dir.path):
-        paths = round_dir.shard_paths("distill")
-    return (row[name] for row in round_dir.rows("distill", [name], paths))
-
-
-def count_statuses(round_dir: RoundDir) -> dict[str, int]:
-    """The rows of distill/ by status."""
-    return dict(Counter(_column(round_dir, "status")))

@@ -3,6 +3,8 @@
 The real run and the dry run share this preparation, so that they cannot drift apart.
 """
 
+import itertools
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from mpd_data.config import RewriteConfig
 from mpd_data.engine import context_of, server_notes
 from mpd_data.errors import ConfigError
+from mpd_data.keys import KeySet
 from mpd_data.models import (
     ModelFiles,
     chat_template_hash,
@@ -220,28 +223,23 @@ def plan_rewrite(
     """What `run_rewrite` would do, found without an engine or weights and without writing
     anything. Raises what the run would raise before it starts its engine."""
     prepared = prepare_dry(config, overwrite)
-    round_dir = RoundDir(config.shards)
-    done: set[str] = set()
+    round_dir, part = RoundDir(config.shards), config.parts.part
+    done = KeySet()
     if not overwrite:
-        sound = round_dir.survey("distill").paths
-        done = {row["rollout_id"] for row in round_dir.rows("distill", ["rollout_id"], sound)}
-    sound = round_dir.survey("rollouts").paths
-    total = committed = owed = asked_about = 0
+        done = round_dir.rewritten(round_dir.survey("distill").paths)
+    found = round_dir.survey("rollouts")
+    rollouts = found.keys()
+    total = part.share(rollouts)
+    committed = total - part.share(rollouts - done)
+    owed = asked_about = 0
     first: Shown | None = None
     reasons: list[str] = []
     unasked: Counter[str] = Counter()
-    lengths: list[int] = []
+    lengths = array("i")
     contexts = kept_at_most = 0
-    part = config.parts.part
-    for rollout in round_dir.rows("rollouts", ROLLOUT_COLUMNS, sound):
-        if not part.holds(rollout["row_id"]):
-            continue
-        total += 1
-        if rollout["row_id"] in done:
-            committed += 1
-            continue
-        if owed == limit:
-            continue
+    rows = round_dir.rows("rollouts", ROLLOUT_COLUMNS, found.paths, done)
+    own = (rollout for rollout in rows if part.holds(rollout["row_id"]))
+    for rollout in itertools.islice(own, limit):
         owed += 1
         if rollout["finish_reason"] == "length":
             unasked["draft_truncated"] += 1

@@ -6,6 +6,7 @@ prompts -> chat template -> ids -> engine -> rollouts/part-*.parquet
 import dataclasses
 import functools
 import itertools
+from array import array
 from collections.abc import Container, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from mpd_data.engine import (
 )
 from mpd_data.errors import MPDError
 from mpd_data.failures import Failures
+from mpd_data.keys import KeySet
 from mpd_data.models import (
     ModelFiles,
     chat_template_hash,
@@ -268,12 +270,13 @@ def plan_rollouts(
     """
     prepared = prepare_dry(config, overwrite, model, prompts)
     model, round_dir = prepared.model, RoundDir(config.out)
-    done: set[str] = set()
+    done = KeySet()
     if not overwrite:
-        done = round_dir.keys("rollouts", round_dir.survey("rollouts").paths)
-    requests: list[Request] = []
+        done = round_dir.survey("rollouts").keys()
+    rows = committed = owed = prompt_tokens = 0
     first: Shown | None = None
-    reasons, lengths = [], []
+    reasons: list[str] = []
+    lengths = array("i")
     for prompt in prepared.own_prompts:
         try:
             asked = prepared.requests(prompt)
@@ -282,24 +285,27 @@ def plan_rollouts(
             continue
         first = first or Shown("first prompt", asked[0].text, len(asked[0].ids))
         lengths.append(len(asked[0].ids))
-        requests += asked
-    owed = [request for request in requests if request.row_id not in done][:limit]
+        rows += len(asked)
+        left = sum(request.row_id not in done for request in asked)
+        committed += len(asked) - left
+        now = left if limit is None else min(left, limit - owed)
+        owed += now
+        prompt_tokens += now * len(asked[0].ids)
     learned = learn_rollouts(prepared)
-    at_most = len(owed) * config.sampling.max_tokens
+    at_most = owed * config.sampling.max_tokens
     expected = seconds = None
-    prompt_tokens = sum(len(request.ids) for request in owed)
-    disk = rollout_bytes(len(owed), prompt_tokens, at_most, model.vocab_size)
+    disk = rollout_bytes(owed, prompt_tokens, at_most, model.vocab_size)
     if learned is not None:
-        expected = min(round(len(owed) * learned.tokens_per_row), at_most)
+        expected = min(round(owed * learned.tokens_per_row), at_most)
         disk = round(expected * learned.bytes_per_token)
         seconds = learned.seconds(expected / config.parts.workers)
     plan = StagePlan(
         command="mpd-gen rollouts",
         out=str(config.out),
         settings=arguments(config),
-        rows=len(requests),
-        committed=sum(request.row_id in done for request in requests),
-        owed=len(owed),
+        rows=rows,
+        committed=committed,
+        owed=owed,
         shown=[] if first is None else [first],
         prompt_tokens=Lengths.of(lengths),
         tokens_expected=expected,

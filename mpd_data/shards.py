@@ -25,17 +25,21 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mpd_data.errors import ConfigError, DataError
+from mpd_data.keys import KeySet, Packed, pack, twice
 from mpd_data.locks import WHOLE, Part, member, moment
-from mpd_data.schema import SCHEMA_VERSION, TOKEN_COLUMN, differences
+from mpd_data.schema import SCHEMA_VERSION, SCHEMAS, TOKEN_COLUMN, differences
 
 Stage = Literal["rollouts", "distill", "errors"]
 STAGES: tuple[Stage, ...] = ("rollouts", "distill", "errors")
@@ -43,6 +47,10 @@ STAGES: tuple[Stage, ...] = ("rollouts", "distill", "errors")
 METADATA_KEY = b"mpd"
 # A shuffled reader fetches whole row groups: small ones keep a random read near 80 ms.
 ROWS_PER_GROUP = 64
+# Files read at once where a round is read whole: opening them is what takes the time.
+_READERS = 8
+
+_T = TypeVar("_T")
 
 
 # What pyarrow raises over damaged bytes: a name in a footer that is no UTF-8 or is not there, too.
@@ -103,24 +111,34 @@ class Shard:
 @dataclass(frozen=True)
 class Survey:
     """The shards of a stage as the folder has them: sound ones with their paths, and the files
-    that are torn."""
+    that are torn. `packed` holds the keys of each sound one."""
 
     shards: list[Shard]
     paths: list[Path]
     torn: list[Path]
+    packed: list[Packed]
+
+    def keys(self) -> KeySet:
+        """`row_id` of every sound row. Raises DataError where a key occurs twice."""
+        return _unique(self.paths, self.packed)
 
 
-def _footer(path: Path) -> pq.FileMetaData:
-    """The Parquet footer of `path`; DataError if the file is torn or not a shard."""
+def open_shard(path: Path) -> pq.ParquetFile:
+    """A shard to read from, by its footer; DataError if the file is torn or not a shard. Damaged
+    pages are found when they are read."""
     try:
-        with pq.ParquetFile(path) as file:  # which also reads the names of the columns
-            return file.metadata
+        return pq.ParquetFile(path, page_checksum_verification=True)
     except ROTTEN as error:
         raise DataError(
             f"{path}: not a whole Parquet file ({error}). A shard that mpd-gen committed is whole,"
             " so it was damaged afterwards: run the stage that wrote it again, which sets it aside"
             " and makes its rows anew."
         ) from error
+
+
+def _footer(path: Path) -> pq.FileMetaData:
+    with open_shard(path) as file:
+        return file.metadata
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -143,17 +161,53 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _read_keys(path: Path) -> list[str]:
-    """`row_id` of every row of a shard; DataError where it cannot be read."""
+def read_all(read: Callable[[Path], _T], paths: Iterable[Path]) -> Iterator[_T]:
+    """`read` of each path in order, several at once."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(read, paths)
+
+
+def _read_columns(path: Path, names: list[str]) -> pa.Table:
+    """Light columns of a shard; DataError where they cannot be read."""
+    with open_shard(path) as file:
+        try:
+            table = file.read(columns=names, use_threads=False).select(names)
+            table.validate(full=True)
+        except ROTTEN as error:
+            raise DataError(f"{path}: columns {names} cannot be read ({error})") from error
+        # A checksum covers a page's data and not its header, which says how many values it has.
+        if len(table) != file.metadata.num_rows:
+            raise DataError(
+                f"{path}: {names} have {len(table)} values, the footer says"
+                f" {file.metadata.num_rows} rows"
+            )
+    return table
+
+
+def _read_keys(path: Path, name: str = "row_id") -> Packed:
+    return _pack(path, name, _read_columns(path, [name])[name])
+
+
+def _pack(path: Path, name: str, column: pa.ChunkedArray) -> Packed:
+    """The keys in a column of the shard `path`; DataError where they are none."""
     try:
-        table = pq.read_table(path, columns=["row_id"], page_checksum_verification=True)
-        keys: list[str] = table.column("row_id").to_pylist()
-    except ROTTEN as error:
-        raise DataError(f"{path}: column 'row_id' cannot be read ({error})") from error
-    # A checksum covers a page's data and not its header, which says how many values it has.
-    rows = _footer(path).num_rows
-    if len(keys) != rows or None in keys:
-        raise DataError(f"{path}: column 'row_id' has {len(keys)} values, the footer {rows} rows")
+        return pack(column)
+    except ValueError as error:
+        raise DataError(
+            f"{path}: {name} {error} (see docs/contract.md). Either the file is damaged or mpd-gen"
+            " did not write it."
+        ) from error
+
+
+def _unique(paths: list[Path], packed: list[Packed]) -> KeySet:
+    keys = KeySet.of(packed)
+    if len(keys) < sum(map(len, packed)):
+        part, index = twice(packed)[0]
+        key = _read_columns(paths[part], ["row_id"])["row_id"][index]
+        raise DataError(
+            f"{paths[part]}: row {key} is in this round twice. Rows are unique per folder;"
+            " was a shard copied in by hand? Remove the copy."
+        )
     return keys
 
 
@@ -166,7 +220,7 @@ def describe(path: Path, stage: Stage) -> Shard:
     try:
         if column is not None:
             values = pq.read_table(path, columns=[column]).column(column)
-            tokens = pa.compute.sum(values).as_py() or 0
+            tokens = pc.sum(values).as_py() or 0
     except ROTTEN as error:
         raise DataError(f"{path}: column {column!r} cannot be read ({error})") from error
     return Shard(
@@ -343,6 +397,12 @@ class RoundDir:
         """The shards under their final names, in order."""
         return sorted(self.folder(stage).glob("part-*.parquet"))
 
+    def _whole_paths(self, stage: Stage) -> list[Path]:
+        """`shard_paths`, also while others commit more."""
+        # Without hard links a shard that is on its way has its name before its content.
+        with moment(self.path):
+            return self.shard_paths(stage)
+
     def survey(self, stage: Stage) -> Survey:
         """Looks at every shard by footer, size and key column, and changes nothing. A shard that
         the manifest does not know (a kill between link and append) is described by reading it."""
@@ -352,23 +412,27 @@ class RoundDir:
             # The folder is the truth: an index that cannot be read is made anew.
             saved = []
         known = {shard.name: shard for shard in saved}
-        shards: list[Shard] = []
-        paths: list[Path] = []
-        torn: list[Path] = []
-        for file in self.shard_paths(stage):
+
+        def look(file: Path) -> tuple[Shard, Packed] | None:
             shard = known.get(file.name)
             try:
+                keys = _read_keys(file)
                 if shard is None or shard.bytes != file.stat().st_size:
                     shard = describe(file, stage)
-                else:
-                    _footer(file)
-                _read_keys(file)
             except DataError:
-                torn.append(file)
+                return None
+            return shard, keys
+
+        found = Survey([], [], [], [])
+        files = self.shard_paths(stage)
+        for file, seen in zip(files, read_all(look, files), strict=True):
+            if seen is None:
+                found.torn.append(file)
                 continue
-            shards.append(shard)
-            paths.append(file)
-        return Survey(shards, paths, torn)
+            found.shards.append(seen[0])
+            found.paths.append(file)
+            found.packed.append(seen[1])
+        return found
 
     def reconcile(self, stage: Stage) -> Survey:
         """Brings manifest and folder together; call it with the lock held, in a `moment`.
@@ -395,25 +459,34 @@ class RoundDir:
 
     # -- reading ----------------------------------------------------------------------
 
-    def keys(self, stage: Stage, paths: list[Path] | None = None) -> set[str]:
-        """`row_id` of every committed row, or of the rows of the shards at `paths`. Raises
-        DataError where a key occurs twice."""
-        keys: set[str] = set()
-        for path in self.shard_paths(stage) if paths is None else paths:
-            for key in _read_keys(path):
-                if key in keys:
-                    raise DataError(
-                        f"{path}: row {key} is in this round twice. Rows are unique per folder;"
-                        " was a shard copied in by hand? Remove the copy."
-                    )
-                keys.add(key)
-        return keys
+    def keys(self, stage: Stage) -> KeySet:
+        """`row_id` of every committed row. Raises DataError where a key occurs twice."""
+        paths = self.shard_paths(stage)
+        return _unique(paths, list(read_all(_read_keys, paths)))
 
-    def failures(self) -> set[str]:
+    def rewritten(self, paths: list[Path] | None = None) -> KeySet:
+        """The rollouts that have rewrites, or have them in the shards at `paths`."""
+        paths = self._whole_paths("distill") if paths is None else paths
+        return KeySet.of(list(read_all(lambda path: _read_keys(path, "rollout_id"), paths)))
+
+    def table(self, stage: Stage, columns: list[str], paths: list[Path] | None = None) -> pa.Table:
+        """Light columns of all committed rows, or of the shards at `paths`, held at once."""
+        paths = self.shard_paths(stage) if paths is None else paths
+        none = pa.schema([SCHEMAS[stage].field(name) for name in columns]).empty_table()
+        tables = read_all(lambda path: _read_columns(path, columns), paths)
+        return pa.concat_tables([none, *tables], promote_options="permissive")
+
+    def count_statuses(self, paths: list[Path] | None = None) -> dict[str, int]:
+        """Distill rows by status, or those of the shards at `paths`."""
+        paths = self._whole_paths("distill") if paths is None else paths
+        counts = pc.value_counts(self.table("distill", ["status"], paths)["status"])
+        return {found["values"]: found["counts"] for found in counts.to_pylist()}
+
+    def failures(self) -> KeySet:
         """Keys of the rows that failed for good (an over-long prompt, say)."""
         return self.recover("errors")
 
-    def recover(self, stage: Stage) -> set[str]:
+    def recover(self, stage: Stage) -> KeySet:
         """Mends what a kill or a damaged disk left of `stage`, says so on stderr, and returns
         the keys of the rows that are committed and sound. Call it with the lock held."""
         with moment(self.path):
@@ -425,16 +498,26 @@ class RoundDir:
             )
         # Of the shards that were whole then: without hard links, the next of another part may have
         # its name and not yet its content.
-        return self.keys(stage, found.paths)
+        return found.keys()
 
     def rows(
-        self, stage: Stage, columns: list[str], paths: list[Path] | None = None
+        self,
+        stage: Stage,
+        columns: list[str],
+        paths: list[Path] | None = None,
+        done: KeySet | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """All committed rows, or those of the shards at `paths`, shard by shard and row group by
-        row group (memory: one group)."""
+        """All committed rows but those in `done`, or those of the shards at `paths`, shard by
+        shard and row group by row group (memory: one group). Of a shard whose rows are all `done`
+        only the keys are read."""
         for path in self.shard_paths(stage) if paths is None else paths:
-            _footer(path)
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            owed = None
+            if done is not None:
+                owed = ~done.holds(_read_keys(path))
+                if not owed.any():
+                    continue
+            first = 0
+            with open_shard(path) as file:
                 batches = file.iter_batches(ROWS_PER_GROUP, columns=columns)
                 while True:
                     try:
@@ -446,7 +529,11 @@ class RoundDir:
                         ) from error
                     if batch is None:
                         break
-                    yield from batch.to_pylist()
+                    rows = batch
+                    if owed is not None:
+                        rows = batch.take(np.flatnonzero(owed[first : first + len(batch)]))
+                    first += len(batch)
+                    yield from rows.to_pylist()
 
 
 def scratch_of(round_dir: RoundDir) -> RoundDir:

@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 
 from mpd_data.errors import ConfigError, DataError, nearest
-from mpd_data.shards import RoundDir, Stage, read_metadata
+from mpd_data.shards import RoundDir, Stage, read_all, read_metadata
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
@@ -45,8 +45,8 @@ def scan(rounds: list[Path], stage: Stage) -> pl.LazyFrame | None:
     frames = []
     for path in rounds:
         files = RoundDir(path).shard_paths(stage)
-        for file in files:
-            read_metadata(file)
+        for _ in read_all(read_metadata, files):
+            pass
         if files:
             frames.append(pl.scan_parquet(files, glob=False).with_columns(folder=pl.lit(str(path))))
     return pl.concat(frames) if frames else None
@@ -55,7 +55,7 @@ def scan(rounds: list[Path], stage: Stage) -> pl.LazyFrame | None:
 def collect(frame: pl.LazyFrame) -> pl.DataFrame:
     """Runs a query over shards. Raises DataError where their bytes are damaged."""
     try:
-        return frame.collect()
+        return frame.collect(engine="streaming")
     except pl.exceptions.ComputeError as error:
         raise DataError(f"a shard is damaged ({error}). Find it with mpd-gen validate.") from error
 
@@ -82,6 +82,30 @@ def with_group(rollouts: pl.LazyFrame, name: str) -> pl.LazyFrame:
     raise ConfigError(f"--by {name!r}: no rollout has a value of it in its metadata. {hint}")
 
 
+def light(rollouts: pl.LazyFrame) -> pl.LazyFrame:
+    """What the tables need of each rollout, in memory: the shards are read once for all of them.
+    The column `group` is kept where there is one."""
+    wanted = [
+        "folder",
+        "round",
+        "prompt_id",
+        "finish_reason",
+        "is_correct",
+        "num_completion_tokens",
+        "repetition",
+        "group",
+    ]
+    there = set(rollouts.collect_schema().names())
+    rows = rollouts.select(
+        *(name for name in wanted if name in there),
+        pl.col("answer").is_null().alias("lacks_answer"),
+        pl.col("check_error").is_not_null().alias("check_failed"),
+        # Self-correction markers in a completion, as whole words, in any case.
+        pl.col("completion").str.count_matches(rf"(?i)\b(?:{'|'.join(MARKERS)})").alias("markers"),
+    )
+    return collect(rows).lazy()
+
+
 def _lengths(column: str) -> list[pl.Expr]:
     tokens = pl.col(column)
     return [
@@ -89,11 +113,6 @@ def _lengths(column: str) -> list[pl.Expr]:
         *(tokens.quantile(q, "nearest").alias(f"p{round(q * 100)}") for q in QUANTILES),
         tokens.max().alias("max"),
     ]
-
-
-def _markers() -> pl.Expr:
-    """Self-correction markers in a completion, as whole words, in any case."""
-    return pl.col("completion").str.count_matches(rf"(?i)\b(?:{'|'.join(MARKERS)})")
 
 
 def _tokens_where(correct: bool) -> pl.Expr:
@@ -108,19 +127,27 @@ def pass_at(rollouts: pl.LazyFrame) -> list[dict[str, Any]]:
         rollouts.filter(pl.col("is_correct").is_not_null())
         .group_by("folder", "prompt_id", maintain_order=True)
         .agg(pl.len().alias("n"), pl.col("is_correct").sum().alias("c"))
+        # Prompts that are alike in both have the same chances.
+        .group_by("folder", "n", "c", maintain_order=True)
+        .agg(pl.len().alias("prompts"))
     )
     rows: list[dict[str, Any]] = []
     for (folder,), group in counts.group_by("folder", maintain_order=True):
-        pairs = list(zip(group["n"].to_list(), group["c"].to_list(), strict=True))
+        kinds = list(group.select("n", "c", "prompts").iter_rows())
         k = 1
-        while k <= max(n for n, _ in pairs):
-            chances = [1 - math.comb(n - c, k) / math.comb(n, k) for n, c in pairs if n >= k]
+        while k <= max(n for n, _, _ in kinds):
+            prompts = sum(count for n, _, count in kinds if n >= k)
+            chances = (
+                count * (1 - math.comb(n - c, k) / math.comb(n, k))
+                for n, c, count in kinds
+                if n >= k
+            )
             rows.append(
                 {
                     "folder": folder,
                     "k": k,
-                    "pass_at_k": sum(chances) / len(chances),
-                    "prompts": len(chances),
+                    "pass_at_k": sum(chances) / prompts,
+                    "prompts": prompts,
                 }
             )
             k *= 2
@@ -180,9 +207,10 @@ def round_stats(rounds: list[Path], by: str | None = None) -> dict[str, list[dic
         )
     tables: dict[str, list[dict[str, Any]]] = {}
     if rollouts is not None:
+        rollouts = light(rollouts if by is None else with_group(rollouts, by))
         truncated = (pl.col("finish_reason") == "length").mean().alias("truncated")
         finished = pl.col("finish_reason") == "stop"
-        no_answer = pl.col("answer").is_null().filter(finished).mean().alias("no_answer")
+        no_answer = pl.col("lacks_answer").filter(finished).mean().alias("no_answer")
         by_folder = (
             rollouts.group_by("folder", maintain_order=True)
             .agg(
@@ -200,9 +228,9 @@ def round_stats(rounds: list[Path], by: str | None = None) -> dict[str, list[dic
             rollouts.group_by("folder", maintain_order=True)
             .agg(
                 pl.col("round").first(),
-                pl.col("check_error").is_not_null().mean().alias("check_failed"),
+                pl.col("check_failed").mean(),
                 pl.col("repetition").mean().alias("repetition"),
-                (1000 * _markers().mean() / pl.col("num_completion_tokens").mean()).alias(
+                (1000 * pl.col("markers").mean() / pl.col("num_completion_tokens").mean()).alias(
                     "markers_per_1k"
                 ),
                 _tokens_where(True).alias("right_tokens"),
@@ -226,8 +254,7 @@ def round_stats(rounds: list[Path], by: str | None = None) -> dict[str, list[dic
         if by is not None:
             tokens = pl.col("num_completion_tokens")
             by_group = (
-                with_group(rollouts, by)
-                .group_by("group", "folder", maintain_order=True)
+                rollouts.group_by("group", "folder", maintain_order=True)
                 .agg(
                     pl.len().alias("samples"),
                     pl.col("is_correct").mean().alias("accuracy"),

@@ -1,17 +1,30 @@
 """`mpd-gen validate`: does a round keep the contract? Reads everything, changes nothing."""
 
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mpd_data.errors import ConfigError, DataError
 from mpd_data.filters import UNUSABLE
+from mpd_data.keys import KeySet, Packed, pack, twice
 from mpd_data.schema import ENUMS, SCHEMAS
-from mpd_data.shards import ROTTEN, STAGES, RoundDir, Stage, read_metadata, sha256_of
+from mpd_data.shards import (
+    ROTTEN,
+    STAGES,
+    RoundDir,
+    Stage,
+    open_shard,
+    read_all,
+    read_metadata,
+    sha256_of,
+)
 
 # Settings in which all shards of one folder must agree.
 _SAME = (
@@ -24,22 +37,25 @@ _SAME = (
 )
 # float16 rounding lets the stored mass pass 1 by a little.
 _MASS_SLACK = 5e-3
+# Row groups that are read and checked together: of light rows a whole shard, of heavy ones a few.
+_BYTES_AT_ONCE = 64 << 20
 
 
 def validate_round(path: Path) -> list[str]:
     """Every breach of the contract, a line each: file, row, expected, found. Empty if sound.
 
-    Raises ConfigError where `path` holds no round at all.
+    Memory: a few row groups, and a key and a number for each row of the round. Raises ConfigError
+    where `path` holds no round at all.
     """
     round_dir = RoundDir(path)
     stages = [stage for stage in STAGES if round_dir.folder(stage).is_dir()]
     if not stages:
         raise ConfigError(f"{path}: not a round; expected rollouts/ or distill/ in it.")
     problems: list[str] = []
-    rollouts: dict[str, list[int]] = {}
+    rollouts = _Prompts()
     for stage in stages:
         problems += _check_manifest(round_dir, stage)
-        seen: set[str] = set()
+        keys = _Keys()
         first: dict[str, Any] | None = None
         for file in sorted(round_dir.folder(stage).iterdir()):
             if not (file.name.startswith("part-") and file.suffix == ".parquet"):
@@ -49,33 +65,23 @@ def validate_round(path: Path) -> list[str]:
                 continue
             try:
                 metadata = read_metadata(file)
-                table = pq.read_table(file, page_checksum_verification=True)
-            except (DataError, *ROTTEN) as error:
+                with open_shard(file) as shard:
+                    if not shard.schema_arrow.remove_metadata().equals(SCHEMAS[stage]):
+                        problems.append(
+                            f"{file}: its columns or types are not those of the contract."
+                        )
+                        continue
+                    first = first or metadata
+                    problems += [
+                        f"{file}: {name} is {metadata.get(name)!r}, another shard here has"
+                        f" {first.get(name)!r}."
+                        for name in _SAME
+                        if metadata.get(name) != first.get(name)
+                    ]
+                    problems += _check_rows(file, shard, stage, metadata, rollouts, keys)
+            except DataError as error:
                 problems.append(f"{file}: cannot be read: {error}")
-                continue
-            if not table.schema.remove_metadata().equals(SCHEMAS[stage]):
-                problems.append(f"{file}: its columns or types are not those of the contract.")
-                continue
-            first = first or metadata
-            problems += [
-                f"{file}: {name} is {metadata.get(name)!r}, another shard here has"
-                f" {first.get(name)!r}."
-                for name in _SAME
-                if metadata.get(name) != first.get(name)
-            ]
-            rows = _Rows(file, table)
-            problems += rows.keys_and_enums(seen)
-            if stage == "rollouts":
-                problems += rows.rollouts()
-                rollouts.update(
-                    zip(
-                        table.column("row_id").to_pylist(),
-                        table.column("prompt_ids").to_pylist(),
-                        strict=True,
-                    )
-                )
-            elif stage == "distill":
-                problems += rows.distill(metadata, rollouts)
+        problems += keys.doubled()
     return problems
 
 
@@ -88,114 +94,276 @@ def _check_manifest(round_dir: RoundDir, stage: Stage) -> list[str]:
     path = round_dir.manifest_path(stage)
     problems = [f"{path}: names {name}, which is not there." for name in manifest.keys() - files]
     problems += [f"{path}: does not name {name}." for name in files.keys() - manifest]
-    for name in sorted(manifest.keys() & files.keys()):
-        if sha256_of(files[name]) != manifest[name].sha256:
+    both = sorted(manifest.keys() & files.keys())
+    for name, found in zip(both, read_all(sha256_of, [files[n] for n in both]), strict=True):
+        if found != manifest[name].sha256:
             problems.append(
                 f"{files[name]}: its bytes are not the ones that were committed (sha256)."
             )
     return problems
 
 
-class _Rows:
-    """The checks on one shard's rows."""
+class _Keys:
+    """The keys of a stage's rows, and where they stand."""
 
-    def __init__(self, file: Path, table: pa.Table) -> None:
-        self._file = file
-        self._table = table
-        self._ids: list[str] = table.column("row_id").to_pylist()
+    def __init__(self) -> None:
+        self._places: list[tuple[Path, int]] = []
+        self._packed: list[Packed] = []
 
-    def _say(self, index: int, text: str) -> str:
-        return f"{self._file}, row {index} ({self._ids[index]}): {text}"
+    def add(self, file: Path, first: int, keys: Packed) -> None:
+        """`keys` of the rows of `file` from row `first` on."""
+        self._places.append((file, first))
+        self._packed.append(keys)
 
-    def _numbers(self, name: str) -> npt.NDArray[Any]:
-        values: npt.NDArray[Any] = self._table.column(name).to_numpy()
-        return values
-
-    def _list(self, name: str, index: int) -> npt.NDArray[Any] | None:
-        scalar = self._table.column(name)[index]
-        return scalar.values.to_numpy(zero_copy_only=False) if scalar.is_valid else None
-
-    def keys_and_enums(self, seen: set[str]) -> list[str]:
+    def doubled(self) -> list[str]:
+        if len(KeySet.of(self._packed)) == sum(map(len, self._packed)):
+            return []
         problems = []
-        for index, key in enumerate(self._ids):
-            if key in seen:
-                problems.append(self._say(index, "this key is in the round twice."))
-            seen.add(key)
-        for name in ENUMS.keys() & set(self._table.schema.names):
-            for index, value in enumerate(self._table.column(name).to_pylist()):
-                if value is not None and value not in ENUMS[name]:
-                    problems.append(self._say(index, f"{name} is {value!r}, not in {ENUMS[name]}."))
+        for part, index in twice(self._packed):
+            file, first = self._places[part]
+            key = next(iter(KeySet.of([self._packed[part][index : index + 1]])))
+            problems.append(f"{file}, row {first + index} ({key}): this key is in the round twice.")
         return problems
 
-    def rollouts(self) -> list[str]:
-        problems = []
+
+class _Prompts:
+    """A number for the prompt ids of each rollout: equal ids have equal numbers, and others as
+    good as never the same."""
+
+    def __init__(self) -> None:
+        self._packed: list[Packed] = []
+        self._numbers: list[npt.NDArray[np.int64]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._packed)
+
+    def add(self, keys: Packed, numbers: npt.NDArray[np.int64]) -> None:
+        self._packed.append(keys)
+        self._numbers.append(numbers)
+
+    def find(self, keys: Packed) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Whether each rollout of `keys` [n] is here, and its number (any where it is not)."""
+        if len(self._packed) > 1:
+            packed, numbers = np.concatenate(self._packed), np.concatenate(self._numbers)
+            order = np.argsort(packed)
+            self._packed, self._numbers = [packed[order]], [numbers[order]]
+        packed, numbers = self._packed[0], self._numbers[0]
+        at = np.minimum(np.searchsorted(packed, keys), len(packed) - 1)
+        return packed[at] == keys, numbers[at]
+
+
+def _number(ids: npt.NDArray[np.int32]) -> int:
+    # Python's own hash: 64 bits, the same for the whole of a process.
+    return hash(ids.tobytes())
+
+
+def _check_rows(
+    file: Path,
+    shard: pq.ParquetFile,
+    stage: Stage,
+    metadata: dict[str, Any],
+    rollouts: _Prompts,
+    keys: _Keys,
+) -> list[str]:
+    """The checks on the rows of one shard; its keys go to `keys`, its prompts to `rollouts`."""
+    problems = []
+    first = 0
+    for groups in _groups(shard.metadata):
+        try:
+            table = shard.read_row_groups(groups).combine_chunks()
+            table.validate(full=True)
+        except ROTTEN as error:
+            raise DataError(f"row groups {groups[0]} to {groups[-1]}: {error}") from error
+        rows = _Rows(file, first, table)
+        packed = rows.packed("row_id")
+        rows.enums()
+        if stage == "rollouts":
+            rows.rollouts()
+            if packed is not None:
+                rollouts.add(packed, rows.prompts())
+        elif stage == "distill":
+            rows.distill(metadata, rollouts)
+        if packed is not None:
+            keys.add(file, first, packed)
+        problems += rows.problems()
+        first += rows.count
+    return problems
+
+
+def _groups(footer: pq.FileMetaData) -> Iterator[list[int]]:
+    """Row groups of a shard to be read together."""
+    groups: list[int] = []
+    size = 0
+    for index in range(footer.num_row_groups):
+        more = footer.row_group(index).total_byte_size
+        if groups and size + more > _BYTES_AT_ONCE:
+            yield groups
+            groups, size = [], 0
+        groups.append(index)
+        size += more
+    if groups:
+        yield groups
+
+
+class _Rows:
+    """The checks on some rows of one shard, `first` being the index of the first of them."""
+
+    def __init__(self, file: Path, first: int, table: pa.Table) -> None:
+        self._file = file
+        self._first = first
+        self._table = table
+        self._found: dict[int, list[str]] = defaultdict(list)
+        self._other: list[str] = []
+        self.count = len(table)
+
+    def problems(self) -> list[str]:
+        """All that was found, row by row."""
+        ids = self._table.column("row_id")
+        return self._other + [
+            f"{self._file}, row {self._first + index} ({ids[index]}): {text}"
+            for index in sorted(self._found)
+            for text in self._found[index]
+        ]
+
+    def _say(self, indices: npt.ArrayLike, text: str) -> None:
+        for index in np.unique(indices):
+            self._found[int(index)].append(text)
+
+    def _numbers(self, name: str) -> npt.NDArray[Any]:
+        """A column of numbers; null is -1."""
+        values: npt.NDArray[Any] = self._table.column(name).fill_null(-1).to_numpy()
+        return values
+
+    def _lengths(self, name: str) -> npt.NDArray[Any]:
+        """Lengths of a column's lists; null is -1."""
+        values: npt.NDArray[Any] = (
+            pc.list_value_length(self._table.column(name)).fill_null(-1).to_numpy()
+        )
+        return values
+
+    def _flat(self, name: str, rows: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
+        """The lists of these rows, one after another."""
+        values = pc.list_flatten(self._table.column(name).take(pa.array(rows)))
+        flat: npt.NDArray[Any] = values.to_numpy()
+        return flat
+
+    def packed(self, name: str) -> Packed | None:
+        """A column of keys; None, and a problem, where they are none."""
+        try:
+            return pack(self._table.column(name))
+        except ValueError as error:
+            self._other.append(f"{self._file}: {name} {error}.")
+            return None
+
+    def enums(self) -> None:
+        for name in ENUMS.keys() & set(self._table.schema.names):
+            column = self._table.column(name)
+            known = pc.is_in(column, pa.array([*ENUMS[name], None], pa.string())).to_numpy()
+            for index in np.flatnonzero(~known):
+                self._say(index, f"{name} is {column[index].as_py()!r}, not in {ENUMS[name]}.")
+
+    def prompts(self) -> npt.NDArray[np.int64]:
+        lengths = np.maximum(self._lengths("prompt_ids"), 0)
+        ids = self._flat("prompt_ids", np.arange(self.count))
+        ends = np.cumsum(lengths)
+        return np.array(
+            [_number(ids[end - n : end]) for end, n in zip(ends, lengths, strict=True)], np.int64
+        )
+
+    def rollouts(self) -> None:
         for ids, count in (
             ("prompt_ids", "num_prompt_tokens"),
             ("completion_ids", "num_completion_tokens"),
         ):
-            found = pa.compute.list_value_length(self._table.column(ids)).to_numpy()
+            found = self._lengths(ids)
             for index in np.flatnonzero(found != self._numbers(count)):
-                problems.append(
-                    self._say(index, f"{ids} has {found[index]} ids, {count} says otherwise.")
-                )
-        return problems
+                self._say(index, f"{ids} has {found[index]} ids, {count} says otherwise.")
 
-    def distill(self, metadata: dict[str, Any], rollouts: dict[str, list[int]]) -> list[str]:
-        problems: list[str] = []
-        statuses = self._table.column("status").to_pylist()
-        origins = self._table.column("rollout_id").to_pylist()
-        for index, status in enumerate(statuses):
-            if rollouts and origins[index] not in rollouts:
-                problems.append(self._say(index, f"its rollout {origins[index]} is not here."))
-            elif status == "ok" or (
-                # A refilter leaves a rewrite that it rejects its scores.
-                status not in UNUSABLE and self._list("topk_ids", index) is not None
-            ):
-                problems += [
-                    self._say(index, text)
-                    for text in self._scored(index, metadata, rollouts.get(origins[index]))
-                ]
-            elif self._list("topk_ids", index) is not None:
-                problems.append(self._say(index, f"{status!r}, yet it has log-probabilities."))
-        return problems
+    def distill(self, metadata: dict[str, Any], rollouts: _Prompts) -> None:
+        statuses = self._table.column("status")
+        has_scores = self._lengths("topk_ids") >= 0
+        there = np.ones(self.count, bool)
+        numbers = None
+        origins = self.packed("rollout_id")
+        if rollouts and origins is not None:
+            there, numbers = rollouts.find(origins)
+            for index in np.flatnonzero(~there):
+                origin = self._table.column("rollout_id")[index]
+                self._say(index, f"its rollout {origin} is not here.")
+        kept = pc.equal(statuses, "ok").to_numpy()
+        # A refilter leaves a rewrite that it rejects its scores.
+        usable = ~pc.is_in(statuses, pa.array(sorted(UNUSABLE))).to_numpy()
+        scored = there & (kept | (usable & has_scores))
+        for index in np.flatnonzero(there & ~scored & has_scores):
+            status = statuses[index].as_py()
+            self._say(index, f"{status!r}, yet it has log-probabilities.")
+        self._scored(np.flatnonzero(scored), metadata, numbers)
 
-    def _scored(self, index: int, metadata: dict[str, Any], prompt: list[int] | None) -> list[str]:
-        found = [
-            self._list(name, index)
-            for name in ("input_ids", "topk_ids", "topk_logprobs", "tail_logprobs")
-        ]
-        counts = [self._table.column(c)[index] for c in ("loss_start", "num_rewritten_tokens")]
-        if any(values is None for values in found) or not all(c.is_valid for c in counts):
-            return ["scored or kept (ok), yet ids, counts or log-probabilities are missing."]
-        input_ids, ids, logprobs, tail = (values for values in found if values is not None)
+    def _scored(
+        self,
+        rows: npt.NDArray[np.intp],
+        metadata: dict[str, Any],
+        prompts: npt.NDArray[np.int64] | None,
+    ) -> None:
+        """The checks on rows with log-probabilities, all tokens of all rows at once."""
         k, vocab = metadata["num_logprobs"], metadata["vocab_size"]
-        start = int(self._table.column("loss_start")[index].as_py())
-        n = int(self._table.column("num_rewritten_tokens")[index].as_py())
-        if len(input_ids) != start + n or n == 0:
-            return [f"{len(input_ids)} input ids, expected loss_start {start} + {n} rewritten."]
-        if len(ids) != n * k or len(logprobs) != n * k or len(tail) != n:
-            return [
-                f"expected {n} x {k} log-probabilities and {n} tails, found {len(ids)} ids,"
-                f" {len(logprobs)} log-probabilities and {len(tail)} tails."
-            ]
-        problems = []
-        if prompt is not None and list(input_ids[:start]) != prompt:
-            problems.append("input_ids do not begin with the rollout's prompt.")
-        if input_ids[-1] != metadata["eos_token_id"]:
-            problems.append(f"ends with id {input_ids[-1]}, not the end token.")
-        if (metadata["score_context"] == "rewrite") != (
-            self._list("teacher_prompt_ids", index) is not None
-        ):
-            problems.append(f"teacher_prompt_ids contradict {metadata['score_context']!r} scoring.")
-        ids, logprobs = ids.reshape(n, k), logprobs.reshape(n, k).astype(np.float64)
-        if input_ids.min() < 0 or ids.min() < 0 or max(ids.max(), input_ids.max()) >= vocab:
-            problems.append(f"ids outside the vocabulary of {vocab}.")
-        if (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
-            problems.append("an id stands twice in one token's top K.")
-        if (np.diff(logprobs, axis=1) > 0).any():
-            problems.append("log-probabilities are not sorted, most probable first.")
-        mass = np.exp(logprobs).sum(axis=1) + np.exp(tail.astype(np.float64))
-        if np.isnan(mass).any() or (np.abs(mass - 1) > _MASS_SLACK).any():
-            worst = int(np.nanargmax(np.abs(mass - 1)))
-            problems.append(f"probabilities and tail of token {worst} sum to {mass[worst]:.4f}.")
-        return problems
+        start, n = self._numbers("loss_start"), self._numbers("num_rewritten_tokens")
+        inputs, tops, logs, tails = (
+            self._lengths(name)
+            for name in ("input_ids", "topk_ids", "topk_logprobs", "tail_logprobs")
+        )
+        whole = (np.stack([start, n, inputs, tops, logs, tails])[:, rows] >= 0).all(axis=0)
+        self._say(
+            rows[~whole],
+            "scored or kept (ok), yet ids, counts or log-probabilities are missing.",
+        )
+        rows = rows[whole]
+        right = (inputs == start + n) & (n > 0)
+        for i in rows[~right[rows]]:
+            self._say(
+                i, f"{inputs[i]} input ids, expected loss_start {start[i]} + {n[i]} rewritten."
+            )
+        rows = rows[right[rows]]
+        right = (tops == n * k) & (logs == n * k) & (tails == n)
+        for i in rows[~right[rows]]:
+            self._say(
+                i,
+                f"expected {n[i]} x {k} log-probabilities and {n[i]} tails, found {tops[i]} ids,"
+                f" {logs[i]} log-probabilities and {tails[i]} tails.",
+            )
+        rows = rows[right[rows]]
+        if not len(rows):
+            return
+        input_ids = self._flat("input_ids", rows)
+        ends = np.cumsum(inputs[rows])
+        if prompts is not None:
+            first = ends - inputs[rows]
+            found = [_number(input_ids[f : f + s]) for f, s in zip(first, start[rows], strict=True)]
+            wrong = np.array(found, np.int64) != prompts[rows]
+            self._say(rows[wrong], "input_ids do not begin with the rollout's prompt.")
+        last = input_ids[ends - 1]
+        for i, end in zip(rows, last, strict=True):
+            if end != metadata["eos_token_id"]:
+                self._say(i, f"ends with id {end}, not the end token.")
+        context = self._lengths("teacher_prompt_ids") >= 0
+        self._say(
+            rows[context[rows] != (metadata["score_context"] == "rewrite")],
+            f"teacher_prompt_ids contradict {metadata['score_context']!r} scoring.",
+        )
+        of_input, of_token = np.repeat(rows, inputs[rows]), np.repeat(rows, n[rows])
+        ids = self._flat("topk_ids", rows).reshape(-1, k)
+        logprobs = self._flat("topk_logprobs", rows).reshape(-1, k).astype(np.float64)
+        tail = self._flat("tail_logprobs", rows).astype(np.float64)
+        strange = of_token[((ids < 0) | (ids >= vocab)).any(axis=1)]
+        strange = np.append(strange, of_input[(input_ids < 0) | (input_ids >= vocab)])
+        self._say(strange, f"ids outside the vocabulary of {vocab}.")
+        doubled = (np.diff(np.sort(ids, axis=1), axis=1) == 0).any(axis=1)
+        self._say(of_token[doubled], "an id stands twice in one token's top K.")
+        unsorted = (np.diff(logprobs, axis=1) > 0).any(axis=1)
+        self._say(of_token[unsorted], "log-probabilities are not sorted, most probable first.")
+        mass = np.exp(logprobs).sum(axis=1) + np.exp(tail)
+        error = np.where(np.isnan(mass), np.inf, np.abs(mass - 1))
+        for i in np.unique(of_token[error > _MASS_SLACK]):
+            mine = of_token == i
+            worst = int(error[mine].argmax())
+            self._say(i, f"probabilities and tail of token {worst} sum to {mass[mine][worst]:.4f}.")

@@ -9,7 +9,6 @@ stays inside a run of consecutive positions.
 
 import bisect
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from mpd_data.errors import ConfigError, DataError
 from mpd_data.schema import differences
-from mpd_data.shards import RoundDir, read_metadata
+from mpd_data.shards import RoundDir, read_all, read_metadata
 
 # Row groups shuffled and packed together: enough for good packing, few enough to hold.
 _WINDOW_GROUPS = 16
@@ -95,8 +95,7 @@ class ShardSet:
     def __init__(self, paths: list[Path]) -> None:
         self.files = [file for path in paths for file in _shards_of(path)]
         self.metadata = read_metadata(self.files[0])
-        for file in self.files[1:]:
-            found = read_metadata(file)
+        for file, found in zip(self.files, read_all(read_metadata, self.files), strict=True):
             unlike = differences(
                 {name: self.metadata.get(name) for name in _SAME},
                 {name: found.get(name) for name in _SAME},
@@ -111,7 +110,7 @@ class ShardSet:
                 f"{self.files[0]}: holds {self.metadata.get('stage')}, expected distill shards."
                 " Run mpd-gen rewrite on the round first."
             )
-        self.groups = [group for file in self.files for group in _groups_of(file)]
+        self.groups = [group for part in read_all(_groups_of, self.files) for group in part]
         self.num_rows = sum(int((g.num_loss_tokens > 0).sum()) for g in self.groups)
         if self.num_rows == 0:
             counts: dict[str, int] = {}
@@ -126,7 +125,11 @@ class ShardSet:
 
     def identity(self) -> list[str]:
         """What these shards are (their hashes), for a checkpoint that must resume on the same."""
-        return [_committed_hash(file) for file in self.files]
+        manifests = {
+            path: {shard.name: shard.sha256 for shard in RoundDir(path).manifest("distill")}
+            for path in {file.parent.parent for file in self.files}
+        }
+        return [_committed_hash(file, manifests[file.parent.parent]) for file in self.files]
 
     def lengths(self) -> list[int]:
         """Tokens of each kept row, prompt and rewrite."""
@@ -165,31 +168,38 @@ def _shards_of(path: Path) -> list[Path]:
     return files
 
 
-def _committed_hash(path: Path) -> str:
-    """sha256 of a shard, from its round's manifest."""
-    for shard in RoundDir(path.parent.parent).manifest("distill"):
-        if shard.name == path.name:
-            return shard.sha256
+def _committed_hash(path: Path, manifest: dict[str, str]) -> str:
+    """sha256 of a shard, from its round's manifest (name -> sha256)."""
+    if path.name in manifest:
+        return manifest[path.name]
     raise ConfigError(
         f"{path}: not in its round's manifest. Was it copied alone? Copy the whole round, or run"
         " mpd-gen rewrite on it, which indexes it."
     )
 
 
-def _groups_of(path: Path) -> Iterator[_Group]:
-    with pq.ParquetFile(path) as file:
-        for index in range(file.num_row_groups):
-            try:
-                table = file.read_row_group(
-                    index, columns=["prompt_id", "status", "loss_start", "num_rewritten_tokens"]
-                )
-            except (pa.ArrowInvalid, OSError) as error:
-                raise DataError(f"{path}, row group {index}: cannot be read ({error})") from error
-            kept = np.array([s == "ok" for s in table.column("status").to_pylist()])
-            loss = table.column("num_rewritten_tokens").fill_null(0).to_numpy().astype(np.int64)
-            start = table.column("loss_start").fill_null(0).to_numpy().astype(np.int64)
-            place = np.array([_place(i) for i in table.column("prompt_id").to_pylist()])
-            yield _Group(path, index, start + loss, np.where(kept, loss, 0), place)
+def _groups_of(path: Path) -> list[_Group]:
+    """The row groups of a shard. Raises DataError where it cannot be read."""
+    columns = ["prompt_id", "status", "loss_start", "num_rewritten_tokens"]
+    try:
+        with pq.ParquetFile(path) as file:
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            table = file.read(columns=columns, use_threads=False)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    kept = pc.equal(table["status"], "ok").to_numpy()
+    loss = table["num_rewritten_tokens"].fill_null(0).to_numpy().astype(np.int64)
+    num_tokens = table["loss_start"].fill_null(0).to_numpy() + loss
+    num_loss_tokens = np.where(kept, loss, 0)
+    # The samples of a prompt lie side by side, mostly: each prompt is hashed once a shard.
+    prompts = table["prompt_id"].combine_chunks().dictionary_encode()
+    places = np.array([_place(prompt) for prompt in prompts.dictionary.to_pylist()])
+    place = places[prompts.indices.to_numpy()]
+    ends = np.cumsum(sizes)
+    return [
+        _Group(path, index, num_tokens[rows], num_loss_tokens[rows], place[rows])
+        for index, rows in enumerate(map(slice, ends - sizes, ends))
+    ]
 
 
 def _place(prompt_id: str) -> float:

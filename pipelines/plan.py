@@ -9,6 +9,7 @@ there to learn from.
 import dataclasses
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ _SOURCE = {
 _KEEPING = ("num_candidates", "choose", "filters")
 
 
+# The rate that holds for a command.
+_RATE_OF = {"mpd-gen rollouts": "rollouts", "mpd-gen rewrite": "rewrite", "mpd-train": "train"}
+
+
 @dataclass(frozen=True)
 class Ahead:
     """What a round that is not there yet hands from one stage to the next, in tokens: the longest
@@ -92,21 +97,38 @@ class PipelinePlan:
         return {"out": str(self.out), "steps": steps, "total": total, "notes": self.notes}
 
 
-def plan_pipeline(pipeline: Pipeline, out: Path) -> PipelinePlan:
-    """Plans what is not finished of `pipeline` in `out`, and checks all of it. Raises what a stage
-    would raise before it starts its engine."""
+def plan_pipeline(
+    pipeline: Pipeline, out: Path, rates: Mapping[str, float] | None = None
+) -> PipelinePlan:
+    """Plans what is not finished of `pipeline` in `out`, and checks all of it. `rates`: tokens per
+    second of a stage (rollouts, rewrite, train), where they are not to be the recorded ones. Raises
+    what a stage would raise before it starts its engine."""
     planner = _Planner(pipeline, out)
     result = PipelinePlan(out)
     planner.evaluate(result, 0)
     for round_ in range(1, pipeline.rounds + 1):
         planner.train(result, round_)
         planner.evaluate(result, round_)
+    result.steps = [
+        (label, None if plan is None else _at_rate(plan, rates or {}))
+        for label, plan in result.steps
+    ]
     needed = sum(plan.disk_bytes or 0 for _, plan in result.steps if plan is not None)
     if needed > (free := free_bytes(out)):
         result.notes.append(
             f"{out}: {size_text(free)} of disk are free, all steps may take {size_text(needed)}."
         )
     return result
+
+
+def _at_rate(plan: StagePlan, rates: Mapping[str, float]) -> StagePlan:
+    """`plan` with the time that its tokens take at a given rate, where one is given."""
+    rate = rates.get(_RATE_OF[plan.command])
+    tokens = plan.tokens_at_most if plan.tokens_expected is None else plan.tokens_expected
+    if rate is None or tokens is None:
+        return plan
+    device = f"{rate:,.0f} tokens/s, given"
+    return dataclasses.replace(plan, seconds=round(tokens / rate, 1), device=device)
 
 
 class _Planner:

@@ -80,6 +80,7 @@ TESTS = {
             "mpd-gen plan": "PIPELINE --out",
             "mpd-rounds": "PIPELINE --out",
         },
+        "test_a_pipeline_is_planned_at_given_rates": {"mpd-gen plan": "--rate"},
         "test_a_pipeline_is_planned_with_changed_settings": {"mpd-gen plan": "--set --json"},
         "test_a_training_is_planned": {"mpd-train": "--dry-run --json"},
         "test_the_qwen3_pipeline_is_sound_in_every_stage": {"mpd-rounds": "--dry-run --json"},

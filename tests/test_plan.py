@@ -401,6 +401,34 @@ def test_a_pipeline_is_planned_with_changed_settings(pocket, tmp_path):
     assert plans["round 1: rollouts"]["rows"] == 20
 
 
+def test_a_pipeline_is_planned_at_given_rates(pocket, round_dir, tmp_path):
+    """A rate gives the time of its stage, a bound where the tokens are one, and goes before the
+    speed that is recorded."""
+    new = ["mpd-gen", "plan", pocket, "--out", tmp_path / "o", "--set", "rounds=1"]
+    rates = {"rollouts": 1000, "rewrite": 500, "train": 2000}
+    given = [x for stage, rate in rates.items() for x in ("--rate", f"{stage}={rate}")]
+    plans = {x["label"]: x["plan"] for x in json.loads(run(*new, *given, "--json").stdout)["steps"]}
+    for label, plan in plans.items():
+        rate = rates.get(label.rpartition(" ")[2], rates["rollouts"])
+        assert plan["tokens_expected"] is None
+        assert plan["seconds"] == pytest.approx(plan["tokens_at_most"] / rate, abs=0.1), label
+    (line,) = [x for x in run(*new, *given).stderr.splitlines() if "round 1: rewrite" in x]
+    assert re.search(r"at most \d+ min \d+ s \(500 tokens/s, given\)", line)
+    (line,) = [x for x in run(*new, *given).stderr.splitlines() if x.startswith("total")]
+    assert len(re.findall("at most", line)) == 3
+    partly = run(*new, "--rate", "rewrite=500").stderr
+    assert "not known" in partly
+    for wrong in ("rewrites=500", "rewrite", "rewrite=fast", "rewrite=0", "rewrite=inf"):
+        assert "tokens per second" in run(*new, "--rate", wrong, code=2).stderr
+
+    shutil.copytree(round_dir, tmp_path / "p" / "data" / "round9")
+    known = ["mpd-gen", "plan", pocket, "--out", tmp_path / "p", "--rate", "rollouts=7", "--json"]
+    plans = {x["label"]: x["plan"] for x in json.loads(run(*known).stdout)["steps"]}
+    plan = plans["round 1: rollouts"]
+    assert plan["seconds"] == pytest.approx(plan["tokens_expected"] / 7, abs=0.1)
+    assert plans["round 1: rewrite"]["device"].startswith("cpu")
+
+
 QWEN_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",

@@ -1,0 +1,108 @@
+"""Sets of row keys that take 16 bytes a key: ten million are 160 MB, not 1.5 GB of strings.
+
+A key is 32 hex digits (schema.content_key), so 16 bytes; they lie sorted in one numpy array, and
+looking one up is a search by halves.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence, Set
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+_DIGITS = 32
+# The value of each hex digit as schema.content_key writes it, 16 for every other byte.
+_VALUES = np.full(256, 16, np.uint8)
+_VALUES[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
+
+Packed = npt.NDArray[np.bytes_]
+
+
+def pack(column: pa.ChunkedArray | pa.Array) -> Packed:
+    """16 bytes for each key of a string column [n]; S16 [n], in its order.
+
+    Raises ValueError naming the first that is not 32 hex digits (lower case) or is null.
+    """
+    column = column.cast(pa.string())
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    return np.concatenate([np.empty(0, "S16"), *map(_pack_chunk, chunks)])
+
+
+def _pack_chunk(chunk: pa.StringArray) -> Packed:
+    if len(chunk) == 0:
+        return np.empty(0, "S16")
+    if chunk.null_count == 0:
+        _, offsets, text = chunk.buffers()
+        ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        if (np.diff(ends) == _DIGITS).all():
+            values = _VALUES[np.frombuffer(text, np.uint8)[ends[0] : ends[-1]]]
+            if values.max() < 16:
+                return (values[::2] << 4 | values[1::2]).view("S16")
+    wrong = next(key for key in chunk.to_pylist() if not _is_key(key))
+    raise ValueError(f"{wrong!r} is not a row key: expected {_DIGITS} hex digits")
+
+
+def _is_key(key: object) -> bool:
+    return isinstance(key, str) and len(key) == _DIGITS and not key.strip("0123456789abcdef")
+
+
+class KeySet(Set[str]):
+    """A set of row keys that never changes. Beside what sets can do, `holds` looks many up at
+    once, and `-` of two such sets makes no Python object for each key."""
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        """Raises ValueError for what is no key."""
+        self._keys: Packed = np.unique(pack(pa.array(list(keys), pa.string())))
+
+    @classmethod
+    def of(cls, parts: Sequence[Packed]) -> "KeySet":
+        """The keys of all `parts`, as `pack` gives them; one that stands there twice is one."""
+        keys = np.concatenate([np.empty(0, "S16"), *parts])
+        keys.sort()
+        new = np.ones(len(keys), bool)
+        np.not_equal(keys[1:], keys[:-1], out=new[1:])
+        found = cls()
+        found._keys = keys if new.all() else keys[new]
+        return found
+
+    def holds(self, keys: Packed) -> npt.NDArray[np.bool_]:
+        """Which of `keys` [n] are here; bool [n]."""
+        if not len(self._keys):
+            return np.zeros(len(keys), bool)
+        at = np.searchsorted(self._keys, keys)
+        found: npt.NDArray[np.bool_] = self._keys[np.minimum(at, len(self._keys) - 1)] == keys
+        return found
+
+    def __contains__(self, key: object) -> bool:
+        if not _is_key(key):
+            return False
+        # As numpy gives them back, without the zeros at the end.
+        raw = bytes.fromhex(str(key)).rstrip(b"\0")
+        at = self._keys.searchsorted(raw)
+        return bool(at < len(self._keys) and self._keys[at] == raw)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[str]:
+        return (raw.ljust(16, b"\0").hex() for raw in self._keys)
+
+    def __sub__(self, other: Set[Any]) -> "KeySet":
+        rest = KeySet()
+        known = other if isinstance(other, KeySet) else KeySet(filter(_is_key, other))
+        rest._keys = self._keys[~known.holds(self._keys)]
+        return rest
+
+    def __repr__(self) -> str:
+        return f"KeySet of {len(self):,} keys"
+
+
+def twice(parts: Sequence[Packed]) -> list[tuple[int, int]]:
+    """Where keys stand that stood before: (part, index in it), in order. The memory of a sort."""
+    keys = np.concatenate([np.empty(0, "S16"), *parts])
+    order = np.argsort(keys, kind="stable")
+    again = np.sort(order[1:][keys[order[1:]] == keys[order[:-1]]])
+    ends = np.cumsum([len(part) for part in parts])
+    of = np.searchsorted(ends, again, side="right")
+    return [(int(p), int(i - (ends[p] - len(parts[p])))) for p, i in zip(of, again, strict=True)]

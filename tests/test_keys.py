@@ -1,0 +1,128 @@
+"""Compact sets of row keys against Python's own; a restart holds no object for each row."""
+
+import json
+import random
+import tracemalloc
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mpd_data.errors import DataError
+from mpd_data.keys import KeySet, pack, twice
+from mpd_data.schema import SCHEMA_VERSION, SCHEMAS
+from mpd_data.shards import RoundDir
+
+
+def some_keys(rng, count):
+    """Random keys, and such as are alike at either end or have zero bytes at the end."""
+    keys = [f"{rng.getrandbits(128):032x}" for _ in range(count)]
+    keys += [f"{i:032x}" for i in range(count)]
+    keys += [f"{i << 96:032x}" for i in range(count)]
+    return keys
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("count", [0, 1, 3, 200])
+def test_it_is_the_set_that_python_makes(seed, count):
+    rng = random.Random(seed)
+    ours, theirs = some_keys(rng, count), some_keys(rng, count)
+    both = ours[::2] + theirs[::3]
+    rng.shuffle(both)
+    left, right = KeySet(ours), KeySet(both)
+    assert left == set(ours)
+    assert right == set(both)
+    assert len(left) == len(set(ours))
+    assert list(left) == sorted(set(ours))
+    assert left - right == set(ours) - set(both)
+    assert left - set(both) == set(ours) - set(both)
+    assert right - left == set(both) - set(ours)
+    assert [key in left for key in theirs] == [key in set(ours) for key in theirs]
+    packed = pack(pa.array(theirs, pa.string()))
+    assert left.holds(packed).tolist() == [key in set(ours) for key in theirs]
+    parts = [pack(pa.array(part, pa.string())) for part in (ours, both)]
+    assert KeySet.of(parts) == set(ours) | set(both)
+
+
+@pytest.mark.parametrize("other", ["", "a", "A" * 32, "g" * 32, "0" * 31, "0" * 33, "é" * 16, None])
+def test_what_is_no_key_is_in_no_set_and_not_packed(other):
+    keys = ["0" * 32, "a" * 32]
+    assert other not in KeySet(keys)
+    with pytest.raises(ValueError, match="is not a row key"):
+        pack(pa.array([*keys, other, keys[0]], pa.string()))
+
+
+def test_columns_are_packed_whatever_their_pieces():
+    keys = some_keys(random.Random(0), 10)
+    whole = pa.array(keys)
+    expected = pack(whole).tolist()
+    for column in (
+        pa.chunked_array([whole[:7], whole[7:7], whole[7:]]),
+        whole.cast(pa.large_string()),
+        whole.dictionary_encode(),
+        pa.array(["x", *keys])[1:],
+    ):
+        assert pack(column).tolist() == expected
+    assert [bytes.fromhex(key).rstrip(b"\0") for key in keys] == expected
+
+
+def test_what_stands_twice_is_found_where_it_stands_again():
+    parts = [["a", "b", "a"], [], ["c", "b"], ["d", "a"]]
+    packed = [pack(pa.array([32 * key for key in part], pa.string())) for part in parts]
+    assert twice(packed) == [(0, 2), (2, 1), (3, 1)]
+    assert twice([]) == twice(packed[1:2]) == []
+
+
+def write_errors(round_dir, shards):
+    """Shards of errors with these keys, as light as rows can be."""
+    folder = round_dir.folder("errors")
+    folder.mkdir(parents=True)
+    round_dir.staging.mkdir()
+    metadata = {"mpd": json.dumps({"schema_version": SCHEMA_VERSION, "stage": "errors"})}
+    for number, keys in enumerate(shards):
+        same = [""] * len(keys)
+        table = pa.table([keys, same, same, same], schema=SCHEMAS["errors"])
+        pq.write_table(
+            table.replace_schema_metadata(metadata), folder / f"part-{number:05d}.parquet"
+        )
+
+
+def test_a_doubled_key_is_named_with_its_file(tmp_path):
+    round_dir = RoundDir(tmp_path)
+    write_errors(round_dir, [["a" * 32, "b" * 32], ["c" * 32, "b" * 32], ["a" * 32]])
+    with pytest.raises(DataError, match=f"part-00001.parquet: row {'b' * 32} is in this round"):
+        round_dir.keys("errors")
+    with round_dir.lock(), pytest.raises(DataError, match="part-00001.parquet: row bbb"):
+        round_dir.recover("errors")
+
+
+def test_other_keys_are_refused_and_not_taken_for_torn(tmp_path):
+    round_dir = RoundDir(tmp_path)
+    write_errors(round_dir, [["a" * 32], ["mine"]])
+    with round_dir.lock(), pytest.raises(DataError, match="part-00001.*'mine' is not a row key"):
+        round_dir.recover("errors")
+    assert len(round_dir.shard_paths("errors")) == 2
+
+
+def test_a_restart_holds_no_object_for_each_row(tmp_path):
+    """Strings in a set take some 110 bytes a key; numbers here are those of numpy and Python,
+    Arrow's own memory is a shard at a time."""
+    count, shards = 300_000, 30
+    digits = np.random.default_rng(0).bytes(16 * count).hex()
+    keys = [digits[i : i + 32] for i in range(0, 32 * count, 32)]
+    round_dir = RoundDir(tmp_path)
+    write_errors(round_dir, [keys[i::shards] for i in range(shards)])
+    with round_dir.lock():
+        round_dir.recover("errors")  # indexes them, and imports what it needs
+        tracemalloc.start()
+        try:
+            found = round_dir.recover("errors")
+            owed = len(found - KeySet(keys[:10]))
+            held, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert owed == count - 10
+    assert keys[0] in found
+    assert held < 20 * count
+    assert peak < 64 * count
