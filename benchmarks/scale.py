@@ -93,7 +93,7 @@ class TableWriter(ShardWriter):
 
     def add_table(self, table: pa.Table) -> None:
         """Commits `table` as one shard."""
-        self._groups.append(table)
+        self._pending.append(self._thread.submit(self._write_table, table))
         self.commit()
 
 

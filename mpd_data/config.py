@@ -103,6 +103,11 @@ class EngineConfig(Strict):
             raise ValueError("nothing after ? or # in the URL; set MPD_API_KEY for a key")
         return url.rstrip("/").removesuffix("/v1")
 
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that one engine takes, where there are any."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
     def served(self, name: str) -> str | None:
         """What the server calls the model that is `name` here; None where this machine runs it."""
         return (self.served_model or name) if self.backend == "openai" else None

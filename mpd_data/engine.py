@@ -24,6 +24,7 @@ _THE_SERVERS = (
     "max_num_batched_tokens",
     "gpu_memory_utilization",
     "tensor_parallel_size",
+    "pipeline_parallel_size",
     "kv_cache_gib",
 )
 

@@ -212,7 +212,7 @@ def _take_results(job: Job, stop: Callable[[], None]) -> tuple[int, int]:
     engine = job.config.engine
     gpus = 0
     if engine.backend != "openai" and "GPU" in ray.cluster_resources():
-        gpus = engine.tensor_parallel_size
+        gpus = engine.num_gpus
     # Items, not a range: that is read by tasks, for which the actors leave no CPU.
     items = ray.data.from_items(list(range(job.blocks)), override_num_blocks=job.blocks)
     results = items.map_batches(

@@ -416,12 +416,19 @@ class RoundDir:
         def look(file: Path) -> tuple[Shard, Packed] | None:
             shard = known.get(file.name)
             try:
-                keys = _read_keys(file)
-                if shard is None or shard.bytes != file.stat().st_size:
+                column = _read_columns(file, ["row_id"])["row_id"]
+                is_indexed = shard is not None and shard.bytes == file.stat().st_size
+                if shard is None or not is_indexed:
                     shard = describe(file, stage)
             except DataError:
                 return None
-            return shard, keys
+            try:
+                return shard, _pack(file, "row_id", column)
+            except DataError:
+                # The manifest knows it, so it had keys once; else somebody else's file lies here.
+                if is_indexed:
+                    return None
+                raise
 
         found = Survey([], [], [], [])
         files = self.shard_paths(stage)

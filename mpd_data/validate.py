@@ -133,6 +133,7 @@ class _Prompts:
     def __init__(self) -> None:
         self._packed: list[Packed] = []
         self._numbers: list[npt.NDArray[np.int64]] = []
+        self._sorted: tuple[Packed, npt.NDArray[np.int64]] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._packed)
@@ -143,11 +144,11 @@ class _Prompts:
 
     def find(self, keys: Packed) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
         """Whether each rollout of `keys` [n] is here, and its number (any where it is not)."""
-        if len(self._packed) > 1:
+        if self._sorted is None:
             packed, numbers = np.concatenate(self._packed), np.concatenate(self._numbers)
             order = np.argsort(packed)
-            self._packed, self._numbers = [packed[order]], [numbers[order]]
-        packed, numbers = self._packed[0], self._numbers[0]
+            self._sorted = packed[order], numbers[order]
+        packed, numbers = self._sorted
         at = np.minimum(np.searchsorted(packed, keys), len(packed) - 1)
         return packed[at] == keys, numbers[at]
 

@@ -55,8 +55,8 @@ def _shares(workers: int, gpus_each: int) -> list[str | None]:
     if workers * gpus_each > len(devices):
         raise ConfigError(
             f"--workers {workers} with {gpus_each} GPU(s) each take {workers * gpus_each}, and"
-            f" there are {len(devices)} here ({', '.join(devices)}). Lower --workers or"
-            " --tensor-parallel-size."
+            f" there are {len(devices)} here ({', '.join(devices)}). Lower --workers,"
+            " --tensor-parallel-size or --pipeline-parallel-size."
         )
     return [",".join(devices[i * gpus_each : (i + 1) * gpus_each]) for i in range(workers)]
 
@@ -74,7 +74,7 @@ def run_workers(
     processes: list[subprocess.Popen[str]] = []
     printers: list[Thread] = []
     try:
-        shares = _shares(workers, config.engine.tensor_parallel_size)
+        shares = _shares(workers, config.engine.num_gpus)
         for i, devices in enumerate(shares):
             own = config.model_copy(
                 update={

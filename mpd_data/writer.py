@@ -243,13 +243,15 @@ class ShardWriter:
         if self._broken:
             return  # the error is on its way to the caller; these rows stay owed
         try:
-            if self._staged is None:
-                self._staged = self._stage_shard()
-            table = pa.Table.from_pylist(rows, schema=self._schema)
-            self._staged.parquet.write_table(table, row_group_size=ROWS_PER_GROUP)
+            self._write_table(pa.Table.from_pylist(rows, schema=self._schema))
         except BaseException:
             self._break()
             raise
+
+    def _write_table(self, table: pa.Table) -> None:
+        if self._staged is None:
+            self._staged = self._stage_shard()
+        self._staged.parquet.write_table(table, row_group_size=ROWS_PER_GROUP)
 
     def _stage_shard(self) -> _Staged:
         path = self._round.staging / f"{self._stage}-{os.getpid()}-{uuid.uuid4().hex}.parquet"

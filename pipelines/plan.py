@@ -47,12 +47,8 @@ _SOURCE = {
     "prompts", "prompt_column", "id_column", "answer_column", "metadata_columns", "duplicates",
     "checker", "answer_formats",
 }  # fmt: skip
-
-
 # What decides which share of rewrites is kept.
 _KEEPING = ("num_candidates", "choose", "filters")
-
-
 # The rate that holds for a command.
 _RATE_OF = {"mpd-gen rollouts": "rollouts", "mpd-gen rewrite": "rewrite", "mpd-train": "train"}
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -112,6 +113,20 @@ def round_dir(prompts, tmp_path_factory):
 def make_round(prompts, out):
     run("mpd-gen", *rollout_arguments(prompts, out), "--rows-per-shard", 100)
     run("mpd-gen", *rewrite_arguments(out), "--rows-per-shard", 100)
+
+
+def rows(round_dir, stage):
+    """All rows of a stage, in the order of their keys."""
+    return pl.read_parquet(round_dir / stage / "*.parquet").sort("row_id")
+
+
+def without_rewrites(round_dir, folder):
+    """A copy of a round that holds its rollouts alone."""
+    shutil.copytree(round_dir, folder, ignore=shutil.ignore_patterns("distill*", ".*"))
+    info = json.loads((folder / "run.json").read_text())
+    del info["stages"]["distill"]
+    (folder / "run.json").write_text(json.dumps(info))
+    return folder
 
 
 def edit_rows(round_dir, stage, change):

@@ -19,6 +19,7 @@ from conftest import (
     environment,
     rewrite_arguments,
     rollout_arguments,
+    rows,
     run,
     write_jsonl,
 )
@@ -30,10 +31,6 @@ from mpd_data.schema import DISTILL_SCHEMA, ROLLOUT_SCHEMA, STATUSES
 from mpd_data.shards import RoundDir, read_metadata
 from mpd_data.stats import plot_lengths, round_stats
 from mpd_data.validate import validate_round
-
-
-def rows(round_dir, stage):
-    return pl.read_parquet(round_dir / stage / "*.parquet").sort("row_id")
 
 
 def killed_and_resumed(arguments, out, stage, kills):

@@ -3,7 +3,6 @@
 import http.server
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +23,9 @@ from conftest import (
     invoke,
     rewrite_arguments,
     rollout_arguments,
+    rows,
     run,
+    without_rewrites,
 )
 
 from mpd_data.cli import cli
@@ -35,10 +36,6 @@ from mpd_data.models import resolve_model
 
 KEY = "sk-mpd-test-3f9c"
 SCORES = ("topk_ids", "topk_logprobs", "tail_logprobs")
-
-
-def rows(round_dir, stage):
-    return pl.read_parquet(round_dir / stage / "*.parquet").sort("row_id")
 
 
 def free_port():
@@ -97,14 +94,6 @@ def teacher(tmp_path_factory):
 
 def served(url, name="pocket"):
     return {"--engine": "openai", "--base-url": url, "--served-model": name, "--dtype": "auto"}
-
-
-def without_rewrites(round_dir, folder):
-    shutil.copytree(round_dir, folder, ignore=shutil.ignore_patterns("distill*", ".*"))
-    info = json.loads((folder / "run.json").read_text())
-    del info["stages"]["distill"]
-    (folder / "run.json").write_text(json.dumps(info))
-    return folder
 
 
 def test_rewrites_are_those_of_an_engine_here(round_dir, teacher, tmp_path, monkeypatch):

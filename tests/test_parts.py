@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import time
 from pathlib import Path
 
 import click
-import polars as pl
 import pytest
 from conftest import (
     ROOT,
@@ -21,7 +19,9 @@ from conftest import (
     invoke,
     rewrite_arguments,
     rollout_arguments,
+    rows,
     run,
+    without_rewrites,
     write_jsonl,
 )
 
@@ -34,21 +34,8 @@ from mpd_data.status import round_status
 from mpd_data.workers import _shares, slurm_part
 
 
-def rows(round_dir, stage):
-    return pl.read_parquet(round_dir / stage / "*.parquet").sort("row_id")
-
-
 def writers(folder):
     return {said["writer"]: said for said in round_status(folder)["writers"]}
-
-
-def without_rewrites(round_dir, folder):
-    """A copy of a round that holds its rollouts alone."""
-    shutil.copytree(round_dir, folder, ignore=shutil.ignore_patterns("distill*", ".*"))
-    info = json.loads((folder / "run.json").read_text())
-    del info["stages"]["distill"]
-    (folder / "run.json").write_text(json.dumps(info))
-    return folder
 
 
 def test_parts_are_disjoint_and_whole():

@@ -21,6 +21,7 @@ from conftest import (
     invoke,
     rewrite_arguments,
     rollout_arguments,
+    rows,
     run,
 )
 
@@ -62,10 +63,6 @@ def on_cluster(cluster, monkeypatch):
     """Commands that a test starts go to the cluster."""
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     return cluster
-
-
-def rows(round_dir, stage):
-    return pl.read_parquet(round_dir / stage / "*.parquet").sort("row_id")
 
 
 def start(*arguments):

@@ -11,7 +11,7 @@ import sys
 import polars as pl
 import pytest
 import torch
-from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, invoke, rewrite_arguments, write_jsonl
+from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, invoke, rewrite_arguments, rows, write_jsonl
 from hub import Hub
 from transformers import AutoModelForCausalLM
 
@@ -25,10 +25,6 @@ from mpd_data.rollouts import run_rollouts
 from mpd_data.shards import RoundDir, read_metadata
 
 ENGINE = {"dtype": "float32", "max_num_seqs": 16, "kv_cache_gib": 0.25}
-
-
-def rows(round_dir, stage):
-    return pl.read_parquet(round_dir / stage / "*.parquet").sort("row_id")
 
 
 def sampled(prompts, out, **changed):
