@@ -8,7 +8,7 @@ rollouts  the stage, shards and checks included, beside a bare `LLM.generate` ov
           batches, on the first requests of the list. All three sample with the same model; the
           stage and the bare engine give the same tokens, or the run ends.
 rewrite   the stage beside one `LLM.generate` of the rewrites and one that scores those it kept.
-memory    resident memory of one job after 2,000 and after 20,000 rows.
+memory    resident memory of `mpd-gen rollouts`, at 2,000 rows and at the end of 20,000.
 async     AsyncLLM, with the engine in a process of its own, beside the stage's step loop.
 
 Runs are interleaved in pairs after one that warms up; a ratio is the median of the pairs'. The
@@ -23,6 +23,7 @@ Prints Markdown tables for benchmarks/README.md.
 
 import argparse
 import asyncio
+import json
 import os
 import platform
 import shutil
@@ -37,7 +38,6 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -48,8 +48,9 @@ import polars as pl
 from mpd_data import rewrite, rollouts
 from mpd_data.config import EngineConfig, RewriteConfig, RolloutsConfig
 from mpd_data.engine import start_engine
+from mpd_data.locks import WHOLE
 from mpd_data.models import ModelFiles, resolve_model
-from mpd_data.progress import Progress
+from mpd_data.options import arguments
 from mpd_data.rewrite_plan import ROLLOUT_COLUMNS, rollout_metadata
 from mpd_data.rewrite_plan import prepare as prepare_rewrite
 from mpd_data.schema import seed_of
@@ -59,6 +60,8 @@ ROOT = Path(__file__).resolve().parents[1]
 POCKET = ROOT / "pipelines" / "pocket"
 ENGINE = EngineConfig(dtype="float32")
 STATIC_BATCH = 128
+# Short: what counts is the number of rows.
+MEMORY_TOKENS = 40
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,10 @@ def report(name: str, limit: str, pairs: list[tuple[Took, Took]], tokens: int) -
 
 @contextmanager
 def engine_kept(model: ModelFiles, max_logprobs: int) -> Iterator[Any]:
-    """An engine that the stages take in place of their own, and leave open."""
-    engine = start_engine(model, ENGINE, max_logprobs=max_logprobs)
-    close = engine.close
-    with (
-        mock.patch.object(engine, "close", lambda: None),
-        mock.patch.object(rollouts, "start_engine", lambda *_, **__: engine),
-        mock.patch.object(rewrite, "start_engine", lambda *_, **__: engine),
-    ):
-        yield engine
+    """An engine for one stage after another: they close what they are given, and it stays open."""
+    engine: Any = start_engine(model, ENGINE, max_logprobs=max_logprobs)
+    close, engine.close = engine.close, lambda: None
+    yield engine
     close()
 
 
@@ -171,7 +169,9 @@ def measure_rollouts(folder: Path, num_requests: int, num_pairs: int, use_async:
 
         def stage() -> Took:
             shutil.rmtree(out, ignore_errors=True)
-            took = timed(lambda: rollouts.run_rollouts(config))
+            took = timed(
+                lambda: rollouts.sample(rollouts.prepare_run(config), start=lambda *_, **__: engine)
+            )
             found = column(out, "rollouts", "completion_ids")
             assert not expected or found == expected, "the stage gave other tokens"
             expected.update(found)
@@ -316,7 +316,9 @@ def measure_rewrite(folder: Path, num_requests: int, num_pairs: int) -> None:
         def stage() -> Took:
             shutil.rmtree(out)
             shutil.copytree(drafts, out)
-            return timed(lambda: rewrite.run_rewrite(config))
+            return timed(
+                lambda: rewrite.distill(rewrite.prepare_run(config), start=lambda *_, **__: engine)
+            )
 
         stage()
         rows = pl.read_parquet(out / "distill" / "*.parquet")
@@ -355,29 +357,36 @@ def measure_rewrite(folder: Path, num_requests: int, num_pairs: int) -> None:
     report("rewrite", "two LLM.generate", pairs, rows["num_rewritten_tokens"].sum())
 
 
-class _Watched(Progress):
-    """Notes this process's resident memory at some numbers of rows."""
-
-    seen: dict[int, int] = {}  # noqa: RUF012  # of the one job
-
-    def update(self, tokens: int, truncated: int, in_flight: int) -> None:
-        super().update(tokens, truncated, in_flight)
-        if self._rows in (2_000, 20_000):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            (size,) = (line for line in lines if line.startswith("VmRSS"))
-            self.seen[self._rows] = int(size.split()[1])
+def resident(pid: int) -> float:
+    """MiB that a process holds in memory."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (size,) = (line for line in lines if line.startswith("VmRSS"))
+    return int(size.split()[1]) / 1024
 
 
 def measure_memory(folder: Path) -> None:
+    """Looks from outside at the command that a user types."""
     prompts = pocket_prompts(folder / "prompts", 5_000)
-    student = POCKET / "models" / "student"
-    short = {"max_tokens": 40}
-    config = rollouts_config(student, prompts, folder / "round", num_samples=4, sampling=short)
-    with mock.patch.object(rollouts, "Progress", _Watched):
-        rollouts.run_rollouts(config)
-    few, many = (_Watched.seen[rows] / 1024 for rows in (2_000, 20_000))
+    student, out = POCKET / "models" / "student", folder / "round"
+    config = rollouts_config(
+        student, prompts, out, num_samples=4, sampling={"max_tokens": MEMORY_TOKENS}
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mpd_data.cli", "rollouts", *arguments(config)],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    status = RoundDir(out).status_path("rollouts", WHOLE)
+    seen: list[tuple[int, float]] = []
+    while process.poll() is None:
+        time.sleep(0.2)
+        said = json.loads(status.read_text()) if status.exists() else {"rows": 0}
+        if said["rows"] >= 2_000 and said["state"] == "running":
+            seen.append((said["rows"], resident(process.pid)))
+    assert process.returncode == 0
+    (first, few), (last, many) = seen[0], seen[-1]
     print(
-        f"\n**resident memory {few:.0f} MiB after 2,000 rows, {many:.0f} MiB after 20,000:"
+        f"\n**resident memory {few:.0f} MiB after {first:,} rows, {many:.0f} MiB after {last:,}:"
         f" {many / few - 1:+.1%}**"
     )
 
@@ -388,23 +397,23 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=parts, default=parts[:3])
     parser.add_argument("--requests", type=int, default=1024, help="rollouts to sample")
     parser.add_argument("--pairs", type=int, default=5, help="interleaved pairs of runs")
-    arguments = parser.parse_args()
-    if len(arguments.parts) > 1:
+    asked = parser.parse_args()
+    if len(asked.parts) > 1:
         print(f"{cpu_name()}, {os.cpu_count()} cores, {date.today()}", flush=True)
-        sizes = ["--requests", str(arguments.requests), "--pairs", str(arguments.pairs)]
-        for part in arguments.parts:
+        sizes = ["--requests", str(asked.requests), "--pairs", str(asked.pairs)]
+        for part in asked.parts:
             # A process for each: none finds another's engine, or memory to be used again.
             subprocess.run([sys.executable, __file__, part, *sizes], check=True)
         return
-    (part,) = arguments.parts
+    (part,) = asked.parts
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if part == "rewrite":
-            measure_rewrite(folder, arguments.requests, arguments.pairs)
+            measure_rewrite(folder, asked.requests, asked.pairs)
         elif part == "memory":
             measure_memory(folder)
         else:
-            measure_rollouts(folder, arguments.requests, arguments.pairs, part == "async")
+            measure_rollouts(folder, asked.requests, asked.pairs, part == "async")
 
 
 def cpu_name() -> str:

@@ -48,6 +48,12 @@ class VLLMEngine:
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         on_cpu = not torch.cuda.is_available()
         _prepare_environment(on_cpu)
+        if on_cpu and config.pipeline_parallel_size > 1:
+            # It starts, and its second part dies at the first step (vLLM 0.32).
+            raise EngineError(
+                f"--pipeline-parallel-size {config.pipeline_parallel_size}: vLLM runs pipelines on"
+                " GPUs only. Leave it out here."
+            )
         if on_cpu:
             # The engine runs eagerly here; what would be compiled is one small function of
             # scoring, and the compiler takes a minute over it on a fresh machine.

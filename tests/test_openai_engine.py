@@ -28,6 +28,7 @@ from conftest import (
     without_rewrites,
 )
 
+from mpd_data import openai_engine
 from mpd_data.cli import cli
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engine import Completion, Refused, RequestError, start_engine
@@ -226,8 +227,8 @@ def test_a_server_without_vllms_additions_is_refused(choice, message):
 
 
 def test_a_server_that_dies_ends_the_job_and_the_rest_follows(prompts, tmp_path, monkeypatch):
-    """A connection that fails is tried again: a server that is back in time loses nothing. One that
-    stays away ends the job, with what was finished committed."""
+    """A connection that fails is tried again: a server that is back in time loses nothing. An
+    error of its own ends the job."""
     monkeypatch.setenv("MPD_API_KEY", KEY)
     log = tmp_path / "log"
     server = Server(STUDENT, log)
@@ -261,6 +262,30 @@ def test_a_server_that_dies_ends_the_job_and_the_rest_follows(prompts, tmp_path,
             broken.shutdown()
     finally:
         server.kill()
+
+
+def test_a_server_that_stays_away_ends_the_job(prompts, tmp_path, monkeypatch):
+    """With three seconds of patience in place of two minutes."""
+    monkeypatch.setenv("MPD_API_KEY", KEY)
+    monkeypatch.setattr(openai_engine, "_PATIENCE", 3.0)
+    out = tmp_path / "r"
+    server = Server(STUDENT, tmp_path / "log")
+
+    def end():
+        while len(list((out / "rollouts").glob("part-*.parquet"))) < 2:
+            time.sleep(0.01)
+        server.kill()
+
+    slow = served(server.url) | {"--max-num-seqs": 2}
+    arguments = [*rollout_arguments(prompts, out, **slow), "--rows-per-shard", 5]
+    try:
+        threading.Thread(target=end, daemon=True).start()
+        with pytest.raises(EngineError, match=r"tried for [23] s.*when the server is back"):
+            invoke(cli, *arguments)
+    finally:
+        server.kill()
+    assert 10 <= rows(out, "rollouts").height < 240
+    run("mpd-gen", "validate", out)
 
 
 def test_one_refused_request_hurts_no_other(teacher, tmp_path, monkeypatch):
@@ -304,6 +329,7 @@ def test_a_server_and_its_settings_go_together(prompts, tmp_path):
         {"--engine": "openai"},
         {"--base-url": "http://h:1"},
         {**served("http://h:1"), "--tensor-parallel-size": 2},
+        {**served("http://h:1"), "--pipeline-parallel-size": 2},
     ):
         with pytest.raises(ConfigError):
             invoke(cli, *rollout_arguments(prompts, tmp_path, **changed), "--dry-run")

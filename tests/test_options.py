@@ -154,7 +154,7 @@ TESTS = {
             "mpd-gen rollouts": "--tensor-parallel-size",
             "mpd-gen rewrite": "--tensor-parallel-size",
         },
-        "test_the_engine_splits_a_model_as_it_is_told": {
+        "test_a_pipeline_is_refused_on_a_cpu": {
             "mpd-gen rollouts": "--pipeline-parallel-size",
             "mpd-gen rewrite": "--pipeline-parallel-size",
         },

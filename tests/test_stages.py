@@ -511,16 +511,8 @@ def test_the_engine_shares_a_model_as_it_is_told(stage):
         stage(engine={**ENGINE, "tensor_parallel_size": 3})
 
 
-def test_the_engine_splits_a_model_as_it_is_told(stage, monkeypatch):
-    """What vLLM is asked for: it would start a process for each part."""
-    import vllm
-
-    class Refusing:
-        def __init__(self, *_, **settings):
-            raise ValueError(f"{settings['pipeline_parallel_size']} parts")
-
-    monkeypatch.setattr(vllm, "LLM", Refusing)
-    with pytest.raises(EngineError, match="3 parts"):
+def test_a_pipeline_is_refused_on_a_cpu(stage):
+    with pytest.raises(EngineError, match="pipeline-parallel-size 3: vLLM runs pipelines on GPUs"):
         stage(engine={**ENGINE, "pipeline_parallel_size": 3})
 
 
