@@ -158,7 +158,7 @@ class VLLMEngine:
             self._engine.add_request(request_id, rendered, params, lora_request=self._adapter)
         except (VLLMClientError, ValueError) as error:
             raise RequestError(str(error)) from error
-        except Exception as error:
+        except Exception as error:  # nor is this engine one to go on with
             raise _died(error) from error
         self._open[request_id] = (key, start, k)
 
