@@ -397,6 +397,18 @@ class RoundDir:
         """The shards under their final names, in order."""
         return sorted(self.folder(stage).glob("part-*.parquet"))
 
+    def unindexed(self, stage: Stage) -> list[Path]:
+        """The shards that the manifest does not know, or has of another size."""
+        sizes = {shard.name: shard.bytes for shard in self._saved(stage)}
+        return [p for p in self.shard_paths(stage) if sizes.get(p.name) != p.stat().st_size]
+
+    def _saved(self, stage: Stage) -> list[Shard]:
+        try:
+            return self.manifest(stage)
+        except DataError:
+            # The folder is the truth: an index that cannot be read is made anew.
+            return []
+
     def _whole_paths(self, stage: Stage) -> list[Path]:
         """`shard_paths`, also while others commit more."""
         # Without hard links a shard that is on its way has its name before its content.
@@ -406,12 +418,7 @@ class RoundDir:
     def survey(self, stage: Stage) -> Survey:
         """Looks at every shard by footer, size and key column, and changes nothing. A shard that
         the manifest does not know (a kill between link and append) is described by reading it."""
-        try:
-            saved = self.manifest(stage)
-        except DataError:
-            # The folder is the truth: an index that cannot be read is made anew.
-            saved = []
-        known = {shard.name: shard for shard in saved}
+        known = {shard.name: shard for shard in self._saved(stage)}
 
         def look(file: Path) -> tuple[Shard, Packed] | None:
             shard = known.get(file.name)
