@@ -394,18 +394,19 @@ def measure_memory(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parts = ["rollouts", "rewrite", "memory", "async"]
-    parser.add_argument("parts", nargs="*", choices=parts, default=parts[:3])
+    parser.add_argument("parts", nargs="*", choices=[*parts, []])
     parser.add_argument("--requests", type=int, default=1024, help="rollouts to sample")
     parser.add_argument("--pairs", type=int, default=5, help="interleaved pairs of runs")
     asked = parser.parse_args()
-    if len(asked.parts) > 1:
+    chosen = asked.parts or parts[:3]
+    if len(chosen) > 1:
         print(f"{cpu_name()}, {os.cpu_count()} cores, {date.today()}", flush=True)
         sizes = ["--requests", str(asked.requests), "--pairs", str(asked.pairs)]
-        for part in asked.parts:
+        for part in chosen:
             # A process for each: none finds another's engine, or memory to be used again.
             subprocess.run([sys.executable, __file__, part, *sizes], check=True)
         return
-    (part,) = asked.parts
+    (part,) = chosen
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if part == "rewrite":
