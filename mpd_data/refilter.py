@@ -17,8 +17,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from mpd_data.config import RewriteConfig
 from mpd_data.engine import (
     Engine,
@@ -45,6 +43,7 @@ from mpd_data.shards import (
     RoundDir,
     fsync_directory,
     is_whole,
+    open_shard,
     read_metadata,
     scratch_of,
     write_json_atomic,
@@ -293,7 +292,7 @@ def _groups(round_dir: RoundDir) -> Iterator[list[dict[str, Any]]]:
 
     def rows() -> Iterator[dict[str, Any]]:
         for path in round_dir.shard_paths("distill"):
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            with open_shard(path) as file:
                 for batch in file.iter_batches(ROWS_PER_GROUP):
                     light = batch.select(_LIGHT).to_pylist()
                     for index, row in enumerate(light):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mpd_data.errors import ConfigError, DataError
 from mpd_data.schema import differences
-from mpd_data.shards import RoundDir, read_all, read_metadata
+from mpd_data.shards import ROTTEN, RoundDir, open_shard, read_all, read_metadata
 
 # Row groups shuffled and packed together: enough for good packing, few enough to hold.
 _WINDOW_GROUPS = 16
@@ -146,9 +146,9 @@ class ShardSet:
                 "topk_ids", "topk_logprobs", "tail_logprobs",
             ]  # fmt: skip
             try:
-                with pq.ParquetFile(source.path, page_checksum_verification=True) as file:
+                with open_shard(source.path) as file:
                     table = file.read_row_group(source.index, columns=columns)
-            except (pa.ArrowInvalid, OSError) as error:
+            except ROTTEN as error:
                 raise DataError(
                     f"{source.path}, row group {source.index}: cannot be read ({error}). Check the"
                     " round with `mpd-gen validate`."
@@ -182,10 +182,10 @@ def _groups_of(path: Path) -> list[_Group]:
     """The row groups of a shard. Raises DataError where it cannot be read."""
     columns = ["prompt_id", "status", "loss_start", "num_rewritten_tokens"]
     try:
-        with pq.ParquetFile(path) as file:
+        with open_shard(path) as file:
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             table = file.read(columns=columns, use_threads=False)
-    except (pa.ArrowInvalid, OSError) as error:
+    except ROTTEN as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     kept = pc.equal(table["status"], "ok").to_numpy()
     loss = table["num_rewritten_tokens"].fill_null(0).to_numpy().astype(np.int64)
