@@ -116,17 +116,38 @@ def light(rollouts: pl.LazyFrame, folders: pl.Enum) -> pl.LazyFrame:
     return collect(rows).lazy()
 
 
-def _lengths(column: str) -> list[pl.Expr]:
-    tokens = pl.col(column)
+def of_lengths(rollouts: pl.LazyFrame) -> pl.DataFrame:
+    """`light` rollouts by folder, finish reason, correctness and `tokens`, shortest first, with the
+    number of `samples`: all that is to be said of lengths, in few rows."""
+    groups = rollouts.group_by(
+        "folder", "finish_reason", "is_correct", tokens=pl.col("num_completion_tokens")
+    )
+    return collect(groups.agg(pl.len().alias("samples"))).sort("tokens")
+
+
+def _mean_tokens(where: pl.Expr | None = None) -> pl.Expr:
+    """Over `of_lengths`; null where there is none."""
+    tokens, samples = pl.col("tokens"), pl.col("samples")
+    if where is not None:
+        tokens, samples = tokens.filter(where), samples.filter(where)
+    return pl.when(samples.len() > 0).then((tokens * samples).sum() / samples.sum())
+
+
+def _lengths() -> list[pl.Expr]:
+    """Over `of_lengths`: the quantiles are those of the samples, without interpolation."""
+    tokens, samples = pl.col("tokens"), pl.col("samples")
+    before = samples.cum_sum() - samples
     return [
-        tokens.mean().alias("mean_tokens"),
-        *(tokens.quantile(q, "nearest").alias(f"p{round(q * 100)}") for q in QUANTILES),
+        _mean_tokens().alias("mean_tokens"),
+        *(
+            tokens.filter(before <= (q * (samples.sum() - 1) + 0.5).floor())
+            .last()
+            .cast(pl.Float64)
+            .alias(f"p{round(q * 100)}")
+            for q in QUANTILES
+        ),
         tokens.max().alias("max"),
     ]
-
-
-def _tokens_where(correct: bool) -> pl.Expr:
-    return pl.col("num_completion_tokens").filter(pl.col("is_correct") == correct).mean()
 
 
 def of_prompts(rollouts: pl.LazyFrame) -> pl.DataFrame:
@@ -171,7 +192,7 @@ def pass_at(prompts: pl.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def trace_lengths(rollouts: pl.LazyFrame, p99: dict[str, int]) -> list[dict[str, Any]]:
+def trace_lengths(lengths: pl.DataFrame, p99: dict[str, int]) -> list[dict[str, Any]]:
     """Histograms of completion tokens, one row for each folder and bin: the samples of `from` up
     to, but without, `below` tokens (None: no bound). The bins are the same for all folders; `p99`
     holds the 99th percentile of each, in the order of the rows."""
@@ -183,12 +204,12 @@ def trace_lengths(rollouts: pl.LazyFrame, p99: dict[str, int]) -> list[dict[str,
         if longest // (size * 10**exponent) < BINS
     )
     last = longest // width
-    of_bin = (pl.col("num_completion_tokens") // width).clip(upper_bound=last).alias("bin")
+    of_bin = (pl.col("tokens") // width).clip(upper_bound=last).alias("bin")
     counts = {
         (folder, index): samples
-        for folder, index, samples in collect(
-            rollouts.group_by("folder", of_bin).agg(pl.len())
-        ).iter_rows()
+        for folder, index, samples in lengths.group_by("folder", of_bin)
+        .agg(pl.col("samples").sum())
+        .iter_rows()
     }
     rows: list[dict[str, Any]] = []
     for folder in p99:
@@ -232,8 +253,7 @@ def round_stats(rounds: list[Path], by: str | None = None) -> dict[str, list[dic
         truncated = (pl.col("finish_reason") == "length").mean().alias("truncated")
         finished = pl.col("finish_reason") == "stop"
         no_answer = pl.col("lacks_answer").filter(finished).mean().alias("no_answer")
-        # One pass over the rows for two tables.
-        lengths = _lengths("num_completion_tokens")
+        lengths = of_lengths(rollouts)
         by_folder = collect(
             rollouts.group_by("folder").agg(
                 pl.col("round").first(),
@@ -241,33 +261,34 @@ def round_stats(rounds: list[Path], by: str | None = None) -> dict[str, list[dic
                 pl.col("is_correct").mean().alias("accuracy"),
                 truncated,
                 no_answer,
-                *lengths,
                 pl.col("check_failed").mean(),
                 pl.col("repetition").mean().alias("repetition"),
                 (1000 * pl.col("markers").mean() / pl.col("num_completion_tokens").mean()).alias(
                     "markers_per_1k"
                 ),
-                _tokens_where(True).alias("right_tokens"),
-                _tokens_where(False).alias("wrong_tokens"),
             )
         ).sort("round", "folder")
-        by_folder = by_folder.join(
-            prompts.group_by("folder").len("prompts"), on="folder", maintain_order="left"
+        of_folder = lengths.group_by("folder").agg(
+            *_lengths(),
+            _mean_tokens(pl.col("is_correct")).alias("right_tokens"),
+            _mean_tokens(~pl.col("is_correct")).alias("wrong_tokens"),
         )
+        for more in (prompts.group_by("folder").len("prompts"), of_folder):
+            by_folder = by_folder.join(more, on="folder", maintain_order="left")
         first = ["folder", "round"]
         behaviour = by_folder.select(*first, *BEHAVIOUR)
         by_folder = by_folder.select(*first, "prompts", pl.exclude(*first, "prompts", *BEHAVIOUR))
         by_outcome = (
-            rollouts.group_by("folder", "finish_reason", "is_correct")
-            .agg(pl.len().alias("samples"), *lengths)
+            lengths.group_by("folder", "finish_reason", "is_correct")
+            .agg(pl.col("samples").sum(), *_lengths())
             .sort("folder", "finish_reason", "is_correct")
         )
         tables["rollouts"] = by_folder.to_dicts()
         tables["trace_lengths"] = trace_lengths(
-            rollouts, {row["folder"]: int(row["p99"]) for row in tables["rollouts"]}
+            lengths, {row["folder"]: int(row["p99"]) for row in tables["rollouts"]}
         )
         tables["behaviour"] = behaviour.to_dicts()
-        tables["rollouts_by"] = collect(by_outcome).to_dicts()
+        tables["rollouts_by"] = by_outcome.to_dicts()
         if passes := pass_at(prompts):
             tables["pass_at_k"] = passes
         if by is not None:
@@ -307,7 +328,7 @@ def round_stats(rounds: list[Path], by: str | None = None) -> dict[str, list[dic
                 pl.col("compression_ratio").quantile(0.5, "nearest").alias("median_ratio"),
             )
             .with_columns((pl.col("rows") / pl.col("rows").sum().over("folder")).alias("share"))
-            .sort("folder", "rows", descending=[False, True])
+            .sort("folder", "rows", "status", descending=[False, True, False])
         )
         tables["rewrites"] = collect(by_status).to_dicts()
     return tables

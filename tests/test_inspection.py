@@ -43,6 +43,35 @@ def longer(round_dir, tmp_path_factory):
     return folder
 
 
+def test_lengths_are_those_of_the_samples(round_dir, longer):
+    """Of counts of equal lengths the tables are made; here each sample is looked at."""
+    tables = round_stats([round_dir, longer])
+    for folder in (round_dir, longer):
+        frame = pl.read_parquet(folder / "rollouts" / "*.parquet")
+        (found,) = [row for row in tables["rollouts"] if row["folder"] == str(folder)]
+        (behaviour,) = [row for row in tables["behaviour"] if row["folder"] == str(folder)]
+        parts = {
+            (row["finish_reason"], row["is_correct"]): row
+            for row in tables["rollouts_by"]
+            if row["folder"] == str(folder)
+        }
+        for key, part in frame.group_by("finish_reason", "is_correct"):
+            same_lengths(parts.pop(key), part["num_completion_tokens"])
+        assert not parts
+        same_lengths(found, frame["num_completion_tokens"])
+        for name, right in (("right_tokens", True), ("wrong_tokens", False)):
+            tokens = frame.filter(pl.col("is_correct") == right)["num_completion_tokens"]
+            assert behaviour[name] == pytest.approx(tokens.mean())
+
+
+def same_lengths(found, tokens):
+    assert found["samples"] == len(tokens)
+    assert found["mean_tokens"] == pytest.approx(tokens.mean())
+    assert found["max"] == tokens.max()
+    for q in (0.1, 0.5, 0.9, 0.99):
+        assert found[f"p{round(100 * q)}"] == tokens.quantile(q, "nearest"), q
+
+
 def test_histograms_count_the_rows_in_the_same_bins(round_dir, longer):
     tables = json.loads(run("mpd-gen", "stats", round_dir, longer, "--json").stdout)
     edges = []
