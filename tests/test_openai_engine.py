@@ -280,7 +280,7 @@ def test_a_server_that_stays_away_ends_the_job(prompts, tmp_path, monkeypatch):
     arguments = [*rollout_arguments(prompts, out, **slow), "--rows-per-shard", 5]
     try:
         threading.Thread(target=end, daemon=True).start()
-        with pytest.raises(EngineError, match=r"tried for [23] s.*when the server is back"):
+        with pytest.raises(EngineError, match=r"tried for \d s.*when the server is back"):
             invoke(cli, *arguments)
     finally:
         server.kill()
