@@ -26,7 +26,8 @@ def config(round_dir, student, out, **changed):
         "pack_length": 600,
         "save_steps": 4,
         "dtype": "float32",
-        "epochs": 2,
+        # Many more than it will see.
+        "epochs": 10,
         # So high that validation soon gets worse.
         "optimizer": {"learning_rate": 2e-2, "lr_schedule": "constant"},
         "validation": {
@@ -90,7 +91,7 @@ def test_stops_and_exports_the_best(stopped, round_dir):
     best = values.index(min(values))
     assert len(values) - 1 - best == 2
     shards = ShardSet([round_dir])
-    packs, held_out = split_packs(shards, 600, 0, 2, 0.25)
+    packs, held_out = split_packs(shards, 600, 0, 10, 0.25)
     assert len(steps) < len(packs)
     student = CausalLM(
         resolve_model(str(stopped / "model")), torch.device("cpu"), torch.float32, False
