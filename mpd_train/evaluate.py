@@ -23,9 +23,6 @@ def pack_loss(
         # The residual stream is float32; the head product takes the short type, as others do.
         states = states.to(torch.get_autocast_dtype(states.device.type))
     head = student.head(vocab_size)
-    if not torch.is_grad_enabled():
-        # The fused loss makes its gradients in the forward pass, for whatever asks for them.
-        head = head.detach()
     divergence = Divergence(loss.divergence, loss.beta, loss.alpha)
     labels = batch.labels if loss.ce_weight > 0 else None
     if teacher is None:

@@ -3,7 +3,7 @@
 from mpd_train.kl import Divergence, dense_kl, sparse_kl
 """
 
-from mpd_train.kl.chunked import KLOutput, dense_kl, sparse_kl
 from mpd_train.kl.divergence import NAMES, Divergence
+from mpd_train.kl.losses import Backend, KLOutput, LowRankHead, dense_kl, sparse_kl
 
-__all__ = ["NAMES", "Divergence", "KLOutput", "dense_kl", "sparse_kl"]
+__all__ = ["NAMES", "Backend", "Divergence", "KLOutput", "LowRankHead", "dense_kl", "sparse_kl"]

@@ -9,6 +9,9 @@ over B outcomes ("buckets": vocabulary entries, or the top K and one tail).
     skew_kl           KL(p | m),  m = a p + (1-a) q
     skew_reverse_kl   KL(q | m),  m = (1-a) p + a q
 
+Where the teacher excludes what the student does not (p = 0 < q), reverse_kl is infinite and has no
+gradient: it takes log p for at least LOG_FLOOR.
+
 jsd as in GKD (arXiv:2306.13649), the skewed ones as in DistiLLM (arXiv:2402.03898).
 """
 
@@ -21,6 +24,8 @@ from torch import Tensor
 
 Name = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
 NAMES: tuple[Name, ...] = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl")
+
+LOG_FLOOR = -100.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class Divergence:
         if self.name.startswith("skew") and not 0 < self.alpha < 1:
             raise ValueError(f"{self.name} needs 0 < alpha < 1, found {self.alpha}")
 
+    @property
+    def parameter(self) -> float:
+        """`beta` for jsd, else `alpha`."""
+        return self.beta if self.name == "jsd" else self.alpha
+
     def value_and_score(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """For log_p, log_q [n, B]: the divergence F [n] and the score s [n, B], s_b = q_b g_b
         with g = dF/dq up to a constant per row, which `logit_gradient` does not see.
@@ -51,6 +61,7 @@ class Divergence:
         if self.name == "forward_kl":
             return _kl(log_p, log_q), -p
         if self.name == "reverse_kl":
+            log_p = log_p.clamp(min=LOG_FLOOR)
             return _kl(log_q, log_p), _times(q, log_q - log_p)
         if self.name == "jsd":
             b = self.beta
@@ -60,7 +71,7 @@ class Divergence:
         a = self.alpha
         if self.name == "skew_kl":
             log_m = torch.logaddexp(log_p + math.log(a), log_q + math.log1p(-a))
-            score = -(1 - a) * torch.exp(log_p + log_q - log_m)
+            score = (a - 1) * _times(p, torch.exp(log_q - log_m))
             return _kl(log_p, log_m), score
         log_m = torch.logaddexp(log_p + math.log1p(-a), log_q + math.log(a))
         share = _share(log_p - log_q, (1 - a) / a)
@@ -83,9 +94,10 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
     Equal to sum p log(p / q) because p and q both sum to 1, but no term is negative and the
     rounding of the two normalisations does not enter to first order: for distributions that
-    nearly agree the plain sum is mostly that rounding.
+    nearly agree the plain sum is mostly that rounding. An outcome that neither knows (a padded
+    bucket) adds nothing.
     """
-    d = log_q - log_p
+    d = torch.where(log_q == log_p, 0.0, log_q - log_p)
     p = log_p.exp()
     near = p * (torch.expm1(d) - d)
     far = log_q.exp() - p - _times(p, d)

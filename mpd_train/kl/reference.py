@@ -1,86 +1,102 @@
 """The losses as plain as they can be written, in float64 with autograd: what tests compare to.
 
-Holds tokens x vocabulary; never used in training.
+Holds tokens x vocabulary; for tests and for looking into a single batch.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-from mpd_train.kl.divergence import Divergence
+from mpd_train.kl.divergence import LOG_FLOOR, Divergence
+from mpd_train.kl.fused import FOUND, Dense, Heads, TopK
+from mpd_train.kl.objective import Objective
+
+
+def loss(
+    heads: Heads,
+    teacher: TopK | Dense,
+    labels: Tensor | None,
+    factors: Tensor,
+    objective: Objective,
+) -> tuple[Tensor, Tensor]:
+    """As `fused.loss`, in float64 whatever the inputs."""
+    rows = factors.nonzero().squeeze(1)
+    factors, n = factors.double()[rows], len(factors)
+    z = heads.hidden[rows].double() @ heads.weight.double().T
+    if heads.bias is not None:
+        z = z + heads.bias.double()
+    if heads.low_hidden is not None and heads.low_weight is not None:
+        z = z + heads.low_hidden[rows].double() @ heads.low_weight.double().T
+    q = whole = (z / objective.temperature).softmax(-1)
+    if isinstance(teacher, TopK):
+        p, q = _buckets(teacher.take(rows), q)
+        teacher_best = teacher.ids[rows].long().gather(1, p[:, :-1].argmax(1, keepdim=True))[:, 0]
+        topk_mass = q[:, :-1].sum(1)
+    else:
+        t = teacher.hidden[rows].double() @ teacher.weight.double().T
+        if teacher.bias is not None:
+            t = t + teacher.bias.double()
+        p = (t / objective.temperature).softmax(-1)
+        teacher_best = p.argmax(1)
+        topk_mass = torch.ones_like(p[:, 0])
+    value = divergence_of(objective.divergence, p, q)
+    clipped = value if objective.clip is None else value.clamp(max=objective.clip)
+    losses = (1 - objective.ce_weight) * objective.temperature**2 * clipped
+    cross_entropy = torch.zeros_like(value)
+    if labels is not None:
+        cross_entropy = torch.nn.functional.cross_entropy(z, labels[rows], reduction="none")
+        losses = losses + objective.ce_weight * cross_entropy
+    columns = [
+        value,
+        cross_entropy,
+        entropy(whole),
+        entropy(p),
+        topk_mass,
+        (z.argmax(1) == teacher_best).double(),
+    ]
+    found = torch.zeros((n, FOUND), dtype=torch.float64, device=z.device)
+    found[rows] = torch.stack(columns, 1).detach()
+    return (losses * factors).sum(), found
+
+
+def _buckets(teacher: TopK, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities [n, K + 1] of teacher and student: the K ids (0 for those of -1), the rest."""
+    vocab_size = q.shape[1]
+    valid = teacher.ids >= 0
+    ids = teacher.ids.long().clamp(min=0)
+    p = torch.where(valid, teacher.logprobs.double().exp(), 0.0)
+    inside = torch.zeros_like(q).scatter_add(1, ids, valid.double()) > 0
+    q_tail = q.masked_fill(inside, 0.0).sum(1, keepdim=True)
+    p_tail = teacher.tail.double().exp()[:, None]
+    p_tail = p_tail.masked_fill(valid.sum(1, keepdim=True) == vocab_size, 0.0)
+    p = torch.cat([p, p_tail], 1)
+    q = torch.cat([torch.where(valid, q.gather(1, ids), 0.0), q_tail], 1)
+    return p / p.sum(1, keepdim=True), q
+
+
+def entropy(p: Tensor) -> Tensor:
+    """[n, B] -> [n], nats."""
+    terms: Tensor = torch.special.entr(p)
+    return terms.sum(-1)
 
 
 def divergence_of(divergence: Divergence, p: Tensor, q: Tensor) -> Tensor:
     """F [n] of probabilities p, q [n, B], straight from the definitions."""
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(a > 0, a * (a / b).log(), 0.0).sum(-1)
+        # Outcomes without probability add nothing; a 1 in their place keeps autograd from NaN.
+        some = a > 0
+        ratio = torch.where(some, a, 1.0) / torch.where(some, b, 1.0)
+        return torch.where(some, a * ratio.log(), 0.0).sum(-1)
 
     if divergence.name == "forward_kl":
         return kl(p, q)
     if divergence.name == "reverse_kl":
-        return kl(q, p)
+        return kl(q, p.clamp(min=math.exp(LOG_FLOOR)))
     if divergence.name == "jsd":
         m = divergence.beta * p + (1 - divergence.beta) * q
         return divergence.beta * kl(p, m) + (1 - divergence.beta) * kl(q, m)
     if divergence.name == "skew_kl":
         return kl(p, divergence.alpha * p + (1 - divergence.alpha) * q)
     return kl(q, (1 - divergence.alpha) * p + divergence.alpha * q)
-
-
-def dense_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    divergence: Divergence,
-    weights: Tensor,
-    normalizer: float,
-    divergence_clip: float | None = None,
-    labels: Tensor | None = None,
-    ce_weight: float = 0.0,
-) -> Tensor:
-    """The scalar loss of `dense_kl` on float64 inputs."""
-    p = (teacher_hidden @ teacher_weight.T).softmax(-1)
-    q = (hidden @ weight.T).softmax(-1)
-    value = _mixed(divergence_of(divergence, p, q), q, divergence_clip, labels, ce_weight)
-    return (value * weights).sum() / normalizer
-
-
-def sparse_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    topk_ids: Tensor,
-    topk_logprobs: Tensor,
-    tail_logprobs: Tensor,
-    divergence: Divergence,
-    weights: Tensor,
-    normalizer: float,
-    divergence_clip: float | None = None,
-    labels: Tensor | None = None,
-    ce_weight: float = 0.0,
-) -> Tensor:
-    """The scalar loss of `sparse_kl` on float64 inputs."""
-    q = whole = (hidden @ weight.T).softmax(-1)
-    q_top = q.gather(1, topk_ids)
-    p = topk_logprobs.exp()
-    if topk_ids.shape[1] < weight.shape[0]:
-        inside = torch.zeros_like(q, dtype=torch.bool).scatter(1, topk_ids, True)
-        q_tail = q.masked_fill(inside, 0.0).sum(1, keepdim=True)
-        q = torch.cat([q_top, q_tail], 1)
-        p = torch.cat([p, tail_logprobs.exp()[:, None]], 1)
-    else:
-        q = q_top
-    value = divergence_of(divergence, p / p.sum(1, keepdim=True), q)
-    value = _mixed(value, whole, divergence_clip, labels, ce_weight)
-    return (value * weights).sum() / normalizer
-
-
-def _mixed(
-    value: Tensor, q: Tensor, clip: float | None, labels: Tensor | None, ce_weight: float
-) -> Tensor:
-    """(1 - ce_weight) min(F, clip) + ce_weight (-log q[label]), [n]."""
-    if clip is not None:
-        value = value.clamp(max=clip)
-    if labels is None:
-        return value
-    return (1 - ce_weight) * value - ce_weight * q.gather(1, labels[:, None])[:, 0].log()

@@ -1,0 +1,440 @@
+"""The losses straight from hidden states: head product, softmax, divergence and its gradient in
+one pass, some rows at a time, so that tokens x vocabulary never exists.
+
+Gradients are made while a chunk's logits are there, in the forward pass, and scaled in the
+backward pass: no vocabulary product is done twice, which on any device costs more than the
+memory traffic that it saves. Two sizes of chunk: matrix products want many rows (adding to the
+head's gradient moves all of it, for each product), float32 logits want few.
+
+Registered as one custom operator, `mpd::linear_kl`, so that torch.compile and FLOP counters see it.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from mpd_train.kl.divergence import Divergence, Name
+from mpd_train.kl.objective import Objective
+
+# Rows of a matrix product, and bytes of logits that are reached whatever the vocabulary.
+_CPU_ROWS, _CUDA_ROWS, _LEAST_BYTES = 512, 2048, 16 << 20
+# Rows with float32 logits at a time on CUDA.
+_CUDA_LOGIT_ROWS = 1024
+# Vocabulary rows upcast at a time where the device has no mixed-precision product.
+_VOCAB_BLOCK = 8192
+# Columns of what is found about each token; the order of KLOutput's fields after `loss`.
+FOUND = 6
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A teacher known by top K and tail: ids [n, K] (-1: none), logprobs [n, K], tail [n]."""
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tensor
+
+    def take(self, rows: Tensor | slice) -> "TopK":
+        return TopK(self.ids[rows], self.logprobs[rows], self.tail[rows])
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A teacher over the full vocabulary: hidden [n, Ht], weight [V, Ht], bias [V]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def take(self, rows: Tensor | slice) -> "Dense":
+        return Dense(self.hidden[rows], self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Where the student's logits come from: hidden [n, H] and weight [V, H], bias [V], and the
+    states [n, r] and up-projection [V, r] of an adapter."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    low_hidden: Tensor | None
+    low_weight: Tensor | None
+
+
+class Kernels(Protocol):
+    """The elementwise part, for rows of one chunk. `logits` [c, V] float32 or float64 are used up.
+    Writes the gradient of the summed loss, times `factors` [c, 1], to `out` [c, V] and
+    returns [c, FOUND]."""
+
+    def sparse(
+        self, logits: Tensor, teacher: TopK, labels: Tensor | None, factors: Tensor,
+        objective: Objective, out: Tensor,
+    ) -> Tensor: ...  # fmt: skip
+
+    def dense(
+        self, logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, factors: Tensor,
+        objective: Objective, out: Tensor,
+    ) -> Tensor: ...  # fmt: skip
+
+
+def loss(
+    heads: Heads,
+    teacher: TopK | Dense,
+    labels: Tensor | None,
+    factors: Tensor,
+    objective: Objective,
+    backend: str,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Scalar loss, sum of factors [n] x loss of the token, and what was found [n, FOUND].
+    chunk_size 0: by the device and the vocabulary."""
+    student = (heads.hidden, heads.weight, heads.bias, heads.low_hidden, heads.low_weight)
+    grads = torch.is_grad_enabled()
+    needs = [grads and x is not None and x.requires_grad for x in student]
+    none = (None, None, None)
+    known: tuple[Tensor | None, ...]
+    if isinstance(teacher, TopK):
+        known = (teacher.ids, teacher.logprobs, teacher.tail, *none)
+    else:
+        known = (*none, teacher.hidden, teacher.weight, teacher.bias)
+    divergence = objective.divergence
+    total, found, *_ = linear_kl(
+        *student, *known, labels, factors, needs, divergence.name, divergence.parameter,
+        objective.temperature, objective.clip, objective.ce_weight, backend, chunk_size,
+    )  # fmt: skip
+    return total, found
+
+
+@torch.library.custom_op("mpd::linear_kl", mutates_args=())
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
+    topk_ids: Tensor | None,
+    topk_logprobs: Tensor | None,
+    tail_logprobs: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    factors: Tensor,
+    needs: list[bool],
+    divergence: str,
+    parameter: float,
+    temperature: float,
+    clip: float | None,
+    ce_weight: float,
+    backend: str,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, what was found [n, FOUND], and the loss' gradients with respect to the first five,
+    empty where `needs` has none."""
+    heads = Heads(hidden, weight, bias, low_hidden, low_weight)
+    teacher: TopK | Dense
+    if topk_ids is not None and topk_logprobs is not None and tail_logprobs is not None:
+        teacher = TopK(topk_ids, topk_logprobs, tail_logprobs)
+    else:
+        assert teacher_hidden is not None and teacher_weight is not None
+        teacher = Dense(teacher_hidden, teacher_weight, teacher_bias)
+    objective = Objective(_divergence(divergence, parameter), temperature, clip, ce_weight)
+    # Autocast would round the float32 products in here to bfloat16.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _forward(heads, teacher, labels, factors, needs, objective, backend, chunk_size)
+
+
+def _divergence(name: str, parameter: float) -> Divergence:
+    known: Name = name  # type: ignore[assignment]
+    return Divergence(known, beta=parameter, alpha=parameter)
+
+
+@linear_kl.register_fake
+def _shapes(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    needs = others[8]
+    exact = accumulation_dtype(hidden.dtype)
+    student = (hidden, weight, bias, low_hidden, low_weight)
+    return (
+        hidden.new_empty((), dtype=exact),
+        hidden.new_empty((hidden.shape[0], FOUND), dtype=exact),
+        *(
+            hidden.new_empty(0)
+            if x is None or not need
+            else x.new_empty(x.shape, dtype=_gradient_dtype(hidden, i))
+            for i, (x, need) in enumerate(zip(student, needs, strict=True))
+        ),
+    )
+
+
+def _gradient_dtype(hidden: Tensor, i: int) -> torch.dtype:
+    """States' gradients are in the states' type, heads' in the one that they accumulate in."""
+    return hidden.dtype if i in (0, 3) else accumulation_dtype(hidden.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[2:])
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:5]]
+    ctx.needs, ctx.num_inputs = inputs[13], len(inputs)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "sparse_kl and dense_kl can be differentiated once: call backward without"
+            " create_graph=True"
+        )
+    gradients: list[Tensor | None] = [None] * ctx.num_inputs
+    if grad_loss is None:
+        return tuple(gradients)
+    # The normaliser is within, so the factor is 1 nearly always. To ask costs a wait for the
+    # device, and spares a second copy of the head's gradient.
+    traced = torch.compiler.is_compiling() or type(grad_loss) is not Tensor
+    scaled = traced or bool(grad_loss != 1)
+    for i, gradient in enumerate(ctx.saved_tensors):
+        if ctx.needs[i]:
+            if scaled:
+                gradient = gradient * grad_loss.to(gradient.dtype)
+            gradients[i] = gradient.to(ctx.dtypes[i])
+    return tuple(gradients)
+
+
+linear_kl.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.mpd.linear_kl)
+def _flops(
+    hidden: tuple[int, int],
+    weight: tuple[int, int],
+    bias: Any,
+    low_hidden: tuple[int, int] | None,
+    low_weight: Any,
+    *others: Any,
+    **_: Any,
+) -> int:
+    """Of the matrix products: forward and both gradients, and the teacher's."""
+    teacher_hidden: tuple[int, int] | None = others[3]
+    needs: list[bool] = others[8]
+    per_width = 2 * hidden[0] * weight[0]
+    total = per_width * hidden[1] * (1 + needs[0] + needs[1])
+    if low_hidden is not None:
+        total += per_width * low_hidden[1] * (1 + needs[3] + needs[4])
+    if teacher_hidden is not None:
+        total += per_width * teacher_hidden[1]
+    return total
+
+
+def _forward(
+    heads: Heads,
+    teacher: TopK | Dense,
+    labels: Tensor | None,
+    factors: Tensor,
+    needs: list[bool],
+    objective: Objective,
+    backend: str,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden, vocab_size = heads.hidden, heads.weight.shape[0]
+    n, device = hidden.shape[0], hidden.device
+    exact = accumulation_dtype(hidden.dtype)
+    kernels = _kernels(backend)
+    # In torch the gradient takes the logits' place where both have the same type. (Triton's
+    # autotuner runs a kernel several times, which must not write to what it reads.)
+    in_place = backend == "torch" and not (hidden.is_cuda and hidden.dtype != exact)
+    weight = heads.weight.to(hidden.dtype)
+    low_weight = None if heads.low_weight is None else heads.low_weight.to(hidden.dtype)
+    teacher_weight = None
+    if isinstance(teacher, Dense):
+        teacher_weight = teacher.weight.to(teacher.hidden.dtype)
+
+    student = (hidden, heads.weight, heads.bias, heads.low_hidden, heads.low_weight)
+    gradients = [
+        # Rows that are left out have a gradient of 0.
+        torch.zeros(x.shape, dtype=_gradient_dtype(hidden, i), device=device)
+        if need and x is not None
+        else hidden.new_empty(0)
+        for i, (x, need) in enumerate(zip(student, needs, strict=True))
+    ]
+    d_hidden, d_weight, d_bias, d_low_hidden, d_low_weight = gradients
+    found = torch.zeros((n, FOUND), dtype=exact, device=device)
+
+    # Rows without weight leave before the product: a NaN there must not reach the head's gradient,
+    # and multiplying it by zero would not stop it.
+    rows = factors.nonzero().squeeze(1)
+    _check(rows, teacher, labels, vocab_size)
+    size, logit_rows = _chunk_sizes(device, vocab_size, chunk_size, backend)
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size]
+        states = hidden[chunk]
+        low_states = None if heads.low_hidden is None else heads.low_hidden[chunk]
+        if not in_place:
+            gradient = hidden.new_empty((len(chunk), vocab_size))
+        for first in range(0, len(chunk), logit_rows):
+            part = slice(first, first + logit_rows)
+            logits = _logits(states[part], weight, heads.bias)
+            if low_states is not None and low_weight is not None:
+                logits += _logits(low_states[part], low_weight, None)
+            out = logits if in_place else gradient[part]
+            picked = chunk[part]
+            of_labels = None if labels is None else labels[picked]
+            scale = factors[picked, None]
+            if isinstance(teacher, TopK):
+                values = kernels.sparse(
+                    logits, teacher.take(picked), of_labels, scale, objective, out
+                )
+            else:
+                assert teacher_weight is not None
+                of_teacher = _logits(teacher.hidden[picked], teacher_weight, teacher.bias)
+                values = kernels.dense(
+                    logits, of_teacher.to(exact), of_labels, scale, objective, out
+                )
+                del of_teacher
+            found[picked] = values
+            if in_place:
+                gradient = logits
+            del logits, out
+        if needs[0]:
+            d_hidden[chunk] = _times_head(gradient, weight).to(hidden.dtype)
+        if needs[1]:
+            _add_outer(d_weight, gradient, states)
+        if needs[2]:
+            d_bias += gradient.sum(0, dtype=exact)
+        if low_states is not None and low_weight is not None:
+            if needs[3]:
+                d_low_hidden[chunk] = _times_head(gradient, low_weight).to(hidden.dtype)
+            if needs[4]:
+                _add_outer(d_low_weight, gradient, low_states)
+        # Before the next chunk's: two of them would be the peak.
+        del gradient
+    losses = objective.loss(found[rows, 0], found[rows, 1])
+    total = (losses * factors[rows]).sum()
+    return total, found, d_hidden, d_weight, d_bias, d_low_hidden, d_low_weight
+
+
+def _chunk_sizes(
+    device: torch.device, vocab_size: int, chunk_size: int, backend: str
+) -> tuple[int, int]:
+    """Rows of a matrix product and rows of float32 logits."""
+    if chunk_size > 0:
+        return chunk_size, chunk_size
+    least = _LEAST_BYTES // (4 * vocab_size)
+    if device.type != "cuda":
+        rows = max(_CPU_ROWS, least)
+        return rows, rows
+    return max(_CUDA_ROWS, least), max(_CUDA_LOGIT_ROWS, least)
+
+
+def _check(rows: Tensor, teacher: TopK | Dense, labels: Tensor | None, vocab_size: int) -> None:
+    """Raises ValueError for ids that no row may have. One wait for the device."""
+    problems = {}
+    if isinstance(teacher, TopK):
+        doubled = torch.zeros((), dtype=torch.bool, device=rows.device)
+        outside, headless = doubled.clone(), doubled.clone()
+        for chunk in torch.split(rows, _CPU_ROWS):
+            ids = teacher.ids[chunk]
+            outside |= ((ids < -1) | (ids >= vocab_size)).any()
+            headless |= (ids[:, 0] < 0).any()
+            in_order = ids.sort(dim=1).values
+            doubled |= ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any()
+        problems["topk_ids holds an id twice in one row"] = doubled
+        problems[f"topk_ids holds ids outside the vocabulary of {vocab_size}"] = outside
+        problems["topk_ids has a row that does not begin with an id"] = headless
+    if labels is not None:
+        picked = labels[rows]
+        problems[f"labels are outside the vocabulary of {vocab_size} in rows with weight"] = (
+            (picked < 0) | (picked >= vocab_size)
+        ).any()
+    if problems:
+        found = torch.stack(list(problems.values())).tolist()
+        for message, bad in zip(problems, found, strict=True):
+            if bad:
+                raise ValueError(message)
+
+
+def _kernels(backend: str) -> Kernels:
+    if backend == "triton":
+        from mpd_train.kl import triton_kernels
+
+        return triton_kernels
+    from mpd_train.kl import torch_kernels
+
+    return torch_kernels
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _is_exact(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.float64)
+
+
+def _vocab_blocks(vocab_size: int) -> Iterator[slice]:
+    for first in range(0, vocab_size, _VOCAB_BLOCK):
+        yield slice(first, first + _VOCAB_BLOCK)
+
+
+def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
+    """[c, H] x [V, H] -> [c, V] in float32 or float64, never rounded to a shorter type."""
+    if _is_exact(hidden):
+        logits = hidden @ head.T
+    elif hidden.is_cuda:
+        logits = torch.mm(hidden, head.T, out_dtype=torch.float32)
+    else:
+        logits = torch.empty((hidden.shape[0], head.shape[0]), dtype=torch.float32)
+        wide = hidden.float()
+        for block in _vocab_blocks(head.shape[0]):
+            logits[:, block] = wide @ head[block].float().T
+    return logits if bias is None else logits.add_(bias.to(logits.dtype))
+
+
+def _times_head(gradient: Tensor, head: Tensor) -> Tensor:
+    """[c, V] x [V, H] -> [c, H], accumulated in float32."""
+    if _is_exact(head) or head.is_cuda:
+        return gradient @ head
+    out = torch.zeros((gradient.shape[0], head.shape[1]), dtype=torch.float32)
+    for block in _vocab_blocks(head.shape[0]):
+        out.addmm_(gradient[:, block].float(), head[block].float())
+    return out
+
+
+def _add_outer(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """total [V, H] += gradient [c, V]^T x hidden [c, H]."""
+    if _is_exact(hidden):
+        total.addmm_(gradient.T, hidden)
+    elif not hidden.is_cuda:
+        wide = hidden.float()
+        for block in _vocab_blocks(total.shape[0]):
+            total[block].addmm_(gradient[:, block].float().T, wide)
+    elif _adds_to_float32(hidden.device):
+        torch.addmm(total, gradient.T, hidden, out_dtype=torch.float32, out=total)
+    else:
+        total += torch.mm(gradient.T, hidden, out_dtype=torch.float32)
+
+
+@functools.cache
+def _adds_to_float32(device: torch.device) -> bool:
+    """Whether this torch adds a bfloat16 product to a float32 matrix within the product, which
+    spares reading and writing the head's gradient once more; some releases want the addend in
+    bfloat16."""
+    total = torch.zeros((16, 16), dtype=torch.float32, device=device)
+    short = torch.zeros((16, 16), dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(total, short, short, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True

@@ -1,0 +1,258 @@
+"""The two losses as they are called: what they take, what they refuse, what they give back."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mpd_train.kl import fused, reference
+from mpd_train.kl.divergence import Divergence
+from mpd_train.kl.objective import Objective
+
+Backend = Literal["triton", "torch", "reference"]
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class LowRankHead:
+    """A LoRA adapter on the student's head: logits are hidden @ (weight + scale b @ a)^T, and the
+    sum of the weights is never formed. a [r, H], b [V, r]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class KLOutput:
+    """What a loss gives back. All but `loss` are detached, one number for each token (float32, or
+    float64 for float64 inputs), and 0 where the token's weight is 0.
+
+    loss: scalar, differentiable: sum of weight x loss of the token over the normaliser.
+    per_token: [n] divergences in nats, neither clipped nor multiplied by the squared temperature.
+    cross_entropy: [n] -log q[label] in nats at temperature 1; 0 everywhere without labels.
+    student_entropy, teacher_entropy: [n] nats, at the loss' temperature. A sparse teacher's is
+    that of its K + 1 buckets, which bounds its whole entropy from below.
+    topk_mass: [n] the student's probability on the teacher's K ids; 1 for a dense teacher.
+    agreement: [n] 1 where the student's likeliest token is the teacher's, else 0.
+    """
+
+    loss: Tensor
+    per_token: Tensor
+    cross_entropy: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    topk_mass: Tensor
+    agreement: Tensor
+
+
+def sparse_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    tail_logprobs: Tensor,
+    *,
+    normalizer: float | Tensor,
+    bias: Tensor | None = None,
+    low_rank: LowRankHead | None = None,
+    divergence: Divergence = Divergence(),
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+    divergence_clip: float | None = None,
+    labels: Tensor | None = None,
+    ce_weight: float = 0.0,
+    backend: Backend | None = None,
+    chunk_size: int | None = None,
+) -> KLOutput:
+    """Divergence from a teacher known by its top K and the mass outside them.
+
+    hidden [n, H] student states; weight [V, H], bias [V] student head; topk_ids int [n, K];
+    topk_logprobs [n, K] and tail_logprobs [n] natural logs. The K + 1 buckets are renormalised in
+    float32 (their storage may have rounded them), and the student's tail is its exact mass
+    outside the K. A row with fewer than K ids ends in ids of -1, whose log-probabilities are not
+    looked at; the first id of a row is always one. A row with V ids has no tail, and its
+    tail_logprobs is ignored. The value bounds the full-vocabulary divergence from below.
+
+    temperature: the student's logits are divided by it. A record cannot be brought to another
+    temperature (its tail is a sum), so topk_logprobs and tail_logprobs must be those of the
+    teacher at this temperature. The divergence's part of the loss is multiplied by
+    temperature^2, which keeps its gradient at the size it has at 1 (arXiv:1503.02531, section 2).
+
+    weights [n]: per-token factors, default 1. normalizer: what the sum is divided by, the
+    number of loss tokens in the whole optimiser step.
+
+    The loss of a token is (1 - ce_weight) temperature^2 min(F, divergence_clip)
+    + ce_weight (-log q[label]), with F its divergence and q the student at temperature 1 over the
+    whole vocabulary, labels int64 [n]. Where F is above divergence_clip the clamp is flat: the
+    worst tokens get no gradient from the divergence at all, only from the cross-entropy where
+    that is mixed in.
+
+    backend: "triton" (default on CUDA; not for float64), "torch" (default elsewhere), or
+    "reference": float64, plain, holds n x V. chunk_size: rows whose logits exist at a time.
+
+    Inputs are float64, float32 or bfloat16; logits, softmax and the head's accumulated gradient
+    are float64 for the first and float32 for the others, under autocast too. The head may be
+    trainable, frozen or tied, or a DTensor of FSDP2 (gathered here; its gradient is the mean over
+    the ranks, as FSDP2's own). Differentiable once.
+
+    Raises ValueError for shapes or types that do not fit together, an id that is twice in a row
+    or outside the vocabulary, a ce_weight outside [0, 1] or without labels, a divergence_clip or
+    temperature that is not above 0; RuntimeError on backward(create_graph=True).
+    """
+    _require_ids(topk_ids, weight.shape[0])
+    n, k = topk_ids.shape
+    if topk_logprobs.shape != (n, k) or tail_logprobs.shape != (n,) or hidden.shape[0] != n:
+        raise ValueError(
+            f"teacher shapes {tuple(topk_ids.shape)}, {tuple(topk_logprobs.shape)},"
+            f" {tuple(tail_logprobs.shape)} do not fit {hidden.shape[0]} hidden states"
+        )
+    teacher = fused.TopK(topk_ids, topk_logprobs.detach(), tail_logprobs.detach())
+    objective = Objective(divergence, temperature, divergence_clip, ce_weight)
+    student = _Student(hidden, weight, bias, low_rank)
+    return _apply(student, teacher, labels, weights, normalizer, objective, backend, chunk_size)
+
+
+def dense_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    normalizer: float | Tensor,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    low_rank: LowRankHead | None = None,
+    divergence: Divergence = Divergence(),
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+    divergence_clip: float | None = None,
+    labels: Tensor | None = None,
+    ce_weight: float = 0.0,
+    backend: Backend | None = None,
+    chunk_size: int | None = None,
+) -> KLOutput:
+    """Divergence from a teacher over the full vocabulary, given its states and head.
+
+    hidden [n, H], weight [V, H], bias [V]; teacher_hidden [n, Ht], teacher_weight [V, Ht],
+    teacher_bias [V]; both models' logits are divided by the temperature; the rest as in
+    `sparse_kl`. No gradient reaches the teacher. Raises ValueError where the vocabularies differ:
+    slice padding rows off before.
+    """
+    if teacher_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"teacher head has {teacher_weight.shape[0]} rows, student head {weight.shape[0]};"
+            " slice the padding rows off the larger one"
+        )
+    if teacher_hidden.shape[0] != hidden.shape[0]:
+        raise ValueError(
+            f"{teacher_hidden.shape[0]} teacher states, {hidden.shape[0]} student states"
+        )
+    _require_head("teacher ", teacher_hidden, teacher_weight, teacher_bias)
+    teacher = fused.Dense(
+        teacher_hidden.detach(),
+        _whole(teacher_weight.detach()),
+        None if teacher_bias is None else _whole(teacher_bias.detach()),
+    )
+    objective = Objective(divergence, temperature, divergence_clip, ce_weight)
+    student = _Student(hidden, weight, bias, low_rank)
+    return _apply(student, teacher, labels, weights, normalizer, objective, backend, chunk_size)
+
+
+@dataclass(frozen=True)
+class _Student:
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    low_rank: LowRankHead | None
+
+
+def _apply(
+    student: _Student,
+    teacher: fused.TopK | fused.Dense,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    normalizer: float | Tensor,
+    objective: Objective,
+    backend: Backend | None,
+    chunk_size: int | None,
+) -> KLOutput:
+    hidden = student.hidden
+    n = hidden.shape[0]
+    if hidden.dtype not in _DTYPES:
+        raise ValueError(
+            f"hidden is {hidden.dtype}; expected float64, float32 or bfloat16 (float16 has too"
+            " little range for gradients that are divided by a token count)"
+        )
+    _require_head("", hidden, student.weight, student.bias)
+    if objective.ce_weight > 0 and labels is None:
+        raise ValueError(f"ce_weight = {objective.ce_weight} needs labels")
+    for name, of_tokens in (("labels", labels), ("weights", weights)):
+        if of_tokens is not None and of_tokens.shape != (n,):
+            raise ValueError(f"{name} {tuple(of_tokens.shape)} do not fit {n} hidden states")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size needs to be above 0, found {chunk_size}")
+    if backend is None:
+        backend = "triton" if hidden.is_cuda and hidden.dtype != torch.float64 else "torch"
+    if backend == "triton" and hidden.dtype == torch.float64:
+        raise ValueError("the triton backend computes in float32; for float64 take torch")
+    if backend not in ("triton", "torch", "reference"):
+        raise ValueError(f"backend {backend!r}: expected triton, torch or reference")
+
+    exact = fused.accumulation_dtype(hidden.dtype)
+    factors = hidden.new_ones(n, dtype=exact) if weights is None else weights.detach().to(exact)
+    factors = factors / normalizer
+    weight = _whole(student.weight)
+    bias = None if student.bias is None else _whole(student.bias)
+    low_hidden = low_weight = None
+    if student.low_rank is not None:
+        low = student.low_rank
+        states = hidden
+        if weights is not None:
+            # A NaN in a row without weight must not reach the gradient of `a`.
+            states = torch.where(weights[:, None] != 0, hidden, 0.0)
+        low_hidden = states @ _whole(low.a).to(hidden.dtype).T * low.scale
+        low_weight = _whole(low.b)
+    heads = fused.Heads(hidden, weight, bias, low_hidden, low_weight)
+    if backend == "reference":
+        loss, found = reference.loss(heads, teacher, labels, factors, objective)
+    else:
+        loss, found = fused.loss(
+            heads, teacher, labels, factors, objective, backend, chunk_size or 0
+        )
+    return KLOutput(loss, *found.unbind(1))
+
+
+def _require_head(whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{whose}hidden {tuple(hidden.shape)} and {whose}weight {tuple(weight.shape)} do not"
+            " fit; expected [n, H] and [V, H]"
+        )
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(
+            f"{whose}bias {tuple(bias.shape)} does not fit {weight.shape[0]} head rows"
+        )
+
+
+def _require_ids(ids: Tensor, vocab_size: int) -> None:
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError(f"topk_ids {tuple(ids.shape)} {ids.dtype}; expected integers [n, K]")
+    if not 0 < ids.shape[1] <= vocab_size:
+        raise ValueError(f"K = {ids.shape[1]} with a vocabulary of {vocab_size}")
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A head that FSDP2 has sharded, gathered. Its gradient is averaged over the ranks, as FSDP2
+    averages the others: a plain `full_tensor()` would give each rank its own gradient's shard
+    as if it were everyone's."""
+    # Without torch.distributed there are no DTensors, and importing them takes a second.
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return weight
+    from torch.distributed.tensor import DTensor, Partial
+
+    if not isinstance(weight, DTensor):
+        return weight
+    placements: list[Any] = [Partial("avg")] * weight.device_mesh.ndim
+    return weight.full_tensor(grad_placements=placements)

@@ -1,0 +1,129 @@
+"""The elementwise part in torch, for any device.
+
+Works on a few rows at a time: a dozen passes over what fits in a core's cache cost less than three
+over memory, and the temporaries stay small.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpd_train.kl.buckets import Tail, entropy, over_buckets, pull
+from mpd_train.kl.fused import TopK
+from mpd_train.kl.objective import Objective
+
+# Bytes of logits at a time: within a core's cache, or enough to fill a GPU.
+_TILE_BYTES = {"cpu": 512 << 10, "cuda": 128 << 20}
+
+
+def sparse(
+    logits: Tensor,
+    teacher: TopK,
+    labels: Tensor | None,
+    factors: Tensor,
+    objective: Objective,
+    out: Tensor,
+) -> Tensor:
+    """See `fused.Kernels`."""
+    found = []
+    for rows in _tiles(logits):
+        of_labels = None if labels is None else labels[rows]
+        found.append(
+            over_buckets(
+                logits[rows],
+                teacher.take(rows),
+                of_labels,
+                factors[rows],
+                objective,
+                out[rows],
+                _softmax,
+            )
+        )
+    return torch.cat(found)
+
+
+def dense(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    factors: Tensor,
+    objective: Objective,
+    out: Tensor,
+) -> Tensor:
+    """See `fused.Kernels`."""
+    found = []
+    for rows in _tiles(logits):
+        of_labels = None if labels is None else labels[rows]
+        found.append(
+            _dense(
+                logits[rows], teacher_logits[rows], of_labels, factors[rows], objective, out[rows]
+            )
+        )
+    return torch.cat(found)
+
+
+def _tiles(logits: Tensor) -> list[slice]:
+    count, vocab_size = logits.shape
+    size = max(1, _TILE_BYTES[logits.device.type] // (vocab_size * logits.element_size()))
+    return [slice(first, first + size) for first in range(0, count, size)]
+
+
+@dataclass(frozen=True)
+class _Exponentials:
+    """`buckets.Softmax` that keeps exp(y - peak) [c, V]."""
+
+    tail: Tail
+    values: Tensor
+
+    def spread(self, factors: Tensor, out: Tensor, add: bool) -> None:
+        if add:
+            out.add_((self.values * factors).to(out.dtype))
+        else:
+            torch.mul(self.values, factors, out=out)
+
+
+def _softmax(logits: Tensor, temperature: float) -> _Exponentials:
+    """Uses `logits` up at temperature 1."""
+    y = logits if temperature == 1 else logits / temperature
+    # Without a single finite logit (every id is in the top K) the maximum must still be a number.
+    peak = y.amax(1, keepdim=True).clamp_(min=torch.finfo(y.dtype).min)
+    exponentials = y.sub_(peak).exp()
+    # Beyond this the exponential is 0, and 0 times -inf would be a NaN.
+    moment = y.clamp_(min=-1e4).mul_(exponentials).sum(1, keepdim=True)
+    return _Exponentials(Tail(peak, exponentials.sum(1, keepdim=True), moment), exponentials)
+
+
+def _dense(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    factors: Tensor,
+    objective: Objective,
+    out: Tensor,
+) -> Tensor:
+    best = teacher_logits.argmax(1, keepdim=True)
+    agreement = logits.gather(1, best) >= logits.amax(1, keepdim=True)
+    cross_entropy = torch.zeros_like(logits[:, 0])
+    inverse = 1 / objective.temperature
+    log_q = (logits * inverse).log_softmax(1)
+    log_p = (teacher_logits * inverse).log_softmax(1)
+    value, gradient = objective.value_and_gradient(log_p, log_q)
+    if labels is not None:
+        log_plain = log_q if objective.temperature == 1 else logits.log_softmax(1)
+        cross_entropy = -log_plain.gather(1, labels[:, None])[:, 0]
+        if objective.ce_weight > 0:
+            gradient = gradient.add_(log_plain.exp(), alpha=objective.ce_weight)
+    torch.mul(gradient, factors, out=out)
+    pull(out, factors, objective, labels)
+    return torch.stack(
+        [
+            value,
+            cross_entropy,
+            entropy(log_q),
+            entropy(log_p),
+            torch.ones_like(value),
+            agreement[:, 0].to(value.dtype),
+        ],
+        1,
+    )

@@ -1,0 +1,308 @@
+"""The elementwise part in Triton, between the matrix products: rows of float32 logits in, rows of
+gradient out, each logit read as few times as the divergence allows.
+
+A row is one program, which passes over it once for its logsumexp and once more to write. A dense
+teacher needs a pass between the two, for the sums that its gradient is made of; forward KL
+without a clip knows them beforehand. With TRITON_INTERPRET=1 the kernels run on a CPU.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mpd_train.kl.buckets import Tail, over_buckets
+from mpd_train.kl.divergence import LOG_FLOOR, NAMES
+from mpd_train.kl.fused import FOUND, TopK
+from mpd_train.kl.objective import Objective
+
+_CONFIGS = [
+    triton.Config({"BLOCK": block}, num_warps=warps)
+    for block, warps in ((4096, 8), (8192, 8), (8192, 16), (16384, 16))
+]
+# The interpreter has no clock to tune by; small blocks, so that small cases have several.
+if triton.knobs.runtime.interpret:
+    _CONFIGS = [triton.Config({"BLOCK": 512})]
+
+_FORWARD, _REVERSE, _JSD, _SKEW, _SKEW_REVERSE = (tl.constexpr(i) for i in range(len(NAMES)))
+_FLOOR = tl.constexpr(LOG_FLOOR)
+
+
+def sparse(
+    logits: Tensor,
+    teacher: TopK,
+    labels: Tensor | None,
+    factors: Tensor,
+    objective: Objective,
+    out: Tensor,
+) -> Tensor:
+    """See `fused.Kernels`."""
+    return over_buckets(logits, teacher, labels, factors, objective, out, _softmax)
+
+
+@dataclass(frozen=True)
+class _Recomputed:
+    """`buckets.Softmax` that keeps the logits: reading them again costs what writing the
+    exponentials would."""
+
+    tail: Tail
+    logits: Tensor
+    inverse: float
+
+    def spread(self, factors: Tensor, out: Tensor, add: bool) -> None:
+        count, vocab_size = self.logits.shape
+
+        def grid(meta: dict[str, Any]) -> tuple[int, int]:
+            return count, triton.cdiv(vocab_size, meta["BLOCK"])
+
+        _spread[grid](
+            self.logits, self.tail.peak, factors.contiguous(), out, vocab_size, out.stride(0),
+            INVERSE=self.inverse, ADD=add, BLOCK=_CONFIGS[0].kwargs["BLOCK"],
+        )  # fmt: skip
+
+
+def _softmax(logits: Tensor, temperature: float) -> _Recomputed:
+    count, vocab_size = logits.shape
+    sums = logits.new_empty((3, count, 1))
+    inverse = 1 / temperature
+    _sums[(count,)](logits, sums, count, vocab_size, INVERSE=inverse)
+    return _Recomputed(Tail(*sums), logits, inverse)
+
+
+def dense(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    factors: Tensor,
+    objective: Objective,
+    out: Tensor,
+) -> Tensor:
+    """See `fused.Kernels`."""
+    count, vocab_size = logits.shape
+    found = logits.new_empty((count, FOUND))
+    divergence = objective.divergence
+    parameter = divergence.parameter
+    # Shares of teacher and student in the mixture, for those that have one.
+    of_teacher = 1 - parameter if divergence.name == "skew_reverse_kl" else parameter
+    _dense[(count,)](
+        logits, teacher_logits, logits if labels is None else labels, factors, out, found,
+        vocab_size, out.stride(0), math.inf if objective.clip is None else objective.clip,
+        KIND=NAMES.index(divergence.name), OF_TEACHER=of_teacher,
+        LOG_TEACHER=math.log(of_teacher), LOG_STUDENT=math.log1p(-of_teacher),
+        INVERSE=1 / objective.temperature,
+        SHARE=(1 - objective.ce_weight) * objective.temperature, CE=objective.ce_weight,
+        LABELS=labels is not None, CLIPPED=objective.clip is not None, FOUND=FOUND,
+    )  # fmt: skip
+    return found
+
+
+@triton.autotune(_CONFIGS, key=["vocab_size"])
+@triton.jit
+def _sums(logits, sums, count, vocab_size, INVERSE: tl.constexpr, BLOCK: tl.constexpr):
+    """peak, total and moment (see `Tail`) of each row, online."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * vocab_size
+    peak = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    moment = tl.full((), 0.0, tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        y = tl.load(logits + columns, mask=columns < vocab_size, other=float("-inf")) * INVERSE
+        higher = tl.maximum(peak, tl.max(y, 0))
+        # While all are -inf there is nothing to shift by.
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp(peak - safe)
+        shift = tl.where(peak == float("-inf"), 0.0, peak - safe)
+        e = tl.exp(y - safe)
+        moment = shrink * (moment + total * shift) + tl.sum(tl.where(e > 0, e * (y - safe), 0.0), 0)
+        total = shrink * total + tl.sum(e, 0)
+        peak = higher
+    tl.store(sums + row, tl.where(peak == float("-inf"), 0.0, peak))
+    tl.store(sums + count + row, total)
+    tl.store(sums + 2 * count + row, moment)
+
+
+@triton.jit
+def _spread(
+    logits, peaks, factors, out, vocab_size, out_stride,
+    INVERSE: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of a row: out = factor exp(y - peak), or added."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < vocab_size
+    y = tl.load(logits + row * vocab_size + columns, mask=inside, other=float("-inf")) * INVERSE
+    value = tl.load(factors + row) * tl.exp(y - tl.load(peaks + row))
+    target = out + row * out_stride + columns
+    if ADD:
+        value += tl.load(target, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target, value, mask=inside)
+
+
+@triton.jit
+def _excess(x):
+    """exp(x) - 1 - x, by its series near 0, where the plain difference is rounding alone."""
+    series = 1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320)))
+    series = x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * series)))
+    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1 - x)
+
+
+@triton.jit
+def _log_add(a, b):
+    """log(exp(a) + exp(b)); -inf where both are."""
+    higher = tl.maximum(a, b)
+    apart = tl.where(higher == float("-inf"), 0.0, tl.minimum(a, b) - higher)
+    return higher + tl.log(1 + tl.exp(apart))
+
+
+@triton.jit
+def _term(log_a, log_b):
+    """An outcome's term of KL(a | b), as `divergence._kl` has it: never negative."""
+    d = tl.where(log_b == log_a, 0.0, log_b - log_a)
+    a = tl.exp(log_a)
+    far = tl.exp(log_b) - a - tl.where(a > 0, a * d, 0.0)
+    return tl.where(tl.abs(d) < 0.5, a * _excess(d), far)
+
+
+@triton.jit
+def _value_and_score(
+    log_p, log_q, KIND: tl.constexpr, OF_TEACHER: tl.constexpr,
+    LOG_TEACHER: tl.constexpr, LOG_STUDENT: tl.constexpr,
+):  # fmt: skip
+    """An outcome's terms of F and of the score, as `Divergence.value_and_score` has them."""
+    p, q = tl.exp(log_p), tl.exp(log_q)
+    if KIND == _FORWARD:
+        value, score = _term(log_p, log_q), -p
+    elif KIND == _REVERSE:
+        log_p = tl.maximum(log_p, _FLOOR)
+        value = _term(log_q, log_p)
+        score = tl.where(q > 0, q * (log_q - log_p), 0.0)
+    else:
+        log_m = _log_add(log_p + LOG_TEACHER, log_q + LOG_STUDENT)
+        if KIND == _SKEW:
+            value = _term(log_p, log_m)
+            score = (OF_TEACHER - 1) * tl.where(p > 0, p * tl.exp(log_q - log_m), 0.0)
+        else:
+            x = tl.where(log_p == log_q, 0.0, log_p - log_q) + (LOG_TEACHER - LOG_STUDENT)
+            share = tl.maximum(x, 0.0) + tl.log(1 + tl.exp(-tl.abs(x)))
+            if KIND == _JSD:
+                value = OF_TEACHER * _term(log_p, log_m) + (1 - OF_TEACHER) * _term(log_q, log_m)
+                score = (OF_TEACHER - 1) * tl.where(q > 0, q * share, 0.0)
+            else:
+                value = _term(log_q, log_m)
+                score = -tl.where(q > 0, q * _excess(-share), 0.0)
+    return value, score
+
+
+@triton.jit
+def _entropy_term(log_p):
+    p = tl.exp(log_p)
+    return tl.where(p > 0, -p * log_p, 0.0)
+
+
+@triton.autotune(_CONFIGS, key=["vocab_size", "KIND"])
+@triton.jit
+def _dense(
+    students, teachers, labels, factors, out, found, vocab_size, out_stride, clip,
+    KIND: tl.constexpr, OF_TEACHER: tl.constexpr, LOG_TEACHER: tl.constexpr,
+    LOG_STUDENT: tl.constexpr, INVERSE: tl.constexpr, SHARE: tl.constexpr, CE: tl.constexpr,
+    LABELS: tl.constexpr, CLIPPED: tl.constexpr, FOUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    students += row.to(tl.int64) * vocab_size
+    teachers += row.to(tl.int64) * vocab_size
+    out += row.to(tl.int64) * out_stride
+    found += row * FOUND
+    factor = tl.load(factors + row)
+
+    # The logsumexp of both, and of the student at temperature 1 for cross-entropy.
+    q_peak = tl.full((), float("-inf"), tl.float32)
+    p_peak = tl.full((), float("-inf"), tl.float32)
+    q_total = tl.full((), 0.0, tl.float32)
+    p_total = tl.full((), 0.0, tl.float32)
+    plain_total = tl.full((), 0.0, tl.float32)
+    at_best = tl.full((), float("-inf"), tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < vocab_size
+        z = tl.load(students + columns, mask=inside, other=float("-inf"))
+        t = tl.load(teachers + columns, mask=inside, other=float("-inf"))
+        q_higher = tl.maximum(q_peak, tl.max(z, 0))
+        safe = tl.where(q_higher == float("-inf"), 0.0, q_higher)
+        q_total = q_total * tl.exp((q_peak - safe) * INVERSE) + tl.sum(
+            tl.exp((z - safe) * INVERSE), 0
+        )
+        if LABELS and INVERSE != 1:
+            plain_total = plain_total * tl.exp(q_peak - safe) + tl.sum(tl.exp(z - safe), 0)
+        q_peak = q_higher
+        strongest = tl.max(t, 0)
+        here = tl.max(tl.where(t == strongest, z, float("-inf")), 0)
+        at_best = tl.where(strongest > p_peak, here, at_best)
+        p_higher = tl.maximum(p_peak, strongest)
+        safe = tl.where(p_higher == float("-inf"), 0.0, p_higher)
+        p_total = p_total * tl.exp((p_peak - safe) * INVERSE) + tl.sum(
+            tl.exp((t - safe) * INVERSE), 0
+        )
+        p_peak = p_higher
+    q_log = q_peak * INVERSE + tl.log(q_total)
+    p_log = p_peak * INVERSE + tl.log(p_total)
+    plain_log = q_log
+    cross_entropy = 0.0
+    label = -1
+    if LABELS:
+        if INVERSE != 1:
+            plain_log = q_peak + tl.log(plain_total)
+        label = tl.load(labels + row)
+        cross_entropy = plain_log - tl.load(students + label)
+
+    value = tl.full((), 0.0, tl.float32)
+    score_sum = tl.full((), 0.0, tl.float32)
+    q_entropy = tl.full((), 0.0, tl.float32)
+    p_entropy = tl.full((), 0.0, tl.float32)
+    scale = tl.full((), SHARE, tl.float32)
+    # Forward KL's scores sum to -1.
+    ONE_PASS: tl.constexpr = KIND == _FORWARD and not CLIPPED
+    if ONE_PASS:
+        score_sum = score_sum - 1.0
+    else:
+        for start in range(0, vocab_size, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < vocab_size
+            z = tl.load(students + columns, mask=inside, other=float("-inf"))
+            t = tl.load(teachers + columns, mask=inside, other=float("-inf"))
+            log_q, log_p = z * INVERSE - q_log, t * INVERSE - p_log
+            terms, scores = _value_and_score(
+                log_p, log_q, KIND, OF_TEACHER, LOG_TEACHER, LOG_STUDENT
+            )
+            value += tl.sum(terms, 0)
+            score_sum += tl.sum(scores, 0)
+            q_entropy += tl.sum(_entropy_term(log_q), 0)
+            p_entropy += tl.sum(_entropy_term(log_p), 0)
+        if CLIPPED:
+            scale = tl.where(value > clip, 0.0, scale)
+
+    for start in range(0, vocab_size, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < vocab_size
+        z = tl.load(students + columns, mask=inside, other=float("-inf"))
+        t = tl.load(teachers + columns, mask=inside, other=float("-inf"))
+        log_q, log_p = z * INVERSE - q_log, t * INVERSE - p_log
+        terms, scores = _value_and_score(log_p, log_q, KIND, OF_TEACHER, LOG_TEACHER, LOG_STUDENT)
+        if ONE_PASS:
+            value += tl.sum(terms, 0)
+            q_entropy += tl.sum(_entropy_term(log_q), 0)
+            p_entropy += tl.sum(_entropy_term(log_p), 0)
+        gradient = tl.where(scale == 0, 0.0, scale * (scores - tl.exp(log_q) * score_sum))
+        if LABELS and CE > 0:
+            gradient += CE * tl.exp(z - plain_log) - tl.where(columns == label, CE, 0.0)
+        tl.store(out + columns, factor * gradient, mask=inside)
+
+    tl.store(found, value)
+    tl.store(found + 1, cross_entropy)
+    tl.store(found + 2, q_entropy)
+    tl.store(found + 3, p_entropy)
+    tl.store(found + 4, 1.0)
+    tl.store(found + 5, tl.where(at_best >= q_peak, 1.0, 0.0))
