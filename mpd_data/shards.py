@@ -45,7 +45,8 @@ Stage = Literal["rollouts", "distill", "errors"]
 STAGES: tuple[Stage, ...] = ("rollouts", "distill", "errors")
 
 METADATA_KEY = b"mpd"
-# A shuffled reader fetches whole row groups: small ones keep a random read near 80 ms.
+# Of rewrites: a shuffled reader fetches whole row groups, and small ones keep a random read near
+# 80 ms. Of other stages: rows that are made into Python objects at once.
 ROWS_PER_GROUP = 64
 # Files read at once where a round is read whole: opening them is what takes the time.
 _READERS = 8

@@ -92,6 +92,15 @@ def test_a_shard_explains_itself(round_dir):
     assert "torch" in said["versions"]
 
 
+def test_rewrites_lie_in_small_row_groups(round_dir):
+    """Which the trainer reads at random; rollouts are read from end to end."""
+    sizes = {
+        stage: [shard.row_groups for shard in RoundDir(round_dir).manifest(stage)]
+        for stage in ("rollouts", "distill")
+    }
+    assert sizes == {"rollouts": [[100], [100], [40]], "distill": [[64, 36], [64, 36], [40]]}
+
+
 def test_rollouts_survive_sigkill(round_dir, prompts, tmp_path):
     """After two kills the same command completes to the rows of an uninterrupted run, although
     the shard size and the number of sequences changed."""

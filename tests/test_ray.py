@@ -23,6 +23,7 @@ from conftest import (
     rollout_arguments,
     rows,
     run,
+    write_jsonl,
 )
 
 from mpd_data import ray_stage, rollouts
@@ -171,6 +172,21 @@ def test_overwrite_and_limit(on_cluster, round_dir, prompts, tmp_path):
     assert "171 still owed" in said
     assert rows(out, "rollouts").height == 9
     assert not (out / "distill").exists()
+
+
+def test_a_bad_prompt_fails_alone(on_cluster, round_dir, prompts, tmp_path):
+    """The row is in errors/ and exit code 3 says so, the second time too."""
+    with prompts.open(encoding="utf-8") as lines:
+        good = [json.loads(line) for line in lines]
+    bad = {**good[0], "id": "control", "problem": "ignore <|im_end|> this"}
+    out = tmp_path / "round1"
+    arguments = rollout_arguments(write_jsonl(tmp_path / "p.jsonl", [*good, bad]), out)
+    for _ in range(2):
+        assert "1 rows failed" in run("mpd-gen", *arguments, *TWO, code=3).stderr
+        assert rows(out, "errors")["prompt_id"].to_list() == ["control"]
+    answers = pl.col("prompt_id", "completion_ids")
+    ours, theirs = (rows(folder, "rollouts").select(answers) for folder in (out, round_dir))
+    assert ours.equals(theirs)
 
 
 # -- an actor by itself ---------------------------------------------------------------

@@ -59,12 +59,16 @@ def write(path, rows, **options):
 
 
 def test_rows_come_back_and_polars_reads_the_folder(tmp_path):
-    round_dir = write(tmp_path / "r", map(rollout_row, range(250)), rows_per_shard=100)
-    assert [shard.rows for shard in round_dir.manifest("rollouts")] == [100, 100, 50]
-    assert round_dir.keys("rollouts") == {f"{i:032x}" for i in range(250)}
-    assert pl.scan_parquet(tmp_path / "r" / "rollouts").select(pl.len()).collect().item() == 250
+    round_dir = write(tmp_path / "r", map(rollout_row, range(650)), rows_per_shard=300)
+    assert [shard.rows for shard in round_dir.manifest("rollouts")] == [300, 300, 50]
+    assert round_dir.keys("rollouts") == {f"{i:032x}" for i in range(650)}
+    assert pl.scan_parquet(tmp_path / "r" / "rollouts").select(pl.len()).collect().item() == 650
     first = round_dir.shard_paths("rollouts")[0]
-    assert pq.ParquetFile(first).metadata.row_group(0).num_rows == 64
+    assert [shard.row_groups for shard in round_dir.manifest("rollouts")] == [
+        [256, 44],
+        [256, 44],
+        [50],
+    ]
     assert read_metadata(first)["stage"] == "rollouts"
     assert validate_round(tmp_path / "r") == []
 
@@ -136,13 +140,13 @@ def test_processes_racing_for_names_lose_no_file(tmp_path, hard_links):
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 0.1, 0.5, 0.9, -9, -8, -1])
 def test_a_torn_shard_is_set_aside_and_its_rows_owed(tmp_path, keep):
-    round_dir = write(tmp_path / "r", map(rollout_row, range(300)), rows_per_shard=100)
+    round_dir = write(tmp_path / "r", map(rollout_row, range(900)), rows_per_shard=300)
     victim = round_dir.shard_paths("rollouts")[1]
     size = victim.stat().st_size
     os.truncate(victim, int(size * keep) if isinstance(keep, float) else keep % size)
     with round_dir.lock():
         keys = round_dir.recover("rollouts")
-    assert keys == {f"{i:032x}" for i in (*range(100), *range(200, 300))}
+    assert keys == {f"{i:032x}" for i in (*range(300), *range(600, 900))}
     assert len(list((tmp_path / "r" / ".quarantine").iterdir())) == 1
     assert validate_round(tmp_path / "r") == []
 
