@@ -92,19 +92,24 @@ def ours_sparse(x: Inputs) -> Tensor:
 
 
 def naive_dense(x: Inputs) -> Tensor:
-    """All logits of both at once; softmax in float32."""
-    log_q = (x.hidden @ x.weight.T).float().log_softmax(-1)
+    """All logits of both at once, kept as a trainer's models keep them in what they return; softmax
+    in float32."""
+    logits = x.hidden @ x.weight.T
     with torch.no_grad():
-        log_p = (x.teacher_hidden @ x.teacher_weight.T).float().log_softmax(-1)
-    kl = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    loss = kl / len(x.hidden)
+        teacher_logits = x.teacher_hidden @ x.teacher_weight.T
+        log_p = teacher_logits.float().log_softmax(-1)
+    log_q = logits.float().log_softmax(-1)
+    kl = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    loss = kl.sum() / len(x.hidden)
     loss.backward()
     return loss
 
 
 def naive_sparse(x: Inputs) -> Tensor:
-    """All of the student's logits at once; a tail bucket by log(1 - mass)."""
-    log_q = (x.hidden @ x.weight.T).float().log_softmax(-1)
+    """All of the student's logits at once, kept as its model keeps them; a tail bucket by
+    log(1 - mass)."""
+    logits = x.hidden @ x.weight.T
+    log_q = logits.float().log_softmax(-1)
     top = log_q.gather(1, x.topk_ids)
     tail = torch.log1p(-top.exp().sum(1).clamp(max=1 - 1e-6))
     loss = (x.topk_logprobs.exp() * (x.topk_logprobs - top)).sum()

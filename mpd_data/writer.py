@@ -35,8 +35,8 @@ from mpd_data.shards import (
 )
 
 BYTES_PER_GROUP = 16 << 20
-# Rewrites are read at random, by the trainer. Rollouts are read from end to end, where each row group
-# costs a query some 3 us a column: in small ones more than reading its values does.
+# Rewrites are read at random, by the trainer. Rollouts are read from end to end, where each row
+# group costs a query some 3 us a column: in small ones more than reading its values does.
 _ROWS_PER_GROUP: dict[Stage, int] = {
     "rollouts": 256,
     "distill": ROWS_PER_GROUP,

@@ -21,10 +21,10 @@ from torch.utils.flop_counter import register_flop_formula
 from mpd_train.kl.divergence import Divergence, Name
 from mpd_train.kl.objective import Objective
 
-# Rows of a matrix product, and bytes of logits that are reached whatever the vocabulary.
-_CPU_ROWS, _CUDA_ROWS, _LEAST_BYTES = 512, 2048, 16 << 20
-# Rows with float32 logits at a time on CUDA.
-_CUDA_LOGIT_ROWS = 1024
+# Rows of a product with the head's gradient, and of those rows with float32 logits at a time.
+_ROWS = {"cpu": (512, 256), "cuda": (2048, 1024)}
+# Bytes of logits that are reached whatever the vocabulary.
+_LEAST_BYTES = 16 << 20
 # Vocabulary rows upcast at a time where the device has no mixed-precision product.
 _VOCAB_BLOCK = 8192
 # Columns of what is found about each token; the order of KLOutput's fields after `loss`.
@@ -276,19 +276,28 @@ def _forward(
     # and multiplying it by zero would not stop it.
     rows = factors.nonzero().squeeze(1)
     _check(rows, teacher, labels, vocab_size)
-    size, logit_rows = _chunk_sizes(device, vocab_size, chunk_size, backend)
+    size, logit_rows = _chunk_sizes(device, vocab_size, chunk_size)
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
         states = hidden[chunk]
         low_states = None if heads.low_hidden is None else heads.low_hidden[chunk]
-        if not in_place:
+
+        def logits_of(
+            rows: slice, states: Tensor = states, low_states: Tensor | None = low_states
+        ) -> Tensor:
+            logits = _logits(states[rows], weight, heads.bias)
+            if low_states is not None and low_weight is not None:
+                logits += _logits(low_states[rows], low_weight, None)
+            return logits
+
+        if in_place:
+            gradient = logits_of(slice(None))
+        else:
             gradient = hidden.new_empty((len(chunk), vocab_size))
         for first in range(0, len(chunk), logit_rows):
             part = slice(first, first + logit_rows)
-            logits = _logits(states[part], weight, heads.bias)
-            if low_states is not None and low_weight is not None:
-                logits += _logits(low_states[part], low_weight, None)
-            out = logits if in_place else gradient[part]
+            out = gradient[part]
+            logits = out if in_place else logits_of(part)
             picked = chunk[part]
             of_labels = None if labels is None else labels[picked]
             scale = factors[picked, None]
@@ -304,9 +313,8 @@ def _forward(
                 )
                 del of_teacher
             found[picked] = values
-            if in_place:
-                gradient = logits
-            del logits, out
+            # Before the next part's: two of them would be the peak.
+            del logits
         if needs[0]:
             d_hidden[chunk] = _times_head(gradient, weight).to(hidden.dtype)
         if needs[1]:
@@ -318,24 +326,19 @@ def _forward(
                 d_low_hidden[chunk] = _times_head(gradient, low_weight).to(hidden.dtype)
             if needs[4]:
                 _add_outer(d_low_weight, gradient, low_states)
-        # Before the next chunk's: two of them would be the peak.
-        del gradient
+        del gradient, out
     losses = objective.loss(found[rows, 0], found[rows, 1])
     total = (losses * factors[rows]).sum()
     return total, found, d_hidden, d_weight, d_bias, d_low_hidden, d_low_weight
 
 
-def _chunk_sizes(
-    device: torch.device, vocab_size: int, chunk_size: int, backend: str
-) -> tuple[int, int]:
-    """Rows of a matrix product and rows of float32 logits."""
+def _chunk_sizes(device: torch.device, vocab_size: int, chunk_size: int) -> tuple[int, int]:
+    """Rows of a product with the head's gradient and rows of float32 logits."""
     if chunk_size > 0:
         return chunk_size, chunk_size
     least = _LEAST_BYTES // (4 * vocab_size)
-    if device.type != "cuda":
-        rows = max(_CPU_ROWS, least)
-        return rows, rows
-    return max(_CUDA_ROWS, least), max(_CUDA_LOGIT_ROWS, least)
+    rows, logit_rows = _ROWS.get(device.type, _ROWS["cuda"])
+    return max(rows, least), max(logit_rows, least)
 
 
 def _check(rows: Tensor, teacher: TopK | Dense, labels: Tensor | None, vocab_size: int) -> None:
@@ -344,7 +347,7 @@ def _check(rows: Tensor, teacher: TopK | Dense, labels: Tensor | None, vocab_siz
     if isinstance(teacher, TopK):
         doubled = torch.zeros((), dtype=torch.bool, device=rows.device)
         outside, headless = doubled.clone(), doubled.clone()
-        for chunk in torch.split(rows, _CPU_ROWS):
+        for chunk in torch.split(rows, _ROWS["cpu"][0]):
             ids = teacher.ids[chunk]
             outside |= ((ids < -1) | (ids >= vocab_size)).any()
             headless |= (ids[:, 0] < 0).any()
