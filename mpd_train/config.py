@@ -22,6 +22,12 @@ class LossConfig(Strict):
         le=1,
         description="Share of the rewrite's own cross-entropy in the loss; 1: plain fine-tuning.",
     )
+    kl_temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Both models' logits are divided by it, and the divergence is multiplied by its"
+        " square. Other than 1 only with --teacher: cached records are at temperature 1.",
+    )
     divergence_clip: float | None = Field(
         None,
         gt=0,
@@ -86,7 +92,9 @@ class TrainConfig(Strict):
     teacher_revision: str | None = Field(None, description="Hub revision of the teacher.")
     epochs: int = Field(1, ge=1, description="Passes over the kept rows.")
     pack_length: int = Field(4096, ge=2, description="Tokens packed into one sequence.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Packs per optimiser step.")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="Packs per optimiser step, of all processes together."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Compute precision; weights and optimiser stay float32. auto: bfloat16 on"
@@ -95,6 +103,17 @@ class TrainConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    activation_offload: bool = Field(
+        False, description="Keep activations in the CPU's memory until the backward pass."
+    )
+    attn_implementation: str | None = Field(
+        None,
+        description="Attention of transformers: sdpa, flash_attention_2, … Default: flash attention"
+        " where it is installed and the model runs in bfloat16 on CUDA, else transformers' choice.",
+    )
+    max_loss: float = Field(
+        100.0, gt=0, description="Stop where a step's loss is above it, in nats per token."
     )
     seed: int = Field(0, ge=0, description="Order of the data.")
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(

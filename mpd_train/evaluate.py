@@ -1,11 +1,13 @@
 """The loss of a pack, and what is recorded about it."""
 
 import torch
+from torch import Tensor
 
 from mpd_train.config import LossConfig
 from mpd_train.kl import Divergence, KLOutput, dense_kl, sparse_kl
 from mpd_train.models import CausalLM, autocast
-from mpd_train.stream import Batch, Pack, ShardSet, load_pack
+from mpd_train.parallel import Ranks
+from mpd_train.stream import Batch, Loader, Pack
 
 
 def pack_loss(
@@ -34,6 +36,7 @@ def pack_loss(
             batch.tail_logprobs,
             normalizer=normalizer,
             divergence=divergence,
+            temperature=loss.kl_temperature,
             divergence_clip=loss.divergence_clip,
             labels=labels,
             ce_weight=loss.ce_weight,
@@ -47,57 +50,79 @@ def pack_loss(
         teacher.head(vocab_size),
         normalizer=normalizer,
         divergence=divergence,
+        temperature=loss.kl_temperature,
         divergence_clip=loss.divergence_clip,
         labels=labels,
         ce_weight=loss.ce_weight,
     )
 
 
+class Sums:
+    """Sums over the loss tokens of an optimiser step, or of a validation."""
+
+    def __init__(self, loss: LossConfig) -> None:
+        self._loss = loss
+        self._sums: Tensor | None = None
+
+    def add(self, output: KLOutput, batch: Batch) -> None:
+        clip = self._loss.divergence_clip
+        found = torch.stack(
+            [
+                output.loss.detach().double(),
+                output.per_token.double().sum(),
+                output.student_entropy.double().sum(),
+                output.teacher_entropy.double().sum(),
+                output.topk_mass.double().sum(),
+                batch.tail_logprobs.double().exp().sum(),
+                output.agreement.double().sum(),
+                output.cross_entropy.double().sum(),
+                (output.per_token > (torch.inf if clip is None else clip)).double().sum(),
+            ]
+        )
+        # Added on the device: to ask for a number would wait for it.
+        self._sums = found if self._sums is None else self._sums + found
+
+    def per_token(self, num_tokens: int, ranks: Ranks) -> dict[str, float]:
+        """Means over `num_tokens`, those of all processes, after the `loss`, a sum. `kl`: the
+        divergence, never clipped, and the entropies in nats; `topk_mass`: the student's on the
+        teacher's top K; `teacher_tail_mass`: the teacher's own outside its record; `agreement`:
+        share of tokens that both rank first; `cross_entropy` where it is in the loss; `clipped`:
+        share of tokens above the clip, where there is one."""
+        assert self._sums is not None
+        loss, *sums = ranks.sum(self._sums.tolist())
+        names = [
+            "kl", "student_entropy", "teacher_entropy", "topk_mass", "teacher_tail_mass",
+            "agreement", "cross_entropy", "clipped",
+        ]  # fmt: skip
+        record = {name: value / num_tokens for name, value in zip(names, sums, strict=True)}
+        if self._loss.ce_weight == 0:
+            del record["cross_entropy"]
+        if self._loss.divergence_clip is None:
+            del record["clipped"]
+        return {"loss": loss, **record}
+
+
 def validate(
     student: CausalLM,
     teacher: CausalLM | None,
-    shards: ShardSet,
+    loader: Loader,
     packs: list[Pack],
+    vocab_size: int,
     loss: LossConfig,
-    device: torch.device,
     dtype: torch.dtype,
+    ranks: Ranks,
 ) -> tuple[float, int]:
     """Mean loss over the packs' loss tokens, and their number: divergence, never clipped, and
     cross-entropy mixed as in training; no gradients, dropout off."""
     tokens = sum(pack.num_loss_tokens for pack in packs)
     sums = Sums(loss)
     student.model.eval()
-    with torch.no_grad(), autocast(device, dtype):
-        for pack in packs:
-            batch = load_pack(shards, pack).to(device)
-            vocab_size = int(shards.metadata["vocab_size"])
-            sums.add(pack_loss(student, teacher, batch, vocab_size, loss, float(tokens)))
+    with torch.no_grad(), autocast(loader.device, dtype):
+        for batch in loader.batches([packs], ranks):
+            output = pack_loss(student, teacher, batch, vocab_size, loss, float(tokens))
+            sums.add(output, batch)
     student.model.train()
-    found = sums.per_token(tokens)
+    found = sums.per_token(tokens, ranks)
+    divergence = loss.kl_temperature**2 * found["kl"]
     entropy = found.get("cross_entropy", 0.0)
-    return (1 - loss.ce_weight) * found["kl"] + loss.ce_weight * entropy, tokens
-
-
-class Sums:
-    """Sums over the loss tokens of an optimiser step."""
-
-    def __init__(self, loss: LossConfig) -> None:
-        self._loss = loss
-        self._kl, self._cross_entropy, self._clipped = 0.0, 0.0, 0
-
-    def add(self, output: KLOutput) -> None:
-        self._kl += float(output.per_token.sum())
-        if self._loss.ce_weight > 0:
-            self._cross_entropy += float(output.cross_entropy.sum())
-        if self._loss.divergence_clip is not None:
-            self._clipped += int((output.per_token > self._loss.divergence_clip).sum())
-
-    def per_token(self, num_tokens: int) -> dict[str, float]:
-        """`kl`: mean divergence, never clipped, in nats; `cross_entropy` in nats where it is in
-        the loss; `clipped`: share of tokens above the clip, where there is one."""
-        record = {"kl": self._kl / num_tokens}
-        if self._loss.ce_weight > 0:
-            record["cross_entropy"] = self._cross_entropy / num_tokens
-        if self._loss.divergence_clip is not None:
-            record["clipped"] = self._clipped / num_tokens
-        return record
+    return (1 - loss.ce_weight) * divergence + loss.ce_weight * entropy, tokens

@@ -1,53 +1,43 @@
 """The training loop: plan, load, loss, step, record. Reads from top to bottom."""
 
-import json
 import math
 import shutil
 import sys
 import time
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from safetensors.torch import save_file
 
 from mpd_data.errors import ConfigError, MPDError
 from mpd_data.locks import exclusive
 from mpd_data.models import (
     ModelFiles,
     device_name,
-    load_tokenizer,
-    provenance,
-    require_same_tokenizer,
-    require_whole,
     resolve_model,
 )
-from mpd_data.schema import differences
-from mpd_data.shards import write_json_atomic
 from mpd_train import checkpoint, lora
 from mpd_train.config import OptimizerConfig, TrainConfig
 from mpd_train.evaluate import Sums, pack_loss, validate
-from mpd_train.models import CausalLM, autocast, choose_device, compute_dtype, export
-from mpd_train.stream import Pack, ShardSet, load_pack, split_packs
-from mpd_train.tracking import Trackers, load_trackers
-
-_SECONDS_PER_LINE = 15.0
-# What may differ on resuming: places, and models, which are identified by their content.
-_NOT_IDENTITY = {"out", "shards", "student", "teacher", "save_steps", "device", "report_to"}
+from mpd_train.models import CausalLM, attention, autocast, export
+from mpd_train.parallel import Ranks, clip_grad_norm, ranks, shard, whole
+from mpd_train.prepare import claim, prepare
+from mpd_train.stream import Batch, Loader, Pack, ShardSet, split_packs
+from mpd_train.tracking import Recorder
 
 
 def train(config: TrainConfig, overwrite: bool = False) -> Path:
     """Trains the student on the shards and returns the exported model's folder.
 
     Resumes from the newest checkpoint in `config.out`, and returns at once where the run has
-    finished. Raises ConfigError or DataError for input that cannot be trained on, MPDError where
-    the loss, the memory or the disk gives out.
+    finished. Started by torchrun, all its processes train together. Raises ConfigError or DataError
+    for input that cannot be trained on, MPDError where the loss, the memory or the disk gives out.
     """
-    with exclusive(config.out):
+    with ranks() as joined, exclusive(config.out) if joined.first else nullcontext():
         try:
-            return _train(config, overwrite)
+            return _train(config, overwrite, joined)
         except torch.OutOfMemoryError as error:
             raise MPDError(
                 f"out of memory on the device ({error}). Lower --pack-length (and raise"
@@ -61,58 +51,7 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
             ) from error
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """All that a run settles before it loads a model."""
-
-    device: torch.device
-    dtype: torch.dtype
-    shards: ShardSet
-    vocab_size: int
-    tracker_modules: dict[str, Any]
-    identity: dict[str, Any]
-
-
-def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, torch.dtype]:
-    """Trackers' modules, device and compute precision. Raises ConfigError for settings that
-    contradict each other or the machine."""
-    validation = config.validation
-    if validation.early_stopping_patience > 0 and validation.validation_fraction == 0:
-        raise ConfigError(
-            "--early-stopping-patience needs held-out prompts: give --validation-fraction too."
-        )
-    tracker_modules = load_trackers(list(config.report_to))
-    device = choose_device(config.device)
-    return tracker_modules, device, compute_dtype(device, config.dtype)
-
-
-def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None) -> Prepared:
-    """Checks everything that can be checked without weights. Raises ConfigError or DataError."""
-    tracker_modules, device, dtype = check_settings(config)
-    shards = ShardSet(config.shards)
-    vocab_size = int(shards.metadata["vocab_size"])
-    for files in (student, teacher):
-        if files is not None:
-            require_whole(files)
-            if files.vocab_size < vocab_size:
-                raise ConfigError(
-                    f"{files.name}: has {files.vocab_size} embedding rows, the shards are scored"
-                    f" over {vocab_size}. Use the models that the shards were made with."
-                )
-            tokenizer = load_tokenizer(files, config.trust_remote_code)
-            require_same_tokenizer(
-                shards.metadata["tokenizer"], tokenizer, str(config.shards[0]), files.name
-            )
-    identity = {
-        "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
-        "shards": shards.identity(),
-        "student": student.identity(),
-        "teacher": None if teacher is None else teacher.identity(),
-    }
-    return Prepared(device, dtype, shards, vocab_size, tracker_modules, identity)
-
-
-def _train(config: TrainConfig, overwrite: bool) -> Path:
+def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     code = config.trust_remote_code
     student_files = resolve_model(config.student, config.revision, code)
     teacher_files = None
@@ -121,155 +60,195 @@ def _train(config: TrainConfig, overwrite: bool) -> Path:
     prepared = prepare(config, student_files, teacher_files)
     device, dtype, shards = prepared.device, prepared.dtype, prepared.shards
     vocab_size, validation = prepared.vocab_size, config.validation
+    size = config.gradient_accumulation_steps
+    if size < ranks.size:
+        raise ConfigError(
+            f"--gradient-accumulation-steps {size} is the number of packs in an optimiser step, of"
+            f" all processes together; with {ranks.size} of them some would have nothing to do."
+            f" Give {ranks.size} or a multiple of it."
+        )
     packs, held_out = split_packs(
         shards, config.pack_length, config.seed, config.epochs, validation.validation_fraction
     )
     model_folder = config.out / "model"
-    _claim(
-        config.out,
-        prepared.identity,
-        config,
-        "cpu" if device.type == "cpu" else device_name(),
-        overwrite,
-    )
+    if ranks.first:
+        name = "cpu" if device.type == "cpu" else device_name()
+        claim(config.out, prepared.identity, config, name, overwrite)
+    # The others look at the folder only after that.
+    ranks.wait()
     if model_folder.is_dir():
+        ranks.wait()
         print(f"{model_folder}: this run has finished; nothing to do.", file=sys.stderr)
         return model_folder
 
-    student = CausalLM(student_files, device, torch.float32, config.trust_remote_code)
-    adapted = None
-    if config.lora.lora_r > 0:
-        adapted = lora.attach(
-            student.model, student_files.name, config.lora, config.revision, config.seed
-        )
+    student = _load_student(config, student_files, device, dtype)
     student.model.train()
     if config.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     teacher = None
     if teacher_files is not None:
-        teacher = CausalLM(teacher_files, device, dtype, config.trust_remote_code)
+        teacher = CausalLM(teacher_files, device, dtype, code, attention(config, device, dtype))
         teacher.model.requires_grad_(False)
+    if ranks.size > 1:
+        for model in filter(None, (student, teacher)):
+            shard(model.model)
     optimizer = make_optimizer(student.model, config.optimizer)
 
-    size = config.gradient_accumulation_steps
     steps = [packs[i : i + size] for i in range(0, len(packs), size)]
     checkpoint_folder = config.out / "checkpoints"
     done, progress = 0, checkpoint.Progress()
     if found := checkpoint.checkpoints(checkpoint_folder):
         done = checkpoint.load(found[-1], student.model, optimizer)
         progress = checkpoint.progress_of(found[-1])
-        print(f"resuming after step {done} of {len(steps)}", file=sys.stderr)
-    metrics = _open_metrics(config.out / "metrics.jsonl", done)
-    fill = sum(p.num_tokens for p in packs) / (len(packs) * config.pack_length)
-    print(
-        f"{shards.num_rows} rows, {config.epochs} epochs, {len(packs)} packs ({fill:.1%} filled),"
-        f" {len(steps)} steps on {device}",
-        file=sys.stderr,
-    )
+    recorder = None
+    if ranks.first:
+        recorder = Recorder(config, prepared.tracker_modules, done, len(steps))
+        fill = sum(p.num_tokens for p in packs) / (len(packs) * config.pack_length)
+        on = f"{device}" if ranks.size == 1 else f"{ranks.size} x {device.type}"
+        print(
+            f"{shards.num_rows} rows, {config.epochs} epochs, {len(packs)} packs ({fill:.1%}"
+            f" filled), {len(steps)} steps on {on}",
+            file=sys.stderr,
+        )
 
-    trackers = Trackers(prepared.tracker_modules, config.out, config.model_dump(mode="json"), done)
-    last_line = time.monotonic()
-    with (
-        metrics,
-        closing(trackers),
-        tqdm(
-            total=len(steps),
-            initial=done,
-            desc="train",
-            unit="step",
-            disable=not sys.stderr.isatty(),
-        ) as bar,
-    ):
+    with closing(Loader(shards, device)) as loader, recorder or nullcontext():
+        batches = loader.batches(steps[done:], ranks)
         for step in range(done, len(steps)):
             if 0 < validation.early_stopping_patience <= progress.misses:
-                print(f"stopped early, after step {step}", file=sys.stderr)
+                if ranks.first:
+                    print(f"stopped early, after step {step}", file=sys.stderr)
                 break
             begun = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optimizer, step, len(steps))
             # Dropout, where a model has any, is the same after a restart.
-            torch.manual_seed(config.seed * 1_000_003 + step)
-            loss, waited, sums = 0.0, 0.0, Sums(config.loss)
+            torch.manual_seed((config.seed * 1_000_003 + step) * ranks.size + ranks.rank)
+            waited, sums, seen = 0.0, Sums(config.loss), []
             # One mean over all loss tokens of the optimiser step, however they are packed.
-            normalizer = float(sum(pack.num_loss_tokens for pack in steps[step]))
-            for pack in steps[step]:
+            loss_tokens = sum(pack.num_loss_tokens for pack in steps[step])
+            for _ in ranks.share(steps[step]):
                 before = time.perf_counter()
-                batch = load_pack(shards, pack).to(device)
+                batch = next(batches)
                 waited += time.perf_counter() - before
-                with autocast(device, dtype):
-                    output = pack_loss(student, teacher, batch, vocab_size, config.loss, normalizer)
+                with autocast(device, dtype), _kept_activations(config, device):
+                    output = pack_loss(
+                        student, teacher, batch, vocab_size, config.loss,
+                        # Gradients are averaged over the processes: each adds its share as often
+                        # as there are processes.
+                        loss_tokens / ranks.size,
+                    )  # fmt: skip
                 output.loss.backward()  # type: ignore[no-untyped-call]
-                loss += output.loss.item()
-                sums.add(output)
-            norm = torch.nn.utils.clip_grad_norm_(
-                student.model.parameters(), config.optimizer.max_grad_norm
-            )
-            if not (math.isfinite(loss) and torch.isfinite(norm)):
+                sums.add(output, batch)
+                seen.append(batch)
+            norm = clip_grad_norm(student.model, config.optimizer.max_grad_norm)
+            record = sums.per_token(loss_tokens, ranks)
+            record["loss"] /= ranks.size
+            if not (record["loss"] <= config.max_loss and math.isfinite(norm)):
+                folder = _save_batches(config.out, step + 1, seen, ranks)
                 raise MPDError(
-                    f"step {step + 1}: loss {loss}, gradient norm {float(norm)}. The rows of that"
-                    f" step: {_rows_of(shards, steps[step])}. The last checkpoint is from before"
-                    " it. Check the round with mpd-gen validate; for a lower --learning-rate give"
-                    " another --out or --overwrite."
+                    f"step {step + 1}: loss {record['loss']}, gradient norm {norm}; expected at"
+                    f" most --max-loss {config.max_loss:g} and finite gradients. Its batches are in"
+                    f" {folder}, from these rows: {_rows_of(shards, steps[step])}. The last"
+                    " checkpoint is from before it. Check the round with mpd-gen validate; for a"
+                    " lower --learning-rate give another --out or --overwrite."
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if recorder is not None:
+                recorder.step(
+                    step + 1,
+                    {
+                        **record,
+                        "grad_norm": norm,
+                        "learning_rate": optimizer.param_groups[0]["lr"],
+                        "loss_tokens": loss_tokens,
+                        "tokens": sum(pack.num_tokens for pack in steps[step]),
+                    },
+                    time.perf_counter() - begun,
+                    waited,
+                )
 
-            seconds = time.perf_counter() - begun
-            tokens = sum(pack.num_tokens for pack in steps[step])
-            record = {
-                "step": step + 1,
-                "loss": loss,
-                **sums.per_token(int(normalizer)),
-                "grad_norm": float(norm),
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "loss_tokens": int(normalizer),
-                "tokens": tokens,
-                "seconds": round(seconds, 4),
-                "data_seconds": round(waited, 4),
-                "tokens_per_second": round(tokens / seconds, 1),
-            }
-            metrics.write(json.dumps(record) + "\n")
-            trackers.log(record)
             last = step + 1 == len(steps)
             if held_out and (last or (step + 1) % validation.eval_steps == 0):
                 value, count = validate(
-                    student, teacher, shards, held_out, config.loss, device, dtype
+                    student, teacher, loader, held_out, vocab_size, config.loss, dtype, ranks
                 )
                 if not math.isfinite(value):
                     raise MPDError(
                         f"step {step + 1}: validation loss {value}; the last checkpoint is from"
                         " before it. Check the round with mpd-gen validate."
                     )
-                line = {"step": step + 1, "validation_loss": value, "validation_tokens": count}
-                metrics.write(json.dumps(line) + "\n")
-                trackers.log(line)
+                if recorder is not None:
+                    recorder.write(
+                        {"step": step + 1, "validation_loss": value, "validation_tokens": count}
+                    )
                 if progress.best is None or value < progress.best:
                     progress = checkpoint.Progress(value)
                     if validation.early_stopping_patience > 0:
-                        checkpoint.save_best(checkpoint_folder, student.model)
+                        checkpoint.save_best(checkpoint_folder, step + 1, student.model, ranks)
                 else:
                     progress.misses += 1
-            metrics.flush()
-            bar.update(1)
-            bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tok/s", refresh=False)
-            if bar.disable and time.monotonic() - last_line >= _SECONDS_PER_LINE:
-                last_line = time.monotonic()
-                print(
-                    f"train: step {step + 1}/{len(steps)}, loss {loss:.4f},"
-                    f" {tokens / seconds:,.0f} tok/s",
-                    file=sys.stderr,
+            if (step + 1) % config.save_steps == 0 and not last:
+                checkpoint.save(
+                    checkpoint_folder, step + 1, student.model, optimizer, progress, ranks
                 )
-            if (step + 1) % config.save_steps == 0 and step + 1 < len(steps):
-                checkpoint.save(checkpoint_folder, step + 1, student.model, optimizer, progress)
     if validation.early_stopping_patience > 0:
         checkpoint.load_best(checkpoint_folder, student.model)
-    if adapted is not None:
-        lora.save_and_merge(adapted, config.out / "adapter")
-    export(student, model_folder)
-    # Weights and moments of the way there: three times the model's size each.
-    if checkpoint_folder.exists():
-        shutil.rmtree(checkpoint_folder)
+    del optimizer
+    _export(config, student, ranks)
     return model_folder
+
+
+def _load_student(
+    config: TrainConfig, files: ModelFiles, device: torch.device, dtype: torch.dtype
+) -> CausalLM:
+    """The student in float32, with adapters where they are what is trained."""
+    student = CausalLM(
+        files, device, torch.float32, config.trust_remote_code, attention(config, device, dtype)
+    )
+    if config.lora.lora_r > 0:
+        student.adapted = lora.attach(
+            student.model, files.name, config.lora, config.revision, config.seed
+        )
+    return student
+
+
+def _export(config: TrainConfig, student: CausalLM, ranks: Ranks) -> None:
+    """Writes the model, and the adapter where there is one, and clears the way there away."""
+    if ranks.size > 1:
+        weights = {name: whole(x).cpu() for name, x in checkpoint.weights_of(student.model).items()}
+        if ranks.first:
+            # Into a student that is in one piece, from where one process exports it.
+            cpu = torch.device("cpu")
+            student = _load_student(config, student.files, cpu, torch.float32)
+            checkpoint.place(weights, student.model)
+    if ranks.first:
+        if student.adapted is not None:
+            lora.save_and_merge(student.adapted, config.out / "adapter")
+        export(student, config.out / "model")
+        # Weights and moments of the way there: three times the model's size each.
+        if (config.out / "checkpoints").exists():
+            shutil.rmtree(config.out / "checkpoints")
+    ranks.wait()
+
+
+def _kept_activations(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    if not config.activation_offload:
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch.autograd.graph.save_on_cpu(
+        pin_memory=device.type == "cuda"
+    )
+    return context
+
+
+def _save_batches(out: Path, step: int, batches: list[Batch], ranks: Ranks) -> Path:
+    """What a step that went wrong was made of, a file for each pack."""
+    folder = out / "failed" / f"step-{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, batch in enumerate(batches):
+        tensors = {name: x.cpu().contiguous() for name, x in vars(batch).items()}
+        save_file(tensors, folder / f"rank-{ranks.rank}-pack-{index}.safetensors")
+    return folder
 
 
 def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -300,54 +279,6 @@ def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
     if config.lr_schedule == "linear":
         return config.learning_rate * (1 - progress)
     return config.learning_rate
-
-
-def check_claim(out: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Raises ConfigError where the run in `out` began with other settings."""
-    if saved != identity:
-        listing = "\n  ".join(differences(saved, identity))
-        raise ConfigError(
-            f"{out}: this run was started with other settings:\n  {listing}\nGive the saved"
-            " settings to resume, another --out, or --overwrite to start anew."
-        )
-
-
-def _claim(
-    out: Path, identity: dict[str, Any], config: TrainConfig, device: str, overwrite: bool
-) -> None:
-    """Records the run's settings and device, or refuses to go on with other settings than it
-    began with."""
-    path = out / "run.json"
-    doomed = out / ".discarded"
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    if overwrite and path.exists():
-        doomed.mkdir()
-        # Away at once under their names, the model first: a kill leaves no half of it behind.
-        for name in ("model", "adapter", "tensorboard", "checkpoints", "metrics.jsonl", "run.json"):
-            if (out / name).exists():
-                (out / name).replace(doomed / name)
-        shutil.rmtree(doomed)
-    if path.exists():
-        check_claim(out, json.loads(path.read_text(encoding="utf-8"))["identity"], identity)
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    details = {"config": config.model_dump(mode="json"), "device": device, **provenance()}
-    write_json_atomic(path, {"identity": identity, "details": details})
-
-
-def _open_metrics(path: Path, done: int) -> Any:
-    """metrics.jsonl for appending, cut back to the steps that the checkpoint holds."""
-    kept = []
-    if path.exists():
-        # The last line may be torn by a kill; steps after the checkpoint are done again.
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            if json.loads(line)["step"] <= done:
-                kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
-    return path.open("a", encoding="utf-8")
 
 
 def _rows_of(shards: ShardSet, packs: list[Pack]) -> str:

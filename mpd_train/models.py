@@ -1,5 +1,6 @@
 """Loading the models the trainer needs, and the student's way back to disk."""
 
+import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch import Tensor
 from mpd_data.errors import ConfigError
 from mpd_data.models import ModelFiles
 from mpd_data.shards import fsync_directory, fsync_file
+from mpd_train.config import TrainConfig
+from mpd_train.kl import gathered
 
 
 class CausalLM:
@@ -22,20 +25,29 @@ class CausalLM:
         device: torch.device,
         weights_dtype: torch.dtype,
         trust_remote_code: bool,
+        attn_implementation: str | None = None,
     ) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         self.files = files
+        # peft's wrapper of the model, where adapters are what is trained.
+        self.adapted: Any = None
         try:
             self.model: Any = AutoModelForCausalLM.from_pretrained(
-                str(files.path), dtype=weights_dtype, trust_remote_code=trust_remote_code
+                str(files.path),
+                dtype=weights_dtype,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
             ).to(device)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
-        self._require_plain_head(device)
-        self._require_separate_sequences(device)
+        # Flash attention computes in short types alone.
+        short = (attn_implementation or "").startswith("flash")
+        with autocast(device, torch.bfloat16 if short else torch.float32):
+            self._require_plain_head(device)
+            self._require_separate_sequences(device)
 
     def _require_plain_head(self, device: torch.device) -> None:
         """The loss computes logits as states x head. Some families scale or cap them after the
@@ -80,7 +92,7 @@ class CausalLM:
 
     def head(self, vocab_size: int | None = None) -> Tensor:
         """The output embedding [V, H], cut to the shared vocabulary where it has padding rows."""
-        weight: Tensor = self.model.get_output_embeddings().weight
+        weight = gathered(self.model.get_output_embeddings().weight)
         return weight if vocab_size in (None, weight.shape[0]) else weight[:vocab_size]
 
 
@@ -102,6 +114,11 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this torch sees no CUDA device.")
+    # torchrun's processes have a GPU each.
+    local = os.environ.get("LOCAL_RANK")
+    if name == "cuda" and local is not None:
+        torch.cuda.set_device(int(local))
+        return torch.device("cuda", int(local))
     return torch.device(name)
 
 
@@ -111,6 +128,16 @@ def compute_dtype(device: torch.device, name: str) -> torch.dtype:
         name = "bfloat16" if device.type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def attention(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What --attn-implementation means; None leaves the choice to transformers."""
+    if config.attn_implementation is not None:
+        return config.attn_implementation
+    from transformers.utils import is_flash_attn_2_available
+
+    fits = device.type == "cuda" and dtype == torch.bfloat16
+    return "flash_attention_2" if fits and is_flash_attn_2_available() else None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -23,8 +23,8 @@ from mpd_data.options import arguments
 from mpd_data.plan import StagePlan, as_saved, first_reasons, siblings, size_text
 from mpd_train import checkpoint, lora
 from mpd_train.config import TrainConfig
-from mpd_train.loop import check_claim, check_settings, prepare
 from mpd_train.models import skeleton
+from mpd_train.prepare import check_claim, check_settings, prepare
 from mpd_train.stream import overlong, split_packs
 
 # What a token's time depends on beside the model and the machine.

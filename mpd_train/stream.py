@@ -9,7 +9,10 @@ stays inside a run of consecutive positions.
 
 import bisect
 import hashlib
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,12 @@ from torch import Tensor
 from mpd_data.errors import ConfigError, DataError
 from mpd_data.schema import differences
 from mpd_data.shards import ROTTEN, RoundDir, open_shard, read_all, read_metadata
+from mpd_train.parallel import Ranks
 
 # Row groups shuffled and packed together: enough for good packing, few enough to hold.
 _WINDOW_GROUPS = 16
+# Packs read before they are needed.
+_PACKS_AHEAD = 2
 # Shards trained together must agree in these.
 _SAME = (
     "tokenizer",
@@ -60,7 +66,18 @@ class Batch:
     teacher_loss_positions: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(**{name: value.to(device) for name, value in self.__dict__.items()})
+        return Batch(**{name: x.to(device, non_blocking=True) for name, x in self.__dict__.items()})
+
+    def pinned(self) -> "Batch":
+        """In memory from which a GPU reads by itself."""
+        return Batch(**{name: x.pin_memory() for name, x in self.__dict__.items()})
+
+    def without_loss(self) -> "Batch":
+        """The same sequences with nothing to predict: the loss is a zero that gradients of zero
+        come from."""
+        per_token = ("loss_positions", "labels", "topk_ids", "topk_logprobs", "tail_logprobs")
+        names = (*per_token, "teacher_loss_positions")
+        return replace(self, **{name: getattr(self, name)[:0] for name in names})
 
 
 @dataclass(frozen=True)
@@ -307,6 +324,38 @@ def _best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
             bins[chosen].append(index)
             bisect.insort(room, (left - lengths[index], chosen))
     return bins
+
+
+class Loader:
+    """Reads packs in a thread of its own, ahead of the training. All reading of a ShardSet has to
+    go through one Loader: its cache is not made for two threads."""
+
+    def __init__(self, shards: ShardSet, device: torch.device) -> None:
+        self.device = device
+        self._shards = shards
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mpd-loader")
+
+    def batches(self, steps: Iterable[list[Pack]], ranks: Ranks) -> Iterator[Batch]:
+        """This process's batches of each step, in their order, on the device. All processes have
+        as many: one that has no pack left gets one of the others' without its loss, because all
+        have to join in each pass through a sharded model. Raises what `load_pack` raises."""
+        ahead: deque[Future[Batch]] = deque()
+        for packs in steps:
+            for own in ranks.share(packs):
+                ahead.append(self._thread.submit(self._load, own or packs[0], own is not None))
+                if len(ahead) > _PACKS_AHEAD:
+                    yield ahead.popleft().result().to(self.device)
+        while ahead:
+            yield ahead.popleft().result().to(self.device)
+
+    def _load(self, pack: Pack, with_loss: bool) -> Batch:
+        batch = load_pack(self._shards, pack)
+        if not with_loss:
+            batch = batch.without_loss()
+        return batch.pinned() if self.device.type == "cuda" else batch
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 def load_pack(shards: ShardSet, pack: Pack) -> Batch:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import polars as pl
@@ -158,12 +159,17 @@ def loss_on_all(shards, model):
     from mpd_train.config import LossConfig
     from mpd_train.evaluate import validate
     from mpd_train.models import CausalLM
-    from mpd_train.stream import make_packs
+    from mpd_train.parallel import Ranks
+    from mpd_train.stream import Loader, make_packs
 
     cpu = torch.device("cpu")
     student = CausalLM(resolve_model(str(model)), cpu, torch.float32, False)
     packs = make_packs(shards, 2000, 0, 0)
-    return validate(student, None, shards, packs, LossConfig(), cpu, torch.float32)[0]
+    vocab = shards.metadata["vocab_size"]
+    with closing(Loader(shards, cpu)) as loader:
+        return validate(student, None, loader, packs, vocab, LossConfig(), torch.float32, Ranks())[
+            0
+        ]
 
 
 def write_jsonl(path, rows):

@@ -167,6 +167,9 @@ TESTS = {
     "tests/test_tracking.py": {
         "test_tensorboard_holds_the_metrics": {"mpd-train": "--report-to"},
     },
+    "tests/test_train.py": {
+        "test_a_loss_out_of_bounds_stops": {"mpd-train": "--max-loss"},
+    },
     "tests/test_training_settings.py": {
         "test_a_teacher_in_the_process_is_the_one_learned_from": {"mpd-train": "--teacher"},
         "test_accumulated_packs_are_one_step": {"mpd-train": "--gradient-accumulation-steps"},
@@ -194,6 +197,11 @@ TESTS = {
         "test_validation_is_held_and_ended_as_told": {
             "mpd-train": "--validation-fraction --eval-steps --early-stopping-patience",
         },
+        "test_the_temperature_divides_both_models_logits": {"mpd-train": "--kl-temperature"},
+        "test_activations_are_kept_in_the_cpus_memory_when_told": {
+            "mpd-train": "--activation-offload",
+        },
+        "test_attention_is_the_one_asked_for": {"mpd-train": "--attn-implementation"},
         "test_weight_decay_shrinks_matrices": {"mpd-train": "--weight-decay"},
     },
 }

@@ -15,7 +15,7 @@ from conftest import STUDENT, TEACHER, command, environment, loss_on_all, rewrit
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mpd_data.errors import ConfigError
+from mpd_data.errors import ConfigError, MPDError
 from mpd_data.locks import exclusive
 from mpd_data.models import load_tokenizer, resolve_model
 from mpd_data.shards import RoundDir
@@ -25,6 +25,7 @@ from mpd_train.evaluate import pack_loss
 from mpd_train.kl import NAMES
 from mpd_train.loop import learning_rate, make_optimizer, train
 from mpd_train.models import CausalLM
+from mpd_train.parallel import Ranks
 from mpd_train.stream import ShardSet, load_pack, make_packs
 
 CPU = torch.device("cpu")
@@ -306,7 +307,7 @@ def test_a_checkpoint_holds_weights_and_moments(tmp_path, shards, round_dir):
     pack_loss(model, None, batch, vocab, LossConfig(), 100.0).loss.backward()
     optimizer.step()
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, model.model, optimizer)
+        checkpoint.save(tmp_path, step, model.model, optimizer, checkpoint.Progress(), Ranks())
     found = checkpoint.checkpoints(tmp_path)
     assert [p.name for p in found] == ["step-000002", "step-000003"]
     other = CausalLM(resolve_model(str(STUDENT)), CPU, torch.float32, False)
@@ -317,6 +318,8 @@ def test_a_checkpoint_holds_weights_and_moments(tmp_path, shards, round_dir):
     for i, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
             assert torch.equal(value, other_optimizer.state_dict()["state"][i][key]), key
+    # Nothing that would have to be unpickled.
+    assert {p.suffix for p in found[-1].iterdir()} == {".safetensors", ".json"}
 
 
 def test_bfloat16_training_follows_float32(round_dir, trained, tmp_path):
@@ -510,6 +513,17 @@ def test_a_nan_loss_stops_with_the_rows_named(round_dir, tmp_path):
     assert "step 2: loss nan" in said
     assert "part-00000.parquet" in said
     assert not (tmp_path / "run" / "model").exists()
+    (saved,) = (tmp_path / "run" / "failed" / "step-000002").iterdir()
+    batch = load_pack(ShardSet([round_dir]), make_packs(ShardSet([round_dir]), 4096, 0, 0)[1])
+    found = load_file(saved)
+    assert found.keys() == vars(batch).keys()
+    assert all(torch.equal(found[name], value) for name, value in vars(batch).items())
+
+
+def test_a_loss_out_of_bounds_stops(round_dir, trained, tmp_path):
+    bound = 0.9 * metrics(trained)[0]["loss"]
+    with pytest.raises(MPDError, match=f"step 1: .* at most --max-loss {bound:g}"):
+        train(config(round_dir, tmp_path / "run", max_loss=bound))
 
 
 def test_broken_weights_are_refused(tmp_path):

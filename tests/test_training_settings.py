@@ -145,6 +145,52 @@ def test_a_teacher_in_the_process_is_the_one_learned_from(trained):
     assert taught[0]["loss"] > 1.1 * dense[0]["loss"]
 
 
+def test_the_temperature_divides_both_models_logits(trained, few, exact_student):
+    shards = ShardSet([few])
+    pack = make_packs(shards, 600, 0, 0)[0]
+    batch, vocab = load_pack(shards, pack), shards.metadata["vocab_size"]
+    student, teacher = (
+        CausalLM(resolve_model(str(path)), CPU, torch.float32, False)
+        for path in (exact_student, TEACHER)
+    )
+    with torch.no_grad():
+        q = student.states(batch.input_ids, batch.position_ids)[0, batch.loss_positions]
+        p = teacher.states(batch.teacher_input_ids, batch.teacher_position_ids)
+        p = p[0, batch.teacher_loss_positions] @ teacher.head(vocab).T
+        log_q = (q @ student.head(vocab).T / 4).log_softmax(-1)
+        log_p = (p / 4).log_softmax(-1)
+        expected = 16 * (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    records, _ = trained(teacher=str(TEACHER), loss={"kl_temperature": 4.0})
+    assert records[0]["loss"] == pytest.approx(expected, rel=1e-3)
+    assert records[0]["kl"] == pytest.approx(expected / 16, rel=1e-3)
+    with pytest.raises(ConfigError, match="records are the teacher's at 1, .* Give --teacher"):
+        trained(loss={"kl_temperature": 4.0})
+
+
+def test_attention_is_the_one_asked_for(trained):
+    usual, _ = trained()
+    eager, _ = trained(attn_implementation="eager")
+    assert eager[0]["loss"] == pytest.approx(usual[0]["loss"], rel=1e-5)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        trained(attn_implementation="no_such_attention")
+
+
+def test_activations_are_kept_in_the_cpus_memory_when_told(trained, monkeypatch):
+    used = []
+    context = torch.autograd.graph.save_on_cpu
+
+    def seen(**options):
+        used.append(options)
+        return context(**options)
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", seen)
+    usual, _ = trained()
+    assert not used
+    offloaded, _ = trained(activation_offload=True)
+    assert len(used) == len(offloaded)
+    assert column(offloaded, "loss") == column(usual, "loss")
+
+
 def test_schedule_and_warm_up_are_as_told(trained):
     shape = {"learning_rate": 1e-3, "warmup_ratio": 0.5}
     course = column(trained(optimizer={**shape, "lr_schedule": "linear"})[0], "learning_rate")

@@ -1,6 +1,7 @@
 """Held-out prompts, early stopping and the best weights."""
 
 import json
+from contextlib import closing
 
 import polars as pl
 import pytest
@@ -15,7 +16,8 @@ from mpd_train.config import LossConfig, TrainConfig
 from mpd_train.evaluate import validate
 from mpd_train.loop import train
 from mpd_train.models import CausalLM
-from mpd_train.stream import ShardSet, split_packs
+from mpd_train.parallel import Ranks
+from mpd_train.stream import Loader, ShardSet, split_packs
 
 
 def config(round_dir, student, out, **changed):
@@ -96,9 +98,11 @@ def test_stops_and_exports_the_best(stopped, round_dir):
     student = CausalLM(
         resolve_model(str(stopped / "model")), torch.device("cpu"), torch.float32, False
     )
-    value, count = validate(
-        student, None, shards, held_out, LossConfig(), torch.device("cpu"), torch.float32
-    )
+    vocab = shards.metadata["vocab_size"]
+    with closing(Loader(shards, torch.device("cpu"))) as loader:
+        value, count = validate(
+            student, None, loader, held_out, vocab, LossConfig(), torch.float32, Ranks()
+        )
     assert value == pytest.approx(values[best], rel=1e-6)
     assert all(abs(other / value - 1) > 1e-5 for i, other in enumerate(values) if i != best)
     assert count == validations[0]["validation_tokens"]

@@ -152,8 +152,8 @@ def dense_kl(
     _require_head("teacher ", teacher_hidden, teacher_weight, teacher_bias)
     teacher = fused.Dense(
         teacher_hidden.detach(),
-        _whole(teacher_weight.detach()),
-        None if teacher_bias is None else _whole(teacher_bias.detach()),
+        gathered(teacher_weight.detach()),
+        None if teacher_bias is None else gathered(teacher_bias.detach()),
     )
     objective = Objective(divergence, temperature, divergence_clip, ce_weight)
     student = _Student(hidden, weight, bias, low_rank)
@@ -203,8 +203,8 @@ def _apply(
     exact = fused.accumulation_dtype(hidden.dtype)
     factors = hidden.new_ones(n, dtype=exact) if weights is None else weights.detach().to(exact)
     factors = factors / normalizer
-    weight = _whole(student.weight)
-    bias = None if student.bias is None else _whole(student.bias)
+    weight = gathered(student.weight)
+    bias = None if student.bias is None else gathered(student.bias)
     low_hidden = low_weight = None
     if student.low_rank is not None:
         low = student.low_rank
@@ -212,8 +212,8 @@ def _apply(
         if weights is not None:
             # A NaN in a row without weight must not reach the gradient of `a`.
             states = torch.where(weights[:, None] != 0, hidden, 0.0)
-        low_hidden = states @ _whole(low.a).to(hidden.dtype).T * low.scale
-        low_weight = _whole(low.b)
+        low_hidden = states @ gathered(low.a).to(hidden.dtype).T * low.scale
+        low_weight = gathered(low.b)
     heads = fused.Heads(hidden, weight, bias, low_hidden, low_weight)
     if backend == "reference":
         loss, found = reference.loss(heads, teacher, labels, factors, objective)
@@ -243,10 +243,10 @@ def _require_ids(ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"K = {ids.shape[1]} with a vocabulary of {vocab_size}")
 
 
-def _whole(weight: Tensor) -> Tensor:
-    """A head that FSDP2 has sharded, gathered. Its gradient is averaged over the ranks, as FSDP2
-    averages the others: a plain `full_tensor()` would give each rank its own gradient's shard
-    as if it were everyone's."""
+def gathered(weight: Tensor) -> Tensor:
+    """A tensor that FSDP2 has sharded, gathered; any other as it is. Its gradient is averaged over
+    the ranks, as FSDP2 averages the others: a plain `full_tensor()` would give each rank its own
+    gradient's shard as if it were everyone's."""
     # Without torch.distributed there are no DTensors, and importing them takes a second.
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return weight

@@ -1,0 +1,104 @@
+"""The processes that train together: one, or those that torchrun started.
+
+FSDP2 (`fully_shard`) does the work: weights, gradients and moments lie in equal parts on all
+devices, layers are put together while they are needed, and gradients are averaged. Nothing here
+changes the numbers: what a step is made of does not depend on how many do it.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mpd_data.errors import ConfigError
+from mpd_train.kl import gathered
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `size` that train together."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that speaks and writes for all."""
+        return self.rank == 0
+
+    def share(self, things: list[T]) -> list[T | None]:
+        """This process's part of `things`, as long as the longest; None where it has none: all
+        have to join in each pass through a sharded model."""
+        mine: list[T | None] = list(things[self.rank :: self.size])
+        longest = -(-len(things) // self.size)
+        return mine + [None] * (longest - len(mine))
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each of `values` over all processes, in float64; the same for all of them."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        found: list[float] = total.tolist()
+        return found
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            # A reduction on the CPU: `barrier` would take the GPU's backend.
+            self.sum([0.0])
+
+
+@contextmanager
+def ranks() -> Iterator[Ranks]:
+    """The processes of this training, connected while the block runs."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        yield Ranks()
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: Any) -> None:
+    """Shares `model`, a transformers causal language model, out among the processes, layer by
+    layer. Raises ConfigError for a model that does not say what its layers are."""
+    from torch.distributed.fsdp import fully_shard
+
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__}: names no layers (_no_split_modules) to share out among"
+            " processes. Train it with one."
+        )
+    for layer in layers:
+        fully_shard(layer)
+    decoder, head = model.base_model, model.get_output_embeddings()
+    tied = head.weight is model.get_input_embeddings().weight
+    fully_shard(decoder, reshard_after_forward=True)
+    if tied:
+        head.weight = model.get_input_embeddings().weight
+    else:
+        # The loss takes its weight as it is: no pass goes through it.
+        fully_shard(head)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter put together, the same for all processes; all of them have to ask."""
+    return gathered(parameter.detach())
+
+
+def clip_grad_norm(model: nn.Module, largest: float) -> float:
+    """Scales the gradients down to a norm of at most `largest`; returns the norm before."""
+    return float(whole(nn.utils.clip_grad_norm_(model.parameters(), largest)))

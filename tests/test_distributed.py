@@ -1,0 +1,120 @@
+"""Several processes under torchrun: what a step is made of does not depend on how many do it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import STUDENT, TEACHER, environment, run
+from safetensors.torch import load_file
+
+
+def settings(round_dir, out, **changed):
+    """Four packs a step, fewer in the last one: some processes then have none."""
+    arguments = {
+        "--shards": round_dir, "--student": STUDENT, "--out": out, "--pack-length": 600,
+        "--gradient-accumulation-steps": 4, "--save-steps": 2, "--dtype": "float32",
+        "--learning-rate": 5e-4, "--epochs": 2,
+    }  # fmt: skip
+    return {**arguments, **changed}
+
+
+def torchrun(size, arguments):
+    words = [str(x) for pair in arguments.items() for x in pair if x is not None]
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(size), "-m", "mpd_train.cli", *words,
+    ]  # fmt: skip
+
+
+def with_ranks(size, arguments, code=0):
+    process = subprocess.run(
+        torchrun(size, arguments), env=environment(), capture_output=True, text=True
+    )
+    assert process.returncode == code, process.stderr
+    return process.stderr
+
+
+def alone(arguments):
+    run("mpd-train", *[str(x) for pair in arguments.items() for x in pair if x is not None])
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(found, expected):
+    """The same curve to rounding, and the same weights."""
+    ours, theirs = records(found), records(expected)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("loss", "grad_norm", "kl", "student_entropy", "agreement", "validation_loss"):
+            if name in other:
+                assert mine[name] == pytest.approx(other[name], rel=2e-4, abs=1e-5), name
+        assert mine.get("loss_tokens") == other.get("loss_tokens")
+        assert mine.get("tokens") == other.get("tokens")
+    a, b = (load_file(out / "model" / "model.safetensors") for out in (found, expected))
+    assert a.keys() == b.keys()
+    start = load_file(STUDENT / "model.safetensors")
+    for name, weight in b.items():
+        moved = (weight.float() - start[name].float()).norm()
+        assert (a[name].float() - weight.float()).norm() <= 0.02 * moved + 1e-6, name
+
+
+@pytest.fixture(scope="module")
+def one(round_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "run"
+    alone(settings(round_dir, out))
+    return out
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_several_processes_do_what_one_does(one, round_dir, tmp_path, size):
+    said = with_ranks(size, settings(round_dir, tmp_path / "run"))
+    assert f"on {size} x cpu" in said
+    assert said.count("rows, 2 epochs") == 1
+    assert_same(tmp_path / "run", one)
+
+
+def test_killed_and_resumed_with_another_number_of_processes(one, round_dir, tmp_path):
+    """No example twice and none missed: the steps are those of an undisturbed run."""
+    out = tmp_path / "run"
+    arguments = settings(round_dir, out)
+    total = len(records(one))
+    for size, after in ((2, 3), (4, 7)):
+        process = subprocess.Popen(
+            torchrun(size, arguments), env=environment(), stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        while not (out / "metrics.jsonl").exists() or len(records(out)) < after:
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert total > 7
+    alone(arguments)
+    assert_same(out, one)
+
+
+def test_adapters_a_teacher_and_validation(round_dir, tmp_path):
+    """Frozen weights among trained ones, a second sharded model, early stopping's best weights."""
+    more = {
+        "--lora-r": 4, "--teacher": TEACHER, "--validation-fraction": 0.25, "--eval-steps": 2,
+        "--early-stopping-patience": 8, "--epochs": 1,
+    }  # fmt: skip
+    alone(settings(round_dir, tmp_path / "one", **more))
+    with_ranks(2, settings(round_dir, tmp_path / "two", **more))
+    assert_same(tmp_path / "two", tmp_path / "one")
+    a, b = (load_file(tmp_path / x / "adapter/adapter_model.safetensors") for x in ("one", "two"))
+    assert a.keys() == b.keys()
+    for name, weight in a.items():
+        assert torch.allclose(b[name], weight, atol=1e-3), name
+
+
+def test_too_few_packs_for_the_processes_are_refused(round_dir, tmp_path):
+    arguments = settings(round_dir, tmp_path / "run", **{"--gradient-accumulation-steps": 1})
+    assert "Give 2 or a multiple" in with_ranks(2, arguments, code=1)
