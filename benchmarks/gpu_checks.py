@@ -2,7 +2,8 @@
 
     PYTHONPATH=. python benchmarks/gpu_checks.py
 
-1. a training step: a Qwen3-1.7B-shaped student with random weights, 8k tokens, cached top K;
+1. training steps of a Qwen3-1.7B-shaped student with random weights, 8k to 32k tokens, from cached
+   top K and from a Qwen3-8B-shaped teacher in the process: tokens/s, MFU, memory;
 2. the transformers engine with the pocket student: scores against float64 on the CPU, and samples
    that do not depend on the batch.
 
@@ -18,14 +19,18 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
-from mpd_train.kl import sparse_kl
+from mpd_train.kl import dense_kl, sparse_kl
 
 ROOT = Path(__file__).resolve().parents[1]
 K = 64
+# Dense bfloat16 of an H100 SXM or H200.
+PEAK_FLOPS = 989e12
 
 
 def measure(device: torch.device, work: Callable[[], object]) -> tuple[float, float]:
@@ -46,44 +51,92 @@ def measure(device: torch.device, work: Callable[[], object]) -> tuple[float, fl
     return statistics.median(times), peak
 
 
-def training_step(device: torch.device, small: bool) -> None:
-    shape = (
-        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 2048}
-        if small
-        else {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
-              "vocab_size": 151_936}
-    )  # fmt: skip
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16} if small else {
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
-    config = transformers.Qwen3Config(**shape, **heads, tie_word_embeddings=True)
-    with torch.device(device):
-        model = transformers.Qwen3ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    tokens, sequence = (128, 32) if small else (8192, 2048)
-    ids = torch.randint(0, config.vocab_size, (1, tokens), device=device)
-    positions = torch.arange(tokens, device=device)[None] % sequence
-    k_ids = torch.randperm(config.vocab_size, device=device)[:K].expand(tokens, K)
-    logprobs = torch.full((tokens, K), -5.0, device=device)
-    tail = torch.full((tokens,), -1.0, device=device)
-
-    def step() -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            states = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
-            hidden = states.last_hidden_state[0].to(torch.bfloat16)
-            head = model.get_output_embeddings().weight
-            loss = sparse_kl(hidden, head, k_ids, logprobs, tail, normalizer=float(tokens)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    ms, peak = measure(device, step)
-    parameters = sum(p.numel() for p in model.parameters())
-    flops = 6 * parameters * tokens / (ms / 1000)
-    print(
-        f"\ntraining step: {parameters / 1e9:.2f} B parameters, {tokens} tokens: {ms:.0f} ms,"
-        f" {1000 * tokens / ms:,.0f} tokens/s, {flops / 1e12:.0f} TFLOP/s (6 N per token), peak"
-        f" {peak:.1f} GiB above weights and moments"
+def qwen3(width: int, inner: int, layers: int, heads: int, vocab: int) -> Any:
+    """A Qwen3 with random weights, on the current device."""
+    head_dim = 128 if width > 64 else 16
+    config = transformers.Qwen3Config(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8 if heads > 8 else 2,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        tie_word_embeddings=width <= 2048,
     )
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def training_step(device: torch.device, small: bool) -> None:
+    """Steps of a Qwen3-1.7B-shaped student: from cached records, and from a Qwen3-8B-shaped teacher
+    in the process."""
+    vocab, sequence = (2048, 32) if small else (151_936, 2048)
+    with torch.device(device):
+        student = qwen3(64, 128, 2, 4, vocab) if small else qwen3(2048, 6144, 28, 16, vocab)
+        torch.set_default_dtype(torch.bfloat16)
+        teacher = qwen3(128, 256, 2, 4, vocab) if small else qwen3(4096, 12_288, 36, 32, vocab)
+        torch.set_default_dtype(torch.float32)
+    teacher.requires_grad_(False)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
+    parameters = sum(p.numel() for p in student.parameters())
+    of_teacher = sum(p.numel() for p in teacher.parameters())
+    print(
+        f"\nStudent of {parameters / 1e9:.2f} B parameters, teacher of {of_teacher / 1e9:.2f} B,"
+        f" sequences of {sequence} tokens; FLOPs: 6 a parameter and token of the student, 2 of the"
+        f" teacher; peak above weights and moments; MFU of {PEAK_FLOPS / 1e12:.0f} TFLOP/s."
+        "\n\n| tokens | teacher | recompute | ms | tokens/s | TFLOP/s | MFU | peak GiB |"
+        "\n|---|---|---|---|---|---|---|---|"
+    )
+    for tokens in (64, 128) if small else (8192, 16_384, 32_768):
+        ids = torch.randint(0, vocab, (1, tokens), device=device)
+        positions = torch.arange(tokens, device=device)[None] % sequence
+        record = (
+            torch.randperm(vocab, device=device)[:K].expand(tokens, K),
+            torch.full((tokens, K), -5.0, device=device),
+            torch.full((tokens,), -1.0, device=device),
+        )
+
+        def states(model: Any, ids: Tensor = ids, positions: Tensor = positions) -> Tensor:
+            found = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+            return found.last_hidden_state[0].to(torch.bfloat16)
+
+        def step(dense: bool, record: Any = record, states: Any = states) -> None:
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                hidden, head = states(student), student.get_output_embeddings().weight
+                normalizer = float(len(hidden))
+                if dense:
+                    with torch.inference_mode():
+                        taught = states(teacher)
+                    other = teacher.get_output_embeddings().weight
+                    out = dense_kl(hidden, head, taught.clone(), other, normalizer=normalizer)
+                else:
+                    out = sparse_kl(hidden, head, *record, normalizer=normalizer)
+            out.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        for dense in (False, True):
+            for recompute in (False, True):
+                if recompute:
+                    student.gradient_checkpointing_enable({"use_reentrant": False})
+                else:
+                    student.gradient_checkpointing_disable()
+                student.train()
+                kind, again = "dense" if dense else "cached", "yes" if recompute else "no"
+                row = f"| {tokens:,} | {kind} | {again}"
+                try:
+                    ms, peak = measure(device, lambda d=dense, step=step: step(d))
+                except torch.OutOfMemoryError:
+                    optimizer.zero_grad(set_to_none=True)
+                    torch.cuda.empty_cache()
+                    print(f"{row} | out of memory | | | | |", flush=True)
+                    continue
+                flops = (6 * parameters + 2 * of_teacher * dense) * tokens / (ms / 1000)
+                print(
+                    f"{row} | {ms:.0f} | {1000 * tokens / ms:,.0f} | {flops / 1e12:.0f}"
+                    f" | {flops / PEAK_FLOPS:.0%} | {peak:.1f} |",
+                    flush=True,
+                )
 
 
 def engine() -> bool:
