@@ -19,9 +19,10 @@ from mpd_data.models import (
     resolve_model,
 )
 from mpd_train import checkpoint, lora
-from mpd_train.config import OptimizerConfig, TrainConfig
+from mpd_train.config import TrainConfig
 from mpd_train.evaluate import Sums, pack_loss, validate
 from mpd_train.models import CausalLM, attention, autocast, export
+from mpd_train.optimizer import learning_rate, make_optimizer
 from mpd_train.parallel import Ranks, clip_grad_norm, ranks, shard, whole
 from mpd_train.prepare import claim, prepare
 from mpd_train.stream import Batch, Loader, Pack, ShardSet, split_packs
@@ -249,36 +250,6 @@ def _save_batches(out: Path, step: int, batches: list[Batch], ranks: Ranks) -> P
         tensors = {name: x.cpu().contiguous() for name, x in vars(batch).items()}
         save_file(tensors, folder / f"rank-{ranks.rank}-pack-{index}.safetensors")
     return folder
-
-
-def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices, not on norms and biases."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        [
-            {
-                "params": [p for p in parameters if p.dim() >= 2],
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=(0.9, config.adam_beta2),
-        fused=True,
-    )
-
-
-def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
-    """Rate of step `step` (from 0) of `total`: linear warm-up, then the schedule towards 0."""
-    warmup = math.ceil(config.warmup_ratio * total)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(total - warmup, 1)
-    if config.lr_schedule == "cosine":
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-    if config.lr_schedule == "linear":
-        return config.learning_rate * (1 - progress)
-    return config.learning_rate
 
 
 def _rows_of(shards: ShardSet, packs: list[Pack]) -> str:

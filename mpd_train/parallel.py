@@ -56,10 +56,15 @@ class Ranks:
             self.sum([0.0])
 
 
+def ranks_asked_for() -> int:
+    """How many processes torchrun started, or 1."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
 @contextmanager
 def ranks() -> Iterator[Ranks]:
     """The processes of this training, connected while the block runs."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+    if ranks_asked_for() == 1:
         yield Ranks()
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -23,7 +23,9 @@ from mpd_data.options import arguments
 from mpd_data.plan import StagePlan, as_saved, first_reasons, siblings, size_text
 from mpd_train import checkpoint, lora
 from mpd_train.config import TrainConfig
+from mpd_train.memory import plan_memory
 from mpd_train.models import skeleton
+from mpd_train.parallel import ranks_asked_for
 from mpd_train.prepare import check_claim, check_settings, prepare
 from mpd_train.stream import overlong, split_packs
 
@@ -191,6 +193,7 @@ def plan_train(config: TrainConfig, overwrite: bool = False) -> StagePlan:
     tokens = seconds = None
     steps = 0
     found = pace(config)
+    notes: list[str] = []
     if not reasons:
         packs, held_out = split_packs(
             shards,
@@ -220,6 +223,20 @@ def plan_train(config: TrainConfig, overwrite: bool = False) -> StagePlan:
         }
         if found is not None:
             seconds = round(tokens * found["seconds_per_token"], 1)
+        largest = max(packs, key=lambda pack: pack.num_tokens)
+        memory = plan_memory(
+            config,
+            student,
+            teacher,
+            (largest.num_tokens, max(pack.num_loss_tokens for pack in packs)),
+            int(shards.metadata["num_logprobs"]),
+            prepared.vocab_size,
+            prepared.device,
+            prepared.dtype,
+            ranks_asked_for(),
+        )
+        details |= {"tokens per step, mean": round(total / steps), **memory.details()}
+        notes += memory.advice(config, prepared.device)
     size_of = footprint(config, student, steps)
     return StagePlan(
         command="mpd-train",
@@ -239,6 +256,7 @@ def plan_train(config: TrainConfig, overwrite: bool = False) -> StagePlan:
         learned_from=None if found is None else found["folder"],
         details={"sequence, mean": round(sum(lengths) / len(lengths), 1)}
         | {"sequence, max": max(lengths), **details, **size_of.details()},
-        notes=["This run has finished."] * finished
+        notes=notes
+        + ["This run has finished."] * finished
         + ["The real run refuses to start while a row does not fit."] * bool(reasons),
     )

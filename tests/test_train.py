@@ -23,8 +23,9 @@ from mpd_train import checkpoint
 from mpd_train.config import LossConfig, OptimizerConfig, TrainConfig
 from mpd_train.evaluate import pack_loss
 from mpd_train.kl import NAMES
-from mpd_train.loop import learning_rate, make_optimizer, train
+from mpd_train.loop import train
 from mpd_train.models import CausalLM
+from mpd_train.optimizer import learning_rate, make_optimizer
 from mpd_train.parallel import Ranks
 from mpd_train.stream import ShardSet, load_pack, make_packs
 

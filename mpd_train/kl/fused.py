@@ -332,6 +332,30 @@ def _forward(
     return total, found, d_hidden, d_weight, d_bias, d_low_hidden, d_low_weight
 
 
+def workspace_bytes(
+    tokens: int,
+    head: tuple[int, int],
+    teacher_head: tuple[int, int] | None,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """What the loss of `tokens` states in `dtype` takes at most beside its inputs and the gradients
+    that it returns. head, teacher_head: [V, H] of each, in `weight_dtype` and in `dtype`."""
+    vocab_size, exact, short = head[0], accumulation_dtype(dtype).itemsize, dtype.itemsize
+    rows, logit_rows = (min(x, tokens) for x in _chunk_sizes(device, vocab_size, 0))
+    total = rows * vocab_size * exact
+    if device.type == "cuda":
+        total = rows * vocab_size * short + logit_rows * vocab_size * exact
+    if teacher_head is not None:
+        total += logit_rows * vocab_size * exact
+    if weight_dtype != dtype:
+        total += head[0] * head[1] * short
+    if device.type != "cuda" and dtype == torch.bfloat16:
+        total += 2 * _VOCAB_BLOCK * max(head[1], teacher_head[1] if teacher_head else 0) * exact
+    return total
+
+
 def _chunk_sizes(device: torch.device, vocab_size: int, chunk_size: int) -> tuple[int, int]:
     """Rows of a product with the head's gradient and rows of float32 logits."""
     if chunk_size > 0:

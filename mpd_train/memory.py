@@ -1,0 +1,225 @@
+"""How much memory a training takes, found without weights, data or a device.
+
+Two optimiser steps run on fake tensors, which have shapes and no contents, while every storage that
+is alive is counted. What the fused loss works in is added from its chunk sizes.
+"""
+
+import math
+import os
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mpd_data.models import ModelFiles
+from mpd_data.plan import size_text
+from mpd_train import lora
+from mpd_train.config import TrainConfig
+from mpd_train.evaluate import pack_loss
+from mpd_train.kl import workspace_bytes
+from mpd_train.models import CausalLM, attention, autocast, skeleton
+from mpd_train.optimizer import make_optimizer
+from mpd_train.stream import Batch
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device: the student's weights, its optimiser's moments, the weights of a teacher
+    in the process, and the most that a step takes beside these (activations, gradients, the loss),
+    of which `loss` is what the loss works in."""
+
+    weights: int
+    moments: int
+    teacher: int
+    step: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.moments + self.teacher + self.step
+
+    def details(self) -> dict[str, str]:
+        return {
+            "memory": str(size_text(self.total)),
+            "of it weights and moments": str(size_text(self.weights + self.moments)),
+            "of it the teacher's weights": str(size_text(self.teacher)),
+            "of it a step": str(size_text(self.step)),
+            "of a step the loss": str(size_text(self.loss)),
+        }
+
+    def advice(self, config: TrainConfig, device: torch.device) -> list[str]:
+        """What to change where the device has less; nothing where it has enough."""
+        if device.type == "cuda":
+            there = torch.cuda.get_device_properties(device).total_memory
+        else:
+            there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        # The rest is the allocator's, the libraries' and the system's.
+        if self.total <= 0.92 * there:
+            return []
+        ways = []
+        if not config.gradient_checkpointing:
+            ways.append("--gradient-checkpointing")
+        if self.step > there // 8:
+            ways.append("a lower --pack-length (and more --gradient-accumulation-steps)")
+        if config.lora.lora_r == 0:
+            ways.append("--lora-r 64")
+        if self.teacher:
+            ways.append("the shards' cached top K in place of --teacher")
+        ways.append("more devices (torchrun)")
+        return [
+            f"{size_text(self.total)} of memory are needed, {size_text(there)} are there. Give"
+            f" {', or '.join(ways)}."
+        ]
+
+
+class _Sketch(CausalLM):
+    """A model of fake tensors."""
+
+    def __init__(self, model: Any, flash: bool) -> None:
+        self.model, self.adapted, self._flash = model, None, flash
+
+    def states(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        size = input_ids.shape[1]
+        # Flash attention knows where sequences begin; the others are told by a mask, which here
+        # keeps transformers from looking at positions that have no contents.
+        mask = torch.ones((1, 1, 1 if self._flash else size, size), dtype=torch.bool)
+        output = self.model.base_model(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
+        )
+        states: Tensor = output.last_hidden_state
+        return states
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages that operators made and that are still alive."""
+
+    def __init__(self, device: torch.device, there: list[Tensor]) -> None:
+        """`there`: tensors that count elsewhere."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = self.of_loss = 0
+        self._device = device
+        self._known = WeakIdKeyDictionary({x.untyped_storage(): 0 for x in there})
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        if func is torch.ops.mpd.linear_kl.default:
+            hidden, weight, teacher_weight = args[0], args[1], args[9]
+            self.of_loss = workspace_bytes(
+                hidden.shape[0],
+                tuple(weight.shape),
+                None if teacher_weight is None else tuple(teacher_weight.shape),
+                hidden.dtype,
+                weight.dtype,
+                self._device,
+            )
+            self.peak = max(self.peak, self.now + self.of_loss)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._known:
+            size = storage.nbytes()
+            self._known[storage] = size
+            self.now += size
+            weakref.finalize(storage, self._remove, size)
+
+    def _remove(self, size: int) -> None:
+        self.now -= size
+
+
+def plan_memory(
+    config: TrainConfig,
+    student_files: ModelFiles,
+    teacher_files: ModelFiles | None,
+    shape: tuple[int, int],
+    num_logprobs: int,
+    vocab_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: int = 1,
+) -> MemoryPlan:
+    """For packs of `shape` tokens and loss tokens, on each of `ranks` devices that share weights,
+    gradients and moments out. Raises ConfigError for adapters that the student cannot take."""
+    flash = (attention(config, device, dtype) or "").startswith("flash")
+    code = config.trust_remote_code
+    model, taught = skeleton(student_files, code).float(), None
+    if config.lora.lora_r > 0:
+        lora.attach(model, student_files.name, config.lora, config.revision, config.seed)
+    model.train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if teacher_files is not None:
+        taught = skeleton(teacher_files, code).to(dtype).requires_grad_(False)
+    of_teacher = 0 if taught is None else _bytes_of(taught.parameters())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        student = _Sketch(_on_cpu(model), flash)
+        teacher = None if taught is None else _Sketch(_on_cpu(taught), flash)
+        optimizer = make_optimizer(model, config.optimizer)
+        batch = _batch(shape, num_logprobs)
+        there = [*model.parameters(), *model.buffers()]
+        if taught is not None:
+            there += [*taught.parameters(), *taught.buffers()]
+        with _Live(device, there) as live:
+            for _ in range(2):
+                live.peak = live.now
+                for _ in range(min(2, config.gradient_accumulation_steps // ranks)):
+                    with autocast(torch.device("cpu"), dtype):
+                        loss = pack_loss(student, teacher, batch, vocab_size, config.loss, 1.0).loss
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    del loss
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        weights = _bytes_of(model.parameters())
+        trained = _bytes_of(p for p in model.parameters() if p.requires_grad)
+    moments = 2 * trained
+    step = live.peak - moments
+    if ranks > 1:
+        # Gradients are shared out as soon as a layer's are whole.
+        step -= trained - trained // ranks
+    return MemoryPlan(
+        math.ceil(weights / ranks), math.ceil(moments / ranks), math.ceil(of_teacher / ranks),
+        step, live.of_loss,
+    )  # fmt: skip
+
+
+def _on_cpu(model: Any) -> Any:
+    """A model on the meta device as one of fake tensors on a CPU, which autocast knows how to
+    treat. In place."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, x in tensors.items():
+                if x is not None and id(x) not in made:
+                    empty = torch.empty(x.shape, dtype=x.dtype)
+                    is_weight = isinstance(x, torch.nn.Parameter)
+                    made[id(x)] = torch.nn.Parameter(empty, x.requires_grad) if is_weight else empty
+                if x is not None:
+                    # A tied weight stays one.
+                    tensors[name] = made[id(x)]
+    return model
+
+
+def _bytes_of(tensors: Any) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _batch(shape: tuple[int, int], num_logprobs: int) -> Batch:
+    tokens, predicted = shape
+    ids = torch.zeros((1, tokens), dtype=torch.int64)
+    positions = torch.zeros(predicted, dtype=torch.int64)
+    logprobs = torch.zeros((predicted, num_logprobs))
+    return Batch(
+        ids, ids, positions, positions, logprobs.long(), logprobs, logprobs[:, 0],
+        ids, ids, positions,
+    )  # fmt: skip
