@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpd_train.kl import NAMES, Divergence, LowRankHead, dense_kl, sparse_kl
-from mpd_train.kl.fused import linear_kl
+from mpd_train.kl.fused import accumulation_dtype, linear_kl
 
 CUDA = torch.cuda.is_available()
 # The interpreter works in blocks of 512: two of them, the second not full.
@@ -557,10 +557,15 @@ def test_gradcheck(kind, divergence, clip):
     assert torch.autograd.gradcheck(loss, student)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_the_operator_is_what_it_declares(kind):
+def test_the_operator_is_what_it_declares(kind, dtype):
     """Schema, shapes without data, autograd and tracing, by torch's own check of an operator."""
-    data = make(n=3, vocab=40, k=5)
+    data = {
+        name: x.to(dtype) if x.is_floating_point() else x
+        for name, x in make(n=3, vocab=40, k=5).items()
+    }
+    factors = torch.ones(3, dtype=accumulation_dtype(dtype))
     teacher = [data[name] for name in TEACHERS[kind]]
     records = (
         [*teacher, None, None, None] if kind == "sparse" else [None, None, None, *teacher, None]
@@ -568,7 +573,7 @@ def test_the_operator_is_what_it_declares(kind):
     student = [data[x].clone().requires_grad_() for x in ("hidden", "weight")]
     torch.library.opcheck(
         linear_kl,
-        (*student, None, None, None, *records, None, torch.ones(3, dtype=torch.float64),
+        (*student, None, None, None, *records, None, factors,
          [True, True, False, False, False], "jsd", 0.5, 1.0, None, 0.0, "torch", 2),
     )  # fmt: skip
 
