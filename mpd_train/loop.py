@@ -82,13 +82,14 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
         print(f"{model_folder}: this run has finished; nothing to do.", file=sys.stderr)
         return model_folder
 
-    student = _load_student(config, student_files, device, dtype)
+    attn_implementation = attention(config, device, dtype)
+    student = _load_student(config, student_files, device, attn_implementation)
     student.model.train()
     if config.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     teacher = None
     if teacher_files is not None:
-        teacher = CausalLM(teacher_files, device, dtype, code, attention(config, device, dtype))
+        teacher = CausalLM(teacher_files, device, dtype, code, attn_implementation)
         teacher.model.requires_grad_(False)
     if ranks.size > 1:
         for model in filter(None, (student, teacher)):
@@ -201,12 +202,11 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
 
 
 def _load_student(
-    config: TrainConfig, files: ModelFiles, device: torch.device, dtype: torch.dtype
+    config: TrainConfig, files: ModelFiles, device: torch.device, attn_implementation: str | None
 ) -> CausalLM:
     """The student in float32, with adapters where they are what is trained."""
-    student = CausalLM(
-        files, device, torch.float32, config.trust_remote_code, attention(config, device, dtype)
-    )
+    code = config.trust_remote_code
+    student = CausalLM(files, device, torch.float32, code, attn_implementation)
     if config.lora.lora_r > 0:
         student.adapted = lora.attach(
             student.model, files.name, config.lora, config.revision, config.seed
@@ -220,8 +220,7 @@ def _export(config: TrainConfig, student: CausalLM, ranks: Ranks) -> None:
         weights = {name: whole(x).cpu() for name, x in checkpoint.weights_of(student.model).items()}
         if ranks.first:
             # Into a student that is in one piece, from where one process exports it.
-            cpu = torch.device("cpu")
-            student = _load_student(config, student.files, cpu, torch.float32)
+            student = _load_student(config, student.files, torch.device("cpu"), None)
             checkpoint.place(weights, student.model)
     if ranks.first:
         if student.adapted is not None:
