@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +12,14 @@ import pytest
 import torch
 from conftest import STUDENT, TEACHER, environment, run
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 def settings(round_dir, out, **changed):
-    """Four packs a step, fewer in the last one: some processes then have none."""
+    """Five packs a step: among two or four processes some have one less, and go on without loss."""
     arguments = {
         "--shards": round_dir, "--student": STUDENT, "--out": out, "--pack-length": 600,
-        "--gradient-accumulation-steps": 4, "--save-steps": 2, "--dtype": "float32",
+        "--gradient-accumulation-steps": 5, "--save-steps": 2, "--dtype": "float32",
         "--learning-rate": 5e-4, "--epochs": 2,
     }  # fmt: skip
     return {**arguments, **changed}
@@ -43,11 +45,15 @@ def alone(arguments):
     run("mpd-train", *[str(x) for pair in arguments.items() for x in pair if x is not None])
 
 
+def lines(out):
+    return (out / "metrics.jsonl").read_text().splitlines()
+
+
 def records(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in lines(out)]
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, student=STUDENT):
     """The same curve to rounding, and the same weights."""
     ours, theirs = records(found), records(expected)
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]
@@ -59,7 +65,7 @@ def assert_same(found, expected):
         assert mine.get("tokens") == other.get("tokens")
     a, b = (load_file(out / "model" / "model.safetensors") for out in (found, expected))
     assert a.keys() == b.keys()
-    start = load_file(STUDENT / "model.safetensors")
+    start = load_file(student / "model.safetensors")
     for name, weight in b.items():
         moved = (weight.float() - start[name].float()).norm()
         assert (a[name].float() - weight.float()).norm() <= 0.02 * moved + 1e-6, name
@@ -90,7 +96,7 @@ def test_killed_and_resumed_with_another_number_of_processes(one, round_dir, tmp
             torchrun(size, arguments), env=environment(), stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        while not (out / "metrics.jsonl").exists() or len(records(out)) < after:
+        while not (out / "metrics.jsonl").exists() or len(lines(out)) < after:
             assert process.poll() is None
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
@@ -113,6 +119,19 @@ def test_adapters_a_teacher_and_validation(round_dir, tmp_path):
     assert a.keys() == b.keys()
     for name, weight in a.items():
         assert torch.allclose(b[name], weight, atol=1e-3), name
+
+
+def test_a_tied_head_is_trained_from_both_its_ends(round_dir, tmp_path):
+    tied = tmp_path / "tied"
+    shutil.copytree(STUDENT, tied)
+    config = AutoConfig.from_pretrained(STUDENT)
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tied)
+    more = {"--student": tied, "--epochs": 1}
+    alone(settings(round_dir, tmp_path / "one", **more))
+    with_ranks(2, settings(round_dir, tmp_path / "two", **more))
+    assert_same(tmp_path / "two", tmp_path / "one", tied)
 
 
 def test_too_few_packs_for_the_processes_are_refused(round_dir, tmp_path):

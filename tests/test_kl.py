@@ -4,7 +4,9 @@ Triton's kernels run compiled where there is a GPU; where there is none, by its 
 wants TRITON_INTERPRET=1 from the start.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
 import os
 import subprocess
@@ -82,7 +84,7 @@ TEACHERS = {
 }
 
 
-def run(kind, data, dtype, target, backward=True, **options):
+def run(kind, data, dtype, target, backward=True, within=contextlib.nullcontext, **options):
     """The output and the gradients of hidden, weight and, where `data` has them, bias, a and b."""
     backend, device = target
     if kind == "sparse_full":
@@ -100,7 +102,8 @@ def run(kind, data, dtype, target, backward=True, **options):
     options.setdefault("normalizer", 7.0)
     teacher = [moved[name] for name in TEACHERS[kind.split("_")[0]]]
     loss = dense_kl if kind == "dense" else sparse_kl
-    out = loss(moved["hidden"], moved["weight"], *teacher, backend=backend, **options)
+    with within():
+        out = loss(moved["hidden"], moved["weight"], *teacher, backend=backend, **options)
     if backward:
         out.loss.backward()
     return out, *(x.grad for x in student)
@@ -235,6 +238,48 @@ def full_vocabulary_in_bfloat16(target, divergence, data):
         assert relative(got, want) <= half_a_percent(target)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("sure", [0.0, 6.0, 9.0])
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@of_targets
+def test_cross_entropy_of_a_sure_student_in_bfloat16(target, kind, sure, temperature):
+    """What is left of q - 1 at a label with q near 1, in the top K and in the tail."""
+    data = with_labels(make(gap=0.03, dtype=torch.bfloat16))
+    logits = data["hidden"] @ data["weight"].T
+    away = logits.amax(1) - logits.gather(1, data["labels"][:, None])[:, 0]
+    # A wide bias cannot be on the labels of all rows: each row gets a state of its own for it.
+    lift = torch.zeros(N, N + H, dtype=torch.float64)
+    lift[:, :H], lift[range(N), range(H, N + H)] = data["hidden"], 1.0
+    raised = torch.zeros(V, N + H, dtype=torch.float64)
+    raised[:, :H] = data["weight"]
+    raised[data["labels"], range(H, N + H)] = (away + sure).bfloat16().double()
+    data |= {"hidden": lift, "weight": raised, "teacher_hidden": lift, "teacher_weight": raised}
+    data = with_records(data, temperature=temperature)
+    if kind == "sparse":
+        data["topk_logprobs"] = data["topk_logprobs"].bfloat16().double()
+        data["tail_logprobs"] = data["tail_logprobs"].bfloat16().double()
+        # Half of the labels are to be in the tail: their ids make way for unlikely ones.
+        data = without_every_other_label(data)
+    options = {"ce_weight": 0.5, "temperature": temperature}
+    expected = reference(kind, data, **options)
+    found = run(kind, data, torch.bfloat16, target, **options)
+    for got, want in zip(found[1:], expected[1:], strict=True):
+        assert relative(got, want) <= half_a_percent(target)
+
+
+def without_every_other_label(data):
+    ids, values = data["topk_ids"].clone(), data["topk_logprobs"].clone()
+    for row in range(1, N, 2):
+        here = (ids[row] == data["labels"][row]).nonzero()
+        if len(here):
+            at = here[0, 0]
+            ids[row] = torch.cat([ids[row, :at], ids[row, at + 1 :], ids[row, :1] * 0 - 1])
+            values[row] = torch.cat([values[row, :at], values[row, at + 1 :], values[row, :1]])
+    inside = torch.where(ids >= 0, values.exp(), 0.0).sum(1)
+    tail = torch.log1p(-inside.clamp(max=1 - 1e-6)).bfloat16().double()
+    return data | {"topk_ids": ids, "topk_logprobs": values, "tail_logprobs": tail}
+
+
 @pytest.mark.parametrize("chunk_size", [1, 5, 64, None])
 @of_kinds
 @of_targets
@@ -335,6 +380,7 @@ EDGES = {
     "impossible_id": lambda: impossible(make()),
     "ragged": lambda: ragged(make()),
     "large_logits": lambda: large(make()),
+    "impossible_outside": lambda: impossible_outside(),
 }
 
 
@@ -354,6 +400,19 @@ def impossible(data):
     data["teacher_bias"] = torch.zeros(V, dtype=torch.float64)
     data["teacher_bias"][5:9] = float("-inf")
     return data
+
+
+def impossible_outside():
+    """All that the student can say is in the top K, with logits below 0."""
+    data = make()
+    bias = torch.full((V,), float("-inf"), dtype=torch.float64)
+    bias[:K] = -40.0
+    ids = torch.arange(K).expand(N, K)
+    values = torch.randn(N, K, dtype=torch.float64).log_softmax(1)
+    return data | {
+        "bias": bias, "teacher_bias": bias, "topk_ids": ids, "topk_logprobs": values,
+        "tail_logprobs": torch.full((N,), float("-inf"), dtype=torch.float64),
+    }  # fmt: skip
 
 
 def ragged(data):
@@ -480,6 +539,7 @@ def test_settings_that_make_no_sense_are_refused(kind):
         ({"weights": torch.ones(N + 1)}, {}, "do not fit"),
         ({"weight": data["weight"][:, 1:]}, {}, "do not"),
         ({"bias": torch.zeros(3)}, {}, "bias"),
+        ({}, {"normalizer": 0.0}, "normalizer"),
     ):
         with pytest.raises(ValueError, match=message):
             run(kind, data | more, torch.float32, CPU, **options)
@@ -662,10 +722,12 @@ def test_double_backward_is_refused():
 
 @of_targets
 def test_autocast_does_not_round_the_logits(target):
+    g = torch.Generator().manual_seed(3)
     data = make(gap=0.03)
+    data |= {"a": torch.randn(4, H, generator=g), "b": torch.randn(V, 4, generator=g)}
     outside = run("dense", data, torch.float32, target)
-    with torch.autocast(target[1], dtype=torch.bfloat16):
-        inside = run("dense", data, torch.float32, target)
+    autocast = functools.partial(torch.autocast, target[1], dtype=torch.bfloat16)
+    inside = run("dense", data, torch.float32, target, within=autocast)
     assert torch.equal(outside[0].per_token, inside[0].per_token)
     for plain, cast in zip(outside[1:], inside[1:], strict=True):
         assert torch.equal(plain, cast)

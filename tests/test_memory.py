@@ -15,7 +15,7 @@ from mpd_train.memory import MemoryPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 MAKE = "import sys, pathlib, benchmarks.memory as m; f = pathlib.Path(sys.argv[1]);"
-MAKE += "m.make_model(f / 'student', 128, 4); m.make_model(f / 'teacher', 256, 4)"
+MAKE += "m.make_model(f / 'student', 128, 4); m.make_model(f / 'teacher', 512, 6)"
 
 
 @pytest.fixture(scope="module")

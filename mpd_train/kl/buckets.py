@@ -81,16 +81,29 @@ def over_buckets(
     of_top = gradient[:, :-1]
     of_tail = gradient[:, -1:]
     if ce_weight > 0:
+        assert labels is not None
         of_top = of_top + ce_weight * (top - log_total).exp()
         if not tempered:
             of_tail = of_tail + ce_weight * q[:, -1:]
+        # At the label before anything is rounded: where the student is sure of it, what is left
+        # of q - 1 is less than bfloat16 tells apart from 1.
+        at_label = (index == labels[:, None]) & valid
+        of_top = torch.where(at_label, of_top - ce_weight, of_top)
     # A tail token's share of the tail's gradient is its share of the tail's mass.
     rest.spread(torch.where(tail.total > 0, of_tail * factors / tail.total, 0.0), out, False)
     if ce_weight > 0 and tempered:
         plain.spread(ce_weight * factors * (plain.tail.peak - log_total).exp(), out, True)
     of_top = torch.where(valid, of_top, of_top[:, :1])
     out.scatter_(1, index, (of_top * factors).to(out.dtype))
-    pull(out, factors, objective, labels)
+    if ce_weight > 0:
+        assert labels is not None and chosen is not None
+        of_label = of_tail * (chosen * inverse - tail.logsumexp).exp() - ce_weight
+        if tempered:
+            of_label = of_label + ce_weight * (chosen - log_total).exp()
+        there = out.gather(1, labels[:, None])
+        in_tail = ~at_label.any(1, keepdim=True)
+        of_label = torch.where(in_tail, (of_label * factors).to(out.dtype), there)
+        out.scatter_(1, labels[:, None], of_label)
 
     # The tail's share of the entropy: its mass times (its own entropy - the log of its mass).
     within = tail.total.log() - tail.moment / tail.total - log_q[:, -1:]
@@ -121,9 +134,3 @@ def _teacher_buckets(teacher: TopK, valid: Tensor, vocab_size: int) -> Tensor:
 def entropy(log_p: Tensor) -> Tensor:
     """[c, B] -> [c], in nats; 0 log 0 = 0."""
     return -log_p.exp().mul_(log_p.clamp(min=-1e4)).sum(1)
-
-
-def pull(out: Tensor, factors: Tensor, objective: Objective, labels: Tensor | None) -> None:
-    """The cross-entropy's gradient at the labels beyond its q, in place."""
-    if labels is not None and objective.ce_weight > 0:
-        out.scatter_add_(1, labels[:, None], (-objective.ce_weight * factors).to(out.dtype))

@@ -111,7 +111,8 @@ def loss(
     return total, found
 
 
-@torch.library.custom_op("mpd::linear_kl", mutates_args=())
+# It asks the device for numbers, which a CUDA graph cannot hold.
+@torch.library.custom_op("mpd::linear_kl", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def linear_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -145,8 +146,10 @@ def linear_kl(
         assert teacher_hidden is not None and teacher_weight is not None
         teacher = Dense(teacher_hidden, teacher_weight, teacher_bias)
     objective = Objective(_divergence(divergence, parameter), temperature, clip, ce_weight)
-    # Autocast would round the float32 products in here to bfloat16.
-    with torch.autocast(hidden.device.type, enabled=False):
+    # Autocast would round the float32 products in here to bfloat16; Triton launches on the current
+    # device, whichever the tensors are on.
+    on_its_device = torch.cuda.device_of(hidden)  # type: ignore[no-untyped-call]
+    with torch.autocast(hidden.device.type, enabled=False), on_its_device:
         return _forward(heads, teacher, labels, factors, needs, objective, backend, chunk_size)
 
 
@@ -208,7 +211,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     for i, gradient in enumerate(ctx.saved_tensors):
         if ctx.needs[i]:
             if scaled:
-                gradient = gradient * grad_loss.to(gradient.dtype)
+                wide = accumulation_dtype(gradient.dtype)
+                gradient = (gradient.to(wide) * grad_loss.to(wide)).to(gradient.dtype)
             gradients[i] = gradient.to(ctx.dtypes[i])
     return tuple(gradients)
 
@@ -226,7 +230,8 @@ def _flops(
     *others: Any,
     **_: Any,
 ) -> int:
-    """Of the matrix products: forward and both gradients, and the teacher's."""
+    """Of the matrix products: forward and both gradients, and the teacher's; as if all rows had
+    weight."""
     teacher_hidden: tuple[int, int] | None = others[3]
     needs: list[bool] = others[8]
     per_width = 2 * hidden[0] * weight[0]
@@ -287,7 +292,7 @@ def _forward(
         ) -> Tensor:
             logits = _logits(states[rows], weight, heads.bias)
             if low_states is not None and low_weight is not None:
-                logits += _logits(low_states[rows], low_weight, None)
+                _add_product(logits, low_states[rows], low_weight.T)
             return logits
 
         if in_place:
@@ -422,7 +427,8 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
     elif hidden.is_cuda:
         logits = torch.mm(hidden, head.T, out_dtype=torch.float32)
     else:
-        logits = torch.empty((hidden.shape[0], head.shape[0]), dtype=torch.float32)
+        size = (hidden.shape[0], head.shape[0])
+        logits = torch.empty(size, dtype=torch.float32, device=hidden.device)
         wide = hidden.float()
         for block in _vocab_blocks(head.shape[0]):
             logits[:, block] = wide @ head[block].float().T
@@ -431,9 +437,12 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
 
 def _times_head(gradient: Tensor, head: Tensor) -> Tensor:
     """[c, V] x [V, H] -> [c, H], accumulated in float32."""
-    if _is_exact(head) or head.is_cuda:
+    if _is_exact(head):
         return gradient @ head
-    out = torch.zeros((gradient.shape[0], head.shape[1]), dtype=torch.float32)
+    if head.is_cuda:
+        return torch.mm(gradient, head, out_dtype=torch.float32)
+    size = (gradient.shape[0], head.shape[1])
+    out = torch.zeros(size, dtype=torch.float32, device=head.device)
     for block in _vocab_blocks(head.shape[0]):
         out.addmm_(gradient[:, block].float(), head[block].float())
     return out
@@ -441,16 +450,26 @@ def _times_head(gradient: Tensor, head: Tensor) -> Tensor:
 
 def _add_outer(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """total [V, H] += gradient [c, V]^T x hidden [c, H]."""
-    if _is_exact(hidden):
-        total.addmm_(gradient.T, hidden)
-    elif not hidden.is_cuda:
-        wide = hidden.float()
-        for block in _vocab_blocks(total.shape[0]):
-            total[block].addmm_(gradient[:, block].float().T, wide)
-    elif _adds_to_float32(hidden.device):
-        torch.addmm(total, gradient.T, hidden, out_dtype=torch.float32, out=total)
+    if _is_exact(hidden) or hidden.is_cuda:
+        _add_product(total, gradient.T, hidden)
+        return
+    wide = hidden.float()
+    for block in _vocab_blocks(total.shape[0]):
+        total[block].addmm_(gradient[:, block].float().T, wide)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [a, c] += left [a, b] x right [b, c], in the type of `total`, float32 or float64."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif not left.is_cuda:
+        total.addmm_(left.float(), right.float())
+    elif _adds_to_float32(left.device):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
-        total += torch.mm(gradient.T, hidden, out_dtype=torch.float32)
+        # Some rows at a time: the whole product would be as large as the total.
+        for rows in _vocab_blocks(total.shape[0]):
+            total[rows] += torch.mm(left[rows], right, out_dtype=torch.float32)
 
 
 @functools.cache
@@ -458,10 +477,13 @@ def _adds_to_float32(device: torch.device) -> bool:
     """Whether this torch adds a bfloat16 product to a float32 matrix within the product, which
     spares reading and writing the head's gradient once more; some releases want the addend in
     bfloat16."""
-    total = torch.zeros((16, 16), dtype=torch.float32, device=device)
-    short = torch.zeros((16, 16), dtype=torch.bfloat16, device=device)
+    # A sum that bfloat16 cannot hold: to be taken is not enough.
+    total = torch.full((16, 16), 1 + 2.0**-12, dtype=torch.float32, device=device)
+    short = torch.ones((16, 16), dtype=torch.bfloat16, device=device)
     try:
         torch.addmm(total, short, short, out_dtype=torch.float32, out=total)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError):
         return False
-    return True
+    return bool((total == 17 + 2.0**-12).all())

@@ -1,5 +1,6 @@
 """The two losses as they are called: what they take, what they refuse, what they give back."""
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,11 +90,13 @@ def sparse_kl(
     worst tokens get no gradient from the divergence at all, only from the cross-entropy where
     that is mixed in.
 
-    backend: "triton" (default on CUDA; not for float64), "torch" (default elsewhere), or
-    "reference": float64, plain, holds n x V. chunk_size: rows whose logits exist at a time.
+    backend: "triton" (default on CUDA; not for float64; compiled anew for each temperature,
+    ce_weight and parameter of the divergence), "torch" (default elsewhere), or "reference":
+    float64, plain, holds n x V. chunk_size: rows whose logits exist at a time.
 
     Inputs are float64, float32 or bfloat16; logits, softmax and the head's accumulated gradient
-    are float64 for the first and float32 for the others, under autocast too. The head may be
+    are float64 for the first and float32 for the others, under autocast too (float32 inputs are
+    multiplied as torch.set_float32_matmul_precision says). The head may be
     trainable, frozen or tied, or a DTensor of FSDP2 (gathered here; its gradient is the mean over
     the ranks, as FSDP2's own). Differentiable once.
 
@@ -199,10 +202,17 @@ def _apply(
         raise ValueError("the triton backend computes in float32; for float64 take torch")
     if backend not in ("triton", "torch", "reference"):
         raise ValueError(f"backend {backend!r}: expected triton, torch or reference")
+    if backend == "triton" and not (hidden.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ValueError(
+            f"the triton backend needs a CUDA device; the states are on {hidden.device}"
+        )
+    if isinstance(normalizer, float | int) and not normalizer > 0:
+        raise ValueError(f"normalizer needs to be above 0, found {normalizer}")
 
     exact = fused.accumulation_dtype(hidden.dtype)
     factors = hidden.new_ones(n, dtype=exact) if weights is None else weights.detach().to(exact)
-    factors = factors / normalizer
+    # An empty batch may have a normaliser of 0.
+    factors = torch.where(factors != 0, factors / normalizer, 0.0)
     weight = gathered(student.weight)
     bias = None if student.bias is None else gathered(student.bias)
     low_hidden = low_weight = None
@@ -212,7 +222,8 @@ def _apply(
         if weights is not None:
             # A NaN in a row without weight must not reach the gradient of `a`.
             states = torch.where(weights[:, None] != 0, hidden, 0.0)
-        low_hidden = states @ gathered(low.a).to(hidden.dtype).T * low.scale
+        with torch.autocast(hidden.device.type, enabled=False):
+            low_hidden = states @ gathered(low.a).to(hidden.dtype).T * low.scale
         low_weight = gathered(low.b)
     heads = fused.Heads(hidden, weight, bias, low_hidden, low_weight)
     if backend == "reference":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpd_train.kl.buckets import Tail, entropy, over_buckets, pull
+from mpd_train.kl.buckets import Tail, entropy, over_buckets
 from mpd_train.kl.fused import TopK
 from mpd_train.kl.objective import Objective
 
@@ -65,7 +65,11 @@ def dense(
 
 def _tiles(logits: Tensor) -> list[slice]:
     count, vocab_size = logits.shape
-    size = max(1, _TILE_BYTES[logits.device.type] // (vocab_size * logits.element_size()))
+    size = max(
+        1,
+        _TILE_BYTES.get(logits.device.type, _TILE_BYTES["cuda"])
+        // (vocab_size * logits.element_size()),
+    )
     return [slice(first, first + size) for first in range(0, count, size)]
 
 
@@ -114,8 +118,9 @@ def _dense(
         cross_entropy = -log_plain.gather(1, labels[:, None])[:, 0]
         if objective.ce_weight > 0:
             gradient = gradient.add_(log_plain.exp(), alpha=objective.ce_weight)
+            pull = torch.full_like(cross_entropy[:, None], -objective.ce_weight)
+            gradient.scatter_add_(1, labels[:, None], pull)
     torch.mul(gradient, factors, out=out)
-    pull(out, factors, objective, labels)
     return torch.stack(
         [
             value,

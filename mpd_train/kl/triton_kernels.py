@@ -120,7 +120,8 @@ def _sums(logits, sums, count, vocab_size, INVERSE: tl.constexpr, BLOCK: tl.cons
         moment = shrink * (moment + total * shift) + tl.sum(tl.where(e > 0, e * (y - safe), 0.0), 0)
         total = shrink * total + tl.sum(e, 0)
         peak = higher
-    tl.store(sums + row, tl.where(peak == float("-inf"), 0.0, peak))
+    # A number, and below all others: the least that float32 has.
+    tl.store(sums + row, tl.maximum(peak, -3.4028234663852886e38))
     tl.store(sums + count + row, total)
     tl.store(sums + 2 * count + row, moment)
 
