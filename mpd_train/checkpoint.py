@@ -11,12 +11,15 @@ there is whole. Weights and moments are safetensors; nothing is ever pickled.
 import json
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
@@ -29,13 +32,16 @@ from mpd_train.parallel import Ranks
 
 KEEP = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_BYTES_PER_FILE = 1 << 30
 
 
 @dataclass
 class Progress:
-    """The best validation loss so far, and the validations since that did not better it."""
+    """The best validation loss so far, the step it was found after, and the validations since
+    that did not better it."""
 
     best: float | None = None
+    best_step: int = 0
     misses: int = 0
 
 
@@ -47,13 +53,24 @@ def save(
     progress: Progress,
     ranks: Ranks,
 ) -> None:
-    """Commits the state after `step` optimiser steps and drops all but the newest two."""
+    """Commits the state after `step` optimiser steps and drops all but the newest two. Raises
+    OSError where the disk gives out."""
     state = {"step": step, **asdict(progress)}
     tensors = weights_of(model) | _moments(model, optimizer, step)
     _write(folder / f"step-{step:06d}", tensors, state, ranks)
     if ranks.first:
         for old in checkpoints(folder)[:-KEEP]:
             shutil.rmtree(old)
+        for best in folder.glob("best-*"):
+            # A restart begins here, and looks for this one.
+            if best.name != f"best-{progress.best_step:06d}":
+                shutil.rmtree(best)
+
+
+def newest(folder: Path) -> int:
+    """The step of the newest whole checkpoint; 0 where there is none."""
+    found = checkpoints(folder)
+    return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -82,31 +99,23 @@ def _moments(model: Any, optimizer: torch.optim.Optimizer, step: int) -> dict[st
     return found
 
 
-def progress_of(path: Path) -> Progress:
-    """The validation state that a checkpoint was saved with."""
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return Progress(state["best"], state["misses"])
-
-
 def save_best(folder: Path, step: int, model: Any, ranks: Ranks) -> None:
-    """Keeps the weights of the best validation, that after `step`. A killed run that goes on from
-    before them finds the same ones again."""
+    """Keeps the weights of the best validation, that after `step`, beside earlier ones: a killed
+    run goes on from before it, and may not find it again."""
     _write(folder / f"best-{step:06d}", weights_of(model), {}, ranks)
-    if ranks.first:
-        for old in sorted(folder.glob("best-*"))[:-1]:
-            shutil.rmtree(old)
 
 
-def load_best(folder: Path, model: Any) -> None:
+def load_best(folder: Path, progress: Progress, model: Any) -> None:
     """Puts the weights of the best validation in place."""
-    _read(max(folder.glob("best-*")), weights_of(model))
+    _read(folder / f"best-{progress.best_step:06d}", weights_of(model))
 
 
-def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> int:
-    """Puts a checkpoint's weights and moments in place; returns its step."""
-    step: int = json.loads((path / "state.json").read_text(encoding="utf-8"))["step"]
+def load(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer) -> Progress:
+    """Puts weights and moments of a step's checkpoint in place; returns how validation stood."""
+    path = folder / f"step-{step:06d}"
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     _read(path, weights_of(model) | _moments(model, optimizer, step))
-    return step
+    return Progress(state["best"], state["best_step"], state["misses"])
 
 
 def place(weights: dict[str, Tensor], model: Any) -> None:
@@ -117,16 +126,17 @@ def place(weights: dict[str, Tensor], model: Any) -> None:
 
 
 def _write(final: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
-    staging = final.with_name(".staging")
+    # A name of its own: other nodes may remember a folder of this name for a while.
+    staging = final.with_name(f".{final.name}.staging")
     if ranks.first:
-        if staging.exists():
-            shutil.rmtree(staging)
+        for stale in final.parent.glob(".*.staging"):
+            shutil.rmtree(stale)
         staging.mkdir(parents=True)
     ranks.wait()
-    writer = HuggingFaceStorageWriter(str(staging), save_distributed=True)
-    with warnings.catch_warnings():
-        # That it was told to work without other processes.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    writer = HuggingFaceStorageWriter(
+        str(staging), fqn_to_index_mapping=_files_of(tensors), save_distributed=True
+    )
+    with _errors_as_they_are():
         save_shards(tensors, storage_writer=writer, no_dist=ranks.size == 1)
     ranks.wait()
     if ranks.first:
@@ -141,12 +151,34 @@ def _write(final: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks
     ranks.wait()
 
 
+def _files_of(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Which file each tensor goes to, from 1: a file is put together in memory before it is
+    written."""
+    files, size = {}, 0
+    for name, tensor in tensors.items():
+        size += tensor.numel() * tensor.element_size()
+        files[name] = 1 + size // _BYTES_PER_FILE
+    return files
+
+
 def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Into `tensors`, in place."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    with _errors_as_they_are():
         load_shards(
             tensors,
             storage_reader=HuggingFaceStorageReader(str(folder)),
             no_dist=not torch.distributed.is_initialized(),
         )
+
+
+@contextmanager
+def _errors_as_they_are() -> Iterator[None]:
+    """Torch wraps whatever goes wrong, a full disk or an interrupt, in an error of its own, which
+    is no Exception."""
+    with warnings.catch_warnings():
+        # That it was told to work without other processes.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error

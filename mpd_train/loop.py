@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -75,33 +76,44 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     if ranks.first:
         name = "cpu" if device.type == "cpu" else device_name()
         claim(config.out, prepared.identity, config, name, overwrite)
-    # The others look at the folder only after that.
-    ranks.wait()
-    if model_folder.is_dir():
-        ranks.wait()
-        print(f"{model_folder}: this run has finished; nothing to do.", file=sys.stderr)
+    checkpoint_folder = config.out / "checkpoints"
+    done = -1 if model_folder.is_dir() else checkpoint.newest(checkpoint_folder)
+    # One process looks for all: folders are not seen alike everywhere at once.
+    done = int(ranks.sum([float(done) if ranks.first else 0.0])[0])
+    if done < 0:
+        if ranks.first:
+            # A kill may have come between the export and this.
+            _clear_away(checkpoint_folder)
+            print(f"{model_folder}: this run has finished; nothing to do.", file=sys.stderr)
         return model_folder
 
     attn_implementation = attention(config, device, dtype)
-    student = _load_student(config, student_files, device, attn_implementation)
+
+    def load(load_model: Callable[[torch.device, str | None], CausalLM]) -> CausalLM:
+        """Onto the device, or from the CPU in parts onto all devices."""
+        if ranks.size == 1:
+            return load_model(device, attn_implementation)
+        loaded = load_model(torch.device("cpu"), None)
+        if attn_implementation is not None:
+            loaded.model.set_attn_implementation(attn_implementation)
+        shard(loaded.model, device, ranks)
+        return loaded
+
+    student = load(lambda place, attn: _load_student(config, student_files, place, attn))
     student.model.train()
     if config.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     teacher = None
     if teacher_files is not None:
-        teacher = CausalLM(teacher_files, device, dtype, code, attn_implementation)
+        files = teacher_files
+        teacher = load(lambda place, attn: CausalLM(files, place, dtype, code, attn))
         teacher.model.requires_grad_(False)
-    if ranks.size > 1:
-        for model in filter(None, (student, teacher)):
-            shard(model.model)
     optimizer = make_optimizer(student.model, config.optimizer)
 
     steps = [packs[i : i + size] for i in range(0, len(packs), size)]
-    checkpoint_folder = config.out / "checkpoints"
-    done, progress = 0, checkpoint.Progress()
-    if found := checkpoint.checkpoints(checkpoint_folder):
-        done = checkpoint.load(found[-1], student.model, optimizer)
-        progress = checkpoint.progress_of(found[-1])
+    progress = checkpoint.Progress()
+    if done > 0:
+        progress = checkpoint.load(checkpoint_folder, done, student.model, optimizer)
     recorder = None
     if ranks.first:
         recorder = Recorder(config, prepared.tracker_modules, done, len(steps))
@@ -147,6 +159,8 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
             record["loss"] /= ranks.size
             if not (record["loss"] <= config.max_loss and math.isfinite(norm)):
                 folder = _save_batches(config.out, step + 1, seen, ranks)
+                # Who ends first takes the others along.
+                ranks.wait()
                 raise MPDError(
                     f"step {step + 1}: loss {record['loss']}, gradient norm {norm}; expected at"
                     f" most --max-loss {config.max_loss:g} and finite gradients. Its batches are in"
@@ -185,7 +199,7 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
                         {"step": step + 1, "validation_loss": value, "validation_tokens": count}
                     )
                 if progress.best is None or value < progress.best:
-                    progress = checkpoint.Progress(value)
+                    progress = checkpoint.Progress(value, step + 1)
                     if validation.early_stopping_patience > 0:
                         checkpoint.save_best(checkpoint_folder, step + 1, student.model, ranks)
                 else:
@@ -195,7 +209,7 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
                     checkpoint_folder, step + 1, student.model, optimizer, progress, ranks
                 )
     if validation.early_stopping_patience > 0:
-        checkpoint.load_best(checkpoint_folder, student.model)
+        checkpoint.load_best(checkpoint_folder, progress, student.model)
     del optimizer
     _export(config, student, ranks)
     return model_folder
@@ -217,7 +231,12 @@ def _load_student(
 def _export(config: TrainConfig, student: CausalLM, ranks: Ranks) -> None:
     """Writes the model, and the adapter where there is one, and clears the way there away."""
     if ranks.size > 1:
-        weights = {name: whole(x).cpu() for name, x in checkpoint.weights_of(student.model).items()}
+        weights = {}
+        for name, part in checkpoint.weights_of(student.model).items():
+            # All have to ask, and one keeps it.
+            weight = whole(part)
+            if ranks.first:
+                weights[name] = weight.cpu()
         if ranks.first:
             # Into a student that is in one piece, from where one process exports it.
             student = _load_student(config, student.files, torch.device("cpu"), None)
@@ -226,10 +245,14 @@ def _export(config: TrainConfig, student: CausalLM, ranks: Ranks) -> None:
         if student.adapted is not None:
             lora.save_and_merge(student.adapted, config.out / "adapter")
         export(student, config.out / "model")
-        # Weights and moments of the way there: three times the model's size each.
-        if (config.out / "checkpoints").exists():
-            shutil.rmtree(config.out / "checkpoints")
+        _clear_away(config.out / "checkpoints")
     ranks.wait()
+
+
+def _clear_away(checkpoint_folder: Path) -> None:
+    """Weights and moments of the way there: three times the model's size each."""
+    if checkpoint_folder.exists():
+        shutil.rmtree(checkpoint_folder)
 
 
 def _kept_activations(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:

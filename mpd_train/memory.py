@@ -59,6 +59,7 @@ class MemoryPlan:
             there = torch.cuda.get_device_properties(device).total_memory
         else:
             there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            there //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         # The rest is the allocator's, the libraries' and the system's.
         if self.total <= 0.92 * there:
             return []
@@ -171,9 +172,10 @@ def plan_memory(
         if taught is not None:
             there += [*taught.parameters(), *taught.buffers()]
         with _Live(device, there) as live:
+            passes = min(2, -(-config.gradient_accumulation_steps // ranks))
             for _ in range(2):
                 live.peak = live.now
-                for _ in range(min(2, config.gradient_accumulation_steps // ranks)):
+                for _ in range(passes):
                     with autocast(torch.device("cpu"), dtype):
                         loss = pack_loss(student, teacher, batch, vocab_size, config.loss, 1.0).loss
                     loss.backward()  # type: ignore[no-untyped-call]
@@ -185,8 +187,9 @@ def plan_memory(
     moments = 2 * trained
     step = live.peak - moments
     if ranks > 1:
-        # Gradients are shared out as soon as a layer's are whole.
-        step -= trained - trained // ranks
+        # Head and embedding, put together. That gradients are shared out as soon as a layer's are
+        # whole makes the peak less than this, by how much depends on where it is.
+        step += 2 * _bytes_of([student.head()])
     return MemoryPlan(
         math.ceil(weights / ranks), math.ceil(moments / ranks), math.ceil(of_teacher / ranks),
         step, live.of_loss,

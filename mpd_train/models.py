@@ -144,7 +144,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     """bfloat16 compute over float32 weights, or plain float32."""
     if dtype == torch.float32:
         return nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    # Without its cache, which would keep a copy of each weight until the end of the pass.
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def export(student: CausalLM, folder: Path) -> None:

@@ -69,17 +69,19 @@ def ranks() -> Iterator[Ranks]:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend)
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(dist.get_rank(), dist.get_world_size())
+    # Not after an error: NCCL would wait for processes that wait for this one, and nobody would
+    # read why.
+    dist.destroy_process_group()
 
 
-def shard(model: Any) -> None:
-    """Shares `model`, a transformers causal language model, out among the processes, layer by
-    layer. Raises ConfigError for a model that does not say what its layers are."""
+def shard(model: Any, device: torch.device, ranks: Ranks) -> None:
+    """Shares `model`, a transformers causal language model, out among the processes' devices, layer
+    by layer. Raises ConfigError for a model that does not say what its layers are."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mesh = init_device_mesh(device.type, (ranks.size,))
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
@@ -88,15 +90,15 @@ def shard(model: Any) -> None:
             " processes. Train it with one."
         )
     for layer in layers:
-        fully_shard(layer)
+        fully_shard(layer, mesh=mesh)
     decoder, head = model.base_model, model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
-    fully_shard(decoder, reshard_after_forward=True)
+    fully_shard(decoder, mesh=mesh, reshard_after_forward=True)
     if tied:
         head.weight = model.get_input_embeddings().weight
     else:
         # The loss takes its weight as it is: no pass goes through it.
-        fully_shard(head)
+        fully_shard(head, mesh=mesh)
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def footprint(config: TrainConfig, student: ModelFiles, num_steps: int) -> Footp
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Weights and two moments in float32; a new one is whole before the oldest goes.
     kept = min(max(num_steps - 1, 0) // config.save_steps, checkpoint.KEEP + 1)
-    best = 4 * trained if config.validation.early_stopping_patience > 0 else 0
+    best = 8 * trained if config.validation.early_stopping_patience > 0 else 0
     adapter = 4 * trained if config.lora.lora_r > 0 else 0
     return Footprint(
         parameters,
@@ -205,10 +205,8 @@ def plan_train(config: TrainConfig, overwrite: bool = False) -> StagePlan:
         size = config.gradient_accumulation_steps
         steps = -(-len(packs) // size)
         done = 0
-        if checkpoints := checkpoint.checkpoints(config.out / "checkpoints"):
-            done = int(checkpoints[-1].name.removeprefix("step-"))
-        if overwrite:
-            done = 0
+        if not overwrite:
+            done = checkpoint.newest(config.out / "checkpoints")
         tokens = 0 if finished else sum(pack.num_tokens for pack in packs[done * size :])
         total = sum(pack.num_tokens for pack in packs)
         rows = sum(len(pack.rows) for pack in packs)

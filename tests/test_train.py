@@ -1,6 +1,7 @@
 """Streaming, packing and training with real models and real shards."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -313,7 +314,8 @@ def test_a_checkpoint_holds_weights_and_moments(tmp_path, shards, round_dir):
     assert [p.name for p in found] == ["step-000002", "step-000003"]
     other = CausalLM(resolve_model(str(STUDENT)), CPU, torch.float32, False)
     other_optimizer = make_optimizer(other.model, OptimizerConfig())
-    assert checkpoint.load(found[-1], other.model, other_optimizer) == 3
+    assert checkpoint.newest(tmp_path) == 3
+    checkpoint.load(tmp_path, 3, other.model, other_optimizer)
     for a, b in zip(model.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b)
     for i, state in optimizer.state_dict()["state"].items():
@@ -519,6 +521,26 @@ def test_a_nan_loss_stops_with_the_rows_named(round_dir, tmp_path):
     found = load_file(saved)
     assert found.keys() == vars(batch).keys()
     assert all(torch.equal(found[name], value) for name, value in vars(batch).items())
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_message(round_dir, trained, tmp_path):
+    """The kernel refuses files above a size, as a full disk would; the rest follows."""
+    out = tmp_path / "run"
+    arguments = [
+        "--shards", round_dir, "--student", STUDENT, "--out", out, "--pack-length", 600,
+        "--epochs", 2, "--save-steps", 4, "--dtype", "float32", "--learning-rate", 5e-4,
+    ]  # fmt: skip
+    limit = 2 << 20
+    stopped = subprocess.run(
+        command("mpd-train", *arguments), env=environment(), capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert stopped.returncode == 1
+    assert "Steps up to the last checkpoint are safe" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert not checkpoint.checkpoints(out / "checkpoints")
+    run("mpd-train", *arguments)
+    assert [r["loss"] for r in metrics(out)] == [r["loss"] for r in metrics(trained)]
 
 
 def test_a_loss_out_of_bounds_stops(round_dir, trained, tmp_path):
