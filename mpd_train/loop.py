@@ -1,13 +1,13 @@
 """The training loop: plan, load, loss, step, record. Reads from top to bottom."""
 
+import functools
 import math
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -101,6 +101,10 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
 
     student = load(lambda place, attn: _load_student(config, student_files, place, attn))
     student.model.train()
+    if config.activation_offload:
+        student.kept = functools.partial(
+            torch.autograd.graph.save_on_cpu, pin_memory=device.type == "cuda"
+        )
     if config.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     teacher = None
@@ -144,7 +148,7 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
                 before = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - before
-                with autocast(device, dtype), _kept_activations(config, device):
+                with autocast(device, dtype):
                     output = pack_loss(
                         student, teacher, batch, vocab_size, config.loss,
                         # Gradients are averaged over the processes: each adds its share as often
@@ -253,15 +257,6 @@ def _clear_away(checkpoint_folder: Path) -> None:
     """Weights and moments of the way there: three times the model's size each."""
     if checkpoint_folder.exists():
         shutil.rmtree(checkpoint_folder)
-
-
-def _kept_activations(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
-    if not config.activation_offload:
-        return nullcontext()
-    context: AbstractContextManager[Any] = torch.autograd.graph.save_on_cpu(
-        pin_memory=device.type == "cuda"
-    )
-    return context
 
 
 def _save_batches(out: Path, step: int, batches: list[Batch], ranks: Ranks) -> Path:

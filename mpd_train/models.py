@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class CausalLM:
         self.files = files
         # peft's wrapper of the model, where adapters are what is trained.
         self.adapted: Any = None
+        # How activations are kept for the backward pass.
+        self.kept: Callable[[], AbstractContextManager[Any]] = nullcontext
         try:
             self.model: Any = AutoModelForCausalLM.from_pretrained(
                 str(files.path),
@@ -84,9 +87,10 @@ class CausalLM:
     def states(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """Last hidden states [1, T, H] of packed ids [1, T]; sequences in it, told apart by
         their positions, do not see each other."""
-        output = self.model.base_model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False
-        )
+        with self.kept():
+            output = self.model.base_model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False
+            )
         states: Tensor = output.last_hidden_state
         return states
 
