@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import STUDENT, TEACHER, environment, run
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def settings(round_dir, out, **changed):
@@ -119,6 +122,21 @@ def test_adapters_a_teacher_and_validation(round_dir, tmp_path):
     assert a.keys() == b.keys()
     for name, weight in a.items():
         assert torch.allclose(b[name], weight, atol=1e-3), name
+
+
+def test_the_shipped_job_script_trains_with_a_process_for_each_gpu(round_dir, tmp_path):
+    """As SLURM runs it on one node: bash, with its environment."""
+    arguments = settings(round_dir, tmp_path / "run", **{"--epochs": 1})
+    words = [str(x) for pair in arguments.items() for x in pair]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    slurm = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "PATH": path}
+    script = ROOT / "pipelines" / "slurm" / "mpd-train.sbatch"
+    done = subprocess.run(
+        ["bash", script, *words], env=environment() | slurm, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "on 2 x cpu" in done.stderr
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
 def test_a_tied_head_is_trained_from_both_its_ends(round_dir, tmp_path):
