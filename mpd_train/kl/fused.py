@@ -23,6 +23,8 @@ from mpd_train.kl.objective import Objective
 
 # Rows of a product with the head's gradient, and of those rows with float32 logits at a time.
 _ROWS = {"cpu": (512, 256), "cuda": (2048, 1024)}
+# Rows whose ids are checked at a time: each time is a dozen launches with nothing else to do.
+_CHECKED_ROWS = 16_384
 # Bytes of logits that are reached whatever the vocabulary.
 _LEAST_BYTES = 16 << 20
 # Vocabulary rows upcast at a time where the device has no mixed-precision product.
@@ -376,7 +378,7 @@ def _check(rows: Tensor, teacher: TopK | Dense, labels: Tensor | None, vocab_siz
     if isinstance(teacher, TopK):
         doubled = torch.zeros((), dtype=torch.bool, device=rows.device)
         outside, headless = doubled.clone(), doubled.clone()
-        for chunk in torch.split(rows, _ROWS["cpu"][0]):
+        for chunk in torch.split(rows, _CHECKED_ROWS):
             ids = teacher.ids[chunk]
             outside |= ((ids < -1) | (ids >= vocab_size)).any()
             headless |= (ids[:, 0] < 0).any()
