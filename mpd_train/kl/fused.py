@@ -21,8 +21,9 @@ from torch.utils.flop_counter import register_flop_formula
 from mpd_train.kl.divergence import Divergence, Name
 from mpd_train.kl.objective import Objective
 
-# Rows of a product with the head's gradient, and of those rows with float32 logits at a time.
-_ROWS = {"cpu": (512, 256), "cuda": (2048, 1024)}
+# Rows of a product with the head's gradient, and of those the rows that have float32 logits at a
+# time: of the student alone, and of both models.
+_ROWS = {"cpu": (512, 256, 256), "cuda": (2048, 2048, 1024)}
 # Rows whose ids are checked at a time: each time is a dozen launches with nothing else to do.
 _CHECKED_ROWS = 16_384
 # Bytes of logits that are reached whatever the vocabulary.
@@ -283,7 +284,7 @@ def _forward(
     # and multiplying it by zero would not stop it.
     rows = factors.nonzero().squeeze(1)
     _check(rows, teacher, labels, vocab_size)
-    size, logit_rows = _chunk_sizes(device, vocab_size, chunk_size)
+    size, logit_rows = _chunk_sizes(device, vocab_size, chunk_size, isinstance(teacher, Dense))
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
         states = hidden[chunk]
@@ -350,7 +351,9 @@ def workspace_bytes(
     """What the loss of `tokens` states in `dtype` takes at most beside its inputs and the gradients
     that it returns. head, teacher_head: [V, H] of each, in `weight_dtype` and in `dtype`."""
     vocab_size, exact, short = head[0], accumulation_dtype(dtype).itemsize, dtype.itemsize
-    rows, logit_rows = (min(x, tokens) for x in _chunk_sizes(device, vocab_size, 0))
+    rows, logit_rows = (
+        min(x, tokens) for x in _chunk_sizes(device, vocab_size, 0, teacher_head is not None)
+    )
     total = rows * vocab_size * exact
     if device.type == "cuda":
         total = rows * vocab_size * short + logit_rows * vocab_size * exact
@@ -363,12 +366,15 @@ def workspace_bytes(
     return total
 
 
-def _chunk_sizes(device: torch.device, vocab_size: int, chunk_size: int) -> tuple[int, int]:
+def _chunk_sizes(
+    device: torch.device, vocab_size: int, chunk_size: int, dense: bool
+) -> tuple[int, int]:
     """Rows of a product with the head's gradient and rows of float32 logits."""
     if chunk_size > 0:
         return chunk_size, chunk_size
     least = _LEAST_BYTES // (4 * vocab_size)
-    rows, logit_rows = _ROWS.get(device.type, _ROWS["cuda"])
+    rows, of_student, of_both = _ROWS.get(device.type, _ROWS["cuda"])
+    logit_rows = of_both if dense else of_student
     return max(rows, least), max(logit_rows, least)
 
 
