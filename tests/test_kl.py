@@ -114,7 +114,7 @@ def reference(kind, data, **options):
 
 
 def relative(found, exact):
-    found, exact = found.detach().cpu().double(), exact.detach().double()
+    found, exact = (x.detach().cpu().double() for x in (found, exact))
     return ((found - exact).norm() / exact.norm().clamp_min(1e-300)).item()
 
 
