@@ -172,6 +172,19 @@ def loss_on_all(shards, model):
         ]
 
 
+def tied_student(folder, dtype):
+    """The student's shape with head and embedding in one, and random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shutil.copytree(STUDENT, folder)
+    config = AutoConfig.from_pretrained(STUDENT)
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

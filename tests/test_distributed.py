@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STUDENT, TEACHER, environment, run
+from conftest import STUDENT, TEACHER, environment, run, tied_student
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -140,12 +138,7 @@ def test_the_shipped_job_script_trains_with_a_process_for_each_gpu(round_dir, tm
 
 
 def test_a_tied_head_is_trained_from_both_its_ends(round_dir, tmp_path):
-    tied = tmp_path / "tied"
-    shutil.copytree(STUDENT, tied)
-    config = AutoConfig.from_pretrained(STUDENT)
-    config.tie_word_embeddings = True
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tied)
+    tied = tied_student(tmp_path / "tied", "float32")
     more = {"--student": tied, "--epochs": 1}
     alone(settings(round_dir, tmp_path / "one", **more))
     with_ranks(2, settings(round_dir, tmp_path / "two", **more))

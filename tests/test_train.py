@@ -12,9 +12,18 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import STUDENT, TEACHER, command, environment, loss_on_all, rewrite_arguments, run
+from conftest import (
+    STUDENT,
+    TEACHER,
+    command,
+    environment,
+    loss_on_all,
+    rewrite_arguments,
+    run,
+    tied_student,
+)
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpd_data.errors import ConfigError, MPDError
 from mpd_data.locks import exclusive
@@ -347,12 +356,7 @@ def test_a_second_trainer_is_refused(round_dir, tmp_path):
 
 def test_tied_embeddings_are_trained_and_exported_once(round_dir, tmp_path):
     """Small models tie head and embedding: one tensor in checkpoint and export, both trained."""
-    tied = tmp_path / "tied"
-    shutil.copytree(STUDENT, tied)
-    settings = AutoConfig.from_pretrained(STUDENT)
-    settings.tie_word_embeddings = True
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).save_pretrained(tied)
+    tied = tied_student(tmp_path / "tied", "bfloat16")
     assert "lm_head.weight" not in load_file(tied / "model.safetensors")
     train(config(round_dir, tmp_path / "run", student=str(tied), epochs=1, save_steps=2))
     weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
