@@ -1,5 +1,7 @@
 """The loss of a pack, and what is recorded about it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,36 +27,21 @@ def pack_loss(
         # The residual stream is float32; the head product takes the short type, as others do.
         states = states.to(torch.get_autocast_dtype(states.device.type))
     head = student.head(vocab_size)
-    divergence = Divergence(loss.divergence, loss.beta, loss.alpha)
-    labels = batch.labels if loss.ce_weight > 0 else None
+    common: dict[str, Any] = {
+        "normalizer": normalizer,
+        "divergence": Divergence(loss.divergence, loss.beta, loss.alpha),
+        "temperature": loss.kl_temperature,
+        "divergence_clip": loss.divergence_clip,
+        "labels": batch.labels if loss.ce_weight > 0 else None,
+        "ce_weight": loss.ce_weight,
+    }
     if teacher is None:
-        return sparse_kl(
-            states,
-            head,
-            batch.topk_ids,
-            batch.topk_logprobs,
-            batch.tail_logprobs,
-            normalizer=normalizer,
-            divergence=divergence,
-            temperature=loss.kl_temperature,
-            divergence_clip=loss.divergence_clip,
-            labels=labels,
-            ce_weight=loss.ce_weight,
-        )
+        record = batch.topk_ids, batch.topk_logprobs, batch.tail_logprobs
+        return sparse_kl(states, head, *record, **common)
     with torch.no_grad():
-        teacher_states = teacher.states(batch.teacher_input_ids, batch.teacher_position_ids)
-    return dense_kl(
-        states,
-        head,
-        teacher_states[0, batch.teacher_loss_positions],
-        teacher.head(vocab_size),
-        normalizer=normalizer,
-        divergence=divergence,
-        temperature=loss.kl_temperature,
-        divergence_clip=loss.divergence_clip,
-        labels=labels,
-        ce_weight=loss.ce_weight,
-    )
+        taught = teacher.states(batch.teacher_input_ids, batch.teacher_position_ids)
+    taught = taught[0, batch.teacher_loss_positions]
+    return dense_kl(states, head, taught, teacher.head(vocab_size), **common)
 
 
 class Sums:

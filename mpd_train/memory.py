@@ -203,13 +203,14 @@ def _on_cpu(model: Any) -> Any:
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, x in tensors.items():
-                if x is not None and id(x) not in made:
+                if x is None:
+                    continue
+                if id(x) not in made:
                     empty = torch.empty(x.shape, dtype=x.dtype)
                     is_weight = isinstance(x, torch.nn.Parameter)
                     made[id(x)] = torch.nn.Parameter(empty, x.requires_grad) if is_weight else empty
-                if x is not None:
-                    # A tied weight stays one.
-                    tensors[name] = made[id(x)]
+                # A tied weight stays one.
+                tensors[name] = made[id(x)]
     return model
 
 

@@ -51,9 +51,8 @@ class Ranks:
 
     def wait(self) -> None:
         """Until all processes are here."""
-        if self.size > 1:
-            # A reduction on the CPU: `barrier` would take the GPU's backend.
-            self.sum([0.0])
+        # A reduction on the CPU: `barrier` would take the GPU's backend.
+        self.sum([0.0])
 
 
 def ranks_asked_for() -> int:
