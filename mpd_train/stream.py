@@ -3,8 +3,10 @@
 The plan is made from the light columns alone (status, lengths): (seed, epoch) gives a
 permutation of row groups, windows of them are shuffled and packed, and the packs follow one
 another. It is the same for every process and every restart, so progress is one integer, the
-next pack. Packed sequences do not see each other: positions start anew at each, and attention
-stays inside a run of consecutive positions.
+next pack. A round that is one window is packed by its rows' keys alone: however its rows came to
+lie in the shards, which follows the generation's timing, training is the same. Packed sequences
+do not see each other: positions start anew at each, and attention stays inside a run of
+consecutive positions.
 """
 
 import bisect
@@ -29,8 +31,9 @@ from mpd_data.schema import differences
 from mpd_data.shards import ROTTEN, RoundDir, open_shard, read_all, read_metadata
 from mpd_train.parallel import Ranks
 
-# Row groups shuffled and packed together: enough for good packing, few enough to hold.
-_WINDOW_GROUPS = 16
+# Tokens of the row groups that are shuffled and packed together: enough for good packing, few
+# enough to hold (about half a GB at K = 64).
+_WINDOW_TOKENS = 2**21
 # Packs read before they are needed.
 _PACKS_AHEAD = 2
 # Shards trained together must agree in these.
@@ -91,14 +94,20 @@ class Pack:
 
 @dataclass(frozen=True)
 class _Group:
-    """A Parquet row group and the lengths of its rows; 0 loss tokens means not kept. A row's
-    place in [0, 1) is its prompt's hash: rows below the validation fraction are held out."""
+    """A Parquet row group and the lengths of its rows; 0 loss tokens means not kept. `key` is the
+    start of a row's id. A row's place in [0, 1) is its prompt's hash: rows below the validation
+    fraction are held out."""
 
     path: Path
     index: int
+    key: npt.NDArray[np.uint64]
     num_tokens: npt.NDArray[np.int64]
     num_loss_tokens: npt.NDArray[np.int64]
     place: npt.NDArray[np.float64]
+
+    @property
+    def kept_tokens(self) -> int:
+        return int(self.num_tokens[self.num_loss_tokens > 0].sum())
 
 
 class ShardSet:
@@ -153,11 +162,14 @@ class ShardSet:
         return [int(n) for g in self.groups for n in g.num_tokens[g.num_loss_tokens > 0]]
 
     def load(self, group: int) -> dict[str, pa.ChunkedArray]:
-        """The training columns of a row group; the last window's worth of groups is kept."""
+        """The training columns of a row group; two windows' worth of groups is kept."""
         if group not in self._cache:
-            if len(self._cache) >= 2 * _WINDOW_GROUPS:
-                self._cache.pop(next(iter(self._cache)))
             source = self.groups[group]
+            held = source.kept_tokens + sum(self.groups[g].kept_tokens for g in self._cache)
+            while self._cache and held > 2 * _WINDOW_TOKENS:
+                first = next(iter(self._cache))
+                held -= self.groups[first].kept_tokens
+                del self._cache[first]
             columns = [
                 "input_ids", "loss_start", "teacher_prompt_ids",
                 "topk_ids", "topk_logprobs", "tail_logprobs",
@@ -197,7 +209,7 @@ def _committed_hash(path: Path, manifest: dict[str, str]) -> str:
 
 def _groups_of(path: Path) -> list[_Group]:
     """The row groups of a shard. Raises DataError where it cannot be read."""
-    columns = ["prompt_id", "status", "loss_start", "num_rewritten_tokens"]
+    columns = ["row_id", "prompt_id", "status", "loss_start", "num_rewritten_tokens"]
     try:
         with open_shard(path) as file:
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
@@ -212,11 +224,22 @@ def _groups_of(path: Path) -> list[_Group]:
     prompts = table["prompt_id"].combine_chunks().dictionary_encode()
     places = np.array([_place(prompt) for prompt in prompts.dictionary.to_pylist()])
     place = places[prompts.indices.to_numpy()]
+    key = _keys(table["row_id"].combine_chunks())
     ends = np.cumsum(sizes)
     return [
-        _Group(path, index, num_tokens[rows], num_loss_tokens[rows], place[rows])
+        _Group(path, index, key[rows], num_tokens[rows], num_loss_tokens[rows], place[rows])
         for index, rows in enumerate(map(slice, ends - sizes, ends))
     ]
+
+
+def _keys(row_ids: pa.StringArray) -> npt.NDArray[np.uint64]:
+    """The first 16 hexadecimal digits of each id as a number."""
+    digits = np.array(row_ids.to_pylist(), dtype="S16").view(np.uint8).reshape(-1, 16)
+    # "0" … "9" are 0x30 …, "a" … "f" 0x61 ….
+    values = ((digits & 15) + 9 * (digits >> 6)).astype(np.uint64)
+    powers = np.uint64(16) ** np.arange(15, -1, -1, dtype=np.uint64)
+    keys: npt.NDArray[np.uint64] = (values * powers).sum(axis=1, dtype=np.uint64)
+    return keys
 
 
 def _place(prompt_id: str) -> float:
@@ -257,40 +280,68 @@ def make_packs(
     """The packs of one epoch: at most `pack_length` tokens each, every kept row whose prompt's
     place is in `places` (from, below) in exactly one.
 
-    Best-fit decreasing inside a window of shuffled row groups, whose packs are then shuffled.
-    Raises ConfigError naming a row that is longer than a pack.
+    Best-fit decreasing inside a window of shuffled row groups, whose packs are then shuffled; the
+    rows of a window's emptiest pack go on to the next. Raises ConfigError naming a row that is
+    longer than a pack.
     """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(shards.groups))
+    order = np.random.default_rng([seed, epoch]).permutation(len(shards.groups))
+    windows = _windows(shards.groups, order)
     packs: list[Pack] = []
-    for first in range(0, len(order), _WINDOW_GROUPS):
-        rows = [
-            (int(group), int(row))
-            for group in order[first : first + _WINDOW_GROUPS]
-            for row in np.flatnonzero(
-                (shards.groups[group].num_loss_tokens > 0)
-                & (shards.groups[group].place >= places[0])
-                & (shards.groups[group].place < places[1])
-            )
-        ]
-        rng.shuffle(rows)
+    left: tuple[tuple[int, int], ...] = ()
+    for number, window in enumerate(windows):
+        rng = np.random.default_rng([seed, epoch, number])
+        rows = [*left, *_rows(shards.groups, window, places)]
+        rows = [rows[i] for i in rng.permutation(len(rows))]
         lengths = [int(shards.groups[g].num_tokens[r]) for g, r in rows]
-        for i, length in enumerate(lengths):
+        loss_lengths = [int(shards.groups[g].num_loss_tokens[r]) for g, r in rows]
+        for (group, row), length in zip(rows, lengths, strict=True):
             if length > pack_length:
-                raise ConfigError(_too_long(shards.groups[rows[i][0]], rows[i][1], pack_length))
-        window = []
-        for members in _best_fit(lengths, pack_length):
-            chosen = tuple((int(rows[i][0]), int(rows[i][1])) for i in members)
-            window.append(
-                Pack(
-                    chosen,
-                    sum(lengths[i] for i in members),
-                    sum(int(shards.groups[g].num_loss_tokens[r]) for g, r in chosen),
-                )
+                raise ConfigError(_too_long(shards.groups[group], row, pack_length))
+        made = [
+            Pack(
+                tuple(rows[i] for i in members),
+                sum(lengths[i] for i in members),
+                sum(loss_lengths[i] for i in members),
             )
+            for members in _best_fit(lengths, pack_length)
+        ]
+        if made and number < len(windows) - 1:
+            emptiest = min(range(len(made)), key=lambda i: made[i].num_tokens)
+            left = made.pop(emptiest).rows
         # Inside the window only: the row groups that a pack draws on are then still in memory.
-        packs += [window[i] for i in rng.permutation(len(window))]
+        packs += [made[i] for i in rng.permutation(len(made))]
     return packs
+
+
+def _windows(groups: list[_Group], order: npt.NDArray[np.int64]) -> list[list[int]]:
+    """Row groups in `order`, as many together as have `_WINDOW_TOKENS` kept tokens."""
+    windows: list[list[int]] = [[]]
+    tokens = 0
+    for group in map(int, order):
+        if windows[-1] and tokens + groups[group].kept_tokens > _WINDOW_TOKENS:
+            windows.append([])
+            tokens = 0
+        windows[-1].append(group)
+        tokens += groups[group].kept_tokens
+    return windows
+
+
+def _rows(
+    groups: list[_Group], window: list[int], places: tuple[float, float]
+) -> list[tuple[int, int]]:
+    """The kept rows of a window's groups with a place in `places`, in the order of their keys."""
+    found = [
+        np.flatnonzero(
+            (groups[g].num_loss_tokens > 0)
+            & (groups[g].place >= places[0])
+            & (groups[g].place < places[1])
+        )
+        for g in window
+    ]
+    row = np.concatenate(found)
+    group = np.repeat(window, [len(rows) for rows in found])
+    key = np.concatenate([groups[g].key[rows] for g, rows in zip(window, found, strict=True)])
+    return [(int(group[i]), int(row[i])) for i in np.lexsort((row, group, key))]
 
 
 def overlong(shards: ShardSet, pack_length: int) -> list[str]:

@@ -67,33 +67,7 @@ def self_round(round_dir, tmp_path_factory):
     return out
 
 
-# -- plan and packs -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pack_length", [512, 2000])
-def test_every_kept_row_is_in_exactly_one_pack(shards, round_dir, pack_length):
-    packs = make_packs(shards, pack_length, seed=3, epoch=1)
-    rows = [row for pack in packs for row in pack.rows]
-    assert len(rows) == len(set(rows)) == shards.num_rows
-    kept = pl.scan_parquet(round_dir / "distill" / "*.parquet").filter(pl.col("status") == "ok")
-    assert shards.num_rows == kept.select(pl.len()).collect().item()
-    assert (
-        sum(p.num_loss_tokens for p in packs)
-        == kept.select(pl.col("num_rewritten_tokens").sum()).collect().item()
-    )
-    assert max(p.num_tokens for p in packs) <= pack_length
-
-
-def test_packs_follow_from_seed_and_epoch(shards, round_dir):
-    again = ShardSet([round_dir])
-    assert make_packs(shards, 512, 0, 0) == make_packs(again, 512, 0, 0)
-    assert make_packs(shards, 512, 0, 0) != make_packs(shards, 512, 0, 1)
-    assert make_packs(shards, 512, 0, 0) != make_packs(shards, 512, 1, 0)
-
-
-def test_a_row_that_does_not_fit_is_refused(shards):
-    with pytest.raises(ConfigError, match="do not fit --pack-length 20"):
-        make_packs(shards, 20, 0, 0)
+# -- batches -------------------------------------------------------------------------------
 
 
 def test_a_batch_holds_what_the_shard_says(shards, round_dir):
