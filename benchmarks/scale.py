@@ -79,10 +79,11 @@ with round_dir.lock():
 print(len(rollouts), "there,", owed, "owed")
 """
 TRAINING = """
+from mpd_train.config import TrainConfig
 from mpd_train.stream import ShardSet, split_packs
 shards = ShardSet([path])
 shards.identity()
-packs, _ = split_packs(shards, 4096, 0, 1, 0.0)
+packs, _ = split_packs(shards, TrainConfig(shards=[path], student="", out=path))
 print(shards.num_rows, "rows in", len(packs), "packs")
 """
 HEAD = "from benchmarks.scale import *; path = Path({path!r}); shards = {shards}\n"

@@ -300,7 +300,8 @@ class RewriteConfig(Strict):
     template: str = Field(
         "tags",
         description="Rewrite template: a TOML file, or one that is built in: tags (for models that"
-        " follow instructions well), plain (for small ones).",
+        " follow instructions well), plain (for small ones), draft (no rewrite: the draft itself is"
+        " scored and learned, which is on-policy distillation).",
     )
     num_candidates: int = Field(1, ge=1, description="Rewrites per rollout.")
     choose: Literal["shortest", "first", "all"] = Field(

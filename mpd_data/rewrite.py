@@ -205,6 +205,9 @@ class _Job:
             self._finish_unasked(group, "draft_truncated")
             return
         self.failed.tried += len(rows)
+        if not self.prepared.template.asks:
+            self._take_draft(group)
+            return
         try:
             asked = self.prepared.ask_about(rollout)
             group.teacher_prompt_ids = asked.teacher_prompt_ids
@@ -245,10 +248,24 @@ class _Job:
         if trace is None:
             self._judged(group, result.key)
             return
+        self._check(group, result.key, trace)
+
+    def _take_draft(self, group: Group) -> None:
+        """The draft stands for its rewrite, id for id."""
+        rollout = group.rollout
+        (row_id,) = group.rows
+        row = group.rows[row_id]
+        row |= {"rewrite": rollout["completion"], "rewrite_finish_reason": "stop"}
+        row |= _trace_columns(rollout, rollout["completion_ids"])
+        group.unjudged.add(row_id)
+        self._groups[row_id] = group
+        self._check(group, row_id, rollout["completion"])
+
+    def _check(self, group: Group, row_id: str, trace: str) -> None:
         rollout = group.rollout
         self.pool.submit(
             CheckRequest(
-                result.key,
+                row_id,
                 trace,
                 rollout["gold_answer"],
                 json.loads(rollout["metadata"] or "{}"),
@@ -280,13 +297,7 @@ class _Job:
             # The teacher spelled a control token; as an id it would end or restart the turn.
             row["status"] = "malformed"
             return None
-        row |= {
-            "num_rewritten_tokens": len(ids),
-            "compression_ratio": len(ids) / rollout["num_completion_tokens"],
-            "repetition": repetition(ids),
-            "loss_start": len(rollout["prompt_ids"]),
-            "input_ids": rollout["prompt_ids"] + ids,
-        }
+        row |= _trace_columns(rollout, ids)
         if self.config.score_context == "rewrite":
             row["teacher_prompt_ids"] = group.teacher_prompt_ids
         return trace
@@ -357,6 +368,17 @@ class _Job:
         self._groups.pop(row_id, None)
         message = f"rollout {group.rollout['row_id']}: {error}"
         self.failed.add(row_id, group.rollout["prompt_id"], message)
+
+
+def _trace_columns(rollout: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+    """What a row says of a trace of `ids`, its end token included."""
+    return {
+        "num_rewritten_tokens": len(ids),
+        "compression_ratio": len(ids) / rollout["num_completion_tokens"],
+        "repetition": repetition(ids),
+        "loss_start": len(rollout["prompt_ids"]),
+        "input_ids": rollout["prompt_ids"] + ids,
+    }
 
 
 def _empty_row(row_id: str, rollout: dict[str, Any]) -> dict[str, Any]:

@@ -141,6 +141,11 @@ def prepare(config: RewriteConfig, student: dict[str, Any], teacher: ModelFiles)
             f"--num-candidates {config.num_candidates} at --temperature 0 gives the same rewrite so"
             " many times; give a temperature above 0."
         )
+    if not template.asks and (config.score_context == "rewrite" or config.num_candidates > 1):
+        raise ConfigError(
+            "--template draft asks for no rewrite: it goes with --score-context problem and one"
+            " candidate."
+        )
     tokenizer = load_tokenizer(teacher, config.trust_remote_code)
     require_same_tokenizer(
         student["tokenizer"], tokenizer, f"the student of {config.shards}", config.teacher
@@ -244,6 +249,11 @@ def plan_rewrite(
         if rollout["finish_reason"] == "length":
             unasked["draft_truncated"] += 1
             continue
+        if not prepared.template.asks:
+            asked_about += 1
+            contexts += len(rollout["prompt_ids"])
+            kept_at_most += rollout["num_completion_tokens"]
+            continue
         prepared.template.layout(closes_thinking(rollout))
         try:
             asked = prepared.ask_about(rollout)
@@ -289,7 +299,7 @@ def predict(
     config = prepared.config
     learned = learn_rewrites(prepared)
     rewrites = asked * config.num_candidates
-    at_most = rewrites * config.sampling.max_tokens
+    at_most = rewrites * config.sampling.max_tokens if prepared.template.asks else kept_at_most
     stored = config.num_candidates if config.choose == "all" else 1
     expected = seconds = None
     kept = kept_at_most * stored

@@ -1,6 +1,7 @@
 """Rewrite templates: TOML files that say how the teacher is asked and how it is read.
 
-See templates/tags.toml for the format.
+See templates/tags.toml for the format. The template `draft` asks nothing: the draft itself is what
+is filtered, scored and learned.
 """
 
 import re
@@ -32,7 +33,7 @@ class RewriteTemplate(Strict):
 
     name: str
     version: int
-    prompt: str
+    prompt: str | None = None
     output: str
     trace: str | None = None
     plain_trace: str | None = None
@@ -40,8 +41,14 @@ class RewriteTemplate(Strict):
     def hash(self) -> str:
         return content_key(self.model_dump())
 
+    @property
+    def asks(self) -> bool:
+        """Whether the teacher is asked for a rewrite."""
+        return self.prompt is not None
+
     def message(self, problem: str, draft: str) -> str:
         """What the user says to the teacher."""
+        assert self.prompt is not None
         return fill(self.prompt, {"problem": problem, "draft": draft}).strip()
 
     def trace_of(self, rewrite: str, thinks: bool) -> str | None:
@@ -66,17 +73,23 @@ class RewriteTemplate(Strict):
         return layout
 
 
+DRAFT = RewriteTemplate(name="draft", version=1, output="")
+
+
 def load_template(name: str) -> RewriteTemplate:
     """Reads and checks a template: the name of one that is built in, or the path of a file.
     Raises ConfigError naming what is wrong in it."""
+    if name == DRAFT.name:
+        return DRAFT
     path = BUILT_IN.get(name, Path(name))
     try:
         template = RewriteTemplate(**tomllib.loads(path.read_text(encoding="utf-8")))
         groups = set(re.compile(template.output).groupindex)
     except OSError as error:
-        near = nearest(name, BUILT_IN)
+        built_in = [*BUILT_IN, DRAFT.name]
+        near = nearest(name, built_in)
         hint = (
-            f"the built-in ones are {', '.join(BUILT_IN)}"
+            f"the built-in ones are {', '.join(built_in)}"
             if near is None
             else f"did you mean {near!r}?"
         )
@@ -90,7 +103,7 @@ def load_template(name: str) -> RewriteTemplate:
     if template.trace is None and template.plain_trace is None:
         raise ConfigError(f"{path}: gives neither `trace` nor `plain_trace`; it needs one of them.")
     for field, text, known in (
-        ("prompt", template.prompt, {"problem", "draft"}),
+        ("prompt", template.prompt or "", {"problem", "draft"}),
         ("trace", template.trace or "", groups),
         ("plain_trace", template.plain_trace or "", groups),
     ):
@@ -99,6 +112,6 @@ def load_template(name: str) -> RewriteTemplate:
             raise ConfigError(
                 f"{path}: `{field}` uses {sorted(unknown)}; it can use {sorted(known)}."
             )
-    if "{{draft}}" not in template.prompt:
+    if "{{draft}}" not in (template.prompt or ""):
         raise ConfigError(f"{path}: `prompt` never shows the teacher the {{{{draft}}}}.")
     return template

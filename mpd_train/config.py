@@ -91,6 +91,12 @@ class TrainConfig(Strict):
     )
     teacher_revision: str | None = Field(None, description="Hub revision of the teacher.")
     epochs: int = Field(1, ge=1, description="Passes over the kept rows.")
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Train for so many optimiser steps, however many passes they take, instead of"
+        " --epochs.",
+    )
     pack_length: int = Field(4096, ge=2, description="Tokens packed into one sequence.")
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="Packs per optimiser step, of all processes together."

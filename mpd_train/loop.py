@@ -69,9 +69,7 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
             f" all processes together; with {ranks.size} of them some would have nothing to do."
             f" Give {ranks.size} or a multiple of it."
         )
-    packs, held_out = split_packs(
-        shards, config.pack_length, config.seed, config.epochs, validation.validation_fraction
-    )
+    packs, held_out = split_packs(shards, config)
     model_folder = config.out / "model"
     if ranks.first:
         name = "cpu" if device.type == "cpu" else device_name()
@@ -124,8 +122,8 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
         fill = sum(p.num_tokens for p in packs) / (len(packs) * config.pack_length)
         on = f"{device}" if ranks.size == 1 else f"{ranks.size} x {device.type}"
         print(
-            f"{shards.num_rows} rows, {config.epochs} epochs, {len(packs)} packs ({fill:.1%}"
-            f" filled), {len(steps)} steps on {on}",
+            f"{shards.num_rows} rows, {len(packs)} packs ({fill:.1%} filled), {len(steps)} steps on"
+            f" {on}",
             file=sys.stderr,
         )
 

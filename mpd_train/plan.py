@@ -137,9 +137,14 @@ def plan_train_ahead(
         files = resolve_model(config.teacher, config.teacher_revision, code, weights=False)
         require_whole(files)
         require_same_tokenizer(tokenizer, load_tokenizer(files, code), student.name, files.name)
-    tokens = None if expected is None else expected[1] * config.epochs
     per_step = config.pack_length * config.gradient_accumulation_steps
-    steps = -(-(at_most * config.epochs if tokens is None else tokens) // per_step)
+    if config.max_steps is None:
+        at_most *= config.epochs
+        tokens = None if expected is None else expected[1] * config.epochs
+        steps = -(-(at_most if tokens is None else tokens) // per_step)
+    else:
+        steps = config.max_steps
+        at_most = tokens = steps * per_step
     size_of = footprint(config, student, steps)
     known = pace(config)
     return StagePlan(
@@ -150,7 +155,7 @@ def plan_train_ahead(
         committed=0,
         owed=rows if expected is None else expected[0],
         tokens_expected=tokens,
-        tokens_at_most=at_most * config.epochs,
+        tokens_at_most=at_most,
         disk_bytes=size_of.disk_bytes,
         seconds=None if known is None or tokens is None else tokens * known["seconds_per_token"],
         device=None if known is None else known["device"],
@@ -195,13 +200,7 @@ def plan_train(config: TrainConfig, overwrite: bool = False) -> StagePlan:
     found = pace(config)
     notes: list[str] = []
     if not reasons:
-        packs, held_out = split_packs(
-            shards,
-            config.pack_length,
-            config.seed,
-            config.epochs,
-            config.validation.validation_fraction,
-        )
+        packs, held_out = split_packs(shards, config)
         size = config.gradient_accumulation_steps
         steps = -(-len(packs) // size)
         done = 0

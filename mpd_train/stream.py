@@ -11,6 +11,7 @@ consecutive positions.
 
 import bisect
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,7 @@ from torch import Tensor
 from mpd_data.errors import ConfigError, DataError
 from mpd_data.schema import differences
 from mpd_data.shards import ROTTEN, RoundDir, open_shard, read_all, read_metadata
+from mpd_train.config import TrainConfig
 from mpd_train.parallel import Ranks
 
 # Tokens of the row groups that are shuffled and packed together: enough for good packing, few
@@ -248,19 +250,23 @@ def _place(prompt_id: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2.0**48
 
 
-def split_packs(
-    shards: ShardSet, pack_length: int, seed: int, epochs: int, fraction: float
-) -> tuple[list[Pack], list[Pack]]:
-    """The packs to train on, epoch after epoch, and those of the held-out `fraction` of prompts.
+def split_packs(shards: ShardSet, config: TrainConfig) -> tuple[list[Pack], list[Pack]]:
+    """The packs to train on, epoch after epoch, and those of the held-out prompts.
 
     All samples of a prompt are on one side. Raises ConfigError where a side is left empty.
     """
-    packs = [
-        pack
-        for epoch in range(epochs)
-        for pack in make_packs(shards, pack_length, seed, epoch, (fraction, 1.0))
-    ]
-    held_out = make_packs(shards, pack_length, 0, 0, (0.0, fraction)) if fraction > 0 else []
+    length, fraction = config.pack_length, config.validation.validation_fraction
+    wanted = config.max_steps and config.max_steps * config.gradient_accumulation_steps
+    packs: list[Pack] = []
+    for epoch in itertools.count():
+        if epoch == config.epochs if wanted is None else len(packs) >= wanted:
+            break
+        more = make_packs(shards, length, config.seed, epoch, (fraction, 1.0))
+        if not more:
+            break
+        packs += more
+    packs = packs[:wanted]
+    held_out = make_packs(shards, length, 0, 0, (0.0, fraction)) if fraction > 0 else []
     if not packs or (fraction > 0 and not held_out):
         side = "validate" if packs else "train"
         raise ConfigError(

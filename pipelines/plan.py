@@ -171,10 +171,13 @@ class _Planner:
         assert ahead is not None
         result.add(training.label, self._train_ahead(training.config, ahead))
 
-    def _model(self, name: str, revision: str | None, code: bool) -> ModelFiles:
-        """A student; for one that is still to be trained, the files of the first."""
-        if name == self._pipeline.student or Path(name).is_dir():
-            return resolve_model(name, revision, code, weights=False)
+    def _model(
+        self, name: str, revision: str | None, code: bool, served: str | None = None
+    ) -> ModelFiles:
+        """A model; for a student that is still to be trained, the files of the first."""
+        given = (self._pipeline.student, self._pipeline.teacher)
+        if name in given or Path(name).is_dir():
+            return resolve_model(name, revision, code, weights=False, served=served)
         first = resolve_model(self._pipeline.student, revision, code, weights=False)
         return dataclasses.replace(first, name=name, version="unhashed")
 
@@ -194,21 +197,22 @@ class _Planner:
         """The rewrite of rollouts that are not there yet."""
         config = step.config
         assert isinstance(config, RewriteConfig)
-        code = config.trust_remote_code
         served = config.engine.served(config.teacher)
-        teacher = resolve_model(config.teacher, config.revision, code, weights=False, served=served)
+        teacher = self._model(config.teacher, config.revision, config.trust_remote_code, served)
         round_dir = RoundDir(config.shards)
         saved = round_dir.run_info().get("stages", {}).get("distill")
         if saved is not None:
             teacher = as_saved(teacher, saved["identity"]["teacher"])
         prepared = prepare_rewrite(config, drafts.metadata(), teacher)
         round_dir.check("distill", prepared.identity)
-        prepared.template.layout(bool(drafts.formatter.thinking))
+        asks = prepared.template.asks
+        if asks:
+            prepared.template.layout(bool(drafts.formatter.thinking))
         first: Shown | None = None
         writing: list[int] = []
         scoring: list[int] = []
         reasons: list[str] = []
-        for prompt in drafts.prompts:
+        for prompt in drafts.prompts if asks else ():
             try:
                 asked = prepared.ask(prompt.text, _DRAFT)
             except PromptError as error:
@@ -220,10 +224,10 @@ class _Planner:
         longest_prompt = rollouts.prompt_tokens.max if rollouts.prompt_tokens else 0
         mean_prompt = rollouts.prompt_tokens.mean if rollouts.prompt_tokens else 0.0
         draft = drafts.config.sampling.max_tokens
-        room = config.sampling.max_tokens
+        room = config.sampling.max_tokens if asks else draft
         # A longer one is not kept.
         rewrite = min(room, int(config.filters.max_ratio * draft))
-        longest_asked = max(writing, default=0) + draft + room
+        longest_asked = max(writing, default=0) + draft + room if asks else 0
         scored = longest_prompt + rewrite + 1
         under = "prompt"
         if config.score_context == "rewrite":
@@ -245,6 +249,8 @@ class _Planner:
             ),
             *server_notes(config.engine),
         ]
+        if not asks:
+            del notes[0]
         known = learn_rollouts(drafts)
         rows = rollouts.rows or 0
         asked_about = rows if known is None else round(rows * (1 - known.truncated))

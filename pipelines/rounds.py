@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from pydantic import BaseModel, Field
@@ -55,6 +55,10 @@ class Pipeline(Strict):
     name: str
     student: str
     teacher: str
+    # Other methods are other answers to these two: off-policy distillation learns the teacher's
+    # own traces, self-compression the student's own rewrites.
+    sampler: Literal["student", "teacher"] = "student"
+    rewriter: Literal["student", "teacher"] = "teacher"
     rounds: int = Field(1, ge=1)
     seed: int = 0
     parallel_evaluations: int = Field(1, ge=1)
@@ -151,11 +155,16 @@ class Plan:
             RolloutsConfig,
             "rollouts",
             p.rollouts,
-            {"model": self.student(round_ - 1), "out": data, "round": round_, "seed": p.seed},
+            {
+                "model": self.student(round_ - 1) if p.sampler == "student" else p.teacher,
+                "out": data,
+                "round": round_,
+                "seed": p.seed,
+            },
         )
         yield Step(
             f"round {round_}: rollouts",
-            f"{newest} samples solutions",
+            f"{newest if p.sampler == 'student' else 'the teacher'} samples solutions",
             "mpd-gen",
             ["rollouts", *arguments(rollouts)],
             data,
@@ -165,11 +174,16 @@ class Plan:
             RewriteConfig,
             "rewrite",
             p.rewrite,
-            {"teacher": p.teacher, "shards": data, "seed": p.seed},
+            {
+                "teacher": p.teacher if p.rewriter == "teacher" else self.student(round_ - 1),
+                "shards": data,
+                "seed": p.seed,
+            },
         )
         yield Step(
             f"round {round_}: rewrite",
-            "the teacher shortens them and scores what passes the filter",
+            f"{'the teacher' if p.rewriter == 'teacher' else newest} shortens them and scores what"
+            " passes the filter",
             "mpd-gen",
             ["rewrite", *arguments(rewrite)],
             data / "distill",

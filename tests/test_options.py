@@ -187,6 +187,7 @@ TESTS = {
         "test_packs_epochs_and_steps_are_as_told": {
             "mpd-train": "--shards --student --out --epochs --pack-length --seed",
         },
+        "test_a_number_of_steps_takes_the_passes_that_it_needs": {"mpd-train": "--max-steps"},
         "test_schedule_and_warm_up_are_as_told": {"mpd-train": "--lr-schedule --warmup-ratio"},
         "test_the_device_is_the_one_given": {"mpd-train": "--device"},
         "test_the_learning_rate_is_the_one_given": {"mpd-train": "--learning-rate"},

@@ -93,6 +93,17 @@ def test_packs_epochs_and_steps_are_as_told(trained, few):
     assert column(other, "loss_tokens") != column(once, "loss_tokens")
 
 
+def test_a_number_of_steps_takes_the_passes_that_it_needs(trained, few):
+    packs = make_packs(ShardSet([few]), 600, 0, 0) + make_packs(ShardSet([few]), 600, 0, 1)
+    wanted = len(packs) - 1
+    records, _ = trained(max_steps=wanted)
+    assert column(records, "loss_tokens") == [p.num_loss_tokens for p in packs[:wanted]]
+    pairs, _ = trained(max_steps=2, gradient_accumulation_steps=2, epochs=9)
+    assert column(pairs, "loss_tokens") == [
+        sum(p.num_loss_tokens for p in packs[i : i + 2]) for i in (0, 2)
+    ]
+
+
 def test_accumulated_packs_are_one_step(trained, few):
     packs = make_packs(ShardSet([few]), 600, 0, 0)
     still = {"learning_rate": 1e-12}

@@ -39,6 +39,12 @@ def config(round_dir, student, out, **changed):
     return TrainConfig(**{**settings, **changed})
 
 
+def settings(fraction=0.25, **changed):
+    validation = {"validation_fraction": fraction}
+    changed = {"epochs": 1, "validation": validation, **changed}
+    return config("round1", STUDENT, "run", **changed)
+
+
 def lines(out):
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [r for r in found if "loss" in r], [r for r in found if "validation_loss" in r]
@@ -58,10 +64,10 @@ def prompts_of(shards, packs):
 
 def test_prompts_are_on_one_side_for_every_seed(round_dir):
     shards = ShardSet([round_dir])
-    packs, held_out = split_packs(shards, 600, 0, 1, 0.25)
+    packs, held_out = split_packs(shards, settings())
     assert sum(len(p.rows) for p in packs + held_out) == shards.num_rows
     assert not prompts_of(shards, packs) & prompts_of(shards, held_out)
-    other, same = split_packs(shards, 600, 7, 1, 0.25)
+    other, same = split_packs(shards, settings(seed=7))
     assert held_out == same
     assert packs != other
     assert prompts_of(shards, packs) == prompts_of(shards, other)
@@ -70,7 +76,7 @@ def test_prompts_are_on_one_side_for_every_seed(round_dir):
 @pytest.mark.parametrize("fraction, side", [(1e-9, "validate"), (1 - 1e-9, "train")])
 def test_an_empty_side_is_refused(round_dir, fraction, side):
     with pytest.raises(ConfigError, match=f"left to {side} on"):
-        split_packs(ShardSet([round_dir]), 600, 0, 1, fraction)
+        split_packs(ShardSet([round_dir]), settings(fraction))
 
 
 def test_patience_needs_validation(round_dir, tmp_path):
@@ -93,7 +99,7 @@ def test_stops_and_exports_the_best(stopped, round_dir):
     best = values.index(min(values))
     assert len(values) - 1 - best == 2
     shards = ShardSet([round_dir])
-    packs, held_out = split_packs(shards, 600, 0, 10, 0.25)
+    packs, held_out = split_packs(shards, settings(epochs=10))
     assert len(steps) < len(packs)
     student = CausalLM(
         resolve_model(str(stopped / "model")), torch.device("cpu"), torch.float32, False
