@@ -381,7 +381,7 @@ def plan(
 ) -> None:
     """Predict rows, tokens, disk and time of each step of a PIPELINE (TOML). Writes nothing."""
     from pipelines.plan import plan_pipeline, show_pipeline
-    from pipelines.rounds import load_pipeline
+    from pipelines.steps import load_pipeline
 
     loaded = load_pipeline(pipeline, overrides)
     planned = plan_pipeline(loaded, Path("runs") / loaded.name if out is None else out, rates)

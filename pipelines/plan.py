@@ -39,7 +39,8 @@ from mpd_data.shards import RoundDir
 from mpd_data.table import plain_lines
 from mpd_train.config import TrainConfig
 from mpd_train.plan import plan_train, plan_train_ahead
-from pipelines.rounds import Finished, Pipeline, Plan, Step
+from pipelines.rounds import Finished, Plan
+from pipelines.steps import Pipeline, Step
 
 _DRAFT = "(here stands the draft)"
 # What decides which rows a source of prompts gives.

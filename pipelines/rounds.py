@@ -17,117 +17,31 @@ import shlex
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
-from pydantic import BaseModel, Field
 
 from mpd_data import compare as comparison
 from mpd_data.cli import DRY_RUN, PLAN_JSON, run_command
-from mpd_data.config import RewriteConfig, RolloutsConfig, Strict
-from mpd_data.errors import ConfigError, MPDError
+from mpd_data.config import RewriteConfig
+from mpd_data.errors import MPDError
 from mpd_data.models import resolve_model
-from mpd_data.options import arguments, parse
 from mpd_data.shards import write_json_atomic
 from mpd_data.stats import plot_lengths
 from mpd_data.table import format_table
 from mpd_data.workers import EXIT_FAILED_ROWS
-from mpd_train.config import TrainConfig
-
-
-class EvaluationSet(Strict):
-    """Held-out prompts and how they are sampled: settings of `mpd-gen rollouts`."""
-
-    name: str = Field(pattern=r"^[a-z0-9-]+$")
-    rollouts: dict[str, Any]
-
-
-class Pipeline(Strict):
-    """A pipeline file. The sections hold the settings of their commands; what a round decides
-    (models, folders, round number) is not theirs to set. Paths are relative to where the
-    command is run. The first evaluation set gives the headline figures."""
-
-    name: str
-    student: str
-    teacher: str
-    # Other methods are other answers to these two: off-policy distillation learns the teacher's
-    # own traces, self-compression the student's own rewrites.
-    sampler: Literal["student", "teacher"] = "student"
-    rewriter: Literal["student", "teacher"] = "teacher"
-    rounds: int = Field(1, ge=1)
-    seed: int = 0
-    parallel_evaluations: int = Field(1, ge=1)
-    environment: dict[str, str] = Field(default_factory=dict)
-    rollouts: dict[str, Any]
-    rewrite: dict[str, Any] = Field(default_factory=dict)
-    train: dict[str, Any] = Field(default_factory=dict)
-    evaluation: list[EvaluationSet] = Field(min_length=1)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of the pipeline, with its settings; `out` is the folder it makes."""
-
-    label: str
-    why: str
-    program: str
-    command: list[str]
-    out: Path
-    config: RolloutsConfig | RewriteConfig | TrainConfig
-
-
-def load_pipeline(path: Path, overrides: tuple[str, ...]) -> Pipeline:
-    """Reads a pipeline file; `overrides` are `a.b=value`, the value in TOML (or plain text).
-
-    Raises ConfigError naming the file and the setting.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from error
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {override}: expected NAME=VALUE.")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        target: Any = values
-        *parents, last = name.split(".")
-        for part in parents:
-            # `evaluation.0.rollouts.num_prompts`: sections in a list go by their number.
-            if isinstance(target, list) and part.isdigit() and int(part) < len(target):
-                target = target[int(part)]
-            elif isinstance(target, dict):
-                target = target.setdefault(part, {})
-            else:
-                target = None
-            if not isinstance(target, dict | list):
-                raise ConfigError(f"--set {override}: {part!r} is not a section.")
-        if not isinstance(target, dict):
-            raise ConfigError(f"--set {override}: {parents[-1]!r} is a list; give a number in it.")
-        target[last] = value
-    return parse(Pipeline, values, str(path))
-
-
-def _stage(
-    model: type[BaseModel], section: str, given: dict[str, Any], fixed: dict[str, Any]
-) -> Any:
-    """A stage's settings: the section's and the ones the pipeline fixes."""
-    clash = sorted(given.keys() & fixed.keys())
-    if clash:
-        raise ConfigError(
-            f"[{section}]: {', '.join(clash)} are decided by the pipeline; remove them."
-        )
-    return parse(model, {**given, **fixed}, f"[{section}]")
+from pipelines.steps import (
+    Pipeline,
+    Step,
+    evaluation_step,
+    load_pipeline,
+    rewrite_step,
+    rollouts_step,
+    train_step,
+)
 
 
 class Plan:
@@ -150,87 +64,17 @@ class Plan:
     def training(self, round_: int) -> Iterator[Step]:
         """rollouts -> rewrite -> train of a round (from 1)."""
         p, data = self._pipeline, self._out / "data" / f"round{round_}"
-        newest = "the base student" if round_ == 1 else f"the student of round {round_ - 1}"
-        rollouts = _stage(
-            RolloutsConfig,
-            "rollouts",
-            p.rollouts,
-            {
-                "model": self.student(round_ - 1) if p.sampler == "student" else p.teacher,
-                "out": data,
-                "round": round_,
-                "seed": p.seed,
-            },
-        )
-        yield Step(
-            f"round {round_}: rollouts",
-            f"{newest if p.sampler == 'student' else 'the teacher'} samples solutions",
-            "mpd-gen",
-            ["rollouts", *arguments(rollouts)],
-            data,
-            rollouts,
-        )
-        rewrite = _stage(
-            RewriteConfig,
-            "rewrite",
-            p.rewrite,
-            {
-                "teacher": p.teacher if p.rewriter == "teacher" else self.student(round_ - 1),
-                "shards": data,
-                "seed": p.seed,
-            },
-        )
-        yield Step(
-            f"round {round_}: rewrite",
-            f"{'the teacher' if p.rewriter == 'teacher' else newest} shortens them and scores what"
-            " passes the filter",
-            "mpd-gen",
-            ["rewrite", *arguments(rewrite)],
-            data / "distill",
-            rewrite,
-        )
-        train = _stage(
-            TrainConfig,
-            "train",
-            p.train,
-            {
-                "shards": [data],
-                "student": self.student(round_ - 1),
-                "out": self._out / "train" / f"round{round_}",
-                "seed": p.seed,
-            },
-        )
-        yield Step(
-            f"round {round_}: train",
-            f"{newest} learns from the kept rewrites",
-            "mpd-train",
-            arguments(train),
-            train.out / "model",
-            train,
-        )
+        student = self.student(round_ - 1)
+        yield rollouts_step(p, student, round_, data)
+        yield rewrite_step(p, student, round_, data)
+        yield train_step(p, student, round_, data, self._out / "train" / f"round{round_}")
 
     def evaluations(self, round_: int) -> Iterator[Step]:
         """Sampling on held-out prompts with the student after `round_` rounds."""
-        for chosen in self._pipeline.evaluation:
-            rollouts = _stage(
-                RolloutsConfig,
-                f"evaluation {chosen.name}",
-                chosen.rollouts,
-                {
-                    "model": self.student(round_),
-                    "out": self.evaluation(round_, chosen.name),
-                    "seed": self._pipeline.seed,
-                },
-            )
-            label = "base" if round_ == 0 else f"round {round_}"
-            yield Step(
-                f"{label}: evaluate {chosen.name}",
-                "held-out prompts, the same for every round",
-                "mpd-gen",
-                ["rollouts", *arguments(rollouts)],
-                rollouts.out,
-                rollouts,
-            )
+        p = self._pipeline
+        for chosen in p.evaluation:
+            out = self.evaluation(round_, chosen.name)
+            yield evaluation_step(p, chosen, self.student(round_), round_, out)
 
     def all_steps(self) -> list[Step]:
         steps = list(self.evaluations(0))

@@ -18,7 +18,8 @@ from mpd_data.init import run_init, toml_value
 from mpd_data.prompts import load_prompts
 from mpd_data.schema import content_key
 from mpd_data.survey import held_out
-from pipelines.rounds import Plan, load_pipeline
+from pipelines.rounds import Plan
+from pipelines.steps import load_pipeline
 
 
 def rows(count, **more):

@@ -9,7 +9,8 @@ from conftest import ROOT, STUDENT, TEACHER, invoke, rewrite_arguments, run
 
 from mpd_data.cli import cli
 from mpd_data.errors import ConfigError
-from pipelines.rounds import Plan, load_pipeline
+from pipelines.rounds import Plan
+from pipelines.steps import load_pipeline
 
 POCKET = ROOT / "pipelines" / "pocket" / "pipeline.toml"
 DRAFT = {"--template": "draft", "--score-context": "problem"}

@@ -13,7 +13,8 @@ from conftest import ROOT, command, environment, run
 
 from mpd_data.config import RolloutsConfig
 from mpd_data.errors import ConfigError
-from pipelines.rounds import Finished, Plan, Runner, Step, _inputs, load_pipeline
+from pipelines.rounds import Finished, Plan, Runner, _inputs
+from pipelines.steps import Step, load_pipeline
 
 POCKET = ROOT / "pipelines" / "pocket" / "pipeline.toml"
 
