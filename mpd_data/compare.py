@@ -21,7 +21,9 @@ RESAMPLES = 10_000
 _SEED = 0
 
 
-def _per_problem(path: Path) -> pl.DataFrame:
+def per_problem(path: Path) -> pl.DataFrame:
+    """`samples`, mean `accuracy` and mean `tokens` of each prompt, by its id. Raises ConfigError
+    where there are no rollouts."""
     rows = scan([path], "rollouts")
     if rows is None:
         raise ConfigError(f"{path}: no rollouts here. Give two folders that mpd-gen rollouts made.")
@@ -60,7 +62,7 @@ def evaluate(path: Path) -> dict[str, Any]:
     """One set of rollouts by itself: accuracy (avg@n) and tokens, 95% bootstrap intervals over
     problems, median tokens, truncated fraction. Accuracy is None where no prompt has a gold
     answer."""
-    problems = _per_problem(path)
+    problems = per_problem(path)
     rows = scan([path], "rollouts")
     assert rows is not None
     whole = collect(
@@ -95,7 +97,7 @@ def compare(base: Path, new: Path, by: str | None = None) -> dict[str, Any]:
     Raises ConfigError unless both were sampled on the same prompts, and where no rollout has the
     key `by` or the two sides contradict each other in it.
     """
-    left, right = _per_problem(base), _per_problem(new)
+    left, right = per_problem(base), per_problem(new)
     if not left["prompt_id"].equals(right["prompt_id"]):
         shared = len(set(left["prompt_id"]) & set(right["prompt_id"]))
         raise ConfigError(
@@ -106,15 +108,16 @@ def compare(base: Path, new: Path, by: str | None = None) -> dict[str, Any]:
         "settings_that_differ": _unlike_settings(base, new),
         "base": evaluate(base),
         "new": evaluate(new),
-        **_paired(left, right),
+        **paired(left, right),
     }
     if by is not None:
         result["groups"] = _by_group(base, new, by, left, right)
     return result
 
 
-def _paired(left: pl.DataFrame, right: pl.DataFrame) -> dict[str, Any]:
-    """The differences between two frames of the same problems in the same order."""
+def paired(left: pl.DataFrame, right: pl.DataFrame) -> dict[str, Any]:
+    """The differences between two frames of `per_problem`, of the same problems in the same order,
+    as in `compare`."""
     graded = left["accuracy"].null_count() == 0 and right["accuracy"].null_count() == 0
     names = ["tokens", "accuracy"] if graded else ["tokens"]
     columns = [side[name].to_numpy() for name in names for side in (left, right)]
@@ -162,7 +165,7 @@ def _by_group(
                 "problems": sides[0].height,
                 "base": _means(sides[0]),
                 "new": _means(sides[1]),
-                **_paired(*sides),
+                **paired(*sides),
             }
         )
     return groups

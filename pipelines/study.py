@@ -1,0 +1,330 @@
+"""`mpd-study`: many settings of one pipeline, over several seeds, from one TOML file.
+
+A setting is a pipeline with a few values changed. Each of its stages is the command that
+`mpd-rounds` would run, in a folder that is named by what made it: the command, whose inputs are
+such folders again. So settings that share a stage share its rows, a study that is run again does
+what is owed, and one that gains a setting does that one.
+
+    OUT/stages/rollouts-0f…/   rewrite-…/   train-…/   evaluate-…/
+    OUT/study.json             every point; OUT/study.md, OUT/GROUP.svg the tables and plots
+"""
+
+import copy
+import dataclasses
+import os
+import shlex
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import Field
+
+from mpd_data.cli import run_command
+from mpd_data.config import Strict
+from mpd_data.errors import ConfigError
+from mpd_data.options import parse
+from mpd_data.schema import content_key
+from mpd_data.shards import write_json_atomic
+from pipelines.rounds import Finished, Runner
+from pipelines.steps import (
+    Pipeline,
+    Step,
+    evaluation_step,
+    override,
+    read_settings,
+    rewrite_step,
+    rollouts_step,
+    train_step,
+)
+
+_UNNAMED = Path("out")
+# What a setting's model may be: the last one of another setting, of the same seed.
+_RESULT_OF = "setting:"
+
+
+class Setting(Strict):
+    """A pipeline with some values changed, by their dotted names. `student` and `teacher` may be
+    "setting:NAME": what that setting of the study ends with."""
+
+    # A cell of a Markdown table.
+    name: str = Field(pattern=r"^[^|:\n]+$")
+    set: dict[str, Any] = Field(default_factory=dict)
+
+
+class Group(Strict):
+    """Settings that are compared with each other, on some of the pipeline's evaluation sets, and
+    all with `reference`: a setting of this group or of one with the same sets. The first set gives
+    the headline figures."""
+
+    name: str = Field(pattern=r"^[a-z0-9-]+$")
+    title: str
+    reference: str
+    evaluation: list[str] = Field(min_length=1)
+    set: dict[str, Any] = Field(default_factory=dict)
+    setting: list[Setting] = Field(min_length=1)
+
+
+class Study(Strict):
+    """A study file. `pipeline` holds what all settings begin with; a group's `set` comes on top of
+    it, and a setting's on top of that."""
+
+    name: str
+    seeds: list[int] = Field(min_length=1)
+    parallel: int = Field(1, ge=1)
+    pipeline: dict[str, Any]
+    group: list[Group] = Field(min_length=1)
+
+    def group_of(self, setting: str) -> Group:
+        """Raises KeyError where no group has the setting."""
+        for group in self.group:
+            if any(own.name == setting for own in group.setting):
+                return group
+        raise KeyError(setting)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step, and for rewrites the rollouts that its folder begins with."""
+
+    step: Step
+    copied_from: Path | None = None
+
+
+@dataclass
+class Run:
+    """A setting with one seed: its stages, and where each model of it is evaluated: by round, 0 for
+    the base, and by evaluation set."""
+
+    group: str
+    setting: str
+    seed: int
+    pipeline: Pipeline
+    stages: list[list[Stage]] = field(default_factory=list)
+    evaluations: dict[int, dict[str, Path]] = field(default_factory=dict)
+    shards: list[Path] = field(default_factory=list)
+    trained: list[Path] = field(default_factory=list)
+
+    @property
+    def model(self) -> str:
+        """What the run ends with."""
+        return str(self.trained[-1] / "model")
+
+
+def load_study(path: Path, overrides: tuple[str, ...]) -> Study:
+    """Reads a study file. Raises ConfigError naming the file and what is wrong in it."""
+    study = parse(Study, read_settings(path, overrides), str(path))
+    names = [setting.name for group in study.group for setting in group.setting]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{path}: {twice[0]!r} names more than one setting.")
+    for group in study.group:
+        where = f"{path}: group {group.name!r}: its reference {group.reference!r}"
+        if group.reference not in names:
+            raise ConfigError(f"{where} is no setting of the study.")
+        other = study.group_of(group.reference)
+        if other.evaluation != group.evaluation:
+            raise ConfigError(
+                f"{where} is evaluated on {', '.join(other.evaluation)} and this group on"
+                f" {', '.join(group.evaluation)}: give both the same sets."
+            )
+    return study
+
+
+class Planner:
+    """Lays out the runs of a study. Raises ConfigError for settings that no stage would take."""
+
+    def __init__(self, study: Study, out: Path) -> None:
+        self._study = study
+        self._stages = out / "stages"
+        self._runs: dict[tuple[str, int], Run] = {}
+
+    def runs(self, groups: tuple[str, ...] = ()) -> list[Run]:
+        """The runs of these groups, of all where none is named, and of what they refer to."""
+        known = [group.name for group in self._study.group]
+        if unknown := [name for name in groups if name not in known]:
+            raise ConfigError(f"no group {unknown[0]!r}; the study has {', '.join(known)}.")
+        chosen = [group for group in self._study.group if not groups or group.name in groups]
+        names = [
+            name
+            for group in chosen
+            for name in (*(setting.name for setting in group.setting), group.reference)
+        ]
+        return [
+            self._run(name, seed, ()) for name in dict.fromkeys(names) for seed in self._study.seeds
+        ]
+
+    def _run(self, name: str, seed: int, through: tuple[str, ...]) -> Run:
+        if (name, seed) in self._runs:
+            return self._runs[name, seed]
+        if name in through:
+            raise ConfigError(f"setting {name!r} begins with its own result.")
+        group = self._study.group_of(name)
+        setting = next(own for own in group.setting if own.name == name)
+        where = f"group {group.name!r}, setting {setting.name!r}"
+        values = copy.deepcopy(self._study.pipeline)
+        for dotted, value in {**group.set, **setting.set, "seed": seed}.items():
+            override(values, dotted, copy.deepcopy(value), where)
+        before: list[Run] = []
+        for role in ("student", "teacher"):
+            if str(values.get(role, "")).startswith(_RESULT_OF):
+                before.append(self._result_of(values[role], seed, (*through, setting.name), where))
+                values[role] = before[-1].model
+        pipeline = parse(Pipeline, values, where)
+        sets = {chosen.name: chosen for chosen in pipeline.evaluation}
+        if unknown := [name for name in group.evaluation if name not in sets]:
+            raise ConfigError(
+                f"{where}: no evaluation set {unknown[0]!r}; there are {', '.join(sets)}."
+            )
+        chosen = [sets[name] for name in group.evaluation]
+        pipeline = pipeline.model_copy(update={"evaluation": chosen})
+        run = Run(group.name, setting.name, seed, pipeline)
+        for earlier in before:
+            run.stages += earlier.stages
+        self._lay_out(run)
+        self._runs[setting.name, seed] = run
+        return run
+
+    def _result_of(self, name: str, seed: int, through: tuple[str, ...], where: str) -> Run:
+        try:
+            return self._run(name.removeprefix(_RESULT_OF), seed, through)
+        except KeyError:
+            raise ConfigError(f"{where}: {name!r} names no setting of the study.") from None
+
+    def _lay_out(self, run: Run) -> None:
+        p, label = run.pipeline, f"{run.setting}, seed {run.seed}"
+        student = p.student
+        self._evaluate(run, student, 0)
+        for round_ in range(1, p.rounds + 1):
+            sampled = self._named(rollouts_step(p, student, round_, _UNNAMED), "out", "rollouts")
+            asked = rewrite_step(p, student, round_, sampled.out)
+            rewritten = self._named(asked, "shards", "rewrite")
+            shards = rewritten.out.parent
+            made = train_step(p, student, round_, shards, _UNNAMED)
+            trained = self._named(made, "out", "train")
+            for step, source in ((sampled, None), (rewritten, sampled.out), (trained, None)):
+                named = dataclasses.replace(step, label=f"{label}, {step.label}")
+                run.stages.append([Stage(named, source)])
+            run.shards.append(shards)
+            run.trained.append(trained.out.parent)
+            student = run.model
+            self._evaluate(run, student, round_)
+
+    def _evaluate(self, run: Run, student: str, round_: int) -> None:
+        steps = {
+            chosen.name: self._named(
+                evaluation_step(run.pipeline, chosen, student, round_, _UNNAMED), "out", "evaluate"
+            )
+            for chosen in run.pipeline.evaluation
+        }
+        run.evaluations[round_] = {name: step.out for name, step in steps.items()}
+        label = f"{run.setting}, seed {run.seed}"
+        run.stages.append(
+            [
+                Stage(dataclasses.replace(step, label=f"{label}, {step.label}"))
+                for step in steps.values()
+            ]
+        )
+
+    def _named(self, step: Step, folder: str, kind: str) -> Step:
+        """The step in the folder that its command names: `folder` is the setting that says where
+        it writes."""
+        path = self._stages / f"{kind}-{content_key([step.program, *step.command])[:16]}"
+        option = f"--{folder}"
+        command = list(step.command)
+        command[command.index(option) + 1] = str(path)
+        config = step.config.model_copy(update={folder: path})
+        inside = step.out.name if step.out.name in ("distill", "model") else ""
+        return dataclasses.replace(step, command=command, out=path / inside, config=config)
+
+
+def run_study(study: Study, out: Path, groups: tuple[str, ...] = ()) -> list[Run]:
+    """Runs what is not finished of a study, and returns its runs. Raises what a stage raises."""
+    runs = Planner(study, out).runs(groups)
+    waves = list(_waves(runs))
+    environment = runs[0].pipeline.environment
+    runner = Runner(out, environment, sum(map(len, waves)))
+    write_json_atomic(out / "settings.json", study.model_dump(mode="json"))
+    for wave in waves:
+        for stage in wave:
+            if stage.copied_from is not None:
+                _begin_with(stage.copied_from, stage.step.out.parent)
+        runner.run([stage.step for stage in wave], study.parallel)
+    return runs
+
+
+def _waves(runs: Iterable[Run]) -> Iterator[list[Stage]]:
+    """Stages in an order in which each follows what it needs, those together that need nothing of
+    each other; each folder once."""
+    seen: set[Path] = set()
+    left = [list(run.stages) for run in runs]
+    while any(left):
+        wave: list[Stage] = []
+        for stages in left:
+            # A run goes on with its next stage that is still owed.
+            while stages:
+                owed = [stage for stage in stages.pop(0) if stage.step.out not in seen]
+                if owed:
+                    wave += [s for s in owed if s.step.out not in {w.step.out for w in wave}]
+                    break
+        seen |= {stage.step.out for stage in wave}
+        yield wave
+
+
+def _begin_with(rollouts: Path, folder: Path) -> None:
+    """Gives a round that is to be rewritten its rollouts: the same shards, by hard links (they are
+    never changed), and copies of what counts them."""
+    if folder.exists():
+        return
+    begun = folder.with_name(f"{folder.name}.begun")
+    shutil.rmtree(begun, ignore_errors=True)
+    shutil.copytree(rollouts, begun, copy_function=_link_shards)
+    begun.rename(folder)
+
+
+def _link_shards(source: str, target: str) -> str:
+    if source.endswith(".parquet"):
+        os.link(source, target)
+        return target
+    return shutil.copy2(source, target)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("study", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
+@click.option("--group", "groups", multiple=True, help="Only this group; may be given repeatedly.")
+@click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a setting.")
+@click.option("--dry-run", is_flag=True, help="Show what is owed, and run nothing.")
+@click.version_option(package_name="mixed-policy-distillation")
+def cli(
+    study: Path, out: Path, groups: tuple[str, ...], overrides: tuple[str, ...], dry_run: bool
+) -> None:
+    """Run all settings of a STUDY (TOML) into OUT, and compare them. Run again to resume."""
+    loaded = load_study(study, overrides)
+    if dry_run:
+        show_owed(Planner(loaded, out).runs(groups), out)
+        return
+    runs = run_study(loaded, out, groups)
+    from pipelines.study_results import write_results
+
+    click.echo(f"\n{write_results(loaded, runs, out)}", err=True)
+
+
+def show_owed(runs: list[Run], out: Path) -> None:
+    """The stages that runs owe, as commands."""
+    finished = Finished(out)
+    stages = [stage for wave in _waves(runs) for stage in wave]
+    owed = [stage.step for stage in stages if not finished.holds(stage.step)]
+    for step in owed:
+        click.echo(f"{step.label}\n    {step.program} {shlex.join(step.command)}")
+    click.echo(f"{len(owed)} of {len(stages)} stages are owed.", err=True)
+
+
+def main() -> None:
+    run_command(cli)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""What a study found: figures of each run, settings pooled over seeds, tables and plots.
+
+Seeds differ in prompts, samples and order of training, and so in the problems they are measured on.
+Intervals are paired bootstraps over the problems of all seeds together; the spread between seeds
+stands beside them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from mpd_data.compare import paired, per_problem
+from mpd_data.shards import write_json_atomic
+from mpd_data.stats import collect, round_stats, scan
+from pipelines.study import Group, Run, Study
+
+# Of the last optimiser step.
+_LAST = ("loss", "kl", "student_entropy", "teacher_entropy", "topk_mass")
+
+
+def write_results(study: Study, runs: list[Run], out: Path) -> str:
+    """Writes OUT/study.json, OUT/study.md and a plot for each group; returns the tables."""
+    groups: list[dict[str, Any]] = []
+    text = [f"# {study.name}: {len(study.seeds)} seeds\n"]
+    for group in study.group:
+        names = [setting.name for setting in group.setting]
+        if group.reference not in names:
+            names.insert(0, group.reference)
+        mine = [run for run in runs if run.setting in names]
+        if {run.setting for run in mine} != set(names):
+            # Not among the groups that were asked for.
+            continue
+        found = [_setting(group, name, mine) for name in names]
+        groups.append({"name": group.name, "title": group.title, "settings": found})
+        plot(groups[-1], out / f"{group.name}.svg")
+        text.append(f"## {group.title}\n\n![{group.title}]({group.name}.svg)\n")
+        text += [f"{table}\n" for table in tables(group, found)]
+    write_json_atomic(out / "study.json", {"study": study.name, "groups": groups})
+    page = "\n".join(text)
+    (out / "study.md").write_text(page, encoding="utf-8")
+    return page
+
+
+def _setting(group: Group, name: str, runs: list[Run]) -> dict[str, Any]:
+    """All that is known of a setting: its runs' costs, and for each round and evaluation set the
+    figures of all seeds together."""
+    mine = [run for run in runs if run.setting == name]
+    against = [run for run in runs if run.setting == group.reference]
+    rounds = []
+    for round_, sets in mine[0].evaluations.items():
+        figures = {}
+        for chosen in sets:
+            paths = [run.evaluations[round_][chosen] for run in mine]
+            bases = [run.evaluations[0][chosen] for run in mine]
+            last = max(against[0].evaluations)
+            references = [run.evaluations[last][chosen] for run in against]
+            figures[chosen] = _figures(paths, bases, references)
+        rounds.append({"round": round_, "sets": figures})
+    return {"name": name, "costs": [_cost(run) for run in mine], "rounds": rounds}
+
+
+def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> dict[str, Any]:
+    """One model of each seed on one evaluation set, and against the base and the reference."""
+    frames = [per_problem(path) for path in paths]
+    together = pl.concat(frames)
+    rows = scan(paths, "rollouts")
+    assert rows is not None
+    tokens = pl.col("num_completion_tokens")
+    whole = collect(
+        rows.select(tokens.median().alias("median"), tokens.quantile(0.95, "nearest").alias("p95"))
+    )
+    stats = [round_stats([path]) for path in paths]
+
+    def mean(table: str, column: str) -> float | None:
+        """Over the seeds; None where one has none, such as tokens of wrong answers."""
+        values = [tables[table][0][column] for tables in stats]
+        return None if None in values else float(np.mean(values))
+
+    result: dict[str, Any] = {
+        "accuracy": float(np.mean(together["accuracy"].to_numpy())),
+        "accuracy_by_seed": [float(np.mean(frame["accuracy"].to_numpy())) for frame in frames],
+        "mean_tokens": float(np.mean(together["tokens"].to_numpy())),
+        "mean_tokens_by_seed": [float(np.mean(frame["tokens"].to_numpy())) for frame in frames],
+        "median_tokens": float(whole["median"].item()),
+        "p95_tokens": float(whole["p95"].item()),
+        "problems": together.height,
+        "samples": int(together["samples"].sum()),
+        "pass_at_n": float(np.mean([tables["pass_at_k"][-1]["pass_at_k"] for tables in stats])),
+        "truncated": mean("rollouts", "truncated"),
+        "no_answer": mean("rollouts", "no_answer"),
+        **{
+            name: mean("behaviour", name)
+            for name in ("repetition", "markers_per_1k", "right_tokens", "wrong_tokens")
+        },
+    }
+    for name, others in (("against_base", bases), ("against_reference", references)):
+        result[name] = paired(pl.concat([per_problem(path) for path in others]), together)
+    return result
+
+
+def _cost(run: Run) -> dict[str, Any]:
+    """What a run generated, kept and trained on, over all its rounds."""
+    rollouts, distill = scan(run.shards, "rollouts"), scan(run.shards, "distill")
+    assert rollouts is not None and distill is not None
+    kept = pl.col("status") == "ok"
+    sampled = collect(rollouts.select(pl.col("num_completion_tokens").sum().alias("tokens")))
+    written = collect(
+        distill.select(
+            pl.len().alias("rows"),
+            kept.sum().alias("kept"),
+            pl.col("num_rewritten_tokens").sum().alias("tokens"),
+            pl.col("compression_ratio").filter(kept).mean().alias("ratio"),
+        )
+    )
+    asks = run.pipeline.rewrite.get("template") != "draft"
+    steps = [
+        json.loads(line)
+        for folder in run.trained
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    steps = [step for step in steps if "loss_tokens" in step]
+    return {
+        "seed": run.seed,
+        "generated_tokens": int(sampled.item()) + (int(written["tokens"].item()) if asks else 0),
+        "rewrites": int(written["rows"].item()),
+        "kept": int(written["kept"].item()),
+        "kept_ratio": written["ratio"].item(),
+        "steps": len(steps),
+        "loss_tokens": sum(step["loss_tokens"] for step in steps),
+        **{name: steps[-1][name] for name in _LAST},
+        "model": run.model,
+    }
+
+
+# -- tables and plots ---------------------------------------------------------------------------
+
+
+def tables(group: Group, settings: list[dict[str, Any]]) -> list[str]:
+    """Markdown: the settings against the base and the reference, then on the other sets, then how
+    they behave and what they cost."""
+    sets = list(settings[0]["rounds"][0]["sets"])
+    against: list[dict[str, str]] = []
+    others: list[dict[str, str]] = []
+    behaviour: list[dict[str, str]] = []
+    costs: list[dict[str, str]] = []
+    bases: list[Any] = []
+    for setting in settings:
+        first, last = setting["rounds"][0]["sets"], setting["rounds"][-1]["sets"]
+        if first not in bases:
+            # Settings that begin with another student have another base.
+            label = "base" if not bases else f"base of {setting['name']}"
+            bases.append(first)
+            against.append(_against(label, first[sets[0]]))
+            others.append(_others(label, first))
+            behaviour.append(_behaviour(label, first[sets[0]]))
+        against.append(_against(setting["name"], last[sets[0]]))
+        others.append(_others(setting["name"], last))
+        behaviour.append(_behaviour(setting["name"], last[sets[0]]))
+        costs.append(_costs(setting))
+    of = f"on `{sets[0]}`"
+    return [
+        f"Last round {of}: mean over seeds (lowest and highest seed), paired 95% intervals"
+        f" against the base and against `{group.reference}`.\n\n{_markdown(against)}",
+        f"All evaluation sets: accuracy / mean tokens.\n\n{_markdown(others)}",
+        f"Behaviour {of}.\n\n{_markdown(behaviour)}",
+        f"Costs, means over seeds.\n\n{_markdown(costs)}",
+    ]
+
+
+def _spread(mean: float, seeds: list[float], form: str) -> str:
+    if len(seeds) == 1:
+        return form.format(mean)
+    return f"{form.format(mean)} ({form.format(min(seeds))} to {form.format(max(seeds))})"
+
+
+def _change(value: float | None, interval: list[float] | None) -> str:
+    if value is None or interval is None:
+        return "-"
+    return f"{100 * value:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
+
+
+def _against(name: str, figures: dict[str, Any]) -> dict[str, str]:
+    line = {
+        "setting": name,
+        "accuracy, %": _spread(
+            100 * figures["accuracy"], [100 * x for x in figures["accuracy_by_seed"]], "{:.1f}"
+        ),
+        "tokens": _spread(figures["mean_tokens"], figures["mean_tokens_by_seed"], "{:.1f}"),
+    }
+    for label, other in (("base", "against_base"), ("reference", "against_reference")):
+        change = figures[other]
+        line[f"accuracy against {label}, points"] = _change(
+            change["accuracy_difference"], change["accuracy_difference_interval"]
+        )
+        line[f"tokens saved against {label}, %"] = _change(
+            change["token_reduction"], change["token_reduction_interval"]
+        )
+    return line
+
+
+def _others(name: str, sets: dict[str, Any]) -> dict[str, str]:
+    return {"setting": name} | {
+        chosen: f"{100 * figures['accuracy']:.1f} / {figures['mean_tokens']:.1f}"
+        for chosen, figures in sets.items()
+    }
+
+
+def _behaviour(name: str, figures: dict[str, Any]) -> dict[str, str]:
+    def number(key: str, form: str, factor: float = 1.0) -> str:
+        return "-" if figures[key] is None else form.format(factor * figures[key])
+
+    return {
+        "setting": name,
+        "pass@n, %": number("pass_at_n", "{:.1f}", 100),
+        "median": number("median_tokens", "{:.0f}"),
+        "p95": number("p95_tokens", "{:.0f}"),
+        "tokens, right": number("right_tokens", "{:.1f}"),
+        "tokens, wrong": number("wrong_tokens", "{:.1f}"),
+        "truncated, %": number("truncated", "{:.2f}", 100),
+        "no answer, %": number("no_answer", "{:.2f}", 100),
+        "repetition, %": number("repetition", "{:.1f}", 100),
+        "markers per 1k": number("markers_per_1k", "{:.2f}"),
+    }
+
+
+def _costs(setting: dict[str, Any]) -> dict[str, str]:
+    def mean(key: str) -> float:
+        return float(np.mean([cost[key] for cost in setting["costs"]]))
+
+    return {
+        "setting": setting["name"],
+        "generated tokens": f"{mean('generated_tokens'):,.0f}",
+        "kept, %": f"{100 * mean('kept') / mean('rewrites'):.1f}",
+        "kept / draft tokens": f"{mean('kept_ratio'):.2f}",
+        "updates": f"{mean('steps'):.0f}",
+        "loss tokens": f"{mean('loss_tokens'):,.0f}",
+        "last KL, nats": f"{mean('kl'):.4f}",
+        "entropy of student / teacher": f"{mean('student_entropy'):.3f} /"
+        f" {mean('teacher_entropy'):.3f}",
+    }
+
+
+def _markdown(rows: list[dict[str, str]]) -> str:
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([row[name] for name in head] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot(group: dict[str, Any], out: Path) -> None:
+    """Accuracy against tokens on the first evaluation set: each setting a line from the base
+    through its rounds, with the 95% interval of its difference from the base at the last."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams.update({"svg.hashsalt": "study", "svg.fonttype": "path"})
+    figure, axes = plt.subplots(figsize=(9, 5.6), layout="constrained")
+    colours = plt.get_cmap("tab20").colors
+    for number, setting in enumerate(group["settings"]):
+        points = [next(iter(r["sets"].values())) for r in setting["rounds"]]
+        colour = colours[number % len(colours)]
+        x = [p["mean_tokens"] for p in points]
+        y = [100 * p["accuracy"] for p in points]
+        axes.plot(x, y, color=colour, linewidth=1, alpha=0.6)
+        axes.plot(x[1:-1], y[1:-1], "o", color=colour, markersize=3)
+        change, base = points[-1]["against_base"], points[0]
+        low, high = change["accuracy_difference_interval"]
+        saved = change["token_reduction_interval"]
+        at_x = sorted(base["mean_tokens"] * (1 - part) for part in saved)
+        axes.errorbar(
+            x[-1],
+            y[-1],
+            xerr=[[max(x[-1] - at_x[0], 0)], [max(at_x[1] - x[-1], 0)]],
+            yerr=[
+                [max(y[-1] - y[0] - 100 * low, 0)],
+                [max(100 * high - (y[-1] - y[0]), 0)],
+            ],
+            fmt="o",
+            color=colour,
+            markersize=6,
+            linewidth=1,
+            label=setting["name"],
+        )
+        axes.plot(x[0], y[0], "s", color="black", markersize=6)
+    axes.set_xlabel("mean tokens of a trace")
+    axes.set_ylabel("accuracy, %")
+    axes.set_title(f"{group['title']} (squares: before training)", fontsize=11, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    legend = axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    for words in (axes.title, *legend.get_texts()):
+        words.set_parse_math(False)
+    figure.savefig(out, metadata={"Date": None})
+    plt.close(figure)
