@@ -18,6 +18,7 @@ from mpd_data.models import (
     require_same_tokenizer,
     require_whole,
     resolve_model,
+    weight_files,
 )
 from mpd_data.options import arguments
 from mpd_data.plan import StagePlan, as_saved, first_reasons, siblings, size_text
@@ -175,6 +176,10 @@ def plan_train(config: TrainConfig, overwrite: bool = False) -> StagePlan:
     teacher = None
     if config.teacher is not None:
         teacher = resolve_model(config.teacher, config.teacher_revision, code, weights=False)
+    for files in (student, teacher):
+        # A hub's model is fetched by the run.
+        if files is not None and files.version == "unhashed":
+            weight_files(files.path)
     path = config.out / "run.json"
     saved = None
     if path.exists() and not overwrite:
