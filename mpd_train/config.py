@@ -104,6 +104,11 @@ class TrainConfig(Strict):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
     )
+    compile: bool = Field(
+        False,
+        description="Compile the models' layers (torch.compile): the first step takes up to minutes"
+        " longer, later ones less.",
+    )
     activation_offload: bool = Field(
         False, description="Keep activations in the CPU's memory until the backward pass."
     )

@@ -22,7 +22,7 @@ from mpd_data.models import (
 from mpd_train import checkpoint, lora
 from mpd_train.config import TrainConfig
 from mpd_train.evaluate import Sums, pack_loss, validate
-from mpd_train.models import CausalLM, attention, autocast, export
+from mpd_train.models import CausalLM, attention, autocast, compile_layers, export
 from mpd_train.optimizer import learning_rate, make_optimizer
 from mpd_train.parallel import Ranks, clip_grad_norm, ranks, shard, whole
 from mpd_train.prepare import claim, prepare
@@ -45,6 +45,17 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
                 f"out of memory on the device ({error}). Lower --pack-length (and raise"
                 " --gradient-accumulation-steps), or give --gradient-checkpointing; other settings"
                 " need another --out or --overwrite."
+            ) from error
+        except RuntimeError as error:
+            if not config.compile:
+                raise
+            from torch._dynamo.exc import TorchDynamoException
+
+            if not isinstance(error, TorchDynamoException):
+                raise
+            raise MPDError(
+                f"--compile: {type(error).__name__}: {error}\nGo on without it: the same command"
+                " resumes. (On a CPU it needs a C++ compiler, on CUDA Triton.)"
             ) from error
         except OSError as error:
             raise MPDError(
@@ -110,7 +121,7 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     teacher = None
     if teacher_files is not None:
         files = teacher_files
-        teacher = load(lambda place, attn: CausalLM(files, place, dtype, code, attn))
+        teacher = load(lambda place, attn: _load_teacher(config, files, dtype, place, attn))
         teacher.model.requires_grad_(False)
     optimizer = make_optimizer(student.model, config.optimizer)
 
@@ -229,7 +240,22 @@ def _load_student(
         student.adapted = lora.attach(
             student.model, files.name, config.lora, config.revision, config.seed
         )
+    if config.compile:
+        compile_layers(student.model)
     return student
+
+
+def _load_teacher(
+    config: TrainConfig,
+    files: ModelFiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str | None,
+) -> CausalLM:
+    teacher = CausalLM(files, device, dtype, config.trust_remote_code, attn_implementation)
+    if config.compile:
+        compile_layers(teacher.model)
+    return teacher
 
 
 def _export(config: TrainConfig, student: CausalLM, ranks: Ranks) -> None:

@@ -113,6 +113,28 @@ def skeleton(files: ModelFiles, trust_remote_code: bool) -> Any:
         raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
 
 
+def decoder_layers(model: Any) -> list[Any]:
+    """The layers of `model`, a transformers causal language model. Raises ConfigError for one that
+    does not say what they are."""
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__}: does not name its layers (_no_split_modules). Train it with"
+            " one process and without --compile."
+        )
+    return layers
+
+
+def compile_layers(model: Any) -> None:
+    """Has each layer compiled at its first pass: one graph for all that are alike and for packs
+    of any length. In place; before `model` is sharded, so that what FSDP does around a layer
+    stays around the compiled one."""
+    for layer in decoder_layers(model):
+        # The method and not the module: hooks and recomputation stay outside, and names the same.
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
 def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

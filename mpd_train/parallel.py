@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mpd_data.errors import ConfigError
 from mpd_train.kl import gathered
+from mpd_train.models import decoder_layers
 
 T = TypeVar("T")
 
@@ -81,14 +81,7 @@ def shard(model: Any, device: torch.device, ranks: Ranks) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (ranks.size,))
-    names = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    if not layers:
-        raise ConfigError(
-            f"{type(model).__name__}: names no layers (_no_split_modules) to share out among"
-            " processes. Train it with one."
-        )
-    for layer in layers:
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh)
     decoder, head = model.base_model, model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight

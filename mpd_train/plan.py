@@ -34,6 +34,7 @@ from mpd_train.stream import overlong, split_packs
 _PACE = (
     "pack_length",
     "gradient_checkpointing",
+    "compile",
     "dtype",
     "lora",
     "teacher_revision",

@@ -26,7 +26,7 @@ from mpd_train.tracking import load_trackers
 # What may differ on resuming: places, and models, which are identified by their content.
 _NOT_IDENTITY = {
     "out", "shards", "student", "teacher", "save_steps", "device", "report_to", "max_loss",
-    "activation_offload",
+    "activation_offload", "compile",
 }  # fmt: skip
 
 

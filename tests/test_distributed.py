@@ -145,6 +145,19 @@ def test_a_tied_head_is_trained_from_both_its_ends(round_dir, tmp_path):
     assert_same(tmp_path / "two", tmp_path / "one", tied)
 
 
+def test_compiled_layers_are_sharded(one, round_dir, tmp_path):
+    """With recomputation too, in all the order that FSDP asks for."""
+    arguments = settings(round_dir, tmp_path / "run")
+    words = [*torchrun(2, arguments), "--compile", "--gradient-checkpointing"]
+    told = environment() | {"TORCH_LOGS": "graph_breaks,recompiles"}
+    done = subprocess.run(words, env=told, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Graph break" not in done.stderr
+    # Packs of one row have no mask.
+    assert done.stderr.count("Recompiling") <= 2
+    assert_same(tmp_path / "run", one)
+
+
 def test_too_few_packs_for_the_processes_are_refused(round_dir, tmp_path):
     arguments = settings(round_dir, tmp_path / "run", **{"--gradient-accumulation-steps": 1})
     assert "Give 2 or a multiple" in with_ranks(2, arguments, code=1)
