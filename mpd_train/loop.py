@@ -24,7 +24,7 @@ from mpd_train.config import TrainConfig
 from mpd_train.evaluate import Sums, pack_loss, validate
 from mpd_train.models import CausalLM, attention, autocast, compile_layers, export
 from mpd_train.optimizer import learning_rate, make_optimizer
-from mpd_train.parallel import Ranks, clip_grad_norm, ranks, shard, whole
+from mpd_train.parallel import Ranks, clip_grad_norm, load_sharded, ranks, whole
 from mpd_train.prepare import claim, prepare
 from mpd_train.stream import Batch, Loader, Pack, ShardSet, split_packs
 from mpd_train.tracking import Recorder
@@ -101,13 +101,12 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     attn_implementation = attention(config, device, dtype)
 
     def load(load_model: Callable[[torch.device, str | None], CausalLM]) -> CausalLM:
-        """Onto the device, or from the CPU in parts onto all devices."""
+        """Onto the device, or in parts onto all devices."""
         if ranks.size == 1:
             return load_model(device, attn_implementation)
-        loaded = load_model(torch.device("cpu"), None)
+        loaded = load_sharded(lambda place: load_model(place, None), device, ranks)
         if attn_implementation is not None:
             loaded.model.set_attn_implementation(attn_implementation)
-        shard(loaded.model, device, ranks)
         return loaded
 
     student = load(lambda place, attn: _load_student(config, student_files, place, attn))
@@ -261,16 +260,17 @@ def _load_teacher(
 def _export(config: TrainConfig, student: CausalLM, ranks: Ranks) -> None:
     """Writes the model, and the adapter where there is one, and clears the way there away."""
     if ranks.size > 1:
-        weights = {}
-        for name, part in checkpoint.weights_of(student.model).items():
+        parts, weights = checkpoint.weights_of(student.model), {}
+        if ranks.first:
+            # A student that is in one piece, from where one process exports it.
+            student = _load_student(config, student.files, torch.device("cpu"), None)
+            weights = checkpoint.weights_of(student.model)
+        for name, part in parts.items():
             # All have to ask, and one keeps it.
             weight = whole(part)
             if ranks.first:
-                weights[name] = weight.cpu()
-        if ranks.first:
-            # Into a student that is in one piece, from where one process exports it.
-            student = _load_student(config, student.files, torch.device("cpu"), None)
-            checkpoint.place(weights, student.model)
+                with torch.no_grad():
+                    weights[name].copy_(weight)
     if ranks.first:
         if student.adapted is not None:
             lora.save_and_merge(student.adapted, config.out / "adapter")

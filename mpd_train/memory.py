@@ -154,14 +154,14 @@ def plan_memory(
     gradients and moments out. Raises ConfigError for adapters that the student cannot take."""
     flash = (attention(config, device, dtype) or "").startswith("flash")
     code = config.trust_remote_code
-    model, taught = skeleton(student_files, code).float(), None
+    model, taught = skeleton(student_files, code, torch.float32), None
     if config.lora.lora_r > 0:
         lora.attach(model, student_files.name, config.lora, config.revision, config.seed)
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if teacher_files is not None:
-        taught = skeleton(teacher_files, code).to(dtype).requires_grad_(False)
+        taught = skeleton(teacher_files, code, dtype).requires_grad_(False)
     of_teacher = 0 if taught is None else _bytes_of(taught.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True):
         student = _Sketch(_on_cpu(model), flash)

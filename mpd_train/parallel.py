@@ -6,7 +6,7 @@ changes the numbers: what a step is made of does not depend on how many do it.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mpd_data.errors import MPDError
 from mpd_train.kl import gathered
-from mpd_train.models import decoder_layers
+from mpd_train.models import CausalLM, decoder_layers
 
 T = TypeVar("T")
 
@@ -74,9 +75,55 @@ def ranks() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
+def load_sharded(
+    load: Callable[[torch.device], CausalLM], device: torch.device, ranks: Ranks
+) -> CausalLM:
+    """What `load` makes, shared out among the processes' devices. The first process alone reads
+    weights, into the CPU's memory; each of the others never has more than its part and one weight.
+    Raises what `load` raises, in all processes where it is raised in the first."""
+    first: CausalLM | None = None
+    failed = float(ranks.first)
+    try:
+        if ranks.first:
+            first, failed = load(torch.device("cpu")), 0.0
+    finally:
+        # Who waits for weights that never come could not say why.
+        failed = ranks.sum([failed])[0]
+    if failed:
+        raise MPDError("the first process could not load a model; it says why.")
+    loaded = load(torch.device("meta"))
+    shard(loaded.model, device, ranks)
+    _fill(loaded.model, None if first is None else first.model, device)
+    return loaded
+
+
+def _fill(model: Any, source: Any | None, device: torch.device) -> None:
+    """Weights and buffers of the first process's `source` into `model`, sharded, of which it
+    is the like."""
+    from torch.distributed.tensor import distribute_tensor
+
+    weights = {} if source is None else dict(source.named_parameters())
+    for name, part in model.named_parameters():
+        if source is None:
+            # Not read: the first process scatters.
+            weight = torch.empty(part.shape, dtype=part.dtype, device=device)
+        else:
+            weight = weights[name].detach().to(device)
+        with torch.no_grad():
+            part.copy_(distribute_tensor(weight, part.device_mesh, part.placements))
+    # As they are there, precision included: rotary frequencies are in no file, and stay float32 in
+    # a model of bfloat16.
+    buffers = [None if source is None else dict(source.named_buffers())]
+    dist.broadcast_object_list(buffers, device=torch.device("cpu"))
+    for name, buffer in (buffers[0] or {}).items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+
 def shard(model: Any, device: torch.device, ranks: Ranks) -> None:
-    """Shares `model`, a transformers causal language model, out among the processes' devices, layer
-    by layer. Raises ConfigError for a model that does not say what its layers are."""
+    """Shares `model`, a transformers causal language model on the meta device, out among the
+    processes' devices, layer by layer, with room for its weights and nothing in it. Raises
+    ConfigError for a model that does not say what its layers are."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -86,11 +133,12 @@ def shard(model: Any, device: torch.device, ranks: Ranks) -> None:
     decoder, head = model.base_model, model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
     fully_shard(decoder, mesh=mesh, reshard_after_forward=True)
-    if tied:
-        head.weight = model.get_input_embeddings().weight
-    else:
+    if not tied:
         # The loss takes its weight as it is: no pass goes through it.
         fully_shard(head, mesh=mesh)
+    model.to_empty(device=device)
+    if tied:
+        head.weight = model.get_input_embeddings().weight
 
 
 def whole(parameter: Tensor) -> Tensor:

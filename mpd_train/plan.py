@@ -67,7 +67,7 @@ class Footprint:
 
 def footprint(config: TrainConfig, student: ModelFiles, num_steps: int) -> Footprint:
     """What the run takes on disk. Raises ConfigError for adapters that the student cannot take."""
-    model = skeleton(student, config.trust_remote_code)
+    model = skeleton(student, config.trust_remote_code, torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     if config.lora.lora_r > 0:
         lora.attach(model, student.name, config.lora, config.revision, config.seed)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import STUDENT, TEACHER, environment, run, tied_student
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -153,9 +154,21 @@ def test_compiled_layers_are_sharded(one, round_dir, tmp_path):
     done = subprocess.run(words, env=told, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Graph break" not in done.stderr
-    # Packs of one row have no mask.
+    # Once for each process, after the first pass; never for another length.
     assert done.stderr.count("Recompiling") <= 2
     assert_same(tmp_path / "run", one)
+
+
+def test_a_model_that_cannot_be_loaded_is_said_once(round_dir, tmp_path):
+    """The first process reads it; the others do not wait for ever."""
+    broken = tmp_path / "broken"
+    shutil.copytree(STUDENT, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"] *= float("inf")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    said = with_ranks(2, settings(round_dir, tmp_path / "run", **{"--student": broken}), code=1)
+    assert said.count("error: " + str(broken) + ": its logits are not finite") == 1
+    assert said.count("error: the first process could not load a model; it says why") == 1
 
 
 def test_too_few_packs_for_the_processes_are_refused(round_dir, tmp_path):
