@@ -2,8 +2,9 @@
 
     PYTHONPATH=. OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/loading.py
 
-A random Qwen3 of 319 M parameters (1,217 MiB in float32), shared out among the processes as mpd-train
-does it; prints each one's peak above where it stood with its libraries, and what it keeps.
+A random Qwen3 of 319 M parameters (1,217 MiB in float32), shared out among the processes as
+mpd-train does it; prints each one's peak above where it stood with its libraries, and what it
+keeps.
 """
 
 import tempfile

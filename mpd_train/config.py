@@ -90,6 +90,11 @@ class TrainConfig(Strict):
         " shards' cached top K.",
     )
     teacher_revision: str | None = Field(None, description="Hub revision of the teacher.")
+    teacher_offload: bool = Field(
+        False,
+        description="Keep the teacher in the CPU's memory; its layers come to the device one after"
+        " another.",
+    )
     epochs: int = Field(1, ge=1, description="Passes over the kept rows.")
     pack_length: int = Field(4096, ge=2, description="Tokens packed into one sequence.")
     gradient_accumulation_steps: int = Field(

@@ -37,7 +37,10 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
     finished. Started by torchrun, all its processes train together. Raises ConfigError or DataError
     for input that cannot be trained on, MPDError where the loss, the memory or the disk gives out.
     """
-    with ranks() as joined, exclusive(config.out) if joined.first else nullcontext():
+    with (
+        ranks(sharded=config.teacher_offload) as joined,
+        exclusive(config.out) if joined.first else nullcontext(),
+    ):
         try:
             return _train(config, overwrite, joined)
         except torch.OutOfMemoryError as error:
@@ -100,11 +103,13 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
 
     attn_implementation = attention(config, device, dtype)
 
-    def load(load_model: Callable[[torch.device, str | None], CausalLM]) -> CausalLM:
+    def load(
+        load_model: Callable[[torch.device, str | None], CausalLM], offload: bool = False
+    ) -> CausalLM:
         """Onto the device, or in parts onto all devices."""
-        if ranks.size == 1:
+        if ranks.size == 1 and not offload:
             return load_model(device, attn_implementation)
-        loaded = load_sharded(lambda place: load_model(place, None), device, ranks)
+        loaded = load_sharded(lambda place: load_model(place, None), device, ranks, offload)
         if attn_implementation is not None:
             loaded.model.set_attn_implementation(attn_implementation)
         return loaded
@@ -120,7 +125,10 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     teacher = None
     if teacher_files is not None:
         files = teacher_files
-        teacher = load(lambda place, attn: _load_teacher(config, files, dtype, place, attn))
+        teacher = load(
+            lambda place, attn: _load_teacher(config, files, dtype, place, attn),
+            config.teacher_offload,
+        )
         teacher.model.requires_grad_(False)
     optimizer = make_optimizer(student.model, config.optimizer)
 

@@ -62,13 +62,18 @@ def ranks_asked_for() -> int:
 
 
 @contextmanager
-def ranks() -> Iterator[Ranks]:
-    """The processes of this training, connected while the block runs."""
-    if ranks_asked_for() == 1:
+def ranks(sharded: bool = False) -> Iterator[Ranks]:
+    """The processes of this training, connected while the block runs. With `sharded` one process
+    is too, to itself: some of its models are loaded by `load_sharded`."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if ranks_asked_for() > 1:
+        dist.init_process_group(backend)
+    elif sharded:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    else:
         yield Ranks()
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend)
     yield Ranks(dist.get_rank(), dist.get_world_size())
     # Not after an error: NCCL would wait for processes that wait for this one, and nobody would
     # read why.
@@ -76,11 +81,15 @@ def ranks() -> Iterator[Ranks]:
 
 
 def load_sharded(
-    load: Callable[[torch.device], CausalLM], device: torch.device, ranks: Ranks
+    load: Callable[[torch.device], CausalLM],
+    device: torch.device,
+    ranks: Ranks,
+    offload: bool = False,
 ) -> CausalLM:
     """What `load` makes, shared out among the processes' devices. The first process alone reads
     weights, into the CPU's memory; each of the others never has more than its part and one weight.
-    Raises what `load` raises, in all processes where it is raised in the first."""
+    With `offload` all but the head stays in the CPU's memory, and layers come to the device for
+    their passes. Raises what `load` raises, in all processes where it is raised in the first."""
     first: CausalLM | None = None
     failed = float(ranks.first)
     try:
@@ -92,7 +101,7 @@ def load_sharded(
     if failed:
         raise MPDError("the first process could not load a model; it says why.")
     loaded = load(torch.device("meta"))
-    shard(loaded.model, device, ranks)
+    shard(loaded.model, device, ranks, offload)
     _fill(loaded.model, None if first is None else first.model, device)
     return loaded
 
@@ -120,25 +129,30 @@ def _fill(model: Any, source: Any | None, device: torch.device) -> None:
         model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
 
 
-def shard(model: Any, device: torch.device, ranks: Ranks) -> None:
+def shard(model: Any, device: torch.device, ranks: Ranks, offload: bool) -> None:
     """Shares `model`, a transformers causal language model on the meta device, out among the
     processes' devices, layer by layer, with room for its weights and nothing in it. Raises
     ConfigError for a model that does not say what its layers are."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (ranks.size,))
+    # Memory from which a GPU reads by itself.
+    pinned = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    policy = pinned if offload else OffloadPolicy()
     for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, offload_policy=policy)
     decoder, head = model.base_model, model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
-    fully_shard(decoder, mesh=mesh, reshard_after_forward=True)
+    fully_shard(decoder, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     if not tied:
         # The loss takes its weight as it is: no pass goes through it.
         fully_shard(head, mesh=mesh)
-    model.to_empty(device=device)
+    decoder.to_empty(device=torch.device("cpu") if offload else device)
     if tied:
         head.weight = model.get_input_embeddings().weight
+    else:
+        head.to_empty(device=device)
 
 
 def whole(parameter: Tensor) -> Tensor:

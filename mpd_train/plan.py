@@ -35,6 +35,7 @@ _PACE = (
     "pack_length",
     "gradient_checkpointing",
     "compile",
+    "teacher_offload",
     "dtype",
     "lora",
     "teacher_revision",
