@@ -3,7 +3,8 @@
     PYTHONPATH=. python benchmarks/gpu_checks.py
 
 1. training steps of a Qwen3-1.7B-shaped student with random weights, 8k to 32k tokens, from cached
-   top K and from a Qwen3-8B-shaped teacher in the process: tokens/s, MFU, memory;
+   top K and from a Qwen3-8B-shaped teacher in the process, with and without recomputed activations
+   and compiled layers: tokens/s, MFU, memory;
 2. the transformers engine with the pocket student: scores against float64 on the CPU, and samples
    that do not depend on the batch.
 
@@ -13,6 +14,7 @@ they are not installed); prints Markdown tables for benchmarks/README.md.
 """
 
 import argparse
+import itertools
 import platform
 import statistics
 import subprocess
@@ -84,9 +86,12 @@ def training_step(device: torch.device, small: bool) -> None:
         f"\nStudent of {parameters / 1e9:.2f} B parameters, teacher of {of_teacher / 1e9:.2f} B,"
         f" sequences of {sequence} tokens; FLOPs: 6 a parameter and token of the student, 2 of the"
         f" teacher; peak above weights and moments; MFU of {PEAK_FLOPS / 1e12:.0f} TFLOP/s."
-        "\n\n| tokens | teacher | recompute | ms | tokens/s | TFLOP/s | MFU | peak GiB |"
-        "\n|---|---|---|---|---|---|---|---|"
+        "\n\n| tokens | teacher | recompute | compile | ms | tokens/s | TFLOP/s | MFU | peak GiB |"
+        "\n|---|---|---|---|---|---|---|---|---|"
     )
+    plain = [layer.forward for layer in student.model.layers]
+    # As --compile does it.
+    compiled = [torch.compile(forward, dynamic=True) for forward in plain]
     for tokens in (64, 128) if small else (8192, 16_384, 32_768):
         ids = torch.randint(0, vocab, (1, tokens), device=device)
         positions = torch.arange(tokens, device=device)[None] % sequence
@@ -115,28 +120,32 @@ def training_step(device: torch.device, small: bool) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        for dense in (False, True):
-            for recompute in (False, True):
-                if recompute:
-                    student.gradient_checkpointing_enable({"use_reentrant": False})
-                else:
-                    student.gradient_checkpointing_disable()
-                student.train()
-                kind, again = "dense" if dense else "cached", "yes" if recompute else "no"
-                row = f"| {tokens:,} | {kind} | {again}"
-                try:
-                    ms, peak = measure(device, lambda d=dense, step=step: step(d))
-                except torch.OutOfMemoryError:
-                    optimizer.zero_grad(set_to_none=True)
-                    torch.cuda.empty_cache()
-                    print(f"{row} | out of memory | | | | |", flush=True)
-                    continue
-                flops = (6 * parameters + 2 * of_teacher * dense) * tokens / (ms / 1000)
-                print(
-                    f"{row} | {ms:.0f} | {1000 * tokens / ms:,.0f} | {flops / 1e12:.0f}"
-                    f" | {flops / PEAK_FLOPS:.0%} | {peak:.1f} |",
-                    flush=True,
-                )
+        student.train()
+        for dense, recompute, fast in itertools.product((False, True), repeat=3):
+            if recompute:
+                student.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                student.gradient_checkpointing_disable()
+            for layer, forward in zip(
+                student.model.layers, compiled if fast else plain, strict=True
+            ):
+                layer.forward = forward
+            kind = "dense" if dense else "cached"
+            again, how = ("yes" if on else "no" for on in (recompute, fast))
+            row = f"| {tokens:,} | {kind} | {again} | {how}"
+            try:
+                ms, peak = measure(device, lambda d=dense, step=step: step(d))
+            except torch.OutOfMemoryError:
+                optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                print(f"{row} | out of memory | | | | |", flush=True)
+                continue
+            flops = (6 * parameters + 2 * of_teacher * dense) * tokens / (ms / 1000)
+            print(
+                f"{row} | {ms:.0f} | {1000 * tokens / ms:,.0f} | {flops / 1e12:.0f}"
+                f" | {flops / PEAK_FLOPS:.0%} | {peak:.1f} |",
+                flush=True,
+            )
 
 
 def engine() -> bool:

@@ -57,16 +57,21 @@ def _version(path: Path, config: str, weights: bool, served: str | None) -> str:
     return _weights_hash(path, config) if weights else "unhashed"
 
 
-def _weights_hash(path: Path, config: str) -> str:
+def weight_files(path: Path) -> list[Path]:
+    """The weights of a model's or adapter's folder. Raises ConfigError where there are none."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ConfigError(
             f"{path}: no *.safetensors here. Expected a Hugging Face model folder; weights in"
             " pickle formats (*.bin, *.pt) are not read: convert them to safetensors first."
         )
+    return files
+
+
+def _weights_hash(path: Path, config: str) -> str:
     digest = hashlib.sha256()
     digest.update(f"config.json:{config}\n".encode())
-    for file in files:
+    for file in weight_files(path):
         digest.update(f"{file.name}:{sha256_of(file)}\n".encode())
     return digest.hexdigest()
 
@@ -204,8 +209,12 @@ def load_tokenizer(model: ModelFiles, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(model.tokenizer_path), trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{model.name}: its tokenizer cannot be loaded: {error}") from error
+    except Exception as error:  # tokenizers raises plain ones, transformers all kinds
+        raise ConfigError(
+            f"{model.name}: its tokenizer cannot be loaded ({type(error).__name__}: {error})."
+            " Check tokenizer.json, tokenizer_config.json and config.json in"
+            f" {model.tokenizer_path}; they come from one download."
+        ) from error
     if not tokenizer.is_fast:
         raise ConfigError(
             f"{model.name}: needs a fast tokenizer (tokenizer.json), found"

@@ -118,13 +118,6 @@ def load(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer) 
     return Progress(state["best"], state["best_step"], state["misses"])
 
 
-def place(weights: dict[str, Tensor], model: Any) -> None:
-    """Puts weights, as `weights_of` names them, into a model that is in one piece."""
-    with torch.no_grad():
-        for name, parameter in weights_of(model).items():
-            parameter.copy_(weights[name])
-
-
 def _write(final: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
     # A name of its own: other nodes may remember a folder of this name for a while.
     staging = final.with_name(f".{final.name}.staging")

@@ -21,7 +21,11 @@ def cli(overwrite: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
     if dry_run:
         from mpd_train.plan import plan_train
 
-        show_plan(plan_train(config, overwrite), as_json)
+        plan = plan_train(config, overwrite)
+        show_plan(plan, as_json)
+        if plan.failing:
+            # As the run would: a script must not take the plan for a yes.
+            raise click.exceptions.Exit(1)
         return
     from mpd_train.loop import train
 

@@ -90,6 +90,11 @@ class TrainConfig(Strict):
         " shards' cached top K.",
     )
     teacher_revision: str | None = Field(None, description="Hub revision of the teacher.")
+    teacher_offload: bool = Field(
+        False,
+        description="Keep the teacher in the CPU's memory; its layers come to the device one after"
+        " another.",
+    )
     epochs: int = Field(1, ge=1, description="Passes over the kept rows.")
     max_steps: int | None = Field(
         None,
@@ -109,6 +114,11 @@ class TrainConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    compile: bool = Field(
+        False,
+        description="Compile the models' layers (torch.compile): the first step takes up to minutes"
+        " longer, later ones less.",
     )
     activation_offload: bool = Field(
         False, description="Keep activations in the CPU's memory until the backward pass."

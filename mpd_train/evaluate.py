@@ -41,7 +41,9 @@ def pack_loss(
     with torch.no_grad():
         taught = teacher.states(batch.teacher_input_ids, batch.teacher_position_ids)
     taught = taught[0, batch.teacher_loss_positions]
-    return dense_kl(states, head, taught, teacher.head(vocab_size), **common)
+    # Of a teacher in the CPU's memory a head that is its embedding too lies there.
+    teacher_head = teacher.head(vocab_size).to(states.device)
+    return dense_kl(states, head, taught, teacher_head, **common)
 
 
 class Sums:

@@ -22,9 +22,9 @@ from mpd_data.models import (
 from mpd_train import checkpoint, lora
 from mpd_train.config import TrainConfig
 from mpd_train.evaluate import Sums, pack_loss, validate
-from mpd_train.models import CausalLM, attention, autocast, export
+from mpd_train.models import CausalLM, attention, autocast, compile_layers, export
 from mpd_train.optimizer import learning_rate, make_optimizer
-from mpd_train.parallel import Ranks, clip_grad_norm, ranks, shard, whole
+from mpd_train.parallel import Ranks, clip_grad_norm, load_sharded, ranks, whole
 from mpd_train.prepare import claim, prepare
 from mpd_train.stream import Batch, Loader, Pack, ShardSet, split_packs
 from mpd_train.tracking import Recorder
@@ -37,7 +37,10 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
     finished. Started by torchrun, all its processes train together. Raises ConfigError or DataError
     for input that cannot be trained on, MPDError where the loss, the memory or the disk gives out.
     """
-    with ranks() as joined, exclusive(config.out) if joined.first else nullcontext():
+    with (
+        ranks(sharded=config.teacher_offload) as joined,
+        exclusive(config.out) if joined.first else nullcontext(),
+    ):
         try:
             return _train(config, overwrite, joined)
         except torch.OutOfMemoryError as error:
@@ -45,6 +48,17 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
                 f"out of memory on the device ({error}). Lower --pack-length (and raise"
                 " --gradient-accumulation-steps), or give --gradient-checkpointing; other settings"
                 " need another --out or --overwrite."
+            ) from error
+        except RuntimeError as error:
+            if not config.compile:
+                raise
+            from torch._dynamo.exc import TorchDynamoException
+
+            if not isinstance(error, TorchDynamoException):
+                raise
+            raise MPDError(
+                f"--compile: {type(error).__name__}: {error}\nGo on without it: the same command"
+                " resumes. (On a CPU it needs a C++ compiler, on CUDA Triton.)"
             ) from error
         except OSError as error:
             raise MPDError(
@@ -87,14 +101,15 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
 
     attn_implementation = attention(config, device, dtype)
 
-    def load(load_model: Callable[[torch.device, str | None], CausalLM]) -> CausalLM:
-        """Onto the device, or from the CPU in parts onto all devices."""
-        if ranks.size == 1:
+    def load(
+        load_model: Callable[[torch.device, str | None], CausalLM], offload: bool = False
+    ) -> CausalLM:
+        """Onto the device, or in parts onto all devices."""
+        if ranks.size == 1 and not offload:
             return load_model(device, attn_implementation)
-        loaded = load_model(torch.device("cpu"), None)
+        loaded = load_sharded(lambda place: load_model(place, None), device, ranks, offload)
         if attn_implementation is not None:
             loaded.model.set_attn_implementation(attn_implementation)
-        shard(loaded.model, device, ranks)
         return loaded
 
     student = load(lambda place, attn: _load_student(config, student_files, place, attn))
@@ -108,7 +123,10 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     teacher = None
     if teacher_files is not None:
         files = teacher_files
-        teacher = load(lambda place, attn: CausalLM(files, place, dtype, code, attn))
+        teacher = load(
+            lambda place, attn: _load_teacher(config, files, dtype, place, attn),
+            config.teacher_offload,
+        )
         teacher.model.requires_grad_(False)
     optimizer = make_optimizer(student.model, config.optimizer)
 
@@ -227,22 +245,38 @@ def _load_student(
         student.adapted = lora.attach(
             student.model, files.name, config.lora, config.revision, config.seed
         )
+    if config.compile:
+        compile_layers(student.model)
     return student
+
+
+def _load_teacher(
+    config: TrainConfig,
+    files: ModelFiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str | None,
+) -> CausalLM:
+    teacher = CausalLM(files, device, dtype, config.trust_remote_code, attn_implementation)
+    if config.compile:
+        compile_layers(teacher.model)
+    return teacher
 
 
 def _export(config: TrainConfig, student: CausalLM, ranks: Ranks) -> None:
     """Writes the model, and the adapter where there is one, and clears the way there away."""
     if ranks.size > 1:
-        weights = {}
-        for name, part in checkpoint.weights_of(student.model).items():
+        parts, weights = checkpoint.weights_of(student.model), {}
+        if ranks.first:
+            # A student that is in one piece, from where one process exports it.
+            student = _load_student(config, student.files, torch.device("cpu"), None)
+            weights = checkpoint.weights_of(student.model)
+        for name, part in parts.items():
             # All have to ask, and one keeps it.
             weight = whole(part)
             if ranks.first:
-                weights[name] = weight.cpu()
-        if ranks.first:
-            # Into a student that is in one piece, from where one process exports it.
-            student = _load_student(config, student.files, torch.device("cpu"), None)
-            checkpoint.place(weights, student.model)
+                with torch.no_grad():
+                    weights[name].copy_(weight)
     if ranks.first:
         if student.adapted is not None:
             lora.save_and_merge(student.adapted, config.out / "adapter")

@@ -23,7 +23,7 @@ from mpd_train import lora
 from mpd_train.config import TrainConfig
 from mpd_train.evaluate import pack_loss
 from mpd_train.kl import workspace_bytes
-from mpd_train.models import CausalLM, attention, autocast, skeleton
+from mpd_train.models import CausalLM, attention, autocast, decoder_layers, skeleton
 from mpd_train.optimizer import make_optimizer
 from mpd_train.stream import Batch
 
@@ -71,7 +71,8 @@ class MemoryPlan:
         if config.lora.lora_r == 0:
             ways.append("--lora-r 64")
         if self.teacher:
-            ways.append("the shards' cached top K in place of --teacher")
+            offloaded = "" if config.teacher_offload else "--teacher-offload, or "
+            ways.append(f"{offloaded}the shards' cached top K in place of --teacher")
         ways.append("more devices (torchrun)")
         return [
             f"{size_text(self.total)} of memory are needed, {size_text(there)} are there. Give"
@@ -154,15 +155,20 @@ def plan_memory(
     gradients and moments out. Raises ConfigError for adapters that the student cannot take."""
     flash = (attention(config, device, dtype) or "").startswith("flash")
     code = config.trust_remote_code
-    model, taught = skeleton(student_files, code).float(), None
+    model, taught = skeleton(student_files, code, torch.float32), None
     if config.lora.lora_r > 0:
         lora.attach(model, student_files.name, config.lora, config.revision, config.seed)
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if teacher_files is not None:
-        taught = skeleton(teacher_files, code).to(dtype).requires_grad_(False)
+        taught = skeleton(teacher_files, code, dtype).requires_grad_(False)
     of_teacher = 0 if taught is None else _bytes_of(taught.parameters())
+    if taught is not None and config.teacher_offload and device.type == "cuda":
+        # The head, and of the layers the one that is in use and the next.
+        layers = [_bytes_of(layer.parameters()) for layer in decoder_layers(taught)]
+        head = _bytes_of(taught.get_output_embeddings().parameters())
+        of_teacher = head + ranks * 2 * max(layers)
     with FakeTensorMode(allow_non_fake_inputs=True):
         student = _Sketch(_on_cpu(model), flash)
         teacher = None if taught is None else _Sketch(_on_cpu(taught), flash)

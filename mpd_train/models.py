@@ -18,7 +18,11 @@ from mpd_train.kl import gathered
 
 
 class CausalLM:
-    """A causal language model taken apart where the fused loss needs it: states and head."""
+    """A causal language model taken apart where the fused loss needs it: states and head. On the
+    meta device it has layers and sizes, and neither weights nor buffers.
+
+    Raises ConfigError for a model that cannot be loaded, or that the loss does not fit.
+    """
 
     def __init__(
         self,
@@ -37,8 +41,12 @@ class CausalLM:
         self.adapted: Any = None
         # How activations are kept for the backward pass.
         self.kept: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.model: Any
+        if device.type == "meta":
+            self.model = skeleton(files, trust_remote_code, weights_dtype)
+            return
         try:
-            self.model: Any = AutoModelForCausalLM.from_pretrained(
+            self.model = AutoModelForCausalLM.from_pretrained(
                 str(files.path),
                 dtype=weights_dtype,
                 trust_remote_code=trust_remote_code,
@@ -100,7 +108,7 @@ class CausalLM:
         return weight if vocab_size in (None, weight.shape[0]) else weight[:vocab_size]
 
 
-def skeleton(files: ModelFiles, trust_remote_code: bool) -> Any:
+def skeleton(files: ModelFiles, trust_remote_code: bool, dtype: torch.dtype) -> Any:
     """The model without weights, on torch's meta device: its layers and their sizes. Raises
     ConfigError where its configuration gives none."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -108,9 +116,33 @@ def skeleton(files: ModelFiles, trust_remote_code: bool) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(files.path), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, dtype=dtype
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The layers of `model`, a transformers causal language model. Raises ConfigError for one that
+    does not say what they are."""
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__}: does not name its layers (_no_split_modules). Train it with"
+            " one process and without --compile."
+        )
+    return layers
+
+
+def compile_layers(model: Any) -> None:
+    """Has each layer compiled at its first pass: one graph for all that are alike and for packs
+    of any length. In place; before `model` is sharded, so that what FSDP does around a layer
+    stays around the compiled one."""
+    for layer in decoder_layers(model):
+        # The method and not the module: hooks and recomputation stay outside, and names the same.
+        layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,7 +6,7 @@ changes the numbers: what a step is made of does not depend on how many do it.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mpd_data.errors import ConfigError
+from mpd_data.errors import MPDError
 from mpd_train.kl import gathered
+from mpd_train.models import CausalLM, decoder_layers
 
 T = TypeVar("T")
 
@@ -61,43 +62,97 @@ def ranks_asked_for() -> int:
 
 
 @contextmanager
-def ranks() -> Iterator[Ranks]:
-    """The processes of this training, connected while the block runs."""
-    if ranks_asked_for() == 1:
+def ranks(sharded: bool = False) -> Iterator[Ranks]:
+    """The processes of this training, connected while the block runs. With `sharded` one process
+    is too, to itself: some of its models are loaded by `load_sharded`."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if ranks_asked_for() > 1:
+        dist.init_process_group(backend)
+    elif sharded:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    else:
         yield Ranks()
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend)
     yield Ranks(dist.get_rank(), dist.get_world_size())
     # Not after an error: NCCL would wait for processes that wait for this one, and nobody would
     # read why.
     dist.destroy_process_group()
 
 
-def shard(model: Any, device: torch.device, ranks: Ranks) -> None:
-    """Shares `model`, a transformers causal language model, out among the processes' devices, layer
-    by layer. Raises ConfigError for a model that does not say what its layers are."""
+def load_sharded(
+    load: Callable[[torch.device], CausalLM],
+    device: torch.device,
+    ranks: Ranks,
+    offload: bool = False,
+) -> CausalLM:
+    """What `load` makes, shared out among the processes' devices. The first process alone reads
+    weights, into the CPU's memory; each of the others never has more than its part and one weight.
+    With `offload` all but the head stays in the CPU's memory, and layers come to the device for
+    their passes. Raises what `load` raises, in all processes where it is raised in the first."""
+    first: CausalLM | None = None
+    failed = float(ranks.first)
+    try:
+        if ranks.first:
+            first, failed = load(torch.device("cpu")), 0.0
+    finally:
+        # Who waits for weights that never come could not say why.
+        failed = ranks.sum([failed])[0]
+    if failed:
+        raise MPDError("the first process could not load a model; it says why.")
+    loaded = load(torch.device("meta"))
+    shard(loaded.model, device, ranks, offload)
+    _fill(loaded.model, None if first is None else first.model, device)
+    return loaded
+
+
+def _fill(model: Any, source: Any | None, device: torch.device) -> None:
+    """Weights and buffers of the first process's `source` into `model`, sharded, of which it
+    is the like."""
+    from torch.distributed.tensor import distribute_tensor
+
+    weights = {} if source is None else dict(source.named_parameters())
+    for name, part in model.named_parameters():
+        if source is None:
+            # Not read: the first process scatters.
+            weight = torch.empty(part.shape, dtype=part.dtype, device=device)
+        else:
+            weight = weights[name].detach().to(device)
+        with torch.no_grad():
+            part.copy_(distribute_tensor(weight, part.device_mesh, part.placements))
+    # As they are there, precision included: rotary frequencies are in no file, and stay float32 in
+    # a model of bfloat16.
+    buffers = [None if source is None else dict(source.named_buffers())]
+    dist.broadcast_object_list(buffers, device=torch.device("cpu"))
+    for name, buffer in (buffers[0] or {}).items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+
+def shard(model: Any, device: torch.device, ranks: Ranks, offload: bool) -> None:
+    """Shares `model`, a transformers causal language model on the meta device, out among the
+    processes' devices, layer by layer, with room for its weights and nothing in it. Raises
+    ConfigError for a model that does not say what its layers are."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (ranks.size,))
-    names = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    if not layers:
-        raise ConfigError(
-            f"{type(model).__name__}: names no layers (_no_split_modules) to share out among"
-            " processes. Train it with one."
-        )
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
+    # Memory from which a GPU reads by itself.
+    pinned = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    policy = pinned if offload else OffloadPolicy()
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, offload_policy=policy)
     decoder, head = model.base_model, model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
-    fully_shard(decoder, mesh=mesh, reshard_after_forward=True)
+    fully_shard(decoder, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+    if not tied:
+        # The loss takes its weight as it is: no pass goes through it.
+        fully_shard(head, mesh=mesh)
+    decoder.to_empty(device=torch.device("cpu") if offload else device)
     if tied:
         head.weight = model.get_input_embeddings().weight
     else:
-        # The loss takes its weight as it is: no pass goes through it.
-        fully_shard(head, mesh=mesh)
+        head.to_empty(device=device)
 
 
 def whole(parameter: Tensor) -> Tensor:

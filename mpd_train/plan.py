@@ -18,6 +18,7 @@ from mpd_data.models import (
     require_same_tokenizer,
     require_whole,
     resolve_model,
+    weight_files,
 )
 from mpd_data.options import arguments
 from mpd_data.plan import StagePlan, as_saved, first_reasons, siblings, size_text
@@ -33,6 +34,8 @@ from mpd_train.stream import overlong, split_packs
 _PACE = (
     "pack_length",
     "gradient_checkpointing",
+    "compile",
+    "teacher_offload",
     "dtype",
     "lora",
     "teacher_revision",
@@ -65,7 +68,7 @@ class Footprint:
 
 def footprint(config: TrainConfig, student: ModelFiles, num_steps: int) -> Footprint:
     """What the run takes on disk. Raises ConfigError for adapters that the student cannot take."""
-    model = skeleton(student, config.trust_remote_code)
+    model = skeleton(student, config.trust_remote_code, torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     if config.lora.lora_r > 0:
         lora.attach(model, student.name, config.lora, config.revision, config.seed)
@@ -180,6 +183,10 @@ def plan_train(config: TrainConfig, overwrite: bool = False) -> StagePlan:
     teacher = None
     if config.teacher is not None:
         teacher = resolve_model(config.teacher, config.teacher_revision, code, weights=False)
+    for files in (student, teacher):
+        # A hub's model is fetched by the run.
+        if files is not None and files.version == "unhashed":
+            weight_files(files.path)
     path = config.out / "run.json"
     saved = None
     if path.exists() and not overwrite:

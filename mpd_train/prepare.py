@@ -26,7 +26,7 @@ from mpd_train.tracking import load_trackers
 # What may differ on resuming: places, and models, which are identified by their content.
 _NOT_IDENTITY = {
     "out", "shards", "student", "teacher", "save_steps", "device", "report_to", "max_loss",
-    "activation_offload",
+    "activation_offload", "compile", "teacher_offload",
 }  # fmt: skip
 
 
@@ -50,6 +50,8 @@ def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, t
         raise ConfigError(
             "--early-stopping-patience needs held-out prompts: give --validation-fraction too."
         )
+    if config.teacher_offload and config.teacher is None:
+        raise ConfigError("--teacher-offload: no teacher is in the process without --teacher.")
     tracker_modules = load_trackers(list(config.report_to))
     device = choose_device(config.device)
     return tracker_modules, device, compute_dtype(device, config.dtype)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import STUDENT, TEACHER, environment, run, tied_student
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,24 +27,28 @@ def settings(round_dir, out, **changed):
     return {**arguments, **changed}
 
 
+def words(arguments):
+    return [str(x) for pair in arguments.items() for x in pair]
+
+
 def torchrun(size, arguments):
-    words = [str(x) for pair in arguments.items() for x in pair if x is not None]
     return [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(size), "-m", "mpd_train.cli", *words,
+        "--nproc-per-node", str(size), "-m", "mpd_train.cli", *words(arguments),
     ]  # fmt: skip
 
 
-def with_ranks(size, arguments, code=0):
+def with_ranks(size, arguments, code=0, *switches, **told):
     process = subprocess.run(
-        torchrun(size, arguments), env=environment(), capture_output=True, text=True
-    )
+        [*torchrun(size, arguments), *switches],
+        env=environment() | told, capture_output=True, text=True,
+    )  # fmt: skip
     assert process.returncode == code, process.stderr
     return process.stderr
 
 
 def alone(arguments):
-    run("mpd-train", *[str(x) for pair in arguments.items() for x in pair if x is not None])
+    run("mpd-train", *words(arguments))
 
 
 def lines(out):
@@ -122,15 +127,37 @@ def test_adapters_a_teacher_and_validation(round_dir, tmp_path):
         assert torch.allclose(b[name], weight, atol=1e-3), name
 
 
+def test_a_teacher_is_taken_to_the_cpu_when_told(round_dir, tmp_path):
+    arguments = words(settings(round_dir, tmp_path / "run"))
+    said = run("mpd-train", *arguments, "--teacher-offload", code=1).stderr
+    assert "--teacher-offload: no teacher is in the process without --teacher" in said
+
+
+@pytest.mark.parametrize("tied, size", [(False, 2), (True, 1)])
+def test_a_teacher_in_the_cpus_memory_teaches_the_same(round_dir, tmp_path, tied, size):
+    """That its weights lie there shows on a GPU alone."""
+    teacher = tied_student(tmp_path / "tied", "float32") if tied else TEACHER
+    more = {"--teacher": teacher, "--epochs": 1}
+    alone(settings(round_dir, tmp_path / "here", **more))
+    arguments = settings(round_dir, tmp_path / "there", **more)
+    if size == 1:
+        run("mpd-train", *words(arguments), "--teacher-offload")
+    else:
+        with_ranks(size, arguments, 0, "--teacher-offload")
+    assert_same(tmp_path / "there", tmp_path / "here")
+
+
 def test_the_shipped_job_script_trains_with_a_process_for_each_gpu(round_dir, tmp_path):
     """As SLURM runs it on one node: bash, with its environment."""
     arguments = settings(round_dir, tmp_path / "run", **{"--epochs": 1})
-    words = [str(x) for pair in arguments.items() for x in pair]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     slurm = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "PATH": path}
     script = ROOT / "pipelines" / "slurm" / "mpd-train.sbatch"
     done = subprocess.run(
-        ["bash", script, *words], env=environment() | slurm, capture_output=True, text=True
+        ["bash", script, *words(arguments)],
+        env=environment() | slurm,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "on 2 x cpu" in done.stderr
@@ -143,6 +170,29 @@ def test_a_tied_head_is_trained_from_both_its_ends(round_dir, tmp_path):
     alone(settings(round_dir, tmp_path / "one", **more))
     with_ranks(2, settings(round_dir, tmp_path / "two", **more))
     assert_same(tmp_path / "two", tmp_path / "one", tied)
+
+
+def test_compiled_layers_are_sharded(one, round_dir, tmp_path):
+    """With recomputation too, in all the order that FSDP asks for."""
+    arguments = settings(round_dir, tmp_path / "run")
+    switches = ["--compile", "--gradient-checkpointing"]
+    said = with_ranks(2, arguments, 0, *switches, TORCH_LOGS="graph_breaks,recompiles")
+    assert "Graph break" not in said
+    # Once for each process, after the first pass; never for another length.
+    assert said.count("Recompiling") <= 2
+    assert_same(tmp_path / "run", one)
+
+
+def test_a_model_that_cannot_be_loaded_is_said_once(round_dir, tmp_path):
+    """The first process reads it; the others do not wait for ever."""
+    broken = tmp_path / "broken"
+    shutil.copytree(STUDENT, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"] *= float("inf")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    said = with_ranks(2, settings(round_dir, tmp_path / "run", **{"--student": broken}), code=1)
+    assert said.count("error: " + str(broken) + ": its logits are not finite") == 1
+    assert said.count("error: the first process could not load a model; it says why") == 1
 
 
 def test_too_few_packs_for_the_processes_are_refused(round_dir, tmp_path):

@@ -1,5 +1,8 @@
 """Prompts, answers and templates: what is taken, and what is refused with a message."""
 
+import json
+import shutil
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -203,3 +206,21 @@ def test_models_that_cannot_be_used_are_named(tmp_path):
         resolve_model(str(tmp_path))
     with pytest.raises(ConfigError, match="not a folder here"):
         resolve_model("no/such/model/here")
+
+
+@pytest.mark.parametrize(
+    "file, changed",
+    [
+        ("config.json", {"layer_types": ["full_attention"]}),
+        ("tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"}),
+        ("tokenizer.json", {"model": {"type": "BPE"}}),
+    ],
+)
+def test_files_that_contradict_each_other_are_one_message(tmp_path, file, changed):
+    """Whatever the libraries raise: tokenizers' own errors are of no class."""
+    folder = tmp_path / "model"
+    shutil.copytree(STUDENT, folder)
+    content = json.loads((folder / file).read_text()) | changed
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"(?s)cannot be loaded \(\w+: .*Check tokenizer.json"):
+        load_tokenizer(resolve_model(str(folder)))

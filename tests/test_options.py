@@ -20,6 +20,12 @@ TESTS = {
         "test_completion_code_names_the_commands": {"mpd-gen completion": "SHELL"},
         "test_env_names_versions_and_loads_nothing_heavy": {"mpd-gen env": "--json"},
     },
+    "tests/test_compile.py": {
+        "test_a_run_goes_on_without_it": {"mpd-train": "--compile"},
+    },
+    "tests/test_distributed.py": {
+        "test_a_teacher_is_taken_to_the_cpu_when_told": {"mpd-train": "--teacher-offload"},
+    },
     "tests/test_filters.py": {
         "test_refilter_chooses_anew_and_goes_back_without_scoring": {
             "mpd-gen rewrite": "--refilter",

@@ -15,6 +15,7 @@ from conftest import (
     ROOT,
     STUDENT,
     command,
+    invoke,
     rewrite_arguments,
     rollout_arguments,
     run,
@@ -339,10 +340,27 @@ def test_a_training_is_planned(round_dir, tmp_path):
 
     lengths = rows(round_dir, "distill").filter(pl.col("status") == "ok")
     lengths = lengths["loss_start"] + lengths["num_rewritten_tokens"]
-    plan = dry("mpd-train", *arguments("three", "--pack-length", 90))
+    short = [*map(str, arguments("three", "--pack-length", 90, "--dry-run", "--json"))]
+    refused = CliRunner().invoke(train, short)
+    plan = json.loads(refused.stdout)
+    assert refused.exit_code == 1
     assert plan["failing"] == (lengths > 90).sum() > 3
     assert "do not fit --pack-length 90" in plan["reasons"][0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one"]
+
+
+@pytest.mark.parametrize("which", ["--student", "--teacher"])
+def test_a_training_of_a_folder_without_weights_is_refused(round_dir, tmp_path, which):
+    """The plan reads none, and the run would not begin."""
+    bare = tmp_path / "bare"
+    shutil.copytree(STUDENT, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    models = {"--student": STUDENT, "--teacher": STUDENT, which: bare}
+    call = ["--shards", round_dir, "--out", tmp_path / "out"]
+    call += [word for pair in models.items() for word in pair]
+    with pytest.raises(ConfigError, match=r"bare: no \*\.safetensors here"):
+        ask("mpd-train", *call)
+    with pytest.raises(ConfigError, match=r"bare: no \*\.safetensors here"):
+        invoke(train, *call)
 
 
 # -- pipelines -------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from conftest import (
     tied_student,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from mpd_data.errors import ConfigError, MPDError
 from mpd_data.locks import exclusive
@@ -407,29 +407,6 @@ def test_learning_rate_schedules():
 
 
 # -- export and refusals --------------------------------------------------------------------
-
-
-def test_export_generates_the_same_in_vllm_and_transformers(trained, prompts, tmp_path):
-    """Greedy, token for token, and with everything a model folder needs."""
-    folder = trained / "model"
-    settings = [
-        "--prompts", prompts, "--out", tmp_path / "r", "--temperature", 0, "--max-tokens", 200,
-        "--id-column", "id", "--num-prompts", 20, "--dtype", "float32",
-    ]  # fmt: skip
-    run("mpd-gen", "rollouts", "--model", folder, *settings)
-    rows = pl.read_parquet(tmp_path / "r" / "rollouts" / "*.parquet").to_dicts()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(STUDENT).chat_template
-    assert len(rows) == 20
-    for row in rows:
-        ids = torch.tensor([row["prompt_ids"]])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=200
-        )
-        assert out[0, ids.shape[1] :].tolist() == row["completion_ids"]
-    weights = load_file(folder / "model.safetensors")
-    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
 def test_shards_that_do_not_fit_together_are_refused(round_dir, self_round, tmp_path):

@@ -1,0 +1,68 @@
+"""Compiled layers: the same losses, and few compilations for packs of any length."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+from conftest import STUDENT, TEACHER, command, environment, run
+from torch._dynamo.utils import counters
+
+from mpd_train.config import TrainConfig
+from mpd_train.loop import train
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def config(round_dir, out, **changed):
+    settings = {
+        "shards": [round_dir], "student": str(STUDENT), "out": out, "pack_length": 600,
+        "dtype": "float32", "optimizer": {"learning_rate": 5e-4},
+    }  # fmt: skip
+    return TrainConfig(**{**settings, **changed})
+
+
+@pytest.mark.parametrize(
+    "settings, graphs",
+    [
+        ({"validation": {"validation_fraction": 0.2, "eval_steps": 4}}, 2),
+        ({"gradient_checkpointing": True}, 1),
+        ({"lora": {"lora_r": 4}, "teacher": str(TEACHER)}, 3),
+    ],
+    ids=["validation", "gradient checkpointing", "adapters and a teacher"],
+)
+def test_compiled_layers_give_the_same_losses(round_dir, tmp_path, settings, graphs):
+    """One graph for all layers and lengths, whole, that is with nothing left to Python in between;
+    one more for what runs without gradients, and for a layer whose input has none (the first above
+    frozen embeddings)."""
+    train(config(round_dir, tmp_path / "plain", **settings))
+    torch._dynamo.reset()
+    counters.clear()
+    train(config(round_dir, tmp_path / "compiled", compile=True, **settings))
+    plain, compiled = records(tmp_path / "plain"), records(tmp_path / "compiled")
+    assert len(compiled) == len(plain)
+    for mine, other in zip(compiled, plain, strict=True):
+        for name in ("loss", "validation_loss", "grad_norm"):
+            if name in other:
+                assert mine[name] == pytest.approx(other[name], rel=1e-4), name
+    assert len({r["tokens"] for r in compiled if "tokens" in r}) > 4
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+def test_a_run_goes_on_without_it(round_dir, tmp_path):
+    """It is no part of what a run is: a machine without a compiler takes it over."""
+    arguments = ["--shards", round_dir, "--student", STUDENT, "--out", tmp_path / "run"]
+    bare = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    refused = subprocess.run(
+        command("mpd-train", *arguments, "--compile"),
+        env=environment() | bare, capture_output=True, text=True,
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert "error: --compile: " in refused.stderr
+    assert "Go on without it" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    run("mpd-train", *arguments)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
