@@ -453,11 +453,13 @@ def completion(shell: str) -> None:
     from click.shell_completion import get_completion_class
 
     from mpd_train.cli import cli as train
+    from pipelines.report.cli import cli as report
     from pipelines.rounds import cli as rounds
 
     made = get_completion_class(shell)
     assert made is not None
-    for program, command in (("mpd-gen", cli), ("mpd-train", train), ("mpd-rounds", rounds)):
+    commands = {"mpd-gen": cli, "mpd-train": train, "mpd-rounds": rounds, "mpd-report": report}
+    for program, command in commands.items():
         variable = f"_{program.replace('-', '_').upper()}_COMPLETE"
         click.echo(made(command, {}, program, variable).source())
 

@@ -47,6 +47,14 @@ class EvaluationSet(Strict):
     rollouts: dict[str, Any]
 
 
+class Licenses(Strict):
+    """What the report's data card says of what the shards are made from, where it is known."""
+
+    student: str | None = None
+    teacher: str | None = None
+    prompts: str | None = None
+
+
 class Pipeline(Strict):
     """A pipeline file. The sections hold the settings of their commands; what a round decides
     (models, folders, round number) is not theirs to set. Paths are relative to where the
@@ -59,6 +67,7 @@ class Pipeline(Strict):
     seed: int = 0
     parallel_evaluations: int = Field(1, ge=1)
     environment: dict[str, str] = Field(default_factory=dict)
+    licenses: Licenses = Licenses()
     rollouts: dict[str, Any]
     rewrite: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
@@ -445,6 +454,7 @@ def cli(
         summary = run_pipeline(load_pipeline(pipeline, overrides), out)
         show(summary)
         click.echo(f"wrote {out / 'summary.json'} and {out / 'lengths.png'}", err=True)
+        click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
         if summary["failed_rows"]:
             click.echo(f"some rows failed; see {out}/*/*/errors/*.parquet", err=True)
             raise click.exceptions.Exit(EXIT_FAILED_ROWS)
@@ -455,6 +465,7 @@ def cli(
         summaries.append(run_pipeline(chosen, out / f"seed{seed}"))
     write_json_atomic(out / "seeds.json", summaries)
     click.echo(f"\n{_seeds_table(summaries)}\nwrote {out / 'seeds.json'}", err=True)
+    click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
 
 
 def main() -> None:
