@@ -24,6 +24,7 @@ MODULES = {
     "mpd-gen": "mpd_data.cli",
     "mpd-train": "mpd_train.cli",
     "mpd-rounds": "pipelines.rounds",
+    "mpd-report": "pipelines.report.cli",
 }
 
 

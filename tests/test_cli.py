@@ -36,6 +36,7 @@ def modules_after(code):
         ("mpd_data.cli", ["contamination", "--help"]),
         ("mpd_train.cli", ["--help"]),
         ("pipelines.rounds", ["--help"]),
+        ("pipelines.report.cli", ["--help"]),
     ],
 )
 def test_help_loads_nothing_heavy(module, arguments_):
@@ -198,6 +199,7 @@ def test_completion_code_names_the_commands(shell, spelled):
     assert "_MPD_GEN_COMPLETE" in said
     assert "_MPD_TRAIN_COMPLETE" in said
     assert "_MPD_ROUNDS_COMPLETE" in said
+    assert "_MPD_REPORT_COMPLETE" in said
 
 
 @pytest.mark.parametrize("program", ["mpd-train", "mpd-rounds"])

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from mpd_data.cli import cli as gen
 from mpd_train.cli import cli as train
+from pipelines.report.cli import cli as report
 from pipelines.rounds import cli as rounds
 
 # The commands and their options (arguments in capitals) that a test is the one for.
@@ -96,6 +97,10 @@ TESTS = {
             "mpd-gen rollouts": "--ray",
             "mpd-gen rewrite": "--ray",
         },
+    },
+    "tests/test_report.py": {
+        "test_several_runs_are_compared": {"mpd-report": "PATHS"},
+        "test_the_same_run_gives_the_same_bytes": {"mpd-report": "--out"},
     },
     "tests/test_rounds.py": {
         "test_seeds_are_run_apart_and_compared": {"mpd-rounds": "--seeds"},
@@ -221,7 +226,7 @@ for file, functions in TESTS.items():
                 EXERCISED[command, option].append(f"{file}::{function}")
 
 COMMANDS = {f"mpd-gen {name}": command for name, command in gen.commands.items()}
-COMMANDS |= {"mpd-gen": gen, "mpd-train": train, "mpd-rounds": rounds}
+COMMANDS |= {"mpd-gen": gen, "mpd-train": train, "mpd-rounds": rounds, "mpd-report": report}
 
 
 def spelled(parameter):

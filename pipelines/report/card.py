@@ -229,8 +229,8 @@ def contamination(run: Run) -> Iterator[Block]:
     # Sets that sample the same prompts in other ways are one here.
     sets: dict[str, list[str]] = {}
     for name, folders in run.evaluations.items():
-        prompts = stage_info(folders[min(folders)], "rollouts")["identity"]["prompts"]
-        sets.setdefault(prompts, []).append(name)
+        identity = stage_info(folders[min(folders)], "rollouts").get("identity", {})
+        sets.setdefault(str(identity.get("prompts", name)), []).append(name)
     rows, worst = [], []
     n = 0
     for names in sets.values():

@@ -104,19 +104,19 @@ _SERIES_NAMES = {
 }
 
 
-def training_curves(trainings: dict[int, Training]) -> Iterator[Block]:
-    trainings = {n: of for n, of in trainings.items() if of.steps}
+def training_curves(trainings: dict[str, Training]) -> Iterator[Block]:
+    trainings = {label: of for label, of in trainings.items() if of.steps}
     if not trainings:
         return
     drawn = []
     for names, title in figures.CURVES:
         rounds = {
-            round_name(n): {
+            label: {
                 _SERIES_NAMES.get(name, name): of.columns[name]
                 for name in names
                 if name in of.columns
             }
-            for n, of in trainings.items()
+            for label, of in trainings.items()
         }
         rounds = {label: series for label, series in rounds.items() if series}
         if rounds:
@@ -134,12 +134,12 @@ def training_curves(trainings: dict[int, Training]) -> Iterator[Block]:
            if any(of.steps > 300 for of in trainings.values()) else ""),
     )  # fmt: skip
     rows: list[list[str | Bar]] = []
-    for n, of in trainings.items():
+    for label, of in trainings.items():
         seconds = of.total("seconds")
         pace = of.total("tokens") / seconds if seconds else None
         losses = [_span(of, name) for name in ("loss", "kl", "validation_loss")]
         cells = [f"{of.steps:,}", f"{of.total('tokens'):,.0f}", number(pace), *losses]
-        rows.append([round_name(n), *cells])
+        rows.append([label, *cells])
     head = ["", "steps", "tokens", "tokens/s", "loss", "divergence", "validation loss"]
     yield Table("Trainings", head, rows, note="Of losses the first and the last step's.")
 
@@ -153,7 +153,7 @@ def _span(of: Training, name: str) -> str:
     return NONE if found is None else f"{_value(found[0])} → {_value(found[1])}"
 
 
-def training_tiles(trainings: dict[int, Training]) -> Iterator[Block]:
+def training_tiles(trainings: dict[str, Training]) -> Iterator[Block]:
     for of in trainings.values():
         seconds = of.total("seconds")
         tiles = [Tile("Steps", f"{of.steps:,}", f"{of.total('tokens'):,.0f} tokens")]

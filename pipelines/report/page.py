@@ -133,7 +133,7 @@ def _cell(cell: str | Bar) -> str:
     width = 100 * min(max(cell.share, 0.0), 1.0)
     return (
         f'<span class="bar" aria-hidden="true"><span style="width:{width:.1f}%"></span></span>'
-        f"{_text(cell.text)}"
+        f'<span class="count">{_text(cell.text)}</span>'
     )
 
 

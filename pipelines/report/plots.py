@@ -210,10 +210,10 @@ def lengths(
                 )
                 axes.text(
                     0.995, 0.97 - 0.2 * place, said, transform=axes.transAxes, ha="right", va="top",
-                    color=MUTED if grey else colour, fontsize=10.5,
+                    color=MUTED if grey else colour, fontsize=10,
                 )  # fmt: skip
             axes.set_ylabel(label, rotation=0, ha="right", va="center", color=INK)
-            axes.set_ylim(0, 1.5 * top)
+            axes.set_ylim(0, (1.3 + 0.2 * len(panel)) * top)
             axes.set_yticks([])
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="x", length=3 if index == rows - 1 else 0)
@@ -221,7 +221,8 @@ def lengths(
         grid[-1].set_xlabel("tokens per trace (the last bin holds all longer ones)")
         _counts(grid[-1].xaxis)
 
-    return _draw(520, 70 + 96 * rows, draw)
+    series = max(map(len, panels.values()))
+    return _draw(440, 66 + (74 + 14 * series) * rows, draw)
 
 
 def curves(title: str, rounds: dict[str, dict[str, list[tuple[int, float]]]]) -> str:

@@ -134,15 +134,27 @@ def _open_pipeline(path: Path, label: str) -> Run:
         missing.append("pipeline.json: what else was planned is not known")
     run = Run(path, label, True, settings, missing=missing)
     for number in range(planned + 1):
-        if number > BASE:
-            _look_at_round(run, number)
+        owed = _look_at_round(run, number) if number > BASE else []
         for name in sets:
             folder = path / "eval" / f"{round_name(number).replace(' ', '')}-{name}"
-            owed = _owed_rollouts(f"{round_name(number)}: evaluate {name}", folder)
-            missing += owed
-            if not owed:
+            unmeasured = _owed_rollouts(f"{round_name(number)}: evaluate {name}", folder)
+            if not unmeasured:
                 run.evaluations.setdefault(name, {})[number] = folder
+            owed += unmeasured
+        if number > BASE and len(owed) == 3 + len(sets) and all(map(_is_ahead, owed)):
+            # After a round that has not begun none has.
+            rest = round_name(number) if number == planned else f"rounds {number} to {planned}"
+            missing.append(f"{rest}: not begun")
+            break
+        missing += owed
     return run
+
+
+_NOT_BEGUN = "not begun"
+
+
+def _is_ahead(owed: str) -> bool:
+    return owed.endswith(_NOT_BEGUN)
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
@@ -150,22 +162,23 @@ def _numbered(folder: Path) -> dict[int, Path]:
     return {int(number): p for number, p in found if number.isdigit()}
 
 
-def _look_at_round(run: Run, number: int) -> None:
-    """Adds what there is of a round to `run`, and says what is not."""
+def _look_at_round(run: Run, number: int) -> list[str]:
+    """Adds what there is of a round to `run`, and returns what is not."""
     data, train = run.path / "data" / f"round{number}", run.path / "train" / f"round{number}"
     name = round_name(number)
-    run.missing.extend(_owed_rollouts(f"{name}: rollouts", data))
+    owed = _owed_rollouts(f"{name}: rollouts", data)
     rollouts = count_rows(data, "rollouts")
     if rollouts:
         run.rounds[number] = data
     rewritten = count_rollouts_rewritten(data)
     if rewritten == 0:
-        run.missing.append(f"{name}: rewrite: not begun")
+        owed.append(f"{name}: rewrite: {_NOT_BEGUN}")
     elif rewritten + count_rows(data, "errors", of="distill") < rollouts:
-        run.missing.append(f"{name}: rewrite: {rewritten:,} of {rollouts:,} rollouts")
-    run.missing.extend(_owed_training(f"{name}: train", train))
+        owed.append(f"{name}: rewrite: {rewritten:,} of {rollouts:,} rollouts")
+    owed += _owed_training(f"{name}: train", train)
     if (train / "metrics.jsonl").is_file():
         run.trainings[number] = train
+    return owed
 
 
 def _owed_rollouts(label: str, folder: Path) -> list[str]:
@@ -173,7 +186,7 @@ def _owed_rollouts(label: str, folder: Path) -> list[str]:
     details = stage_info(folder, "rollouts").get("details", {})
     expected = details.get("rows")
     if expected is None:
-        return [f"{label}: not begun"] if not rows else []
+        return [f"{label}: {_NOT_BEGUN}"] if not rows else []
     if rows + count_rows(folder, "errors", of="rollouts") < expected:
         return [f"{label}: {rows:,} of {expected:,} samples"]
     return [] if rows else [f"{label}: all {expected:,} samples failed"]
@@ -183,7 +196,7 @@ def _owed_training(label: str, folder: Path) -> list[str]:
     if (folder / "model").is_dir():
         return []
     if not (folder / "metrics.jsonl").is_file():
-        return [f"{label}: not begun"]
+        return [f"{label}: {_NOT_BEGUN}"]
     steps = sum(1 for record in read_metrics(folder) if "loss" in record)
     return [f"{label}: {steps:,} steps, not finished"]
 

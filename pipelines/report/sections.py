@@ -32,13 +32,12 @@ def single(run: Run) -> Document:
         return _of_training(run)
     measured = figures.evaluations(run)
     funnels = {n: figures.funnel(folder) for n, folder in run.rounds.items()}
-    trainings = {n: figures.training(folder) for n, folder in run.trainings.items()}
     overview: list[Block] = [*_missing([run])]
     if tiles := _tiles(run, measured, funnels):
         overview.append(Tiles(tiles))
     sections = [
         Section("overview", "Overview", overview),
-        *_sections(run, measured, funnels, trainings, "", 2),
+        *_sections(run, measured, funnels, "", 2),
     ]
     name = str(run.settings.get("name", run.label))
     return Document(f"{name}: {run.label}", _subtitle(run), sections)
@@ -48,7 +47,6 @@ def _sections(
     run: Run,
     measured: list[Evaluation],
     funnels: dict[int, Funnel],
-    trainings: dict[int, Training],
     prefix: str,
     level: int,
 ) -> Iterator[Section]:
@@ -62,7 +60,7 @@ def _sections(
         yield from section("accuracy", "Accuracy and length", list(results(measured)))
     yield from section("lengths", "How long the traces are", list(lengths(run)))
     yield from section("funnel", "From prompts to kept rewrites", list(funnel_tables(funnels)))
-    yield from section("training", "Training", list(training_curves(trainings)))
+    yield from section("training", "Training", list(training_curves(_trainings(run))))
     yield from section("rewrites", "Drafts and their rewrites", list(_rewrites(run)))
     yield from section("answers", "Before and after", list(_before_and_after(run)))
     yield from section("worst", "Where it went wrong", list(_worst(run)))
@@ -81,18 +79,17 @@ def several(runs: list[Run]) -> Document:
     for index, run in enumerate(runs):
         prefix = f"run-{index}-"
         funnels = {n: figures.funnel(folder) for n, folder in run.rounds.items()}
-        trainings = {n: figures.training(folder) for n, folder in run.trainings.items()}
         blocks: list[Block] = []
         if tiles := _tiles(run, by_run[run.label], funnels):
             blocks.append(Tiles(tiles))
         sections.append(Section(f"run-{index}", f"Run {run.label}", blocks))
-        sections += _sections(run, by_run[run.label], funnels, trainings, prefix, 3)
+        sections += _sections(run, by_run[run.label], funnels, prefix, 3)
     names = dict.fromkeys(str(run.settings.get("name", run.label)) for run in runs)
     return Document(f"{', '.join(names)}: {len(runs)} runs", ", ".join(by_run), sections)
 
 
 def _of_training(run: Run) -> Document:
-    trainings = {n: figures.training(folder) for n, folder in run.trainings.items()}
+    trainings = _trainings(run)
     sections = [
         Section("overview", "Overview", [*_missing([run]), *training_tiles(trainings)]),
         Section("training", "Training", list(training_curves(trainings))),
@@ -105,6 +102,14 @@ def _of_training(run: Run) -> Document:
         f"Student {student}",
         [section for section in sections if section.blocks or section.anchor == "overview"],
     )
+
+
+def _trainings(run: Run) -> dict[str, Training]:
+    """With their names on the page."""
+    return {
+        round_name(n) if run.is_pipeline else run.label: figures.training(folder)
+        for n, folder in run.trainings.items()
+    }
 
 
 # -- overview -----------------------------------------------------------------------------------
@@ -129,7 +134,8 @@ def _missing(runs: list[Run]) -> Iterator[Block]:
         f"{run.label}: {line}" if len(runs) > 1 else line for run in runs for line in run.missing
     ]
     if lines:
-        yield Notice("This run is not complete. What is there is shown; missing are:", lines)
+        which = "This run is not" if len(runs) == 1 else "Not all of these runs are"
+        yield Notice(f"{which} complete. What is there is shown; what is missing:", lines)
 
 
 def _tiles(run: Run, measured: list[Evaluation], funnels: dict[int, Funnel]) -> list[Tile]:
@@ -223,8 +229,8 @@ def _worst(run: Run) -> Iterator[Block]:
     lost = examples.answers_lost(base, last, name)
     if lost is not None:
         yield Paragraph(
-            f"Of {lost.problems:,} problems ({run.headline}) {name} answers {lost.lost:,} less often"
-            f" rightly than the base, and {lost.won:,} more often."
+            f"Of {lost.problems:,} problems ({run.headline}) {name} answers {lost.lost:,} rightly"
+            f" less often than the base, and {lost.won:,} more often."
         )
         if lost.examples:
             intro = "The problems that fell furthest: a right sample of the base, a wrong one now."
