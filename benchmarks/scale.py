@@ -304,7 +304,8 @@ def run_of(path: Path) -> Path:
             evaluation = RoundDir(run / "eval" / name)
             evaluation.path.mkdir(parents=True)
             adopt(evaluation, RoundDir(path), "rollouts", EVALUATION_SHARDS)
-        settings = {"name": "scale", "rounds": 1, "evaluation": [{"name": "test"}]}
+        settings = {"name": "scale", "student": "synthetic", "teacher": "synthetic", "seed": 0}
+        settings |= {"rounds": 1, "evaluation": [{"name": "test"}]}
         (run / "pipeline.json").write_text(json.dumps(settings))
     return run
 

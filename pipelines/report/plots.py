@@ -122,10 +122,12 @@ def _counts(axis: Any) -> None:
 def pareto(title: str, lines: dict[str, list[Point]], wide: bool) -> str:
     """Accuracy against mean tokens with their intervals: each line of points a run, its first the
     base. Up and to the left is better."""
+    size = (620, 380) if wide else (360, 300)
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         axes.grid(True)
+        named: list[tuple[str, Point, str]] = []
         for (label, points), colour in zip(lines.items(), itertools.cycle(SERIES), strict=False):
             axes.plot(
                 [p.tokens for p in points],
@@ -141,8 +143,9 @@ def pareto(title: str, lines: dict[str, list[Point]], wide: bool) -> str:
                 _cross(axes, point, shade, hollow=is_base)
                 if len(lines) == 1 or index == len(points) - 1:
                     name = point.label if len(lines) == 1 else label
-                    _label(axes, name, point, shade if not is_base else MUTED)
+                    named.append((name, point, MUTED if is_base else shade))
         axes.margins(x=0.16, y=0.14)
+        _label(axes, named, (0.85 * size[0], 0.8 * size[1]))
         axes.set_title(title)
         axes.set_xlabel("mean tokens per trace")
         axes.set_ylabel("accuracy")
@@ -150,7 +153,7 @@ def pareto(title: str, lines: dict[str, list[Point]], wide: bool) -> str:
         low, high = axes.get_ylim()
         _percent(axes.yaxis, high - low)
 
-    return _draw(620 if wide else 360, 380 if wide else 300, draw)
+    return _draw(*size, draw)
 
 
 def _cross(axes: Any, point: Point, colour: str, hollow: bool) -> None:
@@ -168,16 +171,38 @@ def _cross(axes: Any, point: Point, colour: str, hollow: bool) -> None:
     )
 
 
-def _label(axes: Any, name: str, point: Point, colour: str) -> None:
-    axes.annotate(
-        name,
-        (point.tokens, point.accuracy),
-        xytext=(9, 7),
-        textcoords="offset points",
-        color=colour,
-        fontweight="bold",
-        zorder=5,
-    )
+# Where a label may stand, as seen from its point: the first place that is free.
+_PLACES = ((9, 7), (9, -17), (-9, 7), (-9, -17), (9, 22), (9, -32), (-9, 22), (-9, -32))
+_LETTER, _LINE = 7.0, 13.0  # of a bold label, in pixels, about
+
+
+def _label(axes: Any, named: list[tuple[str, Point, str]], size: tuple[float, float]) -> None:
+    """Names points side by side and not on one another; `size` of the axes in pixels, about."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    taken: list[tuple[float, float, float]] = []  # left, right and bottom of a label
+    for name, point, colour in named:
+        x = (point.tokens - left) / (right - left) * size[0]
+        y = (point.accuracy - low) / (high - low) * size[1]
+        width = _LETTER * len(name)
+        for dx, dy in _PLACES:
+            start = x + dx if dx > 0 else x + dx - width
+            box = (start, start + width, y + dy)
+            inside = start >= 0 and box[1] <= size[0] and box[2] >= 0
+            if inside and not any(
+                box[0] < b[1] and b[0] < box[1] and abs(box[2] - b[2]) < _LINE for b in taken
+            ):
+                break
+        taken.append(box)
+        axes.annotate(
+            name,
+            (point.tokens, point.accuracy),
+            xytext=(dx, dy),
+            textcoords="offset points",
+            ha="left" if dx > 0 else "right",
+            color=colour,
+            fontweight="bold",
+            zorder=5,
+        )
 
 
 def lengths(
