@@ -40,6 +40,10 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# Of the tests alone.
+.venv/.browser: .venv/.installed scripts/browser.sh tests/browser.py
+	./scripts/browser.sh
+
+test: lint .venv/.browser
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(KERNELS:%=--ignore=%)

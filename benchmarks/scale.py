@@ -48,6 +48,8 @@ PROMPT_TOKENS = 6
 K = 8
 STATUSES = ("ok", "ok", "longer", "answer_changed")
 METADATA = {
+    "student": {"name": "synthetic", "version": "0"},
+    "teacher": {"name": "synthetic", "version": "0"},
     "tokenizer": "synthetic",
     "vocab_size": VOCAB,
     "eos_token_id": END,
@@ -86,6 +88,7 @@ shards.identity()
 packs, _ = split_packs(shards, TrainConfig(shards=[path], student="", out=path))
 print(shards.num_rows, "rows in", len(packs), "packs")
 """
+EVALUATION_SHARDS = 4  # of the run that is reported on: its round's first, as base and as newest
 HEAD = "from benchmarks.scale import *; path = Path({path!r}); shards = {shards}\n"
 
 
@@ -288,7 +291,24 @@ def commands(path: Path, shards: int) -> dict[str, list[str]]:
         "mpd-gen stats": [*gen, "stats", str(path)],
         "mpd-gen validate": [*gen, "validate", str(path)],
         "the trainer's plan": [sys.executable, "-c", head + TRAINING],
+        "mpd-report": [sys.executable, "-m", "pipelines.report.cli", str(run_of(path))],
     }
+
+
+def run_of(path: Path) -> Path:
+    """A run of mpd-rounds whose one round is the one at `path`, made where it is not there yet."""
+    run = path.with_name(f"run-{path.name}")
+    if not run.exists():
+        (run / "data").mkdir(parents=True)
+        (run / "data" / "round1").symlink_to(path.resolve())
+        for name in ("base-test", "round1-test"):
+            evaluation = RoundDir(run / "eval" / name)
+            evaluation.path.mkdir(parents=True)
+            adopt(evaluation, RoundDir(path), "rollouts", EVALUATION_SHARDS)
+        settings = {"name": "scale", "student": "synthetic", "teacher": "synthetic", "seed": 0}
+        settings |= {"rounds": 1, "evaluation": [{"name": "test"}]}
+        (run / "pipeline.json").write_text(json.dumps(settings))
+    return run
 
 
 def growth(rows: list[int], values: list[float]) -> str:

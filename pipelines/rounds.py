@@ -303,6 +303,7 @@ def cli(
         summary = run_pipeline(load_pipeline(pipeline, overrides), out)
         show(summary)
         click.echo(f"wrote {out / 'summary.json'} and {out / 'lengths.png'}", err=True)
+        click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
         if summary["failed_rows"]:
             click.echo(f"some rows failed; see {out}/*/*/errors/*.parquet", err=True)
             raise click.exceptions.Exit(EXIT_FAILED_ROWS)
@@ -313,6 +314,7 @@ def cli(
         summaries.append(run_pipeline(chosen, out / f"seed{seed}"))
     write_json_atomic(out / "seeds.json", summaries)
     click.echo(f"\n{_seeds_table(summaries)}\nwrote {out / 'seeds.json'}", err=True)
+    click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
 
 
 def main() -> None:

@@ -20,6 +20,14 @@ class EvaluationSet(Strict):
     rollouts: dict[str, Any]
 
 
+class Licenses(Strict):
+    """What the report's data card says of what the shards are made from, where it is known."""
+
+    student: str | None = None
+    teacher: str | None = None
+    prompts: str | None = None
+
+
 class Pipeline(Strict):
     """A pipeline file. The sections hold the settings of their commands; what a round decides
     (models, folders, round number) is not theirs to set. Paths are relative to where the
@@ -36,6 +44,7 @@ class Pipeline(Strict):
     seed: int = 0
     parallel_evaluations: int = Field(1, ge=1)
     environment: dict[str, str] = Field(default_factory=dict)
+    licenses: Licenses = Licenses()
     rollouts: dict[str, Any]
     rewrite: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)

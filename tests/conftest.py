@@ -25,6 +25,7 @@ MODULES = {
     "mpd-train": "mpd_train.cli",
     "mpd-rounds": "pipelines.rounds",
     "mpd-study": "pipelines.study",
+    "mpd-report": "pipelines.report.cli",
 }
 
 

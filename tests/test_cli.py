@@ -33,8 +33,10 @@ def modules_after(code):
         ("mpd_data.cli", ["rollouts", "--help"]),
         ("mpd_data.cli", ["rewrite", "--help"]),
         ("mpd_data.cli", ["init", "--help"]),
+        ("mpd_data.cli", ["contamination", "--help"]),
         ("mpd_train.cli", ["--help"]),
         ("pipelines.rounds", ["--help"]),
+        ("pipelines.report.cli", ["--help"]),
     ],
 )
 def test_help_loads_nothing_heavy(module, arguments_):
@@ -50,6 +52,16 @@ def test_inspection_loads_nothing_heavy(round_dir, name):
     code = (
         "from mpd_data.cli import cli\n"
         f"try: cli.main([{name!r}, {str(round_dir)!r}])\nexcept SystemExit as e: assert not e.code"
+    )
+    assert modules_after(code) == set()
+
+
+def test_a_contamination_check_loads_nothing_heavy(prompts):
+    paths = ["--prompts", str(prompts), "--against", str(prompts)]
+    code = (
+        "from mpd_data.cli import cli\n"
+        f"try: cli.main(['contamination', *{paths!r}])\n"
+        "except SystemExit as e: assert not e.code"
     )
     assert modules_after(code) == set()
 
@@ -187,6 +199,7 @@ def test_completion_code_names_the_commands(shell, spelled):
     assert "_MPD_GEN_COMPLETE" in said
     assert "_MPD_TRAIN_COMPLETE" in said
     assert "_MPD_ROUNDS_COMPLETE" in said
+    assert "_MPD_REPORT_COMPLETE" in said
 
 
 @pytest.mark.parametrize("program", ["mpd-train", "mpd-rounds"])

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from mpd_data.cli import cli as gen
 from mpd_train.cli import cli as train
+from pipelines.report.cli import cli as report
 from pipelines.rounds import cli as rounds
 
 # The commands and their options (arguments in capitals) that a test is the one for.
@@ -25,6 +26,12 @@ TESTS = {
     },
     "tests/test_distributed.py": {
         "test_a_teacher_is_taken_to_the_cpu_when_told": {"mpd-train": "--teacher-offload"},
+    },
+    "tests/test_contamination.py": {
+        "test_the_command_reports_what_it_found": {
+            "mpd-gen contamination": "--prompts --against --prompt-column --id-column"
+            " --against-prompt-column --against-id-column --n --fail-above --json",
+        },
     },
     "tests/test_filters.py": {
         "test_refilter_chooses_anew_and_goes_back_without_scoring": {
@@ -96,6 +103,10 @@ TESTS = {
             "mpd-gen rollouts": "--ray",
             "mpd-gen rewrite": "--ray",
         },
+    },
+    "tests/test_report.py": {
+        "test_several_runs_are_compared": {"mpd-report": "PATHS"},
+        "test_the_same_run_gives_the_same_bytes": {"mpd-report": "--out"},
     },
     "tests/test_rounds.py": {
         "test_seeds_are_run_apart_and_compared": {"mpd-rounds": "--seeds"},
@@ -222,7 +233,7 @@ for file, functions in TESTS.items():
                 EXERCISED[command, option].append(f"{file}::{function}")
 
 COMMANDS = {f"mpd-gen {name}": command for name, command in gen.commands.items()}
-COMMANDS |= {"mpd-gen": gen, "mpd-train": train, "mpd-rounds": rounds}
+COMMANDS |= {"mpd-gen": gen, "mpd-train": train, "mpd-rounds": rounds, "mpd-report": report}
 
 
 def spelled(parameter):

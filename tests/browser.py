@@ -1,0 +1,32 @@
+"""The browser in which the tests open pages: python tests/browser.py prints its path, or how to get
+one."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+NAMES = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome")
+HOW = (
+    "No Chromium here. As root: apt-get install chromium; else .venv/bin/python -m playwright"
+    " install --only-shell chromium, or put a `chromium` on PATH."
+)
+
+
+def find_browser(own):
+    """A Chromium of this machine, or playwright's `own` where it has been downloaded; else None."""
+    for name in NAMES:
+        if (path := shutil.which(name)) is not None:
+            return path
+    return own if Path(own).exists() else None
+
+
+if __name__ == "__main__":
+    with sync_playwright() as playwright:
+        path = find_browser(playwright.chromium.executable_path)
+        if path is None:
+            sys.exit(HOW)
+        # A stub that only names another package's installer is no browser.
+        playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]).close()
+    print(path)

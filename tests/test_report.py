@@ -1,0 +1,584 @@
+"""`mpd-report` on a real run: its figures against the rows, and its page in a real browser."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from browser import HOW, find_browser
+from conftest import STUDENT, TEACHER, edit_rows, invoke, run, write_jsonl
+from playwright.sync_api import sync_playwright
+
+from mpd_data.compare import compare
+from mpd_data.errors import ConfigError, DataError
+from pipelines.report.cli import cli
+from pipelines.report.examples import shortened, word_diff
+from pipelines.report.write import write_report
+
+FILES = ["report.html", "report.md", "data_card.md"]
+HOSTILE = (
+    "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202e$x^2$ | `a` *b*"
+)
+
+PIPELINE = """
+name = "tiny"
+student = "{student}"
+teacher = "{teacher}"
+rounds = 1
+[environment]
+OMP_NUM_THREADS = "1"
+HF_HUB_OFFLINE = "1"
+[rollouts]
+prompts = ["{prompts}"]
+num_prompts = 12
+num_samples = 4
+id_column = "id"
+answer_column = "answer"
+metadata_columns = ["family"]
+sampling = {{ temperature = 1.0, max_tokens = 200 }}
+engine = {{ dtype = "float32", backend = "transformers" }}
+[rewrite]
+template = "pipelines/pocket/rewrite.toml"
+score_context = "rewrite"
+sampling = {{ max_tokens = 200 }}
+engine = {{ dtype = "float32", backend = "transformers" }}
+[train]
+pack_length = 1024
+optimizer = {{ learning_rate = 2e-3 }}
+validation = {{ validation_fraction = 0.2, eval_steps = 1 }}
+[[evaluation]]
+name = "test"
+[evaluation.rollouts]
+prompts = ["{prompts}"]
+num_prompts = 12
+num_samples = 4
+id_column = "id"
+answer_column = "answer"
+sampling = {{ temperature = 1.0, max_tokens = 200 }}
+engine = {{ dtype = "float32", backend = "transformers" }}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(prompts, tmp_path_factory):
+    """A small run by the real commands. Read it, never write it."""
+    folder = tmp_path_factory.mktemp("report")
+    text = PIPELINE.format(student=STUDENT, teacher=TEACHER, prompts=prompts)
+    (folder / "tiny.toml").write_text(text)
+    said = run("mpd-rounds", folder / "tiny.toml", "--out", folder / "made").stderr
+    assert f"mpd-report {folder / 'made'} draws the report" in said
+    return folder / "made"
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def longer(made, tmp_path_factory):
+    """The run with a second round, which is the first one's rows again with other lengths."""
+    folder = tmp_path_factory.mktemp("longer") / "run"
+    shutil.copytree(made, folder)
+    for place, one, two in (
+        ("data", "round1", "round2"),
+        ("train", "round1", "round2"),
+        ("eval", "round1-test", "round2-test"),
+    ):
+        shutil.copytree(folder / place / one, folder / place / two)
+
+    def change(row):
+        row["num_completion_tokens"] = 2 * row["num_completion_tokens"] + 1
+
+    edit_rows(folder / "eval" / "round2-test", "rollouts", change)
+    settings = json.loads((folder / "pipeline.json").read_text())
+    (folder / "pipeline.json").write_text(json.dumps({**settings, "rounds": 2}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        path = find_browser(playwright.chromium.executable_path)
+        if path is None:
+            # Where nobody reads what was skipped, a skipped test is none.
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(HOW)
+        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+class Page(HTMLParser):
+    """The elements of a page and its text, as a browser's parser would take them."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def report(path, out):
+    assert invoke(cli, path, "--out", out) == 0
+    return {name: (out / name).read_text(encoding="utf-8") for name in FILES}
+
+
+def table(text, caption):
+    """The cells of a table of the Markdown, by the first of each line."""
+    lines = text.partition(f"**{caption}**\n\n")[2].partition("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: dict(zip(cells[0][1:], row[1:], strict=True)) for row in cells[2:]}
+
+
+def rows(folder, stage):
+    return pl.read_parquet(folder / stage / "*.parquet")
+
+
+def test_figures_are_those_of_the_rows(made, tmp_path):
+    text = report(made, tmp_path)["report.md"]
+    rollouts, distill = (rows(made / "data" / "round1", s) for s in ("rollouts", "distill"))
+    kept = distill.filter(pl.col("status") == "ok")
+    assert 0 < kept.height < distill.height
+
+    left = {
+        name: cells["round 1"]
+        for name, cells in table(text, "What is left after each stage").items()
+    }
+    assert left["prompts"] == str(rollouts["prompt_id"].n_unique())
+    whole = rollouts.filter(pl.col("finish_reason") == "stop").height
+    answered = distill["rewrite"].is_not_null().sum()
+    for name, count in (("not cut off", whole), ("rewrites", answered), ("kept", kept.height)):
+        assert left[name] == f"{count} · {100 * count / rollouts.height:.1f}%"
+    rejected = table(text, "Why rewrites were rejected")
+    counts = dict(distill.filter(pl.col("status") != "ok")["status"].value_counts().iter_rows())
+    assert {name.replace("\\", "").partition(":")[0] for name in rejected} == set(counts)
+    for name, cells in rejected.items():
+        count = counts[name.replace("\\", "").partition(":")[0]]
+        assert cells["round 1"].startswith(f"{count} · ")
+
+    result = compare(made / "eval" / "base-test", made / "eval" / "round1-test")
+    line = table(text, "test: results")["round 1"]
+    low, high = (100 * bound for bound in result["token_reduction_interval"])
+    assert line["saved \\[95%\\]"] == (
+        f"{100 * result['token_reduction']:.1f}% \\[{low:.1f}, {high:.1f}\\]".replace("-", "\u2212")
+    )
+    assert line["mean tokens \\[95%\\]"].startswith(f"{result['new']['mean_tokens']:.1f} ")
+    assert line["accuracy \\[95%\\]"].startswith(f"{100 * result['new']['accuracy']:.1f}% ")
+
+    lengths = table(text, "Tokens per trace")
+    for label, column in (
+        ("test, base", rows(made / "eval" / "base-test", "rollouts")["num_completion_tokens"]),
+        ("round 1, drafts", rollouts["num_completion_tokens"]),
+        ("round 1, kept rewrites", kept["num_rewritten_tokens"]),
+    ):
+        values = sorted(column)
+        assert lengths[label] == {
+            "traces": str(len(values)),
+            "mean": f"{sum(values) / len(values):.1f}",
+            # Of an even number of samples the upper one, as numpy rounds a rank of one half up.
+            "median": str(values[int(0.5 * (len(values) - 1) + 0.5)]),
+            "95%": str(values[int(0.95 * (len(values) - 1) + 0.5)]),
+            "longest": str(values[-1]),
+        }
+    metrics = [
+        json.loads(x) for x in (made / "train/round1/metrics.jsonl").read_text().splitlines()
+    ]
+    losses = [record["loss"] for record in metrics if "loss" in record]
+    trained = table(text, "Trainings")["round 1"]
+    assert trained["steps"] == str(len(losses))
+    assert trained["loss"] == f"{losses[0]:.4g} → {losses[-1]:.4g}"
+    assert "→" in trained["validation loss"]
+
+
+def test_the_same_run_gives_the_same_bytes(made, tmp_path, monkeypatch):
+    for seed in ("1", "2"):
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        run("mpd-report", made, "--out", tmp_path / seed)
+    for name in FILES:
+        first = (tmp_path / "1" / name).read_bytes()
+        assert first == (tmp_path / "2" / name).read_bytes()
+        assert len(first) > 1000
+
+
+def test_no_engine_is_loaded(made, tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom pipelines.report.write import write_report\n"
+        "write_report([Path(sys.argv[1])], Path(sys.argv[2]))\n"
+        "print(*{'torch', 'transformers', 'vllm'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, str(made), str(tmp_path)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "\n"
+
+
+def test_token_lists_are_not_read(copied, tmp_path):
+    """They are most of a round: here reading them would fail."""
+    before = report(copied, tmp_path / "before")
+    spoiled = 0
+    for file in copied.glob("*/*/*/*.parquet"):
+        metadata, content = pq.read_metadata(file), bytearray(file.read_bytes())
+        for group in range(metadata.num_row_groups):
+            for index in range(metadata.num_columns):
+                column = metadata.row_group(group).column(index)
+                if ".list." in column.path_in_schema:
+                    start = column.dictionary_page_offset or column.data_page_offset
+                    content[start : start + column.total_compressed_size] = bytes(
+                        column.total_compressed_size
+                    )
+                    spoiled += 1
+        file.write_bytes(content)
+    assert spoiled > 10
+    with pytest.raises(Exception):  # noqa: B017, whatever Polars makes of it
+        rows(copied / "data" / "round1", "distill")
+    assert report(copied, tmp_path / "after") == before
+
+
+def test_hostile_text_stays_text(longer, tmp_path, browser):
+    folder = tmp_path / f"{HOSTILE.replace('/', '')}"
+    shutil.copytree(longer, folder)
+
+    def spoil(row):
+        for name in ("problem", "completion", "rewrite", "gold_answer"):
+            if row.get(name) is not None:
+                row[name] = f"{row[name]} {HOSTILE}"
+
+    for place in ("data/round1", "data/round2", "eval/base-test", "eval/round2-test"):
+        edit_rows(folder / place, "rollouts", spoil)
+        if place.startswith("data"):
+            edit_rows(folder / place, "distill", spoil)
+    settings = json.loads((folder / "pipeline.json").read_text())
+    settings |= {"name": HOSTILE, "licenses": {"prompts": HOSTILE}}
+    (folder / "pipeline.json").write_text(json.dumps(settings))
+    out = tmp_path / "out"
+    texts = report(folder, out)
+    # Two runs, so that the folder's name stands in the plot.
+    write_report([folder, longer], tmp_path / "both")
+    for page in (out / "report.html", tmp_path / "both" / "report.html"):
+        found = Page(page)
+        assert not {tag for tag, _ in found.tags} & {"script", "img", "iframe", "link", "object"}
+        assert not any(name.startswith("on") for _, of in found.tags for name in of)
+        # In the page's markup, and in its attributes, it is there as text.
+        assert "<img src=x onerror=alert(2)>" in found.text
+        assert "$x^2$" in found.text
+        for text in (page.read_text(encoding="utf-8"), *texts.values()):
+            assert not set(text) & {"\x1b", "\u202e"}
+        tab = browser.new_page()
+        alerts = []
+        tab.on("dialog", lambda dialog, alerts=alerts: (alerts.append(1), dialog.dismiss()))
+        tab.goto(page.as_uri())
+        assert tab.evaluate("document.scripts.length + document.images.length") == 0
+        assert not alerts
+        tab.close()
+    prose = re.sub(r"^```.*?^```", "", texts["report.md"], flags=re.DOTALL | re.MULTILINE)
+    assert "img src=x" in prose
+    assert not re.search(r"(?<!\\)<", prose)
+    assert "\\| \\`a\\` \\*b\\*" in texts["data_card.md"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_in_a_browser(longer, tmp_path, browser, width, scheme):
+    report(longer, tmp_path)
+    tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    said, asked = [], []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("request", lambda request: asked.append(request.url))
+    page = (tmp_path / "report.html").as_uri()
+    tab.goto(page, wait_until="networkidle")
+    assert said == []
+    assert asked == [page]
+    wide = "Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)"
+    assert tab.evaluate(wide) <= width
+    # What is wider than the page scrolls in a box of its own.
+    assert tab.evaluate(
+        """[...document.querySelectorAll('table, svg, pre, .trace')].every(e => {
+             const box = (e.closest('.scroll') || e).getBoundingClientRect();
+             return box.left >= 0 && box.right <= document.documentElement.clientWidth; })"""
+    )
+    assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    plots = tab.evaluate(
+        """[...document.querySelectorAll('svg')].map(s => {
+             const box = s.getBoundingClientRect(), drawn = s.getBBox();
+             return [box.width, box.height, drawn.width, drawn.height,
+                     s.getAttribute('role') === 'img' && s.getAttribute('aria-label').length,
+                     s.querySelectorAll('path').length]; })"""
+    )
+    assert len(plots) >= 9
+    assert all(min(numbers) > 4 for numbers in plots)
+    # Text keeps its contrast in either scheme (WCAG AA).
+    assert tab.evaluate(CONTRASTS) == []
+    levels = [
+        int(tag[1]) for tag, _ in Page(tmp_path / "report.html").tags if re.match(r"h\d", tag)
+    ]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in pairwise(levels))
+    tab.close()
+
+
+# Texts of the page whose colour is too near to what is behind them.
+CONTRASTS = """() => {
+  const part = c => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number).map(part);
+                       return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const clear = c => c === 'transparent' || c.endsWith(', 0)');
+  const behind = e => { for (; e; e = e.parentElement) {
+    const c = getComputedStyle(e).backgroundColor;
+    if (!clear(c)) return c; } return 'rgb(255, 255, 255)'; };
+  const bad = [];
+  for (const e of document.querySelectorAll('body *')) {
+    const own = [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+    if (!own || e.tagName === 'STYLE') continue;
+    const style = getComputedStyle(e);
+    const colour = e.namespaceURI.endsWith('svg') ? style.fill : style.color;
+    const [a, b] = [light(colour), light(behind(e))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) bad.push([e.tagName, e.textContent.slice(0, 30), colour, ratio]);
+  }
+  return bad; }"""
+
+
+def test_the_page_on_paper(longer, tmp_path, browser):
+    report(longer, tmp_path)
+    tab = browser.new_page(color_scheme="dark")
+    tab.goto((tmp_path / "report.html").as_uri())
+    tab.emulate_media(media="print")
+    style = tab.evaluate(
+        """(() => { const s = getComputedStyle(document.documentElement);
+             return [s.color, s.backgroundColor]; })()"""
+    )
+    assert style == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
+    # As wide as A4 without its margins: nothing is cut off, and nothing left to scroll to.
+    tab.set_viewport_size({"width": 688, "height": 900})
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 688
+    assert (
+        tab.evaluate(
+            """[...document.querySelectorAll('table, pre, .trace-text')].filter(e =>
+             e.getBoundingClientRect().right > 689 || e.scrollHeight > e.clientHeight + 1)
+           .map(e => e.textContent.slice(0, 60))"""
+        )
+        == []
+    )
+    printed = tab.pdf(format="A4")
+    assert printed.startswith(b"%PDF")
+    assert len(re.findall(rb"/Type\s*/Page\b", printed)) >= 3
+    tab.close()
+
+
+def test_plots_are_whole_xml_with_their_labels(longer, tmp_path):
+    html = report(longer, tmp_path)["report.html"]
+    plots = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(plots) >= 9
+    identifiers = []
+    for plot in plots:
+        root = ElementTree.fromstring(plot.replace("xlink:href", "href"))
+        identifiers += [e.get("id") for e in root.iter() if e.get("id")]
+        used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", plot))
+        assert used <= {e.get("id") for e in root.iter()}
+    assert len(set(identifiers)) == len(identifiers)
+    pareto = next(plot for plot in plots if "mean tokens per trace" in plot)
+    assert all(f">{label}</text>" in pareto for label in ("base", "round 1", "round 2"))
+    assert "var(--base)" in pareto
+    assert not re.search(r"(fill|stroke): #", pareto)
+
+
+def test_a_run_that_was_killed_is_shown_with_what_is_missing(longer, tmp_path):
+    folder = shutil.copytree(longer, tmp_path / "killed")
+    shutil.rmtree(folder / "eval" / "round2-test")
+    shutil.rmtree(folder / "train" / "round2" / "model")
+    shutil.rmtree(folder / "data" / "round2" / "distill")
+    metrics = folder / "train" / "round2" / "metrics.jsonl"
+    first = metrics.read_text().splitlines()[0]
+    metrics.write_text(f'{first}\n{{"step": 2, "lo')
+    details = folder / "data" / "round1" / "run.json"
+    info = json.loads(details.read_text())
+    info["stages"]["rollouts"]["details"]["rows"] = 50
+    details.write_text(json.dumps(info))
+    text = report(folder, tmp_path / "out")["report.md"]
+    assert re.findall(r"^> \* (.*)$", text, re.MULTILINE) == [
+        "round 1: rollouts: 48 of 50 samples",
+        "round 2: rewrite: not begun",
+        "round 2: train: 1 steps, not finished",
+        "round 2: evaluate test: not begun",
+    ]
+    assert "round 1" in table(text, "test: results")
+    assert table(text, "Trainings")["round 2"]["steps"] == "1"
+    # Of a run that has only begun there is its plan.
+    shutil.rmtree(tmp_path / "out")
+    for name in ("data", "train", "eval"):
+        shutil.rmtree(folder / name)
+    text = report(folder, tmp_path / "out")["report.md"]
+    assert "> * base: evaluate test: not begun\n> * rounds 1 to 2: not begun" in text
+    metrics = folder / "train" / "round1" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text("not JSON\n")
+    with pytest.raises(DataError, match=r"metrics.jsonl, line 1: not JSON"):
+        write_report([folder], tmp_path / "out")
+
+
+def test_a_training_alone(made, tmp_path):
+    found = write_report([made / "train" / "round1"], tmp_path)
+    assert [path.name for path in found] == ["report.html", "report.md"]
+    html, text = (path.read_text(encoding="utf-8") for path in found)
+    assert table(text, "run.json")["pack\\_length"] == {"value": "1024"}
+    titles = re.findall(r'<svg role="img" aria-label="([^,]*), ', html)
+    assert titles[:2] == ["loss", "divergence"]
+    assert "gradient norm" in titles
+
+
+def test_several_runs_are_compared(made, longer, tmp_path):
+    settings = json.loads((longer / "pipeline.json").read_text())
+    seeds = tmp_path / "seeds"
+    for seed in (0, 1):
+        shutil.copytree(longer, seeds / f"seed{seed}")
+        (seeds / f"seed{seed}" / "pipeline.json").write_text(json.dumps({**settings, "seed": seed}))
+    # The folder of seeds stands for them.
+    assert invoke(cli, seeds) == 0
+    text = (seeds / "report" / "report.md").read_text(encoding="utf-8")
+    assert table(text, "Settings that differ") == {"seed": {"seed0": "0", "seed1": "1"}}
+    results = text.partition("**test: results**")[2].partition("\n\nIntervals")[0]
+    assert re.findall(r"\| (seed\d) \| ([^|]*) \|", results) == [
+        (f"seed{seed}", model) for seed in (0, 1) for model in ("base", "round 1", "round 2")
+    ]
+    html = (seeds / "report" / "report.html").read_text(encoding="utf-8")
+    pareto = next(p for p in re.findall(r"<svg.*?</svg>", html, re.DOTALL) if "mean tokens" in p)
+    assert all(f">seed{seed}</text>" in pareto for seed in (0, 1))
+    anchors = [of["id"] for _, of in Page(seeds / "report" / "report.html").tags if "id" in of]
+    sections = [anchor for anchor in anchors if anchor.startswith("run-")]
+    assert len(set(sections)) == len(sections) > 10
+    assert "Shards of seed1" in (seeds / "report" / "data_card.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "paths, message",
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        (["data/round1"], "the folder of a round, not of a run"),
+        (["data"], "not a run. Expected the OUT of mpd-rounds"),
+        (["", "."], "given twice"),
+        (["", "train/round1"], "the folder of a training"),
+    ],
+)
+def test_what_is_no_run_is_refused(made, tmp_path, paths, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        write_report([made / path for path in paths], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_runs_need_a_place(made):
+    with pytest.raises(ConfigError, match="--out is needed"):
+        write_report([made, made])
+
+
+def test_damaged_files_are_named(copied, tmp_path):
+    (file,) = (copied / "data" / "round1" / "distill").glob("*.parquet")
+    file.write_bytes(file.read_bytes()[:-100])
+    said = run("mpd-report", copied, "--out", tmp_path / "out", code=1).stderr
+    assert f"{file}: not a whole Parquet file" in said
+    (copied / "pipeline.json").write_text("{")
+    said = run("mpd-report", copied, "--out", tmp_path / "out", code=1).stderr
+    assert "pipeline.json: not JSON" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_data_card(made, copied, tmp_path):
+    text = report(made, tmp_path / "before")["data_card.md"]
+    licences = table(text, "Licences")
+    assert {part: of["licence"] for part, of in licences.items()} == dict.fromkeys(
+        ("student", "teacher", "prompts"), "not declared"
+    )
+    # The same prompts are trained on and measured with here.
+    found = table(text, "Evaluation prompts among the training prompts")["test"]
+    assert found["evaluation prompts"] == "12"
+    train, test = (rows(made / place, "rollouts")["prompt_id"].unique() for place in
+                   ("data/round1", "eval/base-test"))  # fmt: skip
+    assert int(found["the same"]) >= len(set(train) & set(test)) > 0
+    models = text.partition("**Models**")[2]
+    metadata = json.loads(
+        pq.read_metadata(next((made / "data/round1/distill").glob("*.parquet"))).metadata[b"mpd"]
+    )
+    assert metadata["teacher"]["version"] in models
+    code = re.search(r"```python\n(.*?)\n```", text, re.DOTALL)[1]
+    names = {}
+    exec(code, names)  # noqa: S102, as a reader of the card would
+    distill = rows(made / "data" / "round1", "distill")
+    assert names["kept"].height == distill.filter(pl.col("status") == "ok").height
+
+    model = shutil.copytree(STUDENT, tmp_path / "student")
+    (model / "README.md").write_text("---\nlicense: 'mit'\ntags: [a]\n---\nlicense: none\n")
+
+    info_files = sorted((copied / "data" / "round1" / "distill").glob("*.parquet"))
+    for file in info_files:
+        shard = pq.read_table(file)
+        of = json.loads(shard.schema.metadata[b"mpd"])
+        of["student"]["name"] = str(model)
+        pq.write_table(shard.replace_schema_metadata({b"mpd": json.dumps(of).encode()}), file)
+    settings = json.loads((copied / "pipeline.json").read_text())
+    settings["licenses"] = {"prompts": "CC-BY-4.0", "student": None, "teacher": None}
+    (copied / "pipeline.json").write_text(json.dumps(settings))
+    licences = table(report(copied, tmp_path / "after")["data_card.md"], "Licences")
+    assert {part: of["licence"] for part, of in licences.items()} == {
+        "student": "mit", "teacher": "not declared", "prompts": "CC-BY-4.0"
+    }  # fmt: skip
+
+
+def test_a_pipeline_declares_licences(prompts, tmp_path):
+    from pipelines.steps import load_pipeline
+
+    text = PIPELINE.format(student=STUDENT, teacher=TEACHER, prompts=prompts)
+    path = tmp_path / "p.toml"
+    path.write_text(text)
+    assert load_pipeline(path, ("licenses.prompts=MIT",)).licenses.prompts == "MIT"
+    with pytest.raises(ConfigError, match="licenses.promts: unknown setting"):
+        load_pipeline(path, ("licenses.promts=MIT",))
+
+
+@pytest.mark.parametrize(
+    "draft, rewrite, removed, added",
+    [
+        ("a b c d e", "a b d e", ["c "], []),
+        ("first x = 1 . wait , check . so 1", "first x = 1 . so 1", ["wait , check . "], []),
+        ("one two", "three", ["one two"], ["three"]),
+        ("", "new", [], ["new"]),
+        ("same", "same", [], []),
+    ],
+)
+def test_a_diff_marks_what_went_and_what_came(draft, rewrite, removed, added):
+    before, after = word_diff(draft, rewrite)
+    assert "".join(part.text for part in before) == draft
+    assert "".join(part.text for part in after) == rewrite
+    assert [part.text for part in before if part.kind == "removed"] == removed
+    assert [part.text for part in after if part.kind == "added"] == added
+
+
+def test_long_traces_are_cut_in_the_middle():
+    text = " ".join(map(str, range(1000)))
+    cut = shortened(text, 100)
+    assert cut.startswith("0 1 2 ") and cut.endswith(" 998 999")
+    assert "[… 900 words left out …]" in cut
+    assert len(cut.split()) == 100 + 6
+    assert shortened("short", 100) == "short"
+
+
+def test_metrics_lines_lie_about_nothing(copied, tmp_path):
+    """A value that is no number is no point; a line without a step is an error."""
+    path = copied / "train" / "round1" / "metrics.jsonl"
+    write_jsonl(path, [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 0.5}])
+    assert table(report(copied, tmp_path)["report.md"], "Trainings")["round 1"]["steps"] == "2"
+    write_jsonl(path, [{"loss": 1}])
+    with pytest.raises(DataError, match=r"metrics.jsonl, line 1: expected a JSON object with step"):
+        write_report([copied], tmp_path)
