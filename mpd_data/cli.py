@@ -4,18 +4,26 @@ Exit codes: 0 done, 1 fatal, 2 usage, 3 done with failed rows (in errors/), 130 
 (run the same command again to go on). Tables go to stderr, `--json` to stdout.
 """
 
+import dataclasses
 import errno
 import json
 import math
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mpd_data.config import InitConfig, PartsConfig, RewriteConfig, RolloutsConfig
+from mpd_data.config import (
+    ContaminationConfig,
+    InitConfig,
+    PartsConfig,
+    RewriteConfig,
+    RolloutsConfig,
+)
 from mpd_data.errors import MPDError
 from mpd_data.locks import WHOLE
 from mpd_data.options import build, config_options
@@ -352,6 +360,38 @@ def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
         click.echo(comparison.verdict(result), err=True)
         if by is not None:
             click.echo(f"\nby {plain(by)}\n{comparison.groups_table(result['groups'])}", err=True)
+
+
+@cli.command()
+@config_options(ContaminationConfig)
+@_JSON
+def contamination(as_json: bool, **options: Any) -> None:
+    """Which evaluation prompts stand among training prompts, whole or in part."""
+    from mpd_data import contamination as check
+    from mpd_data.prompts import read_prompts
+
+    config = build(ContaminationConfig, options)
+
+    def pairs(paths: list[str], column: str, id_column: str | None) -> Iterator[tuple[str, str]]:
+        for prompt in read_prompts(paths, column, id_column):
+            yield (prompt.source if id_column is None else prompt.id), prompt.text
+
+    column = config.against_prompt_column or config.prompt_column
+    result = check.check_contamination(
+        pairs(config.prompts, config.prompt_column, config.id_column),
+        pairs(config.against, column, config.against_id_column),
+        config.n,
+    )
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(result), indent=2))
+    else:
+        click.echo(check.show(result), err=True)
+    if config.fail_above is not None and result.share > config.fail_above:
+        raise MPDError(
+            f"{result.overlapping:,} of {result.num_evaluation:,} evaluation prompts overlap with"
+            f" training prompts, more than --fail-above {config.fail_above}. Take them out of the"
+            " training prompts, or report without them."
+        )
 
 
 @cli.command()

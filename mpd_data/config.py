@@ -362,3 +362,33 @@ class InitConfig(Strict):
         None,
         description="How answers are compared, as for rollouts; default: by the gold answers.",
     )
+
+
+class ContaminationConfig(Strict):
+    """`mpd-gen contamination`."""
+
+    prompts: list[str] = Field(
+        min_length=1,
+        description="Training prompts: JSONL, CSV or Parquet files, or datasets as"
+        " hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG].",
+    )
+    against: list[str] = Field(
+        min_length=1, description="Evaluation prompts, in the same forms; they are held in memory."
+    )
+    prompt_column: str = Field("problem", description="Column of the problem's text.")
+    id_column: str | None = Field(
+        None, description="Column that names a training prompt in the report; default: its row."
+    )
+    against_prompt_column: str | None = Field(
+        None, description="Column of the evaluation problem's text; default: --prompt-column."
+    )
+    against_id_column: str | None = Field(
+        None, description="Column that names an evaluation prompt; default: its row."
+    )
+    n: int = Field(13, ge=1, description="Words of an n-gram.")
+    fail_above: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Exit with 1 where a larger part of the evaluation prompts overlaps.",
+    )

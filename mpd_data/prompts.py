@@ -5,7 +5,7 @@ The template is applied once, here; from then on the ids are the truth.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,28 +32,26 @@ class Prompt:
     flaw: str | None = None
 
 
-def load_prompts(
+def read_prompts(
     paths: Iterable[str | Path],
     prompt_column: str,
     id_column: str | None = None,
     answer_column: str | None = None,
     metadata_columns: Sequence[str] = (),
-    duplicates: Literal["refuse", "first"] = "refuse",
-) -> list[Prompt]:
-    """Reads *.jsonl, *.csv and *.parquet files and hf:// datasets. Without `id_column` a prompt's
-    id is the hash of its text. Numbers are taken as their text in the id and answer columns; in
-    `metadata_columns` values stay as they are where JSON can hold them. With `duplicates` "first"
-    later rows of an id are left out. A row whose problem or answer is not UTF-8 is a prompt with a
-    `flaw`.
+) -> Iterator[Prompt]:
+    """Prompts of *.jsonl, *.csv and *.parquet files and hf:// datasets, one row after another, an
+    id as often as it stands there. Without `id_column` a prompt's id is the hash of its text.
+    Numbers are taken as their text in the id and answer columns; in `metadata_columns` values stay
+    as they are where JSON can hold them. A row whose problem or answer is not UTF-8 is a prompt
+    with a `flaw`.
 
-    Raises DataError (naming source and row) for a missing column, a value of the wrong type or
-    an id given twice; ConfigError for a missing or unknown source or no rows at all.
+    Raises DataError (naming source and row) for a missing column or a value of the wrong type;
+    ConfigError for a missing or unknown source or no rows at all.
     """
-    prompts: list[Prompt] = []
-    seen: dict[str, str] = {}
     wanted = [c for c in (prompt_column, id_column, answer_column, *metadata_columns) if c]
     wanted = list(dict.fromkeys(wanted))
     sources = list(paths)
+    empty = True
     for path in sources:
         for number, row in read_rows(path, wanted):
             source = f"{path}, row {number}"
@@ -64,22 +62,41 @@ def load_prompts(
             if id_column is not None and given is None:
                 raise DataError(f"{source}: column {id_column!r} is null, expected an id.")
             identifier = content_key(text) if given is None else given
-            if identifier in seen:
-                if duplicates == "first":
-                    continue
-                raise DataError(
-                    f"{source}: id {identifier!r} was already given by {seen[identifier]}. Ids"
-                    " must be unique: remove the double, name another --id-column, or keep the"
-                    " first of them with --duplicates first."
-                )
-            seen[identifier] = source
             metadata = {c: as_json(row[c], f"{source}: column {c!r}") for c in metadata_columns}
-            prompts.append(Prompt(identifier, text, answer, source, metadata, flaw))
-    if not prompts:
+            empty = False
+            yield Prompt(identifier, text, answer, source, metadata, flaw)
+    if empty:
         raise ConfigError(
             f"{', '.join(map(str, sources))}: no prompts. Expected at least one row with the column"
             f" {prompt_column!r}."
         )
+
+
+def load_prompts(
+    paths: Iterable[str | Path],
+    prompt_column: str,
+    id_column: str | None = None,
+    answer_column: str | None = None,
+    metadata_columns: Sequence[str] = (),
+    duplicates: Literal["refuse", "first"] = "refuse",
+) -> list[Prompt]:
+    """All that `read_prompts` reads. With `duplicates` "first" later rows of an id are left out.
+
+    Raises what `read_prompts` raises, and DataError for an id given twice.
+    """
+    prompts: list[Prompt] = []
+    seen: dict[str, str] = {}
+    for prompt in read_prompts(paths, prompt_column, id_column, answer_column, metadata_columns):
+        if prompt.id in seen:
+            if duplicates == "first":
+                continue
+            raise DataError(
+                f"{prompt.source}: id {prompt.id!r} was already given by {seen[prompt.id]}. Ids"
+                " must be unique: remove the double, name another --id-column, or keep the"
+                " first of them with --duplicates first."
+            )
+        seen[prompt.id] = prompt.source
+        prompts.append(prompt)
     return prompts
 
 

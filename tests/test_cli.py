@@ -33,6 +33,7 @@ def modules_after(code):
         ("mpd_data.cli", ["rollouts", "--help"]),
         ("mpd_data.cli", ["rewrite", "--help"]),
         ("mpd_data.cli", ["init", "--help"]),
+        ("mpd_data.cli", ["contamination", "--help"]),
         ("mpd_train.cli", ["--help"]),
         ("pipelines.rounds", ["--help"]),
     ],
@@ -50,6 +51,16 @@ def test_inspection_loads_nothing_heavy(round_dir, name):
     code = (
         "from mpd_data.cli import cli\n"
         f"try: cli.main([{name!r}, {str(round_dir)!r}])\nexcept SystemExit as e: assert not e.code"
+    )
+    assert modules_after(code) == set()
+
+
+def test_a_contamination_check_loads_nothing_heavy(prompts):
+    paths = ["--prompts", str(prompts), "--against", str(prompts)]
+    code = (
+        "from mpd_data.cli import cli\n"
+        f"try: cli.main(['contamination', *{paths!r}])\n"
+        "except SystemExit as e: assert not e.code"
     )
     assert modules_after(code) == set()
 

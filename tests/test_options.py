@@ -20,6 +20,12 @@ TESTS = {
         "test_completion_code_names_the_commands": {"mpd-gen completion": "SHELL"},
         "test_env_names_versions_and_loads_nothing_heavy": {"mpd-gen env": "--json"},
     },
+    "tests/test_contamination.py": {
+        "test_the_command_reports_what_it_found": {
+            "mpd-gen contamination": "--prompts --against --prompt-column --id-column"
+            " --against-prompt-column --against-id-column --n --fail-above --json",
+        },
+    },
     "tests/test_filters.py": {
         "test_refilter_chooses_anew_and_goes_back_without_scoring": {
             "mpd-gen rewrite": "--refilter",
