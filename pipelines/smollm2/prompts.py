@@ -85,16 +85,16 @@ _KINDS: dict[str, _Kind] = {
 
 def problems(split: str, count: int) -> list[dict[str, Any]]:
     """The first `count` problems of "train" or "test", an even mix of all kinds."""
-    rng = random.Random("smollm2")
     numbers = list(itertools.product(range(2, 13), range(2, 13), range(2, 6)))
     rows: list[dict[str, Any]] = []
     for kind, (text, answer) in _KINDS.items():
         # Of what the kind shows, each once, so that no two of its problems are alike.
         shown = {text("", "", a, b, c): (a, b, c) for a, b, c in numbers}
         chosen = sorted(shown.values())
-        rng.shuffle(chosen)
-        # Every third is for the test.
+        # The same order for both splits, of which every third is for the test.
+        random.Random(f"smollm2 {kind}").shuffle(chosen)
         mine = [n for i, n in enumerate(chosen) if (i % 3 == 0) == (split == "test")]
+        rng = random.Random(f"smollm2 {kind} {split}")
         for a, b, c in mine:
             who, what = rng.choice(_NAMES[split]), rng.choice(_THINGS)
             rows.append(
