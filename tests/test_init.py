@@ -274,11 +274,14 @@ def test_small_teachers_get_the_plain_template_where_the_student_does_not_think(
         "student": changed_model(STUDENT, tmp_path / "s", renamed),
         "teacher": changed_model(TEACHER, tmp_path / "t", renamed),
     }
-    rewrite = made(tmp_path / "o", prompts=path, **models)[0].rewrite
+    pipeline, _ = made(tmp_path / "o", prompts=path, **models)
+    rewrite = pipeline.rewrite
     assert (rewrite["template"], rewrite["score_context"]) == ("plain", "problem")
+    assert pipeline.train["loss"]["divergence"] == "forward_kl"
     # Its own teacher: under its own prompt there is nothing to learn.
-    alone = models | {"teacher": models["student"]}
-    assert made(tmp_path / "o1", prompts=path, **alone)[0].rewrite["score_context"] == "rewrite"
+    pipeline, _ = made(tmp_path / "o1", prompts=path, **models | {"teacher": models["student"]})
+    assert pipeline.rewrite["score_context"] == "rewrite"
+    assert pipeline.train["loss"]["divergence"] == "reverse_kl"
     pipeline, notes = made(tmp_path / "o3", prompts=path, student=STUDENT, teacher=STUDENT)
     assert pipeline.rewrite["score_context"] == "problem"
     assert "is its own teacher" in notes

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import polars as pl
 import pyarrow as pa
@@ -563,6 +565,28 @@ def test_the_qwen3_pipeline_is_sound_in_every_stage(qwen_hub, tmp_path):
     served = {name.partition("/Qwen3")[0] for name in qwen_hub.served if "safetensors" in name}
     assert served == set()
     assert not (tmp_path / "run").exists()
+
+
+def test_the_qwen3_evaluations_are_checked_as_its_page_says(qwen_hub, tmp_path):
+    """The page's commands, as they stand there, on the stand-ins: one for each evaluation set."""
+    page = (ROOT / "docs" / "qwen3.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```\n(train=.*?)```", page, re.DOTALL)
+    program = shlex.join(command("mpd-gen"))
+    done = subprocess.run(
+        ["bash", "-euc", block.replace("mpd-gen", program)],
+        cwd=ROOT,
+        env=qwen_hub.environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = re.findall(r"^ +2,100 +(\d+) +0 +0 +0.0%", done.stderr, re.MULTILINE)
+    assert counts == ["20", "20", "30", "30"]
+    pipeline = tomllib.loads((ROOT / "pipelines/qwen3-1.7b/pipeline.toml").read_text())
+    evaluated = [url for x in pipeline["evaluation"] for url in x["rollouts"]["prompts"]]
+    assert re.findall(r"--against '(\S+)'", block) == evaluated
+    assert re.findall(r"train='(\S+)'", block) == pipeline["rollouts"]["prompts"]
 
 
 def test_a_budget_that_does_not_hold_is_said(pocket, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import subprocess
 import time
 
 import numpy as np
-import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
