@@ -96,7 +96,7 @@ class Stage:
 @dataclass
 class Run:
     """A setting with one seed: its stages, and where each model of it is evaluated: by round, 0 for
-    the base, and by evaluation set."""
+    the base, and by evaluation set (of the rounds in between, the first set alone)."""
 
     group: str
     setting: str
@@ -213,11 +213,14 @@ class Planner:
             self._evaluate(run, student, round_)
 
     def _evaluate(self, run: Run, student: str, round_: int) -> None:
+        """Of the rounds in between the headline set is enough, for the curve."""
+        sets = run.pipeline.evaluation
+        between = 0 < round_ < run.pipeline.rounds
         steps = {
             chosen.name: self._named(
                 evaluation_step(run.pipeline, chosen, student, round_, _UNNAMED), "out", "evaluate"
             )
-            for chosen in run.pipeline.evaluation
+            for chosen in (sets[:1] if between else sets)
         }
         run.evaluations[round_] = {name: step.out for name, step in steps.items()}
         label = f"{run.setting}, seed {run.seed}"
