@@ -111,8 +111,8 @@ class TrainConfig(Strict):
     )
     compile: bool = Field(
         False,
-        description="Compile the models' layers (torch.compile): the first step takes up to minutes"
-        " longer, later ones less.",
+        description="Compile the models' layers (torch.compile): the first step takes longer, later"
+        " ones less.",
     )
     liger_kernel: bool = Field(
         False,
