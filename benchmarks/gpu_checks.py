@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/gpu_checks.py
 
 1. training steps of a Qwen3-1.7B-shaped student with random weights, 8k to 32k tokens, from cached
-   top K and from a Qwen3-8B-shaped teacher in the process, with and without recomputed activations
-   and compiled layers: tokens/s, MFU, memory;
+   top K and from a Qwen3-8B-shaped teacher in the process, with and without recomputed activations,
+   compiled layers and, where it is installed, Liger's kernels: tokens/s, MFU, memory;
 2. the transformers engine with the pocket student: scores against float64 on the CPU, and samples
    that do not depend on the batch.
 
@@ -14,6 +14,7 @@ they are not installed); prints Markdown tables for benchmarks/README.md.
 """
 
 import argparse
+import importlib.util
 import itertools
 import platform
 import statistics
@@ -69,9 +70,9 @@ def qwen3(width: int, inner: int, layers: int, heads: int, vocab: int) -> Any:
     return transformers.Qwen3ForCausalLM(config)
 
 
-def training_step(device: torch.device, small: bool) -> None:
+def training_step(device: torch.device, small: bool, liger_kernel: bool = False) -> None:
     """Steps of a Qwen3-1.7B-shaped student: from cached records, and from a Qwen3-8B-shaped teacher
-    in the process."""
+    in the process. With `liger_kernel` for the rest of this process's life."""
     vocab, sequence = (2048, 32) if small else (151_936, 2048)
     with torch.device(device):
         student = qwen3(64, 128, 2, 4, vocab) if small else qwen3(2048, 6144, 28, 16, vocab)
@@ -79,6 +80,11 @@ def training_step(device: torch.device, small: bool) -> None:
         teacher = qwen3(128, 256, 2, 4, vocab) if small else qwen3(4096, 12_288, 36, 32, vocab)
         torch.set_default_dtype(torch.float32)
     teacher.requires_grad_(False)
+    if liger_kernel:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3
+
+        for model in (student, teacher):
+            apply_liger_kernel_to_qwen3(fused_linear_cross_entropy=False, model=model)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     parameters = sum(p.numel() for p in student.parameters())
     of_teacher = sum(p.numel() for p in teacher.parameters())
@@ -211,6 +217,9 @@ def main() -> None:
         f" {transformers.__version__}, commit {commit or 'unknown'}"
     )
     training_step(device, options.small)
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        print("\nThe same with Liger's kernels around the products (--liger-kernel):")
+        training_step(device, options.small, liger_kernel=True)
     raise SystemExit(not engine())
 
 

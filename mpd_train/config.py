@@ -117,8 +117,13 @@ class TrainConfig(Strict):
     )
     compile: bool = Field(
         False,
-        description="Compile the models' layers (torch.compile): the first step takes up to minutes"
-        " longer, later ones less.",
+        description="Compile the models' layers (torch.compile): the first step takes longer, later"
+        " ones less.",
+    )
+    liger_kernel: bool = Field(
+        False,
+        description="Liger's Triton kernels for norms, gated activations and rotary embeddings"
+        " (CUDA).",
     )
     activation_offload: bool = Field(
         False, description="Keep activations in the CPU's memory until the backward pass."

@@ -19,12 +19,12 @@ from mpd_data.models import (
     device_name,
     resolve_model,
 )
-from mpd_train import checkpoint, lora
+from mpd_train import checkpoint, liger, lora
 from mpd_train.config import TrainConfig
 from mpd_train.evaluate import Sums, pack_loss, validate
 from mpd_train.models import CausalLM, attention, autocast, compile_layers, export
 from mpd_train.optimizer import learning_rate, make_optimizer
-from mpd_train.parallel import Ranks, clip_grad_norm, load_sharded, ranks, whole
+from mpd_train.parallel import Ranks, clip_grad_norm, gather, load_sharded, ranks
 from mpd_train.prepare import claim, prepare
 from mpd_train.stream import Batch, Loader, Pack, ShardSet, split_packs
 from mpd_train.tracking import Recorder
@@ -128,6 +128,11 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
             config.teacher_offload,
         )
         teacher.model.requires_grad_(False)
+    if config.liger_kernel:
+        # Not before all are loaded: what is read on a CPU is tried out there.
+        for model in (student, teacher):
+            if model is not None:
+                liger.apply(model.model, model.files.name)
     optimizer = make_optimizer(student.model, config.optimizer)
 
     steps = [packs[i : i + size] for i in range(0, len(packs), size)]
@@ -266,17 +271,9 @@ def _load_teacher(
 def _export(config: TrainConfig, student: CausalLM, ranks: Ranks) -> None:
     """Writes the model, and the adapter where there is one, and clears the way there away."""
     if ranks.size > 1:
-        parts, weights = checkpoint.weights_of(student.model), {}
-        if ranks.first:
-            # A student that is in one piece, from where one process exports it.
-            student = _load_student(config, student.files, torch.device("cpu"), None)
-            weights = checkpoint.weights_of(student.model)
-        for name, part in parts.items():
-            # All have to ask, and one keeps it.
-            weight = whole(part)
-            if ranks.first:
-                with torch.no_grad():
-                    weights[name].copy_(weight)
+        like = _load_student(config, student.files, torch.device("meta"), None)
+        gather(student.model, like.model, ranks)
+        student = like
     if ranks.first:
         if student.adapted is not None:
             lora.save_and_merge(student.adapted, config.out / "adapter")

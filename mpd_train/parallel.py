@@ -129,6 +129,26 @@ def _fill(model: Any, source: Any | None, device: torch.device) -> None:
         model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
 
 
+def gather(model: Any, like: Any, ranks: Ranks) -> None:
+    """Weights and buffers of the sharded `model` into `like`, the same model on the meta device,
+    in the CPU's memory of the first process. All have to join in."""
+    if ranks.first:
+        head, embedding = like.get_output_embeddings(), like.get_input_embeddings()
+        tied = head.weight is embedding.weight
+        like.to_empty(device=torch.device("cpu"))
+        if tied:
+            head.weight = embedding.weight
+    weights, buffers = dict(like.named_parameters()), dict(like.named_buffers())
+    with torch.no_grad():
+        for name, part in model.named_parameters():
+            weight = whole(part)
+            if ranks.first:
+                weights[name].copy_(weight)
+        for name, buffer in model.named_buffers():
+            if ranks.first:
+                buffers[name].copy_(buffer)
+
+
 def shard(model: Any, device: torch.device, ranks: Ranks, offload: bool) -> None:
     """Shares `model`, a transformers causal language model on the meta device, out among the
     processes' devices, layer by layer, with room for its weights and nothing in it. Raises

@@ -35,6 +35,7 @@ _PACE = (
     "pack_length",
     "gradient_checkpointing",
     "compile",
+    "liger_kernel",
     "teacher_offload",
     "dtype",
     "lora",

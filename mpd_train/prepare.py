@@ -18,6 +18,7 @@ from mpd_data.models import (
 )
 from mpd_data.schema import differences
 from mpd_data.shards import write_json_atomic
+from mpd_train import liger
 from mpd_train.config import TrainConfig
 from mpd_train.models import choose_device, compute_dtype
 from mpd_train.stream import ShardSet
@@ -26,7 +27,7 @@ from mpd_train.tracking import load_trackers
 # What may differ on resuming: places, and models, which are identified by their content.
 _NOT_IDENTITY = {
     "out", "shards", "student", "teacher", "save_steps", "device", "report_to", "max_loss",
-    "activation_offload", "compile", "teacher_offload",
+    "activation_offload", "compile", "liger_kernel", "teacher_offload",
 }  # fmt: skip
 
 
@@ -54,6 +55,8 @@ def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, t
         raise ConfigError("--teacher-offload: no teacher is in the process without --teacher.")
     tracker_modules = load_trackers(list(config.report_to))
     device = choose_device(config.device)
+    if config.liger_kernel:
+        liger.require(device)
     return tracker_modules, device, compute_dtype(device, config.dtype)
 
 

@@ -64,6 +64,9 @@ TESTS = {
             "mpd-gen rewrite": "--base-url --served-model",
         },
     },
+    "tests/test_liger.py": {
+        "test_a_cpu_cannot_run_the_kernels": {"mpd-train": "--liger-kernel"},
+    },
     "tests/test_parts.py": {
         "test_a_hopeless_job_stops_early": {"mpd-gen rollouts": "--max-error-rate"},
         "test_a_hopeless_rewrite_stops_early": {"mpd-gen rewrite": "--max-error-rate"},
