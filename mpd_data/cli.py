@@ -455,10 +455,17 @@ def completion(shell: str) -> None:
     from mpd_train.cli import cli as train
     from pipelines.report.cli import cli as report
     from pipelines.rounds import cli as rounds
+    from pipelines.study import cli as study
 
     made = get_completion_class(shell)
     assert made is not None
-    commands = {"mpd-gen": cli, "mpd-train": train, "mpd-rounds": rounds, "mpd-report": report}
+    commands = {
+        "mpd-gen": cli,
+        "mpd-train": train,
+        "mpd-rounds": rounds,
+        "mpd-report": report,
+        "mpd-study": study,
+    }
     for program, command in commands.items():
         variable = f"_{program.replace('-', '_').upper()}_COMPLETE"
         click.echo(made(command, {}, program, variable).source())

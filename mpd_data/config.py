@@ -297,6 +297,11 @@ class RewriteConfig(Strict):
     teacher: str = Field(description="Teacher: a model folder or hub id.")
     revision: str | None = Field(None, description="Hub revision of the teacher.")
     shards: RoundPath = Field(description="The round's folder, with its rollouts.")
+    student: str | None = Field(
+        None,
+        description="The model that will be trained, where it is not the one that sampled: the"
+        " scores are over its vocabulary.",
+    )
     template: str = Field(
         "tags",
         description="Rewrite template: a TOML file, or one that is built in: tags (for models that"

@@ -162,7 +162,18 @@ def prepare(config: RewriteConfig, student: dict[str, Any], teacher: ModelFiles)
     )
     context = context_of(teacher, config.engine)
     # Rows that one model has beyond the other's are padding of the embedding, not tokens.
-    vocab_size = min(student["vocab_size"], teacher.vocab_size)
+    sizes = [student["vocab_size"], teacher.vocab_size]
+    if config.student is not None:
+        code = config.trust_remote_code
+        trained = resolve_model(config.student, trust_remote_code=code, weights=False)
+        require_same_tokenizer(
+            student["tokenizer"],
+            load_tokenizer(trained, code),
+            f"the sampler of {config.shards}",
+            config.student,
+        )
+        sizes.append(trained.vocab_size)
+    vocab_size = min(sizes)
     k = min(config.num_logprobs, vocab_size)
     row_identity = {
         "teacher": teacher.identity(),

@@ -89,14 +89,17 @@ def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None
         "shards": shards.identity(),
         "student": student.identity(),
         "teacher": None if teacher is None else teacher.identity(),
+        # Raised where the same settings give other packs than before.
+        "packing": 2,
     }
     return Prepared(device, dtype, shards, vocab_size, tracker_modules, identity)
 
 
 def check_claim(out: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raises ConfigError where the run in `out` began with other settings."""
-    if saved != identity:
-        listing = "\n  ".join(differences(saved, identity))
+    # A setting that did not exist when it was saved is one that was not given.
+    if found := differences(saved, identity):
+        listing = "\n  ".join(found)
         raise ConfigError(
             f"{out}: this run was started with other settings:\n  {listing}\nGive the saved"
             " settings to resume, another --out, or --overwrite to start anew."

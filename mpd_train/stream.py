@@ -33,8 +33,8 @@ from mpd_data.shards import ROTTEN, RoundDir, open_shard, read_all, read_metadat
 from mpd_train.config import TrainConfig
 from mpd_train.parallel import Ranks
 
-# Tokens of the row groups that are shuffled and packed together: enough for good packing, few
-# enough to hold (about half a GB at K = 64).
+# Kept tokens of the row groups that are shuffled and packed together: enough for good packing, few
+# enough to hold (0.8 GB at K = 64; of two windows there are some).
 _WINDOW_TOKENS = 2**21
 # Packs read before they are needed.
 _PACKS_AHEAD = 2
@@ -164,7 +164,8 @@ class ShardSet:
         return [int(n) for g in self.groups for n in g.num_tokens[g.num_loss_tokens > 0]]
 
     def load(self, group: int) -> dict[str, pa.ChunkedArray]:
-        """The training columns of a row group; two windows' worth of groups is kept."""
+        """The training columns of a row group's kept rows; two windows' worth of groups is
+        held."""
         if group not in self._cache:
             source = self.groups[group]
             held = source.kept_tokens + sum(self.groups[g].kept_tokens for g in self._cache)
@@ -184,6 +185,8 @@ class ShardSet:
                     f"{source.path}, row group {source.index}: cannot be read ({error}). Check the"
                     " round with `mpd-gen validate`."
                 ) from error
+            # Rejected rows may have their records too, after a refilter.
+            table = table.filter(pa.array(source.num_loss_tokens > 0))
             self._cache[group] = {name: table.column(name) for name in columns}
         return self._cache[group]
 
@@ -424,7 +427,8 @@ def load_pack(shards: ShardSet, pack: Pack) -> Batch:
     topk_ids, topk_logprobs, tails = [], [], []
     start, teacher_start = 0, 0
     for group, row in pack.rows:
-        columns = {name: column[row] for name, column in shards.load(group).items()}
+        kept_before = int(np.count_nonzero(shards.groups[group].num_loss_tokens[:row]))
+        columns = {name: column[kept_before] for name, column in shards.load(group).items()}
         values = {
             name: scalar.values.to_numpy(zero_copy_only=False)
             for name, scalar in columns.items()

@@ -87,11 +87,10 @@ _MODULES = {"mpd-gen": "mpd_data.cli", "mpd-train": "mpd_train.cli"}
 
 
 def _inputs(step: Step) -> dict[str, str]:
-    """Sizes and times of the files that a step's command names: a step whose models, prompts or
-    shards have changed since is not done."""
+    """Sizes and times of the files that a step's command names or that it reads beside them: a step
+    whose models, prompts or shards have changed since is not done."""
     found: dict[str, str] = {}
-    for argument in step.command:
-        path = Path(argument)
+    for path in (*map(Path, step.command), *step.reads):
         if path == step.out or not path.exists():
             continue
         files = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()]
@@ -136,6 +135,11 @@ class Runner:
 
     def run(self, steps: list[Step], parallel: int = 1) -> None:
         """Runs `steps`, up to `parallel` at a time. Raises MPDError if one fails."""
+        for _, error in self.attempt(steps, parallel):
+            raise error
+
+    def attempt(self, steps: list[Step], parallel: int = 1) -> list[tuple[Step, MPDError]]:
+        """Runs `steps`, up to `parallel` at a time, and returns those that failed."""
         owed = []
         for step in steps:
             self._number += 1
@@ -147,8 +151,15 @@ class Runner:
             click.echo(f"    {step.program} {shlex.join(step.command)}", err=True)
             owed.append(step)
         together = min(parallel, len(owed))
+        failed: list[tuple[Step, MPDError]] = []
         with ThreadPoolExecutor(max(together, 1)) as pool:
-            list(pool.map(lambda step: self._run_one(step, together > 1), owed))
+            begun = [(step, pool.submit(self._run_one, step, together > 1)) for step in owed]
+            for step, done in begun:
+                try:
+                    done.result()
+                except MPDError as error:
+                    failed.append((step, error))
+        return failed
 
     def _run_one(self, step: Step, prefixed: bool) -> None:
         begun = time.monotonic()

@@ -53,7 +53,8 @@ class Pipeline(Strict):
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the pipeline, with its settings; `out` is the folder it makes."""
+    """One command of the pipeline, with its settings; `out` is the folder it makes. `reads`: what
+    it depends on beside what its command names."""
 
     label: str
     why: str
@@ -61,6 +62,7 @@ class Step:
     command: list[str]
     out: Path
     config: RolloutsConfig | RewriteConfig | TrainConfig
+    reads: tuple[Path, ...] = ()
 
 
 def load_pipeline(path: Path, overrides: tuple[str, ...]) -> Pipeline:
@@ -154,6 +156,8 @@ def rewrite_step(p: Pipeline, student: str, round_: int, shards: Path) -> Step:
         p.rewrite,
         {
             "teacher": p.teacher if p.rewriter == "teacher" else student,
+            # The vocabulary is the same in every round.
+            **({} if p.sampler == "student" else {"student": p.student}),
             "shards": shards,
             "seed": p.seed,
         },

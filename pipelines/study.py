@@ -6,11 +6,12 @@ such folders again. So settings that share a stage share its rows, a study that 
 what is owed, and one that gains a setting does that one.
 
     OUT/stages/rollouts-0f…/   rewrite-…/   train-…/   evaluate-…/
-    OUT/study.json             every point; OUT/study.md, OUT/GROUP.svg the tables and plots
+    OUT/GROUP.json             a group's figures; OUT/GROUP.md, OUT/GROUP.svg its tables and plot
 """
 
 import copy
 import dataclasses
+import json
 import os
 import shlex
 import shutil
@@ -20,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mpd_data.cli import run_command
 from mpd_data.config import Strict
-from mpd_data.errors import ConfigError
+from mpd_data.errors import ConfigError, MPDError
 from mpd_data.options import parse
 from mpd_data.schema import content_key
-from mpd_data.shards import write_json_atomic
+from mpd_data.shards import RoundDir, write_json_atomic
+from mpd_data.workers import EXIT_FAILED_ROWS
 from pipelines.rounds import Finished, Runner
 from pipelines.steps import (
     Pipeline,
@@ -43,6 +45,8 @@ from pipelines.steps import (
 _UNNAMED = Path("out")
 # What a setting's model may be: the last one of another setting, of the same seed.
 _RESULT_OF = "setting:"
+# What a setting cannot change: the study decides it, or it is the same for all.
+_NOT_ITS_OWN = ("name", "seed", "environment", "evaluation", "parallel_evaluations", "licenses")
 
 
 class Setting(Strict):
@@ -77,20 +81,19 @@ class Study(Strict):
     pipeline: dict[str, Any]
     group: list[Group] = Field(min_length=1)
 
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed stands there twice")
+        return seeds
+
     def group_of(self, setting: str) -> Group:
         """Raises KeyError where no group has the setting."""
         for group in self.group:
             if any(own.name == setting for own in group.setting):
                 return group
         raise KeyError(setting)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A step, and for rewrites the rollouts that its folder begins with."""
-
-    step: Step
-    copied_from: Path | None = None
 
 
 @dataclass
@@ -102,7 +105,7 @@ class Run:
     setting: str
     seed: int
     pipeline: Pipeline
-    stages: list[list[Stage]] = field(default_factory=list)
+    stages: list[list[Step]] = field(default_factory=list)
     evaluations: dict[int, dict[str, Path]] = field(default_factory=dict)
     shards: list[Path] = field(default_factory=list)
     trained: list[Path] = field(default_factory=list)
@@ -164,8 +167,10 @@ class Planner:
         group = self._study.group_of(name)
         setting = next(own for own in group.setting if own.name == name)
         where = f"group {group.name!r}, setting {setting.name!r}"
-        values = copy.deepcopy(self._study.pipeline)
-        for dotted, value in {**group.set, **setting.set, "seed": seed}.items():
+        values = copy.deepcopy(self._study.pipeline) | {"seed": seed}
+        for dotted, value in {**group.set, **setting.set}.items():
+            if dotted.partition(".")[0] in _NOT_ITS_OWN:
+                raise ConfigError(f"{where}: {dotted!r} is the same for all settings.")
             override(values, dotted, copy.deepcopy(value), where)
         before: list[Run] = []
         for role in ("student", "teacher"):
@@ -200,13 +205,14 @@ class Planner:
         for round_ in range(1, p.rounds + 1):
             sampled = self._named(rollouts_step(p, student, round_, _UNNAMED), "out", "rollouts")
             asked = rewrite_step(p, student, round_, sampled.out)
-            rewritten = self._named(asked, "shards", "rewrite")
+            rewritten = dataclasses.replace(
+                self._named(asked, "shards", "rewrite"), reads=(_counted(sampled.out),)
+            )
             shards = rewritten.out.parent
             made = train_step(p, student, round_, shards, _UNNAMED)
             trained = self._named(made, "out", "train")
-            for step, source in ((sampled, None), (rewritten, sampled.out), (trained, None)):
-                named = dataclasses.replace(step, label=f"{label}, {step.label}")
-                run.stages.append([Stage(named, source)])
+            for step in (sampled, rewritten, trained):
+                run.stages.append([dataclasses.replace(step, label=f"{label}, {step.label}")])
             run.shards.append(shards)
             run.trained.append(trained.out.parent)
             student = run.model
@@ -225,16 +231,17 @@ class Planner:
         run.evaluations[round_] = {name: step.out for name, step in steps.items()}
         label = f"{run.setting}, seed {run.seed}"
         run.stages.append(
-            [
-                Stage(dataclasses.replace(step, label=f"{label}, {step.label}"))
-                for step in steps.values()
-            ]
+            [dataclasses.replace(step, label=f"{label}, {step.label}") for step in steps.values()]
         )
 
     def _named(self, step: Step, folder: str, kind: str) -> Step:
-        """The step in the folder that its command names: `folder` is the setting that says where
-        it writes."""
-        path = self._stages / f"{kind}-{content_key([step.program, *step.command])[:16]}"
+        """The step in a folder that its settings name, those at their defaults included; `folder`
+        is the one that says where it writes. Where the study lies is not in the name."""
+        settings = step.config.model_dump(mode="json")
+        if folder == "out":
+            del settings["out"]
+        made = json.dumps([step.program, settings]).replace(f"{self._stages}/", "stages/")
+        path = self._stages / f"{kind}-{content_key(made)[:16]}"
         option = f"--{folder}"
         command = list(step.command)
         command[command.index(option) + 1] = str(path)
@@ -243,43 +250,75 @@ class Planner:
         return dataclasses.replace(step, command=command, out=path / inside, config=config)
 
 
-def run_study(study: Study, out: Path, groups: tuple[str, ...] = ()) -> list[Run]:
-    """Runs what is not finished of a study, and returns its runs. Raises what a stage raises."""
+@dataclass(frozen=True)
+class Outcome:
+    """What a study left behind: the runs that came to their end, what stopped the others, by
+    setting and seed, and whether a stage left rows in errors/."""
+
+    runs: list[Run]
+    stopped: dict[tuple[str, int], str]
+    failed_rows: bool
+
+
+def run_study(study: Study, out: Path, groups: tuple[str, ...] = ()) -> Outcome:
+    """Runs what is not finished of a study. A stage that fails stops the runs that need it and no
+    other. Raises ConfigError for settings that no stage would take."""
     runs = Planner(study, out).runs(groups)
-    waves = list(_waves(runs))
-    environment = runs[0].pipeline.environment
-    runner = Runner(out, environment, sum(map(len, waves)))
+    waves = list(waves_of(runs))
+    runner = Runner(out, runs[0].pipeline.environment, sum(map(len, waves)))
     write_json_atomic(out / "settings.json", study.model_dump(mode="json"))
+    broken: dict[Path, str] = {}
+    stopped: dict[tuple[str, int], str] = {}
     for wave in waves:
-        for stage in wave:
-            if stage.copied_from is not None:
-                _begin_with(stage.copied_from, stage.step.out.parent)
-        runner.run([stage.step for stage in wave], study.parallel)
-    return runs
+        alive = [run for run in runs if (run.setting, run.seed) not in stopped]
+        needed = {step.out for run in alive for steps in run.stages for step in steps}
+        owed = [step for step in wave if step.out in needed]
+        for step in owed:
+            for source in step.reads:
+                _begin_with(source.parent, step.out.parent)
+        broken |= {step.out: str(error) for step, error in runner.attempt(owed, study.parallel)}
+        for run in alive:
+            mine = [step.out for steps in run.stages for step in steps if step.out in broken]
+            if mine:
+                stopped[run.setting, run.seed] = broken[mine[0]]
+    done = [run for run in runs if (run.setting, run.seed) not in stopped]
+    return Outcome(done, stopped, runner.failed_rows)
 
 
-def _waves(runs: Iterable[Run]) -> Iterator[list[Stage]]:
-    """Stages in an order in which each follows what it needs, those together that need nothing of
+def waves_of(runs: Iterable[Run]) -> Iterator[list[Step]]:
+    """Steps in an order in which each follows what it needs, those together that need nothing of
     each other; each folder once."""
     seen: set[Path] = set()
     left = [list(run.stages) for run in runs]
     while any(left):
-        wave: list[Stage] = []
+        wave: dict[Path, Step] = {}
         for stages in left:
             # A run goes on with its next stage that is still owed.
             while stages:
-                owed = [stage for stage in stages.pop(0) if stage.step.out not in seen]
+                owed = [step for step in stages.pop(0) if step.out not in seen]
                 if owed:
-                    wave += [s for s in owed if s.step.out not in {w.step.out for w in wave}]
+                    for step in owed:
+                        wave.setdefault(step.out, step)
                     break
-        seen |= {stage.step.out for stage in wave}
-        yield wave
+        seen |= wave.keys()
+        yield list(wave.values())
+
+
+def _counted(rollouts: Path) -> Path:
+    """What names the shards of a round's rollouts."""
+    return rollouts / "rollouts.manifest.jsonl"
 
 
 def _begin_with(rollouts: Path, folder: Path) -> None:
-    """Gives a round that is to be rewritten its rollouts: the same shards, by hard links (they are
-    never changed), and copies of what counts them."""
+    """Gives a round that is to be rewritten its rollouts: the same shards, by hard links where the
+    file system has them (they are never changed), and copies of what counts them. Raises
+    ConfigError where it has other ones."""
     if folder.exists():
+        if RoundDir(folder).manifest("rollouts") != RoundDir(rollouts).manifest("rollouts"):
+            raise ConfigError(
+                f"{folder}: was begun with other rollouts than {rollouts} holds now. Delete it, and"
+                " what was trained on it is refused in turn."
+            )
         return
     begun = folder.with_name(f"{folder.name}.begun")
     shutil.rmtree(begun, ignore_errors=True)
@@ -289,7 +328,11 @@ def _begin_with(rollouts: Path, folder: Path) -> None:
 
 def _link_shards(source: str, target: str) -> str:
     if source.endswith(".parquet"):
-        os.link(source, target)
+        try:
+            os.link(source, target)
+        except OSError:
+            # No hard links here, or no more of them: a copy, which says itself what else is wrong.
+            return shutil.copy2(source, target)
         return target
     return shutil.copy2(source, target)
 
@@ -309,17 +352,22 @@ def cli(
     if dry_run:
         show_owed(Planner(loaded, out).runs(groups), out)
         return
-    runs = run_study(loaded, out, groups)
+    outcome = run_study(loaded, out, groups)
     from pipelines.study_results import write_results
 
-    click.echo(f"\n{write_results(loaded, runs, out)}", err=True)
+    click.echo(f"\n{write_results(loaded, outcome, out)}", err=True)
+    if outcome.stopped:
+        raise MPDError("not all settings came to their end; the others' figures are written.")
+    if outcome.failed_rows:
+        click.echo(f"some rows failed; see {out}/stages/*/errors/*.parquet", err=True)
+        raise click.exceptions.Exit(EXIT_FAILED_ROWS)
 
 
 def show_owed(runs: list[Run], out: Path) -> None:
     """The stages that runs owe, as commands."""
     finished = Finished(out)
-    stages = [stage for wave in _waves(runs) for stage in wave]
-    owed = [stage.step for stage in stages if not finished.holds(stage.step)]
+    stages = [step for wave in waves_of(runs) for step in wave]
+    owed = [step for step in stages if not finished.holds(step)]
     for step in owed:
         click.echo(f"{step.label}\n    {step.program} {shlex.join(step.command)}")
     click.echo(f"{len(owed)} of {len(stages)} stages are owed.", err=True)

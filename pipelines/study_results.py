@@ -1,8 +1,8 @@
-"""What a study found: figures of each run, settings pooled over seeds, tables and plots.
+"""What a study found: figures of each setting over its seeds, tables and plots.
 
-Seeds differ in prompts, samples and order of training, and so in the problems they are measured on.
-Intervals are paired bootstraps over the problems of all seeds together; the spread between seeds
-stands beside them.
+Intervals are 95%, by paired bootstrap over problems, each with its mean over the seeds that had it:
+they hold the trained models fixed. What training adds by chance shows in the spread between seeds,
+which stands beside them.
 """
 
 import json
@@ -13,35 +13,49 @@ import numpy as np
 import polars as pl
 
 from mpd_data.compare import paired, per_problem
+from mpd_data.config import RewriteConfig
+from mpd_data.errors import ConfigError
 from mpd_data.shards import write_json_atomic
 from mpd_data.stats import collect, round_stats, scan
-from pipelines.study import Group, Run, Study
+from pipelines.study import Group, Outcome, Run, Study
 
 # Of the last optimiser step.
 _LAST = ("loss", "kl", "student_entropy", "teacher_entropy", "topk_mass")
 
 
-def write_results(study: Study, runs: list[Run], out: Path) -> str:
-    """Writes OUT/study.json, OUT/study.md and a plot for each group; returns the tables."""
-    groups: list[dict[str, Any]] = []
-    text = [f"# {study.name}: {len(study.seeds)} seeds\n"]
+def write_results(study: Study, outcome: Outcome, out: Path) -> str:
+    """Writes OUT/GROUP.json, GROUP.md and GROUP.svg for each group whose settings were asked for;
+    returns the tables."""
+    asked = {run.setting for run in outcome.runs} | {name for name, _ in outcome.stopped}
+    halted = {name for name, _ in outcome.stopped}
+    pages = []
     for group in study.group:
         names = [setting.name for setting in group.setting]
         if group.reference not in names:
             names.insert(0, group.reference)
-        mine = [run for run in runs if run.setting in names]
-        if {run.setting for run in mine} != set(names):
-            # Not among the groups that were asked for.
+        if not asked.issuperset(names):
             continue
-        found = [_setting(group, name, mine) for name in names]
-        groups.append({"name": group.name, "title": group.title, "settings": found})
-        plot(groups[-1], out / f"{group.name}.svg")
-        text.append(f"## {group.title}\n\n![{group.title}]({group.name}.svg)\n")
-        text += [f"{table}\n" for table in tables(group, found)]
-    write_json_atomic(out / "study.json", {"study": study.name, "groups": groups})
-    page = "\n".join(text)
-    (out / "study.md").write_text(page, encoding="utf-8")
-    return page
+        text = [
+            f"# {group.title}\n\n{study.name}, seeds {', '.join(map(str, study.seeds))}"
+            f"\n\n![accuracy against tokens]({group.name}.svg)\n"
+        ]
+        stopped = {
+            f"{name}, seed {seed}": why
+            for (name, seed), why in outcome.stopped.items()
+            if name in names
+        }
+        found: list[dict[str, Any]] = []
+        if group.reference not in halted:
+            whole = [name for name in names if name not in halted]
+            found = [_setting(group, name, outcome.runs) for name in whole]
+            plot(group.title, found, out / f"{group.name}.svg")
+            text += [f"{table}\n" for table in tables(group, found)]
+        text += [f"Did not come to its end: {label}: {why}\n" for label, why in stopped.items()]
+        figures = {"seeds": study.seeds, "settings": found, "stopped": stopped}
+        write_json_atomic(out / f"{group.name}.json", figures)
+        pages.append("\n".join(text))
+        (out / f"{group.name}.md").write_text(pages[-1], encoding="utf-8")
+    return "\n".join(pages)
 
 
 def _setting(group: Group, name: str, runs: list[Run]) -> dict[str, Any]:
@@ -49,23 +63,49 @@ def _setting(group: Group, name: str, runs: list[Run]) -> dict[str, Any]:
     figures of all seeds together."""
     mine = [run for run in runs if run.setting == name]
     against = [run for run in runs if run.setting == group.reference]
+    last = max(against[0].evaluations)
     rounds = []
     for round_, sets in mine[0].evaluations.items():
         figures = {}
         for chosen in sets:
             paths = [run.evaluations[round_][chosen] for run in mine]
             bases = [run.evaluations[0][chosen] for run in mine]
-            last = max(against[0].evaluations)
             references = [run.evaluations[last][chosen] for run in against]
             figures[chosen] = _figures(paths, bases, references)
         rounds.append({"round": round_, "sets": figures})
     return {"name": name, "costs": [_cost(run) for run in mine], "rounds": rounds}
 
 
-def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> dict[str, Any]:
-    """One model of each seed on one evaluation set, and against the base and the reference."""
+def _of_problems(paths: list[Path]) -> pl.DataFrame:
+    """`per_problem` of all seeds: each problem's mean over the seeds that had it."""
     frames = [per_problem(path) for path in paths]
-    together = pl.concat(frames)
+    return (
+        pl.concat(frames)
+        .group_by("prompt_id")
+        .agg(
+            pl.col("samples").sum(),
+            # One seed without a gold answer, and the problem has none.
+            pl.when(pl.col("accuracy").is_null().any())
+            .then(None)
+            .otherwise(pl.col("accuracy").mean())
+            .alias("accuracy"),
+            pl.col("tokens").mean(),
+        )
+        .sort("prompt_id")
+    )
+
+
+def _mean_accuracy(problems: pl.DataFrame) -> float | None:
+    """None where a problem has no gold answer, as in `mpd_data.compare`."""
+    if problems["accuracy"].null_count() > 0:
+        return None
+    return float(np.mean(problems["accuracy"].to_numpy()))
+
+
+def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> dict[str, Any]:
+    """One model of each seed on one evaluation set, and against the base and the reference. Raises
+    ConfigError where they were not sampled on the same problems."""
+    together = _of_problems(paths)
     rows = scan(paths, "rollouts")
     assert rows is not None
     tokens = pl.col("num_completion_tokens")
@@ -79,16 +119,20 @@ def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> di
         values = [tables[table][0][column] for tables in stats]
         return None if None in values else float(np.mean(values))
 
+    # The largest k that all have; none without gold answers.
+    passes = [tables["pass_at_k"][-1] for tables in stats if "pass_at_k" in tables]
+    by_seed = [per_problem(path) for path in paths]
     result: dict[str, Any] = {
-        "accuracy": float(np.mean(together["accuracy"].to_numpy())),
-        "accuracy_by_seed": [float(np.mean(frame["accuracy"].to_numpy())) for frame in frames],
+        "accuracy": _mean_accuracy(together),
+        "accuracy_by_seed": [_mean_accuracy(frame) for frame in by_seed],
         "mean_tokens": float(np.mean(together["tokens"].to_numpy())),
-        "mean_tokens_by_seed": [float(np.mean(frame["tokens"].to_numpy())) for frame in frames],
+        "mean_tokens_by_seed": [float(np.mean(frame["tokens"].to_numpy())) for frame in by_seed],
         "median_tokens": float(whole["median"].item()),
         "p95_tokens": float(whole["p95"].item()),
         "problems": together.height,
         "samples": int(together["samples"].sum()),
-        "pass_at_n": float(np.mean([tables["pass_at_k"][-1]["pass_at_k"] for tables in stats])),
+        "k": passes[0]["k"] if passes else None,
+        "pass_at_k": float(np.mean([row["pass_at_k"] for row in passes])) if passes else None,
         "truncated": mean("rollouts", "truncated"),
         "no_answer": mean("rollouts", "no_answer"),
         **{
@@ -97,12 +141,19 @@ def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> di
         },
     }
     for name, others in (("against_base", bases), ("against_reference", references)):
-        result[name] = paired(pl.concat([per_problem(path) for path in others]), together)
+        other = _of_problems(others)
+        if not other["prompt_id"].equals(together["prompt_id"]):
+            raise ConfigError(
+                f"{others[0]} and {paths[0]} (and the seeds after them) are not of the same"
+                " problems. Did rows fail (errors/), or has a group evaluation sets of its own?"
+            )
+        result[name] = paired(other, together)
     return result
 
 
 def _cost(run: Run) -> dict[str, Any]:
-    """What a run generated, kept and trained on, over all its rounds."""
+    """What a run generated, kept and trained on, over all its rounds. Of rewrites that were not in
+    the template's format the tokens are not known and not counted."""
     rollouts, distill = scan(run.shards, "rollouts"), scan(run.shards, "distill")
     assert rollouts is not None and distill is not None
     kept = pl.col("status") == "ok"
@@ -112,10 +163,17 @@ def _cost(run: Run) -> dict[str, Any]:
             pl.len().alias("rows"),
             kept.sum().alias("kept"),
             pl.col("num_rewritten_tokens").sum().alias("tokens"),
+            (pl.col("rewrite_finish_reason") == "length").sum().alias("cut"),
             pl.col("compression_ratio").filter(kept).mean().alias("ratio"),
         )
     )
-    asks = run.pipeline.rewrite.get("template") != "draft"
+    rewrite = run.pipeline.rewrite
+    generated = int(sampled.item())
+    if rewrite.get("template") != "draft":
+        limit = RewriteConfig.model_validate(
+            {**rewrite, "teacher": run.pipeline.teacher, "shards": run.shards[0]}
+        ).sampling.max_tokens
+        generated += int(written["tokens"].item()) + limit * int(written["cut"].item())
     steps = [
         json.loads(line)
         for folder in run.trained
@@ -124,7 +182,7 @@ def _cost(run: Run) -> dict[str, Any]:
     steps = [step for step in steps if "loss_tokens" in step]
     return {
         "seed": run.seed,
-        "generated_tokens": int(sampled.item()) + (int(written["tokens"].item()) if asks else 0),
+        "generated_tokens": generated,
         "rewrites": int(written["rows"].item()),
         "kept": int(written["kept"].item()),
         "kept_ratio": written["ratio"].item(),
@@ -162,18 +220,23 @@ def tables(group: Group, settings: list[dict[str, Any]]) -> list[str]:
         costs.append(_costs(setting))
     of = f"on `{sets[0]}`"
     return [
-        f"Last round {of}: mean over seeds (lowest and highest seed), paired 95% intervals"
-        f" against the base and against `{group.reference}`.\n\n{_markdown(against)}",
+        f"Last round {of}: mean over seeds (lowest to highest seed); paired 95% intervals over"
+        f" problems against the base and against `{group.reference}`, which hold the trained models"
+        f" fixed.\n\n{_markdown(against)}",
         f"All evaluation sets: accuracy / mean tokens.\n\n{_markdown(others)}",
         f"Behaviour {of}.\n\n{_markdown(behaviour)}",
         f"Costs, means over seeds.\n\n{_markdown(costs)}",
     ]
 
 
-def _spread(mean: float, seeds: list[float], form: str) -> str:
-    if len(seeds) == 1:
-        return form.format(mean)
-    return f"{form.format(mean)} ({form.format(min(seeds))} to {form.format(max(seeds))})"
+def _spread(mean: float | None, seeds: list[float | None], form: str, factor: float = 1) -> str:
+    known = [factor * seed for seed in seeds if seed is not None]
+    if mean is None or len(known) < len(seeds):
+        return "-"
+    said = form.format(factor * mean)
+    if len(known) < 2:
+        return said
+    return f"{said} ({form.format(min(known))} to {form.format(max(known))})"
 
 
 def _change(value: float | None, interval: list[float] | None) -> str:
@@ -185,9 +248,7 @@ def _change(value: float | None, interval: list[float] | None) -> str:
 def _against(name: str, figures: dict[str, Any]) -> dict[str, str]:
     line = {
         "setting": name,
-        "accuracy, %": _spread(
-            100 * figures["accuracy"], [100 * x for x in figures["accuracy_by_seed"]], "{:.1f}"
-        ),
+        "accuracy, %": _spread(figures["accuracy"], figures["accuracy_by_seed"], "{:.1f}", 100),
         "tokens": _spread(figures["mean_tokens"], figures["mean_tokens_by_seed"], "{:.1f}"),
     }
     for label, other in (("base", "against_base"), ("reference", "against_reference")):
@@ -203,7 +264,8 @@ def _against(name: str, figures: dict[str, Any]) -> dict[str, str]:
 
 def _others(name: str, sets: dict[str, Any]) -> dict[str, str]:
     return {"setting": name} | {
-        chosen: f"{100 * figures['accuracy']:.1f} / {figures['mean_tokens']:.1f}"
+        chosen: f"{_spread(figures['accuracy'], [0.0], '{:.1f}', 100)}"
+        f" / {figures['mean_tokens']:.1f}"
         for chosen, figures in sets.items()
     }
 
@@ -214,7 +276,7 @@ def _behaviour(name: str, figures: dict[str, Any]) -> dict[str, str]:
 
     return {
         "setting": name,
-        "pass@n, %": number("pass_at_n", "{:.1f}", 100),
+        f"pass@{figures['k'] or 'k'}, %": number("pass_at_k", "{:.1f}", 100),
         "median": number("median_tokens", "{:.0f}"),
         "p95": number("p95_tokens", "{:.0f}"),
         "tokens, right": number("right_tokens", "{:.1f}"),
@@ -249,9 +311,10 @@ def _markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plot(group: dict[str, Any], out: Path) -> None:
+def plot(title: str, settings: list[dict[str, Any]], out: Path) -> None:
     """Accuracy against tokens on the first evaluation set: each setting a line from the base
-    through its rounds, with the 95% interval of its difference from the base at the last."""
+    through its rounds, with the 95% interval of its difference from the base at the last. Those
+    without accuracy or intervals (one problem alone) are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -260,8 +323,10 @@ def plot(group: dict[str, Any], out: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "study", "svg.fonttype": "path"})
     figure, axes = plt.subplots(figsize=(9, 5.6), layout="constrained")
     colours = plt.get_cmap("tab20").colors
-    for number, setting in enumerate(group["settings"]):
+    for number, setting in enumerate(settings):
         points = [next(iter(r["sets"].values())) for r in setting["rounds"]]
+        if points[-1]["against_base"]["accuracy_difference_interval"] is None:
+            continue
         colour = colours[number % len(colours)]
         x = [p["mean_tokens"] for p in points]
         y = [100 * p["accuracy"] for p in points]
@@ -288,7 +353,7 @@ def plot(group: dict[str, Any], out: Path) -> None:
         axes.plot(x[0], y[0], "s", color="black", markersize=6)
     axes.set_xlabel("mean tokens of a trace")
     axes.set_ylabel("accuracy, %")
-    axes.set_title(f"{group['title']} (squares: before training)", fontsize=11, loc="left")
+    axes.set_title(f"{title} (squares: before training)", fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     legend = axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -23,7 +23,7 @@ from conftest import (
     run,
     write_jsonl,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpd_data.compare import compare, evaluate
 from mpd_data.errors import ConfigError
@@ -165,15 +165,20 @@ def test_thinking_that_the_chat_template_opens_is_not_opened_twice(prompts, tmp_
     assert all(list(ids).count(think) == 1 for ids in kept["input_ids"])
 
 
+def padded_teacher(folder, more):
+    """The teacher with `more` embedding rows that are no token's."""
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+    model.resize_token_embeddings(model.config.vocab_size + more, mean_resizing=False)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TEACHER / name, folder)
+    return folder
+
+
 def test_a_teacher_with_padded_vocabulary(round_dir, prompts, tmp_path):
     """More embedding rows than the student, as in one family's larger models."""
-    teacher = tmp_path / "teacher"
-    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
-    vocab = model.config.vocab_size
-    model.resize_token_embeddings(vocab + 27, mean_resizing=False)
-    model.save_pretrained(teacher)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(TEACHER / name, teacher)
+    teacher = padded_teacher(tmp_path / "teacher", 27)
+    vocab = AutoConfig.from_pretrained(TEACHER).vocab_size
     out = tmp_path / "r"
     run("mpd-gen", *rollout_arguments(prompts, out))
     run("mpd-gen", *rewrite_arguments(out, **{"--teacher": teacher}))
@@ -195,6 +200,21 @@ def test_a_teacher_with_padded_vocabulary(round_dir, prompts, tmp_path):
         if b > -3
     ]
     assert max(near) < 0.02
+
+
+def test_scores_are_over_the_vocabulary_of_the_model_that_is_trained(prompts, tmp_path):
+    """Off-policy: the sampler is the padded teacher, and the student has fewer embedding rows."""
+    teacher = padded_teacher(tmp_path / "teacher", 27)
+    out = tmp_path / "r"
+    run("mpd-gen", *rollout_arguments(prompts, out, **{"--model": teacher, "-n": 1}))
+    draft = {"--teacher": teacher, "--template": "draft", "--score-context": "problem"}
+    run("mpd-gen", *rewrite_arguments(out, **draft, **{"--student": STUDENT}))
+    vocab = AutoConfig.from_pretrained(STUDENT).vocab_size
+    assert read_metadata(RoundDir(out).shard_paths("distill")[0])["vocab_size"] == vocab
+    kept = rows(out, "distill").filter(pl.col("status") == "ok")
+    assert kept["topk_ids"].explode().max() < vocab
+    student = ["--student", STUDENT, "--out", tmp_path / "run", "--pack-length", 600]
+    run("mpd-train", "--shards", out, *student, "--dry-run")
 
 
 def test_bad_prompts_become_error_rows_and_hurt_no_other(tmp_path):

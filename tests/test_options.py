@@ -39,6 +39,9 @@ TESTS = {
         },
     },
     "tests/test_generation.py": {
+        "test_scores_are_over_the_vocabulary_of_the_model_that_is_trained": {
+            "mpd-gen rewrite": "--student",
+        },
         "test_stats_agree_with_the_rows": {"mpd-gen stats": "ROUNDS --json --plot"},
         "test_validate_judges_each_round_that_it_is_given": {"mpd-gen validate": "ROUNDS"},
     },

@@ -499,7 +499,7 @@ def test_the_data_card(made, copied, tmp_path):
     text = report(made, tmp_path / "before")["data_card.md"]
     licences = table(text, "Licences")
     assert {part: of["licence"] for part, of in licences.items()} == dict.fromkeys(
-        ("student", "teacher", "prompts"), "not declared"
+        ("sampled by", "rewritten and scored by", "prompts"), "not declared"
     )
     # The same prompts are trained on and measured with here.
     found = table(text, "Evaluation prompts among the training prompts")["test"]
@@ -532,7 +532,7 @@ def test_the_data_card(made, copied, tmp_path):
     (copied / "pipeline.json").write_text(json.dumps(settings))
     licences = table(report(copied, tmp_path / "after")["data_card.md"], "Licences")
     assert {part: of["licence"] for part, of in licences.items()} == {
-        "student": "mit", "teacher": "not declared", "prompts": "CC-BY-4.0"
+        "sampled by": "mit", "rewritten and scored by": "not declared", "prompts": "CC-BY-4.0"
     }  # fmt: skip
 
 

@@ -4,12 +4,16 @@ import json
 import re
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, invoke, run
 
 from mpd_data.compare import compare, evaluate
 from mpd_data.errors import ConfigError
-from pipelines.study import Planner, _waves, cli, load_study
+from mpd_data.shards import RoundDir, read_metadata
+from mpd_data.writer import ShardWriter
+from pipelines.study import Planner, cli, load_study, run_study, waves_of
+from pipelines.study_results import _figures
 
 POCKET = ROOT / "pipelines" / "pocket" / "study.toml"
 TEXT = """
@@ -102,7 +106,7 @@ def test_settings_share_the_stages_they_share(done):
 
 def test_figures_are_those_of_the_folders(done, file):
     out, said = done
-    (group,) = json.loads((out / "study.json").read_text())["groups"]
+    group = json.loads((out / "loss.json").read_text())
     runs = {r.setting: r for r in Planner(load_study(file, ("seeds=[0]",)), out).runs(("loss",))}
     for setting in group["settings"]:
         own = runs[setting["name"]]
@@ -122,7 +126,7 @@ def test_figures_are_those_of_the_folders(done, file):
         assert cost["steps"] == 6
         tokens = f"{cost['generated_tokens']:,.0f}"
         assert re.search(rf"\| {setting['name']} \| {tokens} \|", said)
-    assert (out / "study.md").read_text() in said
+    assert (out / "loss.md").read_text() in said
     assert "<svg" in (out / "loss.svg").read_text()
 
 
@@ -134,30 +138,29 @@ def test_a_study_goes_on_with_what_is_owed(done, file, tmp_path):
     (out / "finished.jsonl").write_text(moved)
     arguments = [file, "--out", out, "--set", "seeds=[0]"]
     plan = Planner(load_study(file, ("seeds=[0]",)), out)
-    stages = [stage for wave in _waves(plan.runs()) for stage in wave]
-    new = [s for s in stages if not s.step.out.exists()]
-    assert {s.step.out.parent.name.partition("-")[0] for s in new if s.step.out.name} >= {"train"}
+    stages = [step for wave in waves_of(plan.runs()) for step in wave]
+    new = [step for step in stages if not step.out.exists()]
+    assert 0 < len(new) < len(stages)
     said = run("mpd-study", *arguments).stderr
     assert f"[{len(stages)}/{len(stages)}]" in said
     again = run("mpd-study", *arguments).stderr
     assert again.count("done before") == len(stages)
-    assert again.split("\n\n# ")[1] == said.split("\n\n# ")[1]
+    assert again.split("\n# ")[1:] == said.split("\n# ")[1:] != []
 
 
 def test_each_stage_follows_what_it_needs():
     for wave_of in (("methods",), ("concise",), ()):
         runs = Planner(load_study(POCKET, ()), ROOT / "out").runs(wave_of)
         there = set()
-        for wave in _waves(runs):
-            outs = [stage.step.out for stage in wave]
+        for wave in waves_of(runs):
+            outs = [step.out for step in wave]
             assert len(set(outs)) == len(outs)
             assert not there & set(outs)
-            for stage in wave:
-                needed = [w for w in stage.step.command if "/stages/" in w]
-                if stage.copied_from:
-                    needed = [str(stage.copied_from)]
+            for step in wave:
+                needed = [word for word in step.command if "/stages/" in word]
+                needed += [str(path.parent) for path in step.reads]
                 for word in needed:
-                    own = word == str(stage.step.out) or word == str(stage.step.out.parent)
+                    own = word in (str(step.out), str(step.out.parent))
                     assert own or any(str(out).startswith(word) for out in there), word
             there |= set(outs)
 
@@ -165,7 +168,7 @@ def test_each_stage_follows_what_it_needs():
 def test_one_setting_changes_the_folders_that_follow_from_it(file, tmp_path):
     def folders(*overrides):
         (own, *_) = Planner(load_study(file, overrides), tmp_path).runs(("loss",))
-        return [stage.step.out for wave in own.stages for stage in wave]
+        return [step.out for wave in own.stages for step in wave]
 
     as_is = folders()
     assert folders() == as_is
@@ -185,6 +188,8 @@ def test_one_setting_changes_the_folders_that_follow_from_it(file, tmp_path):
         (["group.1.setting.0.set={teacher='setting:x'}"], [], "'setting:x' names no setting"),
         (["group.1.setting.0.set={teacher='setting:of the result'}"], [], "its own result"),
         (["group.0.set={nonsense=1}"], [], "nonsense"),
+        (["seeds=[0, 0]"], [], "stands there twice"),
+        (["group.0.set={'environment.X'='1'}"], [], "the same for all settings"),
         (["group.0.set={'train.nonsense'=1}"], [], "nonsense"),
     ],
 )
@@ -200,3 +205,53 @@ def test_the_evaluation_sets_are_there(file, tmp_path):
     both = ("group.0.evaluation=['other']", "group.1.evaluation=['other']")
     with pytest.raises(ConfigError, match="no evaluation set 'other'; there are held-out"):
         Planner(load_study(file, both), tmp_path).runs()
+
+
+def test_the_folders_do_not_say_where_the_study_lies(file, tmp_path):
+    def names(out):
+        runs = Planner(load_study(file, ()), out).runs()
+        return [[str(s.out.relative_to(out)) for w in r.stages for s in w] for r in runs]
+
+    assert names(tmp_path / "one") == names(tmp_path / "another")
+
+
+def test_a_setting_that_fails_stops_no_other(done, file, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    # No rewrite is a hundredth of its draft.
+    nothing = "set={'train.loss.divergence'='reverse_kl','rewrite.filters.max_ratio'=0.01}"
+    overrides = ["seeds=[0]", f"group.0.setting.1.{nothing}"]
+    words = [word for o in overrides for word in ("--set", o)]
+    said = run("mpd-study", file, "--out", out, "--group", "loss", *words, code=1).stderr
+    assert "not all settings came to their end" in said
+    found = json.loads((out / "loss.json").read_text())
+    assert [setting["name"] for setting in found["settings"]] == ["forward"]
+    assert list(found["stopped"]) == ["reverse, seed 0"]
+
+
+def test_a_round_with_other_rollouts_than_it_began_with_is_refused(done, file, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    (rollouts,) = (out / "stages").glob("rollouts-*")
+    manifest = rollouts / "rollouts.manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"sha256":"', '"sha256":"f', 1))
+    with pytest.raises(ConfigError, match="was begun with other rollouts"):
+        run_study(load_study(file, ("seeds=[0]",)), out, ("loss",))
+
+
+def test_other_problems_are_not_compared(done, file, tmp_path):
+    run_ = Planner(load_study(file, ("seeds=[0]",)), done[0]).runs(("loss",))[0]
+    base, new = (run_.evaluations[i]["held-out"] for i in (0, 1))
+    source = RoundDir(new).shard_paths("rollouts")
+    rows = [row for path in source for row in pq.read_table(path).to_pylist()]
+    lost = rows[0]["prompt_id"]
+    metadata = read_metadata(source[0])
+    fewer = RoundDir(tmp_path / "fewer")
+    for name in ("schema_version", "stage"):
+        del metadata[name]
+    with fewer.lock(), ShardWriter(fewer, "rollouts", metadata) as writer:
+        for row in rows:
+            if row["prompt_id"] != lost:
+                writer.add(row)
+    with pytest.raises(ConfigError, match="not of the same problems"):
+        _figures([fewer.path], [base], [base])

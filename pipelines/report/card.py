@@ -34,9 +34,9 @@ def data_card(run: Run, funnels: dict[int, Funnel], prefix: str, level: int) -> 
     blocks = [
         Paragraph(
             f"{rows:,} rewrites from {len(distilled)} round{'s' * (len(distilled) > 1)}, {kept:,}"
-            " of them kept. A row is a student's solution, rewritten more concisely by a teacher; a"
-            f" kept one carries the teacher's {k} largest log-probabilities of each token. Rejected"
-            " rewrites stay in the data, with the reason in the column status."
+            f" of them kept. A row is {_made(metadata)}; a kept one carries the {k} largest"
+            " log-probabilities of each token, by the model that scored it. Rejected rows stay in"
+            " the data, with the reason in the column status."
         ),
         _counts(distilled, funnels),
         _sources(run, distilled),
@@ -50,6 +50,20 @@ def data_card(run: Run, funnels: dict[int, Funnel], prefix: str, level: int) -> 
         Code(_loading(run.path), "python"),
     ]
     return Section(f"{prefix}data-card", "Data card", blocks, level)
+
+
+# The names of a shard's models in its metadata -> what they did.
+_PARTS = {"student": "sampled by", "teacher": "rewritten and scored by"}
+
+
+def _asks(metadata: dict[int, dict[str, Any]]) -> bool:
+    return any(of["template"]["name"] != "draft" for of in metadata.values())
+
+
+def _made(metadata: dict[int, dict[str, Any]]) -> str:
+    if not _asks(metadata):
+        return "a model's solution as it was sampled, scored by a teacher"
+    return "a model's solution, rewritten more concisely"
 
 
 def _loading(path: Path) -> str:
@@ -104,15 +118,20 @@ def _source(folder: Path) -> list[str]:
 def _licenses(run: Run, metadata: dict[int, dict[str, Any]]) -> Table:
     declared = {k: v for k, v in run.settings.get("licenses", {}).items() if v}
     first = metadata[min(metadata)]
+    # Whose licence it is: the pipeline says who samples and who rewrites.
+    whose = {
+        "student": run.settings.get("sampler", "student"),
+        "teacher": run.settings.get("rewriter", "teacher"),
+    }
     rows = []
-    for part in ("student", "teacher"):
+    for part, did in _PARTS.items():
         name = str(first[part]["name"])
-        if part in declared:
-            rows.append([part, name, declared[part], "the pipeline's [licenses]"])
+        if whose[part] in declared:
+            rows.append([did, name, declared[whose[part]], "the pipeline's [licenses]"])
         elif (found := license_of(Path(name))) is not None:
-            rows.append([part, name, found, "the model's README.md"])
+            rows.append([did, name, found, "the model's README.md"])
         else:
-            rows.append([part, name, NOT_DECLARED, ""])
+            rows.append([did, name, NOT_DECLARED, ""])
     prompts = str(declared.get("prompts", NOT_DECLARED))
     by = "the pipeline's [licenses]" if "prompts" in declared else ""
     rows.append(["prompts", "", prompts, by])
@@ -137,9 +156,9 @@ def license_of(model: Path) -> str | None:
 def _models(metadata: dict[int, dict[str, Any]]) -> Table:
     rows = []
     for number, of in metadata.items():
-        for part in ("student", "teacher"):
+        for part, did in _PARTS.items():
             model = of[part]
-            rows.append([f"round {number}", part, str(model["name"]), str(model["version"])])
+            rows.append([f"round {number}", did, str(model["name"]), str(model["version"])])
     note = "A version is the hub's commit, or a hash of config and weights."
     return Table("Models", ["", "part", "name", "version"], rows, left=4, note=note)
 

@@ -51,8 +51,9 @@ def funnel_tables(funnels: dict[int, Funnel]) -> Iterator[Block]:
         head,
         rows,
         left=len(head),
-        note="Shares are of the rollouts. Rewrites: those that the teacher gave; it is not asked"
-        " about drafts that were cut off. Length: mean of the ratios.",
+        note="Shares are of the rollouts. Rewrites: those that were given (the drafts themselves"
+        " where nothing is rewritten); none is asked for of drafts that were cut off. Length: mean of"
+        " the ratios.",
     )
     statuses = [s for s in _order(funnels) if s != "ok"]
     rows = []
