@@ -52,8 +52,8 @@ def funnel_tables(funnels: dict[int, Funnel]) -> Iterator[Block]:
         rows,
         left=len(head),
         note="Shares are of the rollouts. Rewrites: those that were given (the drafts themselves"
-        " where nothing is rewritten); none is asked for of drafts that were cut off. Length: mean of"
-        " the ratios.",
+        " where nothing is rewritten); none is asked for of drafts that were cut off. Length: mean"
+        " of the ratios.",
     )
     statuses = [s for s in _order(funnels) if s != "ok"]
     rows = []
