@@ -1,5 +1,7 @@
 """`mpd-train`: stage two, the student learns from the shards."""
 
+import os
+import sys
 from typing import Any
 
 import click
@@ -34,7 +36,18 @@ def cli(overwrite: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
 
 
 def main() -> None:
-    run_command(cli)
+    try:
+        run_command(cli)
+    except SystemExit as end:
+        if end.code:
+            raise
+        # All is written and closed, and what may go wrong from here is the taking down alone: the
+        # threads of gloo outlive `destroy_process_group` (DTensor's caches hold the group), and one
+        # that wants Python's lock while the interpreter ends aborts the process. torchrun would
+        # call a finished training failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

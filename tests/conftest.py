@@ -34,7 +34,9 @@ def command(program, *arguments):
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    """Of the commands: one that crashes says where."""
+    switches = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
+    return {**os.environ, **switches}
 
 
 def run(program, *arguments, code=0):

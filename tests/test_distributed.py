@@ -92,6 +92,24 @@ def test_several_processes_do_what_one_does(one, round_dir, tmp_path, size):
     assert_same(tmp_path / "run", one)
 
 
+def test_a_crash_while_python_ends_does_not_fail_a_finished_training(round_dir, tmp_path):
+    """Threads of torch's that outlive the training can abort a process that is being taken down;
+    the abort here comes at the same time."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import atexit, os\nfrom mpd_train.cli import main\natexit.register(os.abort)\nmain()\n"
+    )
+    out = tmp_path / "run"
+    launch = torchrun(2, {})[:-2]
+    arguments = words(settings(round_dir, out, **{"--max-steps": 1}))
+    done = subprocess.run(
+        [*launch, str(program), *arguments], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("wrote ") == 2
+    assert (out / "model" / "model.safetensors").exists()
+
+
 def test_killed_and_resumed_with_another_number_of_processes(one, round_dir, tmp_path):
     """No example twice and none missed: the steps are those of an undisturbed run."""
     out = tmp_path / "run"

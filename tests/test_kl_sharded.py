@@ -3,6 +3,7 @@
 This file is also what torchrun runs: `test_kl_sharded.py OUT HEAD`.
 """
 
+import os
 import subprocess
 import sys
 
@@ -101,3 +102,5 @@ def test_two_processes_are_one(head, tmp_path):
 
 if __name__ == "__main__":
     rank_main(*sys.argv[1:])
+    # As mpd-train does, and why (mpd_train/cli.py).
+    os._exit(0)
