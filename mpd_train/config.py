@@ -28,6 +28,12 @@ class LossConfig(Strict):
         description="Both models' logits are divided by it, and the divergence is multiplied by its"
         " square. Other than 1 only with --teacher: cached records are at temperature 1.",
     )
+    tail: bool = Field(
+        True,
+        description="The mass outside the cached top K as one outcome more; without, the top K are"
+        " renormalised, as where records come without it, and each divergence but reverse_kl is"
+        " finite.",
+    )
     divergence_clip: float | None = Field(
         None,
         gt=0,

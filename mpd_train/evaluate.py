@@ -36,7 +36,11 @@ def pack_loss(
         "ce_weight": loss.ce_weight,
     }
     if teacher is None:
-        record = batch.topk_ids, batch.topk_logprobs, batch.tail_logprobs
+        tail = batch.tail_logprobs
+        if not loss.tail:
+            # What is left is renormalised by the loss.
+            tail = torch.full_like(tail, -torch.inf)
+        record = batch.topk_ids, batch.topk_logprobs, tail
         return sparse_kl(states, head, *record, **common)
     with torch.no_grad():
         taught = teacher.states(batch.teacher_input_ids, batch.teacher_position_ids)

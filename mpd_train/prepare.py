@@ -72,6 +72,14 @@ def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None
             f" {recorded:g}, and a tail cannot be brought to another temperature. Give --teacher,"
             " whose full vocabulary is then used."
         )
+    if not config.loss.tail and (teacher is not None or config.loss.divergence == "reverse_kl"):
+        why = (
+            "has no cached records to leave it out of"
+            if teacher is not None
+            else "is infinite: the student's mass outside the top K stands against none"
+        )
+        found = "--teacher" if teacher is not None else "--divergence reverse_kl"
+        raise ConfigError(f"--no-tail with {found} {why}. Leave one of the two out.")
     for files in (student, teacher):
         if files is not None:
             require_whole(files)

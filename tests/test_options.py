@@ -217,6 +217,7 @@ TESTS = {
         "test_the_loss_is_the_one_asked_for": {
             "mpd-train": "--divergence --beta --alpha --ce-weight --divergence-clip",
         },
+        "test_without_the_tail_the_top_k_are_renormalised": {"mpd-train": "--tail"},
         "test_the_second_moment_decays_as_told": {"mpd-train": "--adam-beta2"},
         "test_validation_is_held_and_ended_as_told": {
             "mpd-train": "--validation-fraction --eval-steps --early-stopping-patience",

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 
 import numpy as np
@@ -144,6 +145,63 @@ def test_the_loss_is_the_one_asked_for(trained, few, exact_student, loss):
     if without == loss:
         without = {}
     assert abs(found / expected(LossConfig(**without)).item() - 1) > 0.005
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_without_the_tail_the_top_k_are_renormalised(
+    trained, few, exact_student, tmp_path, divergence
+):
+    """Four ids of each token, with a fifth of the mass outside: the first step's loss and gradient
+    against autograd on whole distributions, the teacher's nought elsewhere."""
+    known, shards = np.log([0.4, 0.2, 0.1, 0.1]), ShardSet([few])
+    soft, k = tmp_path / "soft", shards.metadata["num_logprobs"]
+    shutil.copytree(few, soft)
+    for file in RoundDir(soft).shard_paths("distill"):
+        table = pq.read_table(file)
+        rows = table.to_pylist()
+        for row in rows:
+            if row["topk_ids"] is not None:
+                n = len(row["tail_logprobs"])
+                row["topk_ids"] = [x for i, x in enumerate(row["topk_ids"]) if i % k < len(known)]
+                row["topk_logprobs"] = list(known) * n
+                row["tail_logprobs"] = [np.log(0.2)] * n
+        metadata = json.loads(table.schema.metadata[b"mpd"]) | {"num_logprobs": len(known)}
+        schema = table.schema.with_metadata({b"mpd": json.dumps(metadata).encode()})
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
+    shards = ShardSet([soft])
+    pack = make_packs(shards, 600, 0, 0)[0]
+    batch, vocab = load_pack(shards, pack), shards.metadata["vocab_size"]
+    student = CausalLM(resolve_model(str(exact_student)), CPU, torch.float32, False)
+    states = student.states(batch.input_ids, batch.position_ids)[0, batch.loss_positions]
+    log_q = (states @ student.head(vocab).T).log_softmax(-1)
+    p = torch.zeros_like(log_q).scatter(1, batch.topk_ids, batch.topk_logprobs.exp())
+    assert p.sum(1).max() < 0.81
+    p = p / p.sum(1, keepdim=True)
+    if divergence == "jsd":
+        # The student's mass outside the top K is one outcome, as it is with a tail; the mixture has
+        # half of it.
+        q = log_q.exp()
+        outside = q.masked_fill(p > 0, 0).sum(1) * math.log(2)
+        log_m = ((p + q) / 2).log()
+        inside = p.xlogy(p) - p * log_m + (q * (log_q - log_m)).masked_fill(p == 0, 0)
+        loss = ((inside.sum(1) + outside) / 2).mean()
+    else:
+        loss = (p.xlogy(p) - p * log_q).sum(1).mean()
+    loss.backward()
+    norm = torch.cat([w.grad.flatten() for w in student.model.parameters()]).norm().item()
+    said = {"divergence": divergence, "tail": False}
+    records, _ = trained(shards=[soft], loss=said, max_steps=1)
+    assert records[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert records[0]["grad_norm"] == pytest.approx(norm, rel=1e-3)
+    kept, _ = trained(shards=[soft], loss={"divergence": divergence}, max_steps=1)
+    assert abs(kept[0]["loss"] / loss.item() - 1) > 0.05
+
+
+def test_leaving_the_tail_out_is_refused_where_it_means_nothing(trained):
+    with pytest.raises(ConfigError, match="reverse_kl is infinite"):
+        trained(loss={"divergence": "reverse_kl", "tail": False})
+    with pytest.raises(ConfigError, match="no cached records"):
+        trained(teacher=str(TEACHER), loss={"tail": False})
 
 
 def test_a_teacher_in_the_process_is_the_one_learned_from(trained):
