@@ -95,10 +95,14 @@ def _rates(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
 
+def _interrupt(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
 def run_command(command: click.Command) -> None:
     """Runs a click command; our own errors become one message and exit code 1. SIGTERM, with which
     schedulers announce the end, is an interrupt: what is finished is committed."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         # Without standalone mode click returns the code of an Exit instead of raising it.
         code = command.main(standalone_mode=False)

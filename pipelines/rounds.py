@@ -14,6 +14,7 @@ that has finished is not started again.
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -131,6 +132,7 @@ class Runner:
         self._environment.pop("SLURM_ARRAY_TASK_COUNT", None)
         self._total = total
         self._number = 0
+        self._running: set[subprocess.Popen[str]] = set()
         self.failed_rows = any(r["exit_code"] == EXIT_FAILED_ROWS for r in self._finished.records)
 
     def run(self, steps: list[Step], parallel: int = 1) -> None:
@@ -154,11 +156,20 @@ class Runner:
         failed: list[tuple[Step, MPDError]] = []
         with ThreadPoolExecutor(max(together, 1)) as pool:
             begun = [(step, pool.submit(self._run_one, step, together > 1)) for step in owed]
-            for step, done in begun:
-                try:
-                    done.result()
-                except MPDError as error:
-                    failed.append((step, error))
+            try:
+                for step, done in begun:
+                    try:
+                        done.result()
+                    except MPDError as error:
+                        failed.append((step, error))
+            except KeyboardInterrupt as told:
+                # What runs commits what it has, and is waited for; no other begins.
+                pool.shutdown(wait=False, cancel_futures=True)
+                if told.args == (signal.SIGTERM,):
+                    # Which was for this process; a terminal tells all of them.
+                    for process in list(self._running):
+                        process.terminate()
+                raise
         return failed
 
     def _run_one(self, step: Step, prefixed: bool) -> None:
@@ -171,9 +182,11 @@ class Runner:
             text=True,
             errors="replace",
         ) as process:
+            self._running.add(process)
             # Two progress bars would fight for one line: side by side, steps report in lines.
             for line in process.stderr or ():
                 click.echo(f"    {step.label} | {line.rstrip()}", err=True)
+        self._running.discard(process)
         code = process.returncode
         if code not in (0, EXIT_FAILED_ROWS):
             raise MPDError(

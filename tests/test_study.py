@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import subprocess
+import time
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, invoke, run
+from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, command, environment, invoke, run
 
 from mpd_data.compare import compare, evaluate
 from mpd_data.errors import ConfigError
@@ -83,6 +85,34 @@ def file(prompts, tmp_path_factory):
     models = {"student": STUDENT, "teacher": TEACHER, "template": TEMPLATE}
     path.write_text(TEXT.format(prompts=prompts, **models))
     return path
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_told_to_end_it_lets_its_stages_commit_and_begins_no_other(file, tmp_path, parallel):
+    """A scheduler's signal is for this process alone: its stages hear of it from here."""
+    out = tmp_path / "study"
+    arguments = [file, "--out", out, "--group", "loss", "--set", f"parallel={parallel}"]
+    # Long enough that none is at its end when the signal comes.
+    arguments += ["--set", "pipeline.evaluation.0.rollouts.num_samples=60"]
+    process = subprocess.Popen(
+        command("mpd-study", *arguments), cwd=ROOT, env=environment(), stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    begun = out / "stages"
+    while len(list(begun.glob("evaluate-*/run.json"))) < parallel:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    assert "run the same command again" in said
+    # Of two seeds' bases, with room for both or for one.
+    assert len(list(begun.iterdir())) == parallel
+    for folder in begun.iterdir():
+        # Nobody is at work on it, which would raise.
+        with RoundDir(folder).lock("rollouts"):
+            assert (folder / "run.json").exists()
+    assert not (out / "finished.jsonl").exists()
 
 
 @pytest.fixture(scope="module")
