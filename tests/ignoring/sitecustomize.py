@@ -18,7 +18,12 @@ _SETTINGS = {
     "RewriteConfig": "mpd-gen rewrite",
     "TrainConfig": "mpd-train",
 }
-_PROGRAMS = {"mpd_data": "mpd-gen", "mpd_train": "mpd-train", "pipelines": "mpd-rounds"}
+_PROGRAMS = {
+    "mpd_data": "mpd-gen",
+    "mpd_train": "mpd-train",
+    "pipelines": "mpd-rounds",
+    "report": "mpd-report",
+}
 
 
 def _ignored():
