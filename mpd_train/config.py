@@ -30,9 +30,8 @@ class LossConfig(Strict):
     )
     tail: bool = Field(
         True,
-        description="The mass outside the cached top K as one outcome more; without, the top K are"
-        " renormalised, as where records come without it, and each divergence but reverse_kl is"
-        " finite.",
+        description="Count the mass outside the cached top K as one outcome more. Without, the top"
+        " K are renormalised, as in records that have no tail; reverse_kl is infinite then.",
     )
     divergence_clip: float | None = Field(
         None,

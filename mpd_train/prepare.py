@@ -53,6 +53,15 @@ def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, t
         )
     if config.teacher_offload and config.teacher is None:
         raise ConfigError("--teacher-offload: no teacher is in the process without --teacher.")
+    if not config.loss.tail and config.teacher is not None:
+        raise ConfigError(
+            "--no-tail: --teacher's whole vocabulary has none. Leave one of the two out."
+        )
+    if not config.loss.tail and config.loss.divergence == "reverse_kl":
+        raise ConfigError(
+            "--no-tail: reverse_kl is infinite without it, since the student's mass outside the top"
+            " K stands against none. Give another --divergence, or keep the tail."
+        )
     tracker_modules = load_trackers(list(config.report_to))
     device = choose_device(config.device)
     if config.liger_kernel:
@@ -72,14 +81,6 @@ def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None
             f" {recorded:g}, and a tail cannot be brought to another temperature. Give --teacher,"
             " whose full vocabulary is then used."
         )
-    if not config.loss.tail and (teacher is not None or config.loss.divergence == "reverse_kl"):
-        why = (
-            "has no cached records to leave it out of"
-            if teacher is not None
-            else "is infinite: the student's mass outside the top K stands against none"
-        )
-        found = "--teacher" if teacher is not None else "--divergence reverse_kl"
-        raise ConfigError(f"--no-tail with {found} {why}. Leave one of the two out.")
     for files in (student, teacher):
         if files is not None:
             require_whole(files)

@@ -133,6 +133,7 @@ class Runner:
         self._total = total
         self._number = 0
         self._running: set[subprocess.Popen[str]] = set()
+        self._told_to_end = False
         self.failed_rows = any(r["exit_code"] == EXIT_FAILED_ROWS for r in self._finished.records)
 
     def run(self, steps: list[Step], parallel: int = 1) -> None:
@@ -155,8 +156,8 @@ class Runner:
         together = min(parallel, len(owed))
         failed: list[tuple[Step, MPDError]] = []
         with ThreadPoolExecutor(max(together, 1)) as pool:
-            begun = [(step, pool.submit(self._run_one, step, together > 1)) for step in owed]
             try:
+                begun = [(step, pool.submit(self._run_one, step, together > 1)) for step in owed]
                 for step, done in begun:
                     try:
                         done.result()
@@ -167,6 +168,7 @@ class Runner:
                 pool.shutdown(wait=False, cancel_futures=True)
                 if told.args == (signal.SIGTERM,):
                     # Which was for this process; a terminal tells all of them.
+                    self._told_to_end = True
                     for process in list(self._running):
                         process.terminate()
                 raise
@@ -183,6 +185,9 @@ class Runner:
             errors="replace",
         ) as process:
             self._running.add(process)
+            if self._told_to_end:
+                # Too late to be among those that were told.
+                process.terminate()
             # Two progress bars would fight for one line: side by side, steps report in lines.
             for line in process.stderr or ():
                 click.echo(f"    {step.label} | {line.rstrip()}", err=True)

@@ -31,10 +31,10 @@ def words(arguments):
     return [str(x) for pair in arguments.items() for x in pair]
 
 
-def torchrun(size, arguments):
+def torchrun(size, arguments, program=("-m", "mpd_train.cli")):
     return [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(size), "-m", "mpd_train.cli", *words(arguments),
+        "--nproc-per-node", str(size), *program, *words(arguments),
     ]  # fmt: skip
 
 
@@ -100,11 +100,8 @@ def test_a_crash_while_python_ends_does_not_fail_a_finished_training(round_dir, 
         "import atexit, os\nfrom mpd_train.cli import main\natexit.register(os.abort)\nmain()\n"
     )
     out = tmp_path / "run"
-    launch = torchrun(2, {})[:-2]
-    arguments = words(settings(round_dir, out, **{"--max-steps": 1}))
-    done = subprocess.run(
-        [*launch, str(program), *arguments], env=environment(), capture_output=True, text=True
-    )
+    launch = torchrun(2, settings(round_dir, out, **{"--max-steps": 1}), [str(program)])
+    done = subprocess.run(launch, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("wrote ") == 2
     assert (out / "model" / "model.safetensors").exists()

@@ -200,7 +200,7 @@ def test_without_the_tail_the_top_k_are_renormalised(
 def test_leaving_the_tail_out_is_refused_where_it_means_nothing(trained):
     with pytest.raises(ConfigError, match="reverse_kl is infinite"):
         trained(loss={"divergence": "reverse_kl", "tail": False})
-    with pytest.raises(ConfigError, match="no cached records"):
+    with pytest.raises(ConfigError, match="whole vocabulary has none"):
         trained(teacher=str(TEACHER), loss={"tail": False})
 
 
