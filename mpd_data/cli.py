@@ -9,7 +9,6 @@ import errno
 import json
 import math
 import shlex
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mpd_data import interrupt
 from mpd_data.config import (
     ContaminationConfig,
     InitConfig,
@@ -95,14 +95,10 @@ def _rates(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
 
-def _interrupt(number: int, _: object) -> None:
-    raise KeyboardInterrupt(number)
-
-
 def run_command(command: click.Command) -> None:
     """Runs a click command; our own errors become one message and exit code 1. SIGTERM, with which
     schedulers announce the end, is an interrupt: what is finished is committed."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt.listen()
     try:
         # Without standalone mode click returns the code of an Exit instead of raising it.
         code = command.main(standalone_mode=False)

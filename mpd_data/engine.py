@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mpd_data import interrupt
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.errors import ConfigError
 from mpd_data.models import ModelFiles
@@ -118,10 +119,12 @@ def pump(
 ) -> Iterator[Completion | Scores | Refused]:
     """Runs `submissions` (each submits a request or a few) through the engine, refilling it as
     results return. The consumer may submit more while iterating, and so may `side`: all are
-    drained. `side.advance` runs after each engine step, also where nothing finished."""
+    drained. `side.advance` runs after each engine step, also where nothing finished. Raises
+    KeyboardInterrupt where one got lost."""
     source = iter(submissions)
     exhausted = False
     while True:
+        interrupt.check()
         while not exhausted and max(engine.in_flight, side.in_flight) < engine.max_in_flight:
             submit = next(source, None)
             if submit is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from mpd_data import interrupt
 from mpd_data.errors import ConfigError, MPDError
 from mpd_data.locks import exclusive
 from mpd_data.models import (
@@ -153,6 +154,7 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     with closing(Loader(shards, device)) as loader, recorder or nullcontext():
         batches = loader.batches(steps[done:], ranks)
         for step in range(done, len(steps)):
+            interrupt.check()
             if 0 < validation.early_stopping_patience <= progress.misses:
                 if ranks.first:
                     print(f"stopped early, after step {step}", file=sys.stderr)

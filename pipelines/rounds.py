@@ -26,6 +26,7 @@ from typing import Any
 import click
 
 from mpd_data import compare as comparison
+from mpd_data import interrupt
 from mpd_data.cli import DRY_RUN, PLAN_JSON, run_command
 from mpd_data.config import RewriteConfig
 from mpd_data.errors import MPDError
@@ -143,6 +144,7 @@ class Runner:
 
     def attempt(self, steps: list[Step], parallel: int = 1) -> list[tuple[Step, MPDError]]:
         """Runs `steps`, up to `parallel` at a time, and returns those that failed."""
+        interrupt.check()
         owed = []
         for step in steps:
             self._number += 1
