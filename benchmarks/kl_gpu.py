@@ -213,8 +213,9 @@ def losses(device: torch.device, small: bool, turns: int, rows: list[dict[str, A
 
 def step(x: Inputs, loss: Callable[[Inputs], Tensor]) -> Callable[[], None]:
     def work() -> None:
-        x.hidden.grad = x.weight.grad = None
         loss(x)
+        # Not at the next one's beginning: they would be there when memory begins to count.
+        x.hidden.grad = x.weight.grad = None
 
     return work
 
@@ -226,11 +227,11 @@ def variants(x: Inputs, device: torch.device) -> dict[str, Callable[[], None]]:
     b = torch.zeros(vocab, 16, device=device, dtype=x.weight.dtype).requires_grad_()
 
     def frozen(low_rank: LowRankHead | None) -> None:
-        x.hidden.grad = a.grad = b.grad = None
         record = x.topk_ids, x.topk_logprobs, x.tail_logprobs
         sparse_kl(
             x.hidden, x.weight.detach(), *record, normalizer=float(len(x.hidden)), low_rank=low_rank
         ).loss.backward()
+        x.hidden.grad = a.grad = b.grad = None
 
     return {
         "sparse, ours, frozen head": lambda: frozen(None),

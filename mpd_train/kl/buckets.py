@@ -5,7 +5,7 @@ K + 1 buckets.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,8 +34,12 @@ class Softmax(Protocol):
     @property
     def tail(self) -> Tail: ...
 
-    def spread(self, factors: Tensor, out: Tensor, add: bool) -> None:
-        """out [c, V] = factors [c, 1] exp(y - peak), or added to it."""
+    def spread(self, factors: Tensor, out: Tensor, other: "tuple[Self, Tensor] | None") -> None:
+        """out [c, V] = factors [c, 1] exp(y - peak), and the same of an `other` softmax of these
+        logits, with its factors, added. The last use of the logits: `out` may lie where they do."""
+
+
+S = TypeVar("S", bound=Softmax)
 
 
 def over_buckets(
@@ -45,7 +49,7 @@ def over_buckets(
     factors: Tensor,
     objective: Objective,
     out: Tensor,
-    softmax: Callable[[Tensor, float], Softmax],
+    softmax: Callable[[Tensor, float], S],
 ) -> Tensor:
     """`fused.Kernels.sparse`, given the backend's softmax (logits, temperature), which uses its
     logits up at temperature 1."""
@@ -90,9 +94,10 @@ def over_buckets(
         at_label = (index == labels[:, None]) & valid
         of_top = torch.where(at_label, of_top - ce_weight, of_top)
     # A tail token's share of the tail's gradient is its share of the tail's mass.
-    rest.spread(torch.where(tail.total > 0, of_tail * factors / tail.total, 0.0), out, False)
+    other = None
     if ce_weight > 0 and tempered:
-        plain.spread(ce_weight * factors * (plain.tail.peak - log_total).exp(), out, True)
+        other = (plain, ce_weight * factors * (plain.tail.peak - log_total).exp())
+    rest.spread(torch.where(tail.total > 0, of_tail * factors / tail.total, 0.0), out, other)
     of_top = torch.where(valid, of_top, of_top[:, :1])
     out.scatter_(1, index, (of_top * factors).to(out.dtype))
     if ce_weight > 0:

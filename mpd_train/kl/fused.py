@@ -22,7 +22,8 @@ from mpd_train.kl.divergence import Divergence, Name
 from mpd_train.kl.objective import Objective
 
 # Rows of a product with the head's gradient, and of those the rows that have float32 logits at a
-# time: of the student alone, and of both models.
+# time: of the student alone, and of both models. Of no account where the gradient takes the logits'
+# place.
 _ROWS = {"cpu": (512, 256, 256), "cuda": (2048, 2048, 1024)}
 # Rows whose ids are checked at a time: each time is a dozen launches with nothing else to do.
 _CHECKED_ROWS = 16_384
@@ -72,8 +73,8 @@ class Heads:
 
 class Kernels(Protocol):
     """The elementwise part, for rows of one chunk. `logits` [c, V] float32 or float64 are used up.
-    Writes the gradient of the summed loss, times `factors` [c, 1], to `out` [c, V] and
-    returns [c, FOUND]."""
+    Writes the gradient of the summed loss, times `factors` [c, 1], to `out` [c, V], which may lie
+    where the logits do (see `_in_place`), and returns [c, FOUND]."""
 
     def sparse(
         self, logits: Tensor, teacher: TopK, labels: Tensor | None, factors: Tensor,
@@ -260,9 +261,7 @@ def _forward(
     n, device = hidden.shape[0], hidden.device
     exact = accumulation_dtype(hidden.dtype)
     kernels = _kernels(backend)
-    # In torch the gradient takes the logits' place where both have the same type. (Triton's
-    # autotuner runs a kernel several times, which must not write to what it reads.)
-    in_place = backend == "torch" and not (hidden.is_cuda and hidden.dtype != exact)
+    in_place = _in_place(backend, isinstance(teacher, TopK), hidden)
     weight = heads.weight.to(hidden.dtype)
     low_weight = None if heads.low_weight is None else heads.low_weight.to(hidden.dtype)
     teacher_weight = None
@@ -270,9 +269,15 @@ def _forward(
         teacher_weight = teacher.weight.to(teacher.hidden.dtype)
 
     student = (hidden, heads.weight, heads.bias, heads.low_hidden, heads.low_weight)
+    # Rows without weight leave before the product: a NaN there must not reach the head's gradient,
+    # and multiplying it by zero would not stop it.
+    rows = factors.nonzero().squeeze(1)
     gradients = [
-        # Rows that are left out have a gradient of 0.
-        torch.zeros(x.shape, dtype=_gradient_dtype(hidden, i), device=device)
+        # Rows that are left out have a gradient of 0; what is summed over rows the first chunk
+        # writes: filling a head's gradient and reading it once is time that can be measured.
+        (torch.empty if i in (1, 4) and len(rows) > 0 else torch.zeros)(
+            x.shape, dtype=_gradient_dtype(hidden, i), device=device
+        )
         if need and x is not None
         else hidden.new_empty(0)
         for i, (x, need) in enumerate(zip(student, needs, strict=True))
@@ -280,9 +285,6 @@ def _forward(
     d_hidden, d_weight, d_bias, d_low_hidden, d_low_weight = gradients
     found = torch.zeros((n, FOUND), dtype=exact, device=device)
 
-    # Rows without weight leave before the product: a NaN there must not reach the head's gradient,
-    # and multiplying it by zero would not stop it.
-    rows = factors.nonzero().squeeze(1)
     _check(rows, teacher, labels, vocab_size)
     size, logit_rows = _chunk_sizes(device, vocab_size, chunk_size, isinstance(teacher, Dense))
     for start in range(0, len(rows), size):
@@ -299,13 +301,17 @@ def _forward(
             return logits
 
         if in_place:
-            gradient = logits_of(slice(None))
+            all_logits = logits_of(slice(None))
+            gradient = all_logits
+            if backend == "triton" and hidden.dtype != exact:
+                # Each row of it at the start of the row of logits that it is made from.
+                gradient = all_logits.view(hidden.dtype)[:, :vocab_size]
         else:
             gradient = hidden.new_empty((len(chunk), vocab_size))
         for first in range(0, len(chunk), logit_rows):
             part = slice(first, first + logit_rows)
             out = gradient[part]
-            logits = out if in_place else logits_of(part)
+            logits = all_logits[part] if in_place else logits_of(part)
             picked = chunk[part]
             of_labels = None if labels is None else labels[picked]
             scale = factors[picked, None]
@@ -326,15 +332,17 @@ def _forward(
         if needs[0]:
             d_hidden[chunk] = _times_head(gradient, weight).to(hidden.dtype)
         if needs[1]:
-            _add_outer(d_weight, gradient, states)
+            _add_outer(d_weight, gradient, states, start == 0)
         if needs[2]:
             d_bias += gradient.sum(0, dtype=exact)
         if low_states is not None and low_weight is not None:
             if needs[3]:
                 d_low_hidden[chunk] = _times_head(gradient, low_weight).to(hidden.dtype)
             if needs[4]:
-                _add_outer(d_low_weight, gradient, low_states)
+                _add_outer(d_low_weight, gradient, low_states, start == 0)
         del gradient, out
+        if in_place:
+            del all_logits
     losses = objective.loss(found[rows, 0], found[rows, 1])
     total = (losses * factors[rows]).sum()
     return total, found, d_hidden, d_weight, d_bias, d_low_hidden, d_low_weight
@@ -355,7 +363,7 @@ def workspace_bytes(
         min(x, tokens) for x in _chunk_sizes(device, vocab_size, 0, teacher_head is not None)
     )
     total = rows * vocab_size * exact
-    if device.type == "cuda":
+    if device.type == "cuda" and teacher_head is not None:
         total = rows * vocab_size * short + logit_rows * vocab_size * exact
     if teacher_head is not None:
         total += logit_rows * vocab_size * exact
@@ -364,6 +372,15 @@ def workspace_bytes(
     if device.type != "cuda" and dtype == torch.bfloat16:
         total += 2 * _VOCAB_BLOCK * max(head[1], teacher_head[1] if teacher_head else 0) * exact
     return total
+
+
+def _in_place(backend: str, sparse: bool, hidden: Tensor) -> bool:
+    """Whether the gradient takes the logits' place, which spares a buffer: in torch where both have
+    the same type, in Triton for a sparse teacher. (The autotuner runs the dense kernel several
+    times, and it must not write to what it reads.)"""
+    if backend == "triton":
+        return sparse
+    return not hidden.is_cuda or _is_exact(hidden)
 
 
 def _chunk_sizes(
@@ -456,28 +473,31 @@ def _times_head(gradient: Tensor, head: Tensor) -> Tensor:
     return out
 
 
-def _add_outer(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """total [V, H] += gradient [c, V]^T x hidden [c, H]."""
+def _add_outer(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
+    """total [V, H] += gradient [c, V]^T x hidden [c, H]; = where it is the `first`."""
     if _is_exact(hidden) or hidden.is_cuda:
-        _add_product(total, gradient.T, hidden)
+        _add_product(total, gradient.T, hidden, first)
         return
     wide = hidden.float()
     for block in _vocab_blocks(total.shape[0]):
-        total[block].addmm_(gradient[:, block].float().T, wide)
+        _add_product(total[block], gradient[:, block].float().T, wide, first)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [a, c] += left [a, b] x right [b, c], in the type of `total`, float32 or float64."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
+    """total [a, c] += left [a, b] x right [b, c], in the type of `total`, float32 or float64;
+    = where it is the `first`: what `total` held then is not looked at."""
+    beta = 0 if first else 1
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=beta)
     elif not left.is_cuda:
-        total.addmm_(left.float(), right.float())
+        total.addmm_(left.float(), right.float(), beta=beta)
     elif _adds_to_float32(left.device):
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        torch.addmm(total, left, right, beta=beta, out_dtype=torch.float32, out=total)
     else:
         # Some rows at a time: the whole product would be as large as the total.
         for rows in _vocab_blocks(total.shape[0]):
-            total[rows] += torch.mm(left[rows], right, out_dtype=torch.float32)
+            product = torch.mm(left[rows], right, out_dtype=torch.float32)
+            total[rows] = product if first else total[rows] + product
 
 
 @functools.cache

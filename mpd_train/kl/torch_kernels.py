@@ -80,11 +80,13 @@ class _Exponentials:
     tail: Tail
     values: Tensor
 
-    def spread(self, factors: Tensor, out: Tensor, add: bool) -> None:
-        if add:
-            out.add_((self.values * factors).to(out.dtype))
-        else:
-            torch.mul(self.values, factors, out=out)
+    def spread(
+        self, factors: Tensor, out: Tensor, other: "tuple[_Exponentials, Tensor] | None"
+    ) -> None:
+        torch.mul(self.values, factors, out=out)
+        if other is not None:
+            softmax, its_factors = other
+            out.add_((softmax.values * its_factors).to(out.dtype))
 
 
 def _softmax(logits: Tensor, temperature: float) -> _Exponentials:

@@ -8,7 +8,6 @@ without a clip knows them beforehand. With TRITON_INTERPRET=1 the kernels run on
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -26,6 +25,8 @@ _CONFIGS = [
 # The interpreter has no clock to tune by; small blocks, so that small cases have several.
 if triton.knobs.runtime.interpret:
     _CONFIGS = [triton.Config({"BLOCK": 512})]
+# Not tuned: it writes to what it reads, and cannot be run twice.
+_SPREAD_BLOCK = _CONFIGS[0].kwargs["BLOCK"]
 
 _FORWARD, _REVERSE, _JSD, _SKEW, _SKEW_REVERSE = (tl.constexpr(i) for i in range(len(NAMES)))
 _FLOOR = tl.constexpr(LOG_FLOOR)
@@ -52,15 +53,16 @@ class _Recomputed:
     logits: Tensor
     inverse: float
 
-    def spread(self, factors: Tensor, out: Tensor, add: bool) -> None:
+    def spread(
+        self, factors: Tensor, out: Tensor, other: "tuple[_Recomputed, Tensor] | None"
+    ) -> None:
         count, vocab_size = self.logits.shape
-
-        def grid(meta: dict[str, Any]) -> tuple[int, int]:
-            return count, triton.cdiv(vocab_size, meta["BLOCK"])
-
-        _spread[grid](
-            self.logits, self.tail.peak, factors.contiguous(), out, vocab_size, out.stride(0),
-            INVERSE=self.inverse, ADD=add, BLOCK=_CONFIGS[0].kwargs["BLOCK"],
+        tail, its_factors = (self.tail, factors) if other is None else (other[0].tail, other[1])
+        _spread[(count,)](
+            self.logits, self.tail.peak, factors.contiguous(), tail.peak, its_factors.contiguous(),
+            out, vocab_size, out.stride(0),
+            INVERSE=self.inverse, OTHER_INVERSE=1.0 if other is None else other[0].inverse,
+            OTHER=other is not None, BLOCK=_SPREAD_BLOCK, num_warps=8,
         )  # fmt: skip
 
 
@@ -128,19 +130,26 @@ def _sums(logits, sums, count, vocab_size, INVERSE: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def _spread(
-    logits, peaks, factors, out, vocab_size, out_stride,
-    INVERSE: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    logits, peaks, factors, other_peaks, other_factors, out, vocab_size, out_stride,
+    INVERSE: tl.constexpr, OTHER_INVERSE: tl.constexpr, OTHER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of a row: out = factor exp(y - peak), or added."""
+    """A row: out = factor exp(y - peak), and the same of the other softmax. `out` may begin where
+    the row of logits does: what is written is at most as wide as what has been read."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < vocab_size
-    y = tl.load(logits + row * vocab_size + columns, mask=inside, other=float("-inf")) * INVERSE
-    value = tl.load(factors + row) * tl.exp(y - tl.load(peaks + row))
-    target = out + row * out_stride + columns
-    if ADD:
-        value += tl.load(target, mask=inside, other=0.0).to(tl.float32)
-    tl.store(target, value, mask=inside)
+    logits += row * vocab_size
+    out += row * out_stride
+    peak, factor = tl.load(peaks + row), tl.load(factors + row)
+    other_peak, other_factor = tl.load(other_peaks + row), tl.load(other_factors + row)
+    for start in range(0, vocab_size, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < vocab_size
+        z = tl.load(logits + columns, mask=inside, other=float("-inf"))
+        value = factor * tl.exp(z * INVERSE - peak)
+        if OTHER:
+            value += other_factor * tl.exp(z * OTHER_INVERSE - other_peak)
+        # Until all of the block has been read.
+        tl.debug_barrier()
+        tl.store(out + columns, value, mask=inside)
 
 
 @triton.jit
