@@ -32,7 +32,7 @@ def of_process(field: str) -> int:
     return 1024 * int(next(x for x in lines if x.startswith(field)).split()[1])
 
 
-def make_round(folder: Path, count: int) -> None:
+def make_round(folder: Path, count: int, vocab: int = VOCAB) -> None:
     """Distill shards of made-up rows, and the same as JSON lines for the others."""
     import numpy as np
     import pyarrow.parquet as pq
@@ -42,7 +42,7 @@ def make_round(folder: Path, count: int) -> None:
 
     golden = RoundDir(ROOT / "tests" / "data" / "golden" / "round1").shard_paths("distill")[0]
     table = pq.read_table(golden)
-    metadata = json.loads(table.schema.metadata[METADATA_KEY]) | {"vocab_size": VOCAB}
+    metadata = json.loads(table.schema.metadata[METADATA_KEY]) | {"vocab_size": vocab}
     for known in ("schema_version", "stage"):
         del metadata[known]
     like, k = table.slice(0, 1).to_pylist()[0], metadata["num_logprobs"]
@@ -50,7 +50,7 @@ def make_round(folder: Path, count: int) -> None:
     rows = []
     for i in range(count):
         length = int(np.clip(np.exp(rng.normal(5.6, 0.7)), 32, 960))
-        ids = rng.integers(0, VOCAB, 64 + length, dtype=np.int32)
+        ids = rng.integers(0, vocab, 64 + length, dtype=np.int32)
         ids[-1] = metadata["eos_token_id"]
         rows.append(
             like

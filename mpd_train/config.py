@@ -135,8 +135,9 @@ class TrainConfig(Strict):
     )
     attn_implementation: str | None = Field(
         None,
-        description="Attention of transformers: sdpa, flash_attention_2, … Default: flash attention"
-        " where it is installed and the model runs in bfloat16 on CUDA, else transformers' choice.",
+        description="Attention of transformers: sdpa, flash_attention_2, …, or varlen, torch's own"
+        " for packs. Default in bfloat16 on CUDA: flash attention where it is installed, else"
+        " varlen; elsewhere transformers' choice.",
     )
     max_loss: float = Field(
         100.0, gt=0, description="Stop where a step's loss is above it, in nats per token."

@@ -21,9 +21,11 @@ from mpd_data.models import (
     resolve_model,
 )
 from mpd_train import checkpoint, liger, lora
+from mpd_train.attention import attention
 from mpd_train.config import TrainConfig
 from mpd_train.evaluate import Sums, pack_loss, validate
-from mpd_train.models import CausalLM, attention, autocast, compile_layers, export
+from mpd_train.flops import peak_flops, step_flops
+from mpd_train.models import CausalLM, autocast, compile_layers, export
 from mpd_train.optimizer import learning_rate, make_optimizer
 from mpd_train.parallel import Ranks, clip_grad_norm, gather, load_sharded, ranks
 from mpd_train.prepare import claim, prepare
@@ -135,6 +137,7 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
             if model is not None:
                 liger.apply(model.model, model.files.name)
     optimizer = make_optimizer(student.model, config.optimizer)
+    flops, peak = step_flops(student, teacher), peak_flops(device, dtype)
 
     steps = [packs[i : i + size] for i in range(0, len(packs), size)]
     progress = checkpoint.Progress()
@@ -198,18 +201,17 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if recorder is not None:
-                recorder.step(
-                    step + 1,
-                    {
-                        **record,
-                        "grad_norm": norm,
-                        "learning_rate": optimizer.param_groups[0]["lr"],
-                        "loss_tokens": loss_tokens,
-                        "tokens": sum(pack.num_tokens for pack in steps[step]),
-                    },
-                    time.perf_counter() - begun,
-                    waited,
-                )
+                seconds = time.perf_counter() - begun
+                record |= {
+                    "grad_norm": norm,
+                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "loss_tokens": loss_tokens,
+                    "tokens": sum(pack.num_tokens for pack in steps[step]),
+                }
+                if flops is not None and peak is not None:
+                    done_flops = flops.of(loss_tokens, shards.lengths_of(steps[step]))
+                    record["mfu"] = done_flops / (seconds * peak * ranks.size)
+                recorder.step(step + 1, record, seconds, waited)
 
             last = step + 1 == len(steps)
             if held_out and (last or (step + 1) % validation.eval_steps == 0):

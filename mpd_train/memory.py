@@ -20,10 +20,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mpd_data.models import ModelFiles
 from mpd_data.plan import size_text
 from mpd_train import lora
+from mpd_train.attention import attention, is_short
 from mpd_train.config import TrainConfig
 from mpd_train.evaluate import pack_loss
 from mpd_train.kl import workspace_bytes
-from mpd_train.models import CausalLM, attention, autocast, decoder_layers, skeleton
+from mpd_train.models import CausalLM, autocast, decoder_layers, skeleton
 from mpd_train.optimizer import make_optimizer
 from mpd_train.stream import Batch
 
@@ -83,14 +84,15 @@ class MemoryPlan:
 class _Sketch(CausalLM):
     """A model of fake tensors."""
 
-    def __init__(self, model: Any, flash: bool) -> None:
-        self.model, self.adapted, self._flash = model, None, flash
+    def __init__(self, model: Any, alone: bool) -> None:
+        """alone: its attention computes each sequence of a pack by itself."""
+        self.model, self.adapted, self._alone = model, None, alone
 
     def states(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         size = input_ids.shape[1]
-        # Flash attention knows where sequences begin; the others are told by a mask, which here
-        # keeps transformers from looking at positions that have no contents.
-        mask = torch.ones((1, 1, 1 if self._flash else size, size), dtype=torch.bool)
+        # One that does not is told where sequences begin by a mask; given here, it keeps
+        # transformers from looking at positions that have no contents.
+        mask = torch.ones((1, 1, 1 if self._alone else size, size), dtype=torch.bool)
         output = self.model.base_model(
             input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
         )
@@ -153,7 +155,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """For packs of `shape` tokens and loss tokens, on each of `ranks` devices that share weights,
     gradients and moments out. Raises ConfigError for adapters that the student cannot take."""
-    flash = (attention(config, device, dtype) or "").startswith("flash")
+    alone = is_short(attention(config, device, dtype))
     code = config.trust_remote_code
     model, taught = skeleton(student_files, code, torch.float32), None
     if config.lora.lora_r > 0:
@@ -170,8 +172,8 @@ def plan_memory(
         head = _bytes_of(taught.get_output_embeddings().parameters())
         of_teacher = head + ranks * 2 * max(layers)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        student = _Sketch(_on_cpu(model), flash)
-        teacher = None if taught is None else _Sketch(_on_cpu(taught), flash)
+        student = _Sketch(_on_cpu(model), alone)
+        teacher = None if taught is None else _Sketch(_on_cpu(taught), alone)
         optimizer = make_optimizer(model, config.optimizer)
         batch = _batch(shape, num_logprobs)
         there = [*model.parameters(), *model.buffers()]

@@ -13,7 +13,7 @@ from torch import Tensor
 from mpd_data.errors import ConfigError
 from mpd_data.models import ModelFiles
 from mpd_data.shards import fsync_directory, fsync_file
-from mpd_train.config import TrainConfig
+from mpd_train.attention import VARLEN, boundaries, is_short
 from mpd_train.kl import gathered
 
 
@@ -54,9 +54,8 @@ class CausalLM:
             ).to(device)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
-        # Flash attention computes in short types alone.
-        short = (attn_implementation or "").startswith("flash")
-        with autocast(device, torch.bfloat16 if short else torch.float32):
+        short = torch.bfloat16 if is_short(attn_implementation) else torch.float32
+        with autocast(device, short):
             self._require_plain_head(device)
             self._require_separate_sequences(device)
 
@@ -95,9 +94,12 @@ class CausalLM:
     def states(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """Last hidden states [1, T, H] of packed ids [1, T]; sequences in it, told apart by
         their positions, do not see each other."""
+        more = {}
+        if position_ids is not None and self.model.config._attn_implementation == VARLEN:
+            more = boundaries(position_ids)
         with self.kept():
             output = self.model.base_model(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, **more
             )
         states: Tensor = output.last_hidden_state
         return states
@@ -127,7 +129,12 @@ def decoder_layers(model: Any) -> list[Any]:
     """The layers of `model`, a transformers causal language model. Raises ConfigError for one that
     does not say what they are."""
     names = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    # By any of its classes: FSDP gives a layer that it has taken another, made of its own.
+    layers = [
+        module
+        for module in model.modules()
+        if not names.isdisjoint(kind.__name__ for kind in type(module).__mro__)
+    ]
     if not layers:
         raise ConfigError(
             f"{type(model).__name__}: does not name its layers (_no_split_modules). Train it with"
@@ -164,16 +171,6 @@ def compute_dtype(device: torch.device, name: str) -> torch.dtype:
         name = "bfloat16" if device.type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def attention(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What --attn-implementation means; None leaves the choice to transformers."""
-    if config.attn_implementation is not None:
-        return config.attn_implementation
-    from transformers.utils import is_flash_attn_2_available
-
-    fits = device.type == "cuda" and dtype == torch.bfloat16
-    return "flash_attention_2" if fits and is_flash_attn_2_available() else None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -163,6 +163,10 @@ class ShardSet:
         """Tokens of each kept row, prompt and rewrite."""
         return [int(n) for g in self.groups for n in g.num_tokens[g.num_loss_tokens > 0]]
 
+    def lengths_of(self, packs: list[Pack]) -> list[int]:
+        """Tokens of each row in these packs."""
+        return [int(self.groups[g].num_tokens[r]) for pack in packs for g, r in pack.rows]
+
     def load(self, group: int) -> dict[str, pa.ChunkedArray]:
         """The training columns of a row group's kept rows; two windows' worth of groups is
         held."""
