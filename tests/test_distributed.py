@@ -14,6 +14,8 @@ import torch
 from conftest import STUDENT, TEACHER, environment, run, tied_student
 from safetensors.torch import load_file, save_file
 
+from mpd_data.locks import is_held
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -49,6 +51,22 @@ def with_ranks(size, arguments, code=0, *switches, **told):
 
 def alone(arguments):
     run("mpd-train", *words(arguments))
+
+
+def killed_after(steps, size, arguments, out):
+    """Several processes that train, killed after so many steps of theirs."""
+    launch = torchrun(size, arguments)
+    process = subprocess.Popen(launch, env=environment(), stderr=subprocess.DEVNULL)
+    while not (out / "metrics.jsonl").exists() or len(lines(out)) < steps:
+        assert process.poll() is None
+        time.sleep(0.01)
+    # torchrun gives each a session of its own, and they would go on without it.
+    children = Path(f"/proc/{process.pid}/task").glob("*/children")
+    for pid in (process.pid, *(int(pid) for file in children for pid in file.read_text().split())):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    while is_held(out / ".lock"):
+        time.sleep(0.01)
 
 
 def lines(out):
@@ -113,16 +131,8 @@ def test_killed_and_resumed_with_another_number_of_processes(one, round_dir, tmp
     arguments = settings(round_dir, out)
     total = len(records(one))
     for size, after in ((2, 3), (4, 7)):
-        process = subprocess.Popen(
-            torchrun(size, arguments), env=environment(), stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
-        while not (out / "metrics.jsonl").exists() or len(lines(out)) < after:
-            assert process.poll() is None
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert total > 7
+        killed_after(after, size, arguments, out)
+        assert after <= len(lines(out)) < total
     alone(arguments)
     assert_same(out, one)
 
