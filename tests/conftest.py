@@ -23,6 +23,7 @@ TEMPLATE = ROOT / "pipelines" / "pocket" / "rewrite.toml"
 MODULES = {
     "mpd-gen": "mpd_data.cli",
     "mpd-train": "mpd_train.cli",
+    "mpd-export": "mpd_train.export_cli",
     "mpd-rounds": "pipelines.rounds",
     "mpd-study": "pipelines.study",
     "mpd-report": "pipelines.report.cli",
@@ -187,6 +188,25 @@ def tied_student(folder, dtype):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
     return folder
+
+
+def saved_weights(checkpoint):
+    """The weights of a training's checkpoint, put together from its files as they say."""
+    import torch
+    from safetensors import safe_open
+
+    parts = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            places = json.loads((tensors.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            for name in tensors.keys():  # noqa: SIM118  # no dict
+                if not name.startswith("exp_avg"):
+                    begin = places[name]["saved_offsets"][0] if name in places else 0
+                    parts.setdefault(name, {})[begin] = tensors.get_tensor(name)
+    return {
+        name: torch.cat([part for _, part in sorted(found.items())])
+        for name, found in parts.items()
+    }
 
 
 def write_jsonl(path, rows):

@@ -11,10 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STUDENT, TEACHER, environment, run, tied_student
+from conftest import (
+    STUDENT,
+    TEACHER,
+    environment,
+    invoke,
+    run,
+    saved_weights,
+    tied_student,
+)
 from safetensors.torch import load_file, save_file
 
+from mpd_data.errors import DataError
 from mpd_data.locks import is_held
+from mpd_train import checkpoint
+from mpd_train.export_cli import cli as export
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -134,6 +145,29 @@ def test_killed_and_resumed_with_another_number_of_processes(one, round_dir, tmp
         killed_after(after, size, arguments, out)
         assert after <= len(lines(out)) < total
     alone(arguments)
+    assert_same(out, one)
+
+
+def test_what_two_processes_saved_is_exported(one, round_dir, tmp_path):
+    out = tmp_path / "run"
+    killed_after(3, 2, settings(round_dir, out), out)
+    saved = checkpoint.checkpoints(out / "checkpoints")[-1]
+    run("mpd-export", out, "--out", tmp_path / "exported")
+    found = load_file(tmp_path / "exported" / "model" / "model.safetensors")
+    expected = saved_weights(saved)
+    assert found.keys() == expected.keys() == load_file(STUDENT / "model.safetensors").keys()
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name].bfloat16()), name
+    # Each wrote half of every weight: without either of them there is none that is whole.
+    files = sorted(saved.glob("*.safetensors"))
+    assert len(files) == 2
+    for file in files:
+        aside = file.rename(file.with_suffix(".aside"))
+        with pytest.raises(DataError, match="deletes all but its newest two"):
+            invoke(export, out, "--out", tmp_path / "half")
+        aside.rename(file)
+    assert not (tmp_path / "half").exists()
+    alone(settings(round_dir, out))
     assert_same(out, one)
 
 
