@@ -142,12 +142,13 @@ def _write_model(student: CausalLM, folder: Path) -> None:
     config = student.model.config
     config.dtype = dtype
     config.save_pretrained(staging)
-    for file in student.files.path.iterdir():
+    for file in student.files.tokenizer_path.iterdir():
         # Everything but weights and config: tokenizer, chat template, generation config.
         described = file.suffix in (".json", ".jinja", ".model", ".txt")
         if (
             described
             and not file.name.endswith(".index.json")
+            and file.name != "adapter_config.json"
             and not (staging / file.name).exists()
         ):
             shutil.copyfile(file, staging / file.name)

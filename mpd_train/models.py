@@ -17,7 +17,8 @@ from mpd_train.kl import gathered
 
 class CausalLM:
     """A causal language model taken apart where the fused loss needs it: states and head. On the
-    meta device it has layers and sizes, and neither weights nor buffers.
+    meta device it has layers and sizes, and neither weights nor buffers. An adapter is merged into
+    its base, unless `merged` is False: then this is the base.
 
     Raises ConfigError for a model that cannot be loaded, or that the loss does not fit.
     """
@@ -29,6 +30,7 @@ class CausalLM:
         weights_dtype: torch.dtype,
         trust_remote_code: bool,
         attn_implementation: str | None = None,
+        merged: bool = True,
     ) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -42,6 +44,8 @@ class CausalLM:
         self.model: Any
         if device.type == "meta":
             self.model = skeleton(files, trust_remote_code, weights_dtype)
+            if files.adapter is not None and merged:
+                lora.merge(self.model, files)
             return
         try:
             self.model = AutoModelForCausalLM.from_pretrained(
@@ -52,6 +56,8 @@ class CausalLM:
             ).to(device)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
+        if files.adapter is not None and merged:
+            lora.merge(self.model, files)
         # Flash attention computes in short types alone.
         short = (attn_implementation or "").startswith("flash")
         with autocast(device, torch.bfloat16 if short else torch.float32):
@@ -111,18 +117,18 @@ def load_student(
 ) -> CausalLM:
     """The student in float32, with adapters where they are what is trained. Raises ConfigError for
     a model that cannot be loaded and for adapters that it cannot take."""
-    code = config.trust_remote_code
-    student = CausalLM(files, device, torch.float32, code, attn_implementation)
-    if config.lora.lora_r > 0:
+    code, adapters = config.trust_remote_code, config.lora.lora_r > 0
+    student = CausalLM(files, device, torch.float32, code, attn_implementation, not adapters)
+    if adapters:
         student.adapted = lora.attach(
-            student.model, files.name, config.lora, config.revision, config.seed
+            student.model, files, config.lora, config.revision, config.seed
         )
     return student
 
 
 def skeleton(files: ModelFiles, trust_remote_code: bool, dtype: torch.dtype) -> Any:
-    """The model without weights, on torch's meta device: its layers and their sizes. Raises
-    ConfigError where its configuration gives none."""
+    """The model without weights, on torch's meta device: its layers and their sizes; an adapter's
+    base. Raises ConfigError where its configuration gives none."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

@@ -190,6 +190,20 @@ def tied_student(folder, dtype):
     return folder
 
 
+def with_adapter(base, targets):
+    """peft's model: `base` with an adapter of rank 6 and some effect in it."""
+    import peft
+    import torch
+
+    settings = peft.LoraConfig(r=6, lora_alpha=9, target_modules=targets, task_type="CAUSAL_LM")
+    torch.manual_seed(0)  # before the adapter: one of its factors is random from the start
+    adapted = peft.get_peft_model(base, settings)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.6)
+    return adapted
+
+
 def saved_weights(checkpoint):
     """The weights of a training's checkpoint, put together from its files as they say."""
     import torch

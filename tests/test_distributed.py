@@ -186,6 +186,18 @@ def test_adapters_a_teacher_and_validation(round_dir, tmp_path):
         assert torch.allclose(b[name], weight, atol=1e-3), name
 
 
+@pytest.mark.parametrize("more", [{}, {"--lora-r": 4}])
+def test_a_student_that_is_an_adapter(round_dir, tmp_path, more):
+    """Merged, and trained further."""
+    first = {"--lora-r": 4, "--max-steps": 3, "--learning-rate": 3e-3}
+    alone(settings(round_dir, tmp_path / "first", **first))
+    more = {**more, "--student": tmp_path / "first" / "adapter", "--epochs": 1}
+    alone(settings(round_dir, tmp_path / "one", **more))
+    with_ranks(2, settings(round_dir, tmp_path / "two", **more))
+    assert_same(tmp_path / "two", tmp_path / "one")
+    assert (tmp_path / "two" / "adapter").exists() == ("--lora-r" in more)
+
+
 def test_a_teacher_is_taken_to_the_cpu_when_told(round_dir, tmp_path):
     arguments = words(settings(round_dir, tmp_path / "run"))
     said = run("mpd-train", *arguments, "--teacher-offload", code=1).stderr
