@@ -19,11 +19,10 @@ import torch
 import transformers
 
 from mpd_data.models import resolve_model
-from mpd_train import lora
 from mpd_train.config import TrainConfig
 from mpd_train.evaluate import pack_loss
 from mpd_train.memory import plan_memory
-from mpd_train.models import CausalLM, autocast
+from mpd_train.models import CausalLM, autocast, load_student
 from mpd_train.optimizer import make_optimizer
 from mpd_train.stream import Batch
 
@@ -81,9 +80,7 @@ def run(name: str, folder: Path) -> None:
     dtype, cpu = getattr(torch, changed.get("dtype", "float32")), torch.device("cpu")
     teacher_files = resolve_model(str(folder / "teacher")) if "teacher" in changed else None
     plan = plan_memory(config, student_files, teacher_files, shape, K, VOCAB, cpu, dtype)
-    student = CausalLM(student_files, cpu, torch.float32, False)
-    if config.lora.lora_r > 0:
-        lora.attach(student.model, "student", config.lora, None, 0)
+    student = load_student(config, student_files, cpu, None)
     student.model.train()
     if config.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})

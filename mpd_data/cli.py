@@ -453,6 +453,7 @@ def completion(shell: str) -> None:
     from click.shell_completion import get_completion_class
 
     from mpd_train.cli import cli as train
+    from mpd_train.export_cli import cli as export
     from pipelines.report.cli import cli as report
     from pipelines.rounds import cli as rounds
     from pipelines.study import cli as study
@@ -462,6 +463,7 @@ def completion(shell: str) -> None:
     commands = {
         "mpd-gen": cli,
         "mpd-train": train,
+        "mpd-export": export,
         "mpd-rounds": rounds,
         "mpd-report": report,
         "mpd-study": study,

@@ -154,16 +154,6 @@ def _on_base(
     return replace(base, name=name, adapter=path, version=both)
 
 
-def require_whole(model: ModelFiles) -> None:
-    """Raises ConfigError for an adapter on a base: training takes the weights as one."""
-    if model.adapter is not None:
-        raise ConfigError(
-            f"{model.name}: an adapter. Generation runs it as it is; training needs it merged into"
-            " its base: give the merged folder (mpd-train leaves one in OUT/model, peft's"
-            " merge_and_unload makes one)."
-        )
-
-
 def hub_failures() -> tuple[type[Exception], ...]:
     """The errors by which huggingface_hub says that something is not to be had."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

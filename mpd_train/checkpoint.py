@@ -9,6 +9,7 @@ there is whole. Weights and moments are safetensors; nothing is ever pickled.
 """
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -27,12 +28,17 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
+from mpd_data.errors import DataError
 from mpd_data.shards import fsync_directory, fsync_file
 from mpd_train.parallel import Ranks
 
 KEEP = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BYTES_PER_FILE = 1 << 30
+_DELETED = (
+    "A training deletes all but its newest two checkpoints, and all of them at its end: give the"
+    " run's folder, for the newest there is."
+)
 
 
 @dataclass
@@ -108,6 +114,25 @@ def save_best(folder: Path, step: int, model: Any, ranks: Ranks) -> None:
 def load_best(folder: Path, progress: Progress, model: Any) -> None:
     """Puts the weights of the best validation in place."""
     _read(folder / f"best-{progress.best_step:06d}", weights_of(model))
+
+
+def load_weights(path: Path, model: Any) -> None:
+    """Puts the weights of the checkpoint in `path`, a step's or the best, in place; they lie on one
+    device. A training that goes on may delete it meanwhile: raises DataError where a part is
+    missing."""
+    weights = weights_of(model)
+    for weight in weights.values():
+        # The part of a weight that another process wrote, in a file that is gone, would stay as it
+        # was without a word.
+        weight.fill_(math.nan)
+    try:
+        _read(path, weights)
+    except Exception as error:  # torch, safetensors and the file system have each their own
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: cannot be read ({reason}). {_DELETED}") from error
+    for name, weight in weights.items():
+        if weight.isnan().any():
+            raise DataError(f"{path}: {name} is not all there. {_DELETED}")
 
 
 def load(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer) -> Progress:

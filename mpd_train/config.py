@@ -86,7 +86,9 @@ class TrainConfig(Strict):
     """`mpd-train`."""
 
     shards: list[Path] = Field(min_length=1, description="Folders of rounds, or their distill/.")
-    student: str = Field(description="Model to train: a folder or hub id.")
+    student: str = Field(
+        description="Model to train: a folder or hub id, of a whole model or of an adapter (peft)."
+    )
     revision: str | None = Field(None, description="Hub revision of the student.")
     out: Path = Field(description="Folder of the run: model/, metrics.jsonl, checkpoints/.")
     teacher: str | None = Field(

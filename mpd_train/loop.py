@@ -15,17 +15,14 @@ from safetensors.torch import save_file
 from mpd_data import interrupt
 from mpd_data.errors import ConfigError, MPDError
 from mpd_data.locks import exclusive
-from mpd_data.models import (
-    ModelFiles,
-    device_name,
-    resolve_model,
-)
-from mpd_train import checkpoint, liger, lora
+from mpd_data.models import device_name, resolve_model
+from mpd_train import checkpoint, liger
 from mpd_train.attention import attention
 from mpd_train.config import TrainConfig
 from mpd_train.evaluate import Sums, pack_loss, validate
+from mpd_train.export import export
 from mpd_train.flops import peak_flops, step_flops
-from mpd_train.models import CausalLM, autocast, compile_layers, export
+from mpd_train.models import CausalLM, autocast, compile_layers, load_student
 from mpd_train.optimizer import learning_rate, make_optimizer
 from mpd_train.parallel import Ranks, clip_grad_norm, gather, load_sharded, ranks
 from mpd_train.prepare import claim, prepare
@@ -108,14 +105,21 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
         load_model: Callable[[torch.device, str | None], CausalLM], offload: bool = False
     ) -> CausalLM:
         """Onto the device, or in parts onto all devices."""
+
+        def made(place: torch.device, attn: str | None) -> CausalLM:
+            model = load_model(place, attn)
+            if config.compile:
+                compile_layers(model.model)
+            return model
+
         if ranks.size == 1 and not offload:
-            return load_model(device, attn_implementation)
-        loaded = load_sharded(lambda place: load_model(place, None), device, ranks, offload)
+            return made(device, attn_implementation)
+        loaded = load_sharded(lambda place: made(place, None), device, ranks, offload)
         if attn_implementation is not None:
             loaded.model.set_attn_implementation(attn_implementation)
         return loaded
 
-    student = load(lambda place, attn: _load_student(config, student_files, place, attn))
+    student = load(lambda place, attn: load_student(config, student_files, place, attn))
     student.model.train()
     if config.activation_offload:
         student.kept = functools.partial(
@@ -127,7 +131,7 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     if teacher_files is not None:
         files = teacher_files
         teacher = load(
-            lambda place, attn: _load_teacher(config, files, dtype, place, attn),
+            lambda place, attn: CausalLM(files, place, dtype, code, attn),
             config.teacher_offload,
         )
         teacher.model.requires_grad_(False)
@@ -244,44 +248,14 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     return model_folder
 
 
-def _load_student(
-    config: TrainConfig, files: ModelFiles, device: torch.device, attn_implementation: str | None
-) -> CausalLM:
-    """The student in float32, with adapters where they are what is trained."""
-    code = config.trust_remote_code
-    student = CausalLM(files, device, torch.float32, code, attn_implementation)
-    if config.lora.lora_r > 0:
-        student.adapted = lora.attach(
-            student.model, files.name, config.lora, config.revision, config.seed
-        )
-    if config.compile:
-        compile_layers(student.model)
-    return student
-
-
-def _load_teacher(
-    config: TrainConfig,
-    files: ModelFiles,
-    dtype: torch.dtype,
-    device: torch.device,
-    attn_implementation: str | None,
-) -> CausalLM:
-    teacher = CausalLM(files, device, dtype, config.trust_remote_code, attn_implementation)
-    if config.compile:
-        compile_layers(teacher.model)
-    return teacher
-
-
 def _export(config: TrainConfig, student: CausalLM, ranks: Ranks) -> None:
     """Writes the model, and the adapter where there is one, and clears the way there away."""
     if ranks.size > 1:
-        like = _load_student(config, student.files, torch.device("meta"), None)
+        like = load_student(config, student.files, torch.device("meta"), None)
         gather(student.model, like.model, ranks)
         student = like
     if ranks.first:
-        if student.adapted is not None:
-            lora.save_and_merge(student.adapted, config.out / "adapter")
-        export(student, config.out / "model")
+        export(student, config.out)
         _clear_away(config.out / "checkpoints")
     ranks.wait()
 

@@ -159,7 +159,7 @@ def plan_memory(
     code = config.trust_remote_code
     model, taught = skeleton(student_files, code, torch.float32), None
     if config.lora.lora_r > 0:
-        lora.attach(model, student_files.name, config.lora, config.revision, config.seed)
+        lora.attach(model, student_files, config.lora, config.revision, config.seed)
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,10 +1,8 @@
-"""Loading the models the trainer needs, and the student's way back to disk."""
+"""Loading the models that the trainer needs."""
 
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +10,16 @@ from torch import Tensor
 
 from mpd_data.errors import ConfigError
 from mpd_data.models import ModelFiles
-from mpd_data.shards import fsync_directory, fsync_file
+from mpd_train import lora
 from mpd_train.attention import VARLEN, boundaries, is_short
+from mpd_train.config import TrainConfig
 from mpd_train.kl import gathered
 
 
 class CausalLM:
     """A causal language model taken apart where the fused loss needs it: states and head. On the
-    meta device it has layers and sizes, and neither weights nor buffers.
+    meta device it has layers and sizes, and neither weights nor buffers. An adapter is merged into
+    its base, unless `merged` is False: then this is the base.
 
     Raises ConfigError for a model that cannot be loaded, or that the loss does not fit.
     """
@@ -31,6 +31,7 @@ class CausalLM:
         weights_dtype: torch.dtype,
         trust_remote_code: bool,
         attn_implementation: str | None = None,
+        merged: bool = True,
     ) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -44,6 +45,8 @@ class CausalLM:
         self.model: Any
         if device.type == "meta":
             self.model = skeleton(files, trust_remote_code, weights_dtype)
+            if files.adapter is not None and merged:
+                lora.merge(self.model, files)
             return
         try:
             self.model = AutoModelForCausalLM.from_pretrained(
@@ -54,6 +57,8 @@ class CausalLM:
             ).to(device)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
+        if files.adapter is not None and merged:
+            lora.merge(self.model, files)
         short = torch.bfloat16 if is_short(attn_implementation) else torch.float32
         with autocast(device, short):
             self._require_plain_head(device)
@@ -110,9 +115,23 @@ class CausalLM:
         return weight if vocab_size in (None, weight.shape[0]) else weight[:vocab_size]
 
 
+def load_student(
+    config: TrainConfig, files: ModelFiles, device: torch.device, attn_implementation: str | None
+) -> CausalLM:
+    """The student in float32, with adapters where they are what is trained. Raises ConfigError for
+    a model that cannot be loaded and for adapters that it cannot take."""
+    code, adapters = config.trust_remote_code, config.lora.lora_r > 0
+    student = CausalLM(files, device, torch.float32, code, attn_implementation, not adapters)
+    if adapters:
+        student.adapted = lora.attach(
+            student.model, files, config.lora, config.revision, config.seed
+        )
+    return student
+
+
 def skeleton(files: ModelFiles, trust_remote_code: bool, dtype: torch.dtype) -> Any:
-    """The model without weights, on torch's meta device: its layers and their sizes. Raises
-    ConfigError where its configuration gives none."""
+    """The model without weights, on torch's meta device: its layers and their sizes; an adapter's
+    base. Raises ConfigError where its configuration gives none."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -179,43 +198,3 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
         return nullcontext()
     # Without its cache, which would keep a copy of each weight until the end of the pass.
     return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
-
-
-def export(student: CausalLM, folder: Path) -> None:
-    """Writes the student as a model folder that transformers and vLLM load: safetensors in the
-    precision it came in, tokenizer, chat template and generation config as they came."""
-    staging = folder.with_name(f".{folder.name}.staging")
-    if staging.exists():
-        shutil.rmtree(staging)
-    dtype = getattr(torch, _original_dtype(student.files))
-    # Parameters name a tied weight once, where state_dict names it twice: converted apart, the
-    # two would both be written.
-    state = {name: p.detach().to(dtype) for name, p in student.model.named_parameters()}
-    persistent = student.model.state_dict()
-    state |= {name: b for name, b in student.model.named_buffers() if name in persistent}
-    student.model.save_pretrained(staging, state_dict=state)
-    config = student.model.config
-    config.dtype = dtype
-    config.save_pretrained(staging)
-    for file in student.files.path.iterdir():
-        # Everything but weights and config: tokenizer, chat template, generation config.
-        described = file.suffix in (".json", ".jinja", ".model", ".txt")
-        if (
-            described
-            and not file.name.endswith(".index.json")
-            and not (staging / file.name).exists()
-        ):
-            shutil.copyfile(file, staging / file.name)
-    for file in staging.iterdir():
-        fsync_file(file)
-    fsync_directory(staging)
-    staging.replace(folder)
-    fsync_directory(folder.parent)
-
-
-def _original_dtype(files: ModelFiles) -> str:
-    from safetensors import safe_open
-
-    with safe_open(str(sorted(files.path.glob("*.safetensors"))[0]), framework="pt") as weights:
-        name: str = weights.get_slice(next(iter(weights.keys()))).get_dtype()
-    return {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(name, "float32")

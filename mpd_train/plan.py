@@ -16,7 +16,6 @@ from mpd_data.models import (
     ModelFiles,
     load_tokenizer,
     require_same_tokenizer,
-    require_whole,
     resolve_model,
     weight_files,
 )
@@ -27,7 +26,7 @@ from mpd_train.config import TrainConfig
 from mpd_train.memory import plan_memory
 from mpd_train.models import skeleton
 from mpd_train.parallel import ranks_asked_for
-from mpd_train.prepare import check_claim, check_settings, prepare
+from mpd_train.prepare import check_adapters, check_claim, check_settings, prepare
 from mpd_train.stream import overlong, split_packs
 
 # What a token's time depends on beside the model and the machine.
@@ -72,7 +71,7 @@ def footprint(config: TrainConfig, student: ModelFiles, num_steps: int) -> Footp
     model = skeleton(student, config.trust_remote_code, torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     if config.lora.lora_r > 0:
-        lora.attach(model, student.name, config.lora, config.revision, config.seed)
+        lora.attach(model, student, config.lora, config.revision, config.seed)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Weights and two moments in float32; a new one is whole before the oldest goes.
     kept = min(max(num_steps - 1, 0) // config.save_steps, checkpoint.KEEP + 1)
@@ -135,12 +134,12 @@ def plan_train_ahead(
     that can be kept; `longest`: tokens of the longest row; `expected`: rows and tokens to expect
     where that is known; `at_most`: tokens of all rows at their longest."""
     check_settings(config)
-    require_whole(student)
+    teacher = None
     if config.teacher is not None:
         code = config.trust_remote_code
-        files = resolve_model(config.teacher, config.teacher_revision, code, weights=False)
-        require_whole(files)
-        require_same_tokenizer(tokenizer, load_tokenizer(files, code), student.name, files.name)
+        teacher = resolve_model(config.teacher, config.teacher_revision, code, weights=False)
+        require_same_tokenizer(tokenizer, load_tokenizer(teacher, code), student.name, teacher.name)
+    check_adapters(config, student, teacher)
     per_step = config.pack_length * config.gradient_accumulation_steps
     if config.max_steps is None:
         at_most *= config.epochs
@@ -185,9 +184,9 @@ def plan_train(config: TrainConfig, overwrite: bool = False) -> StagePlan:
     if config.teacher is not None:
         teacher = resolve_model(config.teacher, config.teacher_revision, code, weights=False)
     for files in (student, teacher):
-        # A hub's model is fetched by the run.
-        if files is not None and files.version == "unhashed":
-            weight_files(files.path)
+        # A hub's model, as an adapter's base may be, is fetched by the run.
+        if files is not None and Path(files.name).is_dir():
+            weight_files(files.adapter or files.path)
     path = config.out / "run.json"
     saved = None
     if path.exists() and not overwrite:

@@ -14,13 +14,12 @@ from mpd_data.models import (
     load_tokenizer,
     provenance,
     require_same_tokenizer,
-    require_whole,
 )
 from mpd_data.schema import differences
 from mpd_data.shards import write_json_atomic
 from mpd_train import liger
 from mpd_train.config import TrainConfig
-from mpd_train.models import choose_device, compute_dtype
+from mpd_train.models import CausalLM, choose_device, compute_dtype, load_student
 from mpd_train.stream import ShardSet
 from mpd_train.tracking import load_trackers
 
@@ -69,6 +68,16 @@ def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, t
     return tracker_modules, device, compute_dtype(device, config.dtype)
 
 
+def check_adapters(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None) -> None:
+    """Raises ConfigError for adapters, to be trained or to be merged, that do not fit their models:
+    on these without weights, before a folder is claimed for settings that cannot be."""
+    meta = torch.device("meta")
+    if config.lora.lora_r > 0 or student.adapter is not None:
+        load_student(config, student, meta, None)
+    if teacher is not None and teacher.adapter is not None:
+        CausalLM(teacher, meta, torch.float32, config.trust_remote_code)
+
+
 def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None) -> Prepared:
     """Checks everything that can be checked without weights. Raises ConfigError or DataError."""
     tracker_modules, device, dtype = check_settings(config)
@@ -83,7 +92,6 @@ def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None
         )
     for files in (student, teacher):
         if files is not None:
-            require_whole(files)
             if files.vocab_size < vocab_size:
                 raise ConfigError(
                     f"{files.name}: has {files.vocab_size} embedding rows, the shards are scored"
@@ -93,6 +101,7 @@ def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None
             require_same_tokenizer(
                 shards.metadata["tokenizer"], tokenizer, str(config.shards[0]), files.name
             )
+    check_adapters(config, student, teacher)
     identity = {
         "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
         "shards": shards.identity(),

@@ -23,6 +23,7 @@ TEMPLATE = ROOT / "pipelines" / "pocket" / "rewrite.toml"
 MODULES = {
     "mpd-gen": "mpd_data.cli",
     "mpd-train": "mpd_train.cli",
+    "mpd-export": "mpd_train.export_cli",
     "mpd-rounds": "pipelines.rounds",
     "mpd-study": "pipelines.study",
     "mpd-report": "pipelines.report.cli",
@@ -187,6 +188,39 @@ def tied_student(folder, dtype):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
     return folder
+
+
+def with_adapter(base, targets):
+    """peft's model: `base` with an adapter of rank 6 and some effect in it."""
+    import peft
+    import torch
+
+    settings = peft.LoraConfig(r=6, lora_alpha=9, target_modules=targets, task_type="CAUSAL_LM")
+    torch.manual_seed(0)  # before the adapter: one of its factors is random from the start
+    adapted = peft.get_peft_model(base, settings)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.6)
+    return adapted
+
+
+def saved_weights(checkpoint):
+    """The weights of a training's checkpoint, put together from its files as they say."""
+    import torch
+    from safetensors import safe_open
+
+    parts = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            places = json.loads((tensors.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            for name in tensors.keys():  # noqa: SIM118  # no dict
+                if not name.startswith("exp_avg"):
+                    begin = places[name]["saved_offsets"][0] if name in places else 0
+                    parts.setdefault(name, {})[begin] = tensors.get_tensor(name)
+    return {
+        name: torch.cat([part for _, part in sorted(found.items())])
+        for name, found in parts.items()
+    }
 
 
 def write_jsonl(path, rows):

@@ -1,5 +1,5 @@
-"""A student that is an adapter on a base gives what the merged model gives, and a quantised one
-runs as it is."""
+"""A model that is an adapter on a base gives what the merged model gives, and is trained as that or
+further; a quantised one runs as it is."""
 
 import json
 import shutil
@@ -7,17 +7,21 @@ import shutil
 import polars as pl
 import pytest
 import torch
-from conftest import STUDENT
+from conftest import STUDENT, TEACHER, with_adapter
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpd_data.config import EngineConfig, RolloutsConfig, SamplingConfig
 from mpd_data.engine import start_engine
 from mpd_data.errors import ConfigError, EngineError
 from mpd_data.models import resolve_model
 from mpd_data.rollouts import run_rollouts
+from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
+from mpd_train.export import export_checkpoint
 from mpd_train.loop import train
+from mpd_train.models import CausalLM
+from mpd_train.plan import plan_train
 
 peft = pytest.importorskip("peft")
 
@@ -30,14 +34,7 @@ def models(exact_student, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapted")
     adapter, merged = folder / "adapter", folder / "merged"
     base = AutoModelForCausalLM.from_pretrained(exact_student)
-    settings = peft.LoraConfig(
-        r=6, lora_alpha=9, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
-    )
-    torch.manual_seed(0)  # before the adapter: one of its factors is random from the start
-    adapted = peft.get_peft_model(base, settings)
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.6)
+    adapted = with_adapter(base, ["q_proj", "down_proj"])
     adapted.save_pretrained(adapter)
     shutil.copytree(exact_student, merged)
     adapted.merge_and_unload().save_pretrained(merged)
@@ -129,10 +126,223 @@ def test_what_vllm_would_leave_out_of_an_adapter_is_refused(
         start_engine(resolve_model(str(adapter)), EngineConfig(**ENGINE))
 
 
-def test_training_wants_an_adapter_merged(models, round_dir, tmp_path):
-    config = TrainConfig(shards=[round_dir], student=str(models[0]), out=tmp_path / "run")
-    with pytest.raises(ConfigError, match="training needs it merged"):
-        train(config)
+# As the adapter of `models` is.
+FURTHER = {"lora_r": 6, "lora_alpha": 9, "lora_target_modules": ["q_proj", "down_proj"]}
+
+
+def config(round_dir, student, out, **changed):
+    settings = {
+        "shards": [round_dir],
+        "student": str(student),
+        "out": out,
+        "pack_length": 600,
+        "max_steps": 6,
+        "save_steps": 3,
+        "dtype": "float32",
+        "optimizer": {"learning_rate": 1e-3},
+    }
+    return TrainConfig(**{**settings, **changed})
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(4, 60)[None]).logits
+
+
+def as_peft_merges(base, adapter):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+@pytest.fixture(scope="module")
+def from_merged(models, round_dir, tmp_path_factory):
+    """A training of all weights, from the merged model's folder."""
+    out = tmp_path_factory.mktemp("merged") / "run"
+    train(config(round_dir, models[1], out))
+    return out
+
+
+def test_an_adapter_is_trained_as_the_merged_model(models, from_merged, round_dir, tmp_path):
+    """Merged here and merged there, in float32: the same to rounding, and here to the last bit."""
+    out = tmp_path / "run"
+    plan = plan_train(config(round_dir, models[0], out))
+    assert plan.details["parameters"] == plan.details["trained parameters"]
+    assert not out.exists()
+    train(config(round_dir, models[0], out))
+    assert losses(out) == pytest.approx(losses(from_merged), rel=1e-6)
+    found, expected = weights(out), weights(from_merged)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.allclose(found[name], weight, atol=1e-6), name
+    merged = load_file(models[1] / "model.safetensors")
+    assert all(not torch.equal(weight, merged[name]) for name, weight in found.items())
+    # A plain folder, as that of any training.
+    names = {path.name for path in (from_merged / "model").iterdir()}
+    assert {path.name for path in (out / "model").iterdir()} == names
+    assert not (out / "adapter").exists()
+
+
+def test_an_adapters_own_tokenizer_is_the_exports(models, round_dir, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(models[0], adapter)
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    tokenizer.chat_template += "{# the adapter's #}"
+    tokenizer.save_pretrained(adapter)
+    train(config(round_dir, adapter, tmp_path / "run", max_steps=1))
+    model = tmp_path / "run" / "model"
+    assert AutoTokenizer.from_pretrained(model).chat_template == tokenizer.chat_template
+    assert (model / "generation_config.json").is_file()
+    assert not list(model.glob("adapter*"))
+
+
+def test_an_adapter_is_trained_further(models, from_merged, exact_student, round_dir, tmp_path):
+    out, adapter = tmp_path / "run", tmp_path / "adapter"
+    shutil.copytree(models[0], adapter)
+    told = json.loads((adapter / "adapter_config.json").read_text())
+    # Not as transformers calls what it loads there: of a hub's model that is the cache's folder.
+    told["base_model_name_or_path"] = f"{exact_student}/"
+    (adapter / "adapter_config.json").write_text(json.dumps(told))
+    settings = config(round_dir, adapter, out, lora=FURTHER)
+    plan = plan_train(settings)
+    factors = load_file(models[0] / "adapter_model.safetensors")
+    trained = sum(weight.numel() for weight in factors.values())
+    assert plan.details["trained parameters"] == f"{trained:,}"
+
+    save = checkpoint.save
+
+    def stopped(*given):
+        save(*given)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    # The first step's is that of the model as it was, whatever its parts.
+    assert losses(out)[0] == pytest.approx(losses(from_merged)[0], rel=1e-5)
+    assert losses(out)[1] != pytest.approx(losses(from_merged)[1], rel=1e-4)
+    export_checkpoint(out, tmp_path / "exported")
+    train(settings)
+    train(config(round_dir, adapter, tmp_path / "one", lora=FURTHER))
+    assert losses(out) == losses(tmp_path / "one")
+    for folder in (tmp_path / "exported", out):
+        found = load_file(folder / "adapter" / "adapter_model.safetensors")
+        assert found.keys() == factors.keys()
+        assert all(not torch.equal(found[name], factors[name]) for name in factors)
+        whole = logits(AutoModelForCausalLM.from_pretrained(folder / "model"))
+        assert torch.equal(whole, logits(as_peft_merges(exact_student, folder / "adapter")))
+        assert (whole - logits(as_peft_merges(exact_student, models[0]))).abs().max() > 1e-3
+    # On the same base, under its own name; so the next round can go on with it.
+    said = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == f"{exact_student}/"
+    assert (said["r"], said["lora_alpha"]) == (6, 9)
+    train(config(round_dir, out / "adapter", tmp_path / "next", lora=FURTHER, max_steps=1))
+
+
+def test_an_adapter_on_all_layers_is_trained_further(exact_student, round_dir, tmp_path):
+    """As mpd-train leaves it when nothing but the rank is said."""
+    lora = {"lora_r": 2}
+    train(config(round_dir, exact_student, tmp_path / "first", lora=lora, max_steps=2))
+    more = {"lora": {"lora_r": 2, "lora_dropout": 0.3}, "max_steps": 1}
+    train(config(round_dir, tmp_path / "first" / "adapter", tmp_path / "second", **more))
+    said = json.loads((tmp_path / "second" / "adapter" / "adapter_config.json").read_text())
+    assert (said["r"], said["lora_alpha"], said["lora_dropout"]) == (2, 4, 0.3)
+
+
+@pytest.mark.parametrize(
+    "changed, has",
+    [
+        ({"lora_r": 8}, "r 6, asked for 8"),
+        ({"lora_alpha": None}, "lora_alpha 9, asked for 12"),
+        ({"lora_target_modules": ["q_proj"]}, "layers down_proj q_proj .*, asked for q_proj"),
+        ({"lora_target_modules": ["all-linear"]}, "layers down_proj q_proj .* for down_proj gate"),
+    ],
+)
+def test_adapters_of_another_form_are_not_trained_further(
+    models, round_dir, tmp_path, changed, has
+):
+    out = tmp_path / "run"
+    settings = config(round_dir, models[0], out, lora={**FURTHER, **changed})
+    for start in (plan_train, train):
+        with pytest.raises(ConfigError, match=f"{has}.*leave out --lora-r: it is then merged"):
+            start(settings)
+    # Without them it can be begun there.
+    assert not (out / "run.json").exists()
+
+
+def test_an_adapter_of_the_head_is_not_trained_further(exact_student, round_dir, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(exact_student)
+    with_adapter(base, ["lm_head"]).save_pretrained(tmp_path / "adapter")
+    lora = {**FURTHER, "lora_target_modules": ["lm_head"]}
+    with pytest.raises(ConfigError, match="the output head cannot have an adapter"):
+        train(config(round_dir, tmp_path / "adapter", tmp_path / "run", lora=lora))
+    # Merged it can be trained.
+    train(config(round_dir, tmp_path / "adapter", tmp_path / "run", max_steps=1))
+
+
+def test_an_embedding_beside_the_adapter_is_merged_and_not_trained_further(
+    models, round_dir, tmp_path
+):
+    """peft leaves one there that was trained whole; out/adapter would be without it."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(models[0], adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    embedding = torch.randn(165, 128)
+    tensors["base_model.model.model.embed_tokens.weight"] = embedding
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    merged = CausalLM(resolve_model(str(adapter)), torch.device("cpu"), torch.float32, False)
+    assert torch.equal(merged.model.get_input_embeddings().weight, embedding)
+    with pytest.raises(ConfigError, match="embed_tokens.weight is known to one of the two alone"):
+        train(config(round_dir, adapter, tmp_path / "run", lora=FURTHER))
+
+
+def test_a_dry_run_misses_an_adapters_weights(models, round_dir, tmp_path):
+    shutil.copytree(models[0], tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"no \*.safetensors here"):
+        plan_train(config(round_dir, tmp_path / "adapter", tmp_path / "run"))
+
+
+def test_a_teacher_that_is_an_adapter_teaches_as_the_merged_one(models, round_dir, tmp_path):
+    for name, teacher in zip(("adapter", "merged"), models, strict=True):
+        settings = config(round_dir, STUDENT, tmp_path / name, teacher=str(teacher), max_steps=2)
+        train(settings)
+    assert losses(tmp_path / "adapter") == pytest.approx(losses(tmp_path / "merged"), rel=1e-6)
+    train(config(round_dir, STUDENT, tmp_path / "base", teacher=str(TEACHER), max_steps=2))
+    assert losses(tmp_path / "base") != pytest.approx(losses(tmp_path / "adapter"), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "told, of_base, message",
+    [
+        ({}, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "a quantised base"),
+        ({"init_lora_weights": "pissa"}, {}, "began by 'pissa'"),
+        ({"target_modules": ["q_proj"]}, {}, r"its weights are not those.*\(6 such in all\)"),
+        ({"r": 5}, {}, "does not fit its base"),
+        ({"target_modules": ["nothing"]}, {}, "does not fit its base"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, {}, "adds layers or weights"),
+        ({"target_modules": ["lm_head"]}, {"tie_word_embeddings": True}, "one weight in its base"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(
+    models, exact_student, round_dir, tmp_path, told, of_base, message
+):
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    shutil.copytree(models[0], adapter)
+    shutil.copytree(exact_student, base)
+    told = {**told, "base_model_name_or_path": str(base)}
+    for file, more in ((adapter / "adapter_config.json", told), (base / "config.json", of_base)):
+        file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+    with pytest.raises(ConfigError, match=message):
+        train(config(round_dir, adapter, tmp_path / "run"))
 
 
 def test_a_quantised_checkpoint_runs_as_it_is(tmp_path):

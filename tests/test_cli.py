@@ -35,6 +35,7 @@ def modules_after(code):
         ("mpd_data.cli", ["init", "--help"]),
         ("mpd_data.cli", ["contamination", "--help"]),
         ("mpd_train.cli", ["--help"]),
+        ("mpd_train.export_cli", ["--help"]),
         ("pipelines.rounds", ["--help"]),
         ("pipelines.report.cli", ["--help"]),
     ],
@@ -198,6 +199,7 @@ def test_completion_code_names_the_commands(shell, spelled):
     assert spelled in said
     assert "_MPD_GEN_COMPLETE" in said
     assert "_MPD_TRAIN_COMPLETE" in said
+    assert "_MPD_EXPORT_COMPLETE" in said
     assert "_MPD_ROUNDS_COMPLETE" in said
     assert "_MPD_REPORT_COMPLETE" in said
 

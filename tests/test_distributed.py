@@ -11,8 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STUDENT, TEACHER, environment, run, tied_student
+from conftest import (
+    STUDENT,
+    TEACHER,
+    environment,
+    invoke,
+    run,
+    saved_weights,
+    tied_student,
+)
 from safetensors.torch import load_file, save_file
+
+from mpd_data.errors import DataError
+from mpd_data.locks import is_held
+from mpd_train import checkpoint
+from mpd_train.export_cli import cli as export
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +62,22 @@ def with_ranks(size, arguments, code=0, *switches, **told):
 
 def alone(arguments):
     run("mpd-train", *words(arguments))
+
+
+def killed_after(steps, size, arguments, out):
+    """Several processes that train, killed after so many steps of theirs."""
+    launch = torchrun(size, arguments)
+    process = subprocess.Popen(launch, env=environment(), stderr=subprocess.DEVNULL)
+    while not (out / "metrics.jsonl").exists() or len(lines(out)) < steps:
+        assert process.poll() is None
+        time.sleep(0.01)
+    # torchrun gives each a session of its own, and they would go on without it.
+    children = Path(f"/proc/{process.pid}/task").glob("*/children")
+    for pid in (process.pid, *(int(pid) for file in children for pid in file.read_text().split())):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    while is_held(out / ".lock"):
+        time.sleep(0.01)
 
 
 def lines(out):
@@ -113,17 +142,32 @@ def test_killed_and_resumed_with_another_number_of_processes(one, round_dir, tmp
     arguments = settings(round_dir, out)
     total = len(records(one))
     for size, after in ((2, 3), (4, 7)):
-        process = subprocess.Popen(
-            torchrun(size, arguments), env=environment(), stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
-        while not (out / "metrics.jsonl").exists() or len(lines(out)) < after:
-            assert process.poll() is None
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert total > 7
+        killed_after(after, size, arguments, out)
+        assert after <= len(lines(out)) < total
     alone(arguments)
+    assert_same(out, one)
+
+
+def test_what_two_processes_saved_is_exported(one, round_dir, tmp_path):
+    out = tmp_path / "run"
+    killed_after(3, 2, settings(round_dir, out), out)
+    saved = checkpoint.checkpoints(out / "checkpoints")[-1]
+    run("mpd-export", out, "--out", tmp_path / "exported")
+    found = load_file(tmp_path / "exported" / "model" / "model.safetensors")
+    expected = saved_weights(saved)
+    assert found.keys() == expected.keys() == load_file(STUDENT / "model.safetensors").keys()
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name].bfloat16()), name
+    # Each wrote half of every weight: without either of them there is none that is whole.
+    files = sorted(saved.glob("*.safetensors"))
+    assert len(files) == 2
+    for file in files:
+        aside = file.rename(file.with_suffix(".aside"))
+        with pytest.raises(DataError, match="deletes all but its newest two"):
+            invoke(export, out, "--out", tmp_path / "half")
+        aside.rename(file)
+    assert not (tmp_path / "half").exists()
+    alone(settings(round_dir, out))
     assert_same(out, one)
 
 
@@ -140,6 +184,18 @@ def test_adapters_a_teacher_and_validation(round_dir, tmp_path):
     assert a.keys() == b.keys()
     for name, weight in a.items():
         assert torch.allclose(b[name], weight, atol=1e-3), name
+
+
+@pytest.mark.parametrize("more", [{}, {"--lora-r": 4}])
+def test_a_student_that_is_an_adapter(round_dir, tmp_path, more):
+    """Merged, and trained further."""
+    first = {"--lora-r": 4, "--max-steps": 3, "--learning-rate": 3e-3}
+    alone(settings(round_dir, tmp_path / "first", **first))
+    more = {**more, "--student": tmp_path / "first" / "adapter", "--epochs": 1}
+    alone(settings(round_dir, tmp_path / "one", **more))
+    with_ranks(2, settings(round_dir, tmp_path / "two", **more))
+    assert_same(tmp_path / "two", tmp_path / "one")
+    assert (tmp_path / "two" / "adapter").exists() == ("--lora-r" in more)
 
 
 def test_a_teacher_is_taken_to_the_cpu_when_told(round_dir, tmp_path):

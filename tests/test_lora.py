@@ -118,7 +118,7 @@ def test_adapters_alone_are_trained_and_start_without_effect(base):
     ids = torch.arange(4, 16)[None]
     before = student.model(ids).logits
     layers = [m for n, m in student.model.named_modules() if n.endswith("_proj")]
-    attach(student.model, student.files.name, LoraConfig(lora_r=3), None, 0)
+    attach(student.model, student.files, LoraConfig(lora_r=3), None, 0)
     parameters = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in parameters)
     expected = sum(3 * (m.in_features + m.out_features) for m in layers)

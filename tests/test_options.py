@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from mpd_data.cli import cli as gen
 from mpd_train.cli import cli as train
+from mpd_train.export_cli import cli as export
 from pipelines.report.cli import cli as report
 from pipelines.rounds import cli as rounds
 
@@ -32,6 +33,9 @@ TESTS = {
             "mpd-gen contamination": "--prompts --against --prompt-column --id-column"
             " --against-prompt-column --against-id-column --n --fail-above --json",
         },
+    },
+    "tests/test_export_checkpoint.py": {
+        "test_a_student_that_has_moved_is_named": {"mpd-export": "CHECKPOINT --out --student"},
     },
     "tests/test_filters.py": {
         "test_refilter_chooses_anew_and_goes_back_without_scoring": {
@@ -240,7 +244,8 @@ for file, functions in TESTS.items():
                 EXERCISED[command, option].append(f"{file}::{function}")
 
 COMMANDS = {f"mpd-gen {name}": command for name, command in gen.commands.items()}
-COMMANDS |= {"mpd-gen": gen, "mpd-train": train, "mpd-rounds": rounds, "mpd-report": report}
+COMMANDS |= {"mpd-gen": gen, "mpd-train": train, "mpd-export": export}
+COMMANDS |= {"mpd-rounds": rounds, "mpd-report": report}
 
 
 def spelled(parameter):

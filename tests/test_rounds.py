@@ -9,7 +9,10 @@ import time
 import tomllib
 
 import pytest
-from conftest import ROOT, command, environment, run
+import torch
+from conftest import ROOT, STUDENT, command, environment, run, with_adapter
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from mpd_data.config import RolloutsConfig
 from mpd_data.errors import ConfigError
@@ -86,12 +89,47 @@ def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
     assert run("mpd-rounds", *arguments).stderr.count("done before") == 15
 
 
-def test_seeds_are_run_apart_and_compared(small, tmp_path):
+def tiny(small, folder):
     """One round on four problems, measured once, with the engine that starts fastest."""
     text = "[[evaluation]]".join(small.read_text().split("[[evaluation]]")[:2])
     text = text.replace("num_prompts = 24", "num_prompts = 4").replace("rounds = 2", "rounds = 1")
-    path = tmp_path / "tiny.toml"
+    path = folder / "tiny.toml"
     path.write_text(text.replace("max_num_seqs = 256", 'backend = "transformers"'))
+    return path
+
+
+def test_a_first_student_that_is_an_adapter(small, tmp_path):
+    """Sampled from as it is, trained merged; later rounds go on from whole models."""
+    pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(STUDENT)
+    adapted = with_adapter(base, ["q_proj"])
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.mul_(0.01)  # so little that it still solves problems
+    adapted.save_pretrained(tmp_path / "adapter")
+    arguments = [tiny(small, tmp_path), "--out", tmp_path / "o"]
+    arguments += ["--set", f"student={tmp_path / 'adapter'}"]
+    said = run("mpd-rounds", *arguments, "--set", "rounds=2", "--dry-run").stderr
+    assert "round 2: train" in said
+    # One that training would refuse is refused before anything is sampled.
+    file = tmp_path / "adapter" / "adapter_config.json"
+    told = file.read_text()
+    file.write_text(json.dumps({**json.loads(told), "init_lora_weights": "pissa"}))
+    assert "began by 'pissa'" in run("mpd-rounds", *arguments, code=1).stderr
+    assert not (tmp_path / "o").exists()
+    file.write_text(told)
+    run("mpd-rounds", *arguments)
+    details = json.loads((tmp_path / "o" / "train" / "round1" / "run.json").read_text())
+    assert details["details"]["config"]["student"] == str(tmp_path / "adapter")
+    assert "+" in details["identity"]["student"]["version"]
+    model = tmp_path / "o" / "train" / "round1" / "model"
+    found = load_file(model / "model.safetensors")
+    assert found.keys() == load_file(STUDENT / "model.safetensors").keys()
+
+
+def test_seeds_are_run_apart_and_compared(small, tmp_path):
+    path = tiny(small, tmp_path)
     out = tmp_path / "o"
     said = run("mpd-rounds", path, "--out", out, "--seeds", 2).stderr
     summaries = json.loads((out / "seeds.json").read_text())

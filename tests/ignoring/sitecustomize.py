@@ -19,10 +19,11 @@ _SETTINGS = {
     "TrainConfig": "mpd-train",
 }
 _PROGRAMS = {
-    "mpd_data": "mpd-gen",
-    "mpd_train": "mpd-train",
-    "pipelines": "mpd-rounds",
-    "report": "mpd-report",
+    ("mpd_data", "cli.py"): "mpd-gen",
+    ("mpd_train", "cli.py"): "mpd-train",
+    ("mpd_train", "export_cli.py"): "mpd-export",
+    ("pipelines", "rounds.py"): "mpd-rounds",
+    ("report", "cli.py"): "mpd-report",
 }
 
 
@@ -70,7 +71,7 @@ _invoke = click.Command.invoke
 
 def _invoked(self, context):
     root = context.find_root()
-    program = _PROGRAMS.get(Path(root.command.callback.__code__.co_filename).parent.name, "")
+    program = _PROGRAMS.get(Path(root.command.callback.__code__.co_filename).parts[-2:], "")
     names = [] if context is root else [context.info_name]
     command, option = _ignored()
     if command == " ".join([program, *names]):

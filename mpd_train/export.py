@@ -1,0 +1,167 @@
+"""The student's way to disk, where transformers and vLLM load it: of a run that has finished, or
+of a checkpoint on the way.
+
+    OUT/model/     the whole model
+    OUT/adapter/   peft's folder, where adapters are what is trained; model/ has them merged
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from mpd_data.errors import ConfigError, DataError
+from mpd_data.models import ModelFiles, resolve_model
+from mpd_data.options import parse
+from mpd_data.shards import fsync_directory, fsync_file
+from mpd_train import checkpoint, lora
+from mpd_train.config import TrainConfig
+from mpd_train.models import CausalLM, load_student
+
+
+def export(student: CausalLM, out: Path) -> None:
+    """Writes `out`/model, and `out`/adapter where adapters are what was trained; these are merged
+    in place."""
+    if student.adapted is not None:
+        lora.save_and_merge(student.adapted, out / "adapter")
+    _write_model(student, out / "model")
+
+
+def export_checkpoint(given: Path, out: Path, student: str | None = None) -> Path:
+    """Exports a checkpoint into `out`, which appears when it is whole; returns the checkpoint's
+    folder. `given`: that folder, or a run's, which means its newest. `student`: where the one that
+    the run began with lies now, if not where it did. Nothing of the run is changed.
+
+    Raises ConfigError where `given` is neither, for another student and for an `out` with something
+    in it, DataError for a run.json or a checkpoint that is not whole.
+    """
+    run, chosen = _find(given)
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            f"{out}: not empty, and an export overwrites nothing. Give another --out, or remove it."
+        )
+    config, identity = _read_run(run / "run.json")
+    files = _resolve_student(run, config, identity, student)
+    staging = out.with_name(f".{out.name}.staging")
+    if staging.exists():
+        shutil.rmtree(staging)
+    # Before what takes long: a place that cannot be written is told at once.
+    staging.mkdir(parents=True)
+    try:
+        loaded = load_student(config, files, torch.device("cpu"), None)
+        checkpoint.load_weights(chosen, loaded.model)
+        export(loaded, staging)
+        staging.replace(out)
+    finally:
+        if staging.exists():
+            shutil.rmtree(staging)
+    fsync_directory(out.parent)
+    return chosen
+
+
+def _find(given: Path) -> tuple[Path, Path]:
+    """The folders of a run and of its checkpoint."""
+    if (given / "run.json").is_file():
+        if found := checkpoint.checkpoints(given / "checkpoints"):
+            return given, found[-1]
+        if (given / "model").is_dir():
+            raise ConfigError(
+                f"{given}: this run has finished, and has no checkpoints any more. What it exported"
+                f" is in {given / 'model'}."
+            )
+        raise ConfigError(
+            f"{given}: no checkpoint of a training in {given / 'checkpoints'}. The first is written"
+            " after --save-steps optimiser steps."
+        )
+    path = given.resolve()
+    whole = re.fullmatch(r"(step|best)-\d+", path.name) and (path / "state.json").is_file()
+    if not whole:
+        raise ConfigError(
+            f"{given}: not a checkpoint. Expected a folder such as RUN/checkpoints/step-000050 with"
+            " state.json and *.safetensors, or RUN, the --out of mpd-train."
+        )
+    run = path.parent.parent
+    if not (run / "run.json").is_file():
+        raise ConfigError(
+            f"{run / 'run.json'}: not there. It says what {given} is a checkpoint of: give one in"
+            " the folder of its run (RUN/run.json, RUN/checkpoints/step-000050)."
+        )
+    return run, path
+
+
+def _read_run(path: Path) -> tuple[TrainConfig, dict[str, str]]:
+    """A run's settings, and the identity of its student."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        settings, identity = saved["details"]["config"], saved["identity"]["student"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: expected what mpd-train records of a run, its settings and its student"
+            f" ({type(error).__name__}: {error})."
+        ) from error
+    return parse(TrainConfig, settings, str(path)), identity
+
+
+def _resolve_student(
+    run: Path, config: TrainConfig, identity: dict[str, str], moved: str | None
+) -> ModelFiles:
+    """The student that the run began with."""
+    name = config.student if moved is None else moved
+    try:
+        files = resolve_model(name, config.revision, config.trust_remote_code)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}\n{run} was started with the student {config.student}. Where that lies"
+            " elsewhere now, give --student."
+        ) from error
+    if files.identity() != identity:
+        raise ConfigError(
+            f"{name}: not the student that {run} was started with (content"
+            f" {files.version[:12]}, expected {identity.get('version', '')[:12]}). Give the folder"
+            " or hub id of that one with --student."
+        )
+    return files
+
+
+def _write_model(student: CausalLM, folder: Path) -> None:
+    """Writes the student as a model folder that transformers and vLLM load: safetensors in the
+    precision it came in, tokenizer, chat template and generation config as they came."""
+    staging = folder.with_name(f".{folder.name}.staging")
+    if staging.exists():
+        shutil.rmtree(staging)
+    dtype = getattr(torch, _original_dtype(student.files))
+    # Parameters name a tied weight once, where state_dict names it twice: converted apart, the
+    # two would both be written.
+    state = {name: p.detach().to(dtype) for name, p in student.model.named_parameters()}
+    persistent = student.model.state_dict()
+    state |= {name: b for name, b in student.model.named_buffers() if name in persistent}
+    student.model.save_pretrained(staging, state_dict=state)
+    config = student.model.config
+    config.dtype = dtype
+    config.save_pretrained(staging)
+    for file in student.files.tokenizer_path.iterdir():
+        # Everything but weights and config: tokenizer, chat template, generation config.
+        described = file.suffix in (".json", ".jinja", ".model", ".txt")
+        if (
+            described
+            and not file.name.endswith(".index.json")
+            and file.name != "adapter_config.json"
+            and not (staging / file.name).exists()
+        ):
+            shutil.copyfile(file, staging / file.name)
+    for file in staging.iterdir():
+        fsync_file(file)
+    fsync_directory(staging)
+    staging.replace(folder)
+    fsync_directory(folder.parent)
+
+
+def _original_dtype(files: ModelFiles) -> str:
+    from safetensors import safe_open
+
+    with safe_open(str(sorted(files.path.glob("*.safetensors"))[0]), framework="pt") as weights:
+        name: str = weights.get_slice(next(iter(weights.keys()))).get_dtype()
+    return {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(name, "float32")
