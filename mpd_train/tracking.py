@@ -38,7 +38,7 @@ class Trackers:
 
     After a resume tensorboard drops the steps that are done again (purge_step); with wandb and
     trackio a resumed training is a further run of the same name. wandb has been run offline,
-    trackio not at all.
+    trackio with its local database.
     """
 
     def __init__(

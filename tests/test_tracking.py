@@ -1,10 +1,13 @@
 """Trackers get what metrics.jsonl gets."""
 
 import json
+import sqlite3
+import subprocess
 import sys
+from contextlib import closing
 
 import pytest
-from conftest import STUDENT
+from conftest import STUDENT, environment
 
 from mpd_data.errors import ConfigError
 from mpd_train.config import TrainConfig
@@ -36,6 +39,27 @@ def test_tensorboard_holds_the_metrics(round_dir, tmp_path):
         assert written
         assert [s for s, _ in read] == [s for s, _ in written]
         assert [v for _, v in read] == pytest.approx([v for _, v in written], rel=1e-6)
+
+
+def test_trackio_holds_the_metrics(round_dir, tmp_path):
+    """In a process of its own: where its database lies is settled when it is imported."""
+    pytest.importorskip("trackio")
+    out, there = tmp_path / "run", tmp_path / "trackio"
+    options = config(round_dir, out, "trackio").model_dump(mode="json")
+    program = "import sys, json; from mpd_train.config import TrainConfig;"
+    program += "from mpd_train.loop import train; train(TrainConfig(**json.loads(sys.argv[1])))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(options)],
+        env=environment() | {"TRACKIO_DIR": str(there)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    with closing(sqlite3.connect(there / "mpd.db")) as database:
+        found = database.execute(
+            "select run_name, step, metrics from metrics order by id"
+        ).fetchall()
+    assert {name for name, *_ in found} == {"run"}
+    assert [json.loads(values) | {"step": step} for _, step, values in found] == records
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
