@@ -22,7 +22,7 @@ from mpd_data.models import resolve_model
 from mpd_train.config import TrainConfig
 from mpd_train.evaluate import pack_loss
 from mpd_train.memory import plan_memory
-from mpd_train.models import CausalLM, autocast, load_student
+from mpd_train.models import CausalLM, autocast, compile_layers, load_student
 from mpd_train.optimizer import make_optimizer
 from mpd_train.stream import Batch
 
@@ -33,6 +33,8 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "cached, 4,096 tokens": ({}, (4096, 3072)),
     "cached, two packs a step": ({"gradient_accumulation_steps": 2}, (2048, 1536)),
     "cached, gradient checkpointing": ({"gradient_checkpointing": True}, (4096, 3072)),
+    "cached, compiled": ({"compile": True}, (2048, 1536)),
+    "cached, compiled, bfloat16": ({"compile": True, "dtype": "bfloat16"}, (2048, 1536)),
     "cached, bfloat16": ({"dtype": "bfloat16"}, (2048, 1536)),
     "cached, adapters": ({"lora": {"lora_r": 16}}, (2048, 1536)),
     "teacher in the process": ({"teacher": "teacher"}, (2048, 1536)),
@@ -81,6 +83,8 @@ def run(name: str, folder: Path) -> None:
     teacher_files = resolve_model(str(folder / "teacher")) if "teacher" in changed else None
     plan = plan_memory(config, student_files, teacher_files, shape, K, VOCAB, cpu, dtype)
     student = load_student(config, student_files, cpu, None)
+    if config.compile:
+        compile_layers(student.model)
     student.model.train()
     if config.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})

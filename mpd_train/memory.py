@@ -1,9 +1,11 @@
 """How much memory a training takes, found without weights, data or a device.
 
 Two optimiser steps run on fake tensors, which have shapes and no contents, while every storage that
-is alive is counted. What the fused loss works in is added from its chunk sizes.
+is alive is counted. What the fused loss works in is added from its chunk sizes. Layers that will be
+compiled are not, but keep for the backward pass what compiled ones do.
 """
 
+import itertools
 import math
 import os
 import weakref
@@ -27,6 +29,9 @@ from mpd_train.kl import workspace_bytes
 from mpd_train.models import CausalLM, autocast, decoder_layers, skeleton
 from mpd_train.optimizer import make_optimizer
 from mpd_train.stream import Batch
+
+# Operators that compute what is never made again.
+_PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "scaled_dot_product")
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,12 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """`there`: tensors that count elsewhere."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.of_loss = 0
+        # What came out of products since somebody began to collect it, and whatever went in or out.
+        self.products: list[Tensor] | None = None
+        self.of_products = WeakIdKeyDictionary()
+        # The number of the storage that another was converted from.
+        self.converted = WeakIdKeyDictionary()
+        self._numbers, self._next = WeakIdKeyDictionary(), itertools.count()
         self._device = device
         self._known = WeakIdKeyDictionary({x.untyped_storage(): 0 for x in there})
 
@@ -118,6 +129,18 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)
+        if func is torch.ops.aten._to_copy.default:
+            source = args[0].untyped_storage()
+            if source not in self._numbers:
+                self._numbers[source] = next(self._next)
+            self.converted[result.untyped_storage()] = self._numbers[source]
+        if any(part in str(func) for part in _PRODUCTS):
+            outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+            if self.products is not None:
+                self.products += outputs
+            for tensor in [*tree_leaves(args), *outputs]:
+                if isinstance(tensor, Tensor):
+                    self.of_products[tensor.untyped_storage()] = True
         if func is torch.ops.mpd.linear_kl.default:
             hidden, weight, teacher_weight = args[0], args[1], args[9]
             self.of_loss = workspace_bytes(
@@ -140,6 +163,47 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _remove(self, size: int) -> None:
         self.now -= size
+
+
+def _keep_as_compiled(layer: Any, live: _Live) -> None:
+    """Has `layer` keep for its backward pass what torch.compile's partitioner would: what goes into
+    it, and what goes into products and comes out of them. All else it makes again."""
+    forward = layer.forward
+
+    def pass_through(*args: Any, **kwargs: Any) -> Any:
+        boxes: list[list[Any]] = []
+        # Alive as long as one of the boxes is: until the backward pass has been through the layer.
+        kept: list[Tensor] = []
+        given = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+
+        def pack(x: Tensor) -> list[Any]:
+            boxes.append([x, kept])
+            return boxes[-1]
+
+        def unpack(box: list[Any]) -> Tensor:
+            x = box[0]
+            return x if isinstance(x, Tensor) else torch.empty_strided(x[0], x[1], dtype=x[2])
+
+        live.products = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            output = forward(*args, **kwargs)
+        # The last one's is what the layer gives: its backward pass does not look at it.
+        kept += live.products[:-1]
+        live.products = None
+        firsts: dict[tuple[int, torch.Size, torch.dtype], torch.UntypedStorage] = {}
+        for box in boxes:
+            x = box[0]
+            storage = x.untyped_storage()
+            again = not (x.is_leaf or storage in given or storage in live.of_products)
+            if storage in live.converted:
+                # Each product converts what goes into it for itself; compiled, once for all.
+                key = live.converted[storage], x.shape, x.dtype
+                again |= firsts.setdefault(key, storage) is not storage
+            if again:
+                box[0] = x.shape, x.stride(), x.dtype
+        return output
+
+    layer.forward = pass_through
 
 
 def plan_memory(
@@ -180,6 +244,9 @@ def plan_memory(
         if taught is not None:
             there += [*taught.parameters(), *taught.buffers()]
         with _Live(device, there) as live:
+            if config.compile and not config.gradient_checkpointing:
+                for layer in decoder_layers(model):
+                    _keep_as_compiled(layer, live)
             passes = min(2, -(-config.gradient_accumulation_steps // ranks))
             for _ in range(2):
                 live.peak = live.now

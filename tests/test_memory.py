@@ -32,7 +32,13 @@ def within():
 
 @pytest.mark.parametrize(
     "case",
-    ["cached", "cached, gradient checkpointing", "cached, adapters", "teacher in the process"],
+    [
+        "cached",
+        "cached, compiled",
+        "cached, gradient checkpointing",
+        "cached, adapters",
+        "teacher in the process",
+    ],  # fmt: skip
 )
 def test_the_plan_is_within_15_percent_of_the_peak(models, case):
     command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), case, str(models)]
