@@ -38,7 +38,7 @@ def within():
         "cached, gradient checkpointing",
         "cached, adapters",
         "teacher in the process",
-    ],  # fmt: skip
+    ],
 )
 def test_the_plan_is_within_15_percent_of_the_peak(models, case):
     command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), case, str(models)]
