@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mpd_train.models import CausalLM, decoder_layers
+from mpd_train.models import CausalLM
 
 # Dense bfloat16 with float32 sums, FLOP/s, by what the device's name holds; from NVIDIA's data
 # sheets, the first that fits.
@@ -72,13 +72,12 @@ def step_flops(student: CausalLM, teacher: CausalLM | None) -> StepFlops | None:
 def _of(model: CausalLM, trained: bool) -> StepFlops | None:
     inner = model.model
     per_token = 0.0
-    for layer in decoder_layers(inner):
-        for weight in layer.parameters():
-            if weight.dim() > 2:
-                return None
-            if weight.dim() == 2:
-                per_token += _per_weight(weight, trained) * weight.numel()
-    head = inner.get_output_embeddings().weight
+    head, embedding = inner.get_output_embeddings().weight, inner.get_input_embeddings().weight
+    for weight in inner.parameters():
+        if weight.dim() > 2:
+            return None
+        if weight.dim() == 2 and weight is not head and weight is not embedding:
+            per_token += _per_weight(weight, trained) * weight.numel()
     config: Any = inner.config
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -141,7 +141,8 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
             if model is not None:
                 liger.apply(model.model, model.files.name)
     optimizer = make_optimizer(student.model, config.optimizer)
-    flops, peak = step_flops(student, teacher), peak_flops(device, dtype)
+    peak = peak_flops(device, dtype)
+    flops = None if peak is None else step_flops(student, teacher)
 
     steps = [packs[i : i + size] for i in range(0, len(packs), size)]
     progress = checkpoint.Progress()

@@ -148,12 +148,7 @@ def decoder_layers(model: Any) -> list[Any]:
     """The layers of `model`, a transformers causal language model. Raises ConfigError for one that
     does not say what they are."""
     names = set(model._no_split_modules or ())
-    # By any of its classes: FSDP gives a layer that it has taken another, made of its own.
-    layers = [
-        module
-        for module in model.modules()
-        if not names.isdisjoint(kind.__name__ for kind in type(module).__mro__)
-    ]
+    layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise ConfigError(
             f"{type(model).__name__}: does not name its layers (_no_split_modules). Train it with"

@@ -38,18 +38,16 @@ def test_a_step_has_the_flops_that_torch_counts(round_dir, kind):
     assert sum(lengths) == pack.num_tokens
     flops = step_flops(student, teacher)
     counted = flops.of(pack.num_loss_tokens, lengths)
-    # Eager attention computes the whole square of the pack, of which half of each sequence's own
-    # is wanted; a teacher's sequences are as long here, as it reads what the student does.
+    # Eager attention computes the whole square of the pack, of which half of each sequence's own is
+    # wanted.
     pairs = sum(length * (length + 1) // 2 for length in lengths)
-    of_teacher = 0 if teacher is None else batch.teacher_input_ids.shape[1]
-    if teacher is None:
-        counted += flops.per_pair * (pack.num_tokens**2 - pairs)
-    else:
-        alone = step_flops(student, None)
-        beside = flops.per_pair - alone.per_pair
-        counted += alone.per_pair * (pack.num_tokens**2 - pairs)
-        counted += beside * (of_teacher**2 - pairs)
-        counted += (flops.per_token - alone.per_token) * (of_teacher - pack.num_tokens)
+    counted += flops.per_pair * (pack.num_tokens**2 - pairs)
+    if teacher is not None:
+        # Its sequences are longer here, with the instructions that it rewrote by.
+        alone, tokens = step_flops(student, None), batch.teacher_input_ids.shape[1]
+        assert tokens > pack.num_tokens
+        counted += (flops.per_pair - alone.per_pair) * (tokens**2 - pack.num_tokens**2)
+        counted += (flops.per_token - alone.per_token) * (tokens - pack.num_tokens)
     if kind == "adapters":
         # Where the embedding is frozen, what the first layer takes in needs no gradient.
         attention = student.model.model.layers[0].self_attn

@@ -22,8 +22,8 @@ from mpd_train.kl.divergence import Divergence, Name
 from mpd_train.kl.objective import Objective
 
 # Rows of a product with the head's gradient, and of those the rows that have float32 logits at a
-# time: of the student alone, and of both models. Of no account where the gradient takes the logits'
-# place.
+# time: of the student alone, and of both models. Where the gradient takes the logits' place all of
+# the product's rows have them.
 _ROWS = {"cpu": (512, 256, 256), "cuda": (2048, 2048, 1024)}
 # Rows whose ids are checked at a time: each time is a dozen launches with nothing else to do.
 _CHECKED_ROWS = 16_384
