@@ -208,9 +208,11 @@ def rewrite(
 ) -> None:
     """Let the teacher rewrite and score a round's rollouts into SHARDS/distill. Run again to
     resume."""
+    from mpd_data.choice import choose_rewrites, waiting_rollouts
     from mpd_data.refilter import plan_refilter, run_refilter
     from mpd_data.rewrite import run_rewrite
     from mpd_data.rewrite_plan import plan_rewrite
+    from mpd_data.shards import RoundDir
 
     config = build(RewriteConfig, options)
     if not refilter:
@@ -229,16 +231,28 @@ def rewrite(
     if config.parts.ray:
         from mpd_data.ray_stage import rewrite_on_ray as run_rewrite
     elif config.parts.workers > 1:
-        _finish_workers(run_workers("rewrite", config, limit))
+        code = run_workers("rewrite", config, limit)
+        if config.choose == "likeliest" and config.parts.num_shards is None:
+            choose_rewrites(config)
+        _finish_workers(code)
         return
     outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite, limit)
     counts = ", ".join(f"{n} {status}" for status, n in sorted(outcome.statuses.items()))
+    waiting = waiting_rollouts(RoundDir(config.shards)) if config.choose == "likeliest" else 0
     # Of a part that keeps nothing, the other parts may still keep something.
-    if not outcome.statuses.get("ok") and not outcome.owed and config.parts.part == WHOLE:
+    alone = config.parts.part == WHOLE and not waiting
+    if not outcome.statuses.get("ok") and not outcome.owed and alone:
         raise MPDError(
             f"{config.shards}: no rewrite was kept ({counts or 'no rows'}), so there is nothing to"
             " train on. Read some in distill/*.parquet (columns rewrite, status): is the teacher"
             " able to follow the template, is --max-tokens long enough?"
+        )
+    if waiting:
+        click.echo(
+            f"{waiting:,} rollouts wait for the student's choice, and are not trained on before:"
+            " once all parts are done, give this command with --refilter and without what divides"
+            " it.",
+            err=True,
         )
     _finish(f"{config.shards}: {counts}; {outcome.written} rows new", outcome.failed, outcome.owed)
 

@@ -266,6 +266,9 @@ class RolloutsConfig(Strict):
     failures: FailureConfig = FailureConfig()
 
 
+Choice = Literal["shortest", "first", "likeliest", "all"]
+
+
 class FilterConfig(Strict):
     """Which rewrites are kept. Each rule has its status in the shards; `--refilter` applies
     changed rules to rewrites that are there."""
@@ -309,8 +312,11 @@ class RewriteConfig(Strict):
         " scored and learned, which is on-policy distillation).",
     )
     num_candidates: int = Field(1, ge=1, description="Rewrites per rollout.")
-    choose: Literal["shortest", "first", "all"] = Field(
-        "shortest", description="Which of a rollout's rewrites to keep, of those that pass."
+    choose: Choice = Field(
+        "shortest",
+        description="Which of a rollout's rewrites to keep, of those that pass. likeliest: the one"
+        " with the highest mean log-probability under the student, whose engine follows the"
+        " teacher's.",
     )
     score_context: Literal["problem", "rewrite"] = Field(
         "problem",

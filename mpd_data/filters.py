@@ -5,9 +5,9 @@ rewrites that are there (`mpd-gen rewrite --refilter`).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from mpd_data.config import FilterConfig
+from mpd_data.config import Choice, FilterConfig
 
 # Settled while rewriting: no rule can make such a row fit for training.
 UNUSABLE = ("draft_truncated", "too_long", "truncated", "malformed", "check_failed")
@@ -37,20 +37,29 @@ def status_of(row: Mapping[str, Any], filters: FilterConfig) -> str:
 
 
 def settle(
-    rows: Sequence[dict[str, Any]],
-    filters: FilterConfig,
-    choose: Literal["shortest", "first", "all"],
-) -> None:
+    rows: Sequence[dict[str, Any]], filters: FilterConfig, choose: Choice
+) -> list[dict[str, Any]]:
     """Sets `status` of all rewrites of one rollout, in order of candidate_idx; rows whose status
-    is in UNUSABLE keep it. Of those that pass, the ones not chosen are "not_chosen"."""
+    is in UNUSABLE keep it. Of those that pass, the ones not chosen are "not_chosen".
+
+    Returns the rows that need log-probabilities: what is kept. "likeliest" is for the student to
+    decide (mpd_data/choice.py): until then all that pass are "not_chosen", and all are returned,
+    unless they are one and the same text.
+    """
     for row in rows:
         if row["status"] not in UNUSABLE:
             row["status"] = status_of(row, filters)
     passed = [row for row in rows if row["status"] == "ok"]
-    if choose == "all" or not passed:
-        return
+    if not passed or choose == "all":
+        return passed
     # Ties go to the first.
-    chosen = min(passed, key=lambda r: r["num_rewritten_tokens"]) if choose == "shortest" else None
+    if choose == "shortest":
+        kept = [min(passed, key=lambda row: row["num_rewritten_tokens"])]
+    elif choose == "first" or len({row["rewrite"] for row in passed}) == 1:
+        kept = passed[:1]
+    else:
+        kept = []
     for row in passed:
-        if row is not (chosen or passed[0]):
+        if not any(row is one for one in kept):
             row["status"] = "not_chosen"
+    return kept or passed

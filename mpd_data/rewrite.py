@@ -13,10 +13,11 @@ import functools
 import itertools
 import json
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpd_data.checks import CheckPool, CheckRequest, Verdict
+from mpd_data.choice import choose_rewrites, choosing_student
 from mpd_data.config import RewriteConfig
 from mpd_data.engine import (
     Completion,
@@ -31,6 +32,7 @@ from mpd_data.engine import (
 from mpd_data.errors import MPDError
 from mpd_data.failures import Failures
 from mpd_data.filters import settle
+from mpd_data.locks import WHOLE
 from mpd_data.models import resolve_model
 from mpd_data.progress import Progress
 from mpd_data.prompts import PromptError
@@ -44,7 +46,7 @@ from mpd_data.rewrite_plan import (
 )
 from mpd_data.schema import distill_key, repetition, seed_of
 from mpd_data.scores import score_columns
-from mpd_data.shards import RoundDir, Stage
+from mpd_data.shards import RoundDir, Stage, is_whole, scratch_of
 from mpd_data.writer import ShardWriter
 
 OVERWRITTEN: tuple[Stage, ...] = ("distill",)
@@ -78,12 +80,19 @@ def run_rewrite(
     config: RewriteConfig, overwrite: bool = False, limit: int | None = None
 ) -> Outcome:
     """Rewrites, filters and scores what the round still owes, at most `limit` rollouts of it, and
-    commits it shard by shard.
+    commits it shard by shard. The student's choice follows where the run is the whole stage; one
+    of several parts leaves its rollouts waiting for it.
 
     Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
     finished before are committed in every case.
     """
-    return distill(prepare_run(config), overwrite, limit)
+    chosen = config.choose == "likeliest"
+    if chosen and is_whole(scratch_of(RoundDir(config.shards))):
+        choose_rewrites(config)
+    outcome = distill(prepare_run(config), overwrite, limit)
+    if chosen and config.parts.part == WHOLE:
+        return replace(outcome, statuses=choose_rewrites(config))
+    return outcome
 
 
 def prepare_run(config: RewriteConfig) -> Prepared:
@@ -93,6 +102,8 @@ def prepare_run(config: RewriteConfig) -> Prepared:
     teacher = resolve_model(
         config.teacher, config.revision, config.trust_remote_code, served=served
     )
+    if config.choose == "likeliest":
+        choosing_student(config, student["model"])
     return prepare(config, student, teacher)
 
 
@@ -323,11 +334,8 @@ class _Job:
         if group.unjudged:
             return
         rows = list(group.rows.values())
-        settle(rows, self.config.filters, self.config.choose)
         k = self.prepared.k + self.prepared.spare
-        for row in rows:
-            if row["status"] != "ok":
-                continue
+        for row in settle(rows, self.config.filters, self.config.choose):
             start = row["loss_start"]
             context = row["teacher_prompt_ids"] or row["input_ids"][:start]
             targets = row["input_ids"][start:]

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from mpd_data.choice import choosing_student
 from mpd_data.config import RewriteConfig
 from mpd_data.engine import context_of, server_notes
 from mpd_data.errors import ConfigError
@@ -226,6 +227,8 @@ def prepare_dry(config: RewriteConfig, overwrite: bool = False) -> Prepared:
     saved = round_dir.run_info().get("stages", {}).get("distill")
     if saved is not None and not overwrite:
         teacher = as_saved(teacher, saved["identity"]["teacher"])
+    if config.choose == "likeliest":
+        choosing_student(config, student["model"], weights=False)
     prepared = prepare(config, student, teacher)
     refuse_half_refiltered(round_dir)
     if not overwrite:
@@ -295,7 +298,9 @@ def plan_rewrite(
         failing=len(reasons),
         reasons=first_reasons(reasons),
         details={f"not asked: {status}": n for status, n in sorted(unasked.items())},
-        notes=server_notes(config.engine),
+        notes=server_notes(config.engine)
+        + ["The student chooses afterwards; its time is not in the plan."]
+        * (config.choose == "likeliest"),
     )
 
 
@@ -311,7 +316,8 @@ def predict(
     learned = learn_rewrites(prepared)
     rewrites = asked * config.num_candidates
     at_most = rewrites * config.sampling.max_tokens if prepared.template.asks else kept_at_most
-    stored = config.num_candidates if config.choose == "all" else 1
+    # The student chooses among what is scored.
+    stored = config.num_candidates if config.choose in ("all", "likeliest") else 1
     expected = seconds = None
     kept = kept_at_most * stored
     if learned is not None:

@@ -1,13 +1,23 @@
 """Filters, the choice among several rewrites, and `--refilter`, on real rounds."""
 
+import json
 import shutil
 import signal
 import subprocess
 import time
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
-from conftest import command, environment, rewrite_arguments, rollout_arguments, run
+from conftest import (
+    STUDENT,
+    command,
+    environment,
+    rewrite_arguments,
+    rollout_arguments,
+    run,
+    without_rewrites,
+)
 
 from mpd_data.config import FilterConfig
 from mpd_data.filters import settle, status_of
@@ -64,8 +74,9 @@ def test_each_rule_has_its_status(changed, rules, status):
 def test_the_choice_is_among_those_that_pass(choose, expected):
     group = [PASSES | {"status": None, "num_rewritten_tokens": n} for n in (9, 1, 5, 5)]
     group[1]["status"] = "malformed"
-    settle(group, FilterConfig(), choose)
+    wanted = settle(group, FilterConfig(), choose)
     assert [row["status"] for row in group] == expected
+    assert wanted == [row for row in group if row["status"] == "ok"]
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +178,153 @@ def test_refilter_down_to_nothing_is_a_clear_stop(sampled, tmp_path):
     said = run("mpd-gen", *several(out, **{"--max-ratio": 0.001}), "--refilter", code=1).stderr
     assert "no rewrite was kept" in said
     assert "longer" in said
+
+
+@pytest.mark.parametrize(
+    "texts, statuses, expected",
+    [
+        ("abc", [None] * 3, ["not_chosen"] * 3),
+        ("aba", [None] * 3, ["not_chosen"] * 3),
+        ("aaa", [None] * 3, ["ok", "not_chosen", "not_chosen"]),
+        ("abc", ["malformed", None, "truncated"], ["malformed", "ok", "truncated"]),
+        ("abc", ["malformed"] * 3, ["malformed"] * 3),
+    ],
+)
+def test_what_differs_waits_for_the_student(texts, statuses, expected):
+    given = zip(texts, statuses, strict=True)
+    group = [PASSES | {"rewrite": text, "status": status} for text, status in given]
+    wanted = settle(group, FilterConfig(), "likeliest")
+    assert [row["status"] for row in group] == expected
+    # What waits is scored by the teacher, whichever the student takes.
+    kept = [row for row in group if row["status"] == "ok"]
+    assert wanted == (kept or [row for row in group if row["status"] == "not_chosen"])
+
+
+def mean_logprobs(frame):
+    """Of each row's trace under the student's prompt, by transformers one at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32)
+    found = []
+    for ids, start in frame.select("input_ids", "loss_start").iter_rows():
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, start - 1 : -1]
+        own = logits.log_softmax(-1).gather(1, torch.tensor(ids[start:])[:, None])
+        found.append(float(own.mean()))
+    return found
+
+
+def varied(out, **changed):
+    """At a temperature where rewrites differ, and by rules that let those pass which do."""
+    settings = {"--temperature": 1.5, "--max-ratio": 4, **changed}
+    return [*several(out, **settings), "--no-keep-answer", "--no-require-correct"]
+
+
+@pytest.fixture(scope="module")
+def all_kept(sampled, tmp_path_factory):
+    out = without_rewrites(sampled, tmp_path_factory.mktemp("varied") / "round1")
+    run("mpd-gen", *varied(out, **{"--choose": "all"}))
+    return out
+
+
+@pytest.fixture(scope="module")
+def likeliest(sampled, tmp_path_factory):
+    """The same, of the student's choice among three."""
+    out = without_rewrites(sampled, tmp_path_factory.mktemp("likeliest") / "round1")
+    run("mpd-gen", *varied(out, **{"--choose": "likeliest"}))
+    return out
+
+
+def test_the_student_chooses_what_it_finds_likeliest(all_kept, likeliest):
+    run("mpd-gen", "validate", likeliest)
+    ours, theirs = rows(likeliest), rows(all_kept)
+    assert ours["row_id"].equals(theirs["row_id"])
+    kept = ours.filter(pl.col("status") == "ok")
+    passed = theirs.filter(pl.col("status") == "ok")
+    assert kept["rollout_id"].is_unique().all()
+    assert set(kept["rollout_id"]) == set(passed["rollout_id"])
+    scored = passed.with_columns(mean=pl.Series(mean_logprobs(passed)))
+    best = scored.group_by("rollout_id").agg(pl.col("mean").max(), pl.col("rewrite").n_unique())
+    assert best.filter(pl.col("rewrite") > 1).height > 10
+    chosen = scored.join(kept.select("row_id"), on="row_id").join(best, on="rollout_id")
+    assert ((chosen["mean"] - chosen["mean_right"]).abs() < 1e-4).all()
+    # Neither the first nor the shortest in all of them.
+    assert (kept["candidate_idx"] > 0).any()
+    shortest = passed.group_by("rollout_id").agg(pl.col("num_rewritten_tokens").min())
+    lengths = kept.join(shortest, on="rollout_id")
+    assert (lengths["num_rewritten_tokens"] > lengths["num_rewritten_tokens_right"]).any()
+
+
+def test_a_choice_survives_a_kill_and_is_made_once(sampled, all_kept, likeliest, tmp_path):
+    """The stage killed while the student chooses, and run again; `--refilter` of what was all kept
+    comes to the same."""
+    out = without_rewrites(sampled, tmp_path / "round1")
+    asked = varied(out, **{"--choose": "likeliest", "--rows-per-shard": 5})
+    process = subprocess.Popen(
+        command("mpd-gen", *asked), env=environment(), stderr=subprocess.DEVNULL
+    )
+    while not list((out / ".refilter").glob("distill/part-*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    waiting = rows(out)
+    assert waiting.height == rows(likeliest).height
+    assert waiting.group_by("rollout_id").agg((pl.col("status") == "ok").sum())["status"].max() == 1
+    said = run("mpd-gen", *asked).stderr
+    assert "choose: " in said
+    assert not (out / ".refilter").exists()
+    before = [path.stat().st_mtime_ns for path in sorted((out / "distill").iterdir())]
+    # Nothing waits any more: no engine, and nothing is written.
+    assert "choose: " not in run("mpd-gen", *asked).stderr
+    assert before == [path.stat().st_mtime_ns for path in sorted((out / "distill").iterdir())]
+    other = copy(all_kept, tmp_path / "other")
+    run("mpd-gen", *varied(other, **{"--choose": "likeliest"}), "--refilter")
+    columns = ["row_id", "status", "rewrite", "input_ids"]
+    for made in (out, other):
+        assert rows(made).select(columns).equals(rows(likeliest).select(columns))
+
+
+def test_parts_leave_the_choice_for_later(sampled, likeliest, tmp_path):
+    out = without_rewrites(sampled, tmp_path / "round1")
+    asked = varied(out, **{"--choose": "likeliest"})
+    said = ""
+    for index in range(2):
+        said = run("mpd-gen", *asked, "--shard-index", index, "--num-shards", 2).stderr
+    assert "rollouts wait for the student's choice" in said
+    kept = rows(out).filter(pl.col("status") == "ok").height
+    plan = run("mpd-gen", *asked, "--refilter", "--dry-run").stderr
+    assert "rollouts for the student to choose" in plan
+    run("mpd-gen", *asked, "--refilter")
+    assert kept < rows(out).filter(pl.col("status") == "ok").height
+    assert rows(out).select("row_id", "status").equals(rows(likeliest).select("row_id", "status"))
+    # Workers of one command are followed by the choice.
+    again = without_rewrites(sampled, tmp_path / "again" / "round1")
+    asked = varied(again, **{"--choose": "likeliest"})
+    run("mpd-gen", *asked, "--workers", 2)
+    assert rows(again).select("row_id", "status").equals(rows(out).select("row_id", "status"))
+
+
+def test_a_student_that_cannot_choose_is_said_before_the_teacher_works(sampled, tmp_path):
+    gone = tmp_path / "student"
+    shutil.copytree(STUDENT, gone)
+    out = without_rewrites(sampled, tmp_path / "round1")
+    for file in (out / "rollouts").glob("*.parquet"):
+        table = pq.read_table(file)
+        saved = json.loads(table.schema.metadata[b"mpd"])
+        saved["model"]["name"] = str(gone)
+        pq.write_table(table.replace_schema_metadata({b"mpd": json.dumps(saved)}), file)
+    asked = varied(out, **{"--choose": "likeliest"})
+    (gone / "config.json").write_text((gone / "config.json").read_text() + "\n")
+    assert "has changed since it sampled" in run("mpd-gen", *asked, code=1).stderr
+    shutil.rmtree(gone)
+    for more in ([], ["--dry-run"]):
+        said = run("mpd-gen", *asked, *more, code=1).stderr
+        assert "needs the student that sampled the drafts" in said
+        assert "--student" in said
+    server = ["--backend", "openai", "--base-url", "http://localhost:1"]
+    said = run("mpd-gen", *asked, *server, "--dry-run", code=1).stderr
+    assert "does not run on the teacher's server" in said
+    assert not (out / "distill").exists()
+    run("mpd-gen", *asked, "--student", STUDENT, "--limit", 3)
