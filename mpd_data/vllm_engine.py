@@ -18,7 +18,7 @@ from mpd_data.errors import EngineError
 from mpd_data.models import ModelFiles
 
 
-def _prepare_environment(on_cpu: bool) -> None:
+def prepare_environment(on_cpu: bool) -> None:
     """Settings vLLM reads when it is imported."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -49,7 +49,7 @@ class VLLMEngine:
         # Ask the driver's management library, which leaves CUDA uninitialised for vLLM.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         on_cpu = not torch.cuda.is_available()
-        _prepare_environment(on_cpu)
+        prepare_environment(on_cpu)
         if on_cpu and config.pipeline_parallel_size > 1:
             # It starts, and its second part dies at the first step (vLLM 0.32).
             raise EngineError(

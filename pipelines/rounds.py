@@ -12,6 +12,7 @@ that has finished is not started again.
 """
 
 import json
+import multiprocessing
 import os
 import shlex
 import signal
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,12 @@ from mpd_data import interrupt
 from mpd_data.cli import DRY_RUN, PLAN_JSON, run_command
 from mpd_data.config import RewriteConfig
 from mpd_data.errors import MPDError
-from mpd_data.models import resolve_model
+from mpd_data.models import gpus, resolve_model
 from mpd_data.shards import write_json_atomic
 from mpd_data.stats import plot_lengths
 from mpd_data.table import format_table
 from mpd_data.workers import EXIT_FAILED_ROWS
+from pipelines.forks import Fork, Forks
 from pipelines.steps import (
     Pipeline,
     Step,
@@ -120,9 +123,12 @@ class Finished:
 
 
 class Runner:
-    """Runs steps as processes and remembers in OUT/finished.jsonl which are done."""
+    """Runs steps as processes and remembers in OUT/finished.jsonl which are done. `preload`: the
+    processes are forks of one that has imported what they need (pipelines/forks.py)."""
 
-    def __init__(self, out: Path, environment: dict[str, str], total: int) -> None:
+    def __init__(
+        self, out: Path, environment: dict[str, str], total: int, preload: bool = False
+    ) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self._finished = Finished(out)
         self._path = self._finished.path
@@ -133,7 +139,8 @@ class Runner:
         self._environment.pop("SLURM_ARRAY_TASK_COUNT", None)
         self._total = total
         self._number = 0
-        self._running: set[subprocess.Popen[str]] = set()
+        self._running: set[subprocess.Popen[bytes] | Fork] = set()
+        self._forks = Forks(self._environment) if preload and not gpus() else None
         self._told_to_end = False
         self.failed_rows = any(r["exit_code"] == EXIT_FAILED_ROWS for r in self._finished.records)
 
@@ -176,25 +183,33 @@ class Runner:
                 raise
         return failed
 
+    def _start(self, step: Step, stderr: Connection | None) -> subprocess.Popen[bytes] | Fork:
+        module = _MODULES[step.program]
+        if self._forks is not None:
+            return self._forks.start(module, step.command, stderr)
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *step.command],
+            env=self._environment,
+            stderr=None if stderr is None else stderr.fileno(),
+        )
+
     def _run_one(self, step: Step, prefixed: bool) -> None:
         begun = time.monotonic()
-        command = [sys.executable, "-m", _MODULES[step.program], *step.command]
-        with subprocess.Popen(
-            command,
-            env=self._environment,
-            stderr=subprocess.PIPE if prefixed else None,
-            text=True,
-            errors="replace",
-        ) as process:
-            self._running.add(process)
-            if self._told_to_end:
-                # Too late to be among those that were told.
-                process.terminate()
-            # Two progress bars would fight for one line: side by side, steps report in lines.
-            for line in process.stderr or ():
-                click.echo(f"    {step.label} | {line.rstrip()}", err=True)
+        # Two progress bars would fight for one line: side by side, steps report in lines.
+        reader, writer = multiprocessing.Pipe(duplex=False) if prefixed else (None, None)
+        process = self._start(step, writer)
+        self._running.add(process)
+        if self._told_to_end:
+            # Too late to be among those that were told.
+            process.terminate()
+        if reader is not None and writer is not None:
+            writer.close()
+            with os.fdopen(os.dup(reader.fileno()), encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    click.echo(f"    {step.label} | {line.rstrip()}", err=True)
+            reader.close()
+        code = process.wait()
         self._running.discard(process)
-        code = process.returncode
         if code not in (0, EXIT_FAILED_ROWS):
             raise MPDError(
                 f"{step.label} ended with exit code {code}; its message stands above. What is"
@@ -272,7 +287,7 @@ def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
     `failed_rows` true where a stage left rows in errors/."""
     plan = Plan(pipeline, out)
     check_inputs(pipeline, out)
-    runner = Runner(out, pipeline.environment, len(plan.all_steps()))
+    runner = Runner(out, pipeline.environment, len(plan.all_steps()), pipeline.preload)
     write_json_atomic(out / "pipeline.json", pipeline.model_dump(mode="json"))
     runner.run(list(plan.evaluations(0)), pipeline.parallel_evaluations)
     for round_ in range(1, pipeline.rounds + 1):

@@ -43,6 +43,9 @@ class Pipeline(Strict):
     rounds: int = Field(1, ge=1)
     seed: int = 0
     parallel_evaluations: int = Field(1, ge=1)
+    # Where stages are short, on a CPU: each starts as a fork of a process that has imported its
+    # libraries, and spares the seconds that this takes.
+    preload: bool = False
     environment: dict[str, str] = Field(default_factory=dict)
     licenses: Licenses = Licenses()
     rollouts: dict[str, Any]

@@ -46,7 +46,9 @@ _UNNAMED = Path("out")
 # What a setting's model may be: the last one of another setting, of the same seed.
 _RESULT_OF = "setting:"
 # What a setting cannot change: the study decides it, or it is the same for all.
-_NOT_ITS_OWN = ("name", "seed", "environment", "evaluation", "parallel_evaluations", "licenses")
+_NOT_ITS_OWN = (
+    "name", "seed", "environment", "evaluation", "parallel_evaluations", "preload", "licenses",
+)  # fmt: skip
 
 
 class Setting(Strict):
@@ -265,7 +267,8 @@ def run_study(study: Study, out: Path, groups: tuple[str, ...] = ()) -> Outcome:
     other. Raises ConfigError for settings that no stage would take."""
     runs = Planner(study, out).runs(groups)
     waves = list(waves_of(runs))
-    runner = Runner(out, runs[0].pipeline.environment, sum(map(len, waves)))
+    pipeline = runs[0].pipeline
+    runner = Runner(out, pipeline.environment, sum(map(len, waves)), pipeline.preload)
     write_json_atomic(out / "settings.json", study.model_dump(mode="json"))
     broken: dict[Path, str] = {}
     stopped: dict[tuple[str, int], str] = {}

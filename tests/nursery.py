@@ -268,9 +268,9 @@ def _import_what_it_did(log):
 
 
 def _serve():
-    from mpd_data.vllm_engine import _prepare_environment
+    from mpd_data.vllm_engine import prepare_environment
 
-    _prepare_environment(on_cpu=True)
+    prepare_environment(on_cpu=True)
     for name in _ENGINES:
         importlib.import_module(name)
     import mpd_data.rewrite

@@ -1,10 +1,13 @@
 """A study, small, with the real models: shared stages, resumption, and its figures."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
+from contextlib import contextmanager
 
 import pyarrow.parquet as pq
 import pytest
@@ -87,23 +90,40 @@ def file(prompts, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("parallel", [1, 2])
-def test_told_to_end_it_lets_its_stages_commit_and_begins_no_other(file, tmp_path, parallel):
+@contextmanager
+def in_its_first_stages(file, out, parallel, preload):
+    """A study's process while its first stages, `parallel` of them, sample."""
+    changed = {
+        "parallel": parallel,
+        "pipeline.preload": str(preload).lower(),
+        # Long enough that none is at its end yet.
+        "pipeline.evaluation.0.rollouts.num_samples": 60,
+    }
+    words = [word for name, value in changed.items() for word in ("--set", f"{name}={value}")]
+    process = subprocess.Popen(
+        command("mpd-study", file, "--out", out, "--group", "loss", *words),
+        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        while len(list(out.glob("stages/evaluate-*/run.json"))) < parallel:
+            assert process.poll() is None
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("parallel, preload", [(1, False), (2, False), (2, True)])
+def test_told_to_end_it_lets_its_stages_commit_and_begins_no_other(
+    file, tmp_path, parallel, preload
+):
     """A scheduler's signal is for this process alone: its stages hear of it from here."""
     out = tmp_path / "study"
-    arguments = [file, "--out", out, "--group", "loss", "--set", f"parallel={parallel}"]
-    # Long enough that none is at its end when the signal comes.
-    arguments += ["--set", "pipeline.evaluation.0.rollouts.num_samples=60"]
-    process = subprocess.Popen(
-        command("mpd-study", *arguments), cwd=ROOT, env=environment(), stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
     begun = out / "stages"
-    while len(list(begun.glob("evaluate-*/run.json"))) < parallel:
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.terminate()
-    said = process.communicate(timeout=120)[1]
+    with in_its_first_stages(file, out, parallel, preload) as process:
+        process.terminate()
+        said = process.communicate(timeout=120)[1]
     assert process.returncode == 130
     assert "run the same command again" in said
     # Of two seeds' bases, with room for both or for one.
@@ -121,6 +141,35 @@ def done(file, tmp_path_factory):
     out = tmp_path_factory.mktemp("done") / "out"
     said = run("mpd-study", file, "--out", out, "--group", "loss", "--set", "seeds=[0]").stderr
     return out, said
+
+
+def test_forks_do_what_processes_do(done, file, tmp_path):
+    out = tmp_path / "out"
+    words = ["--group", "loss", "--set", "seeds=[0]", "--set", "pipeline.preload=true"]
+    run("mpd-study", file, "--out", out, *words)
+    ours, theirs = ((folder / "loss.json").read_text() for folder in (out, done[0]))
+    assert ours.replace(str(out), str(done[0])) == theirs
+    trained = sorted(out.glob("stages/train-*/model/model.safetensors"))
+    assert len(trained) == 2
+    for path in trained:
+        assert path.read_bytes() == (done[0] / path.relative_to(out)).read_bytes()
+
+
+def test_a_fork_that_is_killed_is_a_stage_that_failed(file, tmp_path):
+    with in_its_first_stages(file, tmp_path / "out", 1, True) as process:
+        found = [process.pid]
+        for _ in range(2):  # the stage is a child of a child
+            asked = ["pgrep", "-P", ",".join(map(str, found))]
+            found = subprocess.run(asked, capture_output=True, text=True).stdout.split()
+        assert len(found) == 1
+        os.kill(int(found[0]), signal.SIGKILL)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 1
+    assert "seed 0, base: evaluate held-out ended with exit code -9" in said
+    # The other seed's went on.
+    finished = (tmp_path / "out" / "finished.jsonl").read_text()
+    assert "seed 1, base" in finished
+    assert "seed 0, base" not in finished
 
 
 def kinds(out):

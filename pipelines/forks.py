@@ -1,0 +1,71 @@
+"""Stages as forks of a process that has imported their libraries.
+
+vLLM, torch and transformers take some seconds to import, a third of what a stage of small models
+takes. A fork is a process as any other: it has its own memory, its own exit code and its own end.
+Not for machines with a GPU, whose state does not survive a fork, and where an engine's start
+takes a minute anyway.
+"""
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+
+
+class Fork(ForkServerProcess):
+    """A stage, with `subprocess.Popen`'s way of waiting for it."""
+
+    def wait(self) -> int:
+        self.join()
+        assert self.exitcode is not None
+        return self.exitcode
+
+
+class Forks:
+    """Starts stages in `environment`. The libraries are imported once, when this is made."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = dict(environment)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pipelines.preloaded"])
+        # Some settings are read when a library is imported.
+        with _as_environment(self._environment):
+            forkserver.ensure_running()
+
+    def start(self, module: str, command: list[str], stderr: Connection | None) -> Fork:
+        """Runs the `main` of `module`; `stderr`: where its standard error goes, None: to this
+        process's."""
+        fork = Fork(target=_run, args=(module, command, self._environment, stderr))
+        fork.start()
+        return fork
+
+
+def _run(
+    module: str, command: list[str], environment: dict[str, str], stderr: Connection | None
+) -> None:
+    if stderr is not None:
+        os.dup2(stderr.fileno(), sys.stderr.fileno())
+        stderr.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    # A fork says "forkserver" to what it starts itself, which makes locks that are to be unlinked.
+    multiprocessing.set_start_method(None, force=True)
+    sys.argv = [module, *command]
+    importlib.import_module(module).main()
+
+
+@contextlib.contextmanager
+def _as_environment(environment: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

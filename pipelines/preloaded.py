@@ -1,0 +1,25 @@
+"""What the stages of a pipeline import, for the process that they are forks of."""
+
+import contextlib
+import gc
+import importlib
+
+from mpd_data.vllm_engine import prepare_environment
+
+_MODULES = (
+    "vllm.entrypoints.llm",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.auto.modeling_auto",
+    "mpd_data.rollouts",
+    "mpd_data.refilter",
+    "mpd_train.loop",
+)
+
+prepare_environment(on_cpu=True)
+for module in _MODULES:
+    # A stage says itself what it lacks; other engines do without vLLM.
+    with contextlib.suppress(ImportError):
+        importlib.import_module(module)
+# What is there now lives as long as each of the forks: they need neither look through it for
+# garbage nor copy it for having looked.
+gc.freeze()
