@@ -260,6 +260,8 @@ def _forward(
     hidden, vocab_size = heads.hidden, heads.weight.shape[0]
     n, device = hidden.shape[0], hidden.device
     exact = accumulation_dtype(hidden.dtype)
+    if backend == "triton" and isinstance(teacher, TopK) and not _fits_triton(teacher):
+        backend = "torch"
     kernels = _kernels(backend)
     in_place = _in_place(backend, isinstance(teacher, TopK), hidden)
     weight = heads.weight.to(hidden.dtype)
@@ -269,13 +271,15 @@ def _forward(
         teacher_weight = teacher.weight.to(teacher.hidden.dtype)
 
     student = (hidden, heads.weight, heads.bias, heads.low_hidden, heads.low_weight)
+    count = _check(factors, teacher, labels, vocab_size)
     # Rows without weight leave before the product: a NaN there must not reach the head's gradient,
-    # and multiplying it by zero would not stop it.
-    rows = factors.nonzero().squeeze(1)
+    # and multiplying it by zero would not stop it. Where all have some, nothing is copied.
+    rows = None if count == n else factors.nonzero().squeeze(1)
+    written = (1, 4) if rows is not None else (0, 1, 3, 4)
     gradients = [
         # Rows that are left out have a gradient of 0; what is summed over rows the first chunk
         # writes: filling a head's gradient and reading it once is time that can be measured.
-        (torch.empty if i in (1, 4) and len(rows) > 0 else torch.zeros)(
+        (torch.empty if i in written and count > 0 else torch.zeros)(
             x.shape, dtype=_gradient_dtype(hidden, i), device=device
         )
         if need and x is not None
@@ -285,10 +289,10 @@ def _forward(
     d_hidden, d_weight, d_bias, d_low_hidden, d_low_weight = gradients
     found = torch.zeros((n, FOUND), dtype=exact, device=device)
 
-    _check(rows, teacher, labels, vocab_size)
     size, logit_rows = _chunk_sizes(device, vocab_size, chunk_size, isinstance(teacher, Dense))
-    for start in range(0, len(rows), size):
-        chunk = rows[start : start + size]
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        chunk = _picked(rows, start, stop)
         states = hidden[chunk]
         low_states = None if heads.low_hidden is None else heads.low_hidden[chunk]
 
@@ -307,12 +311,13 @@ def _forward(
                 # Each row of it at the start of the row of logits that it is made from.
                 gradient = all_logits.view(hidden.dtype)[:, :vocab_size]
         else:
-            gradient = hidden.new_empty((len(chunk), vocab_size))
-        for first in range(0, len(chunk), logit_rows):
-            part = slice(first, first + logit_rows)
+            gradient = hidden.new_empty((stop - start, vocab_size))
+        for first in range(start, stop, logit_rows):
+            last = min(first + logit_rows, stop)
+            part = slice(first - start, last - start)
             out = gradient[part]
             logits = all_logits[part] if in_place else logits_of(part)
-            picked = chunk[part]
+            picked = _picked(rows, first, last)
             of_labels = None if labels is None else labels[picked]
             scale = factors[picked, None]
             if isinstance(teacher, TopK):
@@ -343,9 +348,15 @@ def _forward(
         del gradient, out
         if in_place:
             del all_logits
-    losses = objective.loss(found[rows, 0], found[rows, 1])
-    total = (losses * factors[rows]).sum()
+    everywhere = _picked(rows, 0, count)
+    losses = objective.loss(found[everywhere, 0], found[everywhere, 1])
+    total = (losses * factors[everywhere]).sum()
     return total, found, d_hidden, d_weight, d_bias, d_low_hidden, d_low_weight
+
+
+def _picked(rows: Tensor | None, first: int, last: int) -> Tensor | slice:
+    """Some of the rows that have weight: `rows`, or all there are."""
+    return slice(first, last) if rows is None else rows[first:last]
 
 
 def workspace_bytes(
@@ -395,31 +406,41 @@ def _chunk_sizes(
     return max(rows, least), max(logit_rows, least)
 
 
-def _check(rows: Tensor, teacher: TopK | Dense, labels: Tensor | None, vocab_size: int) -> None:
-    """Raises ValueError for ids that no row may have. One wait for the device."""
+def _check(factors: Tensor, teacher: TopK | Dense, labels: Tensor | None, vocab_size: int) -> int:
+    """The number of rows with weight. Raises ValueError for ids that none of them may have. One
+    wait for the device."""
+    weighted = factors != 0
     problems = {}
     if isinstance(teacher, TopK):
-        doubled = torch.zeros((), dtype=torch.bool, device=rows.device)
+        doubled = torch.zeros((), dtype=torch.bool, device=factors.device)
         outside, headless = doubled.clone(), doubled.clone()
-        for chunk in torch.split(rows, _CHECKED_ROWS):
-            ids = teacher.ids[chunk]
-            outside |= ((ids < -1) | (ids >= vocab_size)).any()
-            headless |= (ids[:, 0] < 0).any()
+        parts = (torch.split(x, _CHECKED_ROWS) for x in (teacher.ids, weighted))
+        for ids, counts in zip(*parts, strict=True):
+            outside |= (((ids < -1) | (ids >= vocab_size)) & counts[:, None]).any()
+            headless |= ((ids[:, 0] < 0) & counts).any()
             in_order = ids.sort(dim=1).values
-            doubled |= ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any()
+            twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)
+            doubled |= (twice & counts[:, None]).any()
         problems["topk_ids holds an id twice in one row"] = doubled
         problems[f"topk_ids holds ids outside the vocabulary of {vocab_size}"] = outside
         problems["topk_ids has a row that does not begin with an id"] = headless
     if labels is not None:
-        picked = labels[rows]
         problems[f"labels are outside the vocabulary of {vocab_size} in rows with weight"] = (
-            (picked < 0) | (picked >= vocab_size)
+            ((labels < 0) | (labels >= vocab_size)) & weighted
         ).any()
-    if problems:
-        found = torch.stack(list(problems.values())).tolist()
-        for message, bad in zip(problems, found, strict=True):
-            if bad:
-                raise ValueError(message)
+    count, *found = torch.stack(
+        [weighted.sum(), *(bad.long() for bad in problems.values())]
+    ).tolist()
+    for message, bad in zip(problems, found, strict=True):
+        if bad:
+            raise ValueError(message)
+    return int(count)
+
+
+def _fits_triton(teacher: TopK) -> bool:
+    from mpd_train.kl.triton_kernels import MOST_IDS
+
+    return teacher.ids.shape[1] <= MOST_IDS
 
 
 def _kernels(backend: str) -> Kernels:
