@@ -28,7 +28,13 @@ from mpd_data.errors import MPDError
 from mpd_data.locks import WHOLE
 from mpd_data.options import build, config_options
 from mpd_data.table import plain, plain_lines
-from mpd_data.workers import EXIT_FAILED_ROWS, end_with_parent, run_workers, slurm_part
+from mpd_data.workers import (
+    EXIT_FAILED_ROWS,
+    end_with_parent,
+    is_worker,
+    run_workers,
+    slurm_part,
+)
 
 if TYPE_CHECKING:
     from mpd_data.plan import StagePlan
@@ -238,7 +244,10 @@ def rewrite(
         return
     outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite, limit)
     counts = ", ".join(f"{n} {status}" for status, n in sorted(outcome.statuses.items()))
-    waiting = waiting_rollouts(RoundDir(config.shards)) if config.choose == "likeliest" else 0
+    waiting = 0
+    if config.choose == "likeliest" and not is_worker():
+        round_dir = RoundDir(config.shards)
+        waiting = waiting_rollouts(round_dir, round_dir.survey("distill").paths)
     # Of a part that keeps nothing, the other parts may still keep something.
     alone = config.parts.part == WHOLE and not waiting
     if not outcome.statuses.get("ok") and not outcome.owed and alone:

@@ -9,7 +9,7 @@ import itertools
 from collections import Counter
 from typing import Any
 
-from mpd_data.choice import choose_by_student, choosing_student
+from mpd_data.choice import candidates, choose_by_student, choosing_student
 from mpd_data.config import RewriteConfig
 from mpd_data.engine import Engine, Scores, server_notes, start_engine
 from mpd_data.errors import ConfigError
@@ -39,8 +39,10 @@ def run_refilter(config: RewriteConfig) -> Outcome:
         if (rules := _changed_rules(config, saved)) is not None:
             round_dir.recover("distill")
             metadata = read_metadata(round_dir.shard_paths("distill")[0])
-            work = _Refilter(config, metadata, metadata["num_logprobs"])
-            rework(round_dir, work, {**saved, **rules})
+            if config.choose == "likeliest":
+                # Before what was chosen by other rules is chosen no more.
+                choosing_student(config, metadata["student"], metadata["tokenizer"])
+            rework(round_dir, _Refilter(config, metadata), {**saved, **rules})
         if config.choose == "likeliest":
             choose_by_student(round_dir, config)
         counts = round_dir.count_statuses()
@@ -92,18 +94,20 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
     # The tails are there where the scores are, and are the smallest of their columns.
     rows = round_dir.rows("distill", [*LIGHT, "tail_logprobs"], paths)
     for _, group in itertools.groupby(rows, key=lambda row: row["rollout_id"]):
-        candidates = sorted(group, key=lambda row: row["candidate_idx"])
+        rewrites = sorted(group, key=lambda row: row["candidate_idx"])
         rollouts += 1
-        wanted = settle(candidates, config.filters, config.choose)
-        after.update(row["status"] for row in candidates)
-        waiting += bool(wanted) and all(row["status"] == "not_chosen" for row in wanted)
-        for row in wanted:
-            if row["tail_logprobs"] is None:
-                unscored += 1
-                tokens += row["num_rewritten_tokens"]
+        if unchanged:
+            waiting += config.choose == "likeliest" and bool(candidates(rewrites))
+        else:
+            wanted = settle(rewrites, config.filters, config.choose)
+            waiting += bool(wanted) and all(row["status"] == "not_chosen" for row in wanted)
+            owed = [row for row in wanted if row["tail_logprobs"] is None]
+            unscored += len(owed)
+            tokens += sum(row["num_rewritten_tokens"] for row in owed)
+        after.update(row["status"] for row in rewrites)
     metadata = read_metadata(paths[0]) if paths else {}
-    if config.choose == "likeliest":
-        choosing_student(config, metadata["student"], weights=False)
+    if config.choose == "likeliest" and metadata:
+        choosing_student(config, metadata["student"], metadata["tokenizer"], weights=False)
     if unscored:
         teacher = _teacher(config, weights=False)
         _require_teacher(config, as_saved(teacher, saved["teacher"]), metadata)
@@ -114,9 +118,9 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
         out=str(config.shards),
         settings=arguments(config),
         rows=rollouts,
-        committed=rollouts if unchanged else 0,
-        owed=0 if unchanged else rollouts,
-        disk_bytes=0 if unchanged else size + more,
+        committed=0 if waiting or not unchanged else rollouts,
+        owed=rollouts if waiting or not unchanged else 0,
+        disk_bytes=size + more if waiting or not unchanged else 0,
         details={
             "rewrites to score": unscored,
             "tokens to score": tokens,
@@ -127,7 +131,7 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
                 if before[status] or after[status]
             },
         },
-        notes=["The rules are those of the rewrites that are there."] * unchanged
+        notes=["The rules are those of the rewrites that are there."] * (unchanged and not waiting)
         + (server_notes(config.engine) if unscored else []),
     )
 
@@ -153,6 +157,10 @@ class _Refilter(Pass):
 
     label = "refilter"
 
+    def __init__(self, config: RewriteConfig, metadata: dict[str, Any]) -> None:
+        super().__init__(config, metadata)
+        self.k = metadata["num_logprobs"]
+
     def judge(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         wanted = settle(rows, self.config.filters, self.config.choose)
         return [row for row in wanted if row["topk_ids"] is None]
@@ -171,6 +179,9 @@ class _Refilter(Pass):
             row["input_ids"][: row["loss_start"]] if given is None else given
         ).tolist()
         return context
+
+    def pass_over(self, row: dict[str, Any]) -> None:
+        row["status"] = "too_long"
 
     def note(self, row: dict[str, Any], scores: Scores) -> None:
         k, vocab_size = self.metadata["num_logprobs"], self.metadata["vocab_size"]

@@ -14,8 +14,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from mpd_data.config import RewriteConfig
 from mpd_data.engine import Engine, Refused, RequestError, Scores, pump
@@ -37,24 +36,26 @@ from mpd_data.writer import ShardWriter
 
 # The settings that a pass may change.
 RULES = ("filters", "choose")
+# Beside the identity of the rewrites in run.json: what the student that chose is.
+_CHOSEN_BY = "chosen_by"
 # Columns that are read fast.
 LIGHT = [f.name for f in DISTILL_SCHEMA if not str(f.type).startswith("list")]
 
 
-@dataclass
 class Pass(ABC):
     """What happens to the rewrites of one rollout: judge -> (ask the engine -> decide) -> rows.
     `metadata` is that of the shards. The engine is started when the first rewrite needs it, if any
     does."""
 
-    label: ClassVar[str]  # names the work in progress lines
-
-    config: RewriteConfig
-    metadata: dict[str, Any]
+    label: str  # names the work in progress lines
     k: int  # log-probabilities per token that the engine is asked for
-    in_flight: int = 0  # SideWork: nothing goes on beside the engine
-    _groups: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    _asked: dict[str, set[str]] = field(default_factory=dict)
+    in_flight = 0  # SideWork: nothing goes on beside the engine
+
+    def __init__(self, config: RewriteConfig, metadata: dict[str, Any]) -> None:
+        self.config = config
+        self.metadata = metadata
+        self._groups: dict[str, list[dict[str, Any]]] = {}
+        self._asked: dict[str, set[str]] = {}
 
     @abstractmethod
     def judge(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -66,6 +67,10 @@ class Pass(ABC):
     @abstractmethod
     def context_of(self, row: dict[str, Any]) -> list[int]:
         """Token ids that stand before the trace when it is scored."""
+
+    @abstractmethod
+    def pass_over(self, row: dict[str, Any]) -> None:
+        """The engine's context has no room for this row."""
 
     @abstractmethod
     def note(self, row: dict[str, Any], scores: Scores) -> None:
@@ -102,7 +107,7 @@ class Pass(ABC):
             context = self.context_of(row)
             targets = row["input_ids"][row["loss_start"] :].tolist()
             if len(context) + len(targets) + 1 > self._engine.max_model_len:
-                row["status"] = "too_long"
+                self.pass_over(row)
                 continue
             try:
                 self._engine.submit_score(row["row_id"], context, targets, self.k)
@@ -130,22 +135,29 @@ class Pass(ABC):
         self._progress.update(sum(r["num_rewritten_tokens"] or 0 for r in rows), False, 0)
 
 
-def rework(round_dir: RoundDir, work: Pass, identity: dict[str, Any]) -> None:
-    """Takes all rewrites of `round_dir`, which the caller holds, through `work`, and puts them in
-    their old ones' place, under the settings `identity`."""
+def rework(
+    round_dir: RoundDir,
+    work: Pass,
+    identity: dict[str, Any],
+    chosen_by: dict[str, str] | None = None,
+) -> None:
+    """Takes all rewrites of `round_dir`, which the caller holds by the lock `refilter`, through
+    `work`, and puts them in their old ones' place, under the settings `identity`. `chosen_by`: the
+    student that has chosen then."""
     scratch = scratch_of(round_dir)
     with scratch.lock():
         # Rules that changed again since a kill: what the earlier ones left is of no use.
-        if scratch.run_info().get("stages", {}).get("distill", {}).get("identity") != identity:
+        by_now = {**identity, _CHOSEN_BY: chosen_by}
+        if scratch.run_info().get("stages", {}).get("distill", {}).get("identity") != by_now:
             scratch.discard("distill")
-        scratch.claim("distill", identity, {})
+        scratch.claim("distill", by_now, {})
         scratch.recover("distill")
         done = scratch.rewritten()
         metadata = read_metadata(round_dir.shard_paths("distill")[0])
         metadata = {k: v for k, v in metadata.items() if k not in ("schema_version", "stage")}
         metadata |= {name: identity[name] for name in RULES}
         output = work.config.output.model_dump()
-        status = round_dir.status_path(work.label, WHOLE)
+        status = round_dir.status_path("refilter", WHOLE)
         with (
             ShardWriter(scratch, "distill", metadata, **output) as writer,
             Progress(work.label, len(round_dir.rewritten()), status) as progress,
@@ -172,10 +184,13 @@ def put_in_place(round_dir: RoundDir, config: RewriteConfig) -> None:
     if scratch.manifest_path("distill").exists():
         scratch.manifest_path("distill").replace(round_dir.manifest_path("distill"))
     info = round_dir.run_info()
+    identity = scratch.run_info()["stages"]["distill"]["identity"]
+    chosen_by = identity.pop(_CHOSEN_BY)
     info["stages"]["distill"] |= {
-        "identity": scratch.run_info()["stages"]["distill"]["identity"],
+        "identity": identity,
         "details": info["stages"]["distill"]["details"]
         | {"config": config.model_dump(mode="json", exclude={"parts"})},
+        _CHOSEN_BY: chosen_by,
     }
     write_json_atomic(round_dir.path / "run.json", info)
     (scratch.path / "complete").unlink()

@@ -6,7 +6,8 @@ rewrite) -> distill/part-*.parquet
 Rewriting, checking and scoring go on side by side: a rewrite that passes the filter is submitted
 for scoring while others are still being generated. Every rewrite gives one row, rejected ones
 with the reason in `status` and without log-probabilities. The rows of one rollout are committed
-together, since the choice among them is made once.
+together, since the choice among them is made once; where the student makes it (mpd_data/choice.py),
+all that pass are scored, and it follows when the teacher's engine has ended.
 """
 
 import functools
@@ -36,6 +37,7 @@ from mpd_data.locks import WHOLE
 from mpd_data.models import resolve_model
 from mpd_data.progress import Progress
 from mpd_data.prompts import PromptError
+from mpd_data.rework import put_in_place
 from mpd_data.rewrite_plan import (
     ROLLOUT_COLUMNS,
     Prepared,
@@ -86,13 +88,15 @@ def run_rewrite(
     Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
     finished before are committed in every case.
     """
-    chosen = config.choose == "likeliest"
-    if chosen and is_whole(scratch_of(RoundDir(config.shards))):
-        choose_rewrites(config)
+    if config.choose != "likeliest" or config.parts.part != WHOLE:
+        return distill(prepare_run(config), overwrite, limit)
+    round_dir = RoundDir(config.shards)
+    if is_whole(scratch_of(round_dir)):
+        # A kill while an earlier choice was put in place.
+        with round_dir.lock("refilter"):
+            put_in_place(round_dir, config)
     outcome = distill(prepare_run(config), overwrite, limit)
-    if chosen and config.parts.part == WHOLE:
-        return replace(outcome, statuses=choose_rewrites(config))
-    return outcome
+    return replace(outcome, statuses=choose_rewrites(config))
 
 
 def prepare_run(config: RewriteConfig) -> Prepared:
@@ -103,7 +107,7 @@ def prepare_run(config: RewriteConfig) -> Prepared:
         config.teacher, config.revision, config.trust_remote_code, served=served
     )
     if config.choose == "likeliest":
-        choosing_student(config, student["model"])
+        choosing_student(config, student["model"], student["tokenizer"])
     return prepare(config, student, teacher)
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from mpd_data.choice import choosing_student
+from mpd_data.choice import choosing_student, waiting_rollouts
 from mpd_data.config import RewriteConfig
 from mpd_data.engine import context_of, server_notes
 from mpd_data.errors import ConfigError
@@ -228,9 +228,10 @@ def prepare_dry(config: RewriteConfig, overwrite: bool = False) -> Prepared:
     if saved is not None and not overwrite:
         teacher = as_saved(teacher, saved["identity"]["teacher"])
     if config.choose == "likeliest":
-        choosing_student(config, student["model"], weights=False)
+        choosing_student(config, student["model"], student["tokenizer"], weights=False)
+    else:
+        refuse_half_refiltered(round_dir)
     prepared = prepare(config, student, teacher)
-    refuse_half_refiltered(round_dir)
     if not overwrite:
         round_dir.check("distill", prepared.identity)
     return prepared
@@ -243,9 +244,12 @@ def plan_rewrite(
     anything. Raises what the run would raise before it starts its engine."""
     prepared = prepare_dry(config, overwrite)
     round_dir, part = RoundDir(config.shards), config.parts.part
-    done = KeySet()
+    done, waiting = KeySet(), 0
     if not overwrite:
-        done = round_dir.rewritten(round_dir.survey("distill").paths)
+        paths = round_dir.survey("distill").paths
+        done = round_dir.rewritten(paths)
+        if config.choose == "likeliest":
+            waiting = waiting_rollouts(round_dir, paths)
     found = round_dir.survey("rollouts")
     rollouts = found.keys()
     total = part.share(rollouts)
@@ -288,18 +292,24 @@ def plan_rewrite(
     return predict(
         prepared,
         total=total,
-        owed=owed,
+        owed=owed + waiting,
         asked=asked_about,
         contexts=contexts,
         kept_at_most=kept_at_most,
         shown=[] if first is None else [first],
         prompt_tokens=Lengths.of(lengths),
-        committed=committed,
+        committed=committed - waiting,
         failing=len(reasons),
         reasons=first_reasons(reasons),
-        details={f"not asked: {status}": n for status, n in sorted(unasked.items())},
+        details={
+            **{f"not asked: {status}": n for status, n in sorted(unasked.items())},
+            **({"rollouts for the student to choose": waiting} if waiting else {}),
+        },
         notes=server_notes(config.engine)
-        + ["The student chooses afterwards; its time is not in the plan."]
+        + [
+            "The student chooses afterwards: its time is not in the plan, and neither is a second"
+            " copy of the rewrites while it does."
+        ]
         * (config.choose == "likeliest"),
     )
 
@@ -357,12 +367,12 @@ def learn_rewrites(prepared: Prepared) -> Learned | None:
 
 
 def refuse_half_refiltered(round_dir: RoundDir) -> None:
-    """Raises ConfigError where a refilter has all its rows and was killed before they took the
-    old ones' place."""
+    """Raises ConfigError where a refilter, or the student's choice, has all its rows and was killed
+    before they took the old ones' place."""
     if is_whole(scratch_of(round_dir)):
         raise ConfigError(
-            f"{round_dir.path}: a refilter was killed while its rows were put in place. Run it"
-            " again (--refilter); it takes a moment."
+            f"{round_dir.path}: a refilter, or the student's choice, was killed while its rows were"
+            " put in place. Run the same command again, with --refilter; it takes a moment."
         )
 
 

@@ -320,6 +320,9 @@ class RoundDir:
                 self.folder(stage).replace(doomed)
                 shutil.rmtree(doomed)
             self.manifest_path(stage).unlink(missing_ok=True)
+        if "distill" in stages:
+            # What a killed pass over them left would be taken for this stage's.
+            shutil.rmtree(scratch_of(self).path, ignore_errors=True)
         info = self.run_info()
         for stage in stages:
             info.get("stages", {}).pop(stage, None)
@@ -552,10 +555,10 @@ class RoundDir:
 
 
 def scratch_of(round_dir: RoundDir) -> RoundDir:
-    """Where a refilter of `round_dir` gathers its rows."""
+    """Where a pass over the rewrites of `round_dir` gathers its rows (mpd_data/rework.py)."""
     return RoundDir(round_dir.path / ".refilter")
 
 
 def is_whole(scratch: RoundDir) -> bool:
-    """Whether a refilter has all its rows and waits to be put in place."""
+    """Whether such a pass has all its rows, which wait to be put in place."""
     return (scratch.path / "complete").exists()

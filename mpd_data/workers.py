@@ -19,6 +19,7 @@ from mpd_data.options import arguments
 
 EXIT_FAILED_ROWS = 3  # done with failed rows
 _WORKER = "MPD_GEN_WORKER"  # set for a worker: its standard input lasts as long as its parent
+_is_worker = False
 
 
 def slurm_part() -> tuple[int, int] | None:
@@ -116,11 +117,18 @@ def run_workers(
     return EXIT_FAILED_ROWS if EXIT_FAILED_ROWS in codes else 0
 
 
+def is_worker() -> bool:
+    """Whether this process is one of another one's `run_workers`."""
+    return _is_worker
+
+
 def end_with_parent() -> None:
     """In a worker, an interrupt where the parent is killed: nobody else would end it, and it would
     stand in the way of the same command. Elsewhere nothing."""
+    global _is_worker
     if os.environ.pop(_WORKER, None) is None:
         return
+    _is_worker = True
 
     def watch() -> None:
         while os.read(0, 1):

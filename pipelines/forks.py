@@ -1,7 +1,7 @@
 """Stages as forks of a process that has imported their libraries.
 
 vLLM, torch and transformers take some seconds to import, a third of what a stage of small models
-takes. A fork is a process as any other: it has its own memory, its own exit code and its own end.
+takes. A fork has its own memory, its own exit code and its own end, as any process.
 Not for machines with a GPU, whose state does not survive a fork, and where an engine's start
 takes a minute anyway.
 """
@@ -10,18 +10,26 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection
+from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
+from threading import Lock
+
+from mpd_data.errors import MPDError
+
+# A fork's exit code can be read once, and whoever starts another looks for it.
+_reading = Lock()
 
 
 class Fork(ForkServerProcess):
     """A stage, with `subprocess.Popen`'s way of waiting for it."""
 
     def wait(self) -> int:
-        self.join()
+        connection.wait([self.sentinel])
+        with _reading:
+            self.join()
         assert self.exitcode is not None
         return self.exitcode
 
@@ -37,17 +45,30 @@ class Forks:
         with _as_environment(self._environment):
             forkserver.ensure_running()
 
-    def start(self, module: str, command: list[str], stderr: Connection | None) -> Fork:
+    def start(self, module: str, command: list[str], stderr: connection.Connection | None) -> Fork:
         """Runs the `main` of `module`; `stderr`: where its standard error goes, None: to this
-        process's."""
+        process's. Raises MPDError where it cannot be started."""
         fork = Fork(target=_run, args=(module, command, self._environment, stderr))
-        fork.start()
+        try:
+            # A server that was killed is started anew.
+            with _reading, _as_environment(self._environment):
+                fork.start()
+        except (OSError, EOFError) as error:
+            raise MPDError(
+                f"{module}: cannot be started as a fork ({type(error).__name__}: {error}). Leave"
+                " preload out to start stages as processes of their own."
+            ) from error
         return fork
 
 
 def _run(
-    module: str, command: list[str], environment: dict[str, str], stderr: Connection | None
+    module: str,
+    command: list[str],
+    environment: dict[str, str],
+    stderr: connection.Connection | None,
 ) -> None:
+    # Which the server of the forks does not hear (pipelines/preloaded.py).
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stderr is not None:
         os.dup2(stderr.fileno(), sys.stderr.fileno())
         stderr.close()

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import importlib
+import signal
 
 from mpd_data.vllm_engine import prepare_environment
 
@@ -15,10 +16,12 @@ _MODULES = (
     "mpd_train.loop",
 )
 
+# Told to end with all others of its group, it lasts as long as the stages do that commit then.
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 prepare_environment(on_cpu=True)
 for module in _MODULES:
-    # A stage says itself what it lacks; other engines do without vLLM.
-    with contextlib.suppress(ImportError):
+    # A stage imports it again, and says itself what is wrong; other engines do without vLLM.
+    with contextlib.suppress(Exception):
         importlib.import_module(module)
 # What is there now lives as long as each of the forks: they need neither look through it for
 # garbage nor copy it for having looked.

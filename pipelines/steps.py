@@ -153,14 +153,15 @@ def rollouts_step(p: Pipeline, student: str, round_: int, out: Path) -> Step:
 
 def rewrite_step(p: Pipeline, student: str, round_: int, shards: Path) -> Step:
     """The teacher, or `student` where it is the rewriter, rewrites the round `shards`."""
+    chooses = p.rewrite.get("choose") == "likeliest"
     rewrite = _stage(
         RewriteConfig,
         "rewrite",
         p.rewrite,
         {
             "teacher": p.teacher if p.rewriter == "teacher" else student,
-            # The vocabulary is the same in every round.
-            **({} if p.sampler == "student" else {"student": p.student}),
+            # The vocabulary is the same in every round, the choice is not.
+            **({} if p.sampler == "student" else {"student": student if chooses else p.student}),
             "shards": shards,
             "seed": p.seed,
         },

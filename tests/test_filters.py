@@ -19,6 +19,7 @@ from conftest import (
     without_rewrites,
 )
 
+from mpd_data.choice import candidates
 from mpd_data.config import FilterConfig
 from mpd_data.filters import settle, status_of
 
@@ -200,6 +201,13 @@ def test_what_differs_waits_for_the_student(texts, statuses, expected):
     assert wanted == (kept or [row for row in group if row["status"] == "not_chosen"])
 
 
+def test_the_student_chooses_among_what_is_scored():
+    scored, unscored = ({"tail_logprobs": x, "status": "not_chosen"} for x in ([-1.0], None))
+    assert candidates([scored, unscored, scored | {"status": "longer"}]) == [scored]
+    assert candidates([unscored]) == []
+    assert candidates([scored, scored | {"status": "ok"}]) == []
+
+
 def mean_logprobs(frame):
     """Of each row's trace under the student's prompt, by transformers one at a time."""
     import torch
@@ -269,12 +277,22 @@ def test_a_choice_survives_a_kill_and_is_made_once(sampled, all_kept, likeliest,
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    chosen = {file.stat().st_ino for file in (out / ".refilter").glob("distill/part-*.parquet")}
+    plan = run("mpd-gen", *asked, "--dry-run").stderr
+    assert "rollouts for the student to choose" in plan
+    # What was begun anew does not get rows of what was there before.
+    anew = copy(out, tmp_path / "anew")
+    again = varied(anew, **{"--choose": "likeliest", "--rows-per-shard": 5})
+    run("mpd-gen", *again, "--overwrite", "--limit", 1)
+    assert rows(anew)["rollout_id"].n_unique() == 1
     waiting = rows(out)
     assert waiting.height == rows(likeliest).height
     assert waiting.group_by("rollout_id").agg((pl.col("status") == "ok").sum())["status"].max() == 1
     said = run("mpd-gen", *asked).stderr
     assert "choose: " in said
     assert not (out / ".refilter").exists()
+    # What was chosen before the kill was not chosen again.
+    assert chosen <= {file.stat().st_ino for file in (out / "distill").glob("part-*.parquet")}
     before = [path.stat().st_mtime_ns for path in sorted((out / "distill").iterdir())]
     # Nothing waits any more: no engine, and nothing is written.
     assert "choose: " not in run("mpd-gen", *asked).stderr
@@ -296,13 +314,22 @@ def test_parts_leave_the_choice_for_later(sampled, likeliest, tmp_path):
     kept = rows(out).filter(pl.col("status") == "ok").height
     plan = run("mpd-gen", *asked, "--refilter", "--dry-run").stderr
     assert "rollouts for the student to choose" in plan
+    info = json.loads((out / "run.json").read_text())
+    info["stages"]["distill"]["chosen_by"] = {"version": "0" * 64}
+    (out / "run.json").write_text(json.dumps(info))
+    said = run("mpd-gen", *asked, "--refilter", code=1).stderr
+    assert "a part of its rewrites was chosen by another student" in said
+    del info["stages"]["distill"]["chosen_by"]
+    (out / "run.json").write_text(json.dumps(info))
     run("mpd-gen", *asked, "--refilter")
+    plan = run("mpd-gen", *asked, "--refilter", "--dry-run").stderr
+    assert "The rules are those of the rewrites that are there." in plan
     assert kept < rows(out).filter(pl.col("status") == "ok").height
     assert rows(out).select("row_id", "status").equals(rows(likeliest).select("row_id", "status"))
     # Workers of one command are followed by the choice.
     again = without_rewrites(sampled, tmp_path / "again" / "round1")
     asked = varied(again, **{"--choose": "likeliest"})
-    run("mpd-gen", *asked, "--workers", 2)
+    assert "wait for the student" not in run("mpd-gen", *asked, "--workers", 2).stderr
     assert rows(again).select("row_id", "status").equals(rows(out).select("row_id", "status"))
 
 
@@ -327,4 +354,10 @@ def test_a_student_that_cannot_choose_is_said_before_the_teacher_works(sampled, 
     said = run("mpd-gen", *asked, *server, "--dry-run", code=1).stderr
     assert "does not run on the teacher's server" in said
     assert not (out / "distill").exists()
-    run("mpd-gen", *asked, "--student", STUDENT, "--limit", 3)
+    # Nor does a refilter undo the choice that was made before it finds out.
+    run("mpd-gen", *varied(out, **{"--choose": "first"}), "--limit", 3)
+    before = rows(out)
+    said = run("mpd-gen", *asked, "--refilter", code=1).stderr
+    assert "needs the student that sampled the drafts" in said
+    assert rows(out).equals(before)
+    run("mpd-gen", *asked, "--refilter", "--student", STUDENT)

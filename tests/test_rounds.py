@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from mpd_data.config import RolloutsConfig
 from mpd_data.errors import ConfigError
 from pipelines.rounds import Finished, Plan, Runner, _inputs
-from pipelines.steps import Step, load_pipeline
+from pipelines.steps import Step, load_pipeline, rewrite_step
 
 POCKET = ROOT / "pipelines" / "pocket" / "pipeline.toml"
 
@@ -223,6 +224,14 @@ def test_changed_inputs_and_torn_records_are_done_again(tmp_path):
     assert is_done()
     prompts.write_text("ab")
     assert not is_done()
+
+
+def test_who_chooses_where_the_teacher_samples(small):
+    """The student of the round, not the first one, whose vocabulary is the same."""
+    for choose, expected in (("shortest", "FIRST"), ("likeliest", "NEWEST")):
+        changed = ("sampler='teacher'", "student='FIRST'", f"rewrite.choose='{choose}'")
+        step = rewrite_step(load_pipeline(small, changed), "NEWEST", 2, Path("shards"))
+        assert step.config.student == expected
 
 
 def test_shipped_pipelines_are_valid(tmp_path):

@@ -92,7 +92,8 @@ def file(prompts, tmp_path_factory):
 
 @contextmanager
 def in_its_first_stages(file, out, parallel, preload):
-    """A study's process while its first stages, `parallel` of them, sample."""
+    """A study's process, in a group of its own, while its first stages, `parallel` of them,
+    sample."""
     changed = {
         "parallel": parallel,
         "pipeline.preload": str(preload).lower(),
@@ -102,7 +103,7 @@ def in_its_first_stages(file, out, parallel, preload):
     words = [word for name, value in changed.items() for word in ("--set", f"{name}={value}")]
     process = subprocess.Popen(
         command("mpd-study", file, "--out", out, "--group", "loss", *words),
-        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
         while len(list(out.glob("stages/evaluate-*/run.json"))) < parallel:
@@ -114,15 +115,22 @@ def in_its_first_stages(file, out, parallel, preload):
         process.communicate()
 
 
-@pytest.mark.parametrize("parallel, preload", [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    "parallel, preload, group",
+    [(1, False, False), (2, False, False), (2, True, False), (1, True, True)],
+)
 def test_told_to_end_it_lets_its_stages_commit_and_begins_no_other(
-    file, tmp_path, parallel, preload
+    file, tmp_path, parallel, preload, group
 ):
-    """A scheduler's signal is for this process alone: its stages hear of it from here."""
+    """Schedulers signal this process alone, and its stages hear of it from here; or all of its
+    group."""
     out = tmp_path / "study"
     begun = out / "stages"
     with in_its_first_stages(file, out, parallel, preload) as process:
-        process.terminate()
+        if group:
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            process.terminate()
         said = process.communicate(timeout=120)[1]
     assert process.returncode == 130
     assert "run the same command again" in said

@@ -1,11 +1,8 @@
-"""A sparse teacher's loss, the same for all backends: it depends on the student's logits only
-through those of the K ids and the logsumexp of the rest, so all but that softmax happens over
-K + 1 buckets.
+"""A sparse teacher's loss in torch: it depends on the student's logits only through those of the K
+ids and the logsumexp of the rest, so all but that softmax happens over K + 1 buckets.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,18 +25,33 @@ class Tail:
         return self.peak + self.total.log()
 
 
-class Softmax(Protocol):
-    """Of logits at a temperature, as a backend holds it between its two uses."""
+@dataclass(frozen=True)
+class _Exponentials:
+    """A softmax between its two uses: exp(y - peak) [c, V]."""
 
-    @property
-    def tail(self) -> Tail: ...
+    tail: Tail
+    values: Tensor
 
-    def spread(self, factors: Tensor, out: Tensor, other: "tuple[Self, Tensor] | None") -> None:
+    def spread(
+        self, factors: Tensor, out: Tensor, other: "tuple[_Exponentials, Tensor] | None"
+    ) -> None:
         """out [c, V] = factors [c, 1] exp(y - peak), and the same of an `other` softmax of these
-        logits, with its factors, added. The last use of the logits: `out` may lie where they do."""
+        logits, with its factors, added. `out` may lie where the logits did."""
+        torch.mul(self.values, factors, out=out)
+        if other is not None:
+            softmax, its_factors = other
+            out.add_((softmax.values * its_factors).to(out.dtype))
 
 
-S = TypeVar("S", bound=Softmax)
+def _softmax(logits: Tensor, temperature: float) -> _Exponentials:
+    """Uses `logits` up at temperature 1."""
+    y = logits if temperature == 1 else logits / temperature
+    # Without a single finite logit (every id is in the top K) the maximum must still be a number.
+    peak = y.amax(1, keepdim=True).clamp_(min=torch.finfo(y.dtype).min)
+    exponentials = y.sub_(peak).exp()
+    # Beyond this the exponential is 0, and 0 times -inf would be a NaN.
+    moment = y.clamp_(min=-1e4).mul_(exponentials).sum(1, keepdim=True)
+    return _Exponentials(Tail(peak, exponentials.sum(1, keepdim=True), moment), exponentials)
 
 
 def over_buckets(
@@ -49,10 +61,8 @@ def over_buckets(
     factors: Tensor,
     objective: Objective,
     out: Tensor,
-    softmax: Callable[[Tensor, float], S],
 ) -> Tensor:
-    """`fused.Kernels.sparse`, given the backend's softmax (logits, temperature), which uses its
-    logits up at temperature 1."""
+    """`fused.Kernels.sparse`."""
     inverse, ce_weight = 1 / objective.temperature, objective.ce_weight
     tempered = objective.temperature != 1
     chosen = None if labels is None else logits.gather(1, labels[:, None])
@@ -65,7 +75,7 @@ def over_buckets(
     top = logits.gather(1, index).masked_fill_(~valid, -torch.inf)
     # The tail's own logsumexp, rather than log(1 - top mass), which cancels.
     logits.scatter_(1, index, -torch.inf)
-    rest = softmax(logits, objective.temperature)
+    rest = _softmax(logits, objective.temperature)
     tail = rest.tail
 
     log_q = torch.cat([top * inverse, tail.logsumexp], 1)
@@ -79,7 +89,7 @@ def over_buckets(
     plain = rest
     if chosen is not None:
         if tempered:
-            plain = softmax(logits, 1.0)
+            plain = _softmax(logits, 1.0)
         log_total = torch.logaddexp(plain.tail.logsumexp, top.logsumexp(1, keepdim=True))
         cross_entropy = (log_total - chosen)[:, 0]
     of_top = gradient[:, :-1]

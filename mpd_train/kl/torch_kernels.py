@@ -4,12 +4,10 @@ Works on a few rows at a time: a dozen passes over what fits in a core's cache c
 over memory, and the temporaries stay small.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from mpd_train.kl.buckets import Tail, entropy, over_buckets
+from mpd_train.kl.buckets import entropy, over_buckets
 from mpd_train.kl.fused import TopK
 from mpd_train.kl.objective import Objective
 
@@ -37,7 +35,6 @@ def sparse(
                 factors[rows],
                 objective,
                 out[rows],
-                _softmax,
             )
         )
     return torch.cat(found)
@@ -71,33 +68,6 @@ def _tiles(logits: Tensor) -> list[slice]:
         // (vocab_size * logits.element_size()),
     )
     return [slice(first, first + size) for first in range(0, count, size)]
-
-
-@dataclass(frozen=True)
-class _Exponentials:
-    """`buckets.Softmax` that keeps exp(y - peak) [c, V]."""
-
-    tail: Tail
-    values: Tensor
-
-    def spread(
-        self, factors: Tensor, out: Tensor, other: "tuple[_Exponentials, Tensor] | None"
-    ) -> None:
-        torch.mul(self.values, factors, out=out)
-        if other is not None:
-            softmax, its_factors = other
-            out.add_((softmax.values * its_factors).to(out.dtype))
-
-
-def _softmax(logits: Tensor, temperature: float) -> _Exponentials:
-    """Uses `logits` up at temperature 1."""
-    y = logits if temperature == 1 else logits / temperature
-    # Without a single finite logit (every id is in the top K) the maximum must still be a number.
-    peak = y.amax(1, keepdim=True).clamp_(min=torch.finfo(y.dtype).min)
-    exponentials = y.sub_(peak).exp()
-    # Beyond this the exponential is 0, and 0 times -inf would be a NaN.
-    moment = y.clamp_(min=-1e4).mul_(exponentials).sum(1, keepdim=True)
-    return _Exponentials(Tail(peak, exponentials.sum(1, keepdim=True), moment), exponentials)
 
 
 def _dense(
