@@ -6,8 +6,9 @@ others compute them.
 
 At the sizes of Qwen3-1.7B learning from Qwen3-8B, in bfloat16. Needs torch and triton; those of
 Liger 0.8.5 and TRL 1.16 that are installed are measured too. Prints Markdown tables and, at 8,192
-tokens, how each bar of benchmarks/README.md stands; ends with exit code 1 where a result is wrong.
-The losses take turns; times are medians. All of it takes some four minutes of an H100.
+tokens, how each bar of benchmarks/README.md stands and what a loss spends its time on; ends with
+exit code 1 where a result is wrong. The losses take turns; times are medians. All of it takes some
+four minutes of an H100.
 """
 
 import argparse
@@ -172,8 +173,9 @@ def available(teachers: tuple[str, ...]) -> dict[str, Callable[[Inputs], Tensor]
 
 
 def losses(device: torch.device, small: bool, turns: int, rows: list[dict[str, Any]]) -> None:
-    """The table of times and memory, into `rows` too."""
+    """The tables of times and memory, into `rows` too, and of what the time is spent on."""
     vocab, width, teacher_width = (2048, 64, 128) if small else (151_936, 2048, 4096)
+    profiles: dict[str, dict[str, tuple[int, float]]] = {}
     print("\n| T | loss | ms | products alone are | peak GiB | beyond fp32 dW and 5 KiB a token |")
     print("|---|---|---|---|---|---|")
     for tokens in (64, 128) if small else (4096, 8192, 16_384, 32_768):
@@ -185,6 +187,10 @@ def losses(device: torch.device, small: bool, turns: int, rows: list[dict[str, A
                     works[f"dense, ours, {divergence}"] = step(
                         x, lambda x, d=divergence: ours(x, "dense", divergence=Divergence(d))
                     )
+                # Whether products of fewer rows, which spare memory, cost time.
+                works[f"dense, ours, {PRODUCT_ROWS:,} rows of logits"] = step(
+                    x, lambda x: ours(x, "dense", chunk_size=PRODUCT_ROWS)
+                )
             else:
                 works |= variants(x, device)
             if device.type == "cuda":
@@ -209,6 +215,37 @@ def losses(device: torch.device, small: bool, turns: int, rows: list[dict[str, A
                     f" | {beyond:.2f} |",
                     flush=True,
                 )
+            if tokens == (128 if small else BAR_TOKENS):
+                profiles[f"{teacher}, ours"] = profile(device, works[f"{teacher}, ours"])
+                profiles[bare] = profile(device, works[bare])
+    print("\n| loss | kernel | times | ms |\n|---|---|---|---|")
+    for name, kernels in profiles.items():
+        for kernel, (times, ms) in kernels.items():
+            print(f"| {name} | `{kernel}` | {times} | {ms:.2f} |")
+
+
+def profile(device: torch.device, work: Callable[[], Any]) -> dict[str, tuple[int, float]]:
+    """How often each kernel runs, and for how many milliseconds in all, longest first; those of
+    less than a hundredth of the whole are added up."""
+    on_gpu = device.type == "cuda"
+    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profiler:
+        timed(device, work)
+    found = {
+        event.key: (
+            event.count,
+            (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000,
+        )
+        for event in profiler.key_averages()
+    }
+    whole = sum(ms for _, ms in found.values())
+    large = {kernel: x for kernel, x in found.items() if x[1] >= 0.01 * whole}
+    rest = [x for kernel, x in found.items() if kernel not in large]
+    large = dict(sorted(large.items(), key=lambda item: -item[1][1]))
+    large["others"] = (sum(times for times, _ in rest), sum(ms for _, ms in rest))
+    return {kernel[:70]: x for kernel, x in large.items()} | {
+        "all": (sum(times for times, _ in large.values()), whole)
+    }
 
 
 def step(x: Inputs, loss: Callable[[Inputs], Tensor]) -> Callable[[], None]:

@@ -10,6 +10,7 @@ kernels run on a CPU.
 import math
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,20 +19,26 @@ from mpd_train.kl.divergence import LOG_FLOOR, NAMES
 from mpd_train.kl.fused import FOUND, TopK
 from mpd_train.kl.objective import Objective
 
+# Four or eight logits for each thread: what it keeps of each fits its registers.
 _CONFIGS = [
     triton.Config({"BLOCK": block}, num_warps=warps)
-    for block, warps in ((4096, 8), (8192, 8), (8192, 16), (16384, 16))
+    for block, warps in ((2048, 8), (1024, 4), (4096, 16), (1024, 8))
 ]
 # The interpreter has no clock to tune by; small blocks, so that small cases have several.
 if triton.knobs.runtime.interpret:
     _CONFIGS = [triton.Config({"BLOCK": 512})]
 # Not tuned: it writes to what it reads, and cannot be run twice.
-_SPARSE_BLOCK = _CONFIGS[0].kwargs["BLOCK"]
+_SPARSE = _CONFIGS[0]
 # What a program holds in registers beside the block; for more torch does it.
 MOST_IDS = 1023
 
 _FORWARD, _REVERSE, _JSD, _SKEW, _SKEW_REVERSE = (tl.constexpr(i) for i in range(len(NAMES)))
 _FLOOR = tl.constexpr(LOG_FLOOR)
+_LOG2_E = tl.constexpr(math.log2(math.e))
+# A peak where there is no logit, and an exponent for which exp is 0: finite, so that no difference
+# is a NaN.
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+_FAR = tl.constexpr(1e4)
 
 
 def sparse(
@@ -51,7 +58,7 @@ def sparse(
         logits if labels is None else labels.contiguous(), factors, out, found,
         vocab_size, out.stride(0), k, math.inf if objective.clip is None else objective.clip,
         **_constants(objective, labels), BUCKETS=triton.next_power_of_2(k + 1),
-        BLOCK=_SPARSE_BLOCK, num_warps=8,
+        **_SPARSE.all_kwargs(),
     )  # fmt: skip
     return found
 
@@ -96,27 +103,23 @@ def _constants(objective: Objective, labels: Tensor | None) -> dict[str, Any]:
 
 
 @triton.jit
+def _exp(x):
+    """What is below 1e-38 may be 0: to keep it, as tl.exp does, costs three instructions more."""
+    return tl.exp2(x * _LOG2_E)
+
+
+@triton.jit
 def _excess(x):
     """exp(x) - 1 - x, by its series near 0, where the plain difference is rounding alone."""
     series = 1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320)))
     series = x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * series)))
-    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1 - x)
+    return tl.where(tl.abs(x) < 0.5, series, _exp(x) - 1 - x)
 
 
 @triton.jit
-def _log_add(a, b):
-    """log(exp(a) + exp(b)); -inf where both are."""
-    higher = tl.maximum(a, b)
-    apart = tl.where(higher == float("-inf"), 0.0, tl.minimum(a, b) - higher)
-    return higher + tl.log(1 + tl.exp(apart))
-
-
-@triton.jit
-def _term(log_a, log_b):
-    """An outcome's term of KL(a | b), as `divergence._kl` has it: never negative."""
-    d = tl.where(log_b == log_a, 0.0, log_b - log_a)
-    a = tl.exp(log_a)
-    far = tl.exp(log_b) - a - tl.where(a > 0, a * d, 0.0)
+def _term(a, b, d):
+    """An outcome's term of KL(a | b), d = log(b / a), as `divergence._kl` has it: not negative."""
+    far = b - a - tl.where(a > 0, a * d, 0.0)
     return tl.where(tl.abs(d) < 0.5, a * _excess(d), far)
 
 
@@ -126,34 +129,62 @@ def _value_and_score(
     LOG_TEACHER: tl.constexpr, LOG_STUDENT: tl.constexpr,
 ):  # fmt: skip
     """An outcome's terms of F and of the score, as `Divergence.value_and_score` has them."""
-    p, q = tl.exp(log_p), tl.exp(log_q)
+    q = _exp(log_q)
+    if KIND == _REVERSE:
+        # A teacher's NaN is to be one in the loss.
+        log_p = tl.maximum(log_p, _FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    p = _exp(log_p)
+    # Of an outcome that neither knows the difference would be a NaN.
+    apart = tl.where(log_p == log_q, 0.0, log_p - log_q)
     if KIND == _FORWARD:
-        value, score = _term(log_p, log_q), -p
+        value, score = _term(p, q, -apart), -p
     elif KIND == _REVERSE:
-        log_p = tl.maximum(log_p, _FLOOR)
-        value = _term(log_q, log_p)
-        score = tl.where(q > 0, q * (log_q - log_p), 0.0)
+        value, score = _term(q, p, apart), -tl.where(q > 0, q * apart, 0.0)
     else:
-        log_m = _log_add(log_p + LOG_TEACHER, log_q + LOG_STUDENT)
+        m = OF_TEACHER * p + (1 - OF_TEACHER) * q
+        # log(m / q) and log(m / p) are log(1 + exp(x)) and log(1 + exp(-x)) beyond their constants.
+        x = apart + (LOG_TEACHER - LOG_STUDENT)
+        rest = tl.log(1 + _exp(-tl.abs(x)))
+        share = tl.maximum(x, 0.0) + rest
+        over_p = LOG_TEACHER + tl.maximum(-x, 0.0) + rest
+        over_q = LOG_STUDENT + share
         if KIND == _SKEW:
-            value = _term(log_p, log_m)
-            score = (OF_TEACHER - 1) * tl.where(p > 0, p * tl.exp(log_q - log_m), 0.0)
+            value, score = _term(p, m, over_p), (OF_TEACHER - 1) * p * _exp(-over_q)
+        elif KIND == _JSD:
+            value = OF_TEACHER * _term(p, m, over_p) + (1 - OF_TEACHER) * _term(q, m, over_q)
+            score = (OF_TEACHER - 1) * tl.where(q > 0, q * share, 0.0)
         else:
-            x = tl.where(log_p == log_q, 0.0, log_p - log_q) + (LOG_TEACHER - LOG_STUDENT)
-            share = tl.maximum(x, 0.0) + tl.log(1 + tl.exp(-tl.abs(x)))
-            if KIND == _JSD:
-                value = OF_TEACHER * _term(log_p, log_m) + (1 - OF_TEACHER) * _term(log_q, log_m)
-                score = (OF_TEACHER - 1) * tl.where(q > 0, q * share, 0.0)
-            else:
-                value = _term(log_q, log_m)
-                score = -tl.where(q > 0, q * _excess(-share), 0.0)
+            value, score = _term(q, m, over_q), -tl.where(q > 0, q * _excess(-share), 0.0)
     return value, score
 
 
 @triton.jit
 def _entropy_term(log_p):
-    p = tl.exp(log_p)
-    return tl.where(p > 0, -p * log_p, 0.0)
+    # Beyond the bound p is 0, and 0 times -inf would be a NaN.
+    return -_exp(log_p) * tl.maximum(log_p, -_FAR)
+
+
+@triton.jit
+def _total_with(total, x, peak, INVERSE):
+    """sum exp((x - peak) INVERSE) over what each element of a block has met, with one more x; its
+    peak is then max(peak, x). Element by element: no thread waits for another before the end, and
+    one exponential serves whichever is higher."""
+    less = _exp(tl.abs(x - peak) * -INVERSE)
+    return tl.where(x > peak, total * less + 1, total + less)
+
+
+@triton.jit
+def _moment_with(moment, total, x, peak, INVERSE):
+    """The same of sum exp(y) y, y = (x - peak) INVERSE; `total` without x."""
+    apart = tl.minimum(tl.abs(x - peak) * INVERSE, _FAR)
+    less = _exp(-apart)
+    return tl.where(x > peak, less * (moment - total * apart), moment - less * apart)
+
+
+@triton.jit
+def _over_all(total, peaks, peak, INVERSE):
+    """The sum over a block's elements, from `peaks` to the highest of them."""
+    return tl.sum(total * _exp((peaks - peak) * INVERSE), 0)
 
 
 @triton.jit
@@ -161,7 +192,7 @@ def _log_softmax(x):
     """Of a vector that is finite somewhere, and its logsumexp."""
     peak = tl.max(x, 0)
     x -= peak
-    total = tl.log(tl.sum(tl.exp(x), 0))
+    total = tl.log(tl.sum(_exp(x), 0))
     # Not x - (peak + total): what is near the peak would be rounded as the peak is.
     return x - total, peak + total
 
@@ -198,26 +229,24 @@ def _sparse(
     tl.debug_barrier()
     tl.store(logits + index, tl.full((BUCKETS,), float("-inf"), tl.float32), mask=is_top)
     tl.debug_barrier()
-    peak = tl.full((), float("-inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
+    peaks = tl.full((BLOCK,), _LOWEST, tl.float32)
+    totals = tl.zeros((BLOCK,), tl.float32)
     # sum exp(y - peak) (y - peak), for the tail's entropy.
-    moment = tl.full((), 0.0, tl.float32)
-    plain_total = tl.full((), 0.0, tl.float32)
+    moments = tl.zeros((BLOCK,), tl.float32)
+    plain_totals = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab_size, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = tl.load(logits + columns, mask=columns < vocab_size, other=float("-inf"))
-        higher = tl.maximum(peak, tl.max(z, 0))
-        # While all are -inf there is nothing to shift by.
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        shift = tl.where(peak == float("-inf"), 0.0, (peak - safe) * INVERSE)
-        shrink = tl.exp((peak - safe) * INVERSE)
-        y = (z - safe) * INVERSE
-        e = tl.exp(y)
-        moment = shrink * (moment + total * shift) + tl.sum(tl.where(e > 0, e * y, 0.0), 0)
-        total = shrink * total + tl.sum(e, 0)
+        moments = _moment_with(moments, totals, z, peaks, INVERSE)
+        totals = _total_with(totals, z, peaks, INVERSE)
         if LABELS and INVERSE != 1:
-            plain_total = plain_total * tl.exp(peak - safe) + tl.sum(tl.exp(z - safe), 0)
-        peak = higher
+            plain_totals = _total_with(plain_totals, z, peaks, 1.0)
+        peaks = tl.maximum(peaks, z)
+    peak = tl.max(peaks, 0)
+    below = tl.minimum((peak - peaks) * INVERSE, _FAR)
+    moment = tl.sum(_exp(-below) * (moments - totals * below), 0)
+    total = _over_all(totals, peaks, peak, INVERSE)
+    plain_total = _over_all(plain_totals, peaks, peak, 1.0)
 
     of_tail = peak * INVERSE + tl.log(total)
     log_q, log_total = _log_softmax(tl.where(is_tail, of_tail, top * INVERSE))
@@ -230,7 +259,7 @@ def _sparse(
     scale = tl.full((), SHARE, tl.float32)
     if CLIPPED:
         scale = tl.where(value > clip, 0.0, scale)
-    q = tl.exp(log_q)
+    q = _exp(log_q)
     gradient = tl.where(scale == 0, 0.0, scale * (scores - q * tl.sum(scores, 0)))
     # It sums to 0, and where the student is sure of a bucket the difference is mostly rounding
     # there: minus the others is exact.
@@ -248,29 +277,28 @@ def _sparse(
             # A tempered tail has two shapes, and gets the second one's part below. At the label
             # before anything is rounded: where the student is sure of it, what is left of q - 1 is
             # less than bfloat16 tells apart from 1.
-            more = CE * tl.exp(plain) - tl.where(at_label, CE, 0.0)
+            more = CE * _exp(plain) - tl.where(at_label, CE, 0.0)
             gradient += tl.where(is_tail, 0.0, more) if INVERSE != 1 else more
 
     # A tail token's share of the tail's gradient is its share of the tail's mass.
     tail_gradient = tl.sum(tl.where(is_tail, gradient, 0.0), 0)
     shape = tl.where(total > 0, tail_gradient / total, 0.0)
-    safe = tl.where(peak == float("-inf"), 0.0, peak)
     for start in range(0, vocab_size, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocab_size
         z = tl.load(logits + columns, mask=inside, other=float("-inf"))
-        of_token = shape * tl.exp((z - safe) * INVERSE)
+        of_token = shape * _exp((z - peak) * INVERSE)
         if CE > 0 and INVERSE != 1:
-            of_token += CE * tl.exp(z - log_total)
+            of_token += CE * _exp(z - log_total)
         # Until all of the block has been read.
         tl.debug_barrier()
         tl.store(out + columns, factor * of_token, mask=inside)
     tl.debug_barrier()
     tl.store(out + index, factor * gradient, mask=is_top)
     if LABELS and CE > 0:
-        of_label = shape * tl.exp((chosen - safe) * INVERSE) - CE
+        of_label = shape * _exp((chosen - peak) * INVERSE) - CE
         if INVERSE != 1:
-            of_label += CE * tl.exp(chosen - log_total)
+            of_label += CE * _exp(chosen - log_total)
         tl.store(out + label, factor * of_label, mask=tl.sum(at_label.to(tl.int32), 0) == 0)
 
     q_tail = tl.sum(tl.where(is_tail, q, 0.0), 0)
@@ -301,91 +329,92 @@ def _dense(
     found += row * FOUND
     factor = tl.load(factors + row)
 
-    # The logsumexp of both, and of the student at temperature 1 for cross-entropy.
-    q_peak = tl.full((), float("-inf"), tl.float32)
-    p_peak = tl.full((), float("-inf"), tl.float32)
-    q_total = tl.full((), 0.0, tl.float32)
-    p_total = tl.full((), 0.0, tl.float32)
-    plain_total = tl.full((), 0.0, tl.float32)
-    at_best = tl.full((), float("-inf"), tl.float32)
+    # The softmax of both, and of the student at temperature 1 for cross-entropy.
+    q_peaks = tl.full((BLOCK,), _LOWEST, tl.float32)
+    p_peaks = tl.full((BLOCK,), _LOWEST, tl.float32)
+    q_totals = tl.zeros((BLOCK,), tl.float32)
+    p_totals = tl.zeros((BLOCK,), tl.float32)
+    plain_totals = tl.zeros((BLOCK,), tl.float32)
+    # Where the student's peaks are, and its logits at the teacher's.
+    places = tl.zeros((BLOCK,), tl.int32)
+    at_peaks = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, vocab_size, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocab_size
         z = tl.load(students + columns, mask=inside, other=float("-inf"))
         t = tl.load(teachers + columns, mask=inside, other=float("-inf"))
-        q_higher = tl.maximum(q_peak, tl.max(z, 0))
-        safe = tl.where(q_higher == float("-inf"), 0.0, q_higher)
-        q_total = q_total * tl.exp((q_peak - safe) * INVERSE) + tl.sum(
-            tl.exp((z - safe) * INVERSE), 0
-        )
+        q_totals = _total_with(q_totals, z, q_peaks, INVERSE)
+        p_totals = _total_with(p_totals, t, p_peaks, INVERSE)
         if LABELS and INVERSE != 1:
-            plain_total = plain_total * tl.exp(q_peak - safe) + tl.sum(tl.exp(z - safe), 0)
-        q_peak = q_higher
-        strongest = tl.max(t, 0)
-        here = tl.max(tl.where(t == strongest, z, float("-inf")), 0)
-        at_best = tl.where(strongest > p_peak, here, at_best)
-        p_higher = tl.maximum(p_peak, strongest)
-        safe = tl.where(p_higher == float("-inf"), 0.0, p_higher)
-        p_total = p_total * tl.exp((p_peak - safe) * INVERSE) + tl.sum(
-            tl.exp((t - safe) * INVERSE), 0
-        )
-        p_peak = p_higher
-    q_log = q_peak * INVERSE + tl.log(q_total)
-    p_log = p_peak * INVERSE + tl.log(p_total)
+            plain_totals = _total_with(plain_totals, z, q_peaks, 1.0)
+        places = tl.where(z > q_peaks, columns, places)
+        at_peaks = tl.where(t > p_peaks, z, at_peaks)
+        q_peaks, p_peaks = tl.maximum(q_peaks, z), tl.maximum(p_peaks, t)
+    q_peak, p_peak = tl.max(q_peaks, 0), tl.max(p_peaks, 0)
+    q_log = tl.log(_over_all(q_totals, q_peaks, q_peak, INVERSE))
+    p_log = tl.log(_over_all(p_totals, p_peaks, p_peak, INVERSE))
+    surest = tl.min(tl.where(q_peaks == q_peak, places, vocab_size), 0)
+    at_best = tl.max(tl.where(p_peaks == p_peak, at_peaks, float("-inf")), 0)
     plain_log = q_log
     cross_entropy = 0.0
     label = -1
     if LABELS:
         if INVERSE != 1:
-            plain_log = q_peak + tl.log(plain_total)
+            plain_log = tl.log(_over_all(plain_totals, q_peaks, q_peak, 1.0))
         label = tl.load(labels + row)
-        cross_entropy = plain_log - tl.load(students + label)
+        cross_entropy = plain_log - (tl.load(students + label) - q_peak)
 
-    value = tl.full((), 0.0, tl.float32)
-    score_sum = tl.full((), 0.0, tl.float32)
-    q_entropy = tl.full((), 0.0, tl.float32)
-    p_entropy = tl.full((), 0.0, tl.float32)
+    values = tl.zeros((BLOCK,), tl.float32)
+    q_entropies = tl.zeros((BLOCK,), tl.float32)
+    p_entropies = tl.zeros((BLOCK,), tl.float32)
     scale = tl.full((), SHARE, tl.float32)
     # Forward KL's scores sum to -1.
+    score_sum = tl.full((), -1.0, tl.float32)
     ONE_PASS: tl.constexpr = KIND == _FORWARD and not CLIPPED
-    if ONE_PASS:
-        score_sum = score_sum - 1.0
-    else:
+    if not ONE_PASS:
+        score_sums = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocab_size, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             inside = columns < vocab_size
             z = tl.load(students + columns, mask=inside, other=float("-inf"))
             t = tl.load(teachers + columns, mask=inside, other=float("-inf"))
-            log_q, log_p = z * INVERSE - q_log, t * INVERSE - p_log
+            log_q, log_p = (z - q_peak) * INVERSE - q_log, (t - p_peak) * INVERSE - p_log
             terms, scores = _value_and_score(
                 log_p, log_q, KIND, OF_TEACHER, LOG_TEACHER, LOG_STUDENT
             )
-            value += tl.sum(terms, 0)
-            score_sum += tl.sum(scores, 0)
-            q_entropy += tl.sum(_entropy_term(log_q), 0)
-            p_entropy += tl.sum(_entropy_term(log_p), 0)
+            values += terms
+            score_sums += scores
+            q_entropies += _entropy_term(log_q)
+            p_entropies += _entropy_term(log_p)
+        score_sum = tl.sum(score_sums, 0)
         if CLIPPED:
-            scale = tl.where(value > clip, 0.0, scale)
+            scale = tl.where(tl.sum(values, 0) > clip, 0.0, scale)
 
+    others = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab_size, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocab_size
         z = tl.load(students + columns, mask=inside, other=float("-inf"))
         t = tl.load(teachers + columns, mask=inside, other=float("-inf"))
-        log_q, log_p = z * INVERSE - q_log, t * INVERSE - p_log
+        log_q, log_p = (z - q_peak) * INVERSE - q_log, (t - p_peak) * INVERSE - p_log
         terms, scores = _value_and_score(log_p, log_q, KIND, OF_TEACHER, LOG_TEACHER, LOG_STUDENT)
         if ONE_PASS:
-            value += tl.sum(terms, 0)
-            q_entropy += tl.sum(_entropy_term(log_q), 0)
-            p_entropy += tl.sum(_entropy_term(log_p), 0)
-        gradient = tl.where(scale == 0, 0.0, scale * (scores - tl.exp(log_q) * score_sum))
+            values += terms
+            q_entropies += _entropy_term(log_q)
+            p_entropies += _entropy_term(log_p)
+        gradient = tl.where(scale == 0, 0.0, scale * (scores - _exp(log_q) * score_sum))
         if LABELS and CE > 0:
-            gradient += CE * tl.exp(z - plain_log) - tl.where(columns == label, CE, 0.0)
+            more = CE * _exp(z - q_peak - plain_log)
+            gradient += more - tl.where(columns == label, CE, 0.0)
+        others += tl.where(columns == surest, 0.0, gradient)
         tl.store(out + columns, factor * gradient, mask=inside)
+    # As in `_sparse`: it sums to 0. The barrier: after what was stored there above.
+    tl.debug_barrier()
+    tl.store(out + surest, -factor * tl.sum(others, 0), mask=surest < vocab_size)
 
-    tl.store(found, value)
+    tl.store(found, tl.sum(values, 0))
     tl.store(found + 1, cross_entropy)
-    tl.store(found + 2, q_entropy)
-    tl.store(found + 3, p_entropy)
+    tl.store(found + 2, tl.sum(q_entropies, 0))
+    tl.store(found + 3, tl.sum(p_entropies, 0))
     tl.store(found + 4, 1.0)
     tl.store(found + 5, tl.where(at_best >= q_peak, 1.0, 0.0))
