@@ -165,6 +165,14 @@ def _entropy_term(log_p):
 
 
 @triton.jit
+def _block(row, start, vocab_size, BLOCK: tl.constexpr):
+    """Of a row of logits, -inf beyond its end. The passes begin to load one block ahead: left to
+    itself the compiler waits for each load before it begins the next."""
+    columns = start + tl.arange(0, BLOCK)
+    return tl.load(row + columns, mask=columns < vocab_size, other=float("-inf"))
+
+
+@triton.jit
 def _total_with(total, x, peak, INVERSE):
     """sum exp((x - peak) INVERSE) over what each element of a block has met, with one more x; its
     peak is then max(peak, x). Element by element: no thread waits for another before the end, and
@@ -234,9 +242,10 @@ def _sparse(
     # sum exp(y - peak) (y - peak), for the tail's entropy.
     moments = tl.zeros((BLOCK,), tl.float32)
     plain_totals = tl.zeros((BLOCK,), tl.float32)
+    next_z = _block(logits, 0, vocab_size, BLOCK)
     for start in range(0, vocab_size, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + columns, mask=columns < vocab_size, other=float("-inf"))
+        z = next_z
+        next_z = _block(logits, start + BLOCK, vocab_size, BLOCK)
         moments = _moment_with(moments, totals, z, peaks, INVERSE)
         totals = _total_with(totals, z, peaks, INVERSE)
         if LABELS and INVERSE != 1:
@@ -285,14 +294,13 @@ def _sparse(
     shape = tl.where(total > 0, tail_gradient / total, 0.0)
     for start in range(0, vocab_size, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < vocab_size
-        z = tl.load(logits + columns, mask=inside, other=float("-inf"))
+        z = _block(logits, start, vocab_size, BLOCK)
         of_token = shape * _exp((z - peak) * INVERSE)
         if CE > 0 and INVERSE != 1:
             of_token += CE * _exp(z - log_total)
         # Until all of the block has been read.
         tl.debug_barrier()
-        tl.store(out + columns, factor * of_token, mask=inside)
+        tl.store(out + columns, factor * of_token, mask=columns < vocab_size)
     tl.debug_barrier()
     tl.store(out + index, factor * gradient, mask=is_top)
     if LABELS and CE > 0:
@@ -338,11 +346,13 @@ def _dense(
     # Where the student's peaks are, and its logits at the teacher's.
     places = tl.zeros((BLOCK,), tl.int32)
     at_peaks = tl.full((BLOCK,), float("-inf"), tl.float32)
+    next_z = _block(students, 0, vocab_size, BLOCK)
+    next_t = _block(teachers, 0, vocab_size, BLOCK)
     for start in range(0, vocab_size, BLOCK):
+        z, t = next_z, next_t
+        next_z = _block(students, start + BLOCK, vocab_size, BLOCK)
+        next_t = _block(teachers, start + BLOCK, vocab_size, BLOCK)
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < vocab_size
-        z = tl.load(students + columns, mask=inside, other=float("-inf"))
-        t = tl.load(teachers + columns, mask=inside, other=float("-inf"))
         q_totals = _total_with(q_totals, z, q_peaks, INVERSE)
         p_totals = _total_with(p_totals, t, p_peaks, INVERSE)
         if LABELS and INVERSE != 1:
@@ -373,11 +383,12 @@ def _dense(
     ONE_PASS: tl.constexpr = KIND == _FORWARD and not CLIPPED
     if not ONE_PASS:
         score_sums = tl.zeros((BLOCK,), tl.float32)
+        next_z = _block(students, 0, vocab_size, BLOCK)
+        next_t = _block(teachers, 0, vocab_size, BLOCK)
         for start in range(0, vocab_size, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            inside = columns < vocab_size
-            z = tl.load(students + columns, mask=inside, other=float("-inf"))
-            t = tl.load(teachers + columns, mask=inside, other=float("-inf"))
+            z, t = next_z, next_t
+            next_z = _block(students, start + BLOCK, vocab_size, BLOCK)
+            next_t = _block(teachers, start + BLOCK, vocab_size, BLOCK)
             log_q, log_p = (z - q_peak) * INVERSE - q_log, (t - p_peak) * INVERSE - p_log
             terms, scores = _value_and_score(
                 log_p, log_q, KIND, OF_TEACHER, LOG_TEACHER, LOG_STUDENT
@@ -391,13 +402,15 @@ def _dense(
             scale = tl.where(tl.sum(values, 0) > clip, 0.0, scale)
 
     others = tl.zeros((BLOCK,), tl.float32)
+    next_z = _block(students, 0, vocab_size, BLOCK)
+    next_t = _block(teachers, 0, vocab_size, BLOCK)
     for start in range(0, vocab_size, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < vocab_size
-        z = tl.load(students + columns, mask=inside, other=float("-inf"))
-        t = tl.load(teachers + columns, mask=inside, other=float("-inf"))
+        z, t = next_z, next_t
+        next_z = _block(students, start + BLOCK, vocab_size, BLOCK)
+        next_t = _block(teachers, start + BLOCK, vocab_size, BLOCK)
         log_q, log_p = (z - q_peak) * INVERSE - q_log, (t - p_peak) * INVERSE - p_log
         terms, scores = _value_and_score(log_p, log_q, KIND, OF_TEACHER, LOG_TEACHER, LOG_STUDENT)
+        columns = start + tl.arange(0, BLOCK)
         if ONE_PASS:
             values += terms
             q_entropies += _entropy_term(log_q)
@@ -407,7 +420,7 @@ def _dense(
             more = CE * _exp(z - q_peak - plain_log)
             gradient += more - tl.where(columns == label, CE, 0.0)
         others += tl.where(columns == surest, 0.0, gradient)
-        tl.store(out + columns, factor * gradient, mask=inside)
+        tl.store(out + columns, factor * gradient, mask=columns < vocab_size)
     # As in `_sparse`: it sums to 0. The barrier: after what was stored there above.
     tl.debug_barrier()
     tl.store(out + surest, -factor * tl.sum(others, 0), mask=surest < vocab_size)
