@@ -128,9 +128,10 @@ def assert_close(found, expected, tolerance):
         assert relative(got, want) <= tolerance, field.name
 
 
-def clip_of(kind, data):
+def clip_of(kind, data, **options):
     """Between the divergences of two tokens, about half of them above."""
-    values = run(kind, data, torch.float64, ("torch", "cpu"), backward=False)[0].per_token
+    target = ("torch", "cpu")
+    values = run(kind, data, torch.float64, target, backward=False, **options)[0].per_token
     middle = values.sort().values[N // 2 - 1 : N // 2 + 1]
     return middle.mean().item()
 
@@ -143,16 +144,24 @@ def with_labels(data):
     return data | {"labels": labels}
 
 
-MIXES = ["plain", "clip", "ce", "ce_alone", "clip_ce", "tempered", "tempered_ce", "wide"]
+MIXES = [
+    "plain", "clip", "ce", "ce_alone", "clip_ce", "tempered", "tempered_ce", "wide", "capped",
+    "capped_tempered_ce",
+]  # fmt: skip
 
 
 def mixed(name, kind, data):
     data, options = data | {"weights": torch.linspace(0, 2, N, dtype=torch.float64)}, {}
+    if "capped" in name:
+        # Logits have a deviation of 4: some are far into what is flat.
+        options["softcap"] = 5.0
+        if kind == "dense":
+            options["teacher_softcap"] = 7.0
     if "tempered" in name:
         options["temperature"] = 2.5
         data = with_records(data, temperature=2.5)
-    if "clip" in name or name == "tempered_ce":
-        options["divergence_clip"] = clip_of(kind, data)
+    if "clip" in name or "tempered_ce" in name:
+        options["divergence_clip"] = clip_of(kind, data, **options)
     if "ce" in name:
         data = with_labels(data)
         options["ce_weight"] = 1.0 if name == "ce_alone" else 0.3
@@ -516,10 +525,10 @@ def test_the_kernels_compile_for_gpus_that_are_not_here():
     lines = said.splitlines()
     # The dense kernel in four sizes of block, the sparse one in two of buckets.
     assert len(lines) == 2 * (4 + 2) * (len(NAMES) + 1)
-    # Bytes that do not fit a thread's registers: of a thousand buckets some; of a block none but,
-    # with Triton 3.6, one or two of the row's own numbers.
+    # Bytes that do not fit a thread's registers: of a thousand buckets some; of a block none, but
+    # a few of the row's own numbers.
     for line in lines:
-        most = 64 if "buckets 1024" in line else 8
+        most = 64 if "buckets 1024" in line else 16
         assert int(re.search(r"spilled (\d+)", line)[1]) <= most, line
         assert "a logit" in line
 
@@ -652,6 +661,7 @@ def test_settings_that_make_no_sense_are_refused(kind):
         ({"labels": labels}, {"ce_weight": 1.5}, "within"),
         ({}, {"divergence_clip": 0.0}, "above 0"),
         ({}, {"temperature": 0.0}, "temperature"),
+        ({}, {"softcap": 0.0}, "softcap"),
         ({}, {"chunk_size": 0}, "chunk_size"),
         ({"labels": labels[1:]}, {"ce_weight": 0.3}, "do not fit"),
         ({"weights": torch.ones(N + 1)}, {}, "do not fit"),
@@ -709,10 +719,11 @@ def test_tail_is_punished_under_reverse_kl(target):
     assert (flat.per_token > peaked.per_token).all()
 
 
+@pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("clip", [None, 1.0])
 @of_divergences
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_gradcheck(kind, divergence, clip):
+def test_gradcheck(kind, divergence, clip, cap):
     data = with_labels(make(n=3, vocab=40, std=1.0, gap=1.0, k=5))
     g = torch.Generator().manual_seed(3)
     student = [
@@ -728,7 +739,7 @@ def test_gradcheck(kind, divergence, clip):
         return function(
             hidden, weight, *(data[name] for name in TEACHERS[kind]), normalizer=3.0, bias=bias,
             low_rank=LowRankHead(a, b, 0.5), divergence=divergence, temperature=1.5,
-            divergence_clip=clip, labels=data["labels"], ce_weight=0.2,
+            divergence_clip=clip, labels=data["labels"], ce_weight=0.2, softcap=cap,
             weights=torch.tensor([1.0, 0.0, 2.0]),
         ).loss  # fmt: skip
 
@@ -752,7 +763,7 @@ def test_the_operator_is_what_it_declares(kind, dtype):
     torch.library.opcheck(
         linear_kl,
         (*student, None, None, None, *records, None, factors,
-         [True, True, False, False, False], "jsd", 0.5, 1.0, None, 0.0, "torch", 2),
+         [True, True, False, False, False], "jsd", 0.5, 1.0, None, 0.0, None, 9.0, "torch", 2),
     )  # fmt: skip
 
 

@@ -110,7 +110,8 @@ def loss(
     divergence = objective.divergence
     total, found, *_ = linear_kl(
         *student, *known, labels, factors, needs, divergence.name, divergence.parameter,
-        objective.temperature, objective.clip, objective.ce_weight, backend, chunk_size,
+        objective.temperature, objective.clip, objective.ce_weight, objective.softcap,
+        objective.teacher_softcap, backend, chunk_size,
     )  # fmt: skip
     return total, found
 
@@ -137,6 +138,8 @@ def linear_kl(
     temperature: float,
     clip: float | None,
     ce_weight: float,
+    softcap: float | None,
+    teacher_softcap: float | None,
     backend: str,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -149,7 +152,9 @@ def linear_kl(
     else:
         assert teacher_hidden is not None and teacher_weight is not None
         teacher = Dense(teacher_hidden, teacher_weight, teacher_bias)
-    objective = Objective(_divergence(divergence, parameter), temperature, clip, ce_weight)
+    objective = Objective(
+        _divergence(divergence, parameter), temperature, clip, ce_weight, softcap, teacher_softcap
+    )
     # Autocast would round the float32 products in here to bfloat16; Triton launches on the current
     # device, whichever the tensors are on.
     on_its_device = torch.cuda.device_of(hidden)  # type: ignore[no-untyped-call]

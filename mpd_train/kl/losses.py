@@ -64,6 +64,7 @@ def sparse_kl(
     divergence_clip: float | None = None,
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
+    softcap: float | None = None,
     backend: Backend | None = None,
     chunk_size: int | None = None,
 ) -> KLOutput:
@@ -90,8 +91,12 @@ def sparse_kl(
     worst tokens get no gradient from the divergence at all, only from the cross-entropy where
     that is mixed in.
 
+    softcap: the student's logits are softcap tanh(z / softcap) of z = hidden weight^T + bias, as
+    Gemma's are (arXiv:2408.00118, section 2); a z of -inf stays one. A model that multiplies its
+    logits by a number is one whose hidden states are multiplied by it: do so before.
+
     backend: "triton" (default on CUDA; not for float64; compiled anew for each temperature,
-    ce_weight and parameter of the divergence), "torch" (default elsewhere), or "reference":
+    ce_weight, cap and parameter of the divergence), "torch" (default elsewhere), or "reference":
     float64, plain, holds n x V. chunk_size: rows whose logits exist at a time.
 
     Inputs are float64, float32 or bfloat16; logits, softmax and the head's accumulated gradient
@@ -101,8 +106,8 @@ def sparse_kl(
     the ranks, as FSDP2's own). Differentiable once.
 
     Raises ValueError for shapes or types that do not fit together, an id that is twice in a row
-    or outside the vocabulary, a ce_weight outside [0, 1] or without labels, a divergence_clip or
-    temperature that is not above 0; RuntimeError on backward(create_graph=True).
+    or outside the vocabulary, a ce_weight outside [0, 1] or without labels, a divergence_clip,
+    temperature or cap that is not above 0; RuntimeError on backward(create_graph=True).
     """
     _require_ids(topk_ids, weight.shape[0])
     n, k = topk_ids.shape
@@ -112,7 +117,7 @@ def sparse_kl(
             f" {tuple(tail_logprobs.shape)} do not fit {hidden.shape[0]} hidden states"
         )
     teacher = fused.TopK(topk_ids, topk_logprobs.detach(), tail_logprobs.detach())
-    objective = Objective(divergence, temperature, divergence_clip, ce_weight)
+    objective = Objective(divergence, temperature, divergence_clip, ce_weight, softcap)
     student = _Student(hidden, weight, bias, low_rank)
     return _apply(student, teacher, labels, weights, normalizer, objective, backend, chunk_size)
 
@@ -133,15 +138,17 @@ def dense_kl(
     divergence_clip: float | None = None,
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
     backend: Backend | None = None,
     chunk_size: int | None = None,
 ) -> KLOutput:
     """Divergence from a teacher over the full vocabulary, given its states and head.
 
     hidden [n, H], weight [V, H], bias [V]; teacher_hidden [n, Ht], teacher_weight [V, Ht],
-    teacher_bias [V]; both models' logits are divided by the temperature; the rest as in
-    `sparse_kl`. No gradient reaches the teacher. Raises ValueError where the vocabularies differ:
-    slice padding rows off before.
+    teacher_bias [V]; each model's logits go through its cap where it has one, and are divided by
+    the temperature; the rest as in `sparse_kl`. No gradient reaches the teacher. Raises ValueError
+    where the vocabularies differ: slice padding rows off before.
     """
     if teacher_weight.shape[0] != weight.shape[0]:
         raise ValueError(
@@ -158,7 +165,9 @@ def dense_kl(
         gathered(teacher_weight.detach()),
         None if teacher_bias is None else gathered(teacher_bias.detach()),
     )
-    objective = Objective(divergence, temperature, divergence_clip, ce_weight)
+    objective = Objective(
+        divergence, temperature, divergence_clip, ce_weight, softcap, teacher_softcap
+    )
     student = _Student(hidden, weight, bias, low_rank)
     return _apply(student, teacher, labels, weights, normalizer, objective, backend, chunk_size)
 

@@ -1,4 +1,6 @@
-"""What a token's loss is made of: a divergence, temperature, clip, a share of cross-entropy."""
+"""What a token's loss is made of: caps of the logits, a divergence, temperature, clip, a share of
+cross-entropy.
+"""
 
 from dataclasses import dataclass
 
@@ -10,18 +12,25 @@ from mpd_train.kl.divergence import Divergence, logit_gradient
 
 @dataclass(frozen=True)
 class Objective:
-    """(1 - ce_weight) temperature^2 min(F, clip) + ce_weight (-log q[label]), per token."""
+    """(1 - ce_weight) temperature^2 min(F, clip) + ce_weight (-log q[label]), per token, of logits
+    that have gone through the caps, where there are some: softcap tanh(z / softcap)."""
 
     divergence: Divergence
     temperature: float
     clip: float | None
     ce_weight: float
+    softcap: float | None = None
+    teacher_softcap: float | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature needs to be above 0, found {self.temperature}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"divergence_clip needs to be above 0, found {self.clip}")
+        for name in ("softcap", "teacher_softcap"):
+            cap = getattr(self, name)
+            if cap is not None and not cap > 0:
+                raise ValueError(f"{name} needs to be above 0, found {cap}")
         if not 0 <= self.ce_weight <= 1:
             raise ValueError(f"ce_weight needs to be within [0, 1], found {self.ce_weight}")
 
@@ -47,6 +56,13 @@ class Objective:
             value = value.clamp(max=self.clip)
         value = self._share_of(value, self.share)
         return value if self.ce_weight == 0 else value + self.ce_weight * cross_entropy
+
+    @staticmethod
+    def capped(z: Tensor, softcap: float | None) -> Tensor:
+        """Logits as the model gives them out. What is -inf, a token that never is, stays it."""
+        if softcap is None:
+            return z
+        return (softcap * torch.tanh(z / softcap)).masked_fill(z.isneginf(), -torch.inf)
 
     def _share_of(self, x: Tensor, factor: float) -> Tensor:
         # Not by a factor of 0: an infinite divergence that has no weight would be a NaN.

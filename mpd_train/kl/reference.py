@@ -28,6 +28,7 @@ def loss(
         z = z + heads.bias.double()
     if heads.low_hidden is not None and heads.low_weight is not None:
         z = z + heads.low_hidden[rows].double() @ heads.low_weight.double().T
+    z = objective.capped(z, objective.softcap)
     q = whole = (z / objective.temperature).softmax(-1)
     if isinstance(teacher, TopK):
         p, q = _buckets(teacher.take(rows), q)
@@ -37,6 +38,7 @@ def loss(
         t = teacher.hidden[rows].double() @ teacher.weight.double().T
         if teacher.bias is not None:
             t = t + teacher.bias.double()
+        t = objective.capped(t, objective.teacher_softcap)
         p = (t / objective.temperature).softmax(-1)
         teacher_best = p.argmax(1)
         topk_mass = torch.ones_like(p[:, 0])

@@ -27,16 +27,12 @@ def sparse(
     found = []
     for rows in _tiles(logits):
         of_labels = None if labels is None else labels[rows]
+        z, slope = _capped(logits[rows], objective)
         found.append(
-            over_buckets(
-                logits[rows],
-                teacher.take(rows),
-                of_labels,
-                factors[rows],
-                objective,
-                out[rows],
-            )
+            over_buckets(z, teacher.take(rows), of_labels, factors[rows], objective, out[rows])
         )
+        if slope is not None:
+            out[rows].mul_(slope)
     return torch.cat(found)
 
 
@@ -52,12 +48,20 @@ def dense(
     found = []
     for rows in _tiles(logits):
         of_labels = None if labels is None else labels[rows]
-        found.append(
-            _dense(
-                logits[rows], teacher_logits[rows], of_labels, factors[rows], objective, out[rows]
-            )
-        )
+        z, slope = _capped(logits[rows], objective)
+        of_teacher = objective.capped(teacher_logits[rows], objective.teacher_softcap)
+        found.append(_dense(z, of_teacher, of_labels, factors[rows], objective, out[rows]))
+        if slope is not None:
+            out[rows].mul_(slope)
     return torch.cat(found)
+
+
+def _capped(logits: Tensor, objective: Objective) -> tuple[Tensor, Tensor | None]:
+    """The student's logits as it gives them out, and the derivative of that."""
+    softcap = objective.softcap
+    if softcap is None:
+        return logits, None
+    return objective.capped(logits, softcap), 1 - torch.tanh(logits / softcap).square()
 
 
 def _tiles(logits: Tensor) -> list[slice]:

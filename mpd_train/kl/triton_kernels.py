@@ -96,6 +96,9 @@ def _constants(objective: Objective, labels: Tensor | None) -> dict[str, Any]:
         "INVERSE": 1 / objective.temperature,
         "SHARE": (1 - objective.ce_weight) * objective.temperature,
         "CE": objective.ce_weight,
+        # 0: none.
+        "CAP": objective.softcap or 0.0,
+        "TEACHER_CAP": objective.teacher_softcap or 0.0,
         "LABELS": labels is not None,
         "CLIPPED": objective.clip is not None,
         "FOUND": FOUND,
@@ -106,6 +109,26 @@ def _constants(objective: Objective, labels: Tensor | None) -> dict[str, Any]:
 def _exp(x):
     """What is below 1e-38 may be 0: to keep it, as tl.exp does, costs three instructions more."""
     return tl.exp2(x * _LOG2_E)
+
+
+@triton.jit
+def _capped(z, CAP: tl.constexpr):
+    """As `Objective.capped`; 0: no cap."""
+    if CAP > 0:
+        less = _exp(tl.abs(z) * (-2 / CAP))
+        size = CAP * (1 - less) / (1 + less)
+        z = tl.where(z == float("-inf"), z, tl.where(z < 0, -size, size))
+    return z
+
+
+@triton.jit
+def _slope(z, CAP: tl.constexpr):
+    """The derivative of `_capped`, exact where that is flat: not 1 - tanh^2."""
+    slope = tl.full(z.shape, 1.0, tl.float32)
+    if CAP > 0:
+        less = _exp(tl.abs(z) * (-2 / CAP))
+        slope = 4 * less / ((1 + less) * (1 + less))
+    return slope
 
 
 @triton.jit
@@ -210,8 +233,8 @@ def _sparse(
     logits, ids, logprobs, tails, labels, factors, out, found, vocab_size, out_stride, k, clip,
     KIND: tl.constexpr, OF_TEACHER: tl.constexpr, LOG_TEACHER: tl.constexpr,
     LOG_STUDENT: tl.constexpr, INVERSE: tl.constexpr, SHARE: tl.constexpr, CE: tl.constexpr,
-    LABELS: tl.constexpr, CLIPPED: tl.constexpr, FOUND: tl.constexpr, BUCKETS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, LABELS: tl.constexpr, CLIPPED: tl.constexpr,
+    FOUND: tl.constexpr, BUCKETS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row, as `buckets.over_buckets` has it. `out` may begin where the row of logits does: what
     is written is at most as wide as what has been read."""
@@ -227,11 +250,16 @@ def _sparse(
     index = tl.load(ids + row * k + slots, mask=slots < k, other=-1).to(tl.int64)
     is_top = index >= 0
     top = tl.load(logits + index, mask=is_top, other=float("-inf"))
+    gradient_scale = factor * _slope(top, CAP)
+    top = _capped(top, CAP)
     label = tl.full((), -1, tl.int64)
     chosen = tl.full((), 0.0, tl.float32)
+    label_scale = factor
     if LABELS:
         label = tl.load(labels + row).to(tl.int64)
         chosen = tl.load(logits + label)
+        label_scale = factor * _slope(chosen, CAP)
+        chosen = _capped(chosen, CAP)
     # The tail's own logsumexp, rather than log(1 - top mass), which cancels. The barriers: until
     # all has been read, and until the others see what was written.
     tl.debug_barrier()
@@ -244,7 +272,7 @@ def _sparse(
     plain_totals = tl.zeros((BLOCK,), tl.float32)
     next_z = _block(logits, 0, vocab_size, BLOCK)
     for start in range(0, vocab_size, BLOCK):
-        z = next_z
+        z = _capped(next_z, CAP)
         next_z = _block(logits, start + BLOCK, vocab_size, BLOCK)
         moments = _moment_with(moments, totals, z, peaks, INVERSE)
         totals = _total_with(totals, z, peaks, INVERSE)
@@ -295,19 +323,21 @@ def _sparse(
     for start in range(0, vocab_size, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = _block(logits, start, vocab_size, BLOCK)
+        scales = factor * _slope(z, CAP)
+        z = _capped(z, CAP)
         of_token = shape * _exp((z - peak) * INVERSE)
         if CE > 0 and INVERSE != 1:
             of_token += CE * _exp(z - log_total)
         # Until all of the block has been read.
         tl.debug_barrier()
-        tl.store(out + columns, factor * of_token, mask=columns < vocab_size)
+        tl.store(out + columns, scales * of_token, mask=columns < vocab_size)
     tl.debug_barrier()
-    tl.store(out + index, factor * gradient, mask=is_top)
+    tl.store(out + index, gradient_scale * gradient, mask=is_top)
     if LABELS and CE > 0:
         of_label = shape * _exp((chosen - peak) * INVERSE) - CE
         if INVERSE != 1:
             of_label += CE * _exp(chosen - log_total)
-        tl.store(out + label, factor * of_label, mask=tl.sum(at_label.to(tl.int32), 0) == 0)
+        tl.store(out + label, label_scale * of_label, mask=tl.sum(at_label.to(tl.int32), 0) == 0)
 
     q_tail = tl.sum(tl.where(is_tail, q, 0.0), 0)
     within = tl.log(total) - moment / total - tl.sum(tl.where(is_tail, log_q, 0.0), 0)
@@ -328,7 +358,8 @@ def _dense(
     students, teachers, labels, factors, out, found, vocab_size, out_stride, clip,
     KIND: tl.constexpr, OF_TEACHER: tl.constexpr, LOG_TEACHER: tl.constexpr,
     LOG_STUDENT: tl.constexpr, INVERSE: tl.constexpr, SHARE: tl.constexpr, CE: tl.constexpr,
-    LABELS: tl.constexpr, CLIPPED: tl.constexpr, FOUND: tl.constexpr, BLOCK: tl.constexpr,
+    CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, LABELS: tl.constexpr, CLIPPED: tl.constexpr,
+    FOUND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     students += row.to(tl.int64) * vocab_size
@@ -349,7 +380,7 @@ def _dense(
     next_z = _block(students, 0, vocab_size, BLOCK)
     next_t = _block(teachers, 0, vocab_size, BLOCK)
     for start in range(0, vocab_size, BLOCK):
-        z, t = next_z, next_t
+        z, t = _capped(next_z, CAP), _capped(next_t, TEACHER_CAP)
         next_z = _block(students, start + BLOCK, vocab_size, BLOCK)
         next_t = _block(teachers, start + BLOCK, vocab_size, BLOCK)
         columns = start + tl.arange(0, BLOCK)
@@ -372,7 +403,7 @@ def _dense(
         if INVERSE != 1:
             plain_log = tl.log(_over_all(plain_totals, q_peaks, q_peak, 1.0))
         label = tl.load(labels + row)
-        cross_entropy = plain_log - (tl.load(students + label) - q_peak)
+        cross_entropy = plain_log - (_capped(tl.load(students + label), CAP) - q_peak)
 
     values = tl.zeros((BLOCK,), tl.float32)
     q_entropies = tl.zeros((BLOCK,), tl.float32)
@@ -386,7 +417,7 @@ def _dense(
         next_z = _block(students, 0, vocab_size, BLOCK)
         next_t = _block(teachers, 0, vocab_size, BLOCK)
         for start in range(0, vocab_size, BLOCK):
-            z, t = next_z, next_t
+            z, t = _capped(next_z, CAP), _capped(next_t, TEACHER_CAP)
             next_z = _block(students, start + BLOCK, vocab_size, BLOCK)
             next_t = _block(teachers, start + BLOCK, vocab_size, BLOCK)
             log_q, log_p = (z - q_peak) * INVERSE - q_log, (t - p_peak) * INVERSE - p_log
@@ -405,7 +436,8 @@ def _dense(
     next_z = _block(students, 0, vocab_size, BLOCK)
     next_t = _block(teachers, 0, vocab_size, BLOCK)
     for start in range(0, vocab_size, BLOCK):
-        z, t = next_z, next_t
+        scales = factor * _slope(next_z, CAP)
+        z, t = _capped(next_z, CAP), _capped(next_t, TEACHER_CAP)
         next_z = _block(students, start + BLOCK, vocab_size, BLOCK)
         next_t = _block(teachers, start + BLOCK, vocab_size, BLOCK)
         log_q, log_p = (z - q_peak) * INVERSE - q_log, (t - p_peak) * INVERSE - p_log
@@ -420,10 +452,12 @@ def _dense(
             more = CE * _exp(z - q_peak - plain_log)
             gradient += more - tl.where(columns == label, CE, 0.0)
         others += tl.where(columns == surest, 0.0, gradient)
-        tl.store(out + columns, factor * gradient, mask=columns < vocab_size)
+        tl.store(out + columns, scales * gradient, mask=columns < vocab_size)
     # As in `_sparse`: it sums to 0. The barrier: after what was stored there above.
     tl.debug_barrier()
-    tl.store(out + surest, -factor * tl.sum(others, 0), mask=surest < vocab_size)
+    inside = surest < vocab_size
+    factor *= _slope(tl.load(students + surest, mask=inside, other=0.0), CAP)
+    tl.store(out + surest, -factor * tl.sum(others, 0), mask=inside)
 
     tl.store(found, tl.sum(values, 0))
     tl.store(found + 1, cross_entropy)
