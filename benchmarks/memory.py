@@ -37,6 +37,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "cached, compiled, bfloat16": ({"compile": True, "dtype": "bfloat16"}, (2048, 1536)),
     "cached, bfloat16": ({"dtype": "bfloat16"}, (2048, 1536)),
     "cached, adapters": ({"lora": {"lora_r": 16}}, (2048, 1536)),
+    "cached, eager attention": ({"attn_implementation": "eager"}, (2048, 1536)),
     "teacher in the process": ({"teacher": "teacher"}, (2048, 1536)),
 }
 
@@ -82,7 +83,7 @@ def run(name: str, folder: Path) -> None:
     dtype, cpu = getattr(torch, changed.get("dtype", "float32")), torch.device("cpu")
     teacher_files = resolve_model(str(folder / "teacher")) if "teacher" in changed else None
     plan = plan_memory(config, student_files, teacher_files, shape, K, VOCAB, cpu, dtype)
-    student = load_student(config, student_files, cpu, None)
+    student = load_student(config, student_files, cpu, config.attn_implementation)
     if config.compile:
         compile_layers(student.model)
     student.model.train()

@@ -50,6 +50,12 @@ class ModelFiles:
         return {"version": self.version, **served}
 
 
+def has_softcap(config: Any) -> bool:
+    """Whether a model of transformers' `config` caps the scores of its attention, as Gemma 2 does.
+    transformers' default, sdpa, leaves that out without a word; eager does not."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
 def _version(path: Path, config: str, weights: bool, served: str | None) -> str:
     """Names the content of a folder whose config has the hash `config`."""
     if served is not None:

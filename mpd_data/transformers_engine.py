@@ -27,7 +27,7 @@ from transformers.utils import logging
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engine import Completion, RequestError, Scores
 from mpd_data.errors import EngineError
-from mpd_data.models import ModelFiles, load_tokenizer
+from mpd_data.models import ModelFiles, has_softcap, load_tokenizer
 
 _BATCHED_TOKENS = 2048
 # Tokens of a row in one step: what has finished is not held back for longer.
@@ -74,6 +74,9 @@ class TransformersEngine:
             if config.dtype == "auto" and self._model.dtype == torch.float32:
                 # What "auto" means has to be one thing: vLLM runs float32 weights in bfloat16.
                 self._model.to(torch.bfloat16)
+            if has_softcap(self._model.config):
+                # transformers' default leaves it out without a word.
+                self._model.set_attn_implementation("eager")
             if model.adapter is not None:
                 self._model = _adapted(self._model, model)
             self._model.to(self._device).eval()

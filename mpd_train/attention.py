@@ -6,29 +6,42 @@ pack of 32k tokens takes more than the rest of a small model.
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpd_data.errors import ConfigError
+from mpd_data.models import ModelFiles, has_softcap
 from mpd_train.config import TrainConfig
 
 VARLEN = "varlen"
 
 
-def attention(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What --attn-implementation means, known to transformers from here on; None leaves the choice
-    to it. Raises ConfigError for varlen where it cannot run."""
+def attention(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, models: Sequence[ModelFiles]
+) -> str | None:
+    """What --attn-implementation means for `models`, known to transformers from here on; None
+    leaves the choice to it. Raises ConfigError for one that cannot run or that would leave out a
+    part of a model's attention."""
     fits = device.type == "cuda" and dtype == torch.bfloat16
     # What the kernels of torch were made for.
     fits_varlen = fits and torch.cuda.get_device_capability(device) >= (8, 0)
     name = config.attn_implementation
+    capped = [x.name for x in models if has_softcap(_config(x, config.trust_remote_code))]
+    if capped and name in ("sdpa", VARLEN):
+        raise ConfigError(
+            f"--attn-implementation {name}: leaves out the soft cap that {capped[0]}'s attention"
+            " has. Leave the option out, or give eager or flash_attention_2."
+        )
     if name is None:
         from transformers.utils import is_flash_attn_2_available
 
         if fits and is_flash_attn_2_available():
             return "flash_attention_2"
+        if capped:
+            return "eager"
         name = VARLEN if fits_varlen else None
     if name == VARLEN:
         if not fits_varlen:
@@ -38,6 +51,15 @@ def attention(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> 
             )
         _register()
     return name
+
+
+def _config(files: ModelFiles, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(files.path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
 
 
 def is_short(name: str | None) -> bool:
@@ -95,7 +117,8 @@ def _varlen(
     ):
         raise ConfigError(
             f"{type(module).__name__}: wants of its attention what varlen has not (dropout, a soft"
-            " cap, sinks, a mask, or values of another width). Give --attn-implementation sdpa."
+            " cap, sinks, a mask, or values of another width). Give --attn-implementation sdpa, or"
+            " eager where the family has no sdpa."
         )
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q = torch.tensor([0, length], dtype=torch.int32, device=query.device)

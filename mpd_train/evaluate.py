@@ -29,6 +29,8 @@ def pack_loss(
     head = student.head(vocab_size)
     common: dict[str, Any] = {
         "normalizer": normalizer,
+        "bias": student.bias(vocab_size),
+        "softcap": student.softcap,
         "divergence": Divergence(loss.divergence, loss.beta, loss.alpha),
         "temperature": loss.kl_temperature,
         "divergence_clip": loss.divergence_clip,
@@ -46,8 +48,12 @@ def pack_loss(
         taught = teacher.states(batch.teacher_input_ids, batch.teacher_position_ids)
     taught = taught[0, batch.teacher_loss_positions]
     # Of a teacher in the CPU's memory a head that is its embedding too lies there.
-    teacher_head = teacher.head(vocab_size).to(states.device)
-    return dense_kl(states, head, taught, teacher_head, **common)
+    teacher_head, teacher_bias = teacher.head(vocab_size), teacher.bias(vocab_size)
+    return dense_kl(
+        states, head, taught, teacher_head.to(states.device), **common,
+        teacher_bias=None if teacher_bias is None else teacher_bias.to(states.device),
+        teacher_softcap=teacher.softcap,
+    )  # fmt: skip
 
 
 class Sums:

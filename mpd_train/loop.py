@@ -99,7 +99,8 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
             print(f"{model_folder}: this run has finished; nothing to do.", file=sys.stderr)
         return model_folder
 
-    attn_implementation = attention(config, device, dtype)
+    models = [student_files] if teacher_files is None else [student_files, teacher_files]
+    attn_implementation = attention(config, device, dtype, models)
 
     def load(
         load_model: Callable[[torch.device, str | None], CausalLM], offload: bool = False

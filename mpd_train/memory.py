@@ -219,7 +219,9 @@ def plan_memory(
 ) -> MemoryPlan:
     """For packs of `shape` tokens and loss tokens, on each of `ranks` devices that share weights,
     gradients and moments out. Raises ConfigError for adapters that the student cannot take."""
-    alone = is_short(attention(config, device, dtype))
+    models = [student_files] if teacher_files is None else [student_files, teacher_files]
+    attn_implementation = attention(config, device, dtype, models)
+    alone = is_short(attn_implementation)
     code = config.trust_remote_code
     model, taught = skeleton(student_files, code, torch.float32), None
     if config.lora.lora_r > 0:
@@ -229,6 +231,11 @@ def plan_memory(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if teacher_files is not None:
         taught = skeleton(teacher_files, code, dtype).requires_grad_(False)
+    if attn_implementation == "eager":
+        # The one that keeps each head's square of a pack.
+        for made in (model, taught):
+            if made is not None:
+                made.set_attn_implementation("eager")
     of_teacher = 0 if taught is None else _bytes_of(taught.parameters())
     if taught is not None and config.teacher_offload and device.type == "cuda":
         # The head, and of the layers the one that is in use and the next.

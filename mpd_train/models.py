@@ -21,8 +21,15 @@ class CausalLM:
     meta device it has layers and sizes, and neither weights nor buffers. An adapter is merged into
     its base, unless `merged` is False: then this is the base.
 
+    Its logits are the states times the head, plus the head's bias where it has one, and go through
+    `softcap` where there is one (see `mpd_train.kl`). What a family multiplies its logits by,
+    `logit_scale`, is in the states.
+
     Raises ConfigError for a model that cannot be loaded, or that the loss does not fit.
     """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
 
     def __init__(
         self,
@@ -61,26 +68,44 @@ class CausalLM:
             lora.merge(self.model, files)
         short = torch.bfloat16 if is_short(attn_implementation) else torch.float32
         with autocast(device, short):
-            self._require_plain_head(device)
+            self._find_head(device)
             self._require_separate_sequences(device)
 
-    def _require_plain_head(self, device: torch.device) -> None:
-        """The loss computes logits as states x head. Some families scale or cap them after the
-        head, or add a bias: training those this way would be silently wrong."""
+    def _find_head(self, device: torch.device) -> None:
+        """Some families scale or cap their logits, and their configurations say by how much, but
+        not whether to multiply or to divide. The model itself does: training it another way would
+        be silently wrong."""
         ids = torch.arange(1, 9, device=device)[None]
         self.model.eval()
+        bias = self.bias()
         with torch.no_grad():
             expected = self.model(input_ids=ids).logits.float()
-            found = (self.states(ids, None) @ self.head().T).float()
+            product = (self.states(ids, None) @ self.head().T).float()
         if not expected.isfinite().all():
             raise ConfigError(
                 f"{self.files.name}: its logits are not finite; the weights are broken."
             )
-        if not torch.allclose(expected, found, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-            raise ConfigError(
-                f"{self.files.name}: its logits are not its last hidden states times its output"
-                " embedding (a bias, a scale or a cap comes after). Such models are not supported."
-            )
+        config = self.model.config.get_text_config()
+        scaling, scale, softcap = (
+            getattr(config, name, None)
+            for name in ("logits_scaling", "logit_scale", "final_logit_softcapping")
+        )
+        factors = [x for x in (scaling, scale) if x]
+        near = 1e-2 * float(expected.abs().max())
+        # The cap first: small logits look the same without it, and would not when they have grown.
+        for cap in dict.fromkeys([softcap or None, None]):
+            for factor in dict.fromkeys([1.0, *factors, *(1 / x for x in factors)]):
+                logits = factor * product if bias is None else factor * product + bias
+                if cap is not None:
+                    logits = cap * torch.tanh(logits / cap)
+                if torch.allclose(expected, logits, rtol=1e-2, atol=near):
+                    self.logit_scale, self.softcap = factor, cap
+                    return
+        raise ConfigError(
+            f"{self.files.name}: its logits are not its last hidden states times its output"
+            " embedding, nor what its configuration tells to make of that (logits_scaling,"
+            " logit_scale, final_logit_softcapping). Such models are not supported."
+        )
 
     def _require_separate_sequences(self, device: torch.device) -> None:
         """Packed sequences are told apart by their positions alone; a family that does not look
@@ -97,8 +122,8 @@ class CausalLM:
             )
 
     def states(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-        """Last hidden states [1, T, H] of packed ids [1, T]; sequences in it, told apart by
-        their positions, do not see each other."""
+        """Last hidden states [1, T, H] of packed ids [1, T], times the logits' scale; sequences in
+        it, told apart by their positions, do not see each other."""
         more = {}
         if position_ids is not None and self.model.config._attn_implementation == VARLEN:
             more = boundaries(position_ids)
@@ -107,7 +132,12 @@ class CausalLM:
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, **more
             )
         states: Tensor = output.last_hidden_state
-        return states
+        return states if self.logit_scale == 1 else states * self.logit_scale
+
+    def bias(self, vocab_size: int | None = None) -> Tensor | None:
+        """The output embedding's bias [V], as `head`; None where it has none."""
+        bias = getattr(self.model.get_output_embeddings(), "bias", None)
+        return None if bias is None else gathered(bias)[:vocab_size]
 
     def head(self, vocab_size: int | None = None) -> Tensor:
         """The output embedding [V, H], cut to the shared vocabulary where it has padding rows."""

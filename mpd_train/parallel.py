@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mpd_data.errors import MPDError
+from mpd_data.errors import ConfigError, MPDError
 from mpd_train.kl import gathered
 from mpd_train.models import CausalLM, decoder_layers
 
@@ -103,6 +103,11 @@ def load_sharded(
     loaded = load(torch.device("meta"))
     shard(loaded.model, device, ranks, offload)
     _fill(loaded.model, None if first is None else first.model, device)
+    # Found out with weights.
+    found = [None if first is None else (first.logit_scale, first.softcap)]
+    dist.broadcast_object_list(found, device=torch.device("cpu"))
+    assert found[0] is not None
+    loaded.logit_scale, loaded.softcap = found[0]
     return loaded
 
 
@@ -169,10 +174,15 @@ def shard(model: Any, device: torch.device, ranks: Ranks, offload: bool) -> None
         # The loss takes its weight as it is: no pass goes through it.
         fully_shard(head, mesh=mesh)
     decoder.to_empty(device=torch.device("cpu") if offload else device)
-    if tied:
-        head.weight = model.get_input_embeddings().weight
-    else:
+    if not tied:
         head.to_empty(device=device)
+        return
+    if getattr(head, "bias", None) is not None:
+        raise ConfigError(
+            f"{type(model).__name__}: an output bias beside an output embedding that is the input's"
+            " too. Train it with one process and without --teacher-offload."
+        )
+    head.weight = model.get_input_embeddings().weight
 
 
 def whole(parameter: Tensor) -> Tensor:

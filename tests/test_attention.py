@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from mpd_data.errors import ConfigError
-from mpd_data.models import ModelFiles
+from mpd_data.models import ModelFiles, resolve_model
 from mpd_train.attention import attention, boundaries, is_short
 from mpd_train.config import TrainConfig
 from mpd_train.models import CausalLM, autocast
@@ -31,12 +32,46 @@ def test_boundaries_are_where_positions_begin_again():
 def test_a_cpu_leaves_the_choice_to_transformers_and_refuses_varlen():
     cpu = torch.device("cpu")
     for dtype in (torch.float32, torch.bfloat16):
-        assert attention(config(), cpu, dtype) is None
-        assert attention(config(attn_implementation="eager"), cpu, dtype) == "eager"
+        assert attention(config(), cpu, dtype, []) is None
+        assert attention(config(attn_implementation="eager"), cpu, dtype, []) == "eager"
         with pytest.raises(ConfigError, match="varlen: runs on CUDA .* in bfloat16 alone"):
-            attention(config(attn_implementation="varlen"), cpu, dtype)
+            attention(config(attn_implementation="varlen"), cpu, dtype, [])
     assert is_short("varlen") and is_short("flash_attention_2")
     assert not is_short("sdpa") and not is_short(None)
+
+
+def test_a_soft_cap_is_not_left_out(tmp_path):
+    """transformers' default leaves it out without a word."""
+    cpu = torch.device("cpu")
+    gemma2(attn_logit_softcapping=1.0).save_pretrained(tmp_path / "capped")
+    gemma2(attn_logit_softcapping=None).save_pretrained(tmp_path / "plain")
+    capped, plain = (resolve_model(str(tmp_path / name)) for name in ("capped", "plain"))
+    for models in ([capped], [plain, capped]):
+        assert attention(config(), cpu, torch.float32, models) == "eager"
+        with pytest.raises(ConfigError, match=f"sdpa: leaves out .*{capped.name}.*give eager"):
+            attention(config(attn_implementation="sdpa"), cpu, torch.float32, models)
+    assert attention(config(), cpu, torch.float32, [plain]) is None
+    ids = torch.arange(1, 40)[None]
+    states = [
+        CausalLM(capped, cpu, torch.float32, False, name).states(ids, None)
+        for name in (attention(config(), cpu, torch.float32, [capped]), "sdpa")
+    ]
+    exact = Gemma2ForCausalLM.from_pretrained(
+        tmp_path / "capped", attn_implementation="eager"
+    ).model(ids).last_hidden_state  # fmt: skip
+    assert torch.equal(states[0], exact)
+    assert not torch.allclose(states[1], exact, rtol=1e-2, atol=1e-2)
+
+
+def gemma2(**changed):
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=16, initializer_range=1.0,
+            **changed,
+        )
+    )  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -76,7 +111,7 @@ def test_varlen_sees_each_sequence_by_itself(tmp_path, window):
             ((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)
         )  # fmt: skip
 
-    name = attention(config(attn_implementation="varlen"), device, torch.bfloat16)
+    name = attention(config(attn_implementation="varlen"), device, torch.bfloat16, [files])
     exact = results("sdpa", torch.float32, len(lengths))
     usual = error(results("sdpa", torch.bfloat16, len(lengths)), exact)
     assert usual < 0.03

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import (
     STUDENT,
     TEACHER,
@@ -22,10 +23,13 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
-from mpd_data.errors import DataError
+from mpd_data.errors import ConfigError, DataError
 from mpd_data.locks import is_held
+from mpd_data.models import resolve_model
 from mpd_train import checkpoint
 from mpd_train.export_cli import cli as export
+from mpd_train.models import CausalLM
+from mpd_train.parallel import load_sharded, ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -241,6 +245,41 @@ def test_a_tied_head_is_trained_from_both_its_ends(round_dir, tmp_path):
     alone(settings(round_dir, tmp_path / "one", **more))
     with_ranks(2, settings(round_dir, tmp_path / "two", **more))
     assert_same(tmp_path / "two", tmp_path / "one", tied)
+
+
+@pytest.mark.parametrize("family", ["GraniteForCausalLM", "PhiForCausalLM"])
+def test_a_scaled_head_and_one_with_a_bias_are_sharded(round_dir, tmp_path, family):
+    """What is found out with weights in the first process alone, all need."""
+    student = tmp_path / "student"
+    shutil.copytree(STUDENT, student)
+    config = transformers.AutoConfig.from_pretrained(STUDENT)
+    model = getattr(transformers, family)
+    torch.manual_seed(0)
+    model(
+        model.config_class(
+            vocab_size=config.vocab_size, hidden_size=64, intermediate_size=96,
+            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            **({"logits_scaling": 4.0} if family.startswith("Granite") else {}),
+        )
+    ).save_pretrained(student)  # fmt: skip
+    more = {"--student": student, "--epochs": 1, "--learning-rate": 3e-3}
+    alone(settings(round_dir, tmp_path / "one", **more))
+    with_ranks(2, settings(round_dir, tmp_path / "two", **more))
+    assert_same(tmp_path / "two", tmp_path / "one", student)
+
+
+def test_an_output_bias_beside_a_tied_head_is_refused_in_parts(tmp_path):
+    config = transformers.PhiConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformers.PhiForCausalLM(config).save_pretrained(tmp_path)
+    files = resolve_model(str(tmp_path))
+    with ranks(sharded=True) as alone_, pytest.raises(ConfigError, match="output bias .* one proc"):
+        load_sharded(
+            lambda place: CausalLM(files, place, torch.float32, False), torch.device("cpu"), alone_
+        )
 
 
 def test_compiled_layers_are_sharded(one, round_dir, tmp_path):

@@ -37,6 +37,7 @@ def within():
         "cached, compiled",
         "cached, gradient checkpointing",
         "cached, adapters",
+        "cached, eager attention",
         "teacher in the process",
     ],
 )

@@ -1,5 +1,6 @@
 """The second engine: the same protocol, scores equal to vLLM's, samples equal in law."""
 
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import polars as pl
 import pytest
 import torch
 from conftest import ROOT, STUDENT, environment, rewrite_arguments, rollout_arguments, run
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engine import RequestError, start_engine
@@ -133,6 +134,33 @@ def test_scores_equal_transformers_in_any_batching(model, prompt_ids):
             gathered = np.take_along_axis(exact, scores.topk_ids.astype(np.int64), 1)
             assert np.abs(scores.topk_logprobs - gathered).max() <= 1e-4
             assert np.abs(scores.topk_logprobs + np.sort(-exact, 1)[:, :8]).max() <= 1e-4
+
+
+def test_a_soft_cap_of_attention_is_not_left_out(tmp_path):
+    """transformers' default attention would, without a word: other scores than vLLM's."""
+    config = AutoConfig.from_pretrained(STUDENT)
+    shutil.copytree(STUDENT, tmp_path / "model")
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=config.vocab_size, hidden_size=32, intermediate_size=32, head_dim=16,
+            num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, eos_token_id=2,
+            attn_logit_softcapping=1.0, initializer_range=1.0,
+        )
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    settings = EngineConfig(backend="transformers", dtype="float32")
+    engine = start_engine(resolve_model(str(tmp_path / "model")), settings)
+    ids = list(range(3, 60))
+    engine.submit_score("one", ids[:20], ids[20:], 8)
+    scores = drained(engine)["one"]
+    exact, other = (
+        Gemma2ForCausalLM.from_pretrained(tmp_path / "model", attn_implementation=name)(
+            torch.tensor([ids])
+        ).logits[0, 19:-1].log_softmax(-1).gather(1, torch.tensor(ids[20:])[:, None])[:, 0].detach()
+        for name in ("eager", "sdpa")
+    )  # fmt: skip
+    assert np.abs(scores.target_logprobs - exact.numpy()).max() <= 1e-3
+    assert (other - exact).abs().max() > 0.1
 
 
 def test_what_does_not_fit_is_refused_alone(engine, prompt_ids):
