@@ -78,6 +78,19 @@ def check_adapters(config: TrainConfig, student: ModelFiles, teacher: ModelFiles
         CausalLM(teacher, meta, torch.float32, config.trust_remote_code)
 
 
+def require_plain_weights(student: ModelFiles) -> None:
+    """Raises ConfigError for a quantised student. An adapter on a quantised base is refused where
+    adapters are."""
+    config = json.loads((student.path / "config.json").read_text(encoding="utf-8"))
+    quantised = config.get("quantization_config")
+    if quantised is not None and student.adapter is None:
+        raise ConfigError(
+            f"{student.name}: a quantised model ({quantised.get('quant_method', 'unknown')}), whose"
+            " weights are too coarse to be trained. Give the model that it was made from, and"
+            " quantise what comes out."
+        )
+
+
 def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None) -> Prepared:
     """Checks everything that can be checked without weights. Raises ConfigError or DataError."""
     tracker_modules, device, dtype = check_settings(config)
@@ -101,6 +114,7 @@ def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None
             require_same_tokenizer(
                 shards.metadata["tokenizer"], tokenizer, str(config.shards[0]), files.name
             )
+    require_plain_weights(student)
     check_adapters(config, student, teacher)
     identity = {
         "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),

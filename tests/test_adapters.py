@@ -345,10 +345,10 @@ def test_what_cannot_be_merged_is_refused(
         train(config(round_dir, adapter, tmp_path / "run"))
 
 
-def test_a_quantised_checkpoint_runs_as_it_is(tmp_path):
-    """Eight-bit weights and activations in the layout of compressed-tensors: the engine finds out
-    by the checkpoint's own config, and mostly says what the model before rounding does."""
-    quantised = tmp_path / "w8a8"
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """The student with eight-bit weights and activations, in the layout of compressed-tensors."""
+    quantised = tmp_path_factory.mktemp("quantised") / "w8a8"
     shutil.copytree(STUDENT, quantised)
     tensors = {}
     for name, weight in load_file(STUDENT / "model.safetensors").items():
@@ -373,6 +373,20 @@ def test_a_quantised_checkpoint_runs_as_it_is(tmp_path):
         "config_groups": {"group_0": scheme},
     }
     (quantised / "config.json").write_text(json.dumps(config))
+    return quantised
+
+
+@pytest.mark.parametrize("more", [{}, {"lora": {"lora_r": 4}}], ids=str)
+def test_a_quantised_student_is_refused(round_dir, quantised, tmp_path, more):
+    """transformers would decompress it without a word, and the export say that it is quantised."""
+    with pytest.raises(ConfigError, match=r"quantised model \(compressed-tensors\).*was made from"):
+        train(config(round_dir, quantised, tmp_path / "run", **more))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_quantised_checkpoint_runs_as_it_is(quantised):
+    """The engine finds out by the checkpoint's own config, and mostly says what the model before
+    rounding does."""
     greedy = SamplingConfig(temperature=0, max_tokens=40)
     found = {}
     for model in (STUDENT, quantised):
