@@ -35,6 +35,7 @@ MOST_IDS = 1023
 _FORWARD, _REVERSE, _JSD, _SKEW, _SKEW_REVERSE = (tl.constexpr(i) for i in range(len(NAMES)))
 _FLOOR = tl.constexpr(LOG_FLOOR)
 _LOG2_E = tl.constexpr(math.log2(math.e))
+_LOG_2 = tl.constexpr(math.log(2))
 # A peak where there is no logit, and an exponent for which exp is 0: finite, so that no difference
 # is a NaN.
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -86,8 +87,11 @@ def _constants(objective: Objective, labels: Tensor | None) -> dict[str, Any]:
     """What both kernels are compiled for."""
     divergence = objective.divergence
     parameter = divergence.parameter
-    # Shares of teacher and student in the mixture, for those that have one.
-    of_teacher = 1 - parameter if divergence.name == "skew_reverse_kl" else parameter
+    # Shares of teacher and student in the mixture; those that have none ignore the parameter.
+    mixes = divergence.name not in ("forward_kl", "reverse_kl")
+    of_teacher = parameter if mixes else 0.5
+    if divergence.name == "skew_reverse_kl":
+        of_teacher = 1 - parameter
     return {
         "KIND": NAMES.index(divergence.name),
         "OF_TEACHER": of_teacher,
@@ -115,8 +119,11 @@ def _exp(x):
 def _capped(z, CAP: tl.constexpr):
     """As `Objective.capped`; 0: no cap."""
     if CAP > 0:
-        less = _exp(tl.abs(z) * (-2 / CAP))
-        size = CAP * (1 - less) / (1 + less)
+        x = tl.abs(z) / CAP
+        less = _exp(-2 * x)
+        # tanh by its series near 0, where the quotient is mostly rounding.
+        series = x * (1 + x * x * (-1 / 3 + x * x * (2 / 15 - x * x * (17 / 315))))
+        size = CAP * tl.where(x < 0.125, series, (1 - less) / (1 + less))
         z = tl.where(z == float("-inf"), z, tl.where(z < 0, -size, size))
     return z
 
@@ -298,24 +305,32 @@ def _sparse(
         scale = tl.where(value > clip, 0.0, scale)
     q = _exp(log_q)
     gradient = tl.where(scale == 0, 0.0, scale * (scores - q * tl.sum(scores, 0)))
-    # It sums to 0, and where the student is sure of a bucket the difference is mostly rounding
-    # there: minus the others is exact.
-    surest = slots == tl.argmax(log_q, 0)
-    gradient = tl.where(surest, -tl.sum(tl.where(surest, 0.0, gradient), 0), gradient)
 
     cross_entropy = tl.full((), 0.0, tl.float32)
     at_label = is_top & (index == label)
+    sum_of_gradient = tl.full((), 0.0, tl.float32)
+    of_tempered = tl.zeros((BUCKETS,), tl.float32)
     if LABELS:
         plain = log_q
         if INVERSE != 1:
             plain, log_total = _log_softmax(tl.where(is_tail, peak + tl.log(plain_total), top))
         cross_entropy = log_total - chosen
         if CE > 0:
-            # A tempered tail has two shapes, and gets the second one's part below. At the label
-            # before anything is rounded: where the student is sure of it, what is left of q - 1 is
-            # less than bfloat16 tells apart from 1.
+            # At the label before anything is rounded: where the student is sure of it, what is
+            # left of q - 1 is less than bfloat16 tells apart from 1.
             more = CE * _exp(plain) - tl.where(at_label, CE, 0.0)
-            gradient += tl.where(is_tail, 0.0, more) if INVERSE != 1 else more
+            if INVERSE == 1:
+                gradient += more
+                # A label in the tail is pulled below.
+                sum_of_gradient += tl.where(tl.sum(at_label.to(tl.int32), 0) == 0, CE, 0.0)
+            else:
+                # A tempered tail has two shapes, and gets the second one's part below.
+                of_tempered = tl.where(is_tail, 0.0, more)
+    # Where the student is sure of a bucket the difference is mostly rounding there, and what the
+    # others leave of the sum is exact. (Where it is not, that is the rounding of all the others.)
+    surest = (slots == tl.argmax(log_q, 0)) & (q > 0.5)
+    of_others = tl.sum(tl.where(surest, 0.0, gradient), 0)
+    gradient = tl.where(surest, sum_of_gradient - of_others, gradient) + of_tempered
 
     # A tail token's share of the tail's gradient is its share of the tail's mass.
     tail_gradient = tl.sum(tl.where(is_tail, gradient, 0.0), 0)
@@ -455,7 +470,7 @@ def _dense(
         tl.store(out + columns, scales * gradient, mask=columns < vocab_size)
     # As in `_sparse`: it sums to 0. The barrier: after what was stored there above.
     tl.debug_barrier()
-    inside = surest < vocab_size
+    inside = (surest < vocab_size) & (tl.maximum(q_log, plain_log) < _LOG_2)
     factor *= _slope(tl.load(students + surest, mask=inside, other=0.0), CAP)
     tl.store(out + surest, -factor * tl.sum(others, 0), mask=inside)
 
