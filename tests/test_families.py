@@ -1,10 +1,14 @@
 """Families that add to their logits, scale or cap them: the loss is that of what the model says."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
 from conftest import STUDENT
 
+from mpd_data.config import EngineConfig
+from mpd_data.engine import start_engine
 from mpd_data.errors import ConfigError
 from mpd_data.models import resolve_model
 from mpd_train.config import LossConfig
@@ -95,6 +99,40 @@ def test_a_student_that_is_its_teacher_learns_nothing(tmp_path, family):
     found.loss.backward()
     assert found.per_token.abs().max() <= 1e-6
     assert max(p.grad.abs().max() for p in student.model.parameters()) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Granite"])
+def test_the_engine_scores_what_is_trained(tmp_path, family):
+    """vLLM's log-probabilities, from which a teacher's record is made, are those of the loss."""
+    shutil.copytree(STUDENT, tmp_path / "model")
+    # vLLM's attention on a CPU wants heads of 32.
+    sizes = {"hidden_size": 64, "vocab_size": 165}
+    if family == "Gemma2":
+        sizes |= {"head_dim": 32, "attn_logit_softcapping": 5.0}
+    model = made(family, tmp_path / "model", 0, **sizes)
+    settings = EngineConfig(dtype="float32", max_num_seqs=16, kv_cache_gib=0.25)
+    engine = start_engine(resolve_model(str(tmp_path / "model")), settings, max_logprobs=K)
+    ids = list(range(3, 60))
+    engine.submit_score("one", ids[:20], ids[20:], K)
+    (scores,) = drained(engine)
+    engine.close()
+    attention = "eager" if family == "Gemma2" else None
+    files = model.files
+    model = CausalLM(files, CPU, torch.float32, False, attention)
+    with torch.no_grad():
+        logits = model.states(torch.tensor([ids]), None)[0, 19:-1] @ model.head().T
+    if model.softcap is not None:
+        logits = model.softcap * torch.tanh(logits / model.softcap)
+    exact = logits.log_softmax(-1).topk(K, dim=1)
+    assert (torch.from_numpy(scores.topk_logprobs) - exact.values).abs().max() <= 1e-4
+    assert (torch.from_numpy(scores.topk_ids) == exact.indices).all()
+
+
+def drained(engine):
+    found = []
+    while engine.in_flight:
+        found += engine.step()
+    return found
 
 
 def test_logits_that_come_otherwise_are_refused(tmp_path):
