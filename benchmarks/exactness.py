@@ -32,8 +32,10 @@ def main(round_dir: Path, teacher_name: str) -> None:
     for pack in packs:
         batch = load_pack(shards, pack)
         with torch.no_grad():
-            states = teacher.states(batch.input_ids, batch.position_ids)[0, batch.loss_positions]
-            exact = (states @ teacher.head(vocab).T).double().log_softmax(-1)
+            logits = teacher.model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            ).logits[0, batch.loss_positions, :vocab]
+            exact = logits.double().log_softmax(-1)
         exact = exact.gather(1, batch.topk_ids)
         error = (batch.topk_logprobs.double() - exact).abs()
         worst = max(worst, float(error.max()))
