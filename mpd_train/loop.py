@@ -76,6 +76,9 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     prepared = prepare(config, student_files, teacher_files)
     device, dtype, shards = prepared.device, prepared.dtype, prepared.shards
     vocab_size, validation = prepared.vocab_size, config.validation
+    models = [student_files] if teacher_files is None else [student_files, teacher_files]
+    # Before a folder is claimed for what is refused here.
+    attn_implementation = attention(config, device, dtype, models)
     size = config.gradient_accumulation_steps
     if size < ranks.size:
         raise ConfigError(
@@ -98,9 +101,6 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
             _clear_away(checkpoint_folder)
             print(f"{model_folder}: this run has finished; nothing to do.", file=sys.stderr)
         return model_folder
-
-    models = [student_files] if teacher_files is None else [student_files, teacher_files]
-    attn_implementation = attention(config, device, dtype, models)
 
     def load(
         load_model: Callable[[torch.device, str | None], CausalLM], offload: bool = False

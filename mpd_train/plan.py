@@ -26,7 +26,7 @@ from mpd_train.config import TrainConfig
 from mpd_train.memory import plan_memory
 from mpd_train.models import skeleton
 from mpd_train.parallel import ranks_asked_for
-from mpd_train.prepare import check_adapters, check_claim, check_settings, prepare
+from mpd_train.prepare import check_claim, check_models, check_settings, prepare
 from mpd_train.stream import overlong, split_packs
 
 # What a token's time depends on beside the model and the machine.
@@ -139,7 +139,7 @@ def plan_train_ahead(
         code = config.trust_remote_code
         teacher = resolve_model(config.teacher, config.teacher_revision, code, weights=False)
         require_same_tokenizer(tokenizer, load_tokenizer(teacher, code), student.name, teacher.name)
-    check_adapters(config, student, teacher)
+    check_models(config, student, teacher)
     per_step = config.pack_length * config.gradient_accumulation_steps
     if config.max_steps is None:
         at_most *= config.epochs

@@ -68,9 +68,11 @@ def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, t
     return tracker_modules, device, compute_dtype(device, config.dtype)
 
 
-def check_adapters(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None) -> None:
-    """Raises ConfigError for adapters, to be trained or to be merged, that do not fit their models:
-    on these without weights, before a folder is claimed for settings that cannot be."""
+def check_models(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None) -> None:
+    """Raises ConfigError for a quantised student, and for adapters, to be trained or to be merged,
+    that do not fit their models: on these without weights, before a folder is claimed for settings
+    that cannot be."""
+    _require_plain_weights(student)
     meta = torch.device("meta")
     if config.lora.lora_r > 0 or student.adapter is not None:
         load_student(config, student, meta, None)
@@ -78,9 +80,8 @@ def check_adapters(config: TrainConfig, student: ModelFiles, teacher: ModelFiles
         CausalLM(teacher, meta, torch.float32, config.trust_remote_code)
 
 
-def require_plain_weights(student: ModelFiles) -> None:
-    """Raises ConfigError for a quantised student. An adapter on a quantised base is refused where
-    adapters are."""
+def _require_plain_weights(student: ModelFiles) -> None:
+    """An adapter on a quantised base is refused where adapters are."""
     config = json.loads((student.path / "config.json").read_text(encoding="utf-8"))
     quantised = config.get("quantization_config")
     if quantised is not None and student.adapter is None:
@@ -114,8 +115,7 @@ def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None
             require_same_tokenizer(
                 shards.metadata["tokenizer"], tokenizer, str(config.shards[0]), files.name
             )
-    require_plain_weights(student)
-    check_adapters(config, student, teacher)
+    check_models(config, student, teacher)
     identity = {
         "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
         "shards": shards.identity(),

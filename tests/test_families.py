@@ -11,8 +11,9 @@ from mpd_data.config import EngineConfig
 from mpd_data.engine import start_engine
 from mpd_data.errors import ConfigError
 from mpd_data.models import resolve_model
-from mpd_train.config import LossConfig
+from mpd_train.config import LossConfig, TrainConfig
 from mpd_train.evaluate import pack_loss
+from mpd_train.loop import train
 from mpd_train.models import CausalLM
 from mpd_train.stream import Batch
 
@@ -133,6 +134,21 @@ def drained(engine):
     while engine.in_flight:
         found += engine.step()
     return found
+
+
+def test_an_attention_that_is_refused_claims_no_folder(tmp_path, round_dir):
+    """The advice, to leave the option out, would be refused as another setting."""
+    shutil.copytree(STUDENT, tmp_path / "model")
+    more = {"vocab_size": 165, "head_dim": 16, "attn_logit_softcapping": 5.0}
+    made("Gemma2", tmp_path / "model", 0, **more)
+    settings = {
+        "shards": [round_dir], "student": str(tmp_path / "model"), "out": tmp_path / "run",
+        "max_steps": 1, "pack_length": 600,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="leaves out the soft cap"):
+        train(TrainConfig(**settings, attn_implementation="sdpa"))
+    train(TrainConfig(**settings))
+    assert (tmp_path / "run" / "model").is_dir()
 
 
 def test_logits_that_come_otherwise_are_refused(tmp_path):
