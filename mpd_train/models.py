@@ -90,7 +90,8 @@ class CausalLM:
             getattr(config, name, None)
             for name in ("logits_scaling", "logit_scale", "final_logit_softcapping")
         )
-        factors = [x for x in (scaling, scale) if x]
+        # MPT's may be a word, of which transformers makes nothing.
+        factors = [x for x in (scaling, scale) if isinstance(x, int | float) and x]
         near = 1e-2 * float(expected.abs().max())
         # The cap first: small logits look the same without it, and would not when they have grown.
         for cap in dict.fromkeys([softcap or None, None]):
