@@ -221,7 +221,7 @@ def losses(device: torch.device, small: bool, turns: int, rows: list[dict[str, A
     print("\n| loss | kernel | times | ms |\n|---|---|---|---|")
     for name, kernels in profiles.items():
         for kernel, (times, ms) in kernels.items():
-            print(f"| {name} | `{kernel}` | {times} | {ms:.2f} |")
+            print(f"| {name} | `{kernel[:90]}` | {times} | {ms:.2f} |")
 
 
 def profile(device: torch.device, work: Callable[[], Any]) -> dict[str, tuple[int, float]]:
@@ -243,9 +243,7 @@ def profile(device: torch.device, work: Callable[[], Any]) -> dict[str, tuple[in
     rest = [x for kernel, x in found.items() if kernel not in large]
     large = dict(sorted(large.items(), key=lambda item: -item[1][1]))
     large["others"] = (sum(times for times, _ in rest), sum(ms for _, ms in rest))
-    return {kernel[:70]: x for kernel, x in large.items()} | {
-        "all": (sum(times for times, _ in large.values()), whole)
-    }
+    return large | {"all": (sum(times for times, _ in large.values()), whole)}
 
 
 def step(x: Inputs, loss: Callable[[Inputs], Tensor]) -> Callable[[], None]:

@@ -38,7 +38,7 @@ def attention(
     if name is None:
         from transformers.utils import is_flash_attn_2_available
 
-        if fits and is_flash_attn_2_available():
+        if fits and is_flash_attn_2_available() and (not capped or _flash_has_softcap()):
             return "flash_attention_2"
         if capped:
             return "eager"
@@ -51,6 +51,13 @@ def attention(
             )
         _register()
     return name
+
+
+def _flash_has_softcap() -> bool:
+    """Releases of flash-attn that have none are not given it, without a word."""
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
+
+    return "softcap" in inspect.signature(flash_attn_varlen_func).parameters
 
 
 def _config(files: ModelFiles, trust_remote_code: bool) -> Any:

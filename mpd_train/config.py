@@ -139,7 +139,7 @@ class TrainConfig(Strict):
         None,
         description="Attention of transformers: sdpa, flash_attention_2, …, or varlen, torch's own"
         " for packs. Default in bfloat16 on CUDA: flash attention where it is installed, else"
-        " varlen; elsewhere transformers' choice.",
+        " varlen; elsewhere transformers' choice; eager where a model's attention has a soft cap.",
     )
     max_loss: float = Field(
         100.0, gt=0, description="Stop where a step's loss is above it, in nats per token."

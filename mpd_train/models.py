@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpd_data.errors import ConfigError
-from mpd_data.models import ModelFiles
+from mpd_data.models import ModelFiles, has_softcap
 from mpd_train import lora
 from mpd_train.attention import VARLEN, boundaries, is_short
 from mpd_train.config import TrainConfig
@@ -64,6 +64,8 @@ class CausalLM:
             ).to(device)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
+        if attn_implementation is None and has_softcap(self.model.config):
+            self.model.set_attn_implementation("eager")
         if files.adapter is not None and merged:
             lora.merge(self.model, files)
         short = torch.bfloat16 if is_short(attn_implementation) else torch.float32
@@ -78,6 +80,8 @@ class CausalLM:
         ids = torch.arange(1, 9, device=device)[None]
         self.model.eval()
         bias = self.bias()
+        if bias is not None:
+            bias = bias.detach()
         with torch.no_grad():
             expected = self.model(input_ids=ids).logits.float()
             product = (self.states(ids, None) @ self.head().T).float()
@@ -95,13 +99,16 @@ class CausalLM:
         near = 1e-2 * float(expected.abs().max())
         # The cap first: small logits look the same without it, and would not when they have grown.
         for cap in dict.fromkeys([softcap or None, None]):
+            found = []
             for factor in dict.fromkeys([1.0, *factors, *(1 / x for x in factors)]):
                 logits = factor * product if bias is None else factor * product + bias
                 if cap is not None:
                     logits = cap * torch.tanh(logits / cap)
                 if torch.allclose(expected, logits, rtol=1e-2, atol=near):
-                    self.logit_scale, self.softcap = factor, cap
-                    return
+                    found.append((float((expected - logits).abs().max()), factor))
+            if found:
+                self.logit_scale, self.softcap = min(found)[1], cap
+                return
         raise ConfigError(
             f"{self.files.name}: its logits are not its last hidden states times its output"
             " embedding, nor what its configuration tells to make of that (logits_scaling,"

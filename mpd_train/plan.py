@@ -22,6 +22,7 @@ from mpd_data.models import (
 from mpd_data.options import arguments
 from mpd_data.plan import StagePlan, as_saved, first_reasons, siblings, size_text
 from mpd_train import checkpoint, lora
+from mpd_train.attention import attention
 from mpd_train.config import TrainConfig
 from mpd_train.memory import plan_memory
 from mpd_train.models import skeleton
@@ -133,13 +134,14 @@ def plan_train_ahead(
     """The same for a round that is not there yet. `tokenizer`: content hash; `rows`: the most
     that can be kept; `longest`: tokens of the longest row; `expected`: rows and tokens to expect
     where that is known; `at_most`: tokens of all rows at their longest."""
-    check_settings(config)
+    _, device, dtype = check_settings(config)
     teacher = None
     if config.teacher is not None:
         code = config.trust_remote_code
         teacher = resolve_model(config.teacher, config.teacher_revision, code, weights=False)
         require_same_tokenizer(tokenizer, load_tokenizer(teacher, code), student.name, teacher.name)
     check_models(config, student, teacher)
+    attention(config, device, dtype, [student] if teacher is None else [student, teacher])
     per_step = config.pack_length * config.gradient_accumulation_steps
     if config.max_steps is None:
         at_most *= config.epochs

@@ -83,7 +83,10 @@ def check_models(config: TrainConfig, student: ModelFiles, teacher: ModelFiles |
 def _require_plain_weights(student: ModelFiles) -> None:
     """An adapter on a quantised base is refused where adapters are."""
     config = json.loads((student.path / "config.json").read_text(encoding="utf-8"))
-    quantised = config.get("quantization_config")
+    # Of several modalities the text's may be.
+    quantised = config.get("quantization_config") or config.get("text_config", {}).get(
+        "quantization_config"
+    )
     if quantised is not None and student.adapter is None:
         raise ConfigError(
             f"{student.name}: a quantised model ({quantised.get('quant_method', 'unknown')}), whose"

@@ -1,5 +1,6 @@
 """Families that add to their logits, scale or cap them: the loss is that of what the model says."""
 
+import json
 import shutil
 
 import pytest
@@ -15,6 +16,7 @@ from mpd_train.config import LossConfig, TrainConfig
 from mpd_train.evaluate import pack_loss
 from mpd_train.loop import train
 from mpd_train.models import CausalLM
+from mpd_train.plan import plan_train_ahead
 from mpd_train.stream import Batch
 
 CPU = torch.device("cpu")
@@ -32,6 +34,9 @@ FAMILIES = {
     "Cohere": ({"logit_scale": 0.0625, "pad_token_id": 0}, (0.0625, None)),
     "Phi": ({}, (1.0, None)),
 }  # fmt: skip
+
+
+QUANTISED = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
 
 
 def made(family, folder, seed, **changed):
@@ -145,8 +150,13 @@ def test_an_attention_that_is_refused_claims_no_folder(tmp_path, round_dir):
         "shards": [round_dir], "student": str(tmp_path / "model"), "out": tmp_path / "run",
         "max_steps": 1, "pack_length": 600,
     }  # fmt: skip
-    with pytest.raises(ConfigError, match="leaves out the soft cap"):
-        train(TrainConfig(**settings, attn_implementation="sdpa"))
+    refused = TrainConfig(**settings, attn_implementation="sdpa")
+    of_teacher = refused.model_copy(
+        update={"student": str(STUDENT), "teacher": settings["student"]}
+    )
+    for config in (refused, of_teacher):
+        with pytest.raises(ConfigError, match="leaves out the soft cap"):
+            train(config)
     train(TrainConfig(**settings))
     assert (tmp_path / "run" / "model").is_dir()
 
@@ -172,6 +182,23 @@ def test_a_declared_cap_counts_where_it_cannot_be_seen_yet(tmp_path):
     assert student.softcap == 300.0
 
 
-def test_the_pocket_student_has_neither():
-    student = CausalLM(resolve_model(str(STUDENT)), CPU, torch.float32, False)
-    assert (student.logit_scale, student.softcap, student.bias()) == (1.0, None, None)
+def test_a_scale_near_one_is_not_taken_for_none(tmp_path):
+    assert made("Granite", tmp_path, 0, logits_scaling=1.015).logit_scale == 1 / 1.015
+
+
+def test_the_plan_of_a_round_to_come_refuses_what_the_training_would(tmp_path):
+    made("Gemma2", tmp_path / "capped", 0, attn_logit_softcapping=5.0)
+    made("Llama", tmp_path / "quantised", 0)
+    file = tmp_path / "quantised" / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"text_config": values | QUANTISED}))
+    for name, more, message in (
+        ("capped", {"attn_implementation": "sdpa"}, "soft cap"),
+        ("quantised", {}, r"quantised model \(gptq\)"),
+    ):
+        files = resolve_model(str(tmp_path / name))
+        config = TrainConfig(
+            shards=[tmp_path / "round1"], student=files.name, out=tmp_path / "run", **more
+        )
+        with pytest.raises(ConfigError, match=message):
+            plan_train_ahead(config, files, "", 10, 100, None, 1000)

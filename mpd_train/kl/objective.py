@@ -2,6 +2,7 @@
 cross-entropy.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,8 @@ class Objective:
             raise ValueError(f"divergence_clip needs to be above 0, found {self.clip}")
         for name in ("softcap", "teacher_softcap"):
             cap = getattr(self, name)
-            if cap is not None and not cap > 0:
-                raise ValueError(f"{name} needs to be above 0, found {cap}")
+            if cap is not None and not 0 < cap < math.inf:
+                raise ValueError(f"{name} needs to be finite and above 0, found {cap}")
         if not 0 <= self.ce_weight <= 1:
             raise ValueError(f"ce_weight needs to be within [0, 1], found {self.ce_weight}")
 
