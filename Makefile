@@ -66,6 +66,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # Of the tests alone.
 .venv/.browser: .venv/.installed scripts/browser.sh tests/browser.py

@@ -17,7 +17,7 @@ import transformers
 from torch._dynamo.utils import counters
 
 from mpd_train.kl import sparse_kl
-from mpd_train.models import compile_layers
+from mpd_train.model.loading import compile_layers
 
 POCKET = Path(__file__).resolve().parents[1] / "pipelines" / "pocket" / "models" / "student"
 K, WARM = 64, 3

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
-from mpd_data.models import resolve_model
+from mpd_data.common.models import resolve_model
 from mpd_train.config import LossConfig
-from mpd_train.evaluate import pack_loss
-from mpd_train.models import CausalLM
-from mpd_train.stream import ShardSet, load_pack, make_packs
+from mpd_train.data.batches import load_pack
+from mpd_train.data.packing import make_packs
+from mpd_train.data.shard_set import ShardSet
+from mpd_train.loss import pack_loss
+from mpd_train.model.causal_lm import CausalLM
 
 
 def main(round_dir: Path, teacher_name: str) -> None:

@@ -46,15 +46,15 @@ import numpy as np
 import polars as pl
 
 from mpd_data import rewrite, rollouts
+from mpd_data.common.models import ModelFiles, resolve_model
+from mpd_data.common.options import arguments
 from mpd_data.config import EngineConfig, RewriteConfig, RolloutsConfig
-from mpd_data.engine import start_engine
-from mpd_data.locks import WHOLE
-from mpd_data.models import ModelFiles, resolve_model
-from mpd_data.options import arguments
-from mpd_data.rewrite_plan import ROLLOUT_COLUMNS, rollout_metadata
-from mpd_data.rewrite_plan import prepare as prepare_rewrite
-from mpd_data.schema import seed_of
-from mpd_data.shards import RoundDir
+from mpd_data.engines.start import start_engine
+from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, rollout_metadata
+from mpd_data.rewrite_setup import prepare as prepare_rewrite
+from mpd_data.store.locks import WHOLE
+from mpd_data.store.round import RoundDir
+from mpd_data.store.schema import seed_of
 
 ROOT = Path(__file__).resolve().parents[1]
 POCKET = ROOT / "pipelines" / "pocket"

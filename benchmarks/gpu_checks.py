@@ -37,15 +37,17 @@ import transformers
 from torch import Tensor
 
 from benchmarks.trainer_cpu import make_round
-from mpd_data.models import ModelFiles
-from mpd_train import attention, liger
+from mpd_data.common.models import ModelFiles
 from mpd_train.config import TrainConfig
-from mpd_train.evaluate import pack_loss
+from mpd_train.data.batches import Batch
+from mpd_train.dryrun.memory import plan_memory
 from mpd_train.flops import peak_flops, step_flops
-from mpd_train.memory import plan_memory
-from mpd_train.models import CausalLM, autocast, compile_layers
+from mpd_train.loss import pack_loss
+from mpd_train.model import attention, liger
+from mpd_train.model.causal_lm import CausalLM
+from mpd_train.model.device import autocast
+from mpd_train.model.loading import compile_layers
 from mpd_train.optimizer import make_optimizer
-from mpd_train.stream import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
 POCKET = ROOT / "pipelines" / "pocket" / "models"
@@ -381,9 +383,10 @@ def pocket(device: torch.device, folder: Path) -> bool:
 def engine() -> bool:
     """Runs the transformers engine where it runs by itself (CUDA if there is one); says whether
     scores are within 1e-4 of float64 and samples the same alone and in company."""
+    from mpd_data.common.models import resolve_model
     from mpd_data.config import EngineConfig, SamplingConfig
-    from mpd_data.engine import Completion, Scores, start_engine
-    from mpd_data.models import resolve_model
+    from mpd_data.engines.protocol import Completion, Scores
+    from mpd_data.engines.start import start_engine
 
     folder = POCKET / "student"
     files = resolve_model(str(folder))

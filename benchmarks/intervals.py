@@ -13,7 +13,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from mpd_data.compare import _interval, _resampled_means
+from mpd_data.inspect.compare import _interval, _resampled_means
 
 SIMULATIONS = 40
 K = 4

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from mpd_data.models import ModelFiles
-from mpd_train.models import CausalLM
-from mpd_train.parallel import load_sharded, ranks
+from mpd_data.common.models import ModelFiles
+from mpd_train.distributed import ranks
+from mpd_train.model.causal_lm import CausalLM
+from mpd_train.model.sharding import load_sharded
 
 
 def of_process(field: str) -> int:

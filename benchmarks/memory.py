@@ -18,13 +18,15 @@ from typing import Any
 import torch
 import transformers
 
-from mpd_data.models import resolve_model
+from mpd_data.common.models import resolve_model
 from mpd_train.config import TrainConfig
-from mpd_train.evaluate import pack_loss
-from mpd_train.memory import plan_memory
-from mpd_train.models import CausalLM, autocast, compile_layers, load_student
+from mpd_train.data.batches import Batch
+from mpd_train.dryrun.memory import plan_memory
+from mpd_train.loss import pack_loss
+from mpd_train.model.causal_lm import CausalLM
+from mpd_train.model.device import autocast
+from mpd_train.model.loading import compile_layers, load_student
 from mpd_train.optimizer import make_optimizer
-from mpd_train.stream import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, K = 32_768, 64

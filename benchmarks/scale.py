@@ -34,10 +34,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mpd_data.plan import distill_bytes
-from mpd_data.schema import DISTILL_SCHEMA, ROLLOUT_SCHEMA
-from mpd_data.shards import RoundDir, Stage
-from mpd_data.writer import ShardWriter
+from mpd_data.dryrun.plan import distill_bytes
+from mpd_data.store.round import RoundDir
+from mpd_data.store.schema import DISTILL_SCHEMA, ROLLOUT_SCHEMA, Stage
+from mpd_data.store.writer import ShardWriter
 
 ROWS_PER_SHARD = 1024
 SAMPLES = 4
@@ -82,7 +82,8 @@ print(len(rollouts), "there,", owed, "owed")
 """
 TRAINING = """
 from mpd_train.config import TrainConfig
-from mpd_train.stream import ShardSet, split_packs
+from mpd_train.data.packing import split_packs
+from mpd_train.data.shard_set import ShardSet
 shards = ShardSet([path])
 shards.identity()
 packs, _ = split_packs(shards, TrainConfig(shards=[path], student="", out=path))
@@ -291,7 +292,7 @@ def commands(path: Path, shards: int) -> dict[str, list[str]]:
         "mpd-gen stats": [*gen, "stats", str(path)],
         "mpd-gen validate": [*gen, "validate", str(path)],
         "the trainer's plan": [sys.executable, "-c", head + TRAINING],
-        "mpd-report": [sys.executable, "-m", "pipelines.report.cli", str(run_of(path))],
+        "mpd-report": [sys.executable, "-m", "mpd_rounds.report.cli", str(run_of(path))],
     }
 
 

@@ -37,8 +37,9 @@ def make_round(folder: Path, count: int, vocab: int = VOCAB) -> None:
     import numpy as np
     import pyarrow.parquet as pq
 
-    from mpd_data.shards import METADATA_KEY, RoundDir
-    from mpd_data.writer import ShardWriter
+    from mpd_data.store.round import RoundDir
+    from mpd_data.store.schema import METADATA_KEY
+    from mpd_data.store.writer import ShardWriter
 
     golden = RoundDir(ROOT / "tests" / "data" / "golden" / "round1").shard_paths("distill")[0]
     table = pq.read_table(golden)
@@ -75,7 +76,7 @@ def make_round(folder: Path, count: int, vocab: int = VOCAB) -> None:
 
 
 def ours(folder: Path, steps: int) -> dict[str, float]:
-    from mpd_train import tracking
+    from mpd_train import metrics
     from mpd_train.config import TrainConfig
     from mpd_train.loop import train
 
@@ -88,7 +89,7 @@ def ours(folder: Path, steps: int) -> dict[str, float]:
     )  # fmt: skip
     # As many steps as the others do, and no export.
     records: list[dict[str, Any]] = []
-    step = tracking.Recorder.step
+    step = metrics.Recorder.step
 
     class Enough(Exception):
         pass
@@ -99,7 +100,7 @@ def ours(folder: Path, steps: int) -> dict[str, float]:
         if number == steps:
             raise Enough
 
-    tracking.Recorder.step = until  # type: ignore[method-assign]
+    metrics.Recorder.step = until  # type: ignore[method-assign]
     with contextlib.suppress(Enough):
         train(config)
     counted = records[WARM:]

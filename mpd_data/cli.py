@@ -5,18 +5,18 @@ Exit codes: 0 done, 1 fatal, 2 usage, 3 done with failed rows (in errors/), 130 
 """
 
 import dataclasses
-import errno
 import json
-import math
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from mpd_data import interrupt
+from mpd_data.common.command import DRY_RUN, PLAN_JSON, run_command
+from mpd_data.common.errors import MPDError
+from mpd_data.common.options import build, config_options
+from mpd_data.common.text import plain
 from mpd_data.config import (
     ContaminationConfig,
     InitConfig,
@@ -24,27 +24,14 @@ from mpd_data.config import (
     RewriteConfig,
     RolloutsConfig,
 )
-from mpd_data.errors import MPDError
-from mpd_data.locks import WHOLE
-from mpd_data.options import build, config_options
-from mpd_data.table import plain, plain_lines
-from mpd_data.workers import (
+from mpd_data.parts.workers import (
     EXIT_FAILED_ROWS,
     end_with_parent,
     is_worker,
     run_workers,
     slurm_part,
 )
-
-if TYPE_CHECKING:
-    from mpd_data.plan import StagePlan
-
-# What the extras bring; looking at shards needs none of it.
-_EXTRAS = {"torch", "transformers", "safetensors", "huggingface_hub", "httpx", "vllm"}
-# What a disk says that is full, read-only, not ours or broken.
-_DISK = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
-}  # fmt: skip
+from mpd_data.store.locks import WHOLE
 
 _OVERWRITE = click.option(
     "--overwrite", is_flag=True, help="Delete what this stage has written here, then start anew."
@@ -54,92 +41,13 @@ _LIMIT = click.option(
     type=click.IntRange(1),
     help="Do at most so much of what is owed (samples; rollouts to rewrite), then stop.",
 )
-DRY_RUN = click.option(
-    "--dry-run",
-    is_flag=True,
-    is_eager=True,  # known when --json is read
-    help="Check everything, show the first prompt, predict tokens, disk and time; write nothing.",
-)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout.")
 _BY = click.option(
     "--by", metavar="NAME", help="Also by the values of NAME, a key of the rollouts' metadata."
 )
 
 
-def _with_dry_run(context: click.Context, _: click.Parameter, value: bool) -> bool:
-    if value and not context.params.get("dry_run"):
-        raise click.UsageError("--json goes with --dry-run.")
-    return value
-
-
-PLAN_JSON = click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    callback=_with_dry_run,
-    help="With --dry-run: print JSON to stdout.",
-)
-
-
-def _rates(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
-    """`--rate` as stage -> tokens per second."""
-    rates = {}
-    for value in values:
-        stage, _equals, number = value.partition("=")
-        try:
-            rates[stage] = float(number)
-        except ValueError:
-            rates[stage] = 0.0
-        if stage not in ("rollouts", "rewrite", "train") or not 0 < rates[stage] < math.inf:
-            raise click.BadParameter(
-                f"{value!r}: expected rollouts=, rewrite= or train= and tokens per second"
-                " (rollouts=25000)."
-            )
-    return rates
-
-
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
-
-
-def run_command(command: click.Command) -> None:
-    """Runs a click command; our own errors become one message and exit code 1. SIGTERM, with which
-    schedulers announce the end, is an interrupt: what is finished is committed."""
-    interrupt.listen()
-    try:
-        # Without standalone mode click returns the code of an Exit instead of raising it.
-        code = command.main(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except click.Abort:
-        click.echo("interrupted; run the same command again to go on.", err=True)
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        click.echo("interrupted; run the same command again to go on.", err=True)
-        sys.exit(130)
-    except MPDError as error:
-        click.echo(f"error: {plain_lines(str(error))}", err=True)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        place = "" if error.filename is None else f"{plain(str(error.filename))}: "
-        click.echo(
-            f"error: {place}{error.strerror}. What is committed is safe; free space or give a"
-            " writable place, then run the same command again.",
-            err=True,
-        )
-        sys.exit(1)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _EXTRAS:
-            raise
-        click.echo(
-            f"error: {error.name} is not installed. This command needs the project's engine: pip"
-            " install '.[gpu]' on a CUDA machine, `make install` on a CPU machine.",
-            err=True,
-        )
-        sys.exit(1)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -153,7 +61,7 @@ def cli() -> None:
 @config_options(InitConfig)
 def init(folder: Path, **options: Any) -> None:
     """Write FOLDER/pipeline.toml, a commented pipeline for your models and prompts."""
-    from mpd_data.init import run_init
+    from mpd_data.init.pipeline import run_init
 
     config = build(InitConfig, options)
     for line in run_init(folder, config):
@@ -172,15 +80,17 @@ def rollouts(
     overwrite: bool, limit: int | None, dry_run: bool, as_json: bool, **options: Any
 ) -> None:
     """Sample solutions with the student into OUT/rollouts. Run again to resume."""
-    from mpd_data.rollouts import plan_rollouts, run_rollouts
+    from mpd_data.dryrun.rollouts import plan_rollouts
+    from mpd_data.dryrun.show import print_plan
+    from mpd_data.rollouts import run_rollouts
 
     config = _with_part(build(RolloutsConfig, options))
     _refuse_overwrite_of_parts(config, overwrite)
     if dry_run:
-        show_plan(plan_rollouts(config, overwrite, limit)[0], as_json)
+        print_plan(plan_rollouts(config, overwrite, limit)[0], as_json)
         return
     if config.parts.ray:
-        from mpd_data.ray_stage import rollouts_on_ray as run_rollouts
+        from mpd_data.parts.ray import rollouts_on_ray as run_rollouts
     elif config.parts.workers > 1:
         _finish_workers(run_workers("rollouts", config, limit))
         return
@@ -214,11 +124,13 @@ def rewrite(
 ) -> None:
     """Let the teacher rewrite and score a round's rollouts into SHARDS/distill. Run again to
     resume."""
-    from mpd_data.choice import choose_rewrites, waiting_rollouts
-    from mpd_data.refilter import plan_refilter, run_refilter
+    from mpd_data.dryrun.refilter import plan_refilter
+    from mpd_data.dryrun.rewrite import plan_rewrite
+    from mpd_data.dryrun.show import print_plan
     from mpd_data.rewrite import run_rewrite
-    from mpd_data.rewrite_plan import plan_rewrite
-    from mpd_data.shards import RoundDir
+    from mpd_data.select.likeliest import choose_rewrites, waiting_rollouts
+    from mpd_data.select.refilter import run_refilter
+    from mpd_data.store.round import RoundDir
 
     config = build(RewriteConfig, options)
     if not refilter:
@@ -232,10 +144,10 @@ def rewrite(
         raise click.UsageError("--refilter judges all rewrites anew: it takes no --limit.")
     if dry_run:
         planned = plan_refilter(config) if refilter else plan_rewrite(config, overwrite, limit)
-        show_plan(planned, as_json)
+        print_plan(planned, as_json)
         return
     if config.parts.ray:
-        from mpd_data.ray_stage import rewrite_on_ray as run_rewrite
+        from mpd_data.parts.ray import rewrite_on_ray as run_rewrite
     elif config.parts.workers > 1:
         code = run_workers("rewrite", config, limit)
         if config.choose == "likeliest" and config.parts.num_shards is None:
@@ -293,16 +205,6 @@ def _finish_workers(code: int) -> None:
         raise click.exceptions.Exit(code)
 
 
-def show_plan(plan: "StagePlan", as_json: bool) -> None:
-    """What a dry run prints."""
-    from mpd_data.plan import show
-
-    if as_json:
-        click.echo(json.dumps(plan.as_json(), indent=2))
-    else:
-        click.echo(show(plan), err=True)
-
-
 def _finish(summary: str, failed: int, owed: int) -> None:
     click.echo(summary, err=True)
     if owed:
@@ -319,8 +221,8 @@ def _finish(summary: str, failed: int, owed: int) -> None:
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw trace lengths to this file.")
 def stats(rounds: tuple[Path, ...], as_json: bool, by: str | None, plot: Path | None) -> None:
     """Trace-length statistics of ROUNDS."""
-    from mpd_data.stats import plot_lengths, round_stats
-    from mpd_data.table import format_histogram, format_table
+    from mpd_data.common.text import format_histogram, format_table
+    from mpd_data.inspect.stats import plot_lengths, round_stats
 
     tables = round_stats(list(rounds), by)
     if as_json:
@@ -340,7 +242,7 @@ def stats(rounds: tuple[Path, ...], as_json: bool, by: str | None, plot: Path | 
 @_JSON
 def status(rounds: tuple[Path, ...], as_json: bool) -> None:
     """How far the stages of ROUNDS are, and who is writing there now."""
-    from mpd_data.status import round_status, show_status
+    from mpd_data.inspect.status import round_status, show_status
 
     found = {str(path): round_status(path) for path in rounds}
     if as_json:
@@ -354,7 +256,7 @@ def status(rounds: tuple[Path, ...], as_json: bool) -> None:
 @click.argument("rounds", nargs=-1, required=True, type=_FOLDER)
 def validate(rounds: tuple[Path, ...]) -> None:
     """Check that ROUNDS keep the shard contract."""
-    from mpd_data.validate import validate_round
+    from mpd_data.inspect.validate import validate_round
 
     problems = [problem for path in rounds for problem in validate_round(path)]
     for problem in problems[:50]:
@@ -372,7 +274,7 @@ def validate(rounds: tuple[Path, ...]) -> None:
 @_BY
 def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
     """Compare the rollouts of NEW with those of BASE on the same prompts."""
-    from mpd_data import compare as comparison
+    from mpd_data.inspect import compare as comparison
 
     result = comparison.compare(base, new, by)
     if as_json:
@@ -390,8 +292,8 @@ def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
 @_JSON
 def contamination(as_json: bool, **options: Any) -> None:
     """Which evaluation prompts stand among training prompts, whole or in part."""
-    from mpd_data import contamination as check
-    from mpd_data.prompts import read_prompts
+    from mpd_data.inspect import contamination as check
+    from mpd_data.prompts.reader import read_prompts
 
     config = build(ContaminationConfig, options)
 
@@ -418,44 +320,10 @@ def contamination(as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("pipeline", type=click.Path(path_type=Path, dir_okay=False, exists=True))
-@click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a setting.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Folder of the run, for what is there already.  [default: runs/NAME]",
-)
-@click.option(
-    "--rate",
-    "rates",
-    multiple=True,
-    callback=_rates,
-    metavar="STAGE=N",
-    help="Take N tokens per second, of all GPUs together, for rollouts (evaluations too), rewrite"
-    " or train, in place of a recorded speed.",
-)
-@_JSON
-def plan(
-    pipeline: Path,
-    overrides: tuple[str, ...],
-    out: Path | None,
-    rates: dict[str, float],
-    as_json: bool,
-) -> None:
-    """Predict rows, tokens, disk and time of each step of a PIPELINE (TOML). Writes nothing."""
-    from pipelines.plan import plan_pipeline, show_pipeline
-    from pipelines.steps import load_pipeline
-
-    loaded = load_pipeline(pipeline, overrides)
-    planned = plan_pipeline(loaded, Path("runs") / loaded.name if out is None else out, rates)
-    show_pipeline(planned, as_json, prompts=False)
-
-
-@cli.command()
 @_JSON
 def env(as_json: bool) -> None:
     """Versions and machine, for a bug report."""
-    from mpd_data.models import environment
+    from mpd_data.common.machine import environment
 
     found = environment()
     if as_json:
@@ -464,36 +332,6 @@ def env(as_json: bool) -> None:
         width = max(map(len, found))
         for name, value in found.items():
             click.echo(f"{name.ljust(width)}  {value}", err=True)
-
-
-@cli.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> None:
-    """Print the code that makes SHELL complete this project's commands.
-
-    For bash: mpd-gen completion bash >> ~/.bashrc
-    """
-    from click.shell_completion import get_completion_class
-
-    from mpd_train.cli import cli as train
-    from mpd_train.export_cli import cli as export
-    from pipelines.report.cli import cli as report
-    from pipelines.rounds import cli as rounds
-    from pipelines.study import cli as study
-
-    made = get_completion_class(shell)
-    assert made is not None
-    commands = {
-        "mpd-gen": cli,
-        "mpd-train": train,
-        "mpd-export": export,
-        "mpd-rounds": rounds,
-        "mpd-report": report,
-        "mpd-study": study,
-    }
-    for program, command in commands.items():
-        variable = f"_{program.replace('-', '_').upper()}_COMPLETE"
-        click.echo(made(command, {}, program, variable).source())
 
 
 def main() -> None:

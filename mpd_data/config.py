@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from mpd_data.locks import Part
+from mpd_data.store.locks import Part
 
 
 def _on_a_file_system(path: Path) -> Path:

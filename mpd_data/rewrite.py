@@ -6,8 +6,8 @@ rewrite) -> distill/part-*.parquet
 Rewriting, checking and scoring go on side by side: a rewrite that passes the filter is submitted
 for scoring while others are still being generated. Every rewrite gives one row, rejected ones
 with the reason in `status` and without log-probabilities. The rows of one rollout are committed
-together, since the choice among them is made once; where the student makes it (mpd_data/choice.py),
-all that pass are scored, and it follows when the teacher's engine has ended.
+together, since the choice among them is made once; where the student makes it
+(select/likeliest.py), all that pass are scored, and it follows when the teacher's engine has ended.
 """
 
 import functools
@@ -17,10 +17,11 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mpd_data.checks import CheckPool, CheckRequest, Verdict
-from mpd_data.choice import choose_rewrites, choosing_student
+from mpd_data.checkers.pool import CheckPool, CheckRequest, Verdict
+from mpd_data.common.errors import MPDError
+from mpd_data.common.models import resolve_model
 from mpd_data.config import RewriteConfig
-from mpd_data.engine import (
+from mpd_data.engines.protocol import (
     Completion,
     Engine,
     Refused,
@@ -28,17 +29,11 @@ from mpd_data.engine import (
     Scores,
     StartEngine,
     pump,
-    start_engine,
 )
-from mpd_data.errors import MPDError
-from mpd_data.failures import Failures
-from mpd_data.filters import settle
-from mpd_data.locks import WHOLE
-from mpd_data.models import resolve_model
-from mpd_data.progress import Progress
-from mpd_data.prompts import PromptError
-from mpd_data.rework import put_in_place
-from mpd_data.rewrite_plan import (
+from mpd_data.engines.scores import score_columns
+from mpd_data.engines.start import start_engine
+from mpd_data.prompts.chat import PromptError
+from mpd_data.rewrite_setup import (
     ROLLOUT_COLUMNS,
     Prepared,
     closes_thinking,
@@ -46,24 +41,17 @@ from mpd_data.rewrite_plan import (
     refuse_half_refiltered,
     rollout_metadata,
 )
-from mpd_data.schema import distill_key, repetition, seed_of
-from mpd_data.scores import score_columns
-from mpd_data.shards import RoundDir, Stage, is_whole, scratch_of
-from mpd_data.writer import ShardWriter
+from mpd_data.select.filters import settle
+from mpd_data.select.likeliest import choose_rewrites, choosing_student
+from mpd_data.select.second_pass import put_in_place
+from mpd_data.stage import Failures, RewriteOutcome
+from mpd_data.store.locks import WHOLE
+from mpd_data.store.progress import Progress
+from mpd_data.store.round import RoundDir, is_whole, scratch_of
+from mpd_data.store.schema import Stage, distill_key, repetition, seed_of
+from mpd_data.store.writer import ShardWriter
 
 OVERWRITTEN: tuple[Stage, ...] = ("distill",)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the stage left behind: distill rows by status in the whole round, rows this run
-    wrote, rows that failed for good (they stand in errors/), rollouts still owed after a
-    --limit."""
-
-    statuses: dict[str, int]
-    written: int
-    failed: int
-    owed: int = 0
 
 
 @dataclass
@@ -80,7 +68,7 @@ class Group:
 
 def run_rewrite(
     config: RewriteConfig, overwrite: bool = False, limit: int | None = None
-) -> Outcome:
+) -> RewriteOutcome:
     """Rewrites, filters and scores what the round still owes, at most `limit` rollouts of it, and
     commits it shard by shard. The student's choice follows where the run is the whole stage; one
     of several parts leaves its rollouts waiting for it.
@@ -116,7 +104,7 @@ def distill(
     overwrite: bool = False,
     limit: int | None = None,
     start: StartEngine = start_engine,
-) -> Outcome:
+) -> RewriteOutcome:
     """`run_rewrite` from where all is prepared. `start` is as for `rollouts.sample`."""
     config, student, teacher = prepared.config, prepared.student, prepared.teacher
     k, spare, shard_metadata = prepared.k, prepared.spare, prepared.metadata()
@@ -137,7 +125,7 @@ def distill(
         owing = part.share(rollouts - done)
         now = owing if limit is None else min(limit, owing)
         if not now:
-            return Outcome(round_dir.count_statuses(), 0, 0, owing)
+            return RewriteOutcome(round_dir.count_statuses(), 0, 0, owing)
         there = part.share(rollouts) - owing
         failures = round_dir.failures()
         output = config.output.model_dump()
@@ -170,7 +158,9 @@ def distill(
                 with suppress(MPDError, OSError):
                     if (speed := progress.speed(config.engine.backend)) is not None:
                         round_dir.record_speed("distill", speed)
-        return Outcome(round_dir.count_statuses(), writer.rows_committed, failed.count, owing - now)
+        return RewriteOutcome(
+            round_dir.count_statuses(), writer.rows_committed, failed.count, owing - now
+        )
 
 
 @dataclass

@@ -6,7 +6,6 @@ prompts -> chat template -> ids -> engine -> rollouts/part-*.parquet
 import dataclasses
 import functools
 import itertools
-from array import array
 from collections.abc import Container, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -14,69 +13,32 @@ from typing import Any
 
 import numpy as np
 
-from mpd_data.checkers import Checker, make_checker
-from mpd_data.checks import CheckPool, CheckRequest, Verdict
-from mpd_data.config import RolloutsConfig
-from mpd_data.engine import (
-    Completion,
-    Engine,
-    Refused,
-    RequestError,
-    StartEngine,
-    context_of,
-    pump,
-    server_notes,
-    start_engine,
-)
-from mpd_data.errors import MPDError
-from mpd_data.failures import Failures
-from mpd_data.keys import KeySet
-from mpd_data.models import (
+from mpd_data.checkers.builtin import make_checker
+from mpd_data.checkers.formats import Checker
+from mpd_data.checkers.pool import CheckPool, CheckRequest, Verdict
+from mpd_data.common.errors import MPDError
+from mpd_data.common.hashing import canonical_json, content_key
+from mpd_data.common.machine import provenance
+from mpd_data.common.models import (
     ModelFiles,
     chat_template_hash,
     load_tokenizer,
-    provenance,
     resolve_model,
     tokenizer_hash,
 )
-from mpd_data.options import arguments
-from mpd_data.plan import (
-    Learned,
-    Lengths,
-    Shown,
-    StagePlan,
-    as_saved,
-    first_reasons,
-    learn,
-    rollout_bytes,
-)
-from mpd_data.progress import Progress
-from mpd_data.prompts import (
-    ChatFormatter,
-    Prompt,
-    PromptError,
-    choose_prompts,
-    fill_prompt,
-    load_examples,
-    load_prompts,
-)
-from mpd_data.schema import canonical_json, content_key, repetition, rollout_key, seed_of
-from mpd_data.shards import RoundDir, Stage
-from mpd_data.writer import ShardWriter
+from mpd_data.config import RolloutsConfig
+from mpd_data.engines.protocol import Completion, Engine, Refused, RequestError, StartEngine, pump
+from mpd_data.engines.start import context_of, start_engine
+from mpd_data.prompts.chat import ChatFormatter, PromptError
+from mpd_data.prompts.reader import Prompt, choose_prompts, fill_prompt, load_examples, load_prompts
+from mpd_data.stage import Failures, RolloutsOutcome
+from mpd_data.store.progress import Progress
+from mpd_data.store.round import RoundDir
+from mpd_data.store.schema import Stage, repetition, rollout_key, seed_of
+from mpd_data.store.writer import ShardWriter
 
 # What --overwrite deletes: later stages' rows are of rollouts that are gone.
 OVERWRITTEN: tuple[Stage, ...] = ("rollouts", "distill", "errors")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the stage left behind: rows committed in all, rows this run wrote, rows that failed for
-    good (they stand in errors/), rows still owed after a --limit. All of this process's part."""
-
-    total: int
-    written: int
-    failed: int
-    owed: int = 0
 
 
 @dataclass(frozen=True)
@@ -222,112 +184,9 @@ def prepare(
     return Prepared(config, chosen, model, tokenizer, formatter, context, row_identity, identity)
 
 
-def prepare_dry(
-    config: RolloutsConfig,
-    overwrite: bool = False,
-    model: ModelFiles | None = None,
-    prompts: list[Prompt] | None = None,
-) -> Prepared:
-    """`prepare` without weights, and whether the round takes these settings. `model` stands in for
-    a student that is not there yet."""
-    if model is None:
-        served = config.engine.served(config.model)
-        model = resolve_model(
-            config.model, config.revision, config.trust_remote_code, weights=False, served=served
-        )
-    round_dir = RoundDir(config.out)
-    saved = round_dir.run_info().get("stages", {}).get("rollouts")
-    if saved is not None and not overwrite:
-        model = as_saved(model, saved["identity"]["model"])
-    prepared = prepare(config, model, prompts)
-    if not overwrite:
-        round_dir.check("rollouts", prepared.identity)
-    return prepared
-
-
-def learn_rollouts(prepared: Prepared) -> Learned | None:
-    """What rollouts that are there say of those to come."""
-    return learn(
-        prepared.config.out,
-        "rollouts",
-        prepared.identity["tokenizer"],
-        prepared.config.model,
-        {"sampling": prepared.identity["sampling"]},
-    )
-
-
-def plan_rollouts(
-    config: RolloutsConfig,
-    overwrite: bool = False,
-    limit: int | None = None,
-    model: ModelFiles | None = None,
-    prompts: list[Prompt] | None = None,
-) -> tuple[StagePlan, Prepared]:
-    """What `run_rollouts` would do, found without an engine or weights and without writing
-    anything. `model` stands in for a student that is not there yet; `prompts` as for `prepare`.
-
-    Raises what the run would raise before it starts its engine.
-    """
-    prepared = prepare_dry(config, overwrite, model, prompts)
-    model, round_dir = prepared.model, RoundDir(config.out)
-    done = KeySet()
-    if not overwrite:
-        done = round_dir.survey("rollouts").keys()
-    rows = committed = owed = prompt_tokens = 0
-    first: Shown | None = None
-    reasons: list[str] = []
-    lengths = array("i")
-    for prompt in prepared.own_prompts:
-        try:
-            asked = prepared.requests(prompt)
-        except PromptError as error:
-            reasons.append(f"{prompt.source}: {error}")
-            continue
-        first = first or Shown("first prompt", asked[0].text, len(asked[0].ids))
-        lengths.append(len(asked[0].ids))
-        rows += len(asked)
-        left = sum(request.row_id not in done for request in asked)
-        committed += len(asked) - left
-        now = left if limit is None else min(left, limit - owed)
-        owed += now
-        prompt_tokens += now * len(asked[0].ids)
-    learned = learn_rollouts(prepared)
-    at_most = owed * config.sampling.max_tokens
-    expected = seconds = None
-    disk = rollout_bytes(owed, prompt_tokens, at_most, model.vocab_size)
-    if learned is not None:
-        expected = min(round(owed * learned.tokens_per_row), at_most)
-        disk = round(expected * learned.bytes_per_token)
-        seconds = learned.seconds(expected / config.parts.workers)
-    plan = StagePlan(
-        command="mpd-gen rollouts",
-        out=str(config.out),
-        settings=arguments(config),
-        rows=rows,
-        committed=committed,
-        owed=owed,
-        shown=[] if first is None else [first],
-        prompt_tokens=Lengths.of(lengths),
-        tokens_expected=expected,
-        tokens_at_most=at_most,
-        failing=len(reasons),
-        reasons=first_reasons(reasons),
-        disk_bytes=disk,
-        seconds=seconds,
-        device=None if learned is None else learned.device,
-        learned_from=None if learned is None else learned.source,
-        details={
-            "context": prepared.context,
-            "longest prompt + completion": max(lengths, default=0) + config.sampling.max_tokens,
-        },
-        notes=server_notes(config.engine),
-    )
-    return plan, prepared
-
-
 def run_rollouts(
     config: RolloutsConfig, overwrite: bool = False, limit: int | None = None
-) -> Outcome:
+) -> RolloutsOutcome:
     """Samples what the round still owes, at most `limit` of it, and commits it shard by shard.
 
     Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
@@ -348,7 +207,7 @@ def sample(
     overwrite: bool = False,
     limit: int | None = None,
     start: StartEngine = start_engine,
-) -> Outcome:
+) -> RolloutsOutcome:
     """`run_rollouts` from where all is prepared. `start` gives the engine; it is closed at the end,
     so whoever keeps one for the next call gives out one whose `close` spares it."""
     config, model = prepared.config, prepared.model
@@ -421,7 +280,7 @@ def sample(
                             if (speed := progress.speed(config.engine.backend)) is not None:
                                 round_dir.record_speed("rollouts", speed)
             left = sum(1 for _ in every)
-        return Outcome(progress.done, writer.rows_committed, failed.count, left)
+        return RolloutsOutcome(progress.done, writer.rows_committed, failed.count, left)
 
 
 def _owed(

@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
-from mpd_data.errors import DataError
-from mpd_data.shards import fsync_directory, fsync_file
-from mpd_train.parallel import Ranks
+from mpd_data.common.errors import DataError
+from mpd_data.common.files import fsync_directory, fsync_file
+from mpd_train.distributed import Ranks
 
 KEEP = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")

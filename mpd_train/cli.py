@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from mpd_data.cli import DRY_RUN, PLAN_JSON, run_command, show_plan
-from mpd_data.options import build, config_options
+from mpd_data.common.command import DRY_RUN, PLAN_JSON, run_command
+from mpd_data.common.options import build, config_options
 from mpd_train.config import TrainConfig
 
 
@@ -21,10 +21,11 @@ def cli(overwrite: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Train STUDENT on a round's kept rewrites by KL divergence. Run again to resume."""
     config = build(TrainConfig, options)
     if dry_run:
-        from mpd_train.plan import plan_train
+        from mpd_data.dryrun.show import print_plan
+        from mpd_train.dryrun.plan import plan_train
 
         plan = plan_train(config, overwrite)
-        show_plan(plan, as_json)
+        print_plan(plan, as_json)
         if plan.failing:
             # As the run would: a script must not take the plan for a yes.
             raise click.exceptions.Exit(1)

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 
-from mpd_data.errors import ConfigError, DataError
-from mpd_data.models import ModelFiles, resolve_model
-from mpd_data.options import parse
-from mpd_data.shards import fsync_directory, fsync_file
-from mpd_train import checkpoint, lora
+from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.common.files import fsync_directory, fsync_file
+from mpd_data.common.models import ModelFiles, resolve_model
+from mpd_data.common.options import parse
+from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
-from mpd_train.models import CausalLM, load_student
+from mpd_train.model import lora
+from mpd_train.model.causal_lm import CausalLM
+from mpd_train.model.loading import load_student
 
 
 def export(student: CausalLM, out: Path) -> None:

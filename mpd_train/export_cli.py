@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from mpd_data.cli import run_command
+from mpd_data.common.command import run_command
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mpd_train.models import CausalLM
+from mpd_train.model.causal_lm import CausalLM
 
 # Dense bfloat16 with float32 sums, FLOP/s, by what the device's name holds; from NVIDIA's data
 # sheets, the first that fits.

@@ -12,22 +12,29 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mpd_data import interrupt
-from mpd_data.errors import ConfigError, MPDError
-from mpd_data.locks import exclusive
-from mpd_data.models import device_name, resolve_model
-from mpd_train import checkpoint, liger
-from mpd_train.attention import attention
+from mpd_data.common import signals
+from mpd_data.common.errors import ConfigError, MPDError
+from mpd_data.common.machine import device_name
+from mpd_data.common.models import resolve_model
+from mpd_data.store.locks import exclusive
+from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
-from mpd_train.evaluate import Sums, pack_loss, validate
+from mpd_train.data.batches import Batch, Loader
+from mpd_train.data.packing import split_packs
+from mpd_train.data.shard_set import Pack, ShardSet
+from mpd_train.distributed import Ranks, ranks
 from mpd_train.export import export
 from mpd_train.flops import peak_flops, step_flops
-from mpd_train.models import CausalLM, autocast, compile_layers, load_student
+from mpd_train.loss import Sums, pack_loss, validate
+from mpd_train.metrics import Recorder
+from mpd_train.model import liger
+from mpd_train.model.attention import attention
+from mpd_train.model.causal_lm import CausalLM
+from mpd_train.model.device import autocast
+from mpd_train.model.loading import compile_layers, load_student
+from mpd_train.model.sharding import clip_grad_norm, gather, load_sharded
 from mpd_train.optimizer import learning_rate, make_optimizer
-from mpd_train.parallel import Ranks, clip_grad_norm, gather, load_sharded, ranks
-from mpd_train.prepare import claim, prepare
-from mpd_train.stream import Batch, Loader, Pack, ShardSet, split_packs
-from mpd_train.tracking import Recorder
+from mpd_train.setup import claim, prepare
 
 
 def train(config: TrainConfig, overwrite: bool = False) -> Path:
@@ -163,7 +170,7 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     with closing(Loader(shards, device)) as loader, recorder or nullcontext():
         batches = loader.batches(steps[done:], ranks)
         for step in range(done, len(steps)):
-            interrupt.check()
+            signals.check()
             if 0 < validation.early_stopping_patience <= progress.misses:
                 if ranks.first:
                     print(f"stopped early, after step {step}", file=sys.stderr)

@@ -24,9 +24,9 @@ MODULES = {
     "mpd-gen": "mpd_data.cli",
     "mpd-train": "mpd_train.cli",
     "mpd-export": "mpd_train.export_cli",
-    "mpd-rounds": "pipelines.rounds",
-    "mpd-study": "pipelines.study",
-    "mpd-report": "pipelines.report.cli",
+    "mpd-rounds": "mpd_rounds.cli",
+    "mpd-study": "mpd_rounds.study.cli",
+    "mpd-report": "mpd_rounds.report.cli",
 }
 
 
@@ -160,12 +160,13 @@ def loss_on_all(shards, model):
     """The mean loss of a model's folder on all kept rows: a measure without the noise of steps."""
     import torch
 
-    from mpd_data.models import resolve_model
+    from mpd_data.common.models import resolve_model
     from mpd_train.config import LossConfig
-    from mpd_train.evaluate import validate
-    from mpd_train.models import CausalLM
-    from mpd_train.parallel import Ranks
-    from mpd_train.stream import Loader, make_packs
+    from mpd_train.data.batches import Loader
+    from mpd_train.data.packing import make_packs
+    from mpd_train.distributed import Ranks
+    from mpd_train.loss import validate
+    from mpd_train.model.causal_lm import CausalLM
 
     cpu = torch.device("cpu")
     student = CausalLM(resolve_model(str(model)), cpu, torch.float32, False)

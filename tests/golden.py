@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from mpd_data.shards import METADATA_KEY, RoundDir
-from mpd_data.writer import ShardWriter
+from mpd_data.store.round import RoundDir
+from mpd_data.store.schema import METADATA_KEY
+from mpd_data.store.writer import ShardWriter
 from mpd_train.config import TrainConfig
 from mpd_train.loop import train
 

@@ -29,15 +29,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-_ENGINES = ("vllm", "mpd_data.vllm_engine", "mpd_data.transformers_engine")
+_ENGINES = ("vllm", "mpd_data.engines.vllm", "mpd_data.engines.transformers")
 _CHANGES = ("os.link", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.rmdir")
 
 
 @dataclass
 class Death:
     """Where a child kills itself: at the `at`-th of its changes to what lies under `folder`, or
-    before the `at`-th line that its writer's threads run of `functions` of writer.py, shards.py
-    and locks.py."""
+    before the `at`-th line that its writer's threads run of `functions` of the room
+    `store`."""
 
     at: int
     folder: str | None = None
@@ -187,7 +187,9 @@ def _arm(deaths):
     counters = [_Counter(death) for death in deaths]
     changes = [counter for counter in counters if counter.death["folder"] is not None]
     lines = [counter for counter in counters if counter.death["folder"] is None]
-    ours = tuple(str(ROOT / "mpd_data" / f"{name}.py") for name in ("writer", "shards", "locks"))
+    store = ROOT / "mpd_data" / "store"
+    ours = tuple(str(store / f"{name}.py") for name in ("writer", "shards", "round", "locks"))
+    ours += (str(ROOT / "mpd_data" / "common" / "files.py"),)
 
     def audit(event, arguments):
         if event == "open":
@@ -268,7 +270,7 @@ def _import_what_it_did(log):
 
 
 def _serve():
-    from mpd_data.vllm_engine import prepare_environment
+    from mpd_data.engines.vllm import prepare_environment
 
     prepare_environment(on_cpu=True)
     for name in _ENGINES:

@@ -11,17 +11,17 @@ from conftest import STUDENT, TEACHER, with_adapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mpd_data.common.errors import ConfigError, EngineError
+from mpd_data.common.models import resolve_model
 from mpd_data.config import EngineConfig, RolloutsConfig, SamplingConfig
-from mpd_data.engine import start_engine
-from mpd_data.errors import ConfigError, EngineError
-from mpd_data.models import resolve_model
+from mpd_data.engines.start import start_engine
 from mpd_data.rollouts import run_rollouts
 from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
+from mpd_train.dryrun.plan import plan_train
 from mpd_train.export import export_checkpoint
 from mpd_train.loop import train
-from mpd_train.models import CausalLM
-from mpd_train.plan import plan_train
+from mpd_train.model.causal_lm import CausalLM
 
 peft = pytest.importorskip("peft")
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from mpd_data.errors import ConfigError
-from mpd_data.models import ModelFiles, resolve_model
-from mpd_train.attention import attention, boundaries, is_short
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.models import ModelFiles, resolve_model
 from mpd_train.config import TrainConfig
-from mpd_train.models import CausalLM, autocast
+from mpd_train.model.attention import attention, boundaries, is_short
+from mpd_train.model.causal_lm import CausalLM
+from mpd_train.model.device import autocast
 
 
 def config(**changed):

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mpd_data.checkers import NumberChecker, final_part, judge, make_checker
-from mpd_data.checks import CheckPool, CheckRequest
-from mpd_data.errors import ConfigError
+from mpd_data.checkers.builtin import NumberChecker, judge, make_checker
+from mpd_data.checkers.formats import final_part
+from mpd_data.checkers.pool import CheckPool, CheckRequest
+from mpd_data.common.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -286,7 +287,7 @@ def test_checkers_that_cannot_be_used_are_named(hostile):
 def test_a_killed_parent_leaves_no_worker(hostile, tmp_path):
     script = """
 import sys
-from mpd_data.checks import CheckPool, CheckRequest
+from mpd_data.checkers.pool import CheckPool, CheckRequest
 pool = CheckPool("hostile:Hostile", ("bare",), 1.0, 2)
 for answer in ("fine", "sleep"):
     pool.submit(CheckRequest(answer, answer, answer))

@@ -9,10 +9,10 @@ from click.testing import CliRunner
 from conftest import STUDENT, run
 
 from mpd_data.cli import cli
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.options import _fields, arguments, parse
+from mpd_data.common.text import format_table
 from mpd_data.config import RewriteConfig, RolloutsConfig
-from mpd_data.errors import ConfigError
-from mpd_data.options import _fields, arguments, parse
-from mpd_data.table import format_table
 from mpd_train.cli import cli as train_cli
 from mpd_train.config import TrainConfig
 
@@ -36,8 +36,8 @@ def modules_after(code):
         ("mpd_data.cli", ["contamination", "--help"]),
         ("mpd_train.cli", ["--help"]),
         ("mpd_train.export_cli", ["--help"]),
-        ("pipelines.rounds", ["--help"]),
-        ("pipelines.report.cli", ["--help"]),
+        ("mpd_rounds.cli", ["--help"]),
+        ("mpd_rounds.report.cli", ["--help"]),
     ],
 )
 def test_help_loads_nothing_heavy(module, arguments_):
@@ -83,7 +83,7 @@ def test_import_weights():
 )
 def test_settings_survive_the_way_to_the_command_line_and_back(model, command, required):
     """Every setting is an option, and `arguments` writes what the command reads."""
-    from mpd_data.options import build
+    from mpd_data.common.options import build
 
     config = model(**required)
     changed = {}
@@ -184,24 +184,6 @@ def test_env_names_versions_and_loads_nothing_heavy():
     assert "polars" in run("mpd-gen", "env").stderr
     code = "from mpd_data.cli import cli\ntry: cli.main(['env'])\nexcept SystemExit: pass"
     assert modules_after(code) == set()
-
-
-@pytest.mark.parametrize(
-    "shell, spelled",
-    [
-        ("bash", "complete -o nosort -F"),
-        ("zsh", "#compdef mpd-gen"),
-        ("fish", "complete --no-files --command mpd-gen"),
-    ],
-)
-def test_completion_code_names_the_commands(shell, spelled):
-    said = run("mpd-gen", "completion", shell).stdout
-    assert spelled in said
-    assert "_MPD_GEN_COMPLETE" in said
-    assert "_MPD_TRAIN_COMPLETE" in said
-    assert "_MPD_EXPORT_COMPLETE" in said
-    assert "_MPD_ROUNDS_COMPLETE" in said
-    assert "_MPD_REPORT_COMPLETE" in said
 
 
 @pytest.mark.parametrize("program", ["mpd-train", "mpd-rounds"])

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import run, write_jsonl
 
-from mpd_data import contamination
-from mpd_data.contamination import check_contamination
+from mpd_data.inspect import contamination
+from mpd_data.inspect.contamination import check_contamination
 
 SHOP = "Natalia sold clips to 48 of her friends in April, and then half as many clips in May."
 TALE = "One two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen."

@@ -23,13 +23,14 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
-from mpd_data.errors import ConfigError, DataError
-from mpd_data.locks import is_held
-from mpd_data.models import resolve_model
+from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.common.models import resolve_model
+from mpd_data.store.locks import is_held
 from mpd_train import checkpoint
+from mpd_train.distributed import ranks
 from mpd_train.export_cli import cli as export
-from mpd_train.models import CausalLM
-from mpd_train.parallel import load_sharded, ranks
+from mpd_train.model.causal_lm import CausalLM
+from mpd_train.model.sharding import load_sharded
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,7 +12,7 @@ from conftest import STUDENT, command, environment, invoke, run, saved_weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mpd_data.errors import ConfigError, DataError
+from mpd_data.common.errors import ConfigError, DataError
 from mpd_train import checkpoint, loop
 from mpd_train.config import TrainConfig
 from mpd_train.export_cli import cli

@@ -8,16 +8,16 @@ import torch
 import transformers
 from conftest import STUDENT
 
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.models import resolve_model
 from mpd_data.config import EngineConfig
-from mpd_data.engine import start_engine
-from mpd_data.errors import ConfigError
-from mpd_data.models import resolve_model
+from mpd_data.engines.start import start_engine
 from mpd_train.config import LossConfig, TrainConfig
-from mpd_train.evaluate import pack_loss
+from mpd_train.data.batches import Batch
+from mpd_train.dryrun.plan import plan_train_ahead
 from mpd_train.loop import train
-from mpd_train.models import CausalLM
-from mpd_train.plan import plan_train_ahead
-from mpd_train.stream import Batch
+from mpd_train.loss import pack_loss
+from mpd_train.model.causal_lm import CausalLM
 
 CPU = torch.device("cpu")
 VOCAB, K = 64, 8

@@ -19,9 +19,9 @@ from conftest import (
     without_rewrites,
 )
 
-from mpd_data.choice import candidates
 from mpd_data.config import FilterConfig
-from mpd_data.filters import settle, status_of
+from mpd_data.select.filters import settle, status_of
+from mpd_data.select.likeliest import candidates
 
 PASSES = {
     "draft_is_correct": True,

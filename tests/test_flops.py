@@ -5,13 +5,15 @@ import torch
 from conftest import STUDENT, TEACHER
 from torch.utils.flop_counter import FlopCounterMode
 
-from mpd_data.models import resolve_model
-from mpd_train import lora
+from mpd_data.common.models import resolve_model
 from mpd_train.config import LoraConfig, LossConfig
-from mpd_train.evaluate import pack_loss
+from mpd_train.data.batches import load_pack
+from mpd_train.data.packing import make_packs
+from mpd_train.data.shard_set import ShardSet
 from mpd_train.flops import peak_flops, step_flops
-from mpd_train.models import CausalLM
-from mpd_train.stream import ShardSet, load_pack, make_packs
+from mpd_train.loss import pack_loss
+from mpd_train.model import lora
+from mpd_train.model.causal_lm import CausalLM
 
 CPU = torch.device("cpu")
 

@@ -25,12 +25,13 @@ from conftest import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mpd_data.compare import compare, evaluate
-from mpd_data.errors import ConfigError
-from mpd_data.schema import DISTILL_SCHEMA, ROLLOUT_SCHEMA, STATUSES
-from mpd_data.shards import RoundDir, read_metadata
-from mpd_data.stats import plot_lengths, round_stats
-from mpd_data.validate import validate_round
+from mpd_data.common.errors import ConfigError
+from mpd_data.inspect.compare import compare, evaluate
+from mpd_data.inspect.stats import plot_lengths, round_stats
+from mpd_data.inspect.validate import validate_round
+from mpd_data.store.round import RoundDir
+from mpd_data.store.schema import DISTILL_SCHEMA, ROLLOUT_SCHEMA, STATUSES
+from mpd_data.store.shards import read_metadata
 
 
 def killed_and_resumed(arguments, out, stage, kills):

@@ -12,14 +12,14 @@ import pytest
 from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, run, write_jsonl
 from hub import Hub
 
+from mpd_data.common.errors import ConfigError, DataError, MPDError
+from mpd_data.common.hashing import content_key
 from mpd_data.config import InitConfig
-from mpd_data.errors import ConfigError, DataError, MPDError
-from mpd_data.init import run_init, toml_value
-from mpd_data.prompts import load_prompts
-from mpd_data.schema import content_key
-from mpd_data.survey import held_out
-from pipelines.rounds import Plan
-from pipelines.steps import load_pipeline
+from mpd_data.init.detect import held_out
+from mpd_data.init.pipeline import run_init, toml_value
+from mpd_data.prompts.reader import load_prompts
+from mpd_rounds.run.layout import Plan
+from mpd_rounds.run.steps import load_pipeline
 
 
 def rows(count, **more):

@@ -8,11 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import STUDENT, TEACHER, TEMPLATE, write_jsonl
 
-from mpd_data.errors import ConfigError, DataError
-from mpd_data.models import load_tokenizer, resolve_model, tokenizer_hash
-from mpd_data.prompts import ChatFormatter, PromptError, choose_prompts, load_prompts
-from mpd_data.sources import columns_of
-from mpd_data.template import BUILT_IN, load_template
+from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.common.models import load_tokenizer, resolve_model, tokenizer_hash
+from mpd_data.prompts.chat import ChatFormatter, PromptError
+from mpd_data.prompts.reader import choose_prompts, load_prompts
+from mpd_data.prompts.sources import columns_of
+from mpd_data.prompts.template import BUILT_IN, load_template
 
 
 def test_jsonl_and_parquet_give_the_same_prompts(tmp_path):

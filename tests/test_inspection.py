@@ -10,10 +10,10 @@ import polars as pl
 import pytest
 from conftest import edit_rows, run
 
-from mpd_data.compare import compare
-from mpd_data.errors import ConfigError
-from mpd_data.stats import BINS, round_stats
-from mpd_data.table import format_histogram
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.text import format_histogram
+from mpd_data.inspect.compare import compare
+from mpd_data.inspect.stats import BINS, round_stats
 
 HOSTILE = "\x1b[31mred"
 # Read as a glob pattern, this name matches nothing.

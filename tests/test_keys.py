@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mpd_data.errors import DataError
-from mpd_data.keys import KeySet, pack, twice
-from mpd_data.schema import SCHEMA_VERSION, SCHEMAS
-from mpd_data.shards import RoundDir
+from mpd_data.common.errors import DataError
+from mpd_data.store.keys import KeySet, pack, twice
+from mpd_data.store.round import RoundDir
+from mpd_data.store.schema import SCHEMA_VERSION, SCHEMAS
 
 
 def some_keys(rng, count):

@@ -22,9 +22,9 @@ import pytest
 from conftest import command, environment, rewrite_arguments, rollout_arguments
 from nursery import Death, Nursery
 
-from mpd_data.locks import is_held
-from mpd_data.shards import RoundDir
-from mpd_data.validate import validate_round
+from mpd_data.inspect.validate import validate_round
+from mpd_data.store.locks import is_held
+from mpd_data.store.round import RoundDir
 
 # Kills for each stage and engine. vLLM takes three times as long to start.
 KILLS = {

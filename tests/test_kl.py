@@ -18,7 +18,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpd_train.kl import NAMES, Divergence, LowRankHead, dense_kl, sparse_kl
-from mpd_train.kl.fused import accumulation_dtype, linear_kl
+from mpd_train.kl.fused import linear_kl
+from mpd_train.kl.types import accumulation_dtype
 
 CUDA = torch.cuda.is_available()
 # The interpreter works in blocks of 512: two of them, the second not full.

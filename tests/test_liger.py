@@ -9,9 +9,9 @@ import torch
 from conftest import ROOT, STUDENT, environment, invoke
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mpd_data.errors import ConfigError
-from mpd_train import liger
+from mpd_data.common.errors import ConfigError
 from mpd_train.cli import cli
+from mpd_train.model import liger
 
 # What a GPU computes, by Triton's interpreter, which needs to be told two things that a GPU knows:
 # that a kernel's float is a scalar of float32, and what CUDA's library calls rsqrt.
@@ -20,12 +20,13 @@ import json, sys
 from pathlib import Path
 import numpy as np, torch, triton.language as tl
 from triton.runtime import interpreter
-from mpd_data.models import resolve_model
-from mpd_train import liger
+from mpd_data.common.models import resolve_model
+from mpd_train.model import liger
 from mpd_train.config import LossConfig
-from mpd_train.evaluate import pack_loss
-from mpd_train.models import CausalLM
-from mpd_train.stream import Pack, ShardSet, load_pack
+from mpd_train.loss import pack_loss
+from mpd_train.model.causal_lm import CausalLM
+from mpd_train.data.batches import load_pack
+from mpd_train.data.shard_set import Pack, ShardSet
 
 convert = interpreter._implicit_cvt
 def with_floats(x):

@@ -9,14 +9,14 @@ from conftest import loss_on_all
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mpd_data.errors import ConfigError
-from mpd_data.models import resolve_model
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.models import resolve_model
 from mpd_train import loop
 from mpd_train.config import LoraConfig, TrainConfig
+from mpd_train.data.shard_set import ShardSet
 from mpd_train.loop import train
-from mpd_train.lora import attach
-from mpd_train.models import CausalLM
-from mpd_train.stream import ShardSet
+from mpd_train.model.causal_lm import CausalLM
+from mpd_train.model.lora import attach
 
 peft = pytest.importorskip("peft")
 

@@ -11,7 +11,7 @@ import torch
 from conftest import STUDENT, environment
 
 from mpd_train.config import TrainConfig
-from mpd_train.memory import MemoryPlan
+from mpd_train.dryrun.memory import MemoryPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 MAKE = "import sys, pathlib, benchmarks.memory as m; f = pathlib.Path(sys.argv[1]);"

@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT, STUDENT, TEACHER, invoke, rewrite_arguments, run
 
 from mpd_data.cli import cli
-from mpd_data.errors import ConfigError
-from pipelines.rounds import Plan
-from pipelines.steps import load_pipeline
+from mpd_data.common.errors import ConfigError
+from mpd_rounds.run.layout import Plan
+from mpd_rounds.run.steps import load_pipeline
 
 POCKET = ROOT / "pipelines" / "pocket" / "pipeline.toml"
 DRAFT = {"--template": "draft", "--score-context": "problem"}

@@ -28,12 +28,13 @@ from conftest import (
     without_rewrites,
 )
 
-from mpd_data import openai_engine
 from mpd_data.cli import cli
+from mpd_data.common.errors import ConfigError, EngineError
+from mpd_data.common.models import resolve_model
 from mpd_data.config import EngineConfig, SamplingConfig
-from mpd_data.engine import Completion, Refused, RequestError, start_engine
-from mpd_data.errors import ConfigError, EngineError
-from mpd_data.models import resolve_model
+from mpd_data.engines import openai as openai_engine
+from mpd_data.engines.protocol import Completion, Refused, RequestError
+from mpd_data.engines.start import start_engine
 
 KEY = "sk-mpd-test-3f9c"
 SCORES = ("topk_ids", "topk_logprobs", "tail_logprobs")

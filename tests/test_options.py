@@ -11,15 +11,14 @@ import click
 from conftest import ROOT
 
 from mpd_data.cli import cli as gen
+from mpd_rounds.cli import cli as rounds
+from mpd_rounds.report.cli import cli as report
 from mpd_train.cli import cli as train
 from mpd_train.export_cli import cli as export
-from pipelines.report.cli import cli as report
-from pipelines.rounds import cli as rounds
 
 # The commands and their options (arguments in capitals) that a test is the one for.
 TESTS = {
     "tests/test_cli.py": {
-        "test_completion_code_names_the_commands": {"mpd-gen completion": "SHELL"},
         "test_env_names_versions_and_loads_nothing_heavy": {"mpd-gen env": "--json"},
     },
     "tests/test_compile.py": {
@@ -100,11 +99,9 @@ TESTS = {
         },
         "test_a_new_round_is_planned_and_not_made": {"mpd-gen rollouts": "--dry-run --json"},
         "test_a_pipeline_is_planned_from_a_round_beside_it": {
-            "mpd-gen plan": "PIPELINE --out",
             "mpd-rounds": "PIPELINE --out",
         },
-        "test_a_pipeline_is_planned_at_given_rates": {"mpd-gen plan": "--rate"},
-        "test_a_pipeline_is_planned_with_changed_settings": {"mpd-gen plan": "--set --json"},
+        "test_a_pipeline_is_planned_at_given_rates": {"mpd-rounds": "--rate"},
         "test_a_training_is_planned": {"mpd-train": "--dry-run --json"},
         "test_the_qwen3_pipeline_is_sound_in_every_stage": {"mpd-rounds": "--dry-run --json"},
     },

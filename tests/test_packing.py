@@ -7,10 +7,12 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from mpd_data.errors import ConfigError
-from mpd_data.shards import RoundDir
-from mpd_data.writer import ShardWriter
-from mpd_train.stream import _WINDOW_TOKENS, ShardSet, load_pack, make_packs
+from mpd_data.common.errors import ConfigError
+from mpd_data.store.round import RoundDir
+from mpd_data.store.writer import ShardWriter
+from mpd_train.data.batches import load_pack
+from mpd_train.data.packing import make_packs
+from mpd_train.data.shard_set import WINDOW_TOKENS, ShardSet
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def test_packs_of_long_tailed_lengths_are_full(shards, monkeypatch):
     assert sorted(row for pack in packs for row in pack.rows) == [
         (g, r) for g in range(400) for r in range(50)
     ]
-    assert sum(g.kept_tokens for g in groups) > 10 * _WINDOW_TOKENS
+    assert sum(g.kept_tokens for g in groups) > 10 * WINDOW_TOKENS
     assert sum(p.num_tokens for p in packs) / (len(packs) * 12_288) > 0.97
     assert all(p.num_tokens <= 12_288 for p in packs)
 

@@ -26,12 +26,12 @@ from conftest import (
 )
 
 from mpd_data.cli import cli
+from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.config import PartsConfig
-from mpd_data.errors import ConfigError, MPDError
-from mpd_data.locks import Part, is_held
-from mpd_data.shards import RoundDir
-from mpd_data.status import round_status
-from mpd_data.workers import _shares, slurm_part
+from mpd_data.inspect.status import round_status
+from mpd_data.parts.workers import _shares, slurm_part
+from mpd_data.store.locks import Part, is_held
+from mpd_data.store.round import RoundDir
 
 
 def writers(folder):
@@ -159,8 +159,8 @@ def test_outside_an_array_a_job_is_whole(monkeypatch):
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from mpd_data.locks import Part
-    from mpd_data.shards import RoundDir
+    from mpd_data.store.locks import Part
+    from mpd_data.store.round import RoundDir
     with RoundDir(Path(sys.argv[1])).lock("rollouts", Part(0, 2)):
         (Path(sys.argv[1]) / ".staging" / "mine").touch()
         print("held", flush=True)

@@ -28,12 +28,13 @@ from hub import Hub
 from test_prompts import OFF, QWEN
 
 from mpd_data.cli import cli as gen
-from mpd_data.errors import ConfigError, MPDError
-from mpd_data.models import device_name
-from mpd_data.plan import Learned, distill_bytes, learn, rollout_bytes
-from mpd_data.shards import RoundDir
+from mpd_data.common.errors import ConfigError, MPDError
+from mpd_data.common.machine import device_name
+from mpd_data.dryrun.learned import Learned, learn
+from mpd_data.dryrun.plan import distill_bytes, rollout_bytes
+from mpd_data.store.round import RoundDir
+from mpd_rounds.cli import cli as rounds
 from mpd_train.cli import cli as train
-from pipelines.rounds import cli as rounds
 
 
 def ask(program, *arguments):
@@ -405,16 +406,17 @@ def test_a_pipeline_is_planned_from_a_round_beside_it(pocket, round_dir, tmp_pat
         assert plan["tokens_expected"] == pytest.approx(plan["rows"] * length, rel=0.05)
     assert plans["base: evaluate test"]["tokens_expected"] is None
     assert content(out) == before
-    table = run("mpd-gen", "plan", pocket, "--out", out).stderr
+    table = run("mpd-rounds", pocket, "--out", out, "--dry-run").stderr
     assert "round 2: train" in table
-    assert "first prompt" not in table
     assert f"learned from {out}/data/round9" in table
 
 
 def test_a_pipeline_is_planned_with_changed_settings(pocket, tmp_path):
     sets = ["--set", "rounds=1", "--set", "rollouts.num_prompts=5"]
-    said = run("mpd-gen", "plan", pocket, "--out", tmp_path / "o", *sets, "--json").stdout
-    plans = {step["label"]: step["plan"] for step in json.loads(said)["steps"]}
+    plans = {
+        x["label"]: x["plan"]
+        for x in dry("mpd-rounds", pocket, "--out", tmp_path / "o", *sets)["steps"]
+    }
     assert len(plans) == 9
     assert plans["round 1: rollouts"]["rows"] == 20
 
@@ -422,7 +424,7 @@ def test_a_pipeline_is_planned_with_changed_settings(pocket, tmp_path):
 def test_a_pipeline_is_planned_at_given_rates(pocket, round_dir, tmp_path):
     """A rate gives the time of its stage, a bound where the tokens are one, and goes before the
     speed that is recorded."""
-    new = ["mpd-gen", "plan", pocket, "--out", tmp_path / "o", "--set", "rounds=1"]
+    new = ["mpd-rounds", pocket, "--out", tmp_path / "o", "--set", "rounds=1", "--dry-run"]
     rates = {"rollouts": 1000, "rewrite": 500, "train": 2000}
     given = [x for stage, rate in rates.items() for x in ("--rate", f"{stage}={rate}")]
     plans = {x["label"]: x["plan"] for x in json.loads(run(*new, *given, "--json").stdout)["steps"]}
@@ -441,8 +443,8 @@ def test_a_pipeline_is_planned_at_given_rates(pocket, round_dir, tmp_path):
         assert "tokens per second" in run(*new, "--rate", wrong, code=2).stderr
 
     shutil.copytree(round_dir, tmp_path / "p" / "data" / "round9")
-    known = ["mpd-gen", "plan", pocket, "--out", tmp_path / "p", "--rate", "rollouts=7", "--json"]
-    plans = {x["label"]: x["plan"] for x in json.loads(run(*known).stdout)["steps"]}
+    known = ["mpd-rounds", pocket, "--out", tmp_path / "p", "--rate", "rollouts=7"]
+    plans = {x["label"]: x["plan"] for x in dry(*known)["steps"]}
     plan = plans["round 1: rollouts"]
     assert plan["seconds"] == pytest.approx(plan["tokens_expected"] / 7, abs=0.1)
     assert plans["round 1: rewrite"]["device"].startswith("cpu")

@@ -13,17 +13,11 @@ import pytest
 from conftest import ROOT, STUDENT, write_jsonl
 from hub import Hub
 
-from mpd_data.errors import ConfigError, DataError
-from mpd_data.models import load_tokenizer, resolve_model
-from mpd_data.prompts import (
-    ChatFormatter,
-    PromptError,
-    fill_prompt,
-    load_examples,
-    load_prompts,
-    thinking_switch,
-)
-from mpd_data.sources import HubSource
+from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.common.models import load_tokenizer, resolve_model
+from mpd_data.prompts.chat import ChatFormatter, PromptError, thinking_switch
+from mpd_data.prompts.reader import fill_prompt, load_examples, load_prompts
+from mpd_data.prompts.sources import HubSource
 
 # As Qwen3's: thinking is on unless the switch is false, thoughts of earlier turns are cut.
 QWEN = """{%- for message in messages %}
@@ -268,9 +262,9 @@ def test_a_dry_run_needs_no_weights(tmp_path):
 
 LOAD = """
 import dataclasses, json, sys
-from mpd_data.errors import MPDError
-from mpd_data.models import resolve_model
-from mpd_data.prompts import load_prompts
+from mpd_data.common.errors import MPDError
+from mpd_data.common.models import resolve_model
+from mpd_data.prompts.reader import load_prompts
 found = []
 for kind, *arguments in json.loads(sys.argv[1]):
     try:

@@ -26,16 +26,17 @@ from conftest import (
     write_jsonl,
 )
 
-from mpd_data import ray_stage, rollouts
+from mpd_data import rollouts
 from mpd_data.cli import cli
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.options import build
 from mpd_data.config import RolloutsConfig
-from mpd_data.errors import ConfigError
-from mpd_data.locks import Part
-from mpd_data.options import build
-from mpd_data.progress import Progress
-from mpd_data.ray_stage import BLOCKS_PER_ACTOR, EngineActor, Job
-from mpd_data.shards import RoundDir
-from mpd_data.status import round_status, show_status
+from mpd_data.inspect.status import round_status, show_status
+from mpd_data.parts import ray as ray_parts
+from mpd_data.parts.ray import BLOCKS_PER_ACTOR, EngineActor, Job
+from mpd_data.store.locks import Part
+from mpd_data.store.progress import Progress
+from mpd_data.store.round import RoundDir
 
 # A node is a raylet with room for one actor.
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
@@ -218,9 +219,9 @@ def test_an_actor_keeps_its_engine_and_stops_when_told(job, monkeypatch):
         started.append(start_engine(*arguments))
         return started[-1]
 
-    start_engine = ray_stage.start_engine
-    monkeypatch.setattr(ray_stage, "start_engine", counted)
-    monkeypatch.setattr(ray_stage, "_SECONDS_PER_LOOK", 0.0)
+    start_engine = ray_parts.start_engine
+    monkeypatch.setattr(ray_parts, "start_engine", counted)
+    monkeypatch.setattr(ray_parts, "_SECONDS_PER_LOOK", 0.0)
     actor = EngineActor(job)
     with contextlib.ExitStack() as held:
         held.enter_context(told(job))
@@ -253,8 +254,8 @@ def test_a_node_that_does_not_share_the_folder_is_told(job):
 
 def test_a_block_waits_for_its_earlier_attempt(job, monkeypatch):
     """A process that Ray has given up and that lives on still holds its block."""
-    monkeypatch.setattr(ray_stage, "_PATIENCE", 0.5)
-    monkeypatch.setattr(ray_stage, "_SECONDS_PER_LOOK", 0.1)
+    monkeypatch.setattr(ray_parts, "_PATIENCE", 0.5)
+    monkeypatch.setattr(ray_parts, "_SECONDS_PER_LOOK", 0.1)
     began = time.monotonic()
     with told(job), RoundDir(job.folder).lock("rollouts", Part(1, 2)):
         said = do(EngineActor(job), 1)

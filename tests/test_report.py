@@ -18,11 +18,11 @@ from browser import HOW, find_browser
 from conftest import STUDENT, TEACHER, edit_rows, invoke, run, write_jsonl
 from playwright.sync_api import sync_playwright
 
-from mpd_data.compare import compare
-from mpd_data.errors import ConfigError, DataError
-from pipelines.report.cli import cli
-from pipelines.report.examples import shortened, word_diff
-from pipelines.report.write import write_report
+from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.inspect.compare import compare
+from mpd_rounds.report.cli import cli
+from mpd_rounds.report.examples import shortened, word_diff
+from mpd_rounds.report.write import write_report
 
 FILES = ["report.html", "report.md", "data_card.md"]
 HOSTILE = (
@@ -216,7 +216,7 @@ def test_the_same_run_gives_the_same_bytes(made, tmp_path, monkeypatch):
 
 def test_no_engine_is_loaded(made, tmp_path):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom pipelines.report.write import write_report\n"
+        "import sys\nfrom pathlib import Path\nfrom mpd_rounds.report.write import write_report\n"
         "write_report([Path(sys.argv[1])], Path(sys.argv[2]))\n"
         "print(*{'torch', 'transformers', 'vllm'} & set(sys.modules))"
     )
@@ -537,7 +537,7 @@ def test_the_data_card(made, copied, tmp_path):
 
 
 def test_a_pipeline_declares_licences(prompts, tmp_path):
-    from pipelines.steps import load_pipeline
+    from mpd_rounds.run.steps import load_pipeline
 
     text = PIPELINE.format(student=STUDENT, teacher=TEACHER, prompts=prompts)
     path = tmp_path / "p.toml"

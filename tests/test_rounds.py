@@ -15,10 +15,11 @@ from conftest import ROOT, STUDENT, command, environment, run, with_adapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from mpd_data.common.errors import ConfigError
 from mpd_data.config import RolloutsConfig
-from mpd_data.errors import ConfigError
-from pipelines.rounds import Finished, Plan, Runner, _inputs
-from pipelines.steps import Step, load_pipeline, rewrite_step
+from mpd_rounds.run.layout import Plan
+from mpd_rounds.run.runner import Finished, Runner, _inputs
+from mpd_rounds.run.steps import Step, load_pipeline, rewrite_step
 
 POCKET = ROOT / "pipelines" / "pocket" / "pipeline.toml"
 

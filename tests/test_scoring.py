@@ -12,13 +12,15 @@ import torch
 from conftest import STUDENT, TEACHER, TEMPLATE, rewrite_arguments, run
 from transformers import AutoModelForCausalLM
 
+from mpd_data.common.models import load_tokenizer, resolve_model
 from mpd_data.config import EngineConfig, SamplingConfig
-from mpd_data.engine import RequestError, Scores, start_engine
-from mpd_data.models import load_tokenizer, resolve_model
-from mpd_data.prompts import ChatFormatter
-from mpd_data.scores import as_float16, tail_logprobs
-from mpd_data.shards import RoundDir, read_metadata
-from mpd_data.template import load_template
+from mpd_data.engines.protocol import RequestError, Scores
+from mpd_data.engines.scores import as_float16, tail_logprobs
+from mpd_data.engines.start import start_engine
+from mpd_data.prompts.chat import ChatFormatter
+from mpd_data.prompts.template import load_template
+from mpd_data.store.round import RoundDir
+from mpd_data.store.shards import read_metadata
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,11 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from mpd_data.errors import ConfigError, DataError, MPDError
-from mpd_data.shards import RoundDir, read_metadata
-from mpd_data.validate import validate_round
-from mpd_data.writer import ShardWriter, commit_file
+from mpd_data.common.errors import ConfigError, DataError, MPDError
+from mpd_data.inspect.validate import validate_round
+from mpd_data.store.round import RoundDir
+from mpd_data.store.shards import read_metadata
+from mpd_data.store.writer import ShardWriter, commit_file
 
 
 def error_row(i):
@@ -119,7 +120,7 @@ def test_processes_racing_for_names_lose_no_file(tmp_path, hard_links):
     code = """
         import sys
         from pathlib import Path
-        from mpd_data.writer import commit_file
+        from mpd_data.store.writer import commit_file
         root = Path(sys.argv[1])
         for i in range(60):
             staged = root / f"staged-{sys.argv[2]}-{i}"
@@ -184,7 +185,7 @@ def test_append_after_a_torn_line_starts_a_new_one(tmp_path):
 
 def test_a_second_writer_is_refused(tmp_path):
     round_dir = RoundDir(tmp_path / "r")
-    code = "from pathlib import Path; from mpd_data.shards import RoundDir; import sys\n"
+    code = "from pathlib import Path; from mpd_data.store.round import RoundDir; import sys\n"
     code += "with RoundDir(Path(sys.argv[1])).lock(): pass"
     with round_dir.lock():
         other = subprocess.run(
@@ -268,8 +269,8 @@ WRITER = """
     from pathlib import Path
     sys.path.insert(0, "tests")
     from test_shards import rollout_row
-    from mpd_data.shards import RoundDir
-    from mpd_data.writer import ShardWriter
+    from mpd_data.store.round import RoundDir
+    from mpd_data.store.writer import ShardWriter
     round_dir = RoundDir(Path(sys.argv[1]))
     with round_dir.lock():
         done = round_dir.recover("rollouts")
@@ -318,7 +319,7 @@ def interrupted(path, pairs, at):
 
     def trace(frame, event, _):
         nonlocal seen
-        if not frame.f_code.co_filename.endswith("mpd_data/writer.py"):
+        if not frame.f_code.co_filename.endswith("mpd_data/store/writer.py"):
             return None
         if event == "line":
             seen += 1
@@ -386,8 +387,8 @@ CRASHER = """
     from pathlib import Path
     sys.path.insert(0, "tests")
     from test_shards import rollout_row
-    from mpd_data.shards import RoundDir
-    from mpd_data.writer import ShardWriter
+    from mpd_data.store.round import RoundDir
+    from mpd_data.store.writer import ShardWriter
     left = int(sys.argv[2])
     def die(event, arguments):
         global left

@@ -12,12 +12,13 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT
 
-from mpd_data.checkers import NumberChecker
-from mpd_data.contamination import check_contamination
-from mpd_data.models import load_tokenizer as load
-from mpd_data.models import resolve_model
-from mpd_data.prompts import ChatFormatter, load_examples
-from mpd_data.template import load_template
+from mpd_data.checkers.builtin import NumberChecker
+from mpd_data.common.models import load_tokenizer as load
+from mpd_data.common.models import resolve_model
+from mpd_data.inspect.contamination import check_contamination
+from mpd_data.prompts.chat import ChatFormatter
+from mpd_data.prompts.reader import load_examples
+from mpd_data.prompts.template import load_template
 from pipelines.smollm2 import model, prompts
 
 PACKAGES = ROOT / "runs" / "smollm2" / "packages"

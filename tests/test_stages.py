@@ -16,13 +16,14 @@ from hub import Hub
 from transformers import AutoModelForCausalLM
 
 from mpd_data.cli import cli
+from mpd_data.common.errors import ConfigError, EngineError, MPDError
+from mpd_data.common.models import load_tokenizer, resolve_model
 from mpd_data.config import RewriteConfig, RolloutsConfig
-from mpd_data.errors import ConfigError, EngineError, MPDError
-from mpd_data.models import load_tokenizer, resolve_model
-from mpd_data.refilter import run_refilter
 from mpd_data.rewrite import run_rewrite
 from mpd_data.rollouts import run_rollouts
-from mpd_data.shards import RoundDir, read_metadata
+from mpd_data.select.refilter import run_refilter
+from mpd_data.store.round import RoundDir
+from mpd_data.store.shards import read_metadata
 
 ENGINE = {"dtype": "float32", "max_num_seqs": 16, "kv_cache_gib": 0.25}
 
@@ -521,7 +522,7 @@ def test_a_pipeline_is_refused_on_a_cpu(stage):
 RUN = """
 import json, sys
 from mpd_data.config import RewriteConfig, RolloutsConfig
-from mpd_data.errors import MPDError
+from mpd_data.common.errors import MPDError
 from mpd_data.rewrite import run_rewrite
 from mpd_data.rollouts import run_rollouts
 from mpd_train.config import TrainConfig

@@ -13,12 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, command, environment, invoke, run
 
-from mpd_data.compare import compare, evaluate
-from mpd_data.errors import ConfigError
-from mpd_data.shards import RoundDir, read_metadata
-from mpd_data.writer import ShardWriter
-from pipelines.study import Planner, cli, load_study, run_study, waves_of
-from pipelines.study_results import _figures
+from mpd_data.common.errors import ConfigError
+from mpd_data.inspect.compare import compare, evaluate
+from mpd_data.store.round import RoundDir
+from mpd_data.store.shards import read_metadata
+from mpd_data.store.writer import ShardWriter
+from mpd_rounds.study.cli import cli
+from mpd_rounds.study.results import _figures
+from mpd_rounds.study.study import Planner, load_study, run_study, waves_of
 
 POCKET = ROOT / "pipelines" / "pocket" / "study.toml"
 TEXT = """

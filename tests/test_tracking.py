@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 from conftest import STUDENT, environment
 
-from mpd_data.errors import ConfigError
+from mpd_data.common.errors import ConfigError
 from mpd_train.config import TrainConfig
 from mpd_train.loop import train
 

@@ -24,19 +24,21 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mpd_data.errors import ConfigError, MPDError
-from mpd_data.locks import exclusive
-from mpd_data.models import load_tokenizer, resolve_model
-from mpd_data.shards import RoundDir
+from mpd_data.common.errors import ConfigError, MPDError
+from mpd_data.common.models import load_tokenizer, resolve_model
+from mpd_data.store.locks import exclusive
+from mpd_data.store.round import RoundDir
 from mpd_train import checkpoint
 from mpd_train.config import LossConfig, OptimizerConfig, TrainConfig
-from mpd_train.evaluate import pack_loss
+from mpd_train.data.batches import load_pack
+from mpd_train.data.packing import make_packs
+from mpd_train.data.shard_set import ShardSet
+from mpd_train.distributed import Ranks
 from mpd_train.kl import NAMES
 from mpd_train.loop import train
-from mpd_train.models import CausalLM
+from mpd_train.loss import pack_loss
+from mpd_train.model.causal_lm import CausalLM
 from mpd_train.optimizer import learning_rate, make_optimizer
-from mpd_train.parallel import Ranks
-from mpd_train.stream import ShardSet, load_pack, make_packs
 
 CPU = torch.device("cpu")
 

@@ -14,15 +14,17 @@ from conftest import STUDENT, TEACHER, invoke
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from mpd_data.errors import ConfigError
-from mpd_data.models import resolve_model
-from mpd_data.shards import RoundDir
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.models import resolve_model
+from mpd_data.store.round import RoundDir
 from mpd_train.cli import cli
 from mpd_train.config import LossConfig, TrainConfig
-from mpd_train.evaluate import pack_loss
+from mpd_train.data.batches import load_pack
+from mpd_train.data.packing import make_packs
+from mpd_train.data.shard_set import ShardSet
 from mpd_train.loop import train
-from mpd_train.models import CausalLM
-from mpd_train.stream import ShardSet, load_pack, make_packs
+from mpd_train.loss import pack_loss
+from mpd_train.model.causal_lm import CausalLM
 
 KEPT = 48
 CPU = torch.device("cpu")

@@ -11,12 +11,14 @@ import torch
 from conftest import ROOT, STUDENT, environment, rewrite_arguments, rollout_arguments, run
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.models import load_tokenizer, resolve_model
 from mpd_data.config import EngineConfig, SamplingConfig
-from mpd_data.engine import RequestError, start_engine
-from mpd_data.errors import ConfigError
-from mpd_data.models import load_tokenizer, resolve_model
-from mpd_data.prompts import ChatFormatter
-from mpd_data.shards import RoundDir, read_metadata
+from mpd_data.engines.protocol import RequestError
+from mpd_data.engines.start import start_engine
+from mpd_data.prompts.chat import ChatFormatter
+from mpd_data.store.round import RoundDir
+from mpd_data.store.shards import read_metadata
 
 
 def start(**settings):

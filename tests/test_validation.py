@@ -9,15 +9,17 @@ import torch
 from conftest import STUDENT
 from safetensors.torch import load_file
 
-from mpd_data.errors import ConfigError
-from mpd_data.models import resolve_model
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.models import resolve_model
 from mpd_train import loop
 from mpd_train.config import LossConfig, TrainConfig
-from mpd_train.evaluate import validate
+from mpd_train.data.batches import Loader
+from mpd_train.data.packing import split_packs
+from mpd_train.data.shard_set import ShardSet
+from mpd_train.distributed import Ranks
 from mpd_train.loop import train
-from mpd_train.models import CausalLM
-from mpd_train.parallel import Ranks
-from mpd_train.stream import Loader, ShardSet, split_packs
+from mpd_train.loss import validate
+from mpd_train.model.causal_lm import CausalLM
 
 
 def config(round_dir, student, out, **changed):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpd_train.kl.fused import TopK
 from mpd_train.kl.objective import Objective
+from mpd_train.kl.types import TopK
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ Registered as one custom operator, `mpd::linear_kl`, so that torch.compile and F
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mpd_train.kl.divergence import Divergence, Name
 from mpd_train.kl.objective import Objective
+from mpd_train.kl.types import FOUND, Dense, Heads, TopK, accumulation_dtype
 
 # Rows of a product with the head's gradient, and of those the rows that have float32 logits at a
 # time: of the student alone, and of both models. Where the gradient takes the logits' place all of
@@ -31,44 +31,6 @@ _CHECKED_ROWS = 16_384
 _LEAST_BYTES = 16 << 20
 # Vocabulary rows upcast at a time where the device has no mixed-precision product.
 _VOCAB_BLOCK = 8192
-# Columns of what is found about each token; the order of KLOutput's fields after `loss`.
-FOUND = 6
-
-
-@dataclass(frozen=True)
-class TopK:
-    """A teacher known by top K and tail: ids [n, K] (-1: none), logprobs [n, K], tail [n]."""
-
-    ids: Tensor
-    logprobs: Tensor
-    tail: Tensor
-
-    def take(self, rows: Tensor | slice) -> "TopK":
-        return TopK(self.ids[rows], self.logprobs[rows], self.tail[rows])
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A teacher over the full vocabulary: hidden [n, Ht], weight [V, Ht], bias [V]."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-    def take(self, rows: Tensor | slice) -> "Dense":
-        return Dense(self.hidden[rows], self.weight, self.bias)
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Where the student's logits come from: hidden [n, H] and weight [V, H], bias [V], and the
-    states [n, r] and up-projection [V, r] of an adapter."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    low_hidden: Tensor | None
-    low_weight: Tensor | None
 
 
 class Kernels(Protocol):
@@ -456,10 +418,6 @@ def _kernels(backend: str) -> Kernels:
     from mpd_train.kl import torch_kernels
 
     return torch_kernels
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _is_exact(x: Tensor) -> bool:

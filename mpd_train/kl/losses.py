@@ -10,6 +10,7 @@ from torch import Tensor
 from mpd_train.kl import fused, reference
 from mpd_train.kl.divergence import Divergence
 from mpd_train.kl.objective import Objective
+from mpd_train.kl.types import Dense, Heads, TopK, accumulation_dtype
 
 Backend = Literal["triton", "torch", "reference"]
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -116,7 +117,7 @@ def sparse_kl(
             f"teacher shapes {tuple(topk_ids.shape)}, {tuple(topk_logprobs.shape)},"
             f" {tuple(tail_logprobs.shape)} do not fit {hidden.shape[0]} hidden states"
         )
-    teacher = fused.TopK(topk_ids, topk_logprobs.detach(), tail_logprobs.detach())
+    teacher = TopK(topk_ids, topk_logprobs.detach(), tail_logprobs.detach())
     objective = Objective(divergence, temperature, divergence_clip, ce_weight, softcap)
     student = _Student(hidden, weight, bias, low_rank)
     return _apply(student, teacher, labels, weights, normalizer, objective, backend, chunk_size)
@@ -160,7 +161,7 @@ def dense_kl(
             f"{teacher_hidden.shape[0]} teacher states, {hidden.shape[0]} student states"
         )
     _require_head("teacher ", teacher_hidden, teacher_weight, teacher_bias)
-    teacher = fused.Dense(
+    teacher = Dense(
         teacher_hidden.detach(),
         gathered(teacher_weight.detach()),
         None if teacher_bias is None else gathered(teacher_bias.detach()),
@@ -182,7 +183,7 @@ class _Student:
 
 def _apply(
     student: _Student,
-    teacher: fused.TopK | fused.Dense,
+    teacher: TopK | Dense,
     labels: Tensor | None,
     weights: Tensor | None,
     normalizer: float | Tensor,
@@ -218,7 +219,7 @@ def _apply(
     if isinstance(normalizer, float | int) and not normalizer > 0:
         raise ValueError(f"normalizer needs to be above 0, found {normalizer}")
 
-    exact = fused.accumulation_dtype(hidden.dtype)
+    exact = accumulation_dtype(hidden.dtype)
     factors = hidden.new_ones(n, dtype=exact) if weights is None else weights.detach().to(exact)
     # An empty batch may have a normaliser of 0.
     factors = torch.where(factors != 0, factors / normalizer, 0.0)
@@ -234,7 +235,7 @@ def _apply(
         with torch.autocast(hidden.device.type, enabled=False):
             low_hidden = states @ gathered(low.a).to(hidden.dtype).T * low.scale
         low_weight = gathered(low.b)
-    heads = fused.Heads(hidden, weight, bias, low_hidden, low_weight)
+    heads = Heads(hidden, weight, bias, low_hidden, low_weight)
     if backend == "reference":
         loss, found = reference.loss(heads, teacher, labels, factors, objective)
     else:

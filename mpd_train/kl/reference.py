@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mpd_train.kl.divergence import LOG_FLOOR, Divergence
-from mpd_train.kl.fused import FOUND, Dense, Heads, TopK
 from mpd_train.kl.objective import Objective
+from mpd_train.kl.types import FOUND, Dense, Heads, TopK
 
 
 def loss(

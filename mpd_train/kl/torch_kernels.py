@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mpd_train.kl.buckets import entropy, over_buckets
-from mpd_train.kl.fused import TopK
 from mpd_train.kl.objective import Objective
+from mpd_train.kl.types import TopK
 
 # Bytes of logits at a time: within a core's cache, or enough to fill a GPU.
 _TILE_BYTES = {"cpu": 512 << 10, "cuda": 128 << 20}

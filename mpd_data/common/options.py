@@ -1,0 +1,184 @@
+"""Command-line options made from a pydantic model, so that each setting is stated once.
+
+Nested models are flattened: `sampling.temperature` becomes `--temperature`.
+"""
+
+import json
+import re
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+from mpd_data.common.errors import ConfigError, nearest
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _fields(model: type[BaseModel]) -> Iterator[tuple[str | None, str, Any, Any, str | None]]:
+    """(section, name, annotation, default, help) of each option; PydanticUndefined: required."""
+    for name, info in model.model_fields.items():
+        nested = info.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            for inner, inner_info in nested.model_fields.items():
+                default = inner_info.get_default(call_default_factory=True)
+                yield name, inner, inner_info.annotation, default, inner_info.description
+        else:
+            default = info.get_default(call_default_factory=True)
+            yield None, name, info.annotation, default, info.description
+
+
+def _plain(annotation: Any) -> Any:
+    """X of `X | None`, else the annotation."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(a for a in get_args(annotation) if a is not type(None))
+    return annotation
+
+
+def _json_object(_: click.Context, option: click.Parameter, value: str | None) -> Any:
+    if value is None:
+        return None
+    try:
+        parsed = json.loads(value)
+    except ValueError as error:
+        raise click.BadParameter(f"not JSON: {error}", param=option) from error
+    if not isinstance(parsed, dict):
+        raise click.BadParameter("expected a JSON object", param=option)
+    return parsed
+
+
+class _Choice(click.Choice[str]):
+    """A choice that names the nearest one to what was given."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            near = nearest(str(value), self.choices)
+            if near is None:
+                raise
+            raise click.BadParameter(
+                f"{error.message} Did you mean {near!r}?", ctx, param
+            ) from None
+
+
+def config_options(
+    model: type[BaseModel], also: dict[str, str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator that gives a command one option per field of `model`; `also` adds a second
+    spelling."""
+
+    names = [name for _, name, *_ in _fields(model)]
+    if len(set(names)) < len(names):
+        raise TypeError(f"{model.__name__}: two settings share an option's name")
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for _, name, annotation, default, help_ in reversed(list(_fields(model))):
+            plain = _plain(annotation)
+            flags = [f"--{name.replace('_', '-')}", name]
+            if also and name in also:
+                flags.insert(1, also[name])
+            required = default is PydanticUndefined
+            settings: dict[str, Any] = {
+                "help": help_,
+                "required": required,
+                "default": None if required else default,
+                "show_default": not required and default not in (None, {}, []),
+            }
+            if plain is bool:
+                flags[0] = f"{flags[0]}/--no-{name.replace('_', '-')}" if default else flags[0]
+                settings |= {"is_flag": True}
+            elif get_origin(plain) is Literal:
+                settings["type"] = _Choice(get_args(plain))
+            elif get_origin(plain) is list:
+                item = get_args(plain)[0]
+                choice = _Choice(get_args(item)) if get_origin(item) is Literal else item
+                settings |= {"type": choice, "multiple": True}
+            elif get_origin(plain) is dict:
+                settings |= {"callback": _json_object, "metavar": "JSON", "default": None}
+            else:
+                settings["type"] = click.Path(path_type=Path) if plain is Path else plain
+            command = click.option(*flags, **settings)(command)
+        return command
+
+    return decorate
+
+
+def build(model: type[Model], options: dict[str, Any]) -> Model:
+    """The model from a command's parsed options. Raises click.UsageError for bad values."""
+    values: dict[str, Any] = {}
+    for section, name, annotation, _, _ in _fields(model):
+        value = options[name]
+        if value is None:
+            continue
+        if get_origin(_plain(annotation)) is list:
+            value = list(value)
+        target = values if section is None else values.setdefault(section, {})
+        target[name] = value
+    try:
+        return model(**values)
+    except ValidationError as error:
+        lines = [f"--{str(e['loc'][-1]).replace('_', '-')}: {e['msg']}" for e in error.errors()]
+        raise click.UsageError("; ".join(lines)) from error
+
+
+def parse(model: type[Model], values: dict[str, Any], source: str) -> Model:
+    """The model from a TOML section. Raises ConfigError; an unknown key gets its nearest name."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        lines = []
+        for e in error.errors():
+            place = ".".join(map(str, e["loc"]))
+            if e["type"] == "extra_forbidden":
+                near = nearest(str(e["loc"][-1]), _known(model, e["loc"]))
+                said = f"{place}: unknown setting"
+            else:
+                # A Literal's message spells what there is, each in quotes.
+                known = re.findall("'([^']*)'", e["msg"]) if e["type"] == "literal_error" else ()
+                near = nearest(str(e["input"]), known)
+                said = f"{place}: {e['msg']}"
+                # Our own checks say what they found, where it may be said.
+                if e["type"] != "value_error":
+                    said += f", found {e['input']!r}"
+            lines.append(said if near is None else f"{said}; did you mean {near!r}?")
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from error
+
+
+def _known(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Names of the settings beside the one at `location`; a number in it is a place in a list."""
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        inner = None if field is None else _plain(field.annotation)
+        if get_origin(inner) is list:
+            inner = get_args(inner)[0]
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def arguments(config: BaseModel) -> list[str]:
+    """The command line that gives `config`: every setting that is not at its default."""
+    result: list[str] = []
+    for section, name, annotation, default, _ in _fields(type(config)):
+        value = getattr(config if section is None else getattr(config, section), name)
+        if value == default or value is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if _plain(annotation) is bool:
+            result.append(flag if value else f"--no-{name.replace('_', '-')}")
+        elif isinstance(value, list):
+            for item in value:
+                result += [flag, str(item)]
+        elif isinstance(value, dict):
+            result += [flag, json.dumps(value)]
+        else:
+            result += [flag, str(value)]
+    return result

@@ -1,0 +1,1 @@
+"""Plan a stage without running it: tokens, disk, time."""

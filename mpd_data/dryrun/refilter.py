@@ -1,0 +1,74 @@
+"""Plan `mpd-gen rewrite --refilter` without running it."""
+
+import itertools
+from collections import Counter
+
+from mpd_data.common.options import arguments
+from mpd_data.config import RewriteConfig
+from mpd_data.dryrun.learned import as_saved
+from mpd_data.dryrun.plan import StagePlan, distill_bytes
+from mpd_data.engines.start import server_notes
+from mpd_data.rewrite_setup import refuse_half_refiltered
+from mpd_data.select.filters import settle
+from mpd_data.select.likeliest import candidates, choosing_student
+from mpd_data.select.refilter import _changed_rules, _require_teacher, _teacher, check_refilter
+from mpd_data.select.second_pass import LIGHT
+from mpd_data.store.round import RoundDir
+from mpd_data.store.schema import STATUSES
+from mpd_data.store.shards import read_metadata
+
+
+def plan_refilter(config: RewriteConfig) -> StagePlan:
+    """What `run_refilter` would do, found without an engine or weights and without writing
+    anything. Raises what the run would raise before it starts its engine."""
+    round_dir = RoundDir(config.shards)
+    refuse_half_refiltered(round_dir)
+    saved = check_refilter(round_dir, config)
+    unchanged = _changed_rules(config, saved) is None
+    paths = round_dir.survey("distill").paths
+    before = Counter(round_dir.count_statuses(paths))
+    after: Counter[str] = Counter()
+    rollouts = unscored = tokens = waiting = 0
+    # The tails are there where the scores are, and are the smallest of their columns.
+    rows = round_dir.rows("distill", [*LIGHT, "tail_logprobs"], paths)
+    for _, group in itertools.groupby(rows, key=lambda row: row["rollout_id"]):
+        rewrites = sorted(group, key=lambda row: row["candidate_idx"])
+        rollouts += 1
+        if unchanged:
+            waiting += config.choose == "likeliest" and bool(candidates(rewrites))
+        else:
+            wanted = settle(rewrites, config.filters, config.choose)
+            waiting += bool(wanted) and all(row["status"] == "not_chosen" for row in wanted)
+            owed = [row for row in wanted if row["tail_logprobs"] is None]
+            unscored += len(owed)
+            tokens += sum(row["num_rewritten_tokens"] for row in owed)
+        after.update(row["status"] for row in rewrites)
+    metadata = read_metadata(paths[0]) if paths else {}
+    if config.choose == "likeliest" and metadata:
+        choosing_student(config, metadata["student"], metadata["tokenizer"], weights=False)
+    if unscored:
+        teacher = _teacher(config, weights=False)
+        _require_teacher(config, as_saved(teacher, saved["teacher"]), metadata)
+    size = sum(path.stat().st_size for path in paths)
+    more = distill_bytes(0, 0, tokens, saved["num_logprobs"], metadata.get("vocab_size", 2))
+    return StagePlan(
+        command="mpd-gen rewrite --refilter",
+        out=str(config.shards),
+        settings=arguments(config),
+        rows=rollouts,
+        committed=0 if waiting or not unchanged else rollouts,
+        owed=rollouts if waiting or not unchanged else 0,
+        disk_bytes=size + more if waiting or not unchanged else 0,
+        details={
+            "rewrites to score": unscored,
+            "tokens to score": tokens,
+            **({"rollouts for the student to choose": waiting} if waiting else {}),
+            **{
+                status: f"{before[status]:,} -> {after[status]:,}"
+                for status in STATUSES
+                if before[status] or after[status]
+            },
+        },
+        notes=["The rules are those of the rewrites that are there."] * (unchanged and not waiting)
+        + (server_notes(config.engine) if unscored else []),
+    )

@@ -1,0 +1,1 @@
+"""Generate and score tokens: one protocol, three engines."""

@@ -1,0 +1,460 @@
+"""A running vLLM server behind the engine protocol, through its OpenAI-compatible HTTP interface.
+
+Token ids go in and come out, and a prompt's log-probabilities come back: what vLLM adds to that
+interface (`return_token_ids`, `prompt_logprobs`). A server that lacks either is refused at the
+start. Requests run on an event loop in a thread of its own, at most `max_num_seqs` of them at once;
+what they bring is queued for `step`. A connection that fails is tried again for two minutes, an
+answer that says no is not. The API key goes into one header and nowhere else.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import json
+import logging
+import os
+import queue
+import random
+import socket
+import threading
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import numpy as np
+
+from mpd_data.common.errors import EngineError
+from mpd_data.common.models import ModelFiles, load_tokenizer
+from mpd_data.config import EngineConfig, SamplingConfig
+from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores
+
+try:
+    import httpx
+except ImportError as missing:
+    raise EngineError(
+        f"httpx is not installed here ({missing}), which speaks to the server: pip install"
+        " '.[openai]'."
+    ) from missing
+
+_KEYS = ("MPD_API_KEY", "OPENAI_API_KEY")
+# Seconds that a request is tried again for, counted from its first failure.
+_PATIENCE = 120.0
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 20.0
+# Nothing comes back before the last token of a long completion is there; that the server lives is
+# for TCP to find out.
+_SECONDS_PER_ANSWER = 3600.0
+_SECONDS_PER_STEP = 0.1
+_PROBED_IDS = 256
+_LOST = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
+_BUSY = (429, 502, 503, 504)
+_REFUSED = (400, 413, 422)
+# JSON has no -inf; vLLM writes this.
+_NO_PROBABILITY = -9999.0
+
+_log = logging.getLogger(__name__)
+
+Result = Completion | Scores | Refused
+
+
+class OpenAIEngine:
+    """A model on a server. Raises EngineError where the server cannot do what the stages need."""
+
+    def __init__(
+        self,
+        model: ModelFiles,
+        config: EngineConfig,
+        trust_remote_code: bool,
+        context: int,
+        max_logprobs: int,
+    ) -> None:
+        assert config.base_url is not None and model.served is not None
+        self.max_model_len = context
+        self.max_in_flight = 2 * config.max_num_seqs
+        self._url = config.base_url
+        self._model = model.served
+        self._max_logprobs = max_logprobs
+        self._key = _api_key()
+        tokenizer = load_tokenizer(model, trust_remote_code)
+        self._end_ids = _end_ids(model, tokenizer)
+        self._in_flight = 0
+        self._finished: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._warned = False
+        self._slots = asyncio.Semaphore(config.max_num_seqs)
+        # A score takes some 100 bytes of JSON for each of K x tokens log-probabilities: one answer
+        # at a time is read and taken apart, the others wait in the sockets.
+        self._reading = asyncio.Lock()
+        self._client = httpx.AsyncClient(
+            base_url=self._url,
+            headers={} if self._key is None else {"Authorization": f"Bearer {self._key}"},
+            timeout=httpx.Timeout(_SECONDS_PER_ANSWER, connect=10.0, write=60.0, pool=None),
+            transport=httpx.AsyncHTTPTransport(
+                limits=httpx.Limits(max_keepalive_connections=config.max_num_seqs),
+                socket_options=_keep_alive(),
+            ),
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        try:
+            self._start(self._check_server(tokenizer)).result()
+        except BaseException:
+            self.close()
+            raise
+
+    # -- the protocol -------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight
+
+    def submit_generate(
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
+    ) -> None:
+        self._require_room(prompt_ids)
+        self._submit(self._generate(key, prompt_ids, sampling, seed))
+
+    def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
+        self._require_room(context_ids + target_ids)
+        self._submit(self._score(key, context_ids, target_ids, k))
+
+    def step(self) -> list[Result]:
+        results: list[Result] = []
+        with contextlib.suppress(queue.Empty):
+            item = self._finished.get(timeout=_SECONDS_PER_STEP)
+            while True:
+                self._in_flight -= 1
+                if isinstance(item, BaseException):
+                    self._failure = self._failure or item
+                else:
+                    results.append(item)
+                item = self._finished.get_nowait()
+        # What finished before the failure is handed on first.
+        if self._failure is not None and not results:
+            raise self._failure
+        return results
+
+    def close(self) -> None:
+        async def end() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._client.aclose()
+
+        self._start(end()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # -- requests, on the event loop ----------------------------------------------------
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _require_room(self, ids: list[int]) -> None:
+        if len(ids) >= self.max_model_len:
+            raise RequestError(
+                f"{len(ids)} tokens leave no room in the context of {self.max_model_len}"
+            )
+
+    def _submit(self, work: Coroutine[Any, Any, Result]) -> None:
+        self._in_flight += 1
+        self._start(work).add_done_callback(self._deliver)
+
+    def _deliver(self, future: concurrent.futures.Future[Result]) -> None:
+        if not future.cancelled():
+            self._finished.put(future.exception() or future.result())
+
+    async def _generate(
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
+    ) -> Result:
+        limit = min(sampling.max_tokens, self.max_model_len - len(prompt_ids))
+        settings = {
+            "max_tokens": limit,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "seed": seed,
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+            # A server takes its defaults from the model's generation config, which is not what was
+            # asked for.
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+        }
+        try:
+            choice = await self._complete(prompt_ids, settings)
+        except RequestError as error:
+            return Refused(key, str(error))
+        token_ids, reason = self._token_ids(choice), choice.get("finish_reason")
+        if reason not in ("stop", "length"):
+            raise EngineError(f"{self._url}: request {key} ended by {reason!r}")
+        if reason == "stop" and (not token_ids or token_ids[-1] not in self._end_ids):
+            raise EngineError(
+                f"{self._url}: a completion stopped at the token {token_ids[-1:]}, which is none of"
+                f" {self._model}'s end tokens {sorted(self._end_ids)}. Start the server with the"
+                " model's own generation config and without stop tokens of another."
+            )
+        if reason == "length" and len(token_ids) != limit:
+            raise EngineError(
+                f"{self._url}: a completion was cut at {len(token_ids)} tokens, asked for {limit}."
+                " The server has a limit of its own; start it without one (vllm serve"
+                " --generation-config vllm)."
+            )
+        return Completion(key, token_ids, reason)
+
+    async def _score(
+        self, key: str, context_ids: list[int], target_ids: list[int], k: int
+    ) -> Result:
+        settings = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
+        try:
+            choice = await self._complete(context_ids + target_ids, settings)
+        except RequestError as error:
+            return Refused(key, str(error))
+        return self._scores(key, choice, len(context_ids), target_ids, k)
+
+    async def _complete(
+        self, ids: list[int], settings: dict[str, Any], patient: bool = True
+    ) -> Any:
+        """The one choice that the server returns. Raises RequestError and EngineError."""
+        body = {"model": self._model, "prompt": ids, **settings}
+        async with self._slots:
+            answer = await self._ask("/v1/completions", body, patient)
+        try:
+            return answer["choices"][0]
+        except (KeyError, IndexError, TypeError) as error:
+            raise self._unexpected("/v1/completions", "no choices") from error
+
+    async def _ask(self, path: str, body: Any = None, patient: bool = True) -> Any:
+        """The JSON that the server answers with (POST of `body`, GET without). A connection that
+        fails is tried again if `patient`. Raises RequestError where the server refuses the
+        request, EngineError for everything else."""
+        begun: float | None = None
+        wait = _FIRST_WAIT
+        while True:
+            cause: Exception | None = None
+            try:
+                method = "GET" if body is None else "POST"
+                async with self._client.stream(method, path, json=body) as response, self._reading:
+                    content = await response.aread()
+                if response.status_code == 200:
+                    self._warned = False
+                    return json.loads(content)
+                said = f"HTTP {response.status_code}: {self._said(content)}"
+                if response.status_code in _REFUSED:
+                    raise RequestError(said)
+                if response.status_code not in _BUSY:
+                    raise _Answered(response.status_code, f"{self._url}{path}: {said}")
+            except _LOST as error:
+                cause, said = error, self._hidden(f"{type(error).__name__}: {error}")
+            except ValueError as error:
+                if isinstance(error, RequestError):
+                    raise
+                raise self._unexpected(path, "no JSON") from error
+            now = time.monotonic()
+            begun = begun or now
+            if not patient:
+                raise EngineError(
+                    f"{self._url}{path}: {said}. Is the server up, and is that its URL?"
+                ) from cause
+            if now + wait > begun + _PATIENCE:
+                raise EngineError(
+                    f"{self._url}{path}: {said}; tried for {now - begun:.0f} s. Finished rows are"
+                    " committed; run the same command again to go on when the server is back. If it"
+                    " is too busy, lower --max-num-seqs."
+                ) from cause
+            if not self._warned:
+                self._warned = True
+                _log.warning("%s: %s; trying again for %.0f s", self._url, said, _PATIENCE)
+            # Spread, or all requests come back at once.
+            await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+            wait = min(2 * wait, _LONGEST_WAIT)
+
+    # -- what the server says -----------------------------------------------------------
+
+    def _said(self, content: bytes) -> str:
+        """The reason in an answer that is an error."""
+        text = content.decode(errors="replace")
+        try:
+            found = json.loads(text)
+            found = found.get("error", found.get("detail", found))
+            text = str(found.get("message", found))
+        except (ValueError, AttributeError, TypeError):
+            pass  # not vLLM's form: the text itself
+        return self._hidden(text.strip()[:500])
+
+    def _hidden(self, text: str) -> str:
+        """A server may repeat the key that it was sent."""
+        return text if self._key is None else text.replace(self._key, "***")
+
+    def _unexpected(self, path: str, found: str) -> EngineError:
+        return EngineError(
+            f"{self._url}{path}: the answer is not vLLM's ({found}). Expected a server of vLLM 0.32"
+            " or newer, or one that answers like it."
+        )
+
+    def _token_ids(self, choice: Any) -> list[int]:
+        ids = choice.get("token_ids")
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            raise EngineError(
+                f"{self._url}: the server returns no token ids (return_token_ids), and ids made"
+                " from text are not the model's. Use a vLLM server."
+            )
+        return ids
+
+    def _scores(self, key: str, choice: Any, start: int, target_ids: list[int], k: int) -> Scores:
+        """From a dictionary for each position but the first: token id -> logprob and rank, of the
+        K best and of the token there, which may be one of them."""
+        positions = choice.get("prompt_logprobs")
+        if positions is None:
+            raise EngineError(
+                f"{self._url}: the server returns no log-probabilities of the prompt"
+                " (prompt_logprobs), without which nothing can be scored. Use a vLLM server."
+            )
+        n = len(target_ids)
+        topk_ids = np.empty((n, k), np.int32)
+        topk_logprobs = np.empty((n, k), np.float32)
+        target_logprobs = np.empty(n, np.float32)
+        try:
+            if len(positions) != start + n:
+                raise ValueError(f"{len(positions)} positions of {start + n}")
+            for i, (position, target) in enumerate(zip(positions[start:], target_ids, strict=True)):
+                best = sorted(
+                    (entry["rank"], int(token), entry["logprob"])
+                    for token, entry in position.items()
+                )[:k]
+                ranks, topk_ids[i], topk_logprobs[i] = zip(*best, strict=True)
+                if ranks != tuple(range(1, k + 1)):
+                    raise ValueError(f"ranks {ranks[:3]} to {ranks[-1]}")
+                target_logprobs[i] = position[str(target)]["logprob"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._unexpected("/v1/completions", f"prompt_logprobs: {error}") from error
+        for logprobs in (topk_logprobs, target_logprobs):
+            logprobs[logprobs <= _NO_PROBABILITY] = -np.inf
+        return Scores(key, topk_ids, topk_logprobs, target_logprobs)
+
+    # -- the start ----------------------------------------------------------------------
+
+    async def _check_server(self, tokenizer: Any) -> None:
+        """Finds the model on the server and tries what the stages will ask of it."""
+        try:
+            await self._find_model()
+            text, ids = _probe(tokenizer)
+            await self._compare_tokenizer(text, ids)
+            await self._try_scoring(ids[:8])
+        except RequestError as error:
+            raise EngineError(
+                f"{self._url}: the server refuses a first request: {error}"
+            ) from error
+
+    async def _find_model(self) -> None:
+        """Takes the entry that has the model's name, or was loaded by it."""
+        answer = await self._ask("/v1/models", patient=False)
+        try:
+            entries = {entry["id"]: entry for entry in answer["data"]}
+        except (KeyError, TypeError) as error:
+            raise self._unexpected("/v1/models", "no list of models") from error
+        by_root = {entry.get("root"): entry for entry in entries.values()}
+        entry = entries.get(self._model) or by_root.get(self._model)
+        if entry is None:
+            raise EngineError(
+                f"{self._url} serves {', '.join(map(repr, entries)) or 'nothing'}, not"
+                f" {self._model!r}. If one of these is the model, name it: --served-model NAME."
+            )
+        self._model = entry["id"]
+        room = entry.get("max_model_len")
+        if room is not None and room < self.max_model_len:
+            raise EngineError(
+                f"{self._url}: the server runs {self._model} with a context of {room} tokens, this"
+                f" stage would with {self.max_model_len}. Give --max-model-len {room} here, or a"
+                " larger one to the server."
+            )
+
+    async def _compare_tokenizer(self, text: str, ids: list[int]) -> None:
+        """Ids mean the same on both sides, as far as a text of many tokens tells."""
+        body = {"model": self._model, "prompt": text, "add_special_tokens": False}
+        try:
+            answer = await self._ask("/tokenize", body, patient=False)
+        except _Answered as error:
+            if error.status in (404, 405):
+                return  # a gateway that passes on /v1 alone
+            raise
+        if not isinstance(answer, dict) or answer.get("tokens") != ids:
+            raise EngineError(
+                f"{self._url}: {self._model} there has another tokenizer than the files here: token"
+                " ids would mean other text. Serve the model that is named here, in the same"
+                " revision."
+            )
+
+    async def _try_scoring(self, ids: list[int]) -> None:
+        k = self._max_logprobs
+        settings = {
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "return_token_ids": True,
+            "prompt_logprobs": k,
+        }
+        try:
+            choice = await self._complete(ids, settings, patient=False)
+        except RequestError as error:
+            raise EngineError(
+                f"{self._url}: the server does not score with {k} log-probabilities a token:"
+                f" {error}. Start it with --max-logprobs {k} or more, or lower --num-logprobs."
+            ) from error
+        self._token_ids(choice)
+        self._scores("probe", choice, 1, ids[1:], k)
+
+
+class _Answered(EngineError):
+    """The server answered with an HTTP status that ends the job."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _api_key() -> str | None:
+    for name in _KEYS:
+        key = os.environ.get(name)
+        if not key:
+            continue
+        # httpx would name the header's value, which is the key, in its own complaint.
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise EngineError(f"{name}: has blanks or characters that no key has.")
+        return key
+    return None
+
+
+def _end_ids(model: ModelFiles, tokenizer: Any) -> set[int]:
+    """The tokens that end a turn, as vLLM takes them: the tokenizer's end token, and those of the
+    model's configs."""
+    found = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        path = model.path / name
+        if path.is_file():
+            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found |= set(named) if isinstance(named, list) else {named} - {None}
+    return found
+
+
+def _probe(tokenizer: Any) -> tuple[str, list[int]]:
+    """A text of tokens from all over the vocabulary, and its ids."""
+    size = len(tokenizer)
+    some = list(range(0, size, max(1, size // _PROBED_IDS)))
+    text = tokenizer.decode(some, skip_special_tokens=False)
+    return text, tokenizer.encode(text, add_special_tokens=False)
+
+
+def _keep_alive() -> list[tuple[int, int, int]]:
+    """Socket options by which a machine that is gone is found out within two minutes."""
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        options += [
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+        ]
+    return options

@@ -1,0 +1,62 @@
+"""From an engine's scores to the log-probability columns of a shard."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mpd_data.engines.protocol import Scores
+
+
+def tail_logprobs(
+    topk_logprobs: npt.NDArray[np.float32], vocab_size: int
+) -> npt.NDArray[np.float64]:
+    """Log of the mass outside the top K, [n, K] -> [n]; -inf where K is the whole vocabulary.
+
+    log(1 - sum p) in float64. Two bounds mend what float32 inputs cannot resolve: the mass is
+    at most (V - K) times the smallest kept probability, and where the kept ones sum to 1 up to
+    rounding the tail is taken as that rounding (or the bound, if smaller), never as zero: a
+    zero would make reverse KL infinite.
+    """
+    n, k = topk_logprobs.shape
+    if k == vocab_size:
+        return np.full(n, -np.inf)
+    exact = topk_logprobs.astype(np.float64)
+    missing = 1.0 - np.exp(exact).sum(axis=1)
+    resolution = float(np.finfo(np.float32).eps)
+    bound = exact[:, -1] + np.log(vocab_size - k)
+    tail: npt.NDArray[np.float64] = np.minimum(np.log(np.maximum(missing, resolution)), bound)
+    return tail
+
+
+def drop_padding(
+    ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32], k: int, vocab_size: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """The k best of [n, K] ids below `vocab_size`, most probable first, their log-probabilities
+    renormalised by the mass of the padding rows that were dropped. K must exceed k by at least
+    the number of padding rows."""
+    padding = ids >= vocab_size
+    if padding.any():
+        mass = np.where(padding, np.exp(logprobs.astype(np.float64)), 0.0).sum(axis=1)
+        logprobs = (logprobs - np.log1p(-mass)[:, None]).astype(np.float32)
+        order = np.argsort(padding, axis=1, kind="stable")
+        ids, logprobs = np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
+    return ids[:, :k], logprobs[:, :k]
+
+
+def as_float16(logprobs: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
+    """Rounds to float16, the lowest finite value standing for anything below it; -inf stays."""
+    lowest = float(np.finfo(np.float16).min)
+    bounded = np.where(np.isneginf(logprobs), -np.inf, np.maximum(logprobs, lowest))
+    rounded: npt.NDArray[np.float16] = bounded.astype(np.float16)
+    return rounded
+
+
+def score_columns(scores: Scores, k: int, vocab_size: int) -> dict[str, Any]:
+    """A distill row's log-probability columns: the k best below `vocab_size`, and the tail."""
+    ids, logprobs = drop_padding(scores.topk_ids, scores.topk_logprobs, k, vocab_size)
+    return {
+        "topk_ids": ids.reshape(-1),
+        "topk_logprobs": as_float16(logprobs).reshape(-1),
+        "tail_logprobs": as_float16(tail_logprobs(logprobs, vocab_size)),
+    }

@@ -1,0 +1,84 @@
+"""Choose and start an engine."""
+
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.models import ModelFiles
+from mpd_data.config import EngineConfig
+from mpd_data.engines.protocol import Engine
+
+# Settings of an engine that a server was started with.
+_THE_SERVERS = (
+    "dtype",
+    "max_num_batched_tokens",
+    "gpu_memory_utilization",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "kv_cache_gib",
+)
+
+
+def context_of(model: ModelFiles, config: EngineConfig) -> int:
+    """The context in tokens that the engine runs `model` with. Raises ConfigError for settings
+    that do not fit the model or the engine."""
+    if config.max_model_len is not None and config.max_model_len > model.context:
+        raise ConfigError(
+            f"{model.name}: --max-model-len {config.max_model_len} is over the model's context of"
+            f" {model.context} tokens."
+        )
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if config.backend == "transformers" and (size := getattr(config, name)) > 1:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {size}: the transformers backend runs a model on one"
+                " device. Use --backend vllm, or leave it out."
+            )
+    _check_server_settings(config)
+    return config.max_model_len or model.context
+
+
+def _check_server_settings(config: EngineConfig) -> None:
+    """Raises ConfigError for settings of a server without one, or that are the server's own."""
+    if config.backend != "openai":
+        for name in ("base_url", "served_model"):
+            if getattr(config, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} goes with --backend openai: add it.")
+        return
+    if config.base_url is None:
+        raise ConfigError(
+            "--backend openai needs the server's URL: --base-url http://HOST:8000. Start one with"
+            " vllm serve."
+        )
+    for name in _THE_SERVERS:
+        if getattr(config, name) != EngineConfig.model_fields[name].default:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is the server's to know with --backend openai: leave"
+                " it out here, and start the server with it."
+            )
+
+
+def server_notes(config: EngineConfig) -> list[str]:
+    """What a plan does not know of a stage whose model a server runs."""
+    if config.backend != "openai":
+        return []
+    return [f"{config.base_url} was not asked: whether it serves the model shows at the start."]
+
+
+def start_engine(
+    model: ModelFiles,
+    config: EngineConfig,
+    trust_remote_code: bool = False,
+    max_logprobs: int = 1,
+) -> Engine:
+    """The engine that `config` names, with `model` loaded. `max_logprobs`: the largest K that it
+    will be asked to score. Raises EngineError where it cannot start, ConfigError like
+    `context_of`."""
+    context = context_of(model, config)
+    if config.backend == "transformers":
+        from mpd_data.engines.transformers import TransformersEngine
+
+        return TransformersEngine(model, config, trust_remote_code, context)
+    if config.backend == "openai":
+        from mpd_data.engines.openai import OpenAIEngine
+
+        return OpenAIEngine(model, config, trust_remote_code, context, max_logprobs)
+    from mpd_data.engines.vllm import VLLMEngine
+
+    return VLLMEngine(model, config, trust_remote_code, context, max_logprobs)

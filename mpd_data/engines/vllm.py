@@ -1,0 +1,294 @@
+"""vLLM behind the engine protocol: its own step loop, fed one request at a time."""
+
+import gc
+import logging
+import os
+import sys
+import warnings
+from multiprocessing.connection import wait
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+
+from mpd_data.common.errors import EngineError
+from mpd_data.common.models import ModelFiles
+from mpd_data.config import EngineConfig, SamplingConfig
+from mpd_data.engines.protocol import Completion, RequestError, Scores
+
+
+def prepare_environment(on_cpu: bool) -> None:
+    """Settings vLLM reads when it is imported."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # A forked engine would inherit this process's round lock and its CUDA state.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    if on_cpu:
+        # In-process: starts in seconds instead of twenty, and deterministic.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # 'auto' pins every engine of a machine to the same core.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+class VLLMEngine:
+    """vLLM behind the protocol. Raises EngineError where it cannot start."""
+
+    def __init__(
+        self,
+        model: ModelFiles,
+        config: EngineConfig,
+        trust_remote_code: bool,
+        context: int,
+        max_logprobs: int,
+    ) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise EngineError(_NO_VLLM.format(error=error)) from error
+        # Ask the driver's management library, which leaves CUDA uninitialised for vLLM.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        on_cpu = not torch.cuda.is_available()
+        prepare_environment(on_cpu)
+        if on_cpu and config.pipeline_parallel_size > 1:
+            # It starts, and its second part dies at the first step (vLLM 0.32).
+            raise EngineError(
+                f"--pipeline-parallel-size {config.pipeline_parallel_size}: vLLM runs pipelines on"
+                " GPUs only. Leave it out here."
+            )
+        if on_cpu:
+            # The engine runs eagerly here; what would be compiled is one small function of
+            # scoring, and the compiler takes a minute over it on a fresh machine.
+            torch._dynamo.config.disable = True
+            # It warns that there is no Triton, which a CPU machine does not need.
+            logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+            if "OMP_NUM_THREADS" not in os.environ:
+                # A second thread that has to share its core slows small models down many times
+                # over. Set the variable for a large model on an idle machine.
+                os.environ["OMP_NUM_THREADS"] = "1"
+                torch.set_num_threads(1)
+        first = "vllm" not in sys.modules
+        try:
+            from vllm import LLM
+            from vllm.exceptions import VLLMError
+        except ImportError as error:
+            raise EngineError(_NO_VLLM.format(error=error)) from error
+        if first:
+            # The imports leave a million objects that live as long as the process, and vLLM
+            # collects garbage seven times from its start to its end: a third of a second each
+            # without this. Later, an engine that was closed could be among what is kept for good.
+            gc.freeze()
+
+        self.max_model_len = context
+        self.max_in_flight = 2 * config.max_num_seqs
+        settings: dict[str, Any] = {
+            "dtype": config.dtype,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "max_logprobs": max_logprobs,
+            "tokenizer": str(model.tokenizer_path),
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "pipeline_parallel_size": config.pipeline_parallel_size,
+            "trust_remote_code": trust_remote_code,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        }
+        if config.max_num_batched_tokens is not None:
+            settings["max_num_batched_tokens"] = config.max_num_batched_tokens
+        if on_cpu:
+            settings |= {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": int(config.kv_cache_gib * (1 << 30)),
+                # A seed with chunked prefill kills the CPU engine (no generator offsets there).
+                "enable_chunked_prefill": False,
+            }
+            settings["max_num_batched_tokens"] = max(
+                config.max_num_batched_tokens or 4096, self.max_model_len
+            )
+        else:
+            settings["gpu_memory_utilization"] = config.gpu_memory_utilization
+        if model.adapter is not None:
+            settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank(model)}
+        try:
+            with warnings.catch_warnings():
+                # vLLM's own use of torch, nothing that our users could change.
+                warnings.simplefilter("ignore", FutureWarning)
+                llm = LLM(str(model.path), **settings)
+            self._adapter = None if model.adapter is None else _load(llm, model.adapter)
+        except (VLLMError, ValueError, RuntimeError, OSError) as error:
+            raise EngineError(
+                f"{model.name}: vLLM cannot start with this model: {error}"
+            ) from error
+        self.llm = llm
+        self._engine = llm.llm_engine
+        _wake_when_dead(self._engine.engine_core)
+        self._open: dict[str, tuple[str, int, int]] = {}
+        self._serial = 0
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._open)
+
+    def submit_generate(
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
+    ) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            n=1,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=seed,
+            detokenize=False,
+            # Otherwise each step makes an output for each sequence, to be thrown away here.
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._submit(key, prompt_ids, params, 0, 0)
+
+    def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=k, flat_logprobs=True, detokenize=False
+        )
+        self._submit(key, context_ids + target_ids, params, len(context_ids), k)
+
+    def _submit(self, key: str, ids: list[int], params: Any, start: int, k: int) -> None:
+        from vllm.exceptions import VLLMClientError
+
+        self._serial += 1
+        request_id = str(self._serial)
+        try:
+            (rendered,) = self._engine.renderer.render_cmpl([{"prompt_token_ids": ids}])
+            self._engine.add_request(request_id, rendered, params, lora_request=self._adapter)
+        except (VLLMClientError, ValueError) as error:
+            raise RequestError(str(error)) from error
+        except Exception as error:  # nor is this engine one to go on with
+            raise _died(error) from error
+        self._open[request_id] = (key, start, k)
+
+    def step(self) -> list[Completion | Scores]:
+        try:
+            outputs = self._engine.step()
+        except Exception as error:  # whatever it is, what the engine had in hand is gone
+            raise _died(error) from error
+        results: list[Completion | Scores] = []
+        for output in outputs:
+            if not output.finished:
+                continue
+            key, start, k = self._open.pop(output.request_id)
+            if k:
+                results.append(_scores(key, output.prompt_logprobs, start, k))
+            else:
+                sample = output.outputs[0]
+                if sample.finish_reason not in ("stop", "length"):
+                    raise EngineError(f"request {key} ended by {sample.finish_reason!r}")
+                results.append(Completion(key, list(sample.token_ids), sample.finish_reason))
+        return results
+
+    def close(self) -> None:
+        # vLLM does so when the engine is collected as garbage, which may be after the next one
+        # has started: what the two share is then torn down under that one.
+        self._engine.engine_core.shutdown()
+
+
+def _died(error: Exception) -> EngineError:
+    # Some of vLLM's have no words, some have many lines.
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return EngineError(
+        f"the engine died: {lines[0]} Finished rows are committed; run the same command again to go"
+        " on. If it dies again, lower --max-num-seqs or --max-model-len."
+    )
+
+
+def _wake_when_dead(client: Any) -> None:
+    """Sees to it that `step` ends when the engine's process is killed, by the kernel for want of
+    memory, say: such a process cannot say that it dies, and vLLM's client waits for its next
+    output for ever. Does nothing where the engine is in this process."""
+    outputs = getattr(client, "outputs_queue", None)
+    manager = getattr(getattr(client, "resources", None), "engine_manager", None)
+    if outputs is None or manager is None:
+        return
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def wake() -> None:
+        wait([process.sentinel for process in manager.processes])
+        outputs.put_nowait(EngineDeadError())
+
+    Thread(target=wake, name="engine-watch", daemon=True).start()
+
+
+# The ranks that vLLM has room for.
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_MERGE = (
+    "Merge it into its base and give the merged folder (mpd-train leaves one in OUT/model, peft's"
+    " merge_and_unload makes one), or use --backend transformers."
+)
+
+
+def _rank(model: ModelFiles) -> int:
+    """The rank to make room for. Raises EngineError for an adapter that vLLM would refuse after
+    its start, or run without a part of it."""
+    from safetensors import safe_open
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.peft_helper import PEFTHelper
+
+    assert model.adapter is not None
+    for file in sorted(model.adapter.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            # vLLM leaves trained embeddings and heads out without a word.
+            ends = (".lora_A.weight", ".lora_B.weight")
+            other = [name for name in tensors.keys() if not name.endswith(ends)]  # noqa: SIM118
+        if other:
+            raise EngineError(
+                f"{model.name}: vLLM runs the low-rank factors of linear layers, and this adapter"
+                f" has {', '.join(sorted(other)[:3])} beside them. {_MERGE}"
+            )
+    try:
+        settings = PEFTHelper.from_local_dir(str(model.adapter), None)
+        largest = max(settings.r, *settings.rank_pattern.values(), 1)
+        rank = next((rank for rank in _RANKS if rank >= largest), _RANKS[-1])
+        settings.validate_legal(LoRAConfig(max_lora_rank=rank))
+    except (ValueError, TypeError) as error:
+        raise EngineError(
+            f"{model.name}: vLLM cannot run this adapter: {error} {_MERGE}"
+        ) from error
+    return rank
+
+
+def _load(llm: Any, adapter: Path) -> Any:
+    """The adapter, as each request names it. Raises RuntimeError where it does not fit."""
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest("adapter", 1, str(adapter))
+    try:
+        llm.llm_engine.add_lora(request)
+    except Exception as error:  # from an engine's own process it comes as nothing more specific
+        raise RuntimeError(f"{error} {_MERGE}") from error
+    return request
+
+
+def _scores(key: str, flat: Any, start: int, k: int) -> Scores:
+    """From vLLM's flat prompt log-probabilities: each position after the first holds the actual
+    token and then the k best, the actual one again if it is among them."""
+    first = flat.start_indices[start]
+    ids = np.asarray(flat.token_ids[first:], dtype=np.int32)
+    logprobs = np.asarray(flat.logprobs[first:], dtype=np.float32)
+    rows = len(flat) - start
+    if start == 0 or len(ids) != rows * (k + 1):
+        raise EngineError(
+            f"scoring {key}: expected {rows} positions of {k + 1} log-probabilities, found"
+            f" {len(ids)}. This vLLM lays its prompt log-probabilities out in another way; use a"
+            " version named in pyproject.toml."
+        )
+    ids, logprobs = ids.reshape(rows, k + 1), logprobs.reshape(rows, k + 1)
+    return Scores(key, ids[:, 1:], logprobs[:, 1:], logprobs[:, 0])
+
+
+_NO_VLLM = (
+    "vLLM is not installed here ({error}). Install the project with its engine:"
+    " pip install '.[gpu]' on a CUDA machine, `make install` on a CPU machine."
+)

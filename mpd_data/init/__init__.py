@@ -1,0 +1,1 @@
+"""`mpd-gen init`: write a pipeline for the user's models and prompts."""

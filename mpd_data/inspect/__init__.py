@@ -1,0 +1,1 @@
+"""Look at rounds: statistics, comparison, validation, contamination, status. No torch."""

@@ -1,0 +1,253 @@
+"""Before and after: two sets of rollouts on the same prompts, with paired intervals.
+
+The unit of chance is the problem, not the sample: samples of one problem are alike, so the
+bootstrap resamples problems, the same ones on both sides.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.hashing import differences
+from mpd_data.common.text import format_table
+from mpd_data.inspect.stats import GROUP_ORDER, collect, scan, with_group
+from mpd_data.store.round import RoundDir
+from mpd_data.store.shards import read_metadata
+
+RESAMPLES = 10_000
+_SEED = 0
+
+
+def per_problem(path: Path) -> pl.DataFrame:
+    """`samples`, mean `accuracy` and mean `tokens` of each prompt, by its id. Raises ConfigError
+    where there are no rollouts."""
+    rows = scan([path], "rollouts")
+    if rows is None:
+        raise ConfigError(f"{path}: no rollouts here. Give two folders that mpd-gen rollouts made.")
+    return collect(
+        rows.group_by("prompt_id")
+        .agg(
+            pl.len().alias("samples"),
+            pl.col("is_correct").cast(pl.Float64).mean().alias("accuracy"),
+            pl.col("num_completion_tokens").cast(pl.Float64).mean().alias("tokens"),
+        )
+        .sort("prompt_id")
+    )
+
+
+def _interval(draws: npt.NDArray[np.float64]) -> list[float]:
+    return [float(x) for x in np.quantile(draws, [0.025, 0.975])]
+
+
+def _resampled_means(
+    columns: list[npt.NDArray[np.float64]],
+) -> list[npt.NDArray[np.float64]]:
+    """Means of each column over RESAMPLES bootstrap samples of its rows, the same rows for all."""
+    n = len(columns[0])
+    rng = np.random.default_rng(_SEED)
+    means = [np.empty(RESAMPLES) for _ in columns]
+    block = max(1, 4_000_000 // n)
+    for first in range(0, RESAMPLES, block):
+        last = min(first + block, RESAMPLES)
+        chosen = rng.integers(0, n, size=(last - first, n))
+        for column, out in zip(columns, means, strict=True):
+            out[first:last] = column[chosen].mean(axis=1)
+    return means
+
+
+def evaluate(path: Path) -> dict[str, Any]:
+    """One set of rollouts by itself: accuracy (avg@n) and tokens, 95% bootstrap intervals over
+    problems, median tokens, truncated fraction. Accuracy is None where no prompt has a gold
+    answer."""
+    problems = per_problem(path)
+    rows = scan([path], "rollouts")
+    assert rows is not None
+    whole = collect(
+        rows.select(
+            pl.col("num_completion_tokens").median().alias("median"),
+            (pl.col("finish_reason") == "length").mean().alias("truncated"),
+            pl.col("num_completion_tokens").mean().alias("tokens"),
+        )
+    )
+    graded = problems["accuracy"].null_count() == 0
+    tokens, *accuracy = _resampled_means(
+        [problems[c].to_numpy() for c in (["tokens", "accuracy"] if graded else ["tokens"])]
+    )
+    return {
+        "problems": problems.height,
+        "samples": int(problems["samples"].sum()),
+        "accuracy": float(problems["accuracy"].to_numpy().mean()) if graded else None,
+        "accuracy_interval": _interval(accuracy[0]) if graded else None,
+        "mean_tokens": float(whole["tokens"].item()),
+        "mean_tokens_interval": _interval(tokens),
+        "median_tokens": float(whole["median"].item()),
+        "truncated": float(whole["truncated"].item()),
+    }
+
+
+def compare(base: Path, new: Path, by: str | None = None) -> dict[str, Any]:
+    """Both sides' `evaluate`, the accuracy difference (new - base) and the fraction of tokens
+    saved (1 - new / base), each with a paired 95% bootstrap interval over problems (None where
+    there is one problem alone). With `by`, a key of the rollouts' metadata, the same for the
+    problems of each of its values, in `groups`.
+
+    Raises ConfigError unless both were sampled on the same prompts, and where no rollout has the
+    key `by` or the two sides contradict each other in it.
+    """
+    left, right = per_problem(base), per_problem(new)
+    if not left["prompt_id"].equals(right["prompt_id"]):
+        shared = len(set(left["prompt_id"]) & set(right["prompt_id"]))
+        raise ConfigError(
+            f"{base} has {left.height} prompts, {new} has {right.height}, and they share {shared}."
+            " A paired comparison needs the same prompts on both sides: sample both from one file."
+        )
+    result = {
+        "settings_that_differ": _unlike_settings(base, new),
+        "base": evaluate(base),
+        "new": evaluate(new),
+        **paired(left, right),
+    }
+    if by is not None:
+        result["groups"] = _by_group(base, new, by, left, right)
+    return result
+
+
+def paired(left: pl.DataFrame, right: pl.DataFrame) -> dict[str, Any]:
+    """The differences between two frames of `per_problem`, of the same problems in the same order,
+    as in `compare`."""
+    graded = left["accuracy"].null_count() == 0 and right["accuracy"].null_count() == 0
+    names = ["tokens", "accuracy"] if graded else ["tokens"]
+    columns = [side[name].to_numpy() for name in names for side in (left, right)]
+    result: dict[str, Any] = {
+        "token_reduction": float(1 - columns[1].mean() / columns[0].mean()),
+        "token_reduction_interval": None,
+        "accuracy_difference": float(columns[3].mean() - columns[2].mean()) if graded else None,
+        "accuracy_difference_interval": None,
+    }
+    # One problem says nothing of how problems differ.
+    if left.height > 1:
+        means = _resampled_means(columns)
+        result["token_reduction_interval"] = _interval(1 - means[1] / means[0])
+        if graded:
+            result["accuracy_difference_interval"] = _interval(means[3] - means[2])
+    return result
+
+
+def _by_group(
+    base: Path, new: Path, by: str, left: pl.DataFrame, right: pl.DataFrame
+) -> list[dict[str, Any]]:
+    """Both sides and their differences for the problems of each value of `by`; a problem's value
+    is taken from whichever side carries it."""
+    rows = scan([base, new], "rollouts")
+    assert rows is not None
+    values = collect(
+        with_group(rows, by)
+        .group_by("prompt_id")
+        .agg(pl.col("group").drop_nulls().unique().sort())
+        .sort("prompt_id")
+    )
+    for prompt_id, found in values.filter(pl.col("group").list.len() > 1).iter_rows():
+        raise ConfigError(
+            f"--by {by!r}: prompt {prompt_id!r} has {found[0]!r} on one side and {found[1]!r} on"
+            " the other. Sample both from one file."
+        )
+    values = values.with_columns(pl.col("group").list.first())
+    groups = []
+    for value in values["group"].unique().to_frame().sort(*GROUP_ORDER, nulls_last=True)["group"]:
+        chosen = values["group"].eq_missing(value)
+        sides = [side.filter(chosen) for side in (left, right)]
+        groups.append(
+            {
+                "group": value,
+                "problems": sides[0].height,
+                "base": _means(sides[0]),
+                "new": _means(sides[1]),
+                **paired(*sides),
+            }
+        )
+    return groups
+
+
+def _means(problems: pl.DataFrame) -> dict[str, float | None]:
+    """Accuracy and mean tokens as `evaluate` defines them."""
+    graded = problems["accuracy"].null_count() == 0
+    return {
+        "accuracy": float(problems["accuracy"].to_numpy().mean()) if graded else None,
+        "mean_tokens": float(np.average(problems["tokens"], weights=problems["samples"])),
+    }
+
+
+def _unlike_settings(base: Path, new: Path) -> list[str]:
+    """How the sampling of the two differs: a comparison across it is the reader's to judge."""
+    settings = []
+    for path in (base, new):
+        metadata = read_metadata(RoundDir(path).shard_paths("rollouts")[0])
+        names = ("sampling", "num_samples", "template_kwargs", "checker")
+        settings.append({name: metadata.get(name) for name in names})
+    return differences(settings[0], settings[1])
+
+
+def _percent(value: float | None, interval: list[float] | None) -> str:
+    if value is None:
+        return "-"
+    bounds = "" if interval is None else f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    return f"{100 * value:.1f}%{bounds}"
+
+
+def table(sides: dict[str, dict[str, Any]]) -> str:
+    """`evaluate` results as a table, one line per label."""
+    return format_table(
+        [
+            {
+                "": label,
+                "accuracy [95%]": _percent(side["accuracy"], side["accuracy_interval"]),
+                "mean tokens [95%]": "{:.1f} [{:.1f}, {:.1f}]".format(
+                    side["mean_tokens"], *side["mean_tokens_interval"]
+                ),
+                "median": side["median_tokens"],
+                "truncated": f"{100 * side['truncated']:.2f}%",
+                "problems": side["problems"],
+                "samples": side["samples"],
+            }
+            for label, side in sides.items()
+        ]
+    )
+
+
+def side_by_side(result: dict[str, Any]) -> dict[str, str]:
+    """The cells of a table's line: base and new of a `compare` or of one of its groups, with
+    their paired differences (accuracy in points)."""
+    base, new = result["base"], result["new"]
+    return {
+        "accuracy": " -> ".join(_percent(side["accuracy"], None) for side in (base, new)),
+        "difference [95%]": _percent(
+            result["accuracy_difference"], result["accuracy_difference_interval"]
+        ),
+        "tokens": " -> ".join(f"{side['mean_tokens']:,.1f}" for side in (base, new)),
+        "saved [95%]": _percent(result["token_reduction"], result["token_reduction_interval"]),
+    }
+
+
+def groups_table(groups: list[dict[str, Any]]) -> str:
+    """The `groups` of `compare` as a table, one line per value."""
+    return format_table(
+        [
+            {"group": group["group"], "problems": group["problems"], **side_by_side(group)}
+            for group in groups
+        ]
+    )
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """The paired differences of `compare` in a line."""
+    saved = _percent(result["token_reduction"], result["token_reduction_interval"])
+    gain = _percent(result["accuracy_difference"], result["accuracy_difference_interval"])
+    line = f"tokens saved {saved}, accuracy difference in points {gain} (paired bootstrap)"
+    if result["settings_that_differ"]:
+        line += "\nsampled differently (saved: base, now: new): "
+        line += "; ".join(result["settings_that_differ"])
+    return line

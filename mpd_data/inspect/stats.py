@@ -1,0 +1,381 @@
+"""Trace-length statistics of rounds, with lazy Polars queries over the shards.
+
+The same in a notebook needs nothing of this module:
+
+    df = pl.scan_parquet("data/round*/rollouts/*.parquet")
+    df.group_by("round").agg(pl.col("num_completion_tokens").mean()).collect()
+"""
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from mpd_data.common.errors import ConfigError, DataError, nearest
+from mpd_data.store.round import RoundDir
+from mpd_data.store.schema import FINISH_REASONS, STATUSES, Stage
+from mpd_data.store.shards import read_metadata
+
+# The table `behaviour` of `round_stats`.
+BEHAVIOUR = ("check_failed", "repetition", "markers_per_1k", "right_tokens", "wrong_tokens")
+QUANTILES = (0.1, 0.5, 0.9, 0.99)
+
+# At most so many bins in a histogram; the last begins below the largest 99th percentile of a round.
+BINS = 20
+
+# Groups in order: numbers by size, then text, then the rows without a value.
+GROUP_ORDER = (pl.col("group").cast(pl.Float64, strict=False), pl.col("group"))
+
+# Words with which a trace turns back on itself. Shorter traces that lose all of them may have lost
+# the habit of checking too.
+MARKERS = (
+    "wait",
+    "hmm",
+    "actually",
+    "alternatively",
+    "let me check",
+    "let me re",
+    "double-check",
+    "on second thought",
+)
+# ASCII alone, which takes the engine a fifth less time.
+_MARKED = rf"(?i-u:\b(?:{'|'.join(MARKERS)}))"
+
+
+def scan(rounds: list[Path], stage: Stage) -> pl.LazyFrame | None:
+    """The rows of one stage over several rounds, with the round's folder in the column `folder`;
+    None where no round has any. Raises DataError for a shard that is torn."""
+    frames = []
+    for path in rounds:
+        round_dir = RoundDir(path)
+        files = round_dir.shard_paths(stage)
+        # Of ten thousand shards, opening each takes longer than all else; what the index knows at
+        # its size is whole and ours.
+        for file in {*files[:1], *round_dir.unindexed(stage)}:
+            read_metadata(file)
+        if files:
+            frames.append(pl.scan_parquet(files, glob=False).with_columns(folder=pl.lit(str(path))))
+    return pl.concat(frames) if frames else None
+
+
+def collect(frame: pl.LazyFrame) -> pl.DataFrame:
+    """Runs a query over shards. Raises DataError where their bytes are damaged."""
+    try:
+        return frame.collect(engine="streaming")
+    except pl.exceptions.ComputeError as error:
+        raise DataError(f"a shard is damaged ({error}). Find it with mpd-gen validate.") from error
+
+
+def with_group(rollouts: pl.LazyFrame, name: str) -> pl.LazyFrame:
+    """`rollouts` with the column `group`: the value of the key `name` in `metadata`, as text; null
+    where a row has none.
+
+    Raises ConfigError where no row has one.
+    """
+    key = f"$[{json.dumps(name, ensure_ascii=False)}]"
+    grouped = rollouts.with_columns(group=pl.col("metadata").str.json_path_match(key))
+    if collect(grouped.select(pl.col("group").is_not_null().any())).item():
+        return grouped
+    objects = collect(rollouts.select(pl.col("metadata").drop_nulls().unique())).to_series()
+    carried = sorted({key for text in objects for key in json.loads(text)} - {name})
+    near = nearest(name, carried)
+    if near is not None:
+        hint = f"Did you mean {near!r}?"
+    elif carried:
+        hint = f"They carry {', '.join(map(repr, carried))}."
+    else:
+        hint = "Columns are carried through by --metadata-columns of mpd-gen rollouts."
+    raise ConfigError(f"--by {name!r}: no rollout has a value of it in its metadata. {hint}")
+
+
+def light(rollouts: pl.LazyFrame, folders: pl.Enum) -> pl.LazyFrame:
+    """What the tables need of each rollout, in memory: the shards are read once for all of them.
+    The column `group` is kept where there is one."""
+    wanted = [
+        "round",
+        "is_correct",
+        "num_completion_tokens",
+        "repetition",
+        "group",
+    ]
+    there = set(rollouts.collect_schema().names())
+    rows = rollouts.select(
+        *(name for name in wanted if name in there),
+        # Numbers in place of text, by which ten million rows are grouped. Of as many prompts, two
+        # have the same hash once in 300,000 rounds.
+        pl.col("prompt_id").hash().alias("prompt"),
+        pl.col("folder").cast(folders),
+        pl.col("finish_reason").cast(pl.Enum(sorted(FINISH_REASONS))),
+        pl.col("answer").is_null().alias("lacks_answer"),
+        pl.col("check_error").is_not_null().alias("check_failed"),
+        # Self-correction markers in a completion, as whole words, in any case.
+        pl.col("completion").str.count_matches(_MARKED).alias("markers"),
+    )
+    return collect(rows).lazy()
+
+
+def of_lengths(rollouts: pl.LazyFrame) -> pl.DataFrame:
+    """`light` rollouts by folder, finish reason, correctness and `tokens`, shortest first, with the
+    number of `samples`: all that is to be said of lengths, in few rows."""
+    groups = rollouts.group_by(
+        "folder", "finish_reason", "is_correct", tokens=pl.col("num_completion_tokens")
+    )
+    return collect(groups.agg(pl.len().alias("samples"))).sort("tokens")
+
+
+def _mean_tokens(where: pl.Expr | None = None) -> pl.Expr:
+    """Over `of_lengths`; null where there is none."""
+    tokens, samples = pl.col("tokens"), pl.col("samples")
+    if where is not None:
+        tokens, samples = tokens.filter(where), samples.filter(where)
+    return pl.when(samples.len() > 0).then((tokens * samples).sum() / samples.sum())
+
+
+def _lengths() -> list[pl.Expr]:
+    """Over `of_lengths`: the quantiles are those of the samples, without interpolation."""
+    tokens, samples = pl.col("tokens"), pl.col("samples")
+    before = samples.cum_sum() - samples
+    return [
+        _mean_tokens().alias("mean_tokens"),
+        *(
+            tokens.filter(before <= (q * (samples.sum() - 1) + 0.5).floor())
+            .last()
+            .cast(pl.Float64)
+            .alias(f"p{round(q * 100)}")
+            for q in QUANTILES
+        ),
+        tokens.max().alias("max"),
+    ]
+
+
+def of_prompts(rollouts: pl.LazyFrame) -> pl.DataFrame:
+    """For each folder and prompt of `light` rollouts: `n` samples that were checked, `c` right
+    ones."""
+    right = pl.col("is_correct")
+    groups = rollouts.group_by("folder", "prompt")
+    return collect(groups.agg(right.count().alias("n"), right.sum().alias("c")))
+
+
+def pass_at(prompts: pl.DataFrame) -> list[dict[str, Any]]:
+    """pass@k by folder, for powers of two up to the samples per prompt: the chance that one of k
+    samples is right, without bias 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374), averaged over
+    the prompts with a gold answer and at least k samples."""
+    counts = (
+        prompts.filter(pl.col("n") > 0)
+        # Prompts that are alike in both have the same chances.
+        .group_by("folder", "n", "c")
+        .agg(pl.len().alias("prompts"))
+        .sort("folder", "n", "c")
+    )
+    rows: list[dict[str, Any]] = []
+    for (folder,), group in counts.group_by("folder", maintain_order=True):
+        kinds = list(group.select("n", "c", "prompts").iter_rows())
+        k = 1
+        while k <= max(n for n, _, _ in kinds):
+            prompts = sum(count for n, _, count in kinds if n >= k)
+            chances = (
+                count * (1 - math.comb(n - c, k) / math.comb(n, k))
+                for n, c, count in kinds
+                if n >= k
+            )
+            rows.append(
+                {
+                    "folder": folder,
+                    "k": k,
+                    "pass_at_k": sum(chances) / prompts,
+                    "prompts": prompts,
+                }
+            )
+            k *= 2
+    return rows
+
+
+def trace_lengths(lengths: pl.DataFrame, p99: dict[str, int]) -> list[dict[str, Any]]:
+    """Histograms of completion tokens, one row for each folder and bin: the samples of `from` up
+    to, but without, `below` tokens (None: no bound). The bins are the same for all folders; `p99`
+    holds the 99th percentile of each, in the order of the rows."""
+    longest = max(p99.values())
+    width = next(
+        size * 10**exponent
+        for exponent in itertools.count()
+        for size in (1, 2, 5)
+        if longest // (size * 10**exponent) < BINS
+    )
+    last = longest // width
+    of_bin = (pl.col("tokens") // width).clip(upper_bound=last).alias("bin")
+    counts = {
+        (folder, index): samples
+        for folder, index, samples in lengths.group_by("folder", of_bin)
+        .agg(pl.col("samples").sum())
+        .iter_rows()
+    }
+    rows: list[dict[str, Any]] = []
+    for folder in p99:
+        samples = [counts.get((folder, index), 0) for index in range(last + 1)]
+        rows += [
+            {
+                "folder": folder,
+                "from": index * width,
+                "below": (index + 1) * width if index < last else None,
+                "samples": count,
+                "share": count / sum(samples),
+            }
+            for index, count in enumerate(samples)
+        ]
+    return rows
+
+
+def round_stats(rounds: list[Path], by: str | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Tables as rows, each by folder: `rollouts`, their `trace_lengths` (a histogram), their
+    `behaviour`, `rollouts_by` finish reason and correctness, `pass_at_k` where there are gold
+    answers, `groups` by the key `by` of their metadata where one is given, `rewrites` by status.
+    Lengths in tokens; rates are fractions; `no_answer` is the share of finished samples without an
+    answer in a declared format, `repetition` the mean share of repeated 4-grams, `markers_per_1k`
+    self-correction MARKERS per 1,000 tokens.
+
+    Raises ConfigError where none of the folders holds a round, or no rollout has the key `by`.
+    """
+    rollouts, distill = scan(rounds, "rollouts"), scan(rounds, "distill")
+    if rollouts is None and distill is None:
+        raise ConfigError(
+            f"{', '.join(map(str, rounds))}: no shards here. Expected the folders of rounds, with"
+            " rollouts/part-*.parquet in them."
+        )
+    # In the order they are given in.
+    folders = pl.Enum(list(dict.fromkeys(map(str, rounds))))
+    tables: dict[str, list[dict[str, Any]]] = {}
+    if rollouts is not None:
+        grouped = rollouts if by is None else with_group(rollouts, by)
+        rollouts = light(grouped, folders)
+        prompts = of_prompts(rollouts)
+        truncated = (pl.col("finish_reason") == "length").mean().alias("truncated")
+        finished = pl.col("finish_reason") == "stop"
+        no_answer = pl.col("lacks_answer").filter(finished).mean().alias("no_answer")
+        lengths = of_lengths(rollouts)
+        by_folder = collect(
+            rollouts.group_by("folder").agg(
+                pl.col("round").first(),
+                pl.len().alias("samples"),
+                pl.col("is_correct").mean().alias("accuracy"),
+                truncated,
+                no_answer,
+                pl.col("check_failed").mean(),
+                pl.col("repetition").mean().alias("repetition"),
+                (1000 * pl.col("markers").mean() / pl.col("num_completion_tokens").mean()).alias(
+                    "markers_per_1k"
+                ),
+            )
+        ).sort("round", "folder")
+        of_folder = lengths.group_by("folder").agg(
+            *_lengths(),
+            _mean_tokens(pl.col("is_correct")).alias("right_tokens"),
+            _mean_tokens(~pl.col("is_correct")).alias("wrong_tokens"),
+        )
+        for more in (prompts.group_by("folder").len("prompts"), of_folder):
+            by_folder = by_folder.join(more, on="folder", maintain_order="left")
+        first = ["folder", "round"]
+        behaviour = by_folder.select(*first, *BEHAVIOUR)
+        by_folder = by_folder.select(*first, "prompts", pl.exclude(*first, "prompts", *BEHAVIOUR))
+        by_outcome = (
+            lengths.group_by("folder", "finish_reason", "is_correct")
+            .agg(pl.col("samples").sum(), *_lengths())
+            .sort("folder", "finish_reason", "is_correct")
+        )
+        tables["rollouts"] = by_folder.to_dicts()
+        tables["trace_lengths"] = trace_lengths(
+            lengths, {row["folder"]: int(row["p99"]) for row in tables["rollouts"]}
+        )
+        tables["behaviour"] = behaviour.to_dicts()
+        tables["rollouts_by"] = by_outcome.to_dicts()
+        if passes := pass_at(prompts):
+            tables["pass_at_k"] = passes
+        if by is not None:
+            tokens = pl.col("num_completion_tokens")
+            by_group = (
+                rollouts.group_by("group", "folder", maintain_order=True)
+                .agg(
+                    pl.len().alias("samples"),
+                    pl.col("is_correct").mean().alias("accuracy"),
+                    no_answer,
+                    tokens.mean().alias("mean_tokens"),
+                    *(
+                        tokens.quantile(q, "nearest").alias(f"p{round(q * 100)}")
+                        for q in (0.5, 0.9)
+                    ),
+                    truncated,
+                    pl.col("round").first(),
+                )
+                .sort(*GROUP_ORDER, "round", nulls_last=True, maintain_order=True)
+                .drop("round")
+            )
+            tables["groups"] = collect(by_group).to_dicts()
+    elif by is not None:
+        raise ConfigError(f"--by {by!r}: no rollouts here, and only they have metadata.")
+    if distill is not None:
+        by_status = (
+            distill.with_columns(
+                pl.col("folder").cast(folders), pl.col("status").cast(pl.Enum(STATUSES))
+            )
+            .group_by("folder", "status")
+            .agg(
+                pl.len().alias("rows"),
+                pl.col("num_original_tokens").mean().alias("mean_original"),
+                pl.col("num_rewritten_tokens").mean().alias("mean_rewritten"),
+                pl.col("repetition").mean().alias("repetition"),
+                pl.col("compression_ratio").mean().alias("mean_ratio"),
+                pl.col("compression_ratio").quantile(0.5, "nearest").alias("median_ratio"),
+            )
+            .with_columns((pl.col("rows") / pl.col("rows").sum().over("folder")).alias("share"))
+            .sort("folder", "rows", "status", descending=[False, True, False])
+        )
+        tables["rewrites"] = collect(by_status).to_dicts()
+    return tables
+
+
+def plot_lengths(series: dict[str, Path], out: Path) -> None:
+    """Draws the distribution of completion tokens of each round in `series` (label -> folder)
+    to `out` (PNG, SVG or PDF by its ending)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lengths = {}
+    for label, path in series.items():
+        frame = scan([path], "rollouts")
+        if frame is None:
+            raise ConfigError(f"{path}: no rollouts to plot.")
+        tokens = collect(frame.select("num_completion_tokens"))
+        lengths[label] = tokens.to_series().to_numpy()
+    longest = max(values.max() for values in lengths.values())
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    colours = plt.get_cmap("viridis")
+    for i, (label, values) in enumerate(lengths.items()):
+        colour = colours(0.9 * i / max(len(lengths) - 1, 1))
+        # `parse_math` off: labels are data and may hold dollar signs.
+        axes.hist(
+            values,
+            bins=60,
+            range=(0, longest),
+            density=True,
+            histtype="stepfilled",
+            alpha=0.35,
+            color=colour,
+        )
+        axes.hist(values, bins=60, range=(0, longest), density=True, histtype="step", color=colour)
+        axes.axvline(values.mean(), color=colour, linestyle="--", linewidth=1)
+        axes.plot([], [], color=colour, linewidth=6, label=f"{label}: mean {values.mean():.1f}")
+    axes.set_xlabel("trace tokens (dashed: mean)")
+    axes.set_ylabel("density")
+    axes.spines[["top", "right"]].set_visible(False)
+    for text in axes.legend(frameon=False).get_texts():
+        text.set_parse_math(False)
+    try:
+        figure.savefig(out, dpi=150)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{out}: the plot cannot be written: {error}") from error
+    finally:
+        plt.close(figure)

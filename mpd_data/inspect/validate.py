@@ -1,0 +1,362 @@
+"""`mpd-gen validate`: does a round keep the contract? Reads everything, changes nothing."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.common.files import sha256_of
+from mpd_data.store.keys import KeySet, Packed, pack, twice
+from mpd_data.store.round import RoundDir
+from mpd_data.store.schema import ENUMS, SCHEMAS, STAGES, UNUSABLE, Stage
+from mpd_data.store.shards import ROTTEN, open_shard, read_all, read_metadata
+
+# Settings in which all shards of one folder must agree.
+_SAME = (
+    "tokenizer",
+    "vocab_size",
+    "num_logprobs",
+    "score_context",
+    "score_temperature",
+    "template",
+)
+# float16 rounding lets the stored mass pass 1 by a little.
+_MASS_SLACK = 5e-3
+# Row groups that are read and checked together: of light rows a whole shard, of heavy ones a few.
+_BYTES_AT_ONCE = 64 << 20
+
+
+def validate_round(path: Path) -> list[str]:
+    """Every breach of the contract, a line each: file, row, expected, found. Empty if sound.
+
+    Memory: a few row groups, and a key and a number for each row of the round. Raises ConfigError
+    where `path` holds no round at all.
+    """
+    round_dir = RoundDir(path)
+    stages = [stage for stage in STAGES if round_dir.folder(stage).is_dir()]
+    if not stages:
+        raise ConfigError(f"{path}: not a round; expected rollouts/ or distill/ in it.")
+    problems: list[str] = []
+    rollouts = _Prompts()
+    for stage in stages:
+        problems += _check_manifest(round_dir, stage)
+        keys = _Keys()
+        first: dict[str, Any] | None = None
+        for file in sorted(round_dir.folder(stage).iterdir()):
+            if not (file.name.startswith("part-") and file.suffix == ".parquet"):
+                problems.append(
+                    f"{file}: only part-*.parquet may lie in a shard folder; move it out."
+                )
+                continue
+            try:
+                metadata = read_metadata(file)
+                with open_shard(file) as shard:
+                    if not shard.schema_arrow.remove_metadata().equals(SCHEMAS[stage]):
+                        problems.append(
+                            f"{file}: its columns or types are not those of the contract."
+                        )
+                        continue
+                    first = first or metadata
+                    problems += [
+                        f"{file}: {name} is {metadata.get(name)!r}, another shard here has"
+                        f" {first.get(name)!r}."
+                        for name in _SAME
+                        if metadata.get(name) != first.get(name)
+                    ]
+                    problems += _check_rows(file, shard, stage, metadata, rollouts, keys)
+            except DataError as error:
+                problems.append(f"{file}: cannot be read: {error}")
+        problems += keys.doubled()
+    return problems
+
+
+def _check_manifest(round_dir: RoundDir, stage: Stage) -> list[str]:
+    try:
+        manifest = {shard.name: shard for shard in round_dir.manifest(stage)}
+    except DataError as error:
+        return [str(error)]
+    files = {file.name: file for file in round_dir.shard_paths(stage)}
+    path = round_dir.manifest_path(stage)
+    problems = [f"{path}: names {name}, which is not there." for name in manifest.keys() - files]
+    problems += [f"{path}: does not name {name}." for name in files.keys() - manifest]
+    both = sorted(manifest.keys() & files.keys())
+    for name, found in zip(both, read_all(sha256_of, [files[n] for n in both]), strict=True):
+        if found != manifest[name].sha256:
+            problems.append(
+                f"{files[name]}: its bytes are not the ones that were committed (sha256)."
+            )
+    return problems
+
+
+class _Keys:
+    """The keys of a stage's rows, and where they stand."""
+
+    def __init__(self) -> None:
+        self._places: list[tuple[Path, int]] = []
+        self._packed: list[Packed] = []
+
+    def add(self, file: Path, first: int, keys: Packed) -> None:
+        """`keys` of the rows of `file` from row `first` on."""
+        self._places.append((file, first))
+        self._packed.append(keys)
+
+    def doubled(self) -> list[str]:
+        if len(KeySet.of(self._packed)) == sum(map(len, self._packed)):
+            return []
+        problems = []
+        for part, index in twice(self._packed):
+            file, first = self._places[part]
+            key = next(iter(KeySet.of([self._packed[part][index : index + 1]])))
+            problems.append(f"{file}, row {first + index} ({key}): this key is in the round twice.")
+        return problems
+
+
+class _Prompts:
+    """A number for the prompt ids of each rollout: equal ids have equal numbers, and others as
+    good as never the same."""
+
+    def __init__(self) -> None:
+        self._packed: list[Packed] = []
+        self._numbers: list[npt.NDArray[np.int64]] = []
+        self._sorted: tuple[Packed, npt.NDArray[np.int64]] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._packed)
+
+    def add(self, keys: Packed, numbers: npt.NDArray[np.int64]) -> None:
+        self._packed.append(keys)
+        self._numbers.append(numbers)
+
+    def find(self, keys: Packed) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Whether each rollout of `keys` [n] is here, and its number (any where it is not)."""
+        if self._sorted is None:
+            packed, numbers = np.concatenate(self._packed), np.concatenate(self._numbers)
+            order = np.argsort(packed)
+            self._sorted = packed[order], numbers[order]
+        packed, numbers = self._sorted
+        at = np.minimum(np.searchsorted(packed, keys), len(packed) - 1)
+        return packed[at] == keys, numbers[at]
+
+
+def _number(ids: npt.NDArray[np.int32]) -> int:
+    # Python's own hash: 64 bits, the same for the whole of a process.
+    return hash(ids.tobytes())
+
+
+def _check_rows(
+    file: Path,
+    shard: pq.ParquetFile,
+    stage: Stage,
+    metadata: dict[str, Any],
+    rollouts: _Prompts,
+    keys: _Keys,
+) -> list[str]:
+    """The checks on the rows of one shard; its keys go to `keys`, its prompts to `rollouts`."""
+    problems = []
+    first = 0
+    for groups in _groups(shard.metadata):
+        try:
+            table = shard.read_row_groups(groups).combine_chunks()
+            table.validate(full=True)
+        except ROTTEN as error:
+            raise DataError(f"row groups {groups[0]} to {groups[-1]}: {error}") from error
+        rows = _Rows(file, first, table)
+        packed = rows.packed("row_id")
+        rows.enums()
+        if stage == "rollouts":
+            rows.rollouts()
+            if packed is not None:
+                rollouts.add(packed, rows.prompts())
+        elif stage == "distill":
+            rows.distill(metadata, rollouts)
+        if packed is not None:
+            keys.add(file, first, packed)
+        problems += rows.problems()
+        first += rows.count
+    return problems
+
+
+def _groups(footer: pq.FileMetaData) -> Iterator[list[int]]:
+    """Row groups of a shard to be read together."""
+    groups: list[int] = []
+    size = 0
+    for index in range(footer.num_row_groups):
+        more = footer.row_group(index).total_byte_size
+        if groups and size + more > _BYTES_AT_ONCE:
+            yield groups
+            groups, size = [], 0
+        groups.append(index)
+        size += more
+    if groups:
+        yield groups
+
+
+class _Rows:
+    """The checks on some rows of one shard, `first` being the index of the first of them."""
+
+    def __init__(self, file: Path, first: int, table: pa.Table) -> None:
+        self._file = file
+        self._first = first
+        self._table = table
+        self._found: dict[int, list[str]] = defaultdict(list)
+        self._other: list[str] = []
+        self.count = len(table)
+
+    def problems(self) -> list[str]:
+        """All that was found, row by row."""
+        ids = self._table.column("row_id")
+        return self._other + [
+            f"{self._file}, row {self._first + index} ({ids[index]}): {text}"
+            for index in sorted(self._found)
+            for text in self._found[index]
+        ]
+
+    def _say(self, indices: npt.ArrayLike, text: str) -> None:
+        for index in np.unique(indices):
+            self._found[int(index)].append(text)
+
+    def _numbers(self, name: str) -> npt.NDArray[Any]:
+        """A column of numbers; null is -1."""
+        values: npt.NDArray[Any] = self._table.column(name).fill_null(-1).to_numpy()
+        return values
+
+    def _lengths(self, name: str) -> npt.NDArray[Any]:
+        """Lengths of a column's lists; null is -1."""
+        values: npt.NDArray[Any] = (
+            pc.list_value_length(self._table.column(name)).fill_null(-1).to_numpy()
+        )
+        return values
+
+    def _flat(self, name: str, rows: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
+        """The lists of these rows, one after another."""
+        values = pc.list_flatten(self._table.column(name).take(pa.array(rows)))
+        flat: npt.NDArray[Any] = values.to_numpy()
+        return flat
+
+    def packed(self, name: str) -> Packed | None:
+        """A column of keys; None, and a problem, where they are none."""
+        try:
+            return pack(self._table.column(name))
+        except ValueError as error:
+            self._other.append(f"{self._file}: {name} {error}.")
+            return None
+
+    def enums(self) -> None:
+        for name in ENUMS.keys() & set(self._table.schema.names):
+            column = self._table.column(name)
+            known = pc.is_in(column, pa.array([*ENUMS[name], None], pa.string())).to_numpy()
+            for index in np.flatnonzero(~known):
+                self._say(index, f"{name} is {column[index].as_py()!r}, not in {ENUMS[name]}.")
+
+    def prompts(self) -> npt.NDArray[np.int64]:
+        lengths = np.maximum(self._lengths("prompt_ids"), 0)
+        ids = self._flat("prompt_ids", np.arange(self.count))
+        ends = np.cumsum(lengths)
+        return np.array(
+            [_number(ids[end - n : end]) for end, n in zip(ends, lengths, strict=True)], np.int64
+        )
+
+    def rollouts(self) -> None:
+        for ids, count in (
+            ("prompt_ids", "num_prompt_tokens"),
+            ("completion_ids", "num_completion_tokens"),
+        ):
+            found = self._lengths(ids)
+            for index in np.flatnonzero(found != self._numbers(count)):
+                self._say(index, f"{ids} has {found[index]} ids, {count} says otherwise.")
+
+    def distill(self, metadata: dict[str, Any], rollouts: _Prompts) -> None:
+        statuses = self._table.column("status")
+        has_scores = self._lengths("topk_ids") >= 0
+        there = np.ones(self.count, bool)
+        numbers = None
+        origins = self.packed("rollout_id")
+        if rollouts and origins is not None:
+            there, numbers = rollouts.find(origins)
+            for index in np.flatnonzero(~there):
+                origin = self._table.column("rollout_id")[index]
+                self._say(index, f"its rollout {origin} is not here.")
+        kept = pc.equal(statuses, "ok").to_numpy()
+        # A refilter leaves a rewrite that it rejects its scores.
+        usable = ~pc.is_in(statuses, pa.array(sorted(UNUSABLE))).to_numpy()
+        scored = there & (kept | (usable & has_scores))
+        for index in np.flatnonzero(there & ~scored & has_scores):
+            status = statuses[index].as_py()
+            self._say(index, f"{status!r}, yet it has log-probabilities.")
+        self._scored(np.flatnonzero(scored), metadata, numbers)
+
+    def _scored(
+        self,
+        rows: npt.NDArray[np.intp],
+        metadata: dict[str, Any],
+        prompts: npt.NDArray[np.int64] | None,
+    ) -> None:
+        """The checks on rows with log-probabilities, all tokens of all rows at once."""
+        k, vocab = metadata["num_logprobs"], metadata["vocab_size"]
+        start, n = self._numbers("loss_start"), self._numbers("num_rewritten_tokens")
+        inputs, tops, logs, tails = (
+            self._lengths(name)
+            for name in ("input_ids", "topk_ids", "topk_logprobs", "tail_logprobs")
+        )
+        whole = (np.stack([start, n, inputs, tops, logs, tails])[:, rows] >= 0).all(axis=0)
+        self._say(
+            rows[~whole],
+            "scored or kept (ok), yet ids, counts or log-probabilities are missing.",
+        )
+        rows = rows[whole]
+        right = (inputs == start + n) & (n > 0)
+        for i in rows[~right[rows]]:
+            self._say(
+                i, f"{inputs[i]} input ids, expected loss_start {start[i]} + {n[i]} rewritten."
+            )
+        rows = rows[right[rows]]
+        right = (tops == n * k) & (logs == n * k) & (tails == n)
+        for i in rows[~right[rows]]:
+            self._say(
+                i,
+                f"expected {n[i]} x {k} log-probabilities and {n[i]} tails, found {tops[i]} ids,"
+                f" {logs[i]} log-probabilities and {tails[i]} tails.",
+            )
+        rows = rows[right[rows]]
+        if not len(rows):
+            return
+        input_ids = self._flat("input_ids", rows)
+        ends = np.cumsum(inputs[rows])
+        if prompts is not None:
+            first = ends - inputs[rows]
+            found = [_number(input_ids[f : f + s]) for f, s in zip(first, start[rows], strict=True)]
+            wrong = np.array(found, np.int64) != prompts[rows]
+            self._say(rows[wrong], "input_ids do not begin with the rollout's prompt.")
+        last = input_ids[ends - 1]
+        for i, end in zip(rows, last, strict=True):
+            if end != metadata["eos_token_id"]:
+                self._say(i, f"ends with id {end}, not the end token.")
+        context = self._lengths("teacher_prompt_ids") >= 0
+        self._say(
+            rows[context[rows] != (metadata["score_context"] == "rewrite")],
+            f"teacher_prompt_ids contradict {metadata['score_context']!r} scoring.",
+        )
+        of_input, of_token = np.repeat(rows, inputs[rows]), np.repeat(rows, n[rows])
+        ids = self._flat("topk_ids", rows).reshape(-1, k)
+        logprobs = self._flat("topk_logprobs", rows).reshape(-1, k).astype(np.float64)
+        tail = self._flat("tail_logprobs", rows).astype(np.float64)
+        strange = of_token[((ids < 0) | (ids >= vocab)).any(axis=1)]
+        strange = np.append(strange, of_input[(input_ids < 0) | (input_ids >= vocab)])
+        self._say(strange, f"ids outside the vocabulary of {vocab}.")
+        doubled = (np.diff(np.sort(ids, axis=1), axis=1) == 0).any(axis=1)
+        self._say(of_token[doubled], "an id stands twice in one token's top K.")
+        unsorted = (np.diff(logprobs, axis=1) > 0).any(axis=1)
+        self._say(of_token[unsorted], "log-probabilities are not sorted, most probable first.")
+        mass = np.exp(logprobs).sum(axis=1) + np.exp(tail)
+        error = np.where(np.isnan(mass), np.inf, np.abs(mass - 1))
+        for i in np.unique(of_token[error > _MASS_SLACK]):
+            mine = of_token == i
+            worst = int(error[mine].argmax())
+            self._say(i, f"probabilities and tail of token {worst} sum to {mass[mine][worst]:.4f}.")

@@ -1,0 +1,1 @@
+"""Divide one stage among processes, SLURM tasks or Ray actors."""

@@ -1,0 +1,398 @@
+"""`--ray`: one stage on a Ray cluster. Ray Data hands blocks of its keys to actors, each with an
+engine that it keeps from block to block.
+
+A block is a part of the stage as `--num-shards` makes them (locks.py), done by the stage's own
+code: it computes what it owes and commits under its part's lock. So a block that Ray runs again,
+because its node died, goes on from what the first attempt committed; and where the first attempt
+lives on, cut off from Ray, the second waits for it.
+
+The command holds a lock of its own all the while, and its actors look at it. A node from where it
+is not seen to be held does not share the round's folder, or not its locks. When it is let go, the
+actors commit what they have and stop.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from mpd_data import rewrite, rollouts
+from mpd_data.common.errors import ConfigError, MPDError
+from mpd_data.common.models import ModelFiles
+from mpd_data.config import (
+    EngineConfig,
+    PartsConfig,
+    RewriteConfig,
+    RolloutsConfig,
+    SamplingConfig,
+)
+from mpd_data.dryrun import rewrite as dry_rewrite
+from mpd_data.dryrun import rollouts as dry_rollouts
+from mpd_data.engines.protocol import Completion, Engine, Refused, Scores
+from mpd_data.engines.start import start_engine
+from mpd_data.stage import RewriteOutcome, RolloutsOutcome
+from mpd_data.store.locks import Part, is_held, member_path
+from mpd_data.store.round import RoundDir
+from mpd_data.store.schema import Stage
+
+# More share the work out more evenly; fewer have fewer ends, at which an engine runs dry.
+BLOCKS_PER_ACTOR = 4
+# A block whose process dies so often is what kills it. Attempts are counted when they begin: Ray's
+# own count has several for one death, of calls to a node that it does not know to be dead yet.
+_ATTEMPTS = 4
+# A process on a node that Ray has given up ends in seconds; longer and something is wrong.
+_PATIENCE = 300.0
+_SECONDS_PER_LOOK = 1.0
+# What actors need of the command's environment; a node's own (its GPUs, its paths) stays.
+_ENVIRONMENT = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_", "VLLM_", "TOKENIZERS_")
+# Not what anybody who sees the cluster's job list could then read.
+_SECRETS = ("TOKEN", "KEY")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every actor is told. `folder`: the round's; `cwd`: where other relative paths begin;
+    `limits`: how much of what it owes each block may do, None for all. (One that is run again has
+    its limit again.)"""
+
+    config: RolloutsConfig | RewriteConfig
+    folder: Path
+    cwd: str
+    blocks: int
+    limits: list[int] | None
+
+    @property
+    def label(self) -> str:
+        return "rollouts" if isinstance(self.config, RolloutsConfig) else "rewrite"
+
+    @property
+    def command(self) -> Part:
+        """The part that the command itself holds, one after the last: no work falls to it."""
+        return Part(self.blocks, self.blocks)
+
+    def lock_path(self, part: Part) -> Path:
+        return member_path(self.folder, self.label, part)
+
+
+def rollouts_on_ray(
+    config: RolloutsConfig, overwrite: bool = False, limit: int | None = None
+) -> RolloutsOutcome:
+    """`run_rollouts` by `config.parts.workers` actors of a Ray cluster: the one of RAY_ADDRESS, one
+    that runs here, or one that is started here for the purpose.
+
+    Raises what `run_rollouts` raises, ConfigError where Ray is not installed or a node does not
+    share the folder, and MPDError for Ray's own troubles. After an interrupt or a stage's error all
+    actors commit what they have first.
+    """
+    dry_rollouts.prepare_dry(config, overwrite)
+    round_dir = RoundDir(config.out)
+    counts = _run(config, round_dir, "rollouts", overwrite, limit)
+    return RolloutsOutcome(_rows(round_dir, "rollouts"), **counts)
+
+
+def rewrite_on_ray(
+    config: RewriteConfig, overwrite: bool = False, limit: int | None = None
+) -> RewriteOutcome:
+    """`run_rewrite` on a Ray cluster, as `rollouts_on_ray`."""
+    dry_rewrite.prepare_dry(config, overwrite)
+    round_dir = RoundDir(config.shards)
+    counts = _run(config, round_dir, "distill", overwrite, limit)
+    return RewriteOutcome(round_dir.count_statuses(), **counts)
+
+
+def _rows(round_dir: RoundDir, stage: Stage) -> int:
+    return sum(shard.rows for shard in round_dir.manifest(stage))
+
+
+# -- the command ----------------------------------------------------------------------
+
+
+def _run(
+    config: RolloutsConfig | RewriteConfig,
+    round_dir: RoundDir,
+    stage: Stage,
+    overwrite: bool,
+    limit: int | None,
+) -> dict[str, int]:
+    """Rows that were `written`, rows that `failed` and what is still `owed` after a limit."""
+    try:
+        import ray
+        from ray.exceptions import RayError
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--ray: {error.name} is not installed here. Install the project with it on every node"
+            " of the cluster: pip install '.[ray]' beside the engine's extra."
+        ) from error
+    blocks = config.parts.workers * BLOCKS_PER_ACTOR
+    limits = None
+    if limit is not None:
+        limits = [limit // blocks + (block < limit % blocks) for block in range(blocks)]
+    job = Job(config, round_dir.path.absolute(), str(Path.cwd()), blocks, limits)
+    if overwrite:
+        with round_dir.lock(job.label):
+            old = rollouts.OVERWRITTEN if job.label == "rollouts" else rewrite.OVERWRITTEN
+            round_dir.discard(*old)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with ExitStack() as held:
+        held.enter_context(round_dir.lock(job.label, job.command))
+        round_dir.recover(stage)
+        before = _rows(round_dir, stage)
+        try:
+            ray.init(
+                logging_level=logging.ERROR,
+                runtime_env={
+                    "env_vars": {
+                        name: value
+                        for name, value in os.environ.items()
+                        if name.startswith(_ENVIRONMENT) and not name.endswith(_SECRETS)
+                    }
+                },
+            )
+            with _stopping(held) as stop:
+                failed, owed = _take_results(job, stop)
+        except (RayError, ConnectionError) as error:
+            raise MPDError(
+                f"Ray: {error}\nEvery row that was committed is safe. Mend the cause and run the"
+                " same command again."
+            ) from error
+        finally:
+            ray.shutdown()
+    # What a dead node had committed is in no actor's count.
+    return {"written": _rows(round_dir, stage) - before, "failed": failed, "owed": owed}
+
+
+@contextmanager
+def _stopping(held: ExitStack) -> Iterator[Callable[[], None]]:
+    """Gives what tells the actors to stop. The first interrupt does so too and is raised at the
+    end, when they have, in place of their errors; a second is raised at once."""
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted = True
+        held.close()
+        click.echo("stopping: the actors commit what they have.", err=True)
+
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield held.close
+    except MPDError:
+        # Of one that was to begin and found the command gone, say.
+        if not interrupted:
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _take_results(job: Job, stop: Callable[[], None]) -> tuple[int, int]:
+    """Has the blocks done; (rows that failed, what is still owed). Raises the first error as
+    MPDError when all actors have stopped."""
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # A block may take hours; Ray Data gives up after half of one, and asks whether it hangs.
+    context.execution_no_progress_timeout_s = -1
+    context.issue_detectors_config.detectors = []
+    engine = job.config.engine
+    gpus = 0
+    if engine.backend != "openai" and "GPU" in ray.cluster_resources():
+        gpus = engine.num_gpus
+    # Items, not a range: that is read by tasks, for which the actors leave no CPU.
+    items = ray.data.from_items(list(range(job.blocks)), override_num_blocks=job.blocks)
+    results = items.map_batches(
+        EngineActor,
+        fn_constructor_args=(job,),
+        batch_size=1,
+        # One at a time: what waits with a busy actor is out of reach for an idle one.
+        compute=ActorPoolStrategy(size=job.config.parts.workers, max_tasks_in_flight_per_actor=1),
+        num_cpus=1,
+        num_gpus=gpus or None,
+    )
+    error, written, failed, owed = None, 0, 0, 0
+    batches = results.iter_batches(batch_size=1, prefetch_batches=0)
+    for done, batch in enumerate(batches, start=1):
+        said = json.loads(str(batch["said"][0]))
+        if error is None and said["error"] is not None:
+            error = said["error"]
+            stop()
+        written += said["written"]
+        failed += said["failed"]
+        owed += said["owed"]
+        click.echo(
+            f"{job.label}: {done} of {job.blocks} blocks, {written} rows new, {failed} failed",
+            err=True,
+        )
+    if error is not None:
+        raise MPDError(error)
+    return failed, owed
+
+
+# -- the actors -----------------------------------------------------------------------
+
+
+class EngineActor:
+    """Does one block after another with one engine, which the first of them that owes something
+    starts."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._prepared: Any = None
+        self._engine: Engine | None = None
+        # A node that lacks the folder can still do a job whose paths are all absolute.
+        with suppress(OSError):
+            os.chdir(job.cwd)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        """What came of the block in `batch`, as JSON. Errors with a message are in it: Ray would
+        wrap them in its own, and this way all actors can stop in order."""
+        block = int(batch["item"][0])
+        said: dict[str, Any] = {"written": 0, "failed": 0, "owed": 0, "error": None}
+        try:
+            outcome = self._do(block)
+            said |= {name: getattr(outcome, name) for name in ("written", "failed", "owed")}
+        except KeyboardInterrupt:
+            self._drop_engine()
+        except MPDError as error:
+            self._drop_engine()
+            said["error"] = f"{error} (block {block}, on {socket.gethostname()})"
+        return {"said": [json.dumps(said)]}
+
+    def _do(self, block: int) -> RolloutsOutcome | RewriteOutcome:
+        job = self._job
+        if not is_held(job.lock_path(job.command)):
+            raise ConfigError(
+                f"{job.folder}: from here the lock of the command that started this block is not"
+                " seen. All nodes have to share the round's folder, on a file system that passes"
+                " locks on (NFS does)."
+            )
+        part = Part(block, job.blocks)
+        lock = job.lock_path(part)
+        self._wait_for_earlier_attempt(lock)
+        with _counted(lock.with_name(f"{lock.name}.attempts")):
+            return self._do_part(part)
+
+    def _do_part(self, part: Part) -> RolloutsOutcome | RewriteOutcome:
+        config = self._job.config
+        if self._prepared is None:
+            # Once for all blocks: it reads all prompts and hashes all weights.
+            self._prepared = (
+                rollouts.prepare_run(config)
+                if isinstance(config, RolloutsConfig)
+                else rewrite.prepare_run(config)
+            )
+        own = config.model_copy(
+            update={"parts": PartsConfig(shard_index=part.index, num_shards=part.count)}
+        )
+        prepared = dataclasses.replace(self._prepared, config=own)
+        limit = None if self._job.limits is None else self._job.limits[part.index]
+        if isinstance(prepared, rollouts.Prepared):
+            return rollouts.sample(prepared, limit=limit, start=self._start)
+        return rewrite.distill(prepared, limit=limit, start=self._start)
+
+    def _wait_for_earlier_attempt(self, lock: Path) -> None:
+        until = time.monotonic() + _PATIENCE
+        while is_held(lock):
+            if time.monotonic() > until:
+                raise MPDError(
+                    f"{lock}: an earlier attempt at this block holds it, although Ray has given its"
+                    f" node up {_PATIENCE:.0f} s ago. `mpd-gen status` says on which host; end that"
+                    " process, then run the same command again."
+                )
+            self.stop_if_told()
+            time.sleep(_SECONDS_PER_LOOK)
+
+    def stop_if_told(self) -> None:
+        """Raises KeyboardInterrupt where the command has let its lock go."""
+        if not is_held(self._job.lock_path(self._job.command)):
+            raise KeyboardInterrupt
+
+    def _start(
+        self,
+        model: ModelFiles,
+        config: EngineConfig,
+        trust_remote_code: bool = False,
+        max_logprobs: int = 1,
+    ) -> Engine:
+        if self._engine is None:
+            self._engine = start_engine(model, config, trust_remote_code, max_logprobs)
+        return _Lent(self._engine, self.stop_if_told)
+
+    def _drop_engine(self) -> None:
+        """An engine that a block left in the middle has requests that are nobody's."""
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            engine.close()
+
+
+@contextmanager
+def _counted(file: Path) -> Iterator[None]:
+    """An attempt at something that may take this process along; `file` has a byte for each that
+    began and did not end. Whoever starts alone in the round clears it away (locks.py)."""
+    with file.open("ab") as begun:
+        begun.write(b".")
+        attempts = begun.tell()
+    if attempts > _ATTEMPTS:
+        raise MPDError(
+            f"{_ATTEMPTS} processes died on this block. If their nodes did not, is memory too"
+            " short? `ray logs` has what they said last. What they finished is committed: mend the"
+            " cause and run the same command again."
+        )
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        file.unlink()
+        raise
+    file.unlink()
+
+
+class _Lent:
+    """An actor's engine as one block has it: the block's end is not the engine's, and now and then
+    a step asks whether to stop."""
+
+    def __init__(self, engine: Engine, stop_if_told: Callable[[], None]) -> None:
+        self._engine = engine
+        self._stop_if_told = stop_if_told
+        self._looked = 0.0
+        self.max_model_len = engine.max_model_len
+        self.max_in_flight = engine.max_in_flight
+
+    @property
+    def in_flight(self) -> int:
+        return self._engine.in_flight
+
+    def submit_generate(
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
+    ) -> None:
+        self._engine.submit_generate(key, prompt_ids, sampling, seed)
+
+    def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
+        self._engine.submit_score(key, context_ids, target_ids, k)
+
+    def step(self) -> Sequence[Completion | Scores | Refused]:
+        if time.monotonic() - self._looked > _SECONDS_PER_LOOK:
+            self._looked = time.monotonic()
+            self._stop_if_told()
+        return self._engine.step()
+
+    def close(self) -> None:
+        pass

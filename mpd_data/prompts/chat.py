@@ -1,0 +1,165 @@
+"""Render prompts with a model's chat template."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from mpd_data.common.errors import ConfigError, DataError
+
+
+class PromptError(DataError):
+    """This one prompt cannot be used; the others can."""
+
+
+SWITCHES = ("enable_thinking", "thinking")
+
+
+def thinking_switch(template: str) -> str | None:
+    """The variable by which a chat template turns thinking on and off, None where it has none."""
+    from jinja2 import Environment, TemplateSyntaxError, meta
+
+    try:
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        read = meta.find_undeclared_variables(parsed)
+    except TemplateSyntaxError:
+        # Tags of transformers' own, such as {% generation %}. Look for the bare name inside the
+        # template's code: not in its prose or strings, and not as a message's field.
+        code = " ".join(re.findall(r"\{[{%].*?[%}]\}", template, re.DOTALL))
+        code = re.sub(r"'[^']*'|\"[^\"]*\"", "''", code)
+        read = set(re.findall(r"(?<![\w.])\w+(?!\w|\s*=[^=])", code))
+    return next((name for name in SWITCHES if name in read), None)
+
+
+class ChatFormatter:
+    """Renders one user message into the ids a chat model continues from.
+
+    `examples` are earlier turns, (user, assistant). `thinking` sets the template's switch for
+    thinking: "on", "off", or "auto": `default_thinking` where there is a switch and
+    `template_kwargs` do not set it. Raises ConfigError for settings the template cannot take.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template_kwargs: Mapping[str, Any] | None = None,
+        thinking: Literal["auto", "on", "off"] = "auto",
+        default_thinking: bool = True,
+        system_prompt: str | None = None,
+        examples: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self._name = tokenizer.name_or_path
+        if tokenizer.chat_template is None:
+            raise ConfigError(
+                f"{self._name}: its tokenizer has no chat template. Use an instruction"
+                " tuned model, or put a chat_template.jinja into its folder."
+            )
+        self._tokenizer = tokenizer
+        self._kwargs = dict(template_kwargs or {})
+        self._thinking = self._resolve_thinking(thinking, default_thinking)
+        self._control = [
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        ]
+        self._before: list[dict[str, str]] = []
+        if system_prompt is not None:
+            self._before.append({"role": "system", "content": system_prompt})
+        for user, assistant in examples:
+            self._before.append({"role": "user", "content": user})
+            self._before.append({"role": "assistant", "content": assistant})
+        self._check_turns_before()
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the template is asked to think; None where it has no switch."""
+        return self._thinking
+
+    def _resolve_thinking(self, thinking: str, default: bool) -> bool | None:
+        try:
+            switch = thinking_switch(self._tokenizer.get_chat_template())
+        except ValueError as error:
+            raise ConfigError(f"{self._name}: no chat template to use: {error}") from error
+        if switch is None:
+            if thinking != "auto":
+                raise ConfigError(
+                    f"{self._name}: --thinking {thinking}, but its chat template reads neither"
+                    f" {' nor '.join(SWITCHES)}. Use --thinking auto."
+                )
+            return None
+        if switch not in self._kwargs:
+            self._kwargs[switch] = default if thinking == "auto" else thinking == "on"
+        elif thinking != "auto":
+            raise ConfigError(
+                f"{self._name}: {switch} is set by --thinking {thinking} and by the template's"
+                " settings. Give only one of them."
+            )
+        value = self._kwargs[switch]
+        if not isinstance(value, bool):
+            raise ConfigError(
+                f"{self._name}: the template's setting {switch} is {value!r}, expected true or"
+                " false."
+            )
+        return value
+
+    def _check_turns_before(self) -> None:
+        """A system prompt or example that cannot be used would fail on every prompt: say it now."""
+        if not self._before:
+            return
+        for turn in self._before:
+            option = "--system-prompt" if turn["role"] == "system" else "--examples"
+            try:
+                self._check(turn["content"])
+            except PromptError as error:
+                raise ConfigError(f"{option}, {turn['content']!r}: {error}.") from error
+        try:
+            text = self.layout("1")
+        except PromptError as error:
+            raise ConfigError(
+                f"{self._name}: it takes no --system-prompt or --examples as given: {error}. Put"
+                " instructions into --prompt-template instead."
+            ) from error
+        for turn in self._before:
+            # Templates may cut an assistant's turn (its thoughts), but not what it answers to.
+            if turn["role"] != "assistant" and turn["content"].strip() not in text:
+                raise ConfigError(
+                    f"{self._name}: its chat template leaves out the {turn['role']} message"
+                    f" {turn['content']!r}. Put it into --prompt-template instead."
+                )
+
+    def _check(self, content: str) -> None:
+        if not content.strip():
+            raise PromptError("the prompt is empty")
+        for control in self._control:
+            if control in content:
+                raise PromptError(
+                    f"the prompt spells the control token {control!r}, which the model would"
+                    " obey; remove it from the text"
+                )
+
+    def layout(self, content: str) -> str:
+        """The prompt's text. Raises PromptError like `render`."""
+        from jinja2 import TemplateError
+
+        self._check(content)
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [*self._before, {"role": "user", "content": content}],
+                tokenize=False,
+                add_generation_prompt=True,
+                **self._kwargs,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise PromptError(f"the chat template failed: {error}") from error
+        return text
+
+    def render(self, content: str) -> tuple[str, list[int]]:
+        """The prompt's text and its ids, ready for the model's turn.
+
+        Raises PromptError where `content` is empty, spells a control token of the model (it
+        would be read as one), or the template fails on it.
+        """
+        text = self.layout(content)
+        return text, self.encode(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text that is already laid out, adding nothing to it."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids

@@ -1,0 +1,278 @@
+"""Where prompts are read from: rows of JSONL, CSV and Parquet files and of Hugging Face datasets.
+
+Every source gives rows as (number from 1, {column: value}); only the wanted columns are read where
+the format allows it.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mpd_data.common.errors import ConfigError, DataError, nearest
+from mpd_data.common.models import hub_failures
+
+Rows = Iterator[tuple[int, Mapping[str, Any]]]
+
+HUB = "hf://"
+# Bytes that are no UTF-8 become half characters, which are no text either: one bad row is a matter
+# of its own, found by whoever reads its cell.
+_KEEP = "surrogateescape"
+_FORM = "hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG]"
+
+
+def read_rows(source: str | Path, columns: list[str] | None) -> Rows:
+    """Rows of a *.jsonl, *.csv or *.parquet file, or of a dataset named hf://OWNER/NAME?split=...
+
+    Each row has at least `columns`; None: all that there are. Raises DataError (naming source and
+    row) for a missing column or a damaged file; ConfigError for a source that is not there or not
+    of a known kind.
+    """
+    if isinstance(source, str) and source.startswith(HUB):
+        return _hub_rows(source, columns)
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: no such file. Expected a JSONL, CSV or Parquet file, or {_FORM}."
+        )
+    readers = {
+        ".parquet": _parquet_rows,
+        ".jsonl": _jsonl_rows,
+        ".json": _jsonl_rows,
+        ".csv": _csv_rows,
+    }
+    if path.suffix not in readers:
+        raise ConfigError(f"{path}: prompts are read from *.jsonl, *.csv and *.parquet files.")
+    return readers[path.suffix](path, columns)
+
+
+def columns_of(source: str | Path) -> list[str]:
+    """The names of a source's columns; a JSONL file's are those of its first row.
+
+    Raises DataError or ConfigError like `read_rows`, ConfigError also for a source without rows.
+    """
+    for _, row in read_rows(source, None):
+        return list(row)
+    raise ConfigError(f"{source}: no prompts. Expected at least one row.")
+
+
+def _require(where: object, columns: Iterable[str], found: list[str]) -> None:
+    for column in columns:
+        if column in found:
+            continue
+        close = nearest(column, found)
+        hint = "" if close is None else f" (did you mean {close!r}?)"
+        raise DataError(
+            f"{where}: no column {column!r}{hint}; found {', '.join(map(repr, found)) or 'none'}."
+            " Name the columns with --prompt-column, --id-column, --answer-column,"
+            " --metadata-columns and --examples-column."
+        )
+
+
+def _parquet_rows(path: Path, columns: list[str] | None) -> Rows:
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a whole Parquet file ({error}).") from error
+    with file:
+        _require(path, columns or (), file.schema_arrow.names)
+        number = 0
+        try:
+            for batch in file.iter_batches(4096, columns=columns):
+                for row in _rows_of(batch):
+                    number += 1
+                    yield number, row
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{path}, after row {number}: damaged Parquet file ({error}). Make it again."
+            ) from error
+
+
+def _rows_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        # Writers other than Arrow's do not look at what they are given.
+        columns = [_cells(column) for column in batch.columns]
+        names = batch.schema.names
+        return [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    return rows
+
+
+def _cells(column: pa.Array) -> list[Any]:
+    if not pa.types.is_string(column.type):
+        cells: list[Any] = column.to_pylist()
+        return cells
+    raw = column.cast(pa.binary()).to_pylist()
+    return [None if value is None else value.decode("utf-8", _KEEP) for value in raw]
+
+
+def _jsonl_rows(path: Path, columns: list[str] | None) -> Rows:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8", _KEEP))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, row {number}: not a JSON object ({error}).") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, row {number}: found {type(row).__name__}, not an object.")
+            _require(f"{path}, row {number}", columns or (), list(row))
+            yield number, row
+
+
+def _csv_rows(path: Path, columns: list[str] | None) -> Rows:
+    """Cells stay text; an empty one is None, as CSV has no other way to leave something out."""
+    # Python's own limit (128 KiB a cell) would refuse long solutions in columns nobody asked for.
+    csv.field_size_limit(2**31 - 1)
+    number = 0
+    with path.open("rb") as file:
+        lines = (
+            line.decode("utf-8-sig" if i == 0 else "utf-8", _KEEP) for i, line in enumerate(file)
+        )
+        reader = csv.reader(lines, strict=True)
+        try:
+            header = next(reader, None)
+            if not header:
+                raise DataError(f"{path}: no header. The first line must name the columns.")
+            columns = header if columns is None else columns
+            _require(path, columns, header)
+            for column in columns:
+                if header.count(column) > 1:
+                    raise DataError(
+                        f"{path}: the header names {column!r} {header.count(column)} times. Rename"
+                        " all but one."
+                    )
+            for cells in reader:
+                if not cells:  # a blank line
+                    continue
+                number += 1
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{path}, row {number} (line {reader.line_num}): found {len(cells)} cells,"
+                        f" expected {len(header)} as in the header. Put cells with commas or line"
+                        " breaks into double quotes."
+                    )
+                row = dict(zip(header, cells, strict=True))
+                yield number, {column: row[column] or None for column in columns}
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, row {number + 1} (line {reader.line_num}): not CSV ({error}). Expected"
+                " commas between cells, and double quotes inside a quoted cell doubled."
+            ) from error
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A dataset on the Hugging Face hub, one split of it."""
+
+    repo: str
+    revision: str | None
+    split: str | None
+    config: str | None
+
+    @classmethod
+    def parse(cls, url: str) -> "HubSource":
+        """Reads hf://OWNER/NAME[@REVISION][?split=SPLIT&config=CONFIG]. Raises ConfigError."""
+        place, _, query = url.removeprefix(HUB).partition("?")
+        repo, at, revision = place.partition("@")
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", repo) is None or (at and not revision):
+            raise ConfigError(f"{url}: expected {_FORM}, found the name {place!r}.")
+        given: dict[str, str] = {}
+        known = ("split", "config")
+        for key, value in parse_qsl(query, keep_blank_values=True):
+            if key not in known:
+                close = nearest(key, known)
+                hint = f"did you mean {close!r}?" if close else "there are 'split' and 'config'."
+                raise ConfigError(f"{url}: no setting {key!r}; {hint} Expected {_FORM}.")
+            if key in given or not value:
+                raise ConfigError(f"{url}: give {key!r} once, with a value. Expected {_FORM}.")
+            given[key] = value
+        return cls(repo, revision or None, given.get("split"), given.get("config"))
+
+
+def _datasets(url: str) -> tuple[Any, tuple[type[Exception], ...]]:
+    """The package `datasets`, and the errors by which it says that something is not to be had."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"{url}: reading datasets of the hub needs the package `datasets`:"
+            " pip install 'mixed-policy-distillation[hub]'"
+        ) from error
+    failures = (
+        datasets.exceptions.DatasetsError,
+        *hub_failures(),
+        pa.ArrowInvalid,
+        ValueError,
+        RuntimeError,  # datasets' word for repositories that are scripts: never run here
+    )
+    return datasets, failures
+
+
+def _place(source: HubSource) -> str:
+    """Spelt so, it is never taken for a folder OWNER/NAME that happens to lie here."""
+    return f"hf://datasets/{source.repo}"
+
+
+def hub_splits(url: str) -> list[str]:
+    """The splits of a dataset on the hub, whichever `url` names. Raises ConfigError."""
+    source = HubSource.parse(url)
+    datasets, failures = _datasets(url)
+    try:
+        names: list[str] = datasets.get_dataset_split_names(
+            _place(source), source.config, revision=source.revision
+        )
+    except failures as error:
+        raise ConfigError(
+            f"{url}: its splits cannot be listed ({_first_line(error)}). Check the name, config and"
+            " revision, the network, and HF_TOKEN for gated datasets."
+        ) from error
+    return names
+
+
+def _hub_rows(url: str, columns: list[str] | None) -> Rows:
+    source = HubSource.parse(url)
+    datasets, failures = _datasets(url)
+    if source.split is None:
+        there = ", ".join(hub_splits(url))
+        raise ConfigError(f"{url}: names no split; expected {_FORM}. There are {there}.")
+    try:
+        data = datasets.load_dataset(
+            _place(source), source.config, split=source.split, revision=source.revision
+        )
+    except failures as error:
+        hint = _split_hint(url, error)
+        raise ConfigError(
+            f"{url}: not to be had from the hub ({_first_line(error)}).{hint} Check the name,"
+            " split, config and revision, the network, and HF_TOKEN for gated datasets."
+        ) from error
+    if columns is None:
+        return enumerate(data, start=1)
+    _require(url, columns, data.column_names)
+    return enumerate(data.select_columns(list(dict.fromkeys(columns))), start=1)
+
+
+def _split_hint(url: str, error: BaseException) -> str:
+    """What the split of `url` may be a misspelling of, as a sentence, where `error` is about it."""
+    split = (HubSource.parse(url).split or "").partition("[")[0]  # of train[:100], train
+    if split not in str(error):
+        return ""  # asking for the splits would only wait for the same failure again
+    try:
+        close = nearest(split, hub_splits(url))
+    except ConfigError:
+        return ""
+    return "" if close in (None, split) else f" Did you mean split={close}?"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,117 @@
+"""Rewrite templates: TOML files that say how the teacher is asked and how it is read.
+
+See templates/tags.toml for the format. The template `draft` asks nothing: the draft itself is what
+is filtered, scored and learned.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from mpd_data.common.errors import ConfigError, nearest
+from mpd_data.common.hashing import content_key
+from mpd_data.config import Strict
+
+BUILT_IN = {
+    "tags": Path(__file__).parent / "templates" / "tags.toml",
+    "plain": Path(__file__).parent / "templates" / "plain.toml",
+}
+
+_PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
+
+
+def fill(text: str, values: Mapping[str, str]) -> str:
+    """Puts values in place of {{names}} in one pass: what a value contains is never expanded."""
+    return _PLACEHOLDER.sub(lambda match: values[match.group(1)], text)
+
+
+class RewriteTemplate(Strict):
+    """The content of a template file."""
+
+    name: str
+    version: int
+    prompt: str | None = None
+    output: str
+    trace: str | None = None
+    plain_trace: str | None = None
+
+    def hash(self) -> str:
+        return content_key(self.model_dump())
+
+    @property
+    def asks(self) -> bool:
+        """Whether the teacher is asked for a rewrite."""
+        return self.prompt is not None
+
+    def message(self, problem: str, draft: str) -> str:
+        """What the user says to the teacher."""
+        assert self.prompt is not None
+        return fill(self.prompt, {"problem": problem, "draft": draft}).strip()
+
+    def trace_of(self, rewrite: str, thinks: bool) -> str | None:
+        """The teacher's turn laid out as the student's own trace, without the end token; None
+        where the turn is not in the template's format. `thinks`: the draft has a thinking part.
+        Raises ConfigError where the template has no layout for such drafts."""
+        match = re.fullmatch(self.output, rewrite, re.DOTALL)
+        if match is None:
+            return None
+        parts = {name: text.strip() for name, text in match.groupdict("").items()}
+        return fill(self.layout(thinks), parts)
+
+    def layout(self, thinks: bool) -> str:
+        """The trace's layout for drafts with or without a thinking part. Raises ConfigError where
+        the template has none."""
+        layout = self.trace if thinks else self.plain_trace or self.trace
+        if layout is None:
+            raise ConfigError(
+                f"template {self.name!r} has no `trace`, and the drafts have a thinking part (they"
+                " close </think>). Give it one, or use --template tags."
+            )
+        return layout
+
+
+DRAFT = RewriteTemplate(name="draft", version=1, output="")
+
+
+def load_template(name: str) -> RewriteTemplate:
+    """Reads and checks a template: the name of one that is built in, or the path of a file.
+    Raises ConfigError naming what is wrong in it."""
+    if name == DRAFT.name:
+        return DRAFT
+    path = BUILT_IN.get(name, Path(name))
+    try:
+        template = RewriteTemplate(**tomllib.loads(path.read_text(encoding="utf-8")))
+        groups = set(re.compile(template.output).groupindex)
+    except OSError as error:
+        built_in = [*BUILT_IN, DRAFT.name]
+        near = nearest(name, built_in)
+        hint = (
+            f"the built-in ones are {', '.join(built_in)}"
+            if near is None
+            else f"did you mean {near!r}?"
+        )
+        raise ConfigError(
+            f"{path}: no template that can be read ({error.strerror}); {hint}"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError, TypeError) as error:
+        raise ConfigError(f"{path}: not a rewrite template: {error}") from error
+    except re.error as error:
+        raise ConfigError(f"{path}: `output` is not a regular expression: {error}") from error
+    if template.trace is None and template.plain_trace is None:
+        raise ConfigError(f"{path}: gives neither `trace` nor `plain_trace`; it needs one of them.")
+    for field, text, known in (
+        ("prompt", template.prompt or "", {"problem", "draft"}),
+        ("trace", template.trace or "", groups),
+        ("plain_trace", template.plain_trace or "", groups),
+    ):
+        unknown = set(_PLACEHOLDER.findall(text)) - known
+        if unknown:
+            raise ConfigError(
+                f"{path}: `{field}` uses {sorted(unknown)}; it can use {sorted(known)}."
+            )
+    if "{{draft}}" not in (template.prompt or ""):
+        raise ConfigError(f"{path}: `prompt` never shows the teacher the {{{{draft}}}}.")
+    return template

@@ -1,0 +1,1 @@
+"""Decide which rewrites are kept."""

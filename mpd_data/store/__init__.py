@@ -1,0 +1,1 @@
+"""The shard contract on disk: schema, keys, locks, shards, rounds, writer, progress."""

@@ -1,0 +1,168 @@
+"""Rounds on disk: atomic commit of Parquet shards, manifests, and what is still owed.
+
+    data/round3/
+      run.json                  settings and versions of each stage that ran here
+      rollouts.manifest.jsonl   one line per committed shard
+      rollouts/part-00000.parquet
+      distill.manifest.jsonl, distill/, errors.manifest.jsonl, errors/   likewise
+      .staging/                 half-written files; safe to delete when nothing runs
+      .writers/, .lock          who is writing (locks.py)
+      .status/                  how far each writer is (progress.py)
+      .quarantine/              shards found torn; their rows are owed again
+
+The folder is the truth and the manifest an index of it. A file under its final name is
+whole: it is written in `.staging`, fsynced, then *linked* to its name, which never replaces
+another file. A killed writer leaves nothing but a staging file. Row keys (`row_id`) are
+hashes of what determines a row, so that a restart computes what is owed by set difference,
+whatever the order of its input.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mpd_data.common.errors import DataError
+from mpd_data.common.files import sha256_of
+from mpd_data.store.keys import KeySet, Packed, pack, twice
+from mpd_data.store.schema import METADATA_KEY, SCHEMA_VERSION, TOKEN_COLUMN, Stage
+
+# Of rewrites: a shuffled reader fetches whole row groups, and small ones keep a random read near
+# 80 ms. Of other stages: rows that are made into Python objects at once.
+ROWS_PER_GROUP = 64
+# Files read at once where a round is read whole: opening them is what takes the time.
+_READERS = 8
+
+_T = TypeVar("_T")
+
+
+# What pyarrow raises over damaged bytes: a name in a footer that is no UTF-8 or is not there, too.
+ROTTEN = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One committed Parquet file as its manifest line states it."""
+
+    name: str
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+    row_groups: list[int]
+
+
+def open_shard(path: Path) -> pq.ParquetFile:
+    """A shard to read from, by its footer; DataError if the file is torn or not a shard. Damaged
+    pages are found when they are read."""
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except ROTTEN as error:
+        raise DataError(
+            f"{path}: not a whole Parquet file ({error}). A shard that mpd-gen committed is whole,"
+            " so it was damaged afterwards: run the stage that wrote it again, which sets it aside"
+            " and makes its rows anew."
+        ) from error
+
+
+def _footer(path: Path) -> pq.FileMetaData:
+    with open_shard(path) as file:
+        return file.metadata
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a shard says of itself (Parquet key `mpd`): models, settings, versions."""
+    raw = (_footer(path).metadata or {}).get(METADATA_KEY)
+    if raw is None:
+        raise DataError(
+            f"{path}: no `mpd` metadata, so this Parquet file was not written by mpd-gen."
+            " Expected a shard; move other files out of the shard folder."
+        )
+    try:
+        metadata: dict[str, Any] = json.loads(raw)
+    except ValueError as error:
+        raise DataError(f"{path}: its `mpd` metadata is damaged ({error}).") from error
+    if metadata.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(
+            f"{path}: schema version {metadata.get('schema_version')}, this version of the toolkit"
+            f" reads {SCHEMA_VERSION}. Generate the round again or use the version that wrote it."
+        )
+    return metadata
+
+
+def read_all(read: Callable[[Path], _T], paths: Iterable[Path]) -> Iterator[_T]:
+    """`read` of each path in order, several at once."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(read, paths)
+
+
+def _read_columns(path: Path, names: list[str]) -> pa.Table:
+    """Light columns of a shard; DataError where they cannot be read."""
+    with open_shard(path) as file:
+        try:
+            table = file.read(columns=names, use_threads=False).select(names)
+            table.validate(full=True)
+        except ROTTEN as error:
+            raise DataError(f"{path}: columns {names} cannot be read ({error})") from error
+        # A checksum covers a page's data and not its header, which says how many values it has.
+        if len(table) != file.metadata.num_rows:
+            raise DataError(
+                f"{path}: {names} have {len(table)} values, the footer says"
+                f" {file.metadata.num_rows} rows"
+            )
+    return table
+
+
+def _read_keys(path: Path, name: str = "row_id") -> Packed:
+    return _pack(path, name, _read_columns(path, [name])[name])
+
+
+def _pack(path: Path, name: str, column: pa.ChunkedArray) -> Packed:
+    """The keys in a column of the shard `path`; DataError where they are none."""
+    try:
+        return pack(column)
+    except ValueError as error:
+        raise DataError(
+            f"{path}: {name} {error} (see docs/contract.md). Either the file is damaged or mpd-gen"
+            " did not write it."
+        ) from error
+
+
+def _unique(paths: list[Path], packed: list[Packed]) -> KeySet:
+    keys = KeySet.of(packed)
+    if len(keys) < sum(map(len, packed)):
+        part, index = twice(packed)[0]
+        key = _read_columns(paths[part], ["row_id"])["row_id"][index]
+        raise DataError(
+            f"{paths[part]}: row {key} is in this round twice. Rows are unique per folder;"
+            " was a shard copied in by hand? Remove the copy."
+        )
+    return keys
+
+
+def describe(path: Path, stage: Stage) -> Shard:
+    """The manifest line of a file, by reading it. Raises DataError where it is unsound."""
+    footer = _footer(path)
+    read_metadata(path)
+    column = TOKEN_COLUMN[stage]
+    tokens = 0
+    try:
+        if column is not None:
+            values = pq.read_table(path, columns=[column]).column(column)
+            tokens = pc.sum(values).as_py() or 0
+    except ROTTEN as error:
+        raise DataError(f"{path}: column {column!r} cannot be read ({error})") from error
+    return Shard(
+        name=path.name,
+        rows=footer.num_rows,
+        tokens=tokens,
+        bytes=path.stat().st_size,
+        sha256=sha256_of(path),
+        row_groups=[footer.row_group(i).num_rows for i in range(footer.num_row_groups)],
+    )

@@ -1,0 +1,309 @@
+"""Writing shards: rows in, committed Parquet files out.
+
+Staged, closed, fsynced, linked under the first free name, indexed: see docs/contract.md. All of
+that happens in a thread, row group by row group, so that the engine does not wait for the disk and
+a shard is never in memory whole.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mpd_data.common.errors import DataError, MPDError
+from mpd_data.common.files import fsync_directory
+from mpd_data.store.locks import moment
+from mpd_data.store.round import RoundDir
+from mpd_data.store.schema import ENUMS, METADATA_KEY, SCHEMA_VERSION, SCHEMAS, Stage
+from mpd_data.store.shards import ROWS_PER_GROUP, describe
+
+BYTES_PER_GROUP = 16 << 20
+# Rewrites are read at random, by the trainer. Rollouts are read from end to end, where each row
+# group costs a query some 3 us a column: in small ones more than reading its values does.
+_ROWS_PER_GROUP: dict[Stage, int] = {
+    "rollouts": 256,
+    "distill": ROWS_PER_GROUP,
+    "errors": ROWS_PER_GROUP,
+}
+# Row groups that wait for the disk at most: with a slower one the engine waits after all.
+_WAITING_GROUPS = 4
+# Numbers compress better split by byte than by dictionary.
+_SPLIT_COLUMNS = {
+    "prompt_ids",
+    "completion_ids",
+    "input_ids",
+    "teacher_prompt_ids",
+    "topk_ids",
+    "topk_logprobs",
+    "tail_logprobs",
+}
+_DICTIONARY_COLUMNS = {"finish_reason", "rewrite_finish_reason", "status", "prompt", "problem"}
+
+
+def commit_file(staged: Path, folder: Path, hard_links: bool) -> Path:
+    """Gives a closed, fsynced `staged` file the first free name in `folder`; never replaces.
+
+    Without hard links the name is reserved by an empty file, then replaced: a kill between
+    the two leaves an empty shard, which the next run quarantines like any torn file.
+    """
+    taken = [int(p.stem.removeprefix("part-")) for p in folder.glob("part-*.parquet")]
+    index = max(taken, default=-1) + 1
+    while True:
+        final = folder / f"part-{index:05d}.parquet"
+        try:
+            if hard_links:
+                os.link(staged, final)
+            else:
+                os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+                staged.replace(final)
+        except FileExistsError:
+            index += 1
+            continue
+        fsync_directory(folder)
+        staged.unlink(missing_ok=True)
+        return final
+
+
+def has_hard_links(staging: Path) -> bool:
+    """Whether the file system of `staging` can link, tried with a file of our own."""
+    probe = staging / f"probe-{uuid.uuid4().hex}"
+    target = probe.with_suffix(".link")
+    probe.touch()
+    try:
+        os.link(probe, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        return False
+    finally:
+        probe.unlink()
+        target.unlink(missing_ok=True)
+    return True
+
+
+@dataclasses.dataclass
+class _Staged:
+    """A shard that is being written."""
+
+    path: Path
+    sink: IO[bytes]
+    parquet: pq.ParquetWriter
+
+    def drop(self) -> None:
+        """Gives the file up; what was written to it is owed."""
+        with contextlib.suppress(OSError, pa.ArrowInvalid):
+            self.parquet.close()
+        with contextlib.suppress(OSError):
+            self.sink.close()
+        self.path.unlink(missing_ok=True)
+
+
+class ShardWriter:
+    """Writes rows of one stage into committed shards.
+
+    A shard is committed when it is due, by number of rows or by age, since an open Parquet file is
+    lost with its writer: what a kill can cost is bounded by both. Use as a context manager;
+    leaving it, also by an exception, commits what is there.
+
+    Raises MPDError where the disk is full or the folder read-only, naming what to do: from the
+    call that wrote, or from one of the next.
+    """
+
+    def __init__(
+        self,
+        round_dir: RoundDir,
+        stage: Stage,
+        metadata: Mapping[str, Any],
+        rows_per_shard: int = 1024,
+        seconds_per_shard: float = 300.0,
+    ) -> None:
+        self._round = round_dir
+        self._stage: Stage = stage
+        self._schema = SCHEMAS[stage]
+        self._rows_per_group = _ROWS_PER_GROUP[stage]
+        self._metadata = {
+            METADATA_KEY: json.dumps(
+                {"schema_version": SCHEMA_VERSION, "stage": stage, **metadata}
+            ).encode()
+        }
+        self._rows_per_shard = rows_per_shard
+        self._seconds_per_shard = seconds_per_shard
+        self._rows: list[dict[str, Any]] = []
+        self._group_bytes = 0
+        self._in_shard = 0  # rows of the shard that is being written, those in `_rows` too
+        self._oldest = 0.0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{stage}-writer")
+        self._pending: deque[Future[None]] = deque()
+        # The thread's own:
+        self._staged: _Staged | None = None
+        self._broken = False
+        self.rows_committed = 0
+        round_dir.folder(stage).mkdir(parents=True, exist_ok=True)
+        fsync_directory(round_dir.path)
+        self._hard_links = has_hard_links(round_dir.staging)
+        if not self._hard_links:
+            print(
+                f"{round_dir.path}: no hard links on this file system; shards are committed by"
+                " reserving their name instead.",
+                file=sys.stderr,
+            )
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.commit()
+        finally:
+            self._thread.shutdown()
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        """Takes rows (exactly the stage's columns) that belong together: they go into one shard.
+        Commits a shard where one is due."""
+        for row in rows:
+            self._check(row)
+        if not self._in_shard:
+            self._oldest = time.monotonic()
+        if len(self._rows) + len(rows) > self._rows_per_group:
+            self._close_group()
+        # All at once: an interrupt must not leave a part of them here to be committed.
+        self._rows.extend(rows)
+        self._in_shard += len(rows)
+        self._group_bytes += sum(
+            4 * len(value) for row in rows for value in row.values() if hasattr(value, "__len__")
+        )
+        if len(self._rows) >= self._rows_per_group or self._group_bytes >= BYTES_PER_GROUP:
+            self._close_group()
+        self.commit_if_due()
+
+    def _check(self, row: dict[str, Any]) -> None:
+        if row.keys() != set(self._schema.names):
+            missing, extra = (
+                set(self._schema.names) - row.keys(),
+                row.keys() - set(self._schema.names),
+            )
+            raise DataError(f"{self._stage} row: columns missing {missing}, unknown {extra}")
+        for name, allowed in ENUMS.items():
+            if row.get(name) is not None and row[name] not in allowed:
+                raise DataError(f"{self._stage} row: {name} is {row[name]!r}, not one of {allowed}")
+
+    def commit_if_due(self) -> None:
+        """Commits by age too; call it while waiting for results."""
+        if self._in_shard >= self._rows_per_shard or (
+            self._in_shard and time.monotonic() - self._oldest >= self._seconds_per_shard
+        ):
+            self._close_shard()
+        self._collect(_WAITING_GROUPS)
+
+    def commit(self) -> None:
+        """Commits the gathered rows as one shard, durable when this returns."""
+        self._close_shard()
+        self._collect(0)
+
+    def _close_group(self) -> None:
+        if self._rows:
+            rows = self._rows
+            # Out of one place before they are in the next: an interrupt between leaves them owed.
+            self._rows, self._group_bytes = [], 0
+            self._pending.append(self._thread.submit(self._write_group, rows))
+
+    def _close_shard(self) -> None:
+        self._close_group()
+        self._in_shard = 0
+        self._pending.append(self._thread.submit(self._commit_staged))
+
+    def _collect(self, waiting: int) -> None:
+        """Waits until no more than `waiting` pieces of work are left to the thread, and raises what
+        went wrong in those that are done."""
+        while self._pending and (len(self._pending) > waiting or self._pending[0].done()):
+            done = self._pending[0]
+            done.exception()  # waits: an interrupt here leaves it to be waited for on leaving
+            self._pending.popleft()
+            try:
+                done.result()
+            except OSError as error:
+                raise MPDError(
+                    f"{self._round.path}: writing a shard failed: {error.strerror or error}. Every"
+                    " row committed before is safe; free space or give a writable place, then run"
+                    " the same command again."
+                ) from error
+
+    # -- in the thread ----------------------------------------------------------------
+
+    def _write_group(self, rows: list[dict[str, Any]]) -> None:
+        if self._broken:
+            return  # the error is on its way to the caller; these rows stay owed
+        try:
+            self._write_table(pa.Table.from_pylist(rows, schema=self._schema))
+        except BaseException:
+            self._break()
+            raise
+
+    def _write_table(self, table: pa.Table) -> None:
+        if self._staged is None:
+            self._staged = self._stage_shard()
+        self._staged.parquet.write_table(table, row_group_size=self._rows_per_group)
+
+    def _stage_shard(self) -> _Staged:
+        path = self._round.staging / f"{self._stage}-{os.getpid()}-{uuid.uuid4().hex}.parquet"
+        sink = path.open("wb")
+        parquet = pq.ParquetWriter(
+            sink,
+            self._schema.with_metadata(self._metadata),
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=[f.name for f in self._schema if f.name in _DICTIONARY_COLUMNS],
+            use_byte_stream_split=[
+                f"{f.name}.list.element" for f in self._schema if f.name in _SPLIT_COLUMNS
+            ],
+            write_page_checksum=True,
+        )
+        return _Staged(path, sink, parquet)
+
+    def _commit_staged(self) -> None:
+        staged = self._staged
+        if self._broken or staged is None:
+            return
+        try:
+            staged.parquet.close()
+            staged.sink.flush()
+            os.fsync(staged.sink.fileno())
+            staged.sink.close()
+            shard = describe(staged.path, self._stage)
+            folder = self._round.folder(self._stage)
+            # One moment for both: a writer that starts now finds them in step.
+            with moment(self._round.path):
+                if not self._round.is_locked:
+                    # An interrupt left the writer in the midst of leaving: another process may
+                    # have begun to make these rows.
+                    raise MPDError(f"{self._round.path}: let go before its last shard was written")
+                # From the link on the rows are committed, whatever happens to the manifest.
+                self._staged = None
+                final = commit_file(staged.path, folder, self._hard_links)
+                self.rows_committed += shard.rows
+                self._round.append_manifest(
+                    self._stage, dataclasses.replace(shard, name=final.name)
+                )
+        except BaseException:
+            self._break()
+            raise
+
+    def _break(self) -> None:
+        """After an error nothing more is written: a disk that is full now and not a second later
+        would leave holes that look like choice."""
+        self._broken = True
+        if self._staged is not None:
+            staged, self._staged = self._staged, None
+            staged.drop()

@@ -1,0 +1,208 @@
+"""`mpd-rounds`: a whole distillation from one TOML file.
+
+For each round: rollouts by the newest student -> rewrites by the teacher -> training ->
+evaluation. Each stage is the command a user would type, in a process of its own (the engine
+must not share one with the trainer), printed before it runs and resumable by itself; a stage
+that has finished is not started again.
+
+    OUT/data/round1/            the round's shards
+    OUT/train/round1/           its training: model/, metrics.jsonl, checkpoints/
+    OUT/eval/round1-test/       rollouts on held-out prompts (base-test: before any training)
+    OUT/summary.json            the figures; OUT/lengths.png the trace lengths
+"""
+
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mpd_data.common.command import DRY_RUN, PLAN_JSON, run_command
+from mpd_data.common.files import write_json_atomic
+from mpd_data.common.models import resolve_model
+from mpd_data.common.text import format_table
+from mpd_data.config import RewriteConfig
+from mpd_data.inspect import compare as comparison
+from mpd_data.inspect.stats import plot_lengths
+from mpd_data.parts.workers import EXIT_FAILED_ROWS
+from mpd_rounds.run.layout import Plan
+from mpd_rounds.run.runner import Runner
+from mpd_rounds.run.steps import Pipeline, load_pipeline
+
+
+def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
+    """The figures of a finished pipeline: the first evaluation set for base and every round,
+    and the comparison of the last round with the base on every set."""
+    headline, *_ = [chosen.name for chosen in pipeline.evaluation]
+    last = pipeline.rounds
+    sets = {
+        chosen.name: comparison.compare(
+            plan.evaluation(0, chosen.name), plan.evaluation(last, chosen.name)
+        )
+        for chosen in pipeline.evaluation
+    }
+    rounds = [comparison.evaluate(plan.evaluation(r, headline)) for r in range(1, last + 1)]
+    return {
+        "pipeline": pipeline.name,
+        "seed": pipeline.seed,
+        "base": sets[headline]["base"],
+        "rounds": rounds,
+        "final": rounds[-1],
+        **{
+            name: sets[headline][name]
+            for name in (
+                "token_reduction",
+                "token_reduction_interval",
+                "accuracy_difference",
+                "accuracy_difference_interval",
+            )
+        },
+        "sets": sets,
+    }
+
+
+def show(summary: dict[str, Any]) -> None:
+    """The before/after tables of a summary, on stderr: the first evaluation set by round, and all
+    sets side by side."""
+    rows = {"base": summary["base"]}
+    rows |= {f"round {i}": side for i, side in enumerate(summary["rounds"], start=1)}
+    click.echo(f"\n{comparison.table(rows)}", err=True)
+    sets = [
+        {"set": name, **comparison.side_by_side(result)} for name, result in summary["sets"].items()
+    ]
+    click.echo(f"\n{format_table(sets)}", err=True)
+
+
+def check_inputs(pipeline: Pipeline, out: Path) -> None:
+    """Finds out now what would else stop the pipeline hours in: both models, with their weights
+    where this machine runs them, and all that a dry run checks. Raises ConfigError or DataError."""
+    from mpd_rounds.run.plan import plan_pipeline
+
+    resolve_model(pipeline.student)
+    for step in Plan(pipeline, out).training(1):
+        if isinstance(step.config, RewriteConfig):
+            resolve_model(pipeline.teacher, served=step.config.engine.served(pipeline.teacher))
+    plan_pipeline(pipeline, out)
+
+
+def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
+    """Runs what is not finished of `pipeline` in `out` and returns its summary, with
+    `failed_rows` true where a stage left rows in errors/."""
+    plan = Plan(pipeline, out)
+    check_inputs(pipeline, out)
+    runner = Runner(out, pipeline.environment, len(plan.all_steps()), pipeline.preload)
+    write_json_atomic(out / "pipeline.json", pipeline.model_dump(mode="json"))
+    runner.run(list(plan.evaluations(0)), pipeline.parallel_evaluations)
+    for round_ in range(1, pipeline.rounds + 1):
+        for step in plan.training(round_):
+            runner.run([step])
+        runner.run(list(plan.evaluations(round_)), pipeline.parallel_evaluations)
+    summary = summarize(pipeline, plan)
+    summary["failed_rows"] = runner.failed_rows
+    write_json_atomic(out / "summary.json", summary)
+    headline = pipeline.evaluation[0].name
+    lengths = {"base": plan.evaluation(0, headline)}
+    lengths |= {f"round {r}": plan.evaluation(r, headline) for r in range(1, pipeline.rounds + 1)}
+    plot_lengths(lengths, out / "lengths.png")
+    return summary
+
+
+def _seeds_table(summaries: list[dict[str, Any]]) -> str:
+    return format_table(
+        [
+            {"seed": str(summary["seed"]), "set": name, **comparison.side_by_side(result)}
+            for summary in summaries
+            for name, result in summary["sets"].items()
+        ]
+    )
+
+
+def _rates(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+    """`--rate` as stage -> tokens per second."""
+    rates = {}
+    for value in values:
+        stage, _equals, number = value.partition("=")
+        try:
+            rates[stage] = float(number)
+        except ValueError:
+            rates[stage] = 0.0
+        if stage not in ("rollouts", "rewrite", "train") or not 0 < rates[stage] < math.inf:
+            raise click.BadParameter(
+                f"{value!r}: expected rollouts=, rewrite= or train= and tokens per second"
+                " (rollouts=25000)."
+            )
+    return rates
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("pipeline", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/NAME]"
+)
+@click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a setting.")
+@click.option(
+    "--seeds", type=click.IntRange(1), help="Run seeds 0 … N-1 into OUT/seed0 … and compare them."
+)
+@DRY_RUN
+@click.option(
+    "--rate",
+    "rates",
+    multiple=True,
+    callback=_rates,
+    metavar="STAGE=N",
+    help="With --dry-run: assume N tokens per second, of all GPUs together, for rollouts"
+    " (evaluations too), rewrite or train, in place of a recorded speed.",
+)
+@PLAN_JSON
+@click.version_option(package_name="mixed-policy-distillation")
+def cli(
+    pipeline: Path,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    seeds: int | None,
+    dry_run: bool,
+    rates: dict[str, float],
+    as_json: bool,
+) -> None:
+    """Run a whole distillation PIPELINE (TOML) into OUT. Run again to resume."""
+    if rates and not dry_run:
+        raise click.UsageError("--rate goes with --dry-run.")
+    if out is None:
+        out = Path("runs") / load_pipeline(pipeline, overrides).name
+    if dry_run:
+        from mpd_rounds.run.plan import plan_pipeline, show_pipeline
+
+        # Of several seeds the first: the others take as much again.
+        folder, settings = out, overrides
+        if seeds is not None:
+            folder, settings = out / "seed0", (*overrides, "seed=0")
+        planned = plan_pipeline(load_pipeline(pipeline, settings), folder, rates)
+        show_pipeline(planned, as_json, prompts=True)
+        if seeds is not None:
+            click.echo(f"This is the first of {seeds} seeds.", err=True)
+        return
+    if seeds is None:
+        summary = run_pipeline(load_pipeline(pipeline, overrides), out)
+        show(summary)
+        click.echo(f"wrote {out / 'summary.json'} and {out / 'lengths.png'}", err=True)
+        click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
+        if summary["failed_rows"]:
+            click.echo(f"some rows failed; see {out}/*/*/errors/*.parquet", err=True)
+            raise click.exceptions.Exit(EXIT_FAILED_ROWS)
+        return
+    summaries = []
+    for seed in range(seeds):
+        chosen = load_pipeline(pipeline, (*overrides, f"seed={seed}"))
+        summaries.append(run_pipeline(chosen, out / f"seed{seed}"))
+    write_json_atomic(out / "seeds.json", summaries)
+    click.echo(f"\n{_seeds_table(summaries)}\nwrote {out / 'seeds.json'}", err=True)
+    click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
+
+
+def main() -> None:
+    run_command(cli)
+
+
+if __name__ == "__main__":
+    main()

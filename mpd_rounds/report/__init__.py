@@ -1,0 +1,1 @@
+"""`mpd-report`: what a run did, as one HTML page and Markdown."""

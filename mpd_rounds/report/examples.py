@@ -1,0 +1,252 @@
+"""Rows to read: a draft beside its rewrite, one problem before and after, and the worst of a run.
+
+Rows are chosen by light columns and by their keys, which are hashes, so that a choice is fair and
+always the same; text is read of the chosen rows alone.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+
+from mpd_data.inspect.stats import collect, scan
+
+REWRITES = 2  # of each round
+PAIRS = 3  # problems before and after
+WORST = 3  # of each kind
+
+# Of a trace at most so many words are compared and shown; of the worst traces fewer.
+MOST_WORDS = 1_200
+EXCERPT_WORDS = 160
+
+Kind = Literal["same", "removed", "added"]
+# What a trace is made of where it is compared: a word or a sign, with the space after it.
+_WORD = re.compile(r"(?:\w+|[^\w\s])\s*|\s+")
+# A common run of fewer words between two changes is chance, and harder to read than one change.
+_SHORTEST_COMMON = 2
+
+
+@dataclass(frozen=True)
+class Part:
+    text: str
+    kind: Kind = "same"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A text with what is to be known of it in a line, in parts."""
+
+    title: str
+    facts: list[str]
+    parts: list[Part]
+    is_correct: bool | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One or two traces of one problem."""
+
+    problem: str
+    gold: str | None
+    traces: list[Trace]
+
+
+def word_diff(draft: str, rewrite: str) -> tuple[list[Part], list[Part]]:
+    """Both texts in parts: what of the draft was removed, what of the rewrite was added."""
+    left, right = _WORD.findall(draft), _WORD.findall(rewrite)
+    matcher = difflib.SequenceMatcher(
+        None, [word.strip() for word in left], [word.strip() for word in right], autojunk=False
+    )
+    before: list[Part] = []
+    after: list[Part] = []
+    codes = matcher.get_opcodes()
+    for index, (tag, i, j, k, m) in enumerate(codes):
+        inside = 0 < index < len(codes) - 1
+        same = tag == "equal" and not (inside and j - i < _SHORTEST_COMMON)
+        _extend(before, "".join(left[i:j]), "same" if same else "removed")
+        _extend(after, "".join(right[k:m]), "same" if same else "added")
+    return before, after
+
+
+def _extend(parts: list[Part], text: str, kind: Kind) -> None:
+    if not text:
+        return
+    if parts and parts[-1].kind == kind:
+        parts[-1] = Part(parts[-1].text + text, kind)
+    else:
+        parts.append(Part(text, kind))
+
+
+def shortened(text: str, most: int) -> str:
+    """At most about `most` words of a text: its start, and two fifths of them from its end."""
+    words = _WORD.findall(text)
+    if len(words) <= most:
+        return text
+    tail = most * 2 // 5
+    left_out = len(words) - most
+    head, end = "".join(words[: most - tail]).rstrip(), "".join(words[-tail:])
+    return f"{head}\n[… {left_out:,} words left out …]\n{end}"
+
+
+def kept_rewrites(folder: Path) -> list[Example]:
+    """Kept rewrites of a round beside their drafts: those of the smallest keys."""
+    rollouts, distill = scan([folder], "rollouts"), scan([folder], "distill")
+    if rollouts is None or distill is None:
+        return []
+    chosen = collect(
+        distill.filter(pl.col("status") == "ok").select("row_id").bottom_k(REWRITES, by="row_id")
+    )["row_id"]
+    rewrites = collect(
+        distill.filter(pl.col("row_id").is_in(chosen.implode())).select(
+            "row_id", "rollout_id", "rewrite", "num_rewritten_tokens", "is_correct"
+        )
+    ).sort("row_id")
+    drafts = {
+        row["row_id"]: row for row in _texts(rollouts, "row_id", rewrites["rollout_id"]).to_dicts()
+    }
+    found = []
+    for row in rewrites.iter_rows(named=True):
+        draft = drafts[row["rollout_id"]]
+        before, after = word_diff(
+            shortened(draft["completion"], MOST_WORDS), shortened(row["rewrite"], MOST_WORDS)
+        )
+        tokens = draft["num_completion_tokens"]
+        saved = 1 - row["num_rewritten_tokens"] / tokens
+        facts = [f"{row['num_rewritten_tokens']:,} tokens", f"{100 * saved:.0f}% fewer"]
+        found.append(
+            Example(
+                draft["problem"],
+                draft["gold_answer"],
+                [
+                    Trace("draft", [f"{tokens:,} tokens"], before, draft["is_correct"]),
+                    Trace("kept rewrite", facts, after, row["is_correct"]),
+                ],
+            )
+        )
+    return found
+
+
+_TEXT = ("row_id", "prompt_id", "sample_idx", "problem", "completion", "gold_answer")
+_LIGHT = ("num_completion_tokens", "is_correct", "finish_reason", "repetition")
+
+
+def _texts(rollouts: pl.LazyFrame, by: str, values: pl.Series) -> pl.DataFrame:
+    """The rows whose column `by` is one of `values`, with their text, by key."""
+    rows = rollouts.filter(pl.col(by).is_in(values.unique().implode()))
+    return collect(rows.select(*_TEXT, *_LIGHT)).sort("row_id")
+
+
+def before_and_after(base: Path, last: Path, name: str) -> list[Example]:
+    """The base's and the newest model's (`name`) first samples of the same held-out problems, those
+    of the base's smallest keys."""
+    left, right = scan([base], "rollouts"), scan([last], "rollouts")
+    assert left is not None and right is not None
+    prompts = collect(
+        left.filter(pl.col("sample_idx") == 0)
+        .select("row_id", "prompt_id")
+        .bottom_k(PAIRS, by="row_id")
+    ).sort("row_id")["prompt_id"]
+    sides = [_first_samples(frame, prompts) for frame in (left, right)]
+    return [
+        _pair(sides[0][prompt], sides[1][prompt], name)
+        for prompt in prompts
+        if prompt in sides[0] and prompt in sides[1]
+    ]
+
+
+def _first_samples(rollouts: pl.LazyFrame, prompts: pl.Series) -> dict[str, dict[str, Any]]:
+    rows = _texts(rollouts.filter(pl.col("sample_idx") == 0), "prompt_id", prompts)
+    return {row["prompt_id"]: row for row in rows.to_dicts()}
+
+
+def _pair(base: dict[str, Any], last: dict[str, Any], name: str) -> Example:
+    return Example(
+        base["problem"],
+        base["gold_answer"],
+        [_whole("base", base, MOST_WORDS), _whole(name, last, MOST_WORDS)],
+    )
+
+
+def _whole(title: str, row: dict[str, Any], most: int) -> Trace:
+    facts = [f"{row['num_completion_tokens']:,} tokens"]
+    if row["finish_reason"] == "length":
+        facts.append("cut off at the limit")
+    if row["repetition"] >= 0.005:
+        facts.append(f"{100 * row['repetition']:.0f}% of 4-grams repeated")
+    text = shortened(row["completion"], most)
+    return Trace(title, facts, [Part(text)], row["is_correct"])
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Answers lost and won between base and last round. A problem is lost where a smaller share of
+    its samples is right; `examples` are those that fell furthest."""
+
+    problems: int
+    lost: int
+    won: int
+    examples: list[Example]
+
+
+def answers_lost(base: Path, last: Path, name: str) -> Lost | None:
+    """None where no problem has a gold answer on both sides."""
+    frames = [scan([folder], "rollouts") for folder in (base, last)]
+    sides = [
+        collect(frame.group_by("prompt_id").agg(pl.col("is_correct").mean().alias("accuracy")))
+        for frame in frames
+        if frame is not None
+    ]
+    both = sides[0].join(sides[1], on="prompt_id", suffix="_last").drop_nulls()
+    if both.is_empty():
+        return None
+    fall = (pl.col("accuracy") - pl.col("accuracy_last")).alias("fall")
+    falls = both.select("prompt_id", fall)
+    worst = (
+        falls.filter(pl.col("fall") > 0)
+        # Of equal falls any will do, but always the same.
+        .sort("fall", "prompt_id", descending=[True, False])
+        .head(WORST)["prompt_id"]
+    )
+    examples = []
+    left, right = (
+        _texts(frame.filter(pl.col("is_correct") == wanted), "prompt_id", worst)
+        for frame, wanted in zip(frames, (True, False), strict=True)
+        if frame is not None
+    )
+    for prompt in worst:
+        rows = [
+            side.filter(pl.col("prompt_id") == prompt).row(0, named=True) for side in (left, right)
+        ]
+        examples.append(
+            Example(
+                rows[0]["problem"],
+                rows[0]["gold_answer"],
+                [
+                    _whole("base", rows[0], EXCERPT_WORDS),
+                    _whole(name, rows[1], EXCERPT_WORDS),
+                ],
+            )
+        )
+    lost, won = ((falls["fall"] * sign > 0).sum() for sign in (1, -1))
+    return Lost(both.height, int(lost), int(won), examples)
+
+
+def most(
+    folder: Path, column: Literal["num_completion_tokens", "repetition"], name: str
+) -> list[Example]:
+    """The rollouts with the largest values of a column, the largest first."""
+    rollouts = scan([folder], "rollouts")
+    assert rollouts is not None
+    chosen = collect(
+        rollouts.select("row_id", column).top_k(WORST, by=[column, "row_id"])
+    )  # the key decides between equals
+    rows = _texts(rollouts, "row_id", chosen["row_id"]).sort(
+        column, "row_id", descending=[True, True]
+    )
+    return [
+        Example(row["problem"], row["gold_answer"], [_whole(name, row, EXCERPT_WORDS)])
+        for row in rows.iter_rows(named=True)
+    ]

@@ -1,0 +1,234 @@
+"""The figures of a report: lazy Polars queries over light columns of the shards.
+
+No query here reads token lists, and of training rounds none reads text: what is collected has a row
+for each length, status or problem.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from mpd_data.common.errors import ConfigError
+from mpd_data.inspect import compare as comparison
+from mpd_data.inspect.stats import collect, of_lengths, round_stats, scan, trace_lengths
+from mpd_data.store.schema import STATUSES
+from mpd_rounds.report.run import BASE, Run, count_rows, read_metrics
+
+# What of a training is drawn, in this order: (columns of metrics.jsonl, title).
+CURVES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("loss", "validation_loss"), "loss"),
+    (("kl",), "divergence, nats per token"),
+    (("student_entropy", "teacher_entropy"), "entropy, nats"),
+    (("topk_mass",), "student's mass on the teacher's top K"),
+    (("agreement",), "share of tokens both rank first"),
+    (("grad_norm",), "gradient norm"),
+    (("learning_rate",), "learning rate"),
+    (("tokens_per_second",), "tokens per second"),
+    (("cross_entropy",), "cross-entropy of the rewrites"),
+    (("clipped",), "share of tokens clipped"),
+)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A distribution of token counts. `counts` has the columns `tokens`, ascending, and `samples`,
+    a row for each length."""
+
+    counts: pl.DataFrame
+
+    @property
+    def samples(self) -> int:
+        return int(self.counts["samples"].sum())
+
+    @property
+    def mean(self) -> float:
+        return float((self.counts["tokens"] * self.counts["samples"]).sum() / self.samples)
+
+    def quantile(self, q: float) -> int:
+        """Of the samples, without interpolation."""
+        rank = int(q * (self.samples - 1) + 0.5)
+        reached = self.counts["samples"].cum_sum()
+        return int(self.counts["tokens"][int((reached <= rank).sum())])
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Shares of the samples per bin; `edges` has one more, the last of which stands for all
+    beyond."""
+
+    edges: list[int]
+    shares: list[float]
+
+
+def histograms(lengths: dict[str, Lengths]) -> dict[str, Histogram]:
+    """Of each distribution, in the same bins (those of `mpd-gen stats`)."""
+    frames = [
+        of.counts.with_columns(pl.lit(label).alias("folder")) for label, of in lengths.items()
+    ]
+    p99 = {label: of.quantile(0.99) for label, of in lengths.items()}
+    rows = trace_lengths(pl.concat(frames), p99)
+    found = {}
+    for label in lengths:
+        bins = [row for row in rows if row["folder"] == label]
+        edges = [row["from"] for row in bins]
+        width = edges[1] - edges[0] if len(edges) > 1 else (bins[0]["below"] or 1)
+        found[label] = Histogram([*edges, edges[-1] + width], [row["share"] for row in bins])
+    return found
+
+
+def rollout_lengths(folder: Path) -> Lengths:
+    """Completion tokens of the rollouts in a round's folder, which has some."""
+    frame = scan([folder], "rollouts")
+    assert frame is not None
+    counts = of_lengths(frame).group_by("tokens").agg(pl.col("samples").sum()).sort("tokens")
+    return Lengths(counts)
+
+
+def rewrite_lengths(folder: Path) -> Lengths | None:
+    """Tokens of the kept rewrites; None where there is none."""
+    frame = scan([folder], "distill")
+    if frame is None:
+        return None
+    kept = frame.filter(pl.col("status") == "ok")
+    counts = collect(
+        kept.group_by(tokens=pl.col("num_rewritten_tokens")).agg(pl.len().alias("samples"))
+    ).sort("tokens")
+    return Lengths(counts) if counts.height else None
+
+
+@dataclass(frozen=True)
+class Funnel:
+    """How many of a round are left after each stage. `answered`: rewrites that the teacher gave;
+    `statuses`: distillation rows by status, the contract's order, those that occur; `ratio`: mean
+    length of the kept ones as a share of their drafts'; `failed`: rows in errors/."""
+
+    prompts: int
+    rollouts: int
+    whole: int
+    answered: int
+    kept: int
+    statuses: dict[str, int]
+    ratio: float | None
+    failed: int
+
+
+def funnel(folder: Path) -> Funnel:
+    """Of a round's folder, which holds rollouts."""
+    rollouts = scan([folder], "rollouts")
+    assert rollouts is not None
+    first = collect(
+        rollouts.select(
+            pl.col("prompt_id").hash().n_unique().alias("prompts"),
+            pl.len().alias("rollouts"),
+            (pl.col("finish_reason") == "stop").sum().alias("whole"),
+        )
+    ).row(0, named=True)
+    statuses: dict[str, int] = {}
+    answered, ratio = 0, None
+    distill = scan([folder], "distill")
+    if distill is not None:
+        rows = collect(
+            distill.group_by("status").agg(
+                pl.len().alias("rows"),
+                pl.col("rewrite_finish_reason").is_not_null().sum().alias("answered"),
+                pl.col("compression_ratio").mean().alias("ratio"),
+            )
+        )
+        found = {row["status"]: row for row in rows.iter_rows(named=True)}
+        statuses = {name: found[name]["rows"] for name in STATUSES if name in found}
+        answered = sum(row["answered"] for row in found.values())
+        ratio = found["ok"]["ratio"] if "ok" in found else None
+    return Funnel(
+        prompts=first["prompts"],
+        rollouts=first["rollouts"],
+        whole=first["whole"],
+        answered=answered,
+        kept=statuses.get("ok", 0),
+        statuses=statuses,
+        ratio=ratio,
+        failed=count_rows(folder, "errors"),
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model on an evaluation set: `side` is compare.evaluate's, `paired` compare's differences
+    from the base (None for the base, or where the two cannot be paired: `note` says why), and
+    `behaviour` what stats.round_stats says of it."""
+
+    side: dict[str, Any]
+    paired: dict[str, Any] | None
+    behaviour: dict[str, Any]
+    note: str | None = None
+
+
+def measure(folders: dict[int, Path]) -> dict[int, Measured]:
+    """By round, of the folders of one evaluation set."""
+    tables = round_stats(list(folders.values()))
+    behaviour: dict[str, dict[str, Any]] = {}
+    for row in (*tables["rollouts"], *tables["behaviour"]):
+        behaviour.setdefault(row["folder"], {}).update(row)
+    found = {}
+    for number, folder in folders.items():
+        paired, note = None, None
+        if number != BASE and BASE in folders:
+            try:
+                paired = comparison.compare(folders[BASE], folder)
+            except ConfigError as error:
+                # Rows that failed on one side alone: said beside the figures.
+                note = str(error)
+            else:
+                if paired["settings_that_differ"]:
+                    note = "sampled differently: " + "; ".join(paired["settings_that_differ"])
+        side = comparison.evaluate(folder) if paired is None else paired["new"]
+        found[number] = Measured(side, paired, behaviour[str(folder)], note)
+    return found
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One set: its name and what was measured, by round."""
+
+    name: str
+    by_round: dict[int, Measured]
+
+    @property
+    def last(self) -> Measured:
+        return self.by_round[max(self.by_round)]
+
+
+def evaluations(run: Run) -> list[Evaluation]:
+    return [Evaluation(name, measure(folders)) for name, folders in run.evaluations.items()]
+
+
+@dataclass(frozen=True)
+class Training:
+    """Steps of one training: `columns` of metrics.jsonl, each a list of (step, value)."""
+
+    columns: dict[str, list[tuple[int, float]]]
+
+    @property
+    def steps(self) -> int:
+        return max((step for points in self.columns.values() for step, _ in points), default=0)
+
+    def first_and_last(self, name: str) -> tuple[float, float] | None:
+        points = self.columns.get(name)
+        return (points[0][1], points[-1][1]) if points else None
+
+    def total(self, name: str) -> float:
+        return sum(value for _, value in self.columns.get(name, []))
+
+
+_READ = {name for names, _ in CURVES for name in names} | {"tokens", "seconds"}
+
+
+def training(folder: Path) -> Training:
+    columns: dict[str, list[tuple[int, float]]] = {}
+    for record in read_metrics(folder):
+        for name in _READ & record.keys():
+            value = record[name]
+            if isinstance(value, int | float):
+                columns.setdefault(name, []).append((int(record["step"]), float(value)))
+    return Training(columns)

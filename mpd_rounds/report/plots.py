@@ -1,0 +1,328 @@
+"""The plots of a report, as SVG for the page.
+
+Colours are written as CSS variables, and text as text in the page's own font, so that a plot
+follows the page: light, dark, or on paper. Labels are data: never read as mathematics, and what
+they hold of markup is escaped.
+"""
+
+import hashlib
+import io
+import itertools
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpd_rounds.report.figures import Histogram, Lengths
+
+# Stand-ins, of which the page makes its own colours: each is used for nothing else.
+INK, MUTED, GRID, PAPER = "#1a1d21", "#5c636b", "#d9dde2", "#fefefe"
+BASE_COLOUR, ACCENT = "#7d8590", "#1f5fa8"
+SERIES = ("#1f5fa8", "#b4531a", "#2c7a4b", "#7546a3", "#a8274f", "#0f7681")
+VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--line",
+    PAPER: "--paper",
+    BASE_COLOUR: "--base",
+    **{colour: f"--series-{i}" for i, colour in enumerate(SERIES)},
+}
+_MOST_POINTS = 300
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mpd-report",
+    "text.parse_math": False,
+    "axes.unicode_minus": True,
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.titlesize": 12.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.titlecolor": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "text.color": INK,
+    "figure.facecolor": "none",
+    "figure.dpi": 72,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model on an evaluation set, for the Pareto plot; the bounds are those of 95% intervals."""
+
+    label: str
+    tokens: float
+    tokens_bounds: tuple[float, float]
+    accuracy: float
+    accuracy_bounds: tuple[float, float]
+
+
+def _draw(width: float, height: float, draw: Any) -> str:
+    """An SVG of so many pixels at its natural size; `draw` is given the figure."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        draw(figure)
+        buffer = io.StringIO()
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=metadata)
+    return _for_the_page(buffer.getvalue())
+
+
+def _for_the_page(svg: str) -> str:
+    """The `svg` element alone, in the page's colours and font. Identifiers are told apart by its
+    content, since those of several plots share one page."""
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
+    opening = f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+    svg = opening + svg[svg.index(">") + 1 :]
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would be the page's too
+    own = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{own}-", svg)
+    svg = re.sub(r"font: ([^;\"]*?)([\d.]+px) [^;\"]+", r"font: \1\2 var(--sans)", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg
+
+
+def _percent(axis: Any, span: float) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(PercentFormatter(1, decimals=0 if span > 0.06 else 1))
+
+
+def _counts(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    axis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def pareto(title: str, lines: dict[str, list[Point]], wide: bool) -> str:
+    """Accuracy against mean tokens with their intervals: each line of points a run, its first the
+    base. Up and to the left is better."""
+    size = (620, 380) if wide else (360, 300)
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        axes.grid(True)
+        named: list[tuple[str, Point, str]] = []
+        for (label, points), colour in zip(lines.items(), itertools.cycle(SERIES), strict=False):
+            axes.plot(
+                [p.tokens for p in points],
+                [p.accuracy for p in points],
+                color=colour,
+                linewidth=1.2,
+                alpha=0.5,
+                zorder=2,
+            )
+            for index, point in enumerate(points):
+                is_base = point.label == "base"
+                shade = BASE_COLOUR if is_base and len(lines) == 1 else colour
+                _cross(axes, point, shade, hollow=is_base)
+                if len(lines) == 1 or index == len(points) - 1:
+                    name = point.label if len(lines) == 1 else label
+                    named.append((name, point, MUTED if is_base else shade))
+        axes.margins(x=0.16, y=0.14)
+        _label(axes, named, (0.85 * size[0], 0.8 * size[1]))
+        axes.set_title(title)
+        axes.set_xlabel("mean tokens per trace")
+        axes.set_ylabel("accuracy")
+        _counts(axes.xaxis)
+        low, high = axes.get_ylim()
+        _percent(axes.yaxis, high - low)
+
+    return _draw(*size, draw)
+
+
+def _cross(axes: Any, point: Point, colour: str, hollow: bool) -> None:
+    axes.hlines(point.accuracy, *point.tokens_bounds, color=colour, linewidth=1.4, zorder=3)
+    axes.vlines(point.tokens, *point.accuracy_bounds, color=colour, linewidth=1.4, zorder=3)
+    axes.plot(
+        point.tokens,
+        point.accuracy,
+        marker="o",
+        markersize=6.5,
+        color=colour,
+        markerfacecolor=PAPER if hollow else colour,
+        markeredgewidth=1.6,
+        zorder=4,
+    )
+
+
+# Where a label may stand, as seen from its point: the first place that is free.
+_PLACES = ((9, 7), (9, -17), (-9, 7), (-9, -17), (9, 22), (9, -32), (-9, 22), (-9, -32))
+_LETTER, _LINE = 7.0, 13.0  # of a bold label, in pixels, about
+
+
+def _label(axes: Any, named: list[tuple[str, Point, str]], size: tuple[float, float]) -> None:
+    """Names points side by side and not on one another; `size` of the axes in pixels, about."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    taken: list[tuple[float, float, float]] = []  # left, right and bottom of a label
+    for name, point, colour in named:
+        x = (point.tokens - left) / (right - left) * size[0]
+        y = (point.accuracy - low) / (high - low) * size[1]
+        width = _LETTER * len(name)
+        for dx, dy in _PLACES:
+            start = x + dx if dx > 0 else x + dx - width
+            box = (start, start + width, y + dy)
+            inside = start >= 0 and box[1] <= size[0] and box[2] >= 0
+            if inside and not any(
+                box[0] < b[1] and b[0] < box[1] and abs(box[2] - b[2]) < _LINE for b in taken
+            ):
+                break
+        taken.append(box)
+        axes.annotate(
+            name,
+            (point.tokens, point.accuracy),
+            xytext=(dx, dy),
+            textcoords="offset points",
+            ha="left" if dx > 0 else "right",
+            color=colour,
+            fontweight="bold",
+            zorder=5,
+        )
+
+
+def lengths(
+    title: str,
+    panels: dict[str, dict[str, tuple[Lengths, Histogram]]],
+) -> str:
+    """Distributions of trace lengths, one panel above the other on one axis; in a panel the first
+    is grey, where there is a second. Lines mark mean and median, a tick the 95th percentile."""
+    rows = len(panels)
+
+    def draw(figure: Any) -> None:
+        grid = figure.subplots(rows, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+        top = max(max(h.shares) for panel in panels.values() for _, h in panel.values())
+        for index, (axes, (label, panel)) in enumerate(zip(grid, panels.items(), strict=True)):
+            alone = len(panel) == 1
+            for place, (name, (of, histogram)) in enumerate(panel.items()):
+                grey = label == "base" if alone else place == 0
+                colour = BASE_COLOUR if grey else ACCENT
+                axes.stairs(histogram.shares, histogram.edges, fill=True, color=colour, alpha=0.22)
+                axes.stairs(histogram.shares, histogram.edges, color=colour, linewidth=1.3)
+                axes.vlines(of.mean, 0, 1.12 * top, color=colour, linewidth=1.3)
+                axes.vlines(of.quantile(0.5), 0, 1.12 * top, color=colour, linewidth=1.3,
+                            linestyle=(0, (2, 2)))  # fmt: skip
+                edge = histogram.edges[-1]
+                p95 = min(of.quantile(0.95), edge)
+                axes.plot(p95, 0, marker="^", color=colour, markersize=6, clip_on=False, zorder=5)
+                said = (
+                    f"{'' if alone else name + ': '}mean {of.mean:,.0f} · median"
+                    f" {of.quantile(0.5):,} · 95% ≤ {of.quantile(0.95):,}"
+                )
+                axes.text(
+                    0.995, 0.97 - 0.2 * place, said, transform=axes.transAxes, ha="right", va="top",
+                    color=MUTED if grey else colour, fontsize=10,
+                )  # fmt: skip
+            axes.set_ylabel(label, rotation=0, ha="right", va="center", color=INK)
+            axes.set_ylim(0, (1.3 + 0.2 * len(panel)) * top)
+            axes.set_yticks([])
+            axes.spines["left"].set_visible(False)
+            axes.tick_params(axis="x", length=3 if index == rows - 1 else 0)
+        grid[0].set_title(title)
+        grid[-1].set_xlabel("tokens per trace (the last bin holds all longer ones)")
+        _counts(grid[-1].xaxis)
+
+    series = max(map(len, panels.values()))
+    return _draw(440, 66 + (74 + 14 * series) * rows, draw)
+
+
+def curves(title: str, rounds: dict[str, dict[str, list[tuple[int, float]]]]) -> str:
+    """One figure of the trainings, rounds one after another: for each round its series (name ->
+    points of step and value). Series are told apart by colour and named at their end."""
+    names = list(dict.fromkeys(name for series in rounds.values() for name in series))
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        axes.grid(True, axis="y")
+        start = 0
+        ends: dict[str, tuple[float, float]] = {}
+        for label, series in rounds.items():
+            steps = max((step for points in series.values() for step, _ in points), default=0)
+            for name, points in series.items():
+                x, y = thinned(points)
+                colour = SERIES[names.index(name) % len(SERIES)]
+                few = len(points) <= 40
+                axes.plot(
+                    start + x, y, color=colour, linewidth=1.5,
+                    marker="o" if few else None, markersize=2.6,
+                )  # fmt: skip
+                ends[name] = float(start + x[-1]), float(y[-1])
+            if len(rounds) > 1:
+                if start:
+                    axes.axvline(start + 0.5, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
+                axes.text(
+                    start + 0.5 + steps / 2, 1.0, label, transform=axes.get_xaxis_transform(),
+                    ha="center", va="bottom", color=MUTED, fontsize=10,
+                )  # fmt: skip
+            start += steps
+        if len(names) > 1:
+            _name_series(axes, names, ends)
+        axes.set_title(title, pad=20 if len(rounds) > 1 else 10)
+        axes.set_xlabel("optimiser step")
+        axes.set_xlim(0.5 if start < 40 else 0, start + 0.5)
+        _counts(axes.xaxis)
+        _numbers(axes.yaxis, max(abs(bound) for bound in axes.get_ylim()))
+
+    return _draw(350, 235, draw)
+
+
+def _name_series(axes: Any, names: list[str], ends: dict[str, tuple[float, float]]) -> None:
+    """A word for each series in a row below the title, in its colour."""
+    handles = [
+        axes.plot([], [], color=SERIES[i % len(SERIES)], linewidth=2.5, label=name)[0]
+        for i, name in enumerate(names)
+        if name in ends
+    ]
+    legend = axes.legend(handles=handles, frameon=False, fontsize=10, loc="best",
+                         handlelength=1.2, borderaxespad=0.2)  # fmt: skip
+    for text in legend.get_texts():
+        text.set_color(INK)
+
+
+def _numbers(axis: Any, largest: float) -> None:
+    """Ticks in full: matplotlib would write what all have in common in a corner."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
+
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    if largest >= 1000:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    elif largest < 1e-3:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    else:
+        axis.set_major_formatter(ScalarFormatter(useOffset=False))
+
+
+def thinned(points: list[tuple[int, float]]) -> tuple[Any, Any]:
+    """At most _MOST_POINTS of a series, each the mean of its neighbours; values that are not
+    finite are gaps."""
+    steps = np.array([step for step, _ in points], dtype=float)
+    values = np.array([v if math.isfinite(v) else np.nan for _, v in points], dtype=float)
+    if len(points) <= _MOST_POINTS:
+        return steps, values
+    edges = np.linspace(0, len(points), _MOST_POINTS + 1).astype(int)
+    sizes = np.diff(edges)
+    return np.add.reduceat(steps, edges[:-1]) / sizes, np.add.reduceat(values, edges[:-1]) / sizes

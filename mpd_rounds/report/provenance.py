@@ -1,0 +1,108 @@
+"""Settings, models and versions, as run.json, pipeline.json and the shards have them."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from mpd_rounds.report.document import Block, Table
+from mpd_rounds.report.run import Run, read_json, read_lines, round_name, shard_metadata
+
+# Of settings, what a reader of the page looks for first.
+_FIRST = ("name", "student", "teacher", "rounds", "seed", "licenses")
+
+
+def provenance(run: Run) -> Iterator[Block]:
+    metadata = {}
+    for n, folder in run.rounds.items():
+        metadata[f"{round_name(n)}, rollouts"] = shard_metadata(folder, "rollouts")
+        metadata[f"{round_name(n)}, rewrites"] = shard_metadata(folder, "distill")
+    for name, folders in run.evaluations.items():
+        for n, folder in folders.items():
+            metadata[f"{round_name(n)}, evaluate {name}"] = shard_metadata(folder, "rollouts")
+    for n, folder in run.trainings.items():
+        metadata[f"{round_name(n)}, train"] = read_json(folder / "run.json").get("details", {})
+    yield from _versions({label: of for label, of in metadata.items() if of})
+    yield from _models_measured(run)
+    yield from _times(run)
+    if run.settings:
+        first = {name: run.settings[name] for name in _FIRST if name in run.settings}
+        rows = [[name, _setting(value)] for name, value in _flat({**first, **run.settings}).items()]
+        yield Table("pipeline.json", ["setting", "value"], rows, left=2)
+
+
+def _models_measured(run: Run) -> Iterator[Block]:
+    rows = []
+    for n, folder in run.evaluations.get(run.headline or "", {}).items():
+        model = shard_metadata(folder, "rollouts").get("model", {})
+        rows.append([round_name(n), str(model.get("name")), str(model.get("version"))])
+    if rows:
+        yield Table("Models measured", ["", "name", "version"], rows, left=3)
+
+
+def _times(run: Run) -> Iterator[Block]:
+    """What each step took, of the last time that it was done."""
+    path = run.path / "finished.jsonl"
+    if not path.is_file():
+        return
+    seconds: dict[str, float] = {}
+    for record in read_lines(path, "label", "seconds"):
+        seconds[str(record["label"])] = float(record["seconds"])
+    rows = [[label, f"{taken:,.0f}"] for label, taken in seconds.items()]
+    yield Table("Time of the steps", ["", "seconds"], rows)
+
+
+def _versions(metadata: dict[str, dict[str, Any]]) -> Iterator[Block]:
+    """Packages and commit, a row for each that differ between stages."""
+    alike: dict[str, list[str]] = {}
+    for label, of in metadata.items():
+        versions = {"commit": of.get("git_commit") or "not recorded", **of.get("versions", {})}
+        if "backend" in of or "device" in of:
+            versions["on"] = of.get("backend") or of.get("device")
+        alike.setdefault(json.dumps(versions), []).append(label)
+    rows = []
+    for versions_text, labels in alike.items():
+        versions = json.loads(versions_text)
+        said = ", ".join(f"{name} {version}" for name, version in versions.items())
+        rows.append([", ".join(labels), said])
+    if rows:
+        yield Table("Versions", ["stages", "versions"], rows, left=2)
+
+
+def training_provenance(run: Run) -> Iterator[Block]:
+    info = read_json(run.path / "run.json")
+    yield from _versions({run.label: info["details"]})
+    identity = {k: v for k, v in info.get("identity", {}).items() if k != "config"}
+    rows = [
+        [name, _setting(value)]
+        for name, value in {**_flat(identity), **_flat(info["details"].get("config", {}))}.items()
+    ]
+    yield Table("run.json", ["setting", "value"], rows, left=2)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names; sections in a list by their number."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def unlike_settings(runs: list[Run]) -> list[Block]:
+    """A table of them; nothing where there are none."""
+    flat = [_flat(run.settings) for run in runs]
+    names = sorted({name for values in flat for name in values})
+    unlike = [n for n in names if len({json.dumps(v.get(n)) for v in flat}) > 1]
+    if not unlike:
+        return []
+    rows = [[n, *(_setting(v.get(n)) for v in flat)] for n in unlike]
+    head = ["setting", *(run.label for run in runs)]
+    return [Table("Settings that differ", head, rows, left=len(head))]

@@ -1,0 +1,161 @@
+"""Run the steps of a pipeline as processes."""
+
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mpd_data.common import signals
+from mpd_data.common.errors import MPDError
+from mpd_data.common.machine import gpus
+from mpd_data.parts.workers import EXIT_FAILED_ROWS
+from mpd_rounds.run.fork_server import Fork, Forks
+from mpd_rounds.run.steps import Step
+
+_MODULES = {"mpd-gen": "mpd_data.cli", "mpd-train": "mpd_train.cli"}
+
+
+def _inputs(step: Step) -> dict[str, str]:
+    """Sizes and times of the files that a step's command names or that it reads beside them: a step
+    whose models, prompts or shards have changed since is not done."""
+    found: dict[str, str] = {}
+    for path in (*map(Path, step.command), *step.reads):
+        if path == step.out or not path.exists():
+            continue
+        files = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()]
+        for file in sorted(files):
+            if file.name != ".lock":
+                stat = file.stat()
+                found[str(file)] = f"{stat.st_size} {stat.st_mtime_ns}"
+    return found
+
+
+class Finished:
+    """The steps that OUT/finished.jsonl says are done; nothing is written."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / "finished.jsonl"
+        # A kill can tear the last line: its step is asked again, and resumes.
+        self.whole = self.path.read_bytes() if self.path.exists() else b""
+        self.whole = self.whole[: self.whole.rfind(b"\n") + 1]
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in self.whole.splitlines()]
+
+    def holds(self, step: Step) -> bool:
+        """Whether `step` has finished, with the inputs that are there now."""
+        now = ([step.program, *step.command], _inputs(step))
+        return step.out.exists() and any((r["command"], r["inputs"]) == now for r in self.records)
+
+
+class Runner:
+    """Runs steps as processes and remembers in OUT/finished.jsonl which are done. `preload`: the
+    processes are forks of one that has imported what they need (mpd_rounds/run/fork_server.py)."""
+
+    def __init__(
+        self, out: Path, environment: dict[str, str], total: int, preload: bool = False
+    ) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._finished = Finished(out)
+        self._path = self._finished.path
+        if self._path.exists():
+            self._path.write_bytes(self._finished.whole)
+        self._environment = {**os.environ, **environment}
+        # A pipeline that is a task of a job array is not one of the parts of its stages.
+        self._environment.pop("SLURM_ARRAY_TASK_COUNT", None)
+        self._total = total
+        self._number = 0
+        self._running: set[subprocess.Popen[bytes] | Fork] = set()
+        self._forks = Forks(self._environment) if preload and not gpus() else None
+        self._told_to_end = False
+        self.failed_rows = any(r["exit_code"] == EXIT_FAILED_ROWS for r in self._finished.records)
+
+    def run(self, steps: list[Step], parallel: int = 1) -> None:
+        """Runs `steps`, up to `parallel` at a time. Raises MPDError if one fails."""
+        for _, error in self.attempt(steps, parallel):
+            raise error
+
+    def attempt(self, steps: list[Step], parallel: int = 1) -> list[tuple[Step, MPDError]]:
+        """Runs `steps`, up to `parallel` at a time, and returns those that failed."""
+        signals.check()
+        owed = []
+        for step in steps:
+            self._number += 1
+            head = f"[{self._number}/{self._total}] {step.label}"
+            if self._finished.holds(step):
+                click.echo(f"{head}: done before", err=True)
+                continue
+            click.echo(f"{head}: {step.why}", err=True)
+            click.echo(f"    {step.program} {shlex.join(step.command)}", err=True)
+            owed.append(step)
+        together = min(parallel, len(owed))
+        failed: list[tuple[Step, MPDError]] = []
+        with ThreadPoolExecutor(max(together, 1)) as pool:
+            try:
+                begun = [(step, pool.submit(self._run_one, step, together > 1)) for step in owed]
+                for step, done in begun:
+                    try:
+                        done.result()
+                    except MPDError as error:
+                        failed.append((step, error))
+            except KeyboardInterrupt as told:
+                # What runs commits what it has, and is waited for; no other begins.
+                pool.shutdown(wait=False, cancel_futures=True)
+                if told.args == (signal.SIGTERM,):
+                    # Which was for this process; a terminal tells all of them.
+                    self._told_to_end = True
+                    for process in list(self._running):
+                        process.terminate()
+                raise
+        return failed
+
+    def _start(self, step: Step, stderr: Connection | None) -> subprocess.Popen[bytes] | Fork:
+        module = _MODULES[step.program]
+        if self._forks is not None:
+            return self._forks.start(module, step.command, stderr)
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *step.command],
+            env=self._environment,
+            stderr=None if stderr is None else stderr.fileno(),
+        )
+
+    def _run_one(self, step: Step, prefixed: bool) -> None:
+        begun = time.monotonic()
+        # Two progress bars would fight for one line: side by side, steps report in lines.
+        reader, writer = multiprocessing.Pipe(duplex=False) if prefixed else (None, None)
+        process = self._start(step, writer)
+        self._running.add(process)
+        if self._told_to_end:
+            # Too late to be among those that were told.
+            process.terminate()
+        if reader is not None and writer is not None:
+            writer.close()
+            with os.fdopen(os.dup(reader.fileno()), encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    click.echo(f"    {step.label} | {line.rstrip()}", err=True)
+            reader.close()
+        code = process.wait()
+        self._running.discard(process)
+        if code not in (0, EXIT_FAILED_ROWS):
+            raise MPDError(
+                f"{step.label} ended with exit code {code}; its message stands above. What is"
+                " finished is kept: mend it and run the same command again."
+            )
+        self.failed_rows |= code == EXIT_FAILED_ROWS
+        record = {
+            "label": step.label,
+            "command": [step.program, *step.command],
+            "inputs": _inputs(step),
+            "seconds": round(time.monotonic() - begun, 1),
+            "exit_code": code,
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")

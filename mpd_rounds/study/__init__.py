@@ -1,0 +1,1 @@
+"""`mpd-study`: several pipelines that differ in some settings, with intervals."""

@@ -1,0 +1,1 @@
+"""Read rounds, pack rows, and stream batches."""

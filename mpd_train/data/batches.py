@@ -1,0 +1,144 @@
+"""Read packs ahead and put them on the device."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mpd_data.common.errors import DataError
+from mpd_train.data.shard_set import Pack, ShardSet
+from mpd_train.distributed import Ranks
+
+# Packs read before they are needed.
+_PACKS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One pack, ready for the model. T tokens of which n are predicted under the loss.
+
+    input_ids, position_ids int64 [1, T]; loss_positions int64 [n]: the state that predicts each
+    loss token, one before it; labels int64 [n]: those tokens' ids; topk_ids int64 [n, K],
+    topk_logprobs [n, K] and tail_logprobs [n] float32; the teacher_* are the same sequences in the
+    context the teacher scored them in.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    loss_positions: Tensor
+    labels: Tensor
+    topk_ids: Tensor
+    topk_logprobs: Tensor
+    tail_logprobs: Tensor
+    teacher_input_ids: Tensor
+    teacher_position_ids: Tensor
+    teacher_loss_positions: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(**{name: x.to(device, non_blocking=True) for name, x in self.__dict__.items()})
+
+    def pinned(self) -> "Batch":
+        """In memory from which a GPU reads by itself."""
+        return Batch(**{name: x.pin_memory() for name, x in self.__dict__.items()})
+
+    def without_loss(self) -> "Batch":
+        """The same sequences with nothing to predict: the loss is a zero that gradients of zero
+        come from."""
+        per_token = ("loss_positions", "labels", "topk_ids", "topk_logprobs", "tail_logprobs")
+        names = (*per_token, "teacher_loss_positions")
+        return replace(self, **{name: getattr(self, name)[:0] for name in names})
+
+
+class Loader:
+    """Reads packs in a thread of its own, ahead of the training. All reading of a ShardSet has to
+    go through one Loader: its cache is not made for two threads."""
+
+    def __init__(self, shards: ShardSet, device: torch.device) -> None:
+        self.device = device
+        self._shards = shards
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mpd-loader")
+
+    def batches(self, steps: Iterable[list[Pack]], ranks: Ranks) -> Iterator[Batch]:
+        """This process's batches of each step, in their order, on the device. All processes have
+        as many: one that has no pack left gets one of the others' without its loss, because all
+        have to join in each pass through a sharded model. Raises what `load_pack` raises."""
+        ahead: deque[Future[Batch]] = deque()
+        for packs in steps:
+            for own in ranks.share(packs):
+                ahead.append(self._thread.submit(self._load, own or packs[0], own is not None))
+                if len(ahead) > _PACKS_AHEAD:
+                    yield ahead.popleft().result().to(self.device)
+        while ahead:
+            yield ahead.popleft().result().to(self.device)
+
+    def _load(self, pack: Pack, with_loss: bool) -> Batch:
+        batch = load_pack(self._shards, pack)
+        if not with_loss:
+            batch = batch.without_loss()
+        return batch.pinned() if self.device.type == "cuda" else batch
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+
+def load_pack(shards: ShardSet, pack: Pack) -> Batch:
+    """Reads a pack's rows and lays them out as one batch."""
+    k = shards.metadata["num_logprobs"]
+    ids: list[npt.NDArray[np.int32]] = []
+    teacher_ids: list[npt.NDArray[np.int32]] = []
+    loss_positions, teacher_positions, labels = [], [], []
+    topk_ids, topk_logprobs, tails = [], [], []
+    start, teacher_start = 0, 0
+    for group, row in pack.rows:
+        kept_before = int(np.count_nonzero(shards.groups[group].num_loss_tokens[:row]))
+        columns = {name: column[kept_before] for name, column in shards.load(group).items()}
+        values = {
+            name: scalar.values.to_numpy(zero_copy_only=False)
+            for name, scalar in columns.items()
+            if name != "loss_start" and scalar.is_valid
+        }
+        sequence = values["input_ids"]
+        first = int(columns["loss_start"].as_py())
+        num_loss = len(sequence) - first
+        if len(values["topk_ids"]) != num_loss * k or len(values["tail_logprobs"]) != num_loss:
+            source = shards.groups[group]
+            raise DataError(
+                f"{source.path}, row {row} of row group {source.index}: {num_loss} loss tokens but"
+                f" {len(values['topk_ids'])} top-{k} ids and {len(values['tail_logprobs'])} tails."
+                " Check the round with `mpd-gen validate`."
+            )
+        context = values.get("teacher_prompt_ids", sequence[:first])
+        ids.append(sequence)
+        labels.append(sequence[first:])
+        teacher_ids.append(np.concatenate([context, sequence[first:]]))
+        # The state at position i predicts the token at i + 1.
+        loss_positions.append(start + np.arange(first, len(sequence)) - 1)
+        teacher_positions.append(teacher_start + len(context) + np.arange(num_loss) - 1)
+        topk_ids.append(values["topk_ids"].reshape(num_loss, k))
+        topk_logprobs.append(values["topk_logprobs"].reshape(num_loss, k))
+        tails.append(values["tail_logprobs"])
+        start += len(sequence)
+        teacher_start += len(teacher_ids[-1])
+
+    return Batch(
+        input_ids=_int64(np.concatenate(ids))[None],
+        position_ids=_int64(np.concatenate([np.arange(len(s)) for s in ids]))[None],
+        loss_positions=_int64(np.concatenate(loss_positions)),
+        labels=_int64(np.concatenate(labels)),
+        topk_ids=_int64(np.concatenate(topk_ids)),
+        topk_logprobs=torch.from_numpy(np.concatenate(topk_logprobs).astype(np.float32)),
+        tail_logprobs=torch.from_numpy(np.concatenate(tails).astype(np.float32)),
+        teacher_input_ids=_int64(np.concatenate(teacher_ids))[None],
+        teacher_position_ids=_int64(np.concatenate([np.arange(len(s)) for s in teacher_ids]))[None],
+        teacher_loss_positions=_int64(np.concatenate(teacher_positions)),
+    )
+
+
+def _int64(values: npt.NDArray[Any]) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))

@@ -1,0 +1,211 @@
+"""From shards to batches: which rows, in which order, packed how.
+
+The plan is made from the light columns alone (status, lengths): (seed, epoch) gives a
+permutation of row groups, windows of them are shuffled and packed, and the packs follow one
+another. It is the same for every process and every restart, so progress is one integer, the
+next pack. A round that is one window is packed by its rows' keys alone: however its rows came to
+lie in the shards, which follows the generation's timing, training is the same. Packed sequences
+do not see each other: positions start anew at each, and attention stays inside a run of
+consecutive positions.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.common.hashing import differences
+from mpd_data.store.round import RoundDir
+from mpd_data.store.shards import ROTTEN, open_shard, read_all, read_metadata
+
+# Kept tokens of the row groups that are shuffled and packed together: enough for good packing, few
+# enough to hold (0.8 GB at K = 64; of two windows there are some).
+WINDOW_TOKENS = 2**21
+
+# Shards trained together must agree in these.
+_SAME = (
+    "tokenizer",
+    "vocab_size",
+    "eos_token_id",
+    "num_logprobs",
+    "score_context",
+    "score_temperature",
+)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Rows that go through the model as one sequence: (row group, row in it) pairs."""
+
+    rows: tuple[tuple[int, int], ...]
+    num_tokens: int
+    num_loss_tokens: int
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A Parquet row group and the lengths of its rows; 0 loss tokens means not kept. `key` is the
+    start of a row's id. A row's place in [0, 1) is its prompt's hash: rows below the validation
+    fraction are held out."""
+
+    path: Path
+    index: int
+    key: npt.NDArray[np.uint64]
+    num_tokens: npt.NDArray[np.int64]
+    num_loss_tokens: npt.NDArray[np.int64]
+    place: npt.NDArray[np.float64]
+
+    @property
+    def kept_tokens(self) -> int:
+        return int(self.num_tokens[self.num_loss_tokens > 0].sum())
+
+
+class ShardSet:
+    """The kept rows of one or several rounds.
+
+    Raises ConfigError where there are no shards, where they contradict each other (another
+    tokenizer, K, score context or temperature) or where no row was kept; DataError for a file
+    that is not sound.
+    """
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.files = [file for path in paths for file in _shards_of(path)]
+        self.metadata = read_metadata(self.files[0])
+        for file, found in zip(self.files, read_all(read_metadata, self.files), strict=True):
+            unlike = differences(
+                {name: self.metadata.get(name) for name in _SAME},
+                {name: found.get(name) for name in _SAME},
+            )
+            if unlike:
+                raise ConfigError(
+                    f"{file} cannot be trained on together with {self.files[0]} (saved: the"
+                    " latter, now: the former):\n  " + "\n  ".join(unlike)
+                )
+        if self.metadata.get("stage") != "distill":
+            raise ConfigError(
+                f"{self.files[0]}: holds {self.metadata.get('stage')}, expected distill shards."
+                " Run mpd-gen rewrite on the round first."
+            )
+        self.groups = [group for part in read_all(_groups_of, self.files) for group in part]
+        self.num_rows = sum(int((g.num_loss_tokens > 0).sum()) for g in self.groups)
+        if self.num_rows == 0:
+            counts: dict[str, int] = {}
+            for file in self.files:
+                for status in pq.read_table(file, columns=["status"]).column("status").to_pylist():
+                    counts[status] = counts.get(status, 0) + 1
+            raise ConfigError(
+                f"{', '.join(map(str, paths))}: no kept rewrite to train on; rows by status:"
+                f" {counts}. See `mpd-gen stats`."
+            )
+        self._cache: dict[int, dict[str, pa.ChunkedArray]] = {}
+
+    def identity(self) -> list[str]:
+        """What these shards are (their hashes), for a checkpoint that must resume on the same."""
+        manifests = {
+            path: {shard.name: shard.sha256 for shard in RoundDir(path).manifest("distill")}
+            for path in {file.parent.parent for file in self.files}
+        }
+        return [_committed_hash(file, manifests[file.parent.parent]) for file in self.files]
+
+    def lengths(self) -> list[int]:
+        """Tokens of each kept row, prompt and rewrite."""
+        return [int(n) for g in self.groups for n in g.num_tokens[g.num_loss_tokens > 0]]
+
+    def lengths_of(self, packs: list[Pack]) -> list[int]:
+        """Tokens of each row in these packs."""
+        return [int(self.groups[g].num_tokens[r]) for pack in packs for g, r in pack.rows]
+
+    def load(self, group: int) -> dict[str, pa.ChunkedArray]:
+        """The training columns of a row group's kept rows; two windows' worth of groups is
+        held."""
+        if group not in self._cache:
+            source = self.groups[group]
+            held = source.kept_tokens + sum(self.groups[g].kept_tokens for g in self._cache)
+            while self._cache and held > 2 * WINDOW_TOKENS:
+                first = next(iter(self._cache))
+                held -= self.groups[first].kept_tokens
+                del self._cache[first]
+            columns = [
+                "input_ids", "loss_start", "teacher_prompt_ids",
+                "topk_ids", "topk_logprobs", "tail_logprobs",
+            ]  # fmt: skip
+            try:
+                with open_shard(source.path) as file:
+                    table = file.read_row_group(source.index, columns=columns)
+            except ROTTEN as error:
+                raise DataError(
+                    f"{source.path}, row group {source.index}: cannot be read ({error}). Check the"
+                    " round with `mpd-gen validate`."
+                ) from error
+            # Rejected rows may have their records too, after a refilter.
+            table = table.filter(pa.array(source.num_loss_tokens > 0))
+            self._cache[group] = {name: table.column(name) for name in columns}
+        return self._cache[group]
+
+
+def _shards_of(path: Path) -> list[Path]:
+    folder = path if path.name == "distill" else path / "distill"
+    files = sorted(folder.glob("part-*.parquet"))
+    if not files:
+        raise ConfigError(
+            f"{path}: no distill shards here (expected {folder}/part-*.parquet). Give --shards the"
+            " folder of a round on which mpd-gen rewrite ran."
+        )
+    return files
+
+
+def _committed_hash(path: Path, manifest: dict[str, str]) -> str:
+    """sha256 of a shard, from its round's manifest (name -> sha256)."""
+    if path.name in manifest:
+        return manifest[path.name]
+    raise ConfigError(
+        f"{path}: not in its round's manifest. Was it copied alone? Copy the whole round, or run"
+        " mpd-gen rewrite on it, which indexes it."
+    )
+
+
+def _groups_of(path: Path) -> list[_Group]:
+    """The row groups of a shard. Raises DataError where it cannot be read."""
+    columns = ["row_id", "prompt_id", "status", "loss_start", "num_rewritten_tokens"]
+    try:
+        with open_shard(path) as file:
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            table = file.read(columns=columns, use_threads=False)
+    except ROTTEN as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    kept = pc.equal(table["status"], "ok").to_numpy()
+    loss = table["num_rewritten_tokens"].fill_null(0).to_numpy().astype(np.int64)
+    num_tokens = table["loss_start"].fill_null(0).to_numpy() + loss
+    num_loss_tokens = np.where(kept, loss, 0)
+    # The samples of a prompt lie side by side, mostly: each prompt is hashed once a shard.
+    prompts = table["prompt_id"].combine_chunks().dictionary_encode()
+    places = np.array([_place(prompt) for prompt in prompts.dictionary.to_pylist()])
+    place = places[prompts.indices.to_numpy()]
+    key = _keys(table["row_id"].combine_chunks())
+    ends = np.cumsum(sizes)
+    return [
+        _Group(path, index, key[rows], num_tokens[rows], num_loss_tokens[rows], place[rows])
+        for index, rows in enumerate(map(slice, ends - sizes, ends))
+    ]
+
+
+def _keys(row_ids: pa.StringArray) -> npt.NDArray[np.uint64]:
+    """The first 16 hexadecimal digits of each id as a number."""
+    digits = np.array(row_ids.to_pylist(), dtype="S16").view(np.uint8).reshape(-1, 16)
+    # "0" … "9" are 0x30 …, "a" … "f" 0x61 ….
+    values = ((digits & 15) + 9 * (digits >> 6)).astype(np.uint64)
+    powers = np.uint64(16) ** np.arange(15, -1, -1, dtype=np.uint64)
+    keys: npt.NDArray[np.uint64] = (values * powers).sum(axis=1, dtype=np.uint64)
+    return keys
+
+
+def _place(prompt_id: str) -> float:
+    """A prompt's place in [0, 1): its own in every run, whatever the seed."""
+    digest = hashlib.sha256(prompt_id.encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2.0**48

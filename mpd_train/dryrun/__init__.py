@@ -1,0 +1,1 @@
+"""Plan a training without running it: steps, memory, time."""

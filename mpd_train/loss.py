@@ -1,0 +1,129 @@
+"""The loss of a pack, and what is recorded about it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpd_train.config import LossConfig
+from mpd_train.data.batches import Batch, Loader
+from mpd_train.data.shard_set import Pack
+from mpd_train.distributed import Ranks
+from mpd_train.kl import Divergence, KLOutput, dense_kl, sparse_kl
+from mpd_train.model.causal_lm import CausalLM
+from mpd_train.model.device import autocast
+
+
+def pack_loss(
+    student: CausalLM,
+    teacher: CausalLM | None,
+    batch: Batch,
+    vocab_size: int,
+    loss: LossConfig,
+    normalizer: float,
+) -> KLOutput:
+    """The loss of one pack: from the cached top K, or from the whole of `teacher`. Only the
+    states that predict a loss token reach the vocabulary."""
+    states = student.states(batch.input_ids, batch.position_ids)[0, batch.loss_positions]
+    if torch.is_autocast_enabled(states.device.type):
+        # The residual stream is float32; the head product takes the short type, as others do.
+        states = states.to(torch.get_autocast_dtype(states.device.type))
+    head = student.head(vocab_size)
+    common: dict[str, Any] = {
+        "normalizer": normalizer,
+        "bias": student.bias(vocab_size),
+        "softcap": student.softcap,
+        "divergence": Divergence(loss.divergence, loss.beta, loss.alpha),
+        "temperature": loss.kl_temperature,
+        "divergence_clip": loss.divergence_clip,
+        "labels": batch.labels if loss.ce_weight > 0 else None,
+        "ce_weight": loss.ce_weight,
+    }
+    if teacher is None:
+        tail = batch.tail_logprobs
+        if not loss.tail:
+            # What is left is renormalised by the loss.
+            tail = torch.full_like(tail, -torch.inf)
+        record = batch.topk_ids, batch.topk_logprobs, tail
+        return sparse_kl(states, head, *record, **common)
+    with torch.no_grad():
+        taught = teacher.states(batch.teacher_input_ids, batch.teacher_position_ids)
+    taught = taught[0, batch.teacher_loss_positions]
+    # Of a teacher in the CPU's memory a head that is its embedding too lies there.
+    teacher_head, teacher_bias = teacher.head(vocab_size), teacher.bias(vocab_size)
+    return dense_kl(
+        states, head, taught, teacher_head.to(states.device), **common,
+        teacher_bias=None if teacher_bias is None else teacher_bias.to(states.device),
+        teacher_softcap=teacher.softcap,
+    )  # fmt: skip
+
+
+class Sums:
+    """Sums over the loss tokens of an optimiser step, or of a validation."""
+
+    def __init__(self, loss: LossConfig) -> None:
+        self._loss = loss
+        self._sums: Tensor | None = None
+
+    def add(self, output: KLOutput, batch: Batch) -> None:
+        clip = self._loss.divergence_clip
+        found = torch.stack(
+            [
+                output.loss.detach().double(),
+                output.per_token.double().sum(),
+                output.student_entropy.double().sum(),
+                output.teacher_entropy.double().sum(),
+                output.topk_mass.double().sum(),
+                batch.tail_logprobs.double().exp().sum(),
+                output.agreement.double().sum(),
+                output.cross_entropy.double().sum(),
+                (output.per_token > (torch.inf if clip is None else clip)).double().sum(),
+            ]
+        )
+        # Added on the device: to ask for a number would wait for it.
+        self._sums = found if self._sums is None else self._sums + found
+
+    def per_token(self, num_tokens: int, ranks: Ranks) -> dict[str, float]:
+        """Means over `num_tokens`, those of all processes, after the `loss`, a sum. `kl`: the
+        divergence, never clipped, and the entropies in nats; `topk_mass`: the student's on the
+        teacher's top K; `teacher_tail_mass`: the teacher's own outside its record; `agreement`:
+        share of tokens that both rank first; `cross_entropy` where it is in the loss; `clipped`:
+        share of tokens above the clip, where there is one."""
+        assert self._sums is not None
+        loss, *sums = ranks.sum(self._sums.tolist())
+        names = [
+            "kl", "student_entropy", "teacher_entropy", "topk_mass", "teacher_tail_mass",
+            "agreement", "cross_entropy", "clipped",
+        ]  # fmt: skip
+        record = {name: value / num_tokens for name, value in zip(names, sums, strict=True)}
+        if self._loss.ce_weight == 0:
+            del record["cross_entropy"]
+        if self._loss.divergence_clip is None:
+            del record["clipped"]
+        return {"loss": loss, **record}
+
+
+def validate(
+    student: CausalLM,
+    teacher: CausalLM | None,
+    loader: Loader,
+    packs: list[Pack],
+    vocab_size: int,
+    loss: LossConfig,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> tuple[float, int]:
+    """Mean loss over the packs' loss tokens, and their number: divergence, never clipped, and
+    cross-entropy mixed as in training; no gradients, dropout off."""
+    tokens = sum(pack.num_loss_tokens for pack in packs)
+    sums = Sums(loss)
+    student.model.eval()
+    with torch.no_grad(), autocast(loader.device, dtype):
+        for batch in loader.batches([packs], ranks):
+            output = pack_loss(student, teacher, batch, vocab_size, loss, float(tokens))
+            sums.add(output, batch)
+    student.model.train()
+    found = sums.per_token(tokens, ranks)
+    divergence = loss.kl_temperature**2 * found["kl"]
+    entropy = found.get("cross_entropy", 0.0)
+    return (1 - loss.ce_weight) * divergence + loss.ce_weight * entropy, tokens

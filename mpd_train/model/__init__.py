@@ -1,0 +1,1 @@
+"""Load the student: weights, attention, adapters."""

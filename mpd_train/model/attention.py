@@ -1,0 +1,148 @@
+"""Which attention a training runs with, and torch's own for packs.
+
+The sequences of a pack do not see each other. flash-attn, and the kernels of torch that `varlen`
+takes, compute each by itself; the others compute the whole pack's square under a mask, which for a
+pack of 32k tokens takes more than the rest of a small model.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.models import ModelFiles, has_softcap
+from mpd_train.config import TrainConfig
+
+VARLEN = "varlen"
+
+
+def attention(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, models: Sequence[ModelFiles]
+) -> str | None:
+    """What --attn-implementation means for `models`, known to transformers from here on; None
+    leaves the choice to it. Raises ConfigError for one that cannot run or that would leave out a
+    part of a model's attention."""
+    fits = device.type == "cuda" and dtype == torch.bfloat16
+    # What the kernels of torch were made for.
+    fits_varlen = fits and torch.cuda.get_device_capability(device) >= (8, 0)
+    name = config.attn_implementation
+    capped = [x.name for x in models if has_softcap(_config(x, config.trust_remote_code))]
+    if capped and name in ("sdpa", VARLEN):
+        raise ConfigError(
+            f"--attn-implementation {name}: leaves out the soft cap that {capped[0]}'s attention"
+            " has. Leave the option out, or give eager or flash_attention_2."
+        )
+    if name is None:
+        from transformers.utils import is_flash_attn_2_available
+
+        if fits and is_flash_attn_2_available() and (not capped or _flash_has_softcap()):
+            return "flash_attention_2"
+        if capped:
+            return "eager"
+        name = VARLEN if fits_varlen else None
+    if name == VARLEN:
+        if not fits_varlen:
+            raise ConfigError(
+                "--attn-implementation varlen: runs on CUDA (Ampere or newer) in bfloat16 alone."
+                " Leave it out, or give sdpa."
+            )
+        _register()
+    return name
+
+
+def _flash_has_softcap() -> bool:
+    """Releases of flash-attn that have none are not given it, without a word."""
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
+
+    return "softcap" in inspect.signature(flash_attn_varlen_func).parameters
+
+
+def _config(files: ModelFiles, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(files.path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
+
+
+def is_short(name: str | None) -> bool:
+    """Whether it computes in bfloat16 alone, and each sequence of a pack by itself."""
+    return name == VARLEN or (name or "").startswith("flash")
+
+
+def boundaries(position_ids: Tensor) -> dict[str, Any]:
+    """What `varlen` has to know of a pack [1, T], under transformers' names: where its sequences
+    begin, and T, int32 [sequences + 1]; tokens of the longest. One wait for the device."""
+    starts = (position_ids[0] == 0).nonzero()[:, 0].int()
+    ends = torch.nn.functional.pad(starts, (0, 1), value=position_ids.shape[1])
+    longest = int(ends.diff().max())
+    return {
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends,
+        "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    AttentionInterface.register(VARLEN, _varlen)
+    # It needs none, so that none is made.
+    AttentionMaskInterface.register(VARLEN, flash_attention_mask)
+
+
+def _varlen(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls its attentions: query [1, heads, T, width], key and value alike with as
+    many heads or a divisor of it; without boundaries one sequence. Returns [1, T, heads, width]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    length = query.shape[2]
+    if (
+        dropout > 0
+        or softcap is not None
+        or s_aux is not None
+        or attention_mask is not None
+        or value.shape[-1] != query.shape[-1]
+    ):
+        raise ConfigError(
+            f"{type(module).__name__}: wants of its attention what varlen has not (dropout, a soft"
+            " cap, sinks, a mask, or values of another width). Give --attn-implementation sdpa, or"
+            " eager where the family has no sdpa."
+        )
+    if cu_seq_lens_q is None or max_length_q is None:
+        cu_seq_lens_q = torch.tensor([0, length], dtype=torch.int32, device=query.device)
+        max_length_q = length
+    dtype = value.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        # Norms with float32 weights leave queries and keys in float32.
+        dtype = torch.get_autocast_dtype(query.device.type)
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
+    more: dict[str, Any] = {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        # Before torch 2.12 fewer heads of keys are taken without a word.
+        more["enable_gqa"] = True
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    # Not its logsumexp, which it gives when asked.
+    out: Tensor = varlen_attn(  # type: ignore[assignment]
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+        scale=scaling, window_size=window, **more,
+    )  # fmt: skip
+    return out.unsqueeze(0), None

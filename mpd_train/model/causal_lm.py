@@ -1,0 +1,180 @@
+"""Loading the models that the trainer needs."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.models import ModelFiles, has_softcap
+from mpd_train.kl import gathered
+from mpd_train.model import lora
+from mpd_train.model.attention import VARLEN, boundaries, is_short
+from mpd_train.model.device import autocast
+
+
+class CausalLM:
+    """A causal language model taken apart where the fused loss needs it: states and head. On the
+    meta device it has layers and sizes, and neither weights nor buffers. An adapter is merged into
+    its base, unless `merged` is False: then this is the base.
+
+    Its logits are the states times the head, plus the head's bias where it has one, and go through
+    `softcap` where there is one (see `mpd_train.kl`). What a family multiplies its logits by,
+    `logit_scale`, is in the states.
+
+    Raises ConfigError for a model that cannot be loaded, or that the loss does not fit.
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        device: torch.device,
+        weights_dtype: torch.dtype,
+        trust_remote_code: bool,
+        attn_implementation: str | None = None,
+        merged: bool = True,
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self.files = files
+        # peft's wrapper of the model, where adapters are what is trained.
+        self.adapted: Any = None
+        # How activations are kept for the backward pass.
+        self.kept: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.model: Any
+        if device.type == "meta":
+            self.model = skeleton(files, trust_remote_code, weights_dtype)
+            if files.adapter is not None and merged:
+                lora.merge(self.model, files)
+            return
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(
+                str(files.path),
+                dtype=weights_dtype,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+            ).to(device)
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
+        if attn_implementation is None and has_softcap(self.model.config):
+            self.model.set_attn_implementation("eager")
+        if files.adapter is not None and merged:
+            lora.merge(self.model, files)
+        short = torch.bfloat16 if is_short(attn_implementation) else torch.float32
+        with autocast(device, short):
+            self._find_head(device)
+            self._require_separate_sequences(device)
+
+    def _find_head(self, device: torch.device) -> None:
+        """Some families scale or cap their logits, and their configurations say by how much, but
+        not whether to multiply or to divide. The model itself does: training it another way would
+        be silently wrong."""
+        ids = torch.arange(1, 9, device=device)[None]
+        self.model.eval()
+        bias = self.bias()
+        if bias is not None:
+            bias = bias.detach()
+        with torch.no_grad():
+            expected = self.model(input_ids=ids).logits.float()
+            product = (self.states(ids, None) @ self.head().T).float()
+        if not expected.isfinite().all():
+            raise ConfigError(
+                f"{self.files.name}: its logits are not finite; the weights are broken."
+            )
+        config = self.model.config.get_text_config()
+        scaling, scale, softcap = (
+            getattr(config, name, None)
+            for name in ("logits_scaling", "logit_scale", "final_logit_softcapping")
+        )
+        # MPT's may be a word, of which transformers makes nothing.
+        factors = [x for x in (scaling, scale) if isinstance(x, int | float) and x]
+        near = 1e-2 * float(expected.abs().max())
+        # The cap first: small logits look the same without it, and would not when they have grown.
+        for cap in dict.fromkeys([softcap or None, None]):
+            found = []
+            for factor in dict.fromkeys([1.0, *factors, *(1 / x for x in factors)]):
+                logits = factor * product if bias is None else factor * product + bias
+                if cap is not None:
+                    logits = cap * torch.tanh(logits / cap)
+                if torch.allclose(expected, logits, rtol=1e-2, atol=near):
+                    found.append((float((expected - logits).abs().max()), factor))
+            if found:
+                self.logit_scale, self.softcap = min(found)[1], cap
+                return
+        raise ConfigError(
+            f"{self.files.name}: its logits are not its last hidden states times its output"
+            " embedding, nor what its configuration tells to make of that (logits_scaling,"
+            " logit_scale, final_logit_softcapping). Such models are not supported."
+        )
+
+    def _require_separate_sequences(self, device: torch.device) -> None:
+        """Packed sequences are told apart by their positions alone; a family that does not look
+        at them would train across sequences without a word."""
+        a, b = torch.arange(2, 7, device=device)[None], torch.arange(3, 10, device=device)[None]
+        positions = torch.cat([torch.arange(5), torch.arange(7)])[None].to(device)
+        with torch.no_grad():
+            packed = self.states(torch.cat([a, b], 1), positions)[:, 5:].float()
+            alone = self.states(b, None).float()
+        if not torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max())):
+            raise ConfigError(
+                f"{self.files.name}: sequences packed into one see each other in this architecture."
+                " Such models are not supported."
+            )
+
+    def states(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Last hidden states [1, T, H] of packed ids [1, T], times the logits' scale; sequences in
+        it, told apart by their positions, do not see each other."""
+        more = {}
+        if position_ids is not None and self.model.config._attn_implementation == VARLEN:
+            more = boundaries(position_ids)
+        with self.kept():
+            output = self.model.base_model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, **more
+            )
+        states: Tensor = output.last_hidden_state
+        return states if self.logit_scale == 1 else states * self.logit_scale
+
+    def bias(self, vocab_size: int | None = None) -> Tensor | None:
+        """The output embedding's bias [V], as `head`; None where it has none."""
+        bias = getattr(self.model.get_output_embeddings(), "bias", None)
+        return None if bias is None else gathered(bias)[:vocab_size]
+
+    def head(self, vocab_size: int | None = None) -> Tensor:
+        """The output embedding [V, H], cut to the shared vocabulary where it has padding rows."""
+        weight = gathered(self.model.get_output_embeddings().weight)
+        return weight if vocab_size in (None, weight.shape[0]) else weight[:vocab_size]
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The layers of `model`, a transformers causal language model. Raises ConfigError for one that
+    does not say what they are."""
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__}: does not name its layers (_no_split_modules). Train it with"
+            " one process and without --compile."
+        )
+    return layers
+
+
+def skeleton(files: ModelFiles, trust_remote_code: bool, dtype: torch.dtype) -> Any:
+    """The model without weights, on torch's meta device: its layers and their sizes; an adapter's
+    base. Raises ConfigError where its configuration gives none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(files.path), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, dtype=dtype
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error

@@ -1,0 +1,49 @@
+"""Liger's Triton kernels for what surrounds the products: norms, gated activations, rotary
+embeddings. The loss is this project's own."""
+
+from typing import Any
+
+import torch
+
+from mpd_data.common.errors import ConfigError
+
+
+def require(device: torch.device) -> None:
+    """Raises ConfigError where `device` cannot run the kernels, or they are not installed."""
+    if device.type != "cuda":
+        raise ConfigError(
+            "--liger-kernel: its kernels are Triton's and need a CUDA device; training is on"
+            f" {device.type}. Leave it out."
+        )
+    _families()
+
+
+def apply(model: Any, name: str) -> None:
+    """Has the layers of `model`, a transformers causal language model called `name`, compute with
+    the kernels; in place.
+
+    Liger puts its functions and classes into transformers' module of the family too: from then
+    on every model of that family in this process needs the device. Raises ConfigError for a family
+    that Liger does not know, which it would leave as it is without a word.
+    """
+    known, family = _families(), model.config.model_type
+    if family not in known:
+        raise ConfigError(
+            f"--liger-kernel: {name} is of the family {family}, for which Liger has no kernels"
+            f" (it has them for {', '.join(sorted(known))}). Leave it out."
+        )
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def _families() -> set[str]:
+    """The families that Liger has kernels for, as models' configurations name them."""
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError as error:
+        raise ConfigError(
+            f"--liger-kernel needs liger-kernel ({error}): pip install"
+            " 'mixed-policy-distillation[liger]'"
+        ) from error
+    return set(MODEL_TYPE_TO_APPLY_LIGER_FN)

@@ -1,0 +1,237 @@
+"""Low-rank adapters, through peft: put into the student, kept apart, merged for the engine; and
+those that a model comes with, merged to be trained as one or trained on."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.files import fsync_directory, fsync_file
+from mpd_data.common.models import ModelFiles, weight_files
+from mpd_train.config import LoraConfig
+
+# What an adapter may have otherwise than asked for: its name and beginnings, and how its layers are
+# chosen, which are compared themselves.
+_FREE = {
+    "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping",
+    "peft_version", "init_lora_weights", "fan_in_fan_out", "lora_dropout", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern",
+}  # fmt: skip
+# Beginnings that leave the base's weights as they are.
+_PLAIN_BEGINNINGS = (True, False, "gaussian", "orthogonal")
+
+
+def attach(
+    model: Any, files: ModelFiles, config: LoraConfig, revision: str | None, seed: int
+) -> Any:
+    """Freezes `model`, of the student `files`, puts adapters into its layers in place and returns
+    peft's wrapper, which saves and merges them. A student that is an adapter on `model` goes on
+    with that; other adapters start from `seed`, and at zero effect.
+
+    Raises ConfigError where peft is missing, where a target names no layer, where one is the
+    embedding or the head (the loss takes the head's weight as it is), and for a student's adapter
+    that is another than the one asked for.
+    """
+    peft = _peft("--lora-r")
+    targets = config.lora_target_modules
+    if "all-linear" not in targets:
+        layers = [layer for layer, _ in model.named_modules()]
+        for target in targets:
+            if not any(_ends_with(layer, target) for layer in layers):
+                raise ConfigError(
+                    f"--lora-target-modules {target}: {files.name} has no layer of that"
+                    " name. Give the last parts of layers' names, as q_proj, or all-linear."
+                )
+    elif len(targets) > 1:
+        raise ConfigError("--lora-target-modules: all-linear stands alone, or name the layers.")
+    settings = peft.LoraConfig(
+        r=config.lora_r,
+        lora_alpha=2 * config.lora_r if config.lora_alpha is None else config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+        revision=revision,
+    )
+    torch.manual_seed(seed)
+    if files.adapter is not None:
+        adapted, ends_are_free = _further(model, files, settings)
+    else:
+        try:
+            adapted, ends_are_free = _put(model, settings)
+        except ValueError as error:
+            raise ConfigError(f"--lora-target-modules {' '.join(targets)}: {error}") from error
+        adapted.peft_config["default"].base_model_name_or_path = files.name
+    if not ends_are_free:
+        raise ConfigError(
+            "--lora-target-modules: the embedding and the output head cannot have an adapter here."
+        )
+    return adapted
+
+
+def merge(model: Any, files: ModelFiles) -> None:
+    """Adds the adapter of `files` to the weights of `model`, its base, in place: the result is a
+    plain model, all of whose weights can be trained. On the meta device nothing is read or added,
+    and all else is as elsewhere. Raises ConfigError for an adapter that cannot be merged."""
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    adapted, ends_are_free = _read(model, files, _settings_of(model, files), to_train=False)
+    if is_tied and not ends_are_free:
+        raise ConfigError(
+            f"{files.name}: an adapter of the embedding or the output head, which are one weight in"
+            " its base: merged, one's change would be the other's too. Give them a weight each"
+            " (tie_word_embeddings false), merge the adapter into that, and give the merged folder."
+        )
+    adapted.merge_and_unload()
+    model.requires_grad_(True)
+    if {name: weight.shape for name, weight in model.named_parameters()} != shapes:
+        raise ConfigError(
+            f"{files.name}: an adapter that adds layers or weights to its base. Only what can be"
+            " added to the base's own weights is merged."
+        )
+
+
+def save_and_merge(adapted: Any, folder: Path) -> None:
+    """Writes the adapters as peft's folder, then adds them to the student's weights in place:
+    the student is a plain model again."""
+    staging = folder.with_name(f".{folder.name}.staging")
+    for stale in (staging, folder):
+        if stale.exists():
+            shutil.rmtree(stale)
+    adapted.save_pretrained(staging, save_embedding_layers=False)
+    for file in staging.iterdir():
+        fsync_file(file)
+    fsync_directory(staging)
+    staging.replace(folder)
+    fsync_directory(folder.parent)
+    adapted.merge_and_unload()
+
+
+def _further(model: Any, files: ModelFiles, asked: Any) -> tuple[Any, bool]:
+    """`_put` of the adapter of `files`, which has to be as `asked`, to be trained further."""
+    found = _settings_of(model, files)
+    wanted = _layers(model, asked.target_modules)
+    old, new = found.to_dict(), asked.to_dict()
+    unlike = [
+        f"{name} {old.get(name)!r}, asked for {new[name]!r}"
+        for name in sorted(new.keys() - _FREE)
+        if old.get(name) != new[name]
+    ]
+    found.lora_dropout = asked.lora_dropout
+    adapted, ends_are_free = _read(model, files, found, to_train=True)
+    layers = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    if layers != wanted:
+        unlike.append(f"layers {_last_parts(layers)}, asked for {_last_parts(wanted)}")
+    if unlike:
+        raise ConfigError(
+            f"{files.name}: an adapter, which --lora-r trains further where it is as asked for; it"
+            f" has {'; '.join(unlike)}. Give what it has (--lora-r, --lora-alpha,"
+            " --lora-target-modules), or leave out --lora-r: it is then merged into its base, and"
+            " all weights are trained."
+        )
+    return adapted, ends_are_free
+
+
+def _settings_of(model: Any, files: ModelFiles) -> Any:
+    """The settings of the adapter of `files`, as peft has them."""
+    peft = _peft(f"{files.name}: an adapter")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"{files.name}: an adapter on a quantised base, whose weights cannot take it up without"
+            " rounding it. Give an adapter on the base as it was before (in its"
+            " adapter_config.json: base_model_name_or_path), or merge the two yourself."
+        )
+    try:
+        settings = peft.LoraConfig.from_pretrained(str(files.adapter))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{files.adapter}: cannot be read by peft: {error}") from error
+    if settings.init_lora_weights not in _PLAIN_BEGINNINGS:
+        raise ConfigError(
+            f"{files.name}: an adapter that began by {settings.init_lora_weights!r}, which changes"
+            " the base's own weights. Merge it with peft as its makers say, and give the merged"
+            " folder."
+        )
+    settings.init_lora_weights, settings.inference_mode = True, False
+    return settings
+
+
+def _read(model: Any, files: ModelFiles, settings: Any, to_train: bool) -> tuple[Any, bool]:
+    """`_put`, with the weights of the adapter of `files` (none on the meta device). One that is
+    `to_train` further has adapters alone."""
+    assert files.adapter is not None
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    name = settings.base_model_name_or_path
+    # peft would warn that the base is called otherwise here.
+    settings.base_model_name_or_path = None
+    try:
+        adapted, ends_are_free = _put(model, settings)
+        settings.base_model_name_or_path = name
+        if next(model.parameters()).device.type == "meta":
+            return adapted, ends_are_free
+        expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        tensors: dict[str, torch.Tensor] = {}
+        for file in weight_files(files.adapter):
+            tensors |= load_file(file)
+        # peft keeps trained embeddings whole, and reads them into the base.
+        known = expected if to_train else expected | adapted.state_dict().keys()
+        if unknown := sorted((tensors.keys() - known) | (expected - tensors.keys())):
+            raise ConfigError(
+                f"{files.adapter}: its weights are not those of its adapter_config.json:"
+                f" {unknown[0]} is known to one of the two alone ({len(unknown)} such in all)."
+                f" Merge it into {name} with peft, and give the merged folder."
+            )
+        set_peft_model_state_dict(adapted, tensors)
+    except ConfigError:
+        raise
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{files.name}: does not fit its base {name}: {error}") from error
+    return adapted, ends_are_free
+
+
+def _put(model: Any, settings: Any) -> tuple[Any, bool]:
+    """Puts adapters into `model` in place; peft's wrapper, and whether embedding and output head
+    have none. Raises ValueError where the settings fit no layer."""
+    from peft import get_peft_model
+
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    adapted = get_peft_model(model, settings)
+    found = (model.get_input_embeddings(), model.get_output_embeddings())
+    return adapted, all(now is before for now, before in zip(found, ends, strict=True))
+
+
+def _layers(model: Any, targets: Any) -> set[str]:
+    """The layers of `model`, which has no adapters, that peft would give one."""
+    if targets != "all-linear":
+        names = (name for name, _ in model.named_modules())
+        return {name for name in names if any(_ends_with(name, target) for target in targets)}
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    }
+
+
+def _ends_with(layer: str, target: str) -> bool:
+    return layer == target or layer.endswith(f".{target}")
+
+
+def _last_parts(layers: set[str]) -> str:
+    parts = sorted({layer.rpartition(".")[2] for layer in layers})
+    return f"{' '.join(parts)} ({len(layers)} in all)"
+
+
+def _peft(what: str) -> Any:
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{what} needs peft: pip install 'mixed-policy-distillation[lora]'"
+        ) from error
+    return peft

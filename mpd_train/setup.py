@@ -1,0 +1,163 @@
+"""What a run settles before it loads a model: settings, data, and whose folder this is."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.files import write_json_atomic
+from mpd_data.common.hashing import differences
+from mpd_data.common.machine import provenance
+from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer
+from mpd_train.config import TrainConfig
+from mpd_train.data.shard_set import ShardSet
+from mpd_train.metrics import load_trackers
+from mpd_train.model import liger
+from mpd_train.model.causal_lm import CausalLM
+from mpd_train.model.device import choose_device, compute_dtype
+from mpd_train.model.loading import load_student
+
+# What may differ on resuming: places, and models, which are identified by their content.
+_NOT_IDENTITY = {
+    "out", "shards", "student", "teacher", "save_steps", "device", "report_to", "max_loss",
+    "activation_offload", "compile", "liger_kernel", "teacher_offload",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run settles before it loads a model."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shards: ShardSet
+    vocab_size: int
+    tracker_modules: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, torch.dtype]:
+    """Trackers' modules, device and compute precision. Raises ConfigError for settings that
+    contradict each other or the machine."""
+    validation = config.validation
+    if validation.early_stopping_patience > 0 and validation.validation_fraction == 0:
+        raise ConfigError(
+            "--early-stopping-patience needs held-out prompts: give --validation-fraction too."
+        )
+    if config.teacher_offload and config.teacher is None:
+        raise ConfigError("--teacher-offload: no teacher is in the process without --teacher.")
+    if not config.loss.tail and config.teacher is not None:
+        raise ConfigError(
+            "--no-tail: --teacher's whole vocabulary has none. Leave one of the two out."
+        )
+    if not config.loss.tail and config.loss.divergence == "reverse_kl":
+        raise ConfigError(
+            "--no-tail: reverse_kl is infinite without it, since the student's mass outside the top"
+            " K stands against none. Give another --divergence, or keep the tail."
+        )
+    tracker_modules = load_trackers(list(config.report_to))
+    device = choose_device(config.device)
+    if config.liger_kernel:
+        liger.require(device)
+    return tracker_modules, device, compute_dtype(device, config.dtype)
+
+
+def check_models(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None) -> None:
+    """Raises ConfigError for a quantised student, and for adapters, to be trained or to be merged,
+    that do not fit their models: on these without weights, before a folder is claimed for settings
+    that cannot be."""
+    _require_plain_weights(student)
+    meta = torch.device("meta")
+    if config.lora.lora_r > 0 or student.adapter is not None:
+        load_student(config, student, meta, None)
+    if teacher is not None and teacher.adapter is not None:
+        CausalLM(teacher, meta, torch.float32, config.trust_remote_code)
+
+
+def _require_plain_weights(student: ModelFiles) -> None:
+    """An adapter on a quantised base is refused where adapters are."""
+    config = json.loads((student.path / "config.json").read_text(encoding="utf-8"))
+    # Of several modalities the text's may be.
+    quantised = config.get("quantization_config") or config.get("text_config", {}).get(
+        "quantization_config"
+    )
+    if quantised is not None and student.adapter is None:
+        raise ConfigError(
+            f"{student.name}: a quantised model ({quantised.get('quant_method', 'unknown')}), whose"
+            " weights are too coarse to be trained. Give the model that it was made from, and"
+            " quantise what comes out."
+        )
+
+
+def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None) -> Prepared:
+    """Checks everything that can be checked without weights. Raises ConfigError or DataError."""
+    tracker_modules, device, dtype = check_settings(config)
+    shards = ShardSet(config.shards)
+    vocab_size = int(shards.metadata["vocab_size"])
+    recorded, temperature = shards.metadata["score_temperature"], config.loss.kl_temperature
+    if teacher is None and temperature != recorded:
+        raise ConfigError(
+            f"--kl-temperature {temperature:g}: the shards' records are the teacher's at"
+            f" {recorded:g}, and a tail cannot be brought to another temperature. Give --teacher,"
+            " whose full vocabulary is then used."
+        )
+    for files in (student, teacher):
+        if files is not None:
+            if files.vocab_size < vocab_size:
+                raise ConfigError(
+                    f"{files.name}: has {files.vocab_size} embedding rows, the shards are scored"
+                    f" over {vocab_size}. Use the models that the shards were made with."
+                )
+            tokenizer = load_tokenizer(files, config.trust_remote_code)
+            require_same_tokenizer(
+                shards.metadata["tokenizer"], tokenizer, str(config.shards[0]), files.name
+            )
+    check_models(config, student, teacher)
+    identity = {
+        "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
+        "shards": shards.identity(),
+        "student": student.identity(),
+        "teacher": None if teacher is None else teacher.identity(),
+        # Raised where the same settings give other packs than before.
+        "packing": 2,
+    }
+    return Prepared(device, dtype, shards, vocab_size, tracker_modules, identity)
+
+
+def check_claim(out: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raises ConfigError where the run in `out` began with other settings."""
+    # A setting that did not exist when it was saved is one that was not given.
+    if found := differences(saved, identity):
+        listing = "\n  ".join(found)
+        raise ConfigError(
+            f"{out}: this run was started with other settings:\n  {listing}\nGive the saved"
+            " settings to resume, another --out, or --overwrite to start anew."
+        )
+
+
+def claim(
+    out: Path, identity: dict[str, Any], config: TrainConfig, device: str, overwrite: bool
+) -> None:
+    """Records the run's settings and device, or refuses to go on with other settings than it
+    began with."""
+    path = out / "run.json"
+    doomed = out / ".discarded"
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    if overwrite and path.exists():
+        doomed.mkdir()
+        # Away at once under their names, the model first: a kill leaves no half of it behind.
+        for name in ("model", "adapter", "tensorboard", "checkpoints", "metrics.jsonl", "run.json"):
+            if (out / name).exists():
+                (out / name).replace(doomed / name)
+        shutil.rmtree(doomed)
+    if path.exists():
+        check_claim(out, json.loads(path.read_text(encoding="utf-8"))["identity"], identity)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    details = {"config": config.model_dump(mode="json"), "device": device, **provenance()}
+    write_json_atomic(path, {"identity": identity, "details": details})
