@@ -1,1 +1,0 @@
-"""`mpd-report`: what a run did, on one page."""
