@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.kl_peers import LOSSES, Inputs, inputs
-from mpd_train.kl import NAMES, Divergence, LowRankHead, dense_kl, sparse_kl
+from mpd_train.kl import Divergence, dense_kl, sparse_kl
+from mpd_train.kl.divergence import NAMES
+from mpd_train.kl.losses import LowRankHead
 
 ROOT = Path(__file__).resolve().parents[1]
 K = 64

@@ -206,7 +206,7 @@ ANSWER_FORMATS: tuple[AnswerFormat, ...] = ("boxed", "hashes", "tag", "phrase", 
 
 
 class RolloutsConfig(Strict):
-    """`mpd-gen rollouts`."""
+    """Settings of `run_rollouts` and `mpd-gen rollouts`."""
 
     model: str = Field(description="Student: a model folder or hub id.")
     revision: str | None = Field(None, description="Hub revision of the student.")
@@ -295,7 +295,7 @@ class FilterConfig(Strict):
 
 
 class RewriteConfig(Strict):
-    """`mpd-gen rewrite`."""
+    """Settings of `run_rewrite` and `mpd-gen rewrite`."""
 
     teacher: str = Field(description="Teacher: a model folder or hub id.")
     revision: str | None = Field(None, description="Hub revision of the teacher.")

@@ -83,7 +83,7 @@ class OptimizerConfig(Strict):
 
 
 class TrainConfig(Strict):
-    """`mpd-train`."""
+    """Settings of `train` and `mpd-train`."""
 
     shards: list[Path] = Field(min_length=1, description="Folders of rounds, or their distill/.")
     student: str = Field(

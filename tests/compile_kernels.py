@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mpd_train.kl import NAMES, Divergence
+from mpd_train.kl.divergence import NAMES, Divergence
 from mpd_train.kl.objective import Objective
 from mpd_train.kl.triton_kernels import _CONFIGS, _SPARSE, MOST_IDS, _constants, _dense, _sparse
 

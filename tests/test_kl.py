@@ -17,8 +17,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mpd_train.kl import NAMES, Divergence, LowRankHead, dense_kl, sparse_kl
+from mpd_train.kl import Divergence, dense_kl, sparse_kl
+from mpd_train.kl.divergence import NAMES
 from mpd_train.kl.fused import linear_kl
+from mpd_train.kl.losses import LowRankHead
 from mpd_train.kl.types import accumulation_dtype
 
 CUDA = torch.cuda.is_available()

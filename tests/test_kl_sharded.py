@@ -14,7 +14,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from mpd_train.kl import LowRankHead, dense_kl, sparse_kl
+from mpd_train.kl import dense_kl, sparse_kl
+from mpd_train.kl.losses import LowRankHead
 
 TOKENS, WIDTH, VOCAB, K = 12, 8, 41, 5
 # How the head meets FSDP2: in a group of its own, whose forward pass never runs; in the root's,

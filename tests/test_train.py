@@ -34,7 +34,7 @@ from mpd_train.data.batches import load_pack
 from mpd_train.data.packing import make_packs
 from mpd_train.data.shard_set import ShardSet
 from mpd_train.distributed import Ranks
-from mpd_train.kl import NAMES
+from mpd_train.kl.divergence import NAMES
 from mpd_train.loop import train
 from mpd_train.loss import pack_loss
 from mpd_train.model.causal_lm import CausalLM

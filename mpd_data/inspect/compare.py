@@ -14,7 +14,7 @@ import polars as pl
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.hashing import differences
 from mpd_data.common.text import format_table
-from mpd_data.inspect.stats import GROUP_ORDER, collect, scan, with_group
+from mpd_data.inspect.stats import GROUP_ORDER, collect, scan, scan_round, with_group
 from mpd_data.store.round import RoundDir
 from mpd_data.store.shards import read_metadata
 
@@ -25,11 +25,9 @@ _SEED = 0
 def per_problem(path: Path) -> pl.DataFrame:
     """`samples`, mean `accuracy` and mean `tokens` of each prompt, by its id. Raises ConfigError
     where there are no rollouts."""
-    rows = scan([path], "rollouts")
-    if rows is None:
-        raise ConfigError(f"{path}: no rollouts here. Give two folders that mpd-gen rollouts made.")
     return collect(
-        rows.group_by("prompt_id")
+        scan_round(path)
+        .group_by("prompt_id")
         .agg(
             pl.len().alias("samples"),
             pl.col("is_correct").cast(pl.Float64).mean().alias("accuracy"),
@@ -64,10 +62,8 @@ def evaluate(path: Path) -> dict[str, Any]:
     problems, median tokens, truncated fraction. Accuracy is None where no prompt has a gold
     answer."""
     problems = per_problem(path)
-    rows = scan([path], "rollouts")
-    assert rows is not None
     whole = collect(
-        rows.select(
+        scan_round(path).select(
             pl.col("num_completion_tokens").median().alias("median"),
             (pl.col("finish_reason") == "length").mean().alias("truncated"),
             pl.col("num_completion_tokens").mean().alias("tokens"),

@@ -61,6 +61,23 @@ def scan(rounds: list[Path], stage: Stage) -> pl.LazyFrame | None:
     return pl.concat(frames) if frames else None
 
 
+def scan_round(folder: str | Path, stage: Stage = "rollouts") -> pl.LazyFrame:
+    """Return the rows of one stage of the round in `folder` as a lazy Polars frame.
+
+    `stage` is "rollouts", "distill" (rewrites) or "errors" (failed requests); docs/contract.md
+    lists the columns. The column `folder` is added. Rows that a running stage commits later are not
+    in the frame.
+
+    Raises ConfigError where the round has no rows of the stage, DataError for a damaged shard.
+    """
+    frame = scan([Path(folder)], stage)
+    if frame is None:
+        raise ConfigError(
+            f"{folder}: no {stage} here (expected {stage}/part-*.parquet). Give a round's folder."
+        )
+    return frame
+
+
 def collect(frame: pl.LazyFrame) -> pl.DataFrame:
     """Runs a query over shards. Raises DataError where their bytes are damaged."""
     try:
@@ -345,10 +362,7 @@ def plot_lengths(series: dict[str, Path], out: Path) -> None:
 
     lengths = {}
     for label, path in series.items():
-        frame = scan([path], "rollouts")
-        if frame is None:
-            raise ConfigError(f"{path}: no rollouts to plot.")
-        tokens = collect(frame.select("num_completion_tokens"))
+        tokens = collect(scan_round(path).select("num_completion_tokens"))
         lengths[label] = tokens.to_series().to_numpy()
     longest = max(values.max() for values in lengths.values())
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")

@@ -23,7 +23,7 @@ from mpd_data.common.models import ModelFiles
 from mpd_data.dryrun.show import size_text
 from mpd_train.config import TrainConfig
 from mpd_train.data.batches import Batch
-from mpd_train.kl import workspace_bytes
+from mpd_train.kl.fused import workspace_bytes
 from mpd_train.loss import pack_loss
 from mpd_train.model import lora
 from mpd_train.model.attention import attention, is_short

@@ -1,20 +1,11 @@
-"""Fused distillation losses. Needs torch alone; importable by itself.
+"""Fused distillation losses: the divergence of a student's head from a teacher, without its logits.
 
-from mpd_train.kl import Divergence, dense_kl, sparse_kl
+    from mpd_train.kl import Divergence, dense_kl, sparse_kl
+
+`sparse_kl` takes a teacher's cached top K, `dense_kl` its states and head. Needs torch alone.
 """
 
-from mpd_train.kl.divergence import NAMES, Divergence
-from mpd_train.kl.fused import workspace_bytes
-from mpd_train.kl.losses import Backend, KLOutput, LowRankHead, dense_kl, gathered, sparse_kl
+from mpd_train.kl.divergence import Divergence
+from mpd_train.kl.losses import KLOutput, dense_kl, sparse_kl
 
-__all__ = [
-    "NAMES",
-    "Backend",
-    "Divergence",
-    "KLOutput",
-    "LowRankHead",
-    "dense_kl",
-    "gathered",
-    "sparse_kl",
-    "workspace_bytes",
-]
+__all__ = ["Divergence", "KLOutput", "dense_kl", "sparse_kl"]

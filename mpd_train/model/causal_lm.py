@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import ModelFiles, has_softcap
-from mpd_train.kl import gathered
+from mpd_train.kl.losses import gathered
 from mpd_train.model import lora
 from mpd_train.model.attention import VARLEN, boundaries, is_short
 from mpd_train.model.device import autocast

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mpd_data.common.errors import ConfigError, MPDError
 from mpd_train.distributed import Ranks
-from mpd_train.kl import gathered
+from mpd_train.kl.losses import gathered
 from mpd_train.model.causal_lm import CausalLM, decoder_layers
 
 
