@@ -1,10 +1,17 @@
-"""What the documents say of the code: the tour's files, links, and the commands of the tutorial."""
+"""What the documents say of the code: links, names, signatures, commands, the tour's files."""
 
+import ast
+import inspect
 import re
 import subprocess
+import textwrap
 
 import pytest
 from conftest import ROOT
+
+import mpd_data
+import mpd_train
+import mpd_train.kl
 
 DOCUMENTS = sorted(
     [
@@ -64,7 +71,7 @@ def test_the_tutorial_does_what_the_script_does():
     script = (ROOT / "pipelines" / "pocket" / "by_hand.sh").read_text(encoding="utf-8")
     subprocess.run(["sh", "-n"], input=script, text=True, check=True)
     page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
-    known = commands_of("\n".join(re.findall(r"^```\n(.*?)^```", page, re.M | re.S)))
+    known = commands_of("\n".join(re.findall(r"^```\w*\n(.*?)^```", page, re.M | re.S)))
     base = {"$folder": "pipelines/pocket/models/student", "$model": "base"}
     new = {"$folder": "runs/hand/train/model", "$model": "new"}
     for command in commands_of(script):
@@ -73,3 +80,61 @@ def test_the_tutorial_does_what_the_script_does():
             for name, value in names.items():
                 wanted = wanted.replace(name, value)
             assert wanted in known, wanted
+
+
+PUBLIC = {
+    name: getattr(package, name)
+    for package in (mpd_data, mpd_train, mpd_train.kl)
+    for name in package.__all__
+}
+
+
+def python_of(path):
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def signature(function):
+    return f"{function.name}({ast.unparse(function.args)}) -> {ast.unparse(function.returns)}"
+
+
+def test_the_api_page_has_the_codes_signatures():
+    page = ROOT / "docs" / "api.md"
+    code = "\n".join(python_of(page))
+    # A definition on the page ends without a body.
+    code = re.sub(r"(?m)^((?:def |\)).*?-> .*)$", r"\1: ...", code)
+    written = [signature(function) for function in ast.parse(code).body]
+    functions = [value for value in PUBLIC.values() if inspect.isfunction(value)]
+    wanted = [
+        signature(ast.parse(textwrap.dedent(inspect.getsource(function))).body[0])
+        for function in functions
+    ]
+    assert sorted(written) == sorted(wanted)
+
+
+@pytest.mark.parametrize("name", [n for n, v in PUBLIC.items() if not inspect.isfunction(v)])
+def test_the_api_page_describes_each_class(name):
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| `{name}` \| (.+) \|$", page, re.MULTILINE)
+    fields = getattr(PUBLIC[name], "model_fields", None)
+    if fields is not None:
+        assert row == ", ".join(f"`{field}`" for field in fields)
+
+
+def test_the_readmes_python_uses_names_that_exist():
+    (code,) = python_of(ROOT / "README.md")
+    tree = ast.parse(code)
+    names = {
+        alias.name: PUBLIC[alias.name]
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    models = {"student": "student", "teacher": "teacher"}
+    settings = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Config")
+    ]
+    assert len(settings) == 3
+    for call in settings:
+        eval(ast.unparse(call), {**names, **models})  # noqa: S307
