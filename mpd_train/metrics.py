@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mpd_data.common.errors import ConfigError
+from mpd_data.common.errors import requires
 from mpd_train.config import TrainConfig
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -23,13 +23,8 @@ def load_trackers(names: list[str]) -> dict[str, Any]:
     """The trackers' modules by name; ConfigError for one that is not installed."""
     modules = {}
     for name in names:
-        try:
+        with requires("trackers", f"--report-to {name}"):
             modules[name] = importlib.import_module(_MODULES[name])
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"--report-to {name} needs {error.name}: pip install"
-                " 'mixed-policy-distillation[trackers]'"
-            ) from error
     return modules
 
 

@@ -131,9 +131,9 @@ def test_unknown_settings_get_the_nearest_name():
 
 def test_unknown_values_in_a_toml_get_the_nearest_name():
     values = {"shards": ["s"], "student": "m", "out": "o"}
-    with pytest.raises(ConfigError, match=r"found 'foward_kl'; did you mean 'forward_kl'\?"):
+    with pytest.raises(ConfigError, match=r"found 'foward_kl'\. Did you mean 'forward_kl'\?"):
         parse(TrainConfig, values | {"loss": {"divergence": "foward_kl"}}, "x.toml")
-    with pytest.raises(ConfigError, match=r"report_to.0: .*did you mean 'tensorboard'\?"):
+    with pytest.raises(ConfigError, match=r"report_to.0: .*Did you mean 'tensorboard'\?"):
         parse(TrainConfig, values | {"report_to": ["tensorbord"]}, "x.toml")
 
 

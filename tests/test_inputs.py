@@ -166,9 +166,9 @@ def test_bad_templates_are_refused(tmp_path, old, new, message):
 
 
 def test_a_mistyped_template_gets_the_nearest_name(tmp_path):
-    with pytest.raises(ConfigError, match="plian: .*did you mean 'plain'"):
+    with pytest.raises(ConfigError, match="plian: .*Did you mean 'plain'"):
         load_template("plian")
-    with pytest.raises(ConfigError, match="mine.toml: .*the built-in ones are tags, plain"):
+    with pytest.raises(ConfigError, match="mine.toml: .*The built-in ones are tags, plain"):
         load_template(str(tmp_path / "mine.toml"))
 
 

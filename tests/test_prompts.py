@@ -75,7 +75,7 @@ def test_csv_gives_the_prompts_of_jsonl(tmp_path):
         (b"problem,x\na,b,c\n", "row 1 .*found 3 cells, expected 2"),
         (b'problem,x\n"a,b\n', "row 1 .*not CSV"),
         (b"", "no header"),
-        (b"Problems,x\na,b\n", "no column 'problem' \\(did you mean 'Problems'\\?\\)"),
+        (b"Problems,x\na,b\n", "no column 'problem'; .* Did you mean 'Problems'\\?"),
         (b"problem,problem\na,b\n", "names 'problem' 2 times"),
         (b"problem,x\n,b\n", "row 1: column 'problem' holds nothing"),
     ],
@@ -102,7 +102,7 @@ def test_metadata_is_json(tmp_path):
         "money": "1.50",
     }
     json.dumps(prompt.metadata, allow_nan=False)
-    with pytest.raises(DataError, match="no column 'dya' \\(did you mean 'day'"):
+    with pytest.raises(DataError, match="no column 'dya'; .*Did you mean 'day'"):
         load_prompts([tmp_path / "p.parquet"], "problem", metadata_columns=["dya"])
     pq.write_table(pa.table({"problem": ["a"], "b": [b"\xff"]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match="row 1: column 'b' holds bytes"):
@@ -129,7 +129,7 @@ def test_hub_addresses_are_read():
     [
         ("hf://n?split=train", "expected hf://OWNER/NAME"),
         ("hf://o/n@?split=train", "expected hf://OWNER/NAME"),
-        ("hf://o/n?splitt=train", "no setting 'splitt'; did you mean 'split'"),
+        ("hf://o/n?splitt=train", "no setting 'splitt'\\. Did you mean 'split'"),
         ("hf://o/n?split=a&split=b", "give 'split' once"),
         ("hf://o/n?split=", "give 'split' once, with a value"),
     ],
@@ -240,7 +240,7 @@ def test_examples_are_read_in_order(tmp_path):
     path = tmp_path / "e.csv"
     path.write_text("problem,solution\nb,2\na,1\n")
     assert load_examples(path, "problem", "solution") == [("b", "2"), ("a", "1")]
-    with pytest.raises(DataError, match="no column 'solutions' \\(did you mean 'solution'"):
+    with pytest.raises(DataError, match="no column 'solutions'; .*Did you mean 'solution'"):
         load_examples(path, "problem", "solutions")
     path.write_text("problem,solution\n")
     with pytest.raises(ConfigError, match="no examples"):
@@ -353,8 +353,8 @@ def test_what_the_hub_does_not_give_is_said_in_one_line(hub, tmp_path):
     calls = {
         "sums": "names no split.*There are train, test",
         "sums?split=dev": "not to be had from the hub .*dev",
-        "sums?split=tset": r"not to be had from the hub .*Did you mean split=test\?",
-        "sums?split=trian[:2]": r"Did you mean split=train\?",
+        "sums?split=tset": r"not to be had from the hub .*Did you mean 'test'\?",
+        "sums?split=trian[:2]": r"Did you mean 'train'\?",
         "sums?split=train&config=odd": "not to be had from the hub .*odd",
         "sums@v9?split=train": "not to be had from the hub .*v9",
         "absent?split=train": "not to be had from the hub .*absent",

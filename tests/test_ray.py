@@ -298,7 +298,7 @@ def test_of_many_blocks_the_status_lists_those_that_are_not_done(tmp_path):
 
 def test_without_ray_the_extra_is_named(prompts, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"ray is not installed.*\.\[ray\]"):
+    with pytest.raises(ConfigError, match=r"--ray .*not installed.*\[ray\]"):
         invoke(cli, *rollout_arguments(prompts, tmp_path / "r"), "--ray")
     assert not Path(tmp_path / "r").exists()
 

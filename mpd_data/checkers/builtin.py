@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mpd_data.checkers.formats import MAX_ANSWER, Checker
-from mpd_data.common.errors import ConfigError, nearest
+from mpd_data.common.errors import ConfigError, did_you_mean, requires
 from mpd_data.config import ANSWER_FORMATS, AnswerFormat
 
 # Every repetition is bounded: hostile text costs time in proportion to its length.
@@ -260,18 +260,15 @@ def make_checker(name: str, formats: Sequence[AnswerFormat] = ANSWER_FORMATS) ->
     if ":" in name:
         return _own_checker(name, formats)
     if name not in CHECKERS:
-        near = nearest(name, CHECKERS)
-        hint = "" if near is None else f" Did you mean {near!r}?"
         raise ConfigError(
             f"checker {name!r}: unknown; there are {', '.join(sorted(CHECKERS))}, or your own as"
-            f" package.module:Name.{hint}"
+            f" package.module:Name.{did_you_mean(name, CHECKERS)}"
         )
     library = _LIBRARIES.get(name)
     if library is not None and importlib.util.find_spec(library) is None:
-        raise ConfigError(
-            f"checker {name!r} needs {library.replace('_', '-')}:"
-            " pip install 'mixed-policy-distillation[checkers]'"
-        )
+        # Not imported here: that takes seconds, and the processes that check import it.
+        with requires("checkers", f"checker {name!r}"):
+            raise ModuleNotFoundError(f"No module named {library!r}")
     return CHECKERS[name](formats)
 
 

@@ -6,7 +6,7 @@ import sys
 import click
 
 from mpd_data.common import signals
-from mpd_data.common.errors import MPDError
+from mpd_data.common.errors import MPDError, pip_install
 from mpd_data.common.text import plain, plain_lines
 
 # What the extras bring; looking at shards needs none of it.
@@ -72,8 +72,8 @@ def run_command(command: click.Command) -> None:
         if error.name is None or error.name.partition(".")[0] not in _EXTRAS:
             raise
         click.echo(
-            f"error: {error.name} is not installed. This command needs the project's engine: pip"
-            " install '.[gpu]' on a CUDA machine, `make install` on a CPU machine.",
+            f"error: this command needs a package that is not installed ({error}). Install it:"
+            f" {pip_install('gpu')}.",
             err=True,
         )
         sys.exit(1)

@@ -1,8 +1,12 @@
-"""Errors a user can act on. Each message names the place, what was expected, what was
-found and what to do next; the commands print it without a traceback and exit with 1."""
+"""The errors that a user can act on, and the hints that end their messages.
 
+Each message names the place, what was expected, what was found and what to do next. The commands
+print it without a traceback and exit with 1.
+"""
+
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class MPDError(Exception):
@@ -21,8 +25,28 @@ class EngineError(MPDError, RuntimeError):
     """The generation engine cannot start, or died."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` is most likely a misspelling of, if any comes close."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?", x being the known name nearest to `name`; "" if none is near."""
     by_lower = {k.lower(): k for k in known}
     close = difflib.get_close_matches(name.lower(), list(by_lower), n=1)
-    return by_lower[close[0]] if close else None
+    return f" Did you mean {by_lower[close[0]]!r}?" if close else ""
+
+
+def pip_install(extra: str) -> str:
+    """Return the command that installs an optional part of this project."""
+    command = f"pip install 'mixed-policy-distillation[{extra}]'"
+    if extra == "gpu":
+        command += " on a CUDA machine, `make install` in a checkout on a CPU machine"
+    return command
+
+
+@contextlib.contextmanager
+def requires(extra: str, purpose: str) -> Iterator[None]:
+    """Turn an ImportError inside into a ConfigError: `purpose` needs the packages of `extra`."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(
+            f"{purpose} needs a package that is not installed ({error}). Install it:"
+            f" {pip_install(extra)}."
+        ) from error

@@ -14,7 +14,7 @@ import click
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from mpd_data.common.errors import ConfigError, nearest
+from mpd_data.common.errors import ConfigError, did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -58,12 +58,8 @@ class _Choice(click.Choice[str]):
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
-            near = nearest(str(value), self.choices)
-            if near is None:
-                raise
-            raise click.BadParameter(
-                f"{error.message} Did you mean {near!r}?", ctx, param
-            ) from None
+            hint = did_you_mean(str(value), self.choices)
+            raise click.BadParameter(f"{error.message}{hint}", ctx, param) from None
 
 
 def config_options(
@@ -135,17 +131,17 @@ def parse(model: type[Model], values: dict[str, Any], source: str) -> Model:
         for e in error.errors():
             place = ".".join(map(str, e["loc"]))
             if e["type"] == "extra_forbidden":
-                near = nearest(str(e["loc"][-1]), _known(model, e["loc"]))
-                said = f"{place}: unknown setting"
+                hint = did_you_mean(str(e["loc"][-1]), _known(model, e["loc"]))
+                problem = f"{place}: unknown setting"
             else:
                 # A Literal's message spells what there is, each in quotes.
                 known = re.findall("'([^']*)'", e["msg"]) if e["type"] == "literal_error" else ()
-                near = nearest(str(e["input"]), known)
-                said = f"{place}: {e['msg']}"
+                hint = did_you_mean(str(e["input"]), known)
+                problem = f"{place}: {e['msg']}"
                 # Our own checks say what they found, where it may be said.
                 if e["type"] != "value_error":
-                    said += f", found {e['input']!r}"
-            lines.append(said if near is None else f"{said}; did you mean {near!r}?")
+                    problem += f", found {e['input']!r}"
+            lines.append(f"{problem}.{hint}" if hint else problem)
         raise ConfigError(f"{source}: " + "; ".join(lines)) from error
 
 

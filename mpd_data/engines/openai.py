@@ -23,18 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from mpd_data.common.errors import EngineError
+from mpd_data.common.errors import EngineError, requires
 from mpd_data.common.models import ModelFiles, load_tokenizer
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores
 
-try:
+with requires("openai", "--backend openai"):
     import httpx
-except ImportError as missing:
-    raise EngineError(
-        f"httpx is not installed here ({missing}), which speaks to the server: pip install"
-        " '.[openai]'."
-    ) from missing
 
 _KEYS = ("MPD_API_KEY", "OPENAI_API_KEY")
 # Seconds that a request is tried again for, counted from its first failure.

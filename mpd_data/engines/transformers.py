@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mpd_data.common.errors import EngineError
+from mpd_data.common.errors import EngineError, requires
 from mpd_data.common.models import ModelFiles, has_softcap, load_tokenizer
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engines.protocol import Completion, RequestError, Scores
@@ -233,12 +233,8 @@ class TransformersEngine:
 
 def _adapted(base: Any, model: ModelFiles) -> Any:
     """`base` with the adapter in its layers, in the precision of `base`."""
-    try:
+    with requires("lora", f"{model.name}: an adapter"):
         from peft import PeftModel
-    except ModuleNotFoundError as error:
-        raise EngineError(
-            f"{model.name}: an adapter needs peft: pip install 'mixed-policy-distillation[lora]'"
-        ) from error
     adapted = PeftModel.from_pretrained(base, str(model.adapter), autocast_adapter_dtype=False)
     return adapted.get_base_model()
 

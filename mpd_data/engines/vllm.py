@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mpd_data.common.errors import EngineError
+from mpd_data.common.errors import EngineError, requires
 from mpd_data.common.models import ModelFiles
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engines.protocol import Completion, RequestError, Scores
@@ -42,10 +42,8 @@ class VLLMEngine:
         context: int,
         max_logprobs: int,
     ) -> None:
-        try:
+        with requires("gpu", "--backend vllm"):
             import torch
-        except ImportError as error:
-            raise EngineError(_NO_VLLM.format(error=error)) from error
         # Ask the driver's management library, which leaves CUDA uninitialised for vLLM.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         on_cpu = not torch.cuda.is_available()
@@ -68,11 +66,9 @@ class VLLMEngine:
                 os.environ["OMP_NUM_THREADS"] = "1"
                 torch.set_num_threads(1)
         first = "vllm" not in sys.modules
-        try:
+        with requires("gpu", "--backend vllm"):
             from vllm import LLM
             from vllm.exceptions import VLLMError
-        except ImportError as error:
-            raise EngineError(_NO_VLLM.format(error=error)) from error
         if first:
             # The imports leave a million objects that live as long as the process, and vLLM
             # collects garbage seven times from its start to its end: a third of a second each
@@ -286,9 +282,3 @@ def _scores(key: str, flat: Any, start: int, k: int) -> Scores:
         )
     ids, logprobs = ids.reshape(rows, k + 1), logprobs.reshape(rows, k + 1)
     return Scores(key, ids[:, 1:], logprobs[:, 1:], logprobs[:, 0])
-
-
-_NO_VLLM = (
-    "vLLM is not installed here ({error}). Install the project with its engine:"
-    " pip install '.[gpu]' on a CUDA machine, `make install` on a CPU machine."
-)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpd_data.checkers.builtin import ChoiceChecker, MathChecker, NumberChecker
-from mpd_data.common.errors import ConfigError, nearest
+from mpd_data.common.errors import ConfigError, did_you_mean, pip_install
 from mpd_data.common.hashing import content_key
 from mpd_data.common.machine import gpus
 from mpd_data.common.models import (
@@ -79,11 +79,9 @@ def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) ->
             given = before if before in columns else None
         if given is not None:
             if given not in columns:
-                close = nearest(given, columns)
-                hint = "" if close is None else f" (did you mean {close!r}?)"
                 raise ConfigError(
-                    f"{source}: no column {given!r}{hint}; found {_names(columns)}. Name one of"
-                    f" them with {option}."
+                    f"{source}: no column {given!r}; found {_names(columns)}."
+                    f"{did_you_mean(given, columns)} Name one of them with {option}."
                 )
             return given
         for names in usual:
@@ -204,7 +202,7 @@ def choose_checker(given: str | None, train: PromptSet, test: PromptSet) -> Chec
         return CheckerChoice(
             "text",
             "The gold answers look like mathematics, for which `math` is better: it needs"
-            " math-verify (pip install 'mixed-policy-distillation[checkers]').",
+            f" math-verify ({pip_install('checkers')}).",
         )
     return CheckerChoice("math", "The gold answers look like mathematics.")
 

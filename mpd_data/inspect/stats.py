@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from mpd_data.common.errors import ConfigError, DataError, nearest
+from mpd_data.common.errors import ConfigError, DataError, did_you_mean
 from mpd_data.store.round import RoundDir
 from mpd_data.store.schema import FINISH_REASONS, STATUSES, Stage
 from mpd_data.store.shards import read_metadata
@@ -98,14 +98,12 @@ def with_group(rollouts: pl.LazyFrame, name: str) -> pl.LazyFrame:
         return grouped
     objects = collect(rollouts.select(pl.col("metadata").drop_nulls().unique())).to_series()
     carried = sorted({key for text in objects for key in json.loads(text)} - {name})
-    near = nearest(name, carried)
-    if near is not None:
-        hint = f"Did you mean {near!r}?"
-    elif carried:
-        hint = f"They carry {', '.join(map(repr, carried))}."
-    else:
-        hint = "Columns are carried through by --metadata-columns of mpd-gen rollouts."
-    raise ConfigError(f"--by {name!r}: no rollout has a value of it in its metadata. {hint}")
+    hint = did_you_mean(name, carried)
+    if not hint and carried:
+        hint = f" They carry {', '.join(map(repr, carried))}."
+    elif not carried:
+        hint = " Columns are carried through by --metadata-columns of mpd-gen rollouts."
+    raise ConfigError(f"--by {name!r}: no rollout has a value of it in its metadata.{hint}")
 
 
 def light(rollouts: pl.LazyFrame, folders: pl.Enum) -> pl.LazyFrame:

@@ -28,7 +28,7 @@ from typing import Any
 import click
 
 from mpd_data import rewrite, rollouts
-from mpd_data.common.errors import ConfigError, MPDError
+from mpd_data.common.errors import ConfigError, MPDError, requires
 from mpd_data.common.models import ModelFiles
 from mpd_data.config import (
     EngineConfig,
@@ -126,14 +126,9 @@ def _run(
     limit: int | None,
 ) -> dict[str, int]:
     """Rows that were `written`, rows that `failed` and what is still `owed` after a limit."""
-    try:
+    with requires("ray", "--ray (on every node of the cluster)"):
         import ray
         from ray.exceptions import RayError
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--ray: {error.name} is not installed here. Install the project with it on every node"
-            " of the cluster: pip install '.[ray]' beside the engine's extra."
-        ) from error
     blocks = config.parts.workers * BLOCKS_PER_ACTOR
     limits = None
     if limit is not None:

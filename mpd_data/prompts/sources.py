@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mpd_data.common.errors import ConfigError, DataError, nearest
+from mpd_data.common.errors import ConfigError, DataError, did_you_mean, requires
 from mpd_data.common.models import hub_failures
 
 Rows = Iterator[tuple[int, Mapping[str, Any]]]
@@ -67,12 +67,10 @@ def _require(where: object, columns: Iterable[str], found: list[str]) -> None:
     for column in columns:
         if column in found:
             continue
-        close = nearest(column, found)
-        hint = "" if close is None else f" (did you mean {close!r}?)"
         raise DataError(
-            f"{where}: no column {column!r}{hint}; found {', '.join(map(repr, found)) or 'none'}."
-            " Name the columns with --prompt-column, --id-column, --answer-column,"
-            " --metadata-columns and --examples-column."
+            f"{where}: no column {column!r}; found {', '.join(map(repr, found)) or 'none'}."
+            f"{did_you_mean(column, found)} Name the columns with --prompt-column, --id-column,"
+            " --answer-column, --metadata-columns and --examples-column."
         )
 
 
@@ -190,9 +188,8 @@ class HubSource:
         known = ("split", "config")
         for key, value in parse_qsl(query, keep_blank_values=True):
             if key not in known:
-                close = nearest(key, known)
-                hint = f"did you mean {close!r}?" if close else "there are 'split' and 'config'."
-                raise ConfigError(f"{url}: no setting {key!r}; {hint} Expected {_FORM}.")
+                hint = did_you_mean(key, known) or " There are 'split' and 'config'."
+                raise ConfigError(f"{url}: no setting {key!r}.{hint} Expected {_FORM}.")
             if key in given or not value:
                 raise ConfigError(f"{url}: give {key!r} once, with a value. Expected {_FORM}.")
             given[key] = value
@@ -201,13 +198,8 @@ class HubSource:
 
 def _datasets(url: str) -> tuple[Any, tuple[type[Exception], ...]]:
     """The package `datasets`, and the errors by which it says that something is not to be had."""
-    try:
+    with requires("hub", f"{url}: reading a dataset of the hub"):
         import datasets
-    except ImportError as error:
-        raise ConfigError(
-            f"{url}: reading datasets of the hub needs the package `datasets`:"
-            " pip install 'mixed-policy-distillation[hub]'"
-        ) from error
     failures = (
         datasets.exceptions.DatasetsError,
         *hub_failures(),
@@ -267,10 +259,10 @@ def _split_hint(url: str, error: BaseException) -> str:
     if split not in str(error):
         return ""  # asking for the splits would only wait for the same failure again
     try:
-        close = nearest(split, hub_splits(url))
+        splits = hub_splits(url)
     except ConfigError:
         return ""
-    return "" if close in (None, split) else f" Did you mean split={close}?"
+    return "" if split in splits else did_you_mean(split, splits)
 
 
 def _first_line(error: BaseException) -> str:

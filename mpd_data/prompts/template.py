@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mpd_data.common.errors import ConfigError, nearest
+from mpd_data.common.errors import ConfigError, did_you_mean
 from mpd_data.common.hashing import content_key
 from mpd_data.config import Strict
 
@@ -87,14 +87,9 @@ def load_template(name: str) -> RewriteTemplate:
         groups = set(re.compile(template.output).groupindex)
     except OSError as error:
         built_in = [*BUILT_IN, DRAFT.name]
-        near = nearest(name, built_in)
-        hint = (
-            f"the built-in ones are {', '.join(built_in)}"
-            if near is None
-            else f"did you mean {near!r}?"
-        )
+        hint = did_you_mean(name, built_in) or f" The built-in ones are {', '.join(built_in)}."
         raise ConfigError(
-            f"{path}: no template that can be read ({error.strerror}); {hint}"
+            f"{path}: no template that can be read ({error.strerror}).{hint}"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError, TypeError) as error:
         raise ConfigError(f"{path}: not a rewrite template: {error}") from error

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mpd_data.common.errors import ConfigError
+from mpd_data.common.errors import ConfigError, requires
 
 
 def require(device: torch.device) -> None:
@@ -39,11 +39,6 @@ def apply(model: Any, name: str) -> None:
 
 def _families() -> set[str]:
     """The families that Liger has kernels for, as models' configurations name them."""
-    try:
+    with requires("liger", "--liger-kernel"):
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    except ImportError as error:
-        raise ConfigError(
-            f"--liger-kernel needs liger-kernel ({error}): pip install"
-            " 'mixed-policy-distillation[liger]'"
-        ) from error
     return set(MODEL_TYPE_TO_APPLY_LIGER_FN)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mpd_data.common.errors import ConfigError
+from mpd_data.common.errors import ConfigError, requires
 from mpd_data.common.files import fsync_directory, fsync_file
 from mpd_data.common.models import ModelFiles, weight_files
 from mpd_train.config import LoraConfig
@@ -228,10 +228,6 @@ def _last_parts(layers: set[str]) -> str:
 
 
 def _peft(what: str) -> Any:
-    try:
+    with requires("lora", what):
         import peft
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{what} needs peft: pip install 'mixed-policy-distillation[lora]'"
-        ) from error
     return peft
