@@ -13,7 +13,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from mpd_data.common.errors import DataError
-from mpd_data.common.files import fsync_directory, fsync_file
+from mpd_data.common.files import atomic_folder, staging_of
 from mpd_train.distributed import Ranks
 
 KEEP = 2
@@ -144,28 +144,21 @@ def load(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer) 
 
 
 def _write(final: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
-    # A name of its own: other nodes may remember a folder of this name for a while.
-    staging = final.with_name(f".{final.name}.staging")
     if ranks.first:
         for stale in final.parent.glob(".*.staging"):
             shutil.rmtree(stale)
-        staging.mkdir(parents=True)
-    ranks.wait()
-    writer = HuggingFaceStorageWriter(
-        str(staging), fqn_to_index_mapping=_files_of(tensors), save_distributed=True
-    )
-    with _errors_as_they_are():
-        save_shards(tensors, storage_writer=writer, no_dist=ranks.size == 1)
-    ranks.wait()
-    if ranks.first:
-        (staging / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
-        for file in staging.iterdir():
-            fsync_file(file)
-        fsync_directory(staging)
-        if final.exists():
-            shutil.rmtree(final)
-        staging.replace(final)
-        fsync_directory(final.parent)
+    with atomic_folder(final) if ranks.first else nullcontext(staging_of(final)) as staging:
+        ranks.wait()
+        writer = HuggingFaceStorageWriter(
+            str(staging), fqn_to_index_mapping=_files_of(tensors), save_distributed=True
+        )
+        with _errors_as_they_are():
+            save_shards(tensors, storage_writer=writer, no_dist=ranks.size == 1)
+        ranks.wait()
+        if ranks.first:
+            (staging / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
+            if final.exists():
+                shutil.rmtree(final)
     ranks.wait()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mpd_data.common.errors import ConfigError, DataError
-from mpd_data.common.files import fsync_directory, fsync_file
+from mpd_data.common.files import atomic_folder
 from mpd_data.common.models import ModelFiles, resolve_model
 from mpd_data.common.options import parse
 from mpd_train import checkpoint
@@ -47,20 +47,11 @@ def export_checkpoint(given: Path, out: Path, student: str | None = None) -> Pat
         )
     config, identity = _read_run(run / "run.json")
     files = _resolve_student(run, config, identity, student)
-    staging = out.with_name(f".{out.name}.staging")
-    if staging.exists():
-        shutil.rmtree(staging)
-    # Before what takes long: a place that cannot be written is told at once.
-    staging.mkdir(parents=True)
-    try:
+    # Made before what takes long, so that a place that cannot be written is told at once.
+    with atomic_folder(out) as staging:
         loaded = load_student(config, files, torch.device("cpu"), None)
         checkpoint.load_weights(chosen, loaded.model)
         export(loaded, staging)
-        staging.replace(out)
-    finally:
-        if staging.exists():
-            shutil.rmtree(staging)
-    fsync_directory(out.parent)
     return chosen
 
 
@@ -131,34 +122,27 @@ def _resolve_student(
 def _write_model(student: CausalLM, folder: Path) -> None:
     """Writes the student as a model folder that transformers and vLLM load: safetensors in the
     precision it came in, tokenizer, chat template and generation config as they came."""
-    staging = folder.with_name(f".{folder.name}.staging")
-    if staging.exists():
-        shutil.rmtree(staging)
     dtype = getattr(torch, _original_dtype(student.files))
     # Parameters name a tied weight once, where state_dict names it twice: converted apart, the
     # two would both be written.
     state = {name: p.detach().to(dtype) for name, p in student.model.named_parameters()}
     persistent = student.model.state_dict()
     state |= {name: b for name, b in student.model.named_buffers() if name in persistent}
-    student.model.save_pretrained(staging, state_dict=state)
     config = student.model.config
-    config.dtype = dtype
-    config.save_pretrained(staging)
-    for file in student.files.tokenizer_path.iterdir():
-        # Everything but weights and config: tokenizer, chat template, generation config.
-        described = file.suffix in (".json", ".jinja", ".model", ".txt")
-        if (
-            described
-            and not file.name.endswith(".index.json")
-            and file.name != "adapter_config.json"
-            and not (staging / file.name).exists()
-        ):
-            shutil.copyfile(file, staging / file.name)
-    for file in staging.iterdir():
-        fsync_file(file)
-    fsync_directory(staging)
-    staging.replace(folder)
-    fsync_directory(folder.parent)
+    with atomic_folder(folder) as staging:
+        student.model.save_pretrained(staging, state_dict=state)
+        config.dtype = dtype
+        config.save_pretrained(staging)
+        for file in student.files.tokenizer_path.iterdir():
+            # Everything but weights and config: tokenizer, chat template, generation config.
+            described = file.suffix in (".json", ".jinja", ".model", ".txt")
+            if (
+                described
+                and not file.name.endswith(".index.json")
+                and file.name != "adapter_config.json"
+                and not (staging / file.name).exists()
+            ):
+                shutil.copyfile(file, staging / file.name)
 
 
 def _original_dtype(files: ModelFiles) -> str:

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from mpd_data.common.errors import requires
+from mpd_data.common.files import atomic_file
 from mpd_train.config import TrainConfig
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -128,7 +129,6 @@ def _open_metrics(path: Path, done: int) -> Any:
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             if json.loads(line)["step"] <= done:
                 kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        file.write("".join(kept))
     return path.open("a", encoding="utf-8")

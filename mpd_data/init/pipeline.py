@@ -5,6 +5,7 @@ beside every setting. Without test prompts a local file is split first, so that 
 on what was trained on. Nothing is written unless everything was in order.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 from mpd_data.checkers.builtin import make_checker
 from mpd_data.common.errors import ConfigError, MPDError
+from mpd_data.common.files import atomic_file
 from mpd_data.common.models import ModelFiles
 from mpd_data.common.text import plain
 from mpd_data.config import InitConfig
@@ -399,25 +401,22 @@ _SAMPLING = {
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
-    """Writes all files or none; the pipeline comes last. Raises ConfigError, MPDError."""
+    """Write all files or none; the pipeline comes last. Raises ConfigError, MPDError."""
+    made = not folder.exists()
     try:
-        encoded = {name: text.encode("utf-8") for name, text in files.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            # The first that is opened is the last to take its name.
+            for name in reversed(files):
+                file = stack.enter_context(atomic_file(folder / name))
+                file.write(files[name])
+                file.flush()  # a full disk is noticed before any file has its name
     except UnicodeEncodeError as error:
         raise ConfigError(
             "a path or column is not UTF-8, and TOML cannot spell it: rename it."
         ) from error
-    made = not folder.exists()
-    partials = {folder / name: folder / f"{name}.partial" for name in files}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, partial in partials.items():
-            partial.write_bytes(encoded[path.name])
-        for path, partial in partials.items():
-            partial.replace(path)
     except OSError as error:
-        if folder.is_dir():
-            for partial in partials.values():
-                partial.unlink(missing_ok=True)
-            if made and not list(folder.iterdir()):
-                folder.rmdir()
         raise MPDError(f"{folder}: cannot be written: {error.strerror}.") from error
+    finally:
+        if made and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

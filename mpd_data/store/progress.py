@@ -15,6 +15,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from mpd_data.common.errors import MPDError
+from mpd_data.common.files import atomic_file
 from mpd_data.common.machine import device_name
 
 _SECONDS_PER_LINE = 15.0
@@ -159,11 +160,10 @@ class Progress:
             "truncated": self._truncated,
             "seconds_left": None if left is None else round(left, 1),
         }
-        # Of use only while it is fresh: seen whole or not at all, but not worth an fsync.
-        temporary = self._status.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
-            temporary.replace(self._status)
+            # Useful only while it is fresh, so it is not worth an fsync.
+            with atomic_file(self._status, durable=False) as file:
+                file.write(json.dumps(value) + "\n")
         except OSError as error:
             raise MPDError(
                 f"{self._status}: cannot be written: {error.strerror}. Every row committed before"

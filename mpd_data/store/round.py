@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mpd_data.common.errors import ConfigError, DataError
-from mpd_data.common.files import fsync_directory, write_json_atomic
+from mpd_data.common.files import atomic_file, write_json_atomic
 from mpd_data.common.hashing import differences
 from mpd_data.store.keys import KeySet, Packed
 from mpd_data.store.locks import WHOLE, Part, member, moment
@@ -153,7 +153,8 @@ class RoundDir:
 
         def clear() -> None:
             self.staging.mkdir(exist_ok=True)
-            for leftover in (*self.staging.iterdir(), *self.path.glob(".run.json.*.tmp")):
+            temporary = (*self.path.glob(".*.tmp"), *self.path.glob(".status/.*.tmp"))
+            for leftover in (*self.staging.iterdir(), *temporary):
                 if leftover.is_dir():
                     shutil.rmtree(leftover)
                 else:
@@ -283,13 +284,8 @@ class RoundDir:
             file.replace(quarantine / f"{stage}-{file.stem}-{uuid.uuid4().hex[:8]}.parquet")
         text = "".join(json.dumps(s.__dict__, separators=(",", ":")) + "\n" for s in found.shards)
         if text.encode() != (path.read_bytes() if path.exists() else b""):
-            temporary = self.staging / path.name
-            with temporary.open("w", encoding="utf-8") as out:
+            with atomic_file(path) as out:
                 out.write(text)
-                out.flush()
-                os.fsync(out.fileno())
-            temporary.replace(path)
-            fsync_directory(self.path)
         return found
 
     # -- reading ----------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Writes a report: report.html, report.md and data_card.md."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from mpd_data.common.errors import ConfigError
+from mpd_data.common.files import atomic_file
 from mpd_rounds.report.document import Document, markdown
 from mpd_rounds.report.page import html_page
 from mpd_rounds.report.run import open_runs
@@ -35,7 +35,6 @@ def write_report(paths: list[Path], out: Path | None = None) -> list[Path]:
         files["data_card.md"] = markdown(Document("Data card", document.subtitle, named))
     out.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        temporary = out / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        temporary.replace(out / name)
+        with atomic_file(out / name, errors="backslashreplace") as file:
+            file.write(text)
     return [out / name for name in files]

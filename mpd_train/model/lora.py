@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mpd_data.common.errors import ConfigError, requires
-from mpd_data.common.files import fsync_directory, fsync_file
+from mpd_data.common.files import atomic_folder
 from mpd_data.common.models import ModelFiles, weight_files
 from mpd_train.config import LoraConfig
 
@@ -95,16 +95,10 @@ def merge(model: Any, files: ModelFiles) -> None:
 def save_and_merge(adapted: Any, folder: Path) -> None:
     """Writes the adapters as peft's folder, then adds them to the student's weights in place:
     the student is a plain model again."""
-    staging = folder.with_name(f".{folder.name}.staging")
-    for stale in (staging, folder):
-        if stale.exists():
-            shutil.rmtree(stale)
-    adapted.save_pretrained(staging, save_embedding_layers=False)
-    for file in staging.iterdir():
-        fsync_file(file)
-    fsync_directory(staging)
-    staging.replace(folder)
-    fsync_directory(folder.parent)
+    if folder.exists():
+        shutil.rmtree(folder)
+    with atomic_folder(folder) as staging:
+        adapted.save_pretrained(staging, save_embedding_layers=False)
     adapted.merge_and_unload()
 
 

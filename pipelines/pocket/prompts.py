@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from mpd_data.common.files import atomic_file
 from pipelines.pocket.world import (
     IN_DISTRIBUTION,
     OUT_OF_DISTRIBUTION,
@@ -58,9 +59,8 @@ def main(out: Path, train: int, validation: int, test: int, ood: int) -> None:
             for index, problem in enumerate(distinct(name, families, split, count))
         ]
         path = out / f"{name}.jsonl"
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        partial.replace(path)
+        with atomic_file(path) as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
         click.echo(f"{path}: {len(rows)} problems")
 
 

