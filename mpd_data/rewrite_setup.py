@@ -20,6 +20,7 @@ from mpd_data.engines.start import context_of
 from mpd_data.prompts.chat import ChatFormatter
 from mpd_data.prompts.template import RewriteTemplate, load_template
 from mpd_data.store.round import RoundDir, is_whole, scratch_of
+from mpd_data.store.run_record import require_kind
 from mpd_data.store.shards import read_metadata
 
 # What a rewrite needs of a rollout.
@@ -211,6 +212,7 @@ def closes_thinking(rollout: dict[str, Any]) -> bool:
 
 
 def rollout_metadata(round_dir: RoundDir) -> dict[str, Any]:
+    require_kind(round_dir.path, "round")
     paths = round_dir.shard_paths("rollouts")
     if not paths:
         raise ConfigError(

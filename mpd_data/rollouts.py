@@ -34,6 +34,7 @@ from mpd_data.prompts.reader import Prompt, choose_prompts, fill_prompt, load_ex
 from mpd_data.stage import Failures, RolloutsOutcome
 from mpd_data.store.progress import Progress
 from mpd_data.store.round import RoundDir
+from mpd_data.store.run_record import require_kind
 from mpd_data.store.schema import Stage, repetition, rollout_key, seed_of
 from mpd_data.store.writer import ShardWriter
 
@@ -113,6 +114,13 @@ class Prepared:
             **provenance(),
         }
 
+    def details(self) -> dict[str, Any]:
+        """What run.json records of the stage beside its identity."""
+        return {
+            "config": self.config.model_dump(mode="json", exclude={"parts"}),
+            "rows": len(self.prompts) * self.config.num_samples,
+        }
+
     def render(self, prompt: Prompt) -> tuple[str, list[int]]:
         """A prompt's text and ids. Raises PromptError where it cannot be used or leaves no room
         for its completion."""
@@ -148,6 +156,7 @@ def prepare(
 ) -> Prepared:
     """Checks everything that can be checked without an engine. `prompts`: all that `config`
     names, where they have been read before. Raises ConfigError or DataError."""
+    require_kind(config.out, "round")
     checker = make_checker(config.checker, config.answer_formats)
     chosen = choose_prompts(
         read_prompts(config, checker) if prompts is None else prompts,
@@ -219,11 +228,7 @@ def sample(
     with round_dir.lock("rollouts", part):
         if overwrite:
             round_dir.discard(*OVERWRITTEN)
-        details = {
-            "config": config.model_dump(mode="json", exclude={"parts"}),
-            "rows": len(prepared.prompts) * config.num_samples,
-        }
-        round_dir.claim("rollouts", prepared.identity, details)
+        round_dir.claim("rollouts", prepared.identity, prepared.details())
         done = round_dir.recover("rollouts")
         failures = round_dir.failures()
         if limit is not None:

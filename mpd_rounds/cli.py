@@ -26,6 +26,7 @@ from mpd_data.config import RewriteConfig
 from mpd_data.inspect import compare as comparison
 from mpd_data.inspect.stats import plot_lengths
 from mpd_data.parts.workers import EXIT_FAILED_ROWS
+from mpd_data.store.run_record import require_kind, write_record
 from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.runner import Runner
 from mpd_rounds.run.steps import Pipeline, load_pipeline
@@ -89,10 +90,11 @@ def check_inputs(pipeline: Pipeline, out: Path) -> None:
 def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
     """Runs what is not finished of `pipeline` in `out` and returns its summary, with
     `failed_rows` true where a stage left rows in errors/."""
+    require_kind(out, "pipeline")
     plan = Plan(pipeline, out)
     check_inputs(pipeline, out)
     runner = Runner(out, pipeline.environment, len(plan.all_steps()), pipeline.preload)
-    write_json_atomic(out / "pipeline.json", pipeline.model_dump(mode="json"))
+    write_record(out, "pipeline", pipeline.model_dump(mode="json"))
     runner.run(list(plan.evaluations(0)), pipeline.parallel_evaluations)
     for round_ in range(1, pipeline.rounds + 1):
         for step in plan.training(round_):
@@ -170,6 +172,7 @@ def cli(
         raise click.UsageError("--rate goes with --dry-run.")
     if out is None:
         out = Path("runs") / load_pipeline(pipeline, overrides).name
+    require_kind(out, "pipeline")
     if dry_run:
         from mpd_rounds.run.plan import plan_pipeline, show_pipeline
 

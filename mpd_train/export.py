@@ -16,6 +16,7 @@ from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.files import atomic_folder
 from mpd_data.common.models import ModelFiles, resolve_model
 from mpd_data.common.options import parse
+from mpd_data.store.run_record import require_kind
 from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
 from mpd_train.model import lora
@@ -56,7 +57,8 @@ def export_checkpoint(given: Path, out: Path, student: str | None = None) -> Pat
 
 
 def _find(given: Path) -> tuple[Path, Path]:
-    """The folders of a run and of its checkpoint."""
+    """Return the folders of a run and of its checkpoint."""
+    require_kind(given, "training")
     if (given / "run.json").is_file():
         if found := checkpoint.checkpoints(given / "checkpoints"):
             return given, found[-1]

@@ -17,6 +17,7 @@ from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.machine import device_name
 from mpd_data.common.models import resolve_model
 from mpd_data.store.locks import exclusive
+from mpd_data.store.run_record import require_kind
 from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
 from mpd_train.data.batches import Batch, Loader
@@ -44,6 +45,7 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
     finished. Started by torchrun, all its processes train together. Raises ConfigError or DataError
     for input that cannot be trained on, MPDError where the loss, the memory or the disk gives out.
     """
+    require_kind(config.out, "training")
     with (
         ranks(sharded=config.teacher_offload) as joined,
         exclusive(config.out) if joined.first else nullcontext(),

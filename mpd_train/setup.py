@@ -9,10 +9,14 @@ from typing import Any
 import torch
 
 from mpd_data.common.errors import ConfigError
-from mpd_data.common.files import write_json_atomic
-from mpd_data.common.hashing import differences
 from mpd_data.common.machine import provenance
 from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer
+from mpd_data.store.run_record import (
+    read_record,
+    require_kind,
+    require_same_settings,
+    write_record,
+)
 from mpd_train.config import TrainConfig
 from mpd_train.data.shard_set import ShardSet
 from mpd_train.metrics import load_trackers
@@ -128,36 +132,38 @@ def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None
     return Prepared(device, dtype, shards, vocab_size, tracker_modules, identity)
 
 
-def check_claim(out: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Raises ConfigError where the run in `out` began with other settings."""
-    # A setting that did not exist when it was saved is one that was not given.
-    if found := differences(saved, identity):
-        listing = "\n  ".join(found)
-        raise ConfigError(
-            f"{out}: this run was started with other settings:\n  {listing}\nGive the saved"
-            " settings to resume, another --out, or --overwrite to start anew."
-        )
+def check_claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return what run.json holds of the training in `out`, {} where it is new. Raises ConfigError
+    where it began with other settings."""
+    require_kind(out, "training")
+    saved = read_record(out, "training")
+    require_same_settings(
+        out,
+        "this training",
+        saved.get("identity"),
+        identity,
+        "For other settings give another --out, or run mpd-train with --overwrite, which deletes"
+        " what this training has written.",
+        any((out / name).exists() for name in ("model", "checkpoints")),
+    )
+    return saved
 
 
 def claim(
     out: Path, identity: dict[str, Any], config: TrainConfig, device: str, overwrite: bool
 ) -> None:
-    """Records the run's settings and device, or refuses to go on with other settings than it
-    began with."""
-    path = out / "run.json"
+    """Record the run's settings and device. Raises ConfigError like `check_claim`."""
+    require_kind(out, "training")
     doomed = out / ".discarded"
     if doomed.exists():
         shutil.rmtree(doomed)
-    if overwrite and path.exists():
-        doomed.mkdir()
+    if overwrite:
+        doomed.mkdir(parents=True)
         # Away at once under their names, the model first: a kill leaves no half of it behind.
         for name in ("model", "adapter", "tensorboard", "checkpoints", "metrics.jsonl", "run.json"):
             if (out / name).exists():
                 (out / name).replace(doomed / name)
         shutil.rmtree(doomed)
-    if path.exists():
-        check_claim(out, json.loads(path.read_text(encoding="utf-8"))["identity"], identity)
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    details = {"config": config.model_dump(mode="json"), "device": device, **provenance()}
-    write_json_atomic(path, {"identity": identity, "details": details})
+    if not check_claim(out, identity):
+        details = {"config": config.model_dump(mode="json"), "device": device, **provenance()}
+        write_record(out, "training", {"identity": identity, "details": details})

@@ -6,15 +6,18 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from conftest import STUDENT, run
+from conftest import ROOT, STUDENT, invoke, rewrite_arguments, rollout_arguments, run
 
 from mpd_data.cli import cli
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.options import _fields, arguments, parse
 from mpd_data.common.text import format_table
 from mpd_data.config import RewriteConfig, RolloutsConfig
+from mpd_rounds.cli import cli as rounds_cli
+from mpd_rounds.study.cli import cli as study_cli
 from mpd_train.cli import cli as train_cli
 from mpd_train.config import TrainConfig
+from mpd_train.export_cli import cli as export_cli
 
 HEAVY = {"torch", "vllm", "transformers", "ray"}
 
@@ -217,3 +220,43 @@ def test_a_mistyped_choice_gets_the_nearest_one(arguments_, near):
     far = CliRunner().invoke(train_cli, [*required, arguments_[0], "zzz"])
     assert "is not one of" in far.output
     assert "Did you mean" not in far.output
+
+
+@pytest.mark.parametrize(
+    "kind, name, old",
+    [
+        ("round", "run.json", {"stages": {}, "schema_version": 2}),
+        ("training", "run.json", {"identity": {}, "details": {}}),
+        ("pipeline", "pipeline.json", {"rounds": 1}),
+        ("study", "settings.json", {"seeds": [0], "group": []}),
+    ],
+)
+def test_each_command_refuses_a_folder_of_another_kind(kind, name, old, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    recipe = ROOT / "pipelines" / "pocket"
+    dry, anew = ["--dry-run"], ["--overwrite"]
+    commands = [
+        ("round", cli, rollout_arguments(recipe / "x.jsonl", out), [[], dry, anew, dry + anew]),
+        ("round", cli, rewrite_arguments(out), [[], dry, anew, dry + anew, ["--refilter"]]),
+        ("round", cli, ["status", out], [[]]),
+        ("round", cli, ["stats", out], [[]]),
+        ("round", cli, ["validate", out], [[]]),
+        (
+            "training",
+            train_cli,
+            ["--shards", out, "--out", out, "--student", STUDENT],
+            [[], dry, anew, dry + anew],
+        ),
+        ("training", export_cli, [out, "--out", tmp_path / "exported"], [[]]),
+        ("pipeline", rounds_cli, [recipe / "pipeline.toml", "--out", out], [[], dry]),
+        ("study", study_cli, [recipe / "study.toml", "--out", out], [[], dry]),
+    ]
+    for record in (old, {"kind": kind}):  # as written before folders knew their kind, and now
+        (out / name).write_text(json.dumps(record))
+        for reader, command, words, variants in commands:
+            for more in variants if reader != kind else ():
+                with pytest.raises(ConfigError, match="the folder of a .*, not of a"):
+                    invoke(command, *words, *more)
+        assert [path.name for path in out.iterdir()] == [name]
+        assert json.loads((out / name).read_text()) == record

@@ -116,12 +116,18 @@ def test_a_finished_round_owes_nothing_and_stays_as_it_is(round_dir, prompts, tm
 def test_what_was_there_with_other_settings_is_refused(round_dir, prompts, tmp_path):
     before = content(round_dir)
     calls = [
-        [*rollout_arguments(prompts, round_dir), "--temperature", 0.9],
-        [*rewrite_arguments(round_dir), "--num-logprobs", 8],
+        ([*rollout_arguments(prompts, round_dir), "--temperature", 0.9], "give another --out"),
+        (
+            [*rollout_arguments(prompts, round_dir), "--num-prompts", 2],
+            r"prompts: saved \d+ / now 2\n",
+        ),
+        ([*rewrite_arguments(round_dir), "--num-logprobs", 8], "--overwrite"),
+        ([*rewrite_arguments(round_dir), "--max-ratio", 0.8], "--refilter: it deletes nothing"),
     ]
-    for call in calls:
+    for call, text in calls:
         with pytest.raises(ConfigError, match="was started here with other settings") as raised:
             ask("mpd-gen", *call)
+        assert re.search(text, str(raised.value))
         # The model of a folder is not hashed in a dry run, and not said to be another one.
         assert "model" not in str(raised.value) and "teacher" not in str(raised.value)
     call = [*rewrite_arguments(round_dir), "--refilter", "--seed", 3]
@@ -332,7 +338,7 @@ def test_a_training_is_planned(round_dir, tmp_path):
     assert plan["disk_bytes"] == pytest.approx(size, rel=0.05)
     assert plan["seconds"] is None
     assert dry("mpd-train", *call)["owed"] == 0
-    with pytest.raises(ConfigError, match="started with other settings"):
+    with pytest.raises(ConfigError, match="started here with other settings"):
         ask("mpd-train", *arguments("one", "--pack-length", 2048))
 
     plan = dry("mpd-train", *arguments("two", "--pack-length", 1024, "--epochs", 2))

@@ -40,7 +40,7 @@ def prepare_dry(config: RewriteConfig, overwrite: bool = False) -> Prepared:
         weights=False,
         served=config.engine.served(config.teacher),
     )
-    saved = round_dir.run_info().get("stages", {}).get("distill")
+    saved = round_dir.saved_stage("distill")
     if saved is not None and not overwrite:
         teacher = as_saved(teacher, saved["identity"]["teacher"])
     if config.choose == "likeliest":
@@ -49,7 +49,7 @@ def prepare_dry(config: RewriteConfig, overwrite: bool = False) -> Prepared:
         refuse_half_refiltered(round_dir)
     prepared = prepare(config, student, teacher)
     if not overwrite:
-        round_dir.check("distill", prepared.identity)
+        round_dir.check("distill", prepared.identity, {})
     return prepared
 
 

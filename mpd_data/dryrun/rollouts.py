@@ -30,12 +30,12 @@ def prepare_dry(
             config.model, config.revision, config.trust_remote_code, weights=False, served=served
         )
     round_dir = RoundDir(config.out)
-    saved = round_dir.run_info().get("stages", {}).get("rollouts")
+    saved = round_dir.saved_stage("rollouts")
     if saved is not None and not overwrite:
         model = as_saved(model, saved["identity"]["model"])
     prepared = prepare(config, model, prompts)
     if not overwrite:
-        round_dir.check("rollouts", prepared.identity)
+        round_dir.check("rollouts", prepared.identity, prepared.details())
     return prepared
 
 

@@ -16,6 +16,7 @@ import polars as pl
 
 from mpd_data.common.errors import ConfigError, DataError, did_you_mean
 from mpd_data.store.round import RoundDir
+from mpd_data.store.run_record import require_kind
 from mpd_data.store.schema import FINISH_REASONS, STATUSES, Stage
 from mpd_data.store.shards import read_metadata
 
@@ -50,6 +51,7 @@ def scan(rounds: list[Path], stage: Stage) -> pl.LazyFrame | None:
     None where no round has any. Raises DataError for a shard that is torn."""
     frames = []
     for path in rounds:
+        require_kind(path, "round")
         round_dir = RoundDir(path)
         files = round_dir.shard_paths(stage)
         # Of ten thousand shards, opening each takes longer than all else; what the index knows at

@@ -9,6 +9,7 @@ from mpd_data.common.errors import ConfigError
 from mpd_data.common.text import format_table
 from mpd_data.store.locks import is_held
 from mpd_data.store.round import RoundDir
+from mpd_data.store.run_record import require_kind
 from mpd_data.store.schema import STAGES
 
 _AT_WORK = ("starting", "running")
@@ -23,6 +24,7 @@ def round_status(path: Path) -> dict[str, list[dict[str, Any]]]:
 
     Reads manifests and status files alone. Raises ConfigError where there is no round.
     """
+    require_kind(path, "round")
     round_dir = RoundDir(path)
     info = round_dir.run_info().get("stages", {})
     writers = []

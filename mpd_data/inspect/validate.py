@@ -15,6 +15,7 @@ from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.files import sha256_of
 from mpd_data.store.keys import KeySet, Packed, pack, twice
 from mpd_data.store.round import RoundDir
+from mpd_data.store.run_record import require_kind
 from mpd_data.store.schema import ENUMS, SCHEMAS, STAGES, UNUSABLE, Stage
 from mpd_data.store.shards import ROTTEN, open_shard, read_all, read_metadata
 
@@ -39,6 +40,7 @@ def validate_round(path: Path) -> list[str]:
     Memory: a few row groups, and a key and a number for each row of the round. Raises ConfigError
     where `path` holds no round at all.
     """
+    require_kind(path, "round")
     round_dir = RoundDir(path)
     stages = [stage for stage in STAGES if round_dir.folder(stage).is_dir()]
     if not stages:

@@ -16,9 +16,10 @@ from mpd_data.engines.scores import score_columns
 from mpd_data.engines.start import start_engine
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import choose_by_student, choosing_student
-from mpd_data.select.second_pass import RULES, Pass, put_in_place, rework
+from mpd_data.select.second_pass import Pass, put_in_place, rework
 from mpd_data.stage import RewriteOutcome
-from mpd_data.store.round import RoundDir
+from mpd_data.store.round import REFILTERED, RoundDir
+from mpd_data.store.run_record import require_kind
 from mpd_data.store.shards import read_metadata
 
 
@@ -49,7 +50,8 @@ def run_refilter(config: RewriteConfig) -> RewriteOutcome:
 def check_refilter(round_dir: RoundDir, config: RewriteConfig) -> dict[str, Any]:
     """The identity of the rewrites in `round_dir`. Raises ConfigError where there are none, or
     where another setting than filters and choice changed."""
-    saved = round_dir.run_info().get("stages", {}).get("distill")
+    require_kind(round_dir.path, "round")
+    saved = round_dir.saved_stage("distill")
     if saved is None:
         raise ConfigError(
             f"{config.shards}: no rewrites here to filter anew; run mpd-gen rewrite first."
@@ -74,7 +76,7 @@ def check_refilter(round_dir: RoundDir, config: RewriteConfig) -> dict[str, Any]
 def _changed_rules(config: RewriteConfig, saved: dict[str, Any]) -> dict[str, Any] | None:
     """Filters and choice of `config`, None where they are the saved ones."""
     rules = {"filters": config.filters.model_dump(), "choose": config.choose}
-    return None if rules == {name: saved[name] for name in RULES} else rules
+    return None if rules == {name: saved[name] for name in REFILTERED} else rules
 
 
 def _teacher(config: RewriteConfig, weights: bool = True) -> ModelFiles:

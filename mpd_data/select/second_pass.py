@@ -17,18 +17,17 @@ from contextlib import closing
 from typing import Any
 
 from mpd_data.common.errors import EngineError
-from mpd_data.common.files import fsync_directory, write_json_atomic
+from mpd_data.common.files import fsync_directory
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import Engine, Refused, RequestError, Scores, pump
 from mpd_data.store.locks import WHOLE
 from mpd_data.store.progress import Progress
-from mpd_data.store.round import RoundDir, is_whole, scratch_of
+from mpd_data.store.round import REFILTERED, RoundDir, is_whole, scratch_of
+from mpd_data.store.run_record import write_record
 from mpd_data.store.schema import DISTILL_SCHEMA
 from mpd_data.store.shards import ROWS_PER_GROUP, open_shard, read_metadata
 from mpd_data.store.writer import ShardWriter
 
-# The settings that a pass may change.
-RULES = ("filters", "choose")
 # Beside the identity of the rewrites in run.json: what the student that chose is.
 _CHOSEN_BY = "chosen_by"
 # Columns that are read fast.
@@ -141,14 +140,14 @@ def rework(
     with scratch.lock():
         # Rules that changed again since a kill: what the earlier ones left is of no use.
         by_now = {**identity, _CHOSEN_BY: chosen_by}
-        if scratch.run_info().get("stages", {}).get("distill", {}).get("identity") != by_now:
+        if (scratch.saved_stage("distill") or {}).get("identity") != by_now:
             scratch.discard("distill")
         scratch.claim("distill", by_now, {})
         scratch.recover("distill")
         done = scratch.rewritten()
         metadata = read_metadata(round_dir.shard_paths("distill")[0])
         metadata = {k: v for k, v in metadata.items() if k not in ("schema_version", "stage")}
-        metadata |= {name: identity[name] for name in RULES}
+        metadata |= {name: identity[name] for name in REFILTERED}
         output = work.config.output.model_dump()
         status = round_dir.status_path("refilter", WHOLE)
         with (
@@ -185,7 +184,7 @@ def put_in_place(round_dir: RoundDir, config: RewriteConfig) -> None:
         | {"config": config.model_dump(mode="json", exclude={"parts"})},
         _CHOSEN_BY: chosen_by,
     }
-    write_json_atomic(round_dir.path / "run.json", info)
+    write_record(round_dir.path, "round", info)
     (scratch.path / "complete").unlink()
     shutil.rmtree(scratch.path)
     shutil.rmtree(round_dir.staging / "replaced-distill", ignore_errors=True)

@@ -16,11 +16,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mpd_data.common.errors import ConfigError, DataError
-from mpd_data.common.files import atomic_file, write_json_atomic
-from mpd_data.common.hashing import differences
+from mpd_data.common.errors import DataError
+from mpd_data.common.files import atomic_file
 from mpd_data.store.keys import KeySet, Packed
 from mpd_data.store.locks import WHOLE, Part, member, moment
+from mpd_data.store.run_record import (
+    read_record,
+    require_kind,
+    require_same_settings,
+    write_record,
+)
 from mpd_data.store.schema import SCHEMA_VERSION, SCHEMAS, Stage
 from mpd_data.store.shards import (
     ROTTEN,
@@ -34,6 +39,9 @@ from mpd_data.store.shards import (
     open_shard,
     read_all,
 )
+
+# The settings of rewrites that --refilter changes.
+REFILTERED = ("filters", "choose")
 
 
 @dataclass(frozen=True)
@@ -71,45 +79,52 @@ class RoundDir:
     # -- settings ---------------------------------------------------------------------
 
     def run_info(self) -> dict[str, Any]:
-        """The content of run.json; empty where no stage has run."""
-        path = self.path / "run.json"
-        if not path.exists():
-            return {}
-        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return info
+        """Return the content of run.json; {} where no stage has run."""
+        return read_record(self.path)
+
+    def saved_stage(self, stage: Stage) -> dict[str, Any] | None:
+        """Return what run.json holds of `stage`; None where it has not run here."""
+        saved: dict[str, Any] | None = self.run_info().get("stages", {}).get(stage)
+        return saved
 
     def claim(self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any]) -> None:
-        """Records in run.json what determines the rows of `stage` (`identity`) and what is
-        good to know beside it (`details`). Raises ConfigError like `check`."""
+        """Record in run.json what determines the rows of `stage` (`identity`) and what is good to
+        know about it (`details`). Raises ConfigError like `check`."""
         with moment(self.path):
-            saved = self.check(stage, identity)
+            saved = self.check(stage, identity, details)
             if saved is not None and saved["details"] == details:
                 return
             info = self.run_info()
             info["schema_version"] = SCHEMA_VERSION
             entry = {**(saved or {}), "identity": dict(identity), "details": dict(details)}
             info.setdefault("stages", {})[stage] = entry
-            write_json_atomic(self.path / "run.json", info)
+            write_record(self.path, "round", info)
 
-    def check(self, stage: Stage, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What run.json holds of `stage`, None where it has not run here.
+    def check(
+        self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Return `saved_stage`.
 
-        Raises ConfigError where the stage ran here with another identity: mixing rows of two
-        settings in one round is never meant.
+        Raises ConfigError where the stage ran here with another identity: rows of two settings
+        never belong in one round.
         """
-        saved: dict[str, Any] | None = self.run_info().get("stages", {}).get(stage)
-        if saved is None and self.shard_paths(stage):
-            raise ConfigError(
-                f"{self.path}: holds {stage} shards, but run.json does not say how they were made."
-                " Restore run.json, give another --out, or --overwrite to delete them."
+        saved = self.saved_stage(stage)
+        counts = {}
+        has_counts = saved is not None and "rows" in saved["details"] and "rows" in details
+        if saved is not None and has_counts and stage == "rollouts":
+            counts["prompts"] = (
+                saved["details"]["rows"] // saved["identity"]["num_samples"],
+                details["rows"] // identity["num_samples"],
             )
-        if saved is not None and saved["identity"] != identity:
-            listing = "\n  ".join(differences(saved["identity"], identity))
-            raise ConfigError(
-                f"{self.path}: {stage} was started here with other settings:\n  {listing}\n"
-                "Give the saved settings to resume, another --out for a new round, or"
-                " --overwrite to delete what this stage has written."
-            )
+        require_same_settings(
+            self.path,
+            stage,
+            None if saved is None else saved["identity"],
+            identity,
+            _remedy(stage, saved, identity),
+            bool(self.shard_paths(stage)),
+            counts,
+        )
         return saved
 
     def record_speed(self, stage: Stage, speed: Mapping[str, Any]) -> None:
@@ -126,7 +141,7 @@ class RoundDir:
             ):
                 return
             info["stages"][stage]["speed"] = dict(speed)
-            write_json_atomic(self.path / "run.json", info)
+            write_record(self.path, "round", info)
 
     def discard(self, *stages: Stage) -> None:
         """Deletes what these stages have written here (the `--overwrite` of a command)."""
@@ -144,12 +159,14 @@ class RoundDir:
         for stage in stages:
             info.get("stages", {}).pop(stage, None)
         if info:
-            write_json_atomic(self.path / "run.json", info)
+            write_record(self.path, "round", info)
 
     @contextlib.contextmanager
     def lock(self, label: str = "round", part: Part = WHOLE) -> Iterator[None]:
         """Holds `part` of the work `label` on this round for one writing process; the kernel drops
-        it if the process dies. Raises ConfigError where another process is in the way."""
+        it if the process dies. Raises ConfigError where another process is in the way, and for the
+        folder of something other than a round."""
+        require_kind(self.path, "round")
 
         def clear() -> None:
             self.staging.mkdir(exist_ok=True)
@@ -365,6 +382,28 @@ class RoundDir:
                         rows = batch.take(np.flatnonzero(owed[first : first + len(batch)]))
                     first += len(batch)
                     yield from rows.to_pylist()
+
+
+def _remedy(stage: Stage, saved: Mapping[str, Any] | None, identity: Mapping[str, Any]) -> str:
+    """Return what a user can do who wants other settings for `stage` than it was begun with."""
+    if stage == "rollouts":
+        return (
+            "For other settings give another --out, or delete what this stage has written: run"
+            " mpd-gen rollouts with --overwrite."
+        )
+    if saved is not None and all(
+        saved["identity"].get(name) == value
+        for name, value in identity.items()
+        if name not in REFILTERED
+    ):
+        return (
+            "To apply changed filters and choice to the rewrites that exist, run mpd-gen rewrite"
+            " with --refilter: it deletes nothing."
+        )
+    return (
+        "For other settings delete what this stage has written: run mpd-gen rewrite with"
+        " --overwrite."
+    )
 
 
 def scratch_of(round_dir: RoundDir) -> RoundDir:

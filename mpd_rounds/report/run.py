@@ -120,7 +120,7 @@ def _open_pipeline(path: Path, label: str) -> Run:
     saved = path / "pipeline.json"
     missing = []
     if saved.is_file():
-        settings = read_json(saved)
+        settings = {name: value for name, value in read_json(saved).items() if name != "kind"}
         try:
             planned = int(settings["rounds"])
             sets = [str(chosen["name"]) for chosen in settings["evaluation"]]

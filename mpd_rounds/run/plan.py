@@ -203,11 +203,11 @@ class _Planner:
         served = config.engine.served(config.teacher)
         teacher = self._model(config.teacher, config.revision, config.trust_remote_code, served)
         round_dir = RoundDir(config.shards)
-        saved = round_dir.run_info().get("stages", {}).get("distill")
+        saved = round_dir.saved_stage("distill")
         if saved is not None:
             teacher = as_saved(teacher, saved["identity"]["teacher"])
         prepared = prepare_rewrite(config, drafts.metadata(), teacher)
-        round_dir.check("distill", prepared.identity)
+        round_dir.check("distill", prepared.identity, {})
         asks = prepared.template.asks
         if asks:
             prepared.template.layout(bool(drafts.formatter.thinking))

@@ -22,11 +22,11 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from mpd_data.common.errors import ConfigError
-from mpd_data.common.files import write_json_atomic
 from mpd_data.common.hashing import content_key
 from mpd_data.common.options import parse
 from mpd_data.config import Strict
 from mpd_data.store.round import RoundDir
+from mpd_data.store.run_record import require_kind, write_record
 from mpd_rounds.run.runner import Runner
 from mpd_rounds.run.steps import (
     Pipeline,
@@ -139,6 +139,7 @@ class Planner:
     """Lays out the runs of a study. Raises ConfigError for settings that no stage would take."""
 
     def __init__(self, study: Study, out: Path) -> None:
+        require_kind(out, "study")
         self._study = study
         self._stages = out / "stages"
         self._runs: dict[tuple[str, int], Run] = {}
@@ -266,7 +267,7 @@ def run_study(study: Study, out: Path, groups: tuple[str, ...] = ()) -> Outcome:
     waves = list(waves_of(runs))
     pipeline = runs[0].pipeline
     runner = Runner(out, pipeline.environment, sum(map(len, waves)), pipeline.preload)
-    write_json_atomic(out / "settings.json", study.model_dump(mode="json"))
+    write_record(out, "study", study.model_dump(mode="json"))
     broken: dict[Path, str] = {}
     stopped: dict[tuple[str, int], str] = {}
     for wave in waves:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.hashing import differences
 from mpd_data.store.round import RoundDir
+from mpd_data.store.run_record import require_kind
 from mpd_data.store.shards import ROTTEN, open_shard, read_all, read_metadata
 
 # Kept tokens of the row groups that are shuffled and packed together: enough for good packing, few
@@ -150,6 +151,7 @@ class ShardSet:
 
 
 def _shards_of(path: Path) -> list[Path]:
+    require_kind(path, "round")
     folder = path if path.name == "distill" else path / "distill"
     files = sorted(folder.glob("part-*.parquet"))
     if not files:

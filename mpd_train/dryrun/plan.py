@@ -23,6 +23,7 @@ from mpd_data.common.options import arguments
 from mpd_data.dryrun.learned import as_saved, siblings
 from mpd_data.dryrun.plan import StagePlan
 from mpd_data.dryrun.show import first_reasons, size_text
+from mpd_data.store.run_record import read_record, require_kind
 from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
 from mpd_train.data.packing import overlong, split_packs
@@ -183,6 +184,7 @@ def _steps(path: Path) -> Iterator[dict[str, Any]]:
 def plan_train(config: TrainConfig, overwrite: bool = False) -> StagePlan:
     """What `train` would do, found without weights and without writing anything. Raises what the
     run would raise before it loads a model."""
+    require_kind(config.out, "training")
     code = config.trust_remote_code
     student = resolve_model(config.student, config.revision, code, weights=False)
     teacher = None
@@ -192,15 +194,13 @@ def plan_train(config: TrainConfig, overwrite: bool = False) -> StagePlan:
         # A hub's model, as an adapter's base may be, is fetched by the run.
         if files is not None and Path(files.name).is_dir():
             weight_files(files.adapter or files.path)
-    path = config.out / "run.json"
-    saved = None
-    if path.exists() and not overwrite:
-        saved = json.loads(path.read_text(encoding="utf-8"))["identity"]
+    saved = {} if overwrite else read_record(config.out, "training").get("identity", {})
+    if saved:
         student = as_saved(student, saved["student"])
         teacher = teacher and as_saved(teacher, saved["teacher"])
     prepared = prepare(config, student, teacher)
-    if saved is not None:
-        check_claim(config.out, saved, prepared.identity)
+    if not overwrite:
+        check_claim(config.out, prepared.identity)
     shards = prepared.shards
     finished = (config.out / "model").is_dir() and not overwrite
     committed, owed = (shards.num_rows, 0) if finished else (0, shards.num_rows)

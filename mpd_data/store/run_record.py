@@ -1,0 +1,110 @@
+"""What a folder says of itself: its kind, and the settings that its content was made with.
+
+Rounds and trainings keep this in run.json, pipeline runs in pipeline.json, studies in
+settings.json. A folder that was made before kinds were written is known by what it holds.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.common.files import write_json_atomic
+from mpd_data.common.hashing import differences
+
+Kind = Literal["round", "training", "pipeline", "study"]
+
+_FILES: dict[Kind, str] = {
+    "round": "run.json",
+    "training": "run.json",
+    "pipeline": "pipeline.json",
+    "study": "settings.json",
+}
+_NAMES: dict[Kind, str] = {
+    "round": "a round",
+    "training": "a training",
+    "pipeline": "a pipeline run",
+    "study": "a study",
+}
+_READERS: dict[Kind, str] = {
+    "round": "mpd-gen stats shows it.",
+    "training": "mpd-train resumes it, mpd-report draws its report.",
+    "pipeline": "mpd-rounds resumes it, mpd-report draws its report; its rounds are in data/ and"
+    " eval/, its trainings in train/.",
+    "study": "mpd-study resumes it; its rounds and trainings are in stages/.",
+}
+
+
+def read_record(folder: Path, kind: Kind = "round") -> dict[str, Any]:
+    """Return what the file of a folder of `kind` holds; {} where there is none.
+
+    Raises DataError where it is not a JSON object.
+    """
+    path = folder / _FILES[kind]
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}). Restore it from a copy.") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path}: expected a JSON object. Restore it from a copy.")
+    return record
+
+
+def write_record(folder: Path, kind: Kind, record: Mapping[str, Any]) -> None:
+    """Replace the file of a folder of `kind` by `record` and its kind."""
+    write_json_atomic(folder / _FILES[kind], {"kind": kind, **record})
+
+
+def kind_of(folder: Path) -> Kind | None:
+    """Return the kind of a folder; None where it is of none, new ones included."""
+    record = read_record(folder)
+    if record.get("kind") == "training" or "identity" in record:
+        return "training"
+    if record or any(folder.glob("*.manifest.jsonl")):
+        return "round"
+    if any((folder / name).is_file() for name in ("pipeline.json", "seeds.json")):
+        return "pipeline"
+    study = read_record(folder, "study")
+    if study.get("kind") == "study" or {"seeds", "group"} <= study.keys():
+        return "study"
+    return None
+
+
+def require_kind(folder: Path, kind: Kind) -> None:
+    """Raise ConfigError where `folder` is of another kind, naming the command that reads it."""
+    actual = kind_of(folder)
+    if actual not in (None, kind):
+        raise ConfigError(
+            f"{folder}: the folder of {_NAMES[actual]}, not of {_NAMES[kind]}. {_READERS[actual]}"
+        )
+
+
+def require_same_settings(
+    folder: Path,
+    label: str,
+    saved: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    remedy: str,
+    has_results: bool,
+    counts: Mapping[str, tuple[int, int]] | None = None,
+) -> None:
+    """Raise ConfigError where `label` began in `folder` with other settings than `settings`.
+
+    `saved`: its recorded settings, None where it has none; results without a record are refused
+    too. `remedy`: what the user can do. `counts`: as for `differences`.
+    """
+    if saved is None:
+        if has_results:
+            raise ConfigError(
+                f"{folder}: holds results of {label}, but run.json does not say how they were made."
+                f" Restore run.json. {remedy}"
+            )
+    elif lines := differences(saved, settings, counts=counts):
+        listing = "\n  ".join(lines)
+        raise ConfigError(
+            f"{folder}: {label} was started here with other settings:\n  {listing}\n"
+            f"Give the saved settings to resume. {remedy}"
+        )
