@@ -1,6 +1,5 @@
 """What a run settles before it loads a model: settings, data, and whose folder this is."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,11 +83,9 @@ def check_models(config: TrainConfig, student: ModelFiles, teacher: ModelFiles |
 
 def _require_plain_weights(student: ModelFiles) -> None:
     """An adapter on a quantised base is refused where adapters are."""
-    config = json.loads((student.path / "config.json").read_text(encoding="utf-8"))
-    # Of several modalities the text's may be.
-    quantised = config.get("quantization_config") or config.get("text_config", {}).get(
-        "quantization_config"
-    )
+    name = "quantization_config"
+    # A model of several modalities may have it for the text alone.
+    quantised = student.config.get(name) or student.text_config.get(name)
     if quantised is not None and student.adapter is None:
         raise ConfigError(
             f"{student.name}: a quantised model ({quantised.get('quant_method', 'unknown')}), whose"

@@ -8,7 +8,8 @@ is: names and paths say nothing, and one differing merge shifts every id after i
 import hashlib
 import importlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ class ModelFiles:
     context: int
     served: str | None = None
     adapter: Path | None = None
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of `config` that describes the language model: all of it, except where the
+        model has other modalities too."""
+        text: Mapping[str, Any] = self.config.get("text_config", self.config)
+        return text
 
     @property
     def tokenizer_path(self) -> Path:
@@ -107,16 +116,54 @@ def resolve_model(
         path, version = _download(name, revision, trust_remote_code, weights)
         if (path / _ADAPTER).is_file():
             return _on_base(name, path, version, trust_remote_code, weights, served)
+    wanted = "a language model's configuration with vocab_size and max_position_embeddings"
+    config = _read_json(path / "config.json", wanted)
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        config = config.get("text_config", config)
-        vocab_size, context = int(config["vocab_size"]), int(config["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        text = config.get("text_config", config)
+        vocab_size, context = int(text["vocab_size"]), int(text["max_position_embeddings"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path / 'config.json'}: expected the JSON of a language model's configuration with"
-            f" vocab_size and max_position_embeddings ({type(error).__name__}: {error})."
+            f"{path / 'config.json'}: expected {wanted} ({type(error).__name__}: {error})."
         ) from error
-    return ModelFiles(name, path, version, vocab_size, context, served)
+    return ModelFiles(name, path, version, vocab_size, context, served, config=config)
+
+
+def _read_json(path: Path, wanted: str) -> dict[str, Any]:
+    """Return the JSON object in `path`. Raises ConfigError, which says what was `wanted` there."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"{type(content).__name__}, not an object")
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: expected {wanted} ({type(error).__name__}: {error})."
+        ) from error
+    return content
+
+
+def load_config(model: ModelFiles, trust_remote_code: bool = False) -> Any:
+    """Return transformers' configuration of the model, its family's defaults included. Raises
+    ConfigError where transformers has none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(model.path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model.name}: cannot be loaded: {error}") from error
+
+
+def end_tokens(model: ModelFiles, tokenizer: Any, trust_remote_code: bool = False) -> list[int]:
+    """Return the ids that end a turn, as vLLM and transformers take them: the tokenizer's end
+    token, then those of the generation config, or of config.json where there is none."""
+    from transformers import GenerationConfig
+
+    try:
+        generation = GenerationConfig.from_pretrained(str(model.path))
+    except OSError:
+        generation = GenerationConfig.from_model_config(load_config(model, trust_remote_code))
+    named = generation.eos_token_id
+    more = named if isinstance(named, list) else [] if named is None else [named]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
 def _on_base(
@@ -128,14 +175,12 @@ def _on_base(
     served: str | None,
 ) -> ModelFiles:
     """The model that is the adapter in `path` on its base."""
+    wanted = "peft's configuration with peft_type and base_model_name_or_path"
+    settings = _read_json(path / _ADAPTER, wanted)
     try:
-        settings = json.loads((path / _ADAPTER).read_text(encoding="utf-8"))
         kind, base_name = settings["peft_type"], settings["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path / _ADAPTER}: expected the JSON of peft's configuration with peft_type and"
-            f" base_model_name_or_path ({type(error).__name__}: {error})."
-        ) from error
+    except KeyError as error:
+        raise ConfigError(f"{path / _ADAPTER}: expected {wanted} (no {error}).") from error
     if kind != "LORA":
         raise ConfigError(
             f"{name}: an adapter of type {kind}; LORA is the one that engines run. Merge it into"

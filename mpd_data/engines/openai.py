@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from mpd_data.common.errors import EngineError, requires
-from mpd_data.common.models import ModelFiles, load_tokenizer
+from mpd_data.common.models import ModelFiles, end_tokens, load_tokenizer
 from mpd_data.config import EngineConfig, SamplingConfig
-from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores
+from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, require_room
 
 with requires("openai", "--backend openai"):
     import httpx
@@ -70,7 +70,7 @@ class OpenAIEngine:
         self._max_logprobs = max_logprobs
         self._key = _api_key()
         tokenizer = load_tokenizer(model, trust_remote_code)
-        self._end_ids = _end_ids(model, tokenizer)
+        self._end_ids = end_tokens(model, tokenizer, trust_remote_code)
         self._in_flight = 0
         self._finished: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
         self._failure: BaseException | None = None
@@ -106,11 +106,11 @@ class OpenAIEngine:
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
     ) -> None:
-        self._require_room(prompt_ids)
+        require_room(prompt_ids, self.max_model_len)
         self._submit(self._generate(key, prompt_ids, sampling, seed))
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
-        self._require_room(context_ids + target_ids)
+        require_room(context_ids + target_ids, self.max_model_len)
         self._submit(self._score(key, context_ids, target_ids, k))
 
     def step(self) -> list[Result]:
@@ -146,12 +146,6 @@ class OpenAIEngine:
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def _require_room(self, ids: list[int]) -> None:
-        if len(ids) >= self.max_model_len:
-            raise RequestError(
-                f"{len(ids)} tokens leave no room in the context of {self.max_model_len}"
-            )
 
     def _submit(self, work: Coroutine[Any, Any, Result]) -> None:
         self._in_flight += 1
@@ -421,18 +415,6 @@ def _api_key() -> str | None:
             raise EngineError(f"{name}: has blanks or characters that no key has.")
         return key
     return None
-
-
-def _end_ids(model: ModelFiles, tokenizer: Any) -> set[int]:
-    """The tokens that end a turn, as vLLM takes them: the tokenizer's end token, and those of the
-    model's configs."""
-    found = {tokenizer.eos_token_id}
-    for name in ("generation_config.json", "config.json"):
-        path = model.path / name
-        if path.is_file():
-            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            found |= set(named) if isinstance(named, list) else {named} - {None}
-    return found
 
 
 def _probe(tokenizer: Any) -> tuple[str, list[int]]:

@@ -25,9 +25,9 @@ from transformers import (
 from transformers.utils import logging
 
 from mpd_data.common.errors import EngineError, requires
-from mpd_data.common.models import ModelFiles, has_softcap, load_tokenizer
+from mpd_data.common.models import ModelFiles, end_tokens, has_softcap, load_tokenizer
 from mpd_data.config import EngineConfig, SamplingConfig
-from mpd_data.engines.protocol import Completion, RequestError, Scores
+from mpd_data.engines.protocol import Completion, Scores, require_room
 
 _BATCHED_TOKENS = 2048
 # Tokens of a row in one step: what has finished is not held back for longer.
@@ -88,7 +88,9 @@ class TransformersEngine:
         self.max_in_flight = 2 * config.max_num_seqs
         self._max_num_seqs = config.max_num_seqs
         self._batched_tokens = config.max_num_batched_tokens or _BATCHED_TOKENS
-        self._stop_ids = _stop_ids(self._model, load_tokenizer(model, trust_remote_code))
+        self._stop_ids = end_tokens(
+            model, load_tokenizer(model, trust_remote_code), trust_remote_code
+        )
         # The model's own defaults (a repetition penalty, say) are not what was asked for.
         self._model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=self._stop_ids, pad_token_id=self._stop_ids[0]
@@ -103,19 +105,13 @@ class TransformersEngine:
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
     ) -> None:
-        self._require_room(prompt_ids)
+        require_room(prompt_ids, self.max_model_len)
         limit = min(sampling.max_tokens, self.max_model_len - len(prompt_ids))
         self._rows.append(_Row(key, prompt_ids, sampling, seed, limit))
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
-        self._require_room(context_ids + target_ids)
+        require_room(context_ids + target_ids, self.max_model_len)
         self._to_score.append(_ToScore(key, context_ids + target_ids, len(target_ids), k))
-
-    def _require_room(self, ids: list[int]) -> None:
-        if len(ids) >= self.max_model_len:
-            raise RequestError(
-                f"{len(ids)} tokens leave no room in the context of {self.max_model_len}"
-            )
 
     def step(self) -> list[Completion | Scores]:
         try:
@@ -237,14 +233,6 @@ def _adapted(base: Any, model: ModelFiles) -> Any:
         from peft import PeftModel
     adapted = PeftModel.from_pretrained(base, str(model.adapter), autocast_adapter_dtype=False)
     return adapted.get_base_model()
-
-
-def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a turn, as vLLM takes them: the tokenizer's end token, and those of the
-    model's generation config."""
-    named = model.generation_config.eos_token_id
-    more = named if isinstance(named, list) else [] if named is None else [named]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
 class _SeededSampler(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here

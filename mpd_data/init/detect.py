@@ -220,8 +220,7 @@ class Shape:
 
     @classmethod
     def of(cls, model: ModelFiles) -> "Shape":
-        config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
-        config = config.get("text_config", config)
+        config = model.text_config
         try:
             width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
             heads = int(config["num_attention_heads"])

@@ -92,8 +92,7 @@ def footprint(config: TrainConfig, student: ModelFiles, num_steps: int) -> Footp
 
 def _bytes_of_weight(student: ModelFiles) -> int:
     """Of the precision that the configuration names, in which the student is exported."""
-    values = json.loads((student.path / "config.json").read_text(encoding="utf-8"))
-    name = values.get("dtype") or values.get("torch_dtype") or "float32"
+    name = student.config.get("dtype") or student.config.get("torch_dtype") or "float32"
     return torch.finfo(getattr(torch, str(name).removeprefix("torch."), torch.float32)).bits // 8
 
 

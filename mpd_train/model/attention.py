@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpd_data.common.errors import ConfigError
-from mpd_data.common.models import ModelFiles, has_softcap
+from mpd_data.common.models import ModelFiles, has_softcap, load_config
 from mpd_train.config import TrainConfig
 
 VARLEN = "varlen"
@@ -29,7 +29,7 @@ def attention(
     # What the kernels of torch were made for.
     fits_varlen = fits and torch.cuda.get_device_capability(device) >= (8, 0)
     name = config.attn_implementation
-    capped = [x.name for x in models if has_softcap(_config(x, config.trust_remote_code))]
+    capped = [x.name for x in models if has_softcap(load_config(x, config.trust_remote_code))]
     if capped and name in ("sdpa", VARLEN):
         raise ConfigError(
             f"--attn-implementation {name}: leaves out the soft cap that {capped[0]}'s attention"
@@ -58,15 +58,6 @@ def _flash_has_softcap() -> bool:
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
 
     return "softcap" in inspect.signature(flash_attn_varlen_func).parameters
-
-
-def _config(files: ModelFiles, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(str(files.path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
 
 
 def is_short(name: str | None) -> bool:

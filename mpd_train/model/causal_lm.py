@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpd_data.common.errors import ConfigError
-from mpd_data.common.models import ModelFiles, has_softcap
+from mpd_data.common.models import ModelFiles, has_softcap, load_config
 from mpd_train.kl.losses import gathered
 from mpd_train.model import lora
 from mpd_train.model.attention import VARLEN, boundaries, is_short
@@ -168,10 +168,10 @@ def decoder_layers(model: Any) -> list[Any]:
 def skeleton(files: ModelFiles, trust_remote_code: bool, dtype: torch.dtype) -> Any:
     """The model without weights, on torch's meta device: its layers and their sizes; an adapter's
     base. Raises ConfigError where its configuration gives none."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = load_config(files, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(str(files.path), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, dtype=dtype
