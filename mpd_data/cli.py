@@ -159,7 +159,7 @@ def rewrite(
     waiting = 0
     if config.choose == "likeliest" and not is_worker():
         round_dir = RoundDir(config.shards)
-        waiting = waiting_rollouts(round_dir, round_dir.survey("distill").paths)
+        waiting = waiting_rollouts(round_dir, round_dir.scan_shards("distill").paths)
     # Of a part that keeps nothing, the other parts may still keep something.
     alone = config.parts.part == WHOLE and not waiting
     if not outcome.statuses.get("ok") and not outcome.owed and alone:

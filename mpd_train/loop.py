@@ -16,7 +16,7 @@ from mpd_data.common import signals
 from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.machine import device_name
 from mpd_data.common.models import resolve_model
-from mpd_data.store.locks import exclusive
+from mpd_data.store.locks import folder_lock
 from mpd_data.store.run_record import require_kind
 from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
@@ -48,7 +48,7 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
     require_kind(config.out, "training")
     with (
         ranks(sharded=config.teacher_offload) as joined,
-        exclusive(config.out) if joined.first else nullcontext(),
+        folder_lock(config.out) if joined.first else nullcontext(),
     ):
         try:
             return _train(config, overwrite, joined)

@@ -40,7 +40,7 @@ SHARD_SIZES = (1, 2, 3, 7)
 SEQUENCES = (4, 8, 16)
 FOLDERS = {"rollouts": "rollouts", "rewrite": "distill"}
 # Where a writer's thread is killed in the midst of its work.
-COMMIT = ("_commit_staged", "commit_file", "describe", "fsync_directory", "moment")
+COMMIT = ("_commit_staged", "commit_file", "describe", "fsync_directory", "short_lock")
 APPEND = ("append_manifest",)
 
 

@@ -268,7 +268,7 @@ def test_a_server_that_dies_ends_the_job_and_the_rest_follows(prompts, tmp_path,
 def test_a_server_that_stays_away_ends_the_job(prompts, tmp_path, monkeypatch):
     """With three seconds of patience in place of two minutes."""
     monkeypatch.setenv("MPD_API_KEY", KEY)
-    monkeypatch.setattr(openai_engine, "_PATIENCE", 3.0)
+    monkeypatch.setattr(openai_engine, "_RETRY_SECONDS", 3.0)
     out = tmp_path / "r"
     server = Server(STUDENT, tmp_path / "log")
 

@@ -254,7 +254,7 @@ def test_a_node_that_does_not_share_the_folder_is_told(job):
 
 def test_a_block_waits_for_its_earlier_attempt(job, monkeypatch):
     """A process that Ray has given up and that lives on still holds its block."""
-    monkeypatch.setattr(ray_parts, "_PATIENCE", 0.5)
+    monkeypatch.setattr(ray_parts, "_LOCK_WAIT_SECONDS", 0.5)
     monkeypatch.setattr(ray_parts, "_SECONDS_PER_LOOK", 0.1)
     began = time.monotonic()
     with told(job), RoundDir(job.folder).lock("rollouts", Part(1, 2)):

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.models import load_tokenizer, resolve_model
-from mpd_data.store.locks import exclusive
+from mpd_data.store.locks import folder_lock
 from mpd_data.store.round import RoundDir
 from mpd_train import checkpoint
 from mpd_train.config import LossConfig, OptimizerConfig, TrainConfig
@@ -325,7 +325,7 @@ def test_gradient_checkpointing_changes_nothing(round_dir, trained, tmp_path):
 
 
 def test_a_second_trainer_is_refused(round_dir, tmp_path):
-    with exclusive(tmp_path / "run"), pytest.raises(ConfigError, match="another process"):
+    with folder_lock(tmp_path / "run"), pytest.raises(ConfigError, match="another process"):
         train(config(round_dir, tmp_path / "run"))
 
 

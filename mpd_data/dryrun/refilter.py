@@ -25,7 +25,7 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
     refuse_half_refiltered(round_dir)
     saved = check_refilter(round_dir, config)
     unchanged = _changed_rules(config, saved) is None
-    paths = round_dir.survey("distill").paths
+    paths = round_dir.scan_shards("distill").paths
     before = Counter(round_dir.count_statuses(paths))
     after: Counter[str] = Counter()
     rollouts = unscored = tokens = waiting = 0

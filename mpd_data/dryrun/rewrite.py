@@ -62,11 +62,11 @@ def plan_rewrite(
     round_dir, part = RoundDir(config.shards), config.parts.part
     done, waiting = KeySet(), 0
     if not overwrite:
-        paths = round_dir.survey("distill").paths
+        paths = round_dir.scan_shards("distill").paths
         done = round_dir.rewritten(paths)
         if config.choose == "likeliest":
             waiting = waiting_rollouts(round_dir, paths)
-    found = round_dir.survey("rollouts")
+    found = round_dir.scan_shards("rollouts")
     rollouts = found.keys()
     total = part.share(rollouts)
     committed = total - part.share(rollouts - done)

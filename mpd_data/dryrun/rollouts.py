@@ -66,7 +66,7 @@ def plan_rollouts(
     model, round_dir = prepared.model, RoundDir(config.out)
     done = KeySet()
     if not overwrite:
-        done = round_dir.survey("rollouts").keys()
+        done = round_dir.scan_shards("rollouts").keys()
     rows = committed = owed = prompt_tokens = 0
     first: Shown | None = None
     reasons: list[str] = []

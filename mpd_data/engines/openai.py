@@ -33,7 +33,7 @@ with requires("openai", "--backend openai"):
 
 _KEYS = ("MPD_API_KEY", "OPENAI_API_KEY")
 # Seconds that a request is tried again for, counted from its first failure.
-_PATIENCE = 120.0
+_RETRY_SECONDS = 120.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 20.0
 # Nothing comes back before the last token of a long completion is there; that the server lives is
 # for TCP to find out.
@@ -249,7 +249,7 @@ class OpenAIEngine:
                 raise EngineError(
                     f"{self._url}{path}: {said}. Is the server up, and is that its URL?"
                 ) from cause
-            if now + wait > begun + _PATIENCE:
+            if now + wait > begun + _RETRY_SECONDS:
                 raise EngineError(
                     f"{self._url}{path}: {said}; tried for {now - begun:.0f} s. Finished rows are"
                     " committed; run the same command again to go on when the server is back. If it"
@@ -257,7 +257,7 @@ class OpenAIEngine:
                 ) from cause
             if not self._warned:
                 self._warned = True
-                _log.warning("%s: %s; trying again for %.0f s", self._url, said, _PATIENCE)
+                _log.warning("%s: %s; trying again for %.0f s", self._url, said, _RETRY_SECONDS)
             # Spread, or all requests come back at once.
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))
             wait = min(2 * wait, _LONGEST_WAIT)

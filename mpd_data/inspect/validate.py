@@ -16,18 +16,9 @@ from mpd_data.common.files import sha256_of
 from mpd_data.store.keys import KeySet, Packed, pack, twice
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
-from mpd_data.store.schema import ENUMS, SCHEMAS, STAGES, UNUSABLE, Stage
-from mpd_data.store.shards import ROTTEN, open_shard, read_all, read_metadata
+from mpd_data.store.schema import ENUMS, SCHEMAS, SHARED_METADATA, STAGES, UNUSABLE, Stage
+from mpd_data.store.shards import PARQUET_ERRORS, open_shard, read_all, read_metadata
 
-# Settings in which all shards of one folder must agree.
-_SAME = (
-    "tokenizer",
-    "vocab_size",
-    "num_logprobs",
-    "score_context",
-    "score_temperature",
-    "template",
-)
 # float16 rounding lets the stored mass pass 1 by a little.
 _MASS_SLACK = 5e-3
 # Row groups that are read and checked together: of light rows a whole shard, of heavy ones a few.
@@ -69,7 +60,7 @@ def validate_round(path: Path) -> list[str]:
                     problems += [
                         f"{file}: {name} is {metadata.get(name)!r}, another shard here has"
                         f" {first.get(name)!r}."
-                        for name in _SAME
+                        for name in (*SHARED_METADATA, "template")
                         if metadata.get(name) != first.get(name)
                     ]
                     problems += _check_rows(file, shard, stage, metadata, rollouts, keys)
@@ -167,7 +158,7 @@ def _check_rows(
         try:
             table = shard.read_row_groups(groups).combine_chunks()
             table.validate(full=True)
-        except ROTTEN as error:
+        except PARQUET_ERRORS as error:
             raise DataError(f"row groups {groups[0]} to {groups[-1]}: {error}") from error
         rows = _Rows(file, first, table)
         packed = rows.packed("row_id")

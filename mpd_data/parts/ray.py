@@ -42,7 +42,7 @@ from mpd_data.dryrun import rollouts as dry_rollouts
 from mpd_data.engines.protocol import Completion, Engine, Refused, Scores
 from mpd_data.engines.start import start_engine
 from mpd_data.stage import RewriteOutcome, RolloutsOutcome
-from mpd_data.store.locks import Part, is_held, member_path
+from mpd_data.store.locks import Part, is_held, part_lock_path
 from mpd_data.store.round import RoundDir
 from mpd_data.store.schema import Stage
 
@@ -52,7 +52,7 @@ BLOCKS_PER_ACTOR = 4
 # own count has several for one death, of calls to a node that it does not know to be dead yet.
 _ATTEMPTS = 4
 # A process on a node that Ray has given up ends in seconds; longer and something is wrong.
-_PATIENCE = 300.0
+_LOCK_WAIT_SECONDS = 300.0
 _SECONDS_PER_LOOK = 1.0
 # What actors need of the command's environment; a node's own (its GPUs, its paths) stays.
 _ENVIRONMENT = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_", "VLLM_", "TOKENIZERS_")
@@ -82,7 +82,7 @@ class Job:
         return Part(self.blocks, self.blocks)
 
     def lock_path(self, part: Part) -> Path:
-        return member_path(self.folder, self.label, part)
+        return part_lock_path(self.folder, self.label, part)
 
 
 def rollouts_on_ray(
@@ -305,13 +305,13 @@ class EngineActor:
         return rewrite.distill(prepared, limit=limit, start=self._start)
 
     def _wait_for_earlier_attempt(self, lock: Path) -> None:
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + _LOCK_WAIT_SECONDS
         while is_held(lock):
             if time.monotonic() > until:
                 raise MPDError(
                     f"{lock}: an earlier attempt at this block holds it, although Ray has given its"
-                    f" node up {_PATIENCE:.0f} s ago. `mpd-gen status` says on which host; end that"
-                    " process, then run the same command again."
+                    f" node up {_LOCK_WAIT_SECONDS:.0f} s ago. `mpd-gen status` says on which host;"
+                    " end that process, then run the same command again."
                 )
             self.stop_if_told()
             time.sleep(_SECONDS_PER_LOOK)

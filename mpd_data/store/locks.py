@@ -1,10 +1,11 @@
-"""Who may write a folder: one process, or the parts of one stage side by side.
+"""Locks: who may write a folder, one process or the parts of one stage side by side.
 
-All locks are flock's: the kernel lets go when a process dies, also on another node where the file
-system passes locks on (NFS does).
+All are flock's: the kernel drops them when a process dies, also on another node where the file
+system forwards locks (NFS does).
 
-    .lock                    held for an instant, by whoever changes what others rely on
-    .writers/rollouts-0-of-4 held for life by the process that writes this part
+    .lock                      short_lock: held for a moment by whoever changes shared files;
+                               folder_lock: held by a training for as long as it runs
+    .writers/rollouts-0-of-4   part_lock: held by the process that writes this part, for its life
 """
 
 import contextlib
@@ -19,30 +20,30 @@ from pathlib import Path
 
 from mpd_data.common.errors import ConfigError, MPDError
 
-# Somebody who only looks whether a lock is held has it for an instant.
-_GLANCE = 0.5
-# The longest that one holds `.lock` is a look at every shard of a round, at its start.
-_PATIENCE = 600.0
+# A process that tests whether a lock is held has it for an instant.
+_TEST_SECONDS = 0.5
+# A short lock is held longest at a stage's start, for a look at every shard of the round.
+_SHORT_LOCK_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
 class Part:
-    """A share of a stage's work: the keys whose hash falls to `index` (from 0) of `count`. The
+    """A part of a stage's work: the keys whose hash falls to `index` (from 0) of `count`. The
     default is all of it."""
 
     index: int = 0
     count: int = 1
 
     def holds(self, key: str) -> bool:
-        """Whether `key` is of this part: the same for every process and on every machine."""
+        """Return whether `key` is in this part: the same in every process and on every machine."""
         return self.count == 1 or zlib.crc32(key.encode()) % self.count == self.index
 
     def share(self, keys: Collection[str]) -> int:
-        """How many of `keys` are of this part."""
+        """Return how many of `keys` are in this part."""
         return len(keys) if self.count == 1 else sum(map(self.holds, keys))
 
     def name(self, label: str) -> str:
-        """What this part of the work `label` is called in file names."""
+        """Return the name of this part of the work `label` in file names."""
         return f"{label}-{self.index}-of-{self.count}"
 
 
@@ -50,7 +51,7 @@ WHOLE = Part()
 
 
 def _open(path: Path) -> int:
-    """`path` for locking, made with its folder where it is not there."""
+    """Open `path` for locking; make it where it does not exist. Raises ConfigError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -60,9 +61,9 @@ def _open(path: Path) -> int:
         ) from error
 
 
-def _take(fd: int, path: Path, patience: float) -> bool:
-    """Locks `fd`, waiting up to `patience` seconds; whether it did."""
-    until = time.monotonic() + patience
+def _take(fd: int, path: Path, seconds: float) -> bool:
+    """Lock `fd`, waiting for up to `seconds`; return whether that succeeded."""
+    until = time.monotonic() + seconds
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,7 +80,7 @@ def _take(fd: int, path: Path, patience: float) -> bool:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a living process holds the lock at `path`."""
+    """Return whether a living process holds the lock at `path`."""
     try:
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -94,15 +95,15 @@ def is_held(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Makes `folder` and holds it for one writing process.
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Make `folder` and hold it for one writing process.
 
     Raises ConfigError where another process holds it or it cannot be written.
     """
     path = folder / ".lock"
     fd = _open(path)
     try:
-        if not _take(fd, path, _GLANCE):
+        if not _take(fd, path, _TEST_SECONDS):
             raise ConfigError(
                 f"{folder}: another process is writing here. Wait for it, or give another --out."
             )
@@ -112,43 +113,46 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def moment(folder: Path) -> Iterator[None]:
-    """Holds `folder` for a change that must be seen whole by its other writers; waits its turn.
+def short_lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for a change that its other writers must see whole; wait for them.
 
-    Raises ConfigError where the folder cannot be written, MPDError where the turn never comes.
+    Raises ConfigError where the folder cannot be written, MPDError where another process holds it
+    for too long.
     """
     path = folder / ".lock"
     fd = _open(path)
     try:
-        if not _take(fd, path, _PATIENCE):
+        if not _take(fd, path, _SHORT_LOCK_SECONDS):
             raise MPDError(
-                f"{path}: held by another process for {_PATIENCE:.0f} s. Is one stopped (Ctrl-Z) or"
-                " its node unreachable? End it, then run the same command again."
+                f"{path}: held by another process for {_SHORT_LOCK_SECONDS:.0f} s. Is one stopped"
+                " (Ctrl-Z) or its node unreachable? End it, then run the same command again."
             )
         yield
     finally:
         os.close(fd)
 
 
-def member_path(folder: Path, label: str, part: Part) -> Path:
-    """The file that `member` locks."""
+def part_lock_path(folder: Path, label: str, part: Part) -> Path:
+    """Return the file that `part_lock` locks."""
     return folder / ".writers" / part.name(label)
 
 
 @contextlib.contextmanager
-def member(folder: Path, label: str, part: Part, when_alone: Callable[[], None]) -> Iterator[None]:
-    """Makes `folder` and holds `part` of the work `label` in it. Beside it live only other parts of
-    the same work, divided alike. Where there are none yet, what lies half-written in the folder
-    is nobody's: `when_alone` is called before any can come.
+def part_lock(
+    folder: Path, label: str, part: Part, when_alone: Callable[[], None]
+) -> Iterator[None]:
+    """Make `folder` and hold `part` of the work `label` in it, next to other parts of the same
+    division of the same work alone. Where no other process writes, half-written files belong to
+    nobody: `when_alone` is called, before any other process can begin.
 
     Raises ConfigError where another process is in the way or the folder cannot be written.
     """
-    own = member_path(folder, label, part)
+    own = part_lock_path(folder, label, part)
     with contextlib.ExitStack() as stack:
-        with moment(folder):
-            living = [p for p in _others(own) if is_held(p)]
-            alike = re.compile(rf"{re.escape(label)}-\d+-of-{part.count}")
-            stranger = next((p.name for p in living if not alike.fullmatch(p.name)), None)
+        with short_lock(folder):
+            writing = [path for path in _others(own) if is_held(path)]
+            sibling = re.compile(rf"{re.escape(label)}-\d+-of-{part.count}")
+            stranger = next((p.name for p in writing if not sibling.fullmatch(p.name)), None)
             if stranger is not None:
                 raise ConfigError(
                     f"{folder}: another process is writing here ({stranger}). Wait for it, or give"
@@ -157,12 +161,12 @@ def member(folder: Path, label: str, part: Part, when_alone: Callable[[], None])
                 )
             fd = _open(own)
             stack.callback(os.close, fd)
-            if not _take(fd, own, _GLANCE):
+            if not _take(fd, own, _TEST_SECONDS):
                 raise ConfigError(
                     f"{folder}: another process is writing here ({own.name}). Wait for it, or give"
                     " another --out."
                 )
-            if not living:
+            if not writing:
                 for dead in _others(own):
                     dead.unlink()
                 when_alone()

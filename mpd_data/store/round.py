@@ -1,14 +1,11 @@
-"""A round's folder: its shards, its manifests and its settings."""
+"""A round's folder: what lies where in it, its settings, its lock, and the rows of its shards."""
 
 import contextlib
-import errno
-import json
-import os
 import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mpd_data.common.errors import DataError
-from mpd_data.common.files import atomic_file
 from mpd_data.store.keys import KeySet, Packed
-from mpd_data.store.locks import WHOLE, Part, member, moment
+from mpd_data.store.locks import WHOLE, Part, part_lock, short_lock
+from mpd_data.store.manifest import read_manifest, write_manifest
 from mpd_data.store.run_record import (
     read_record,
     require_kind,
@@ -28,16 +25,16 @@ from mpd_data.store.run_record import (
 )
 from mpd_data.store.schema import SCHEMA_VERSION, SCHEMAS, Stage
 from mpd_data.store.shards import (
-    ROTTEN,
+    PARQUET_ERRORS,
     ROWS_PER_GROUP,
     Shard,
-    _pack,
-    _read_columns,
-    _read_keys,
-    _unique,
     describe,
     open_shard,
+    pack_keys,
     read_all,
+    read_columns,
+    read_keys,
+    unique_keys,
 )
 
 # The settings of rewrites that --refilter changes.
@@ -45,36 +42,57 @@ REFILTERED = ("filters", "choose")
 
 
 @dataclass(frozen=True)
-class Survey:
-    """The shards of a stage as the folder has them: sound ones with their paths, and the files
-    that are torn. `packed` holds the keys of each sound one."""
+class ShardScan:
+    """The shards of a stage as the folder has them: of each sound one its description, its path
+    and its keys (`packed`), and the files that are `torn`."""
 
-    shards: list[Shard]
-    paths: list[Path]
-    torn: list[Path]
-    packed: list[Packed]
+    shards: list[Shard] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
+    packed: list[Packed] = field(default_factory=list)
+    torn: list[Path] = field(default_factory=list)
 
     def keys(self) -> KeySet:
-        """`row_id` of every sound row. Raises DataError where a key occurs twice."""
-        return _unique(self.paths, self.packed)
+        """Return `row_id` of every sound row. Raises DataError where a key occurs twice."""
+        return unique_keys(self.paths, self.packed)
 
 
 class RoundDir:
-    """One round's folder: its stages' shards, manifests and settings."""
+    """One round's folder. The stages write it, everything else reads it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.is_locked = False  # by this object: see `lock`
 
+    # -- what lies where ----------------------------------------------------------------
+
     def folder(self, stage: Stage) -> Path:
+        """Return the folder of a stage's shards."""
         return self.path / stage
 
+    def shard_paths(self, stage: Stage) -> list[Path]:
+        """Return the shards under their final names, in order."""
+        return sorted(self.folder(stage).glob("part-*.parquet"))
+
     def manifest_path(self, stage: Stage) -> Path:
+        """Return the file of a stage's manifest."""
         return self.path / f"{stage}.manifest.jsonl"
+
+    def manifest(self, stage: Stage) -> list[Shard]:
+        """Return the shards that the manifest lists. Raises DataError like `read_manifest`."""
+        return read_manifest(self.manifest_path(stage))
 
     @property
     def staging(self) -> Path:
+        """The folder of half-written files."""
         return self.path / ".staging"
+
+    def status_path(self, label: str, part: Part) -> Path:
+        """Return the file in which the process that does `part` of the work `label` reports."""
+        return self.path / ".status" / f"{part.name(label)}.json"
+
+    def statuses(self) -> list[Path]:
+        """Return the reports of the processes that write here, or did."""
+        return sorted((self.path / ".status").glob("*.json"))
 
     # -- settings ---------------------------------------------------------------------
 
@@ -90,7 +108,7 @@ class RoundDir:
     def claim(self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any]) -> None:
         """Record in run.json what determines the rows of `stage` (`identity`) and what is good to
         know about it (`details`). Raises ConfigError like `check`."""
-        with moment(self.path):
+        with short_lock(self.path):
             saved = self.check(stage, identity, details)
             if saved is not None and saved["details"] == details:
                 return
@@ -131,7 +149,7 @@ class RoundDir:
         """Keeps in run.json how fast `stage` went: rows, tokens, seconds, device, backend. A run of
         fewer rows on the same device says less than the one before and does not replace it."""
         same = ("device", "backend")
-        with moment(self.path):
+        with short_lock(self.path):
             info = self.run_info()
             saved = info["stages"][stage].get("speed")
             if (
@@ -161,9 +179,11 @@ class RoundDir:
         if info:
             write_record(self.path, "round", info)
 
+    # -- the lock -----------------------------------------------------------------------
+
     @contextlib.contextmanager
     def lock(self, label: str = "round", part: Part = WHOLE) -> Iterator[None]:
-        """Holds `part` of the work `label` on this round for one writing process; the kernel drops
+        """Hold `part` of the work `label` on this round for one writing process; the kernel drops
         it if the process dies. Raises ConfigError where another process is in the way, and for the
         folder of something other than a round."""
         require_kind(self.path, "round")
@@ -176,177 +196,131 @@ class RoundDir:
                     shutil.rmtree(leftover)
                 else:
                     leftover.unlink()
-            # Of the work that begins now, what another division of it said is history.
+            # Reports of the same work divided into another number of parts are out of date.
             for status in self.statuses():
                 name, _, count = status.stem.rpartition("-of-")
                 if name.rpartition("-")[0] == label and count != str(part.count):
                     status.unlink()
 
-        with member(self.path, label, part, clear):
+        with part_lock(self.path, label, part, clear):
             self.is_locked = True
             try:
                 yield
             finally:
                 self.is_locked = False
 
-    def status_path(self, label: str, part: Part) -> Path:
-        """Where the process that does `part` of the work `label` says how far it is."""
-        return self.path / ".status" / f"{part.name(label)}.json"
+    # -- which shards are sound -----------------------------------------------------------
 
-    def statuses(self) -> list[Path]:
-        """What the processes that write here, or did, say of themselves."""
-        return sorted((self.path / ".status").glob("*.json"))
-
-    # -- manifest ---------------------------------------------------------------------
-
-    def manifest(self, stage: Stage) -> list[Shard]:
-        """The manifest's lines. An unterminated last line (a kill during the append) counts
-        as absent; any other malformed line raises DataError."""
-        path = self.manifest_path(stage)
-        if not path.exists():
-            return []
-        lines = path.read_bytes().split(b"\n")[:-1]
-        shards = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                shards.append(Shard(**json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise DataError(
-                    f"{path}, line {number}: not a manifest line ({error}). Delete the manifest:"
-                    " it is rebuilt from the shards by the next mpd-gen command."
-                ) from error
-        return shards
-
-    def append_manifest(self, stage: Stage, shard: Shard) -> None:
-        """Indexes a shard that has its final name; call it in the `moment` of that."""
-        line = json.dumps(shard.__dict__, separators=(",", ":")).encode() + b"\n"
-        fd = os.open(self.manifest_path(stage), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    def _indexed(self, stage: Stage) -> dict[str, Shard]:
+        """Return the shards that the manifest lists, by name; {} where it cannot be read."""
         try:
-            size = os.fstat(fd).st_size
-            if size and os.pread(fd, 1, size - 1) != b"\n":
-                whole = os.pread(fd, size, 0).rfind(b"\n") + 1
-                os.ftruncate(fd, whole)
-            if os.write(fd, line) < len(line):
-                raise OSError(errno.ENOSPC, "the manifest line was not written whole")
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def shard_paths(self, stage: Stage) -> list[Path]:
-        """The shards under their final names, in order."""
-        return sorted(self.folder(stage).glob("part-*.parquet"))
+            return {shard.name: shard for shard in self.manifest(stage)}
+        except DataError:
+            return {}  # the folder is the truth: such an index is made anew
 
     def unindexed(self, stage: Stage) -> list[Path]:
-        """The shards that the manifest does not know, or has of another size."""
-        sizes = {shard.name: shard.bytes for shard in self._saved(stage)}
-        return [p for p in self.shard_paths(stage) if sizes.get(p.name) != p.stat().st_size]
+        """Return the shards that the manifest does not list, or lists with another size."""
+        indexed = self._indexed(stage)
+        return [
+            path
+            for path in self.shard_paths(stage)
+            if path.name not in indexed or indexed[path.name].bytes != path.stat().st_size
+        ]
 
-    def _saved(self, stage: Stage) -> list[Shard]:
-        try:
-            return self.manifest(stage)
-        except DataError:
-            # The folder is the truth: an index that cannot be read is made anew.
-            return []
+    def scan_shards(self, stage: Stage) -> ShardScan:
+        """Look at every shard by footer, size and key column; change nothing. A shard that the
+        manifest does not list (a kill between link and append) is described by reading it."""
+        indexed = self._indexed(stage)
 
-    def _whole_paths(self, stage: Stage) -> list[Path]:
-        """`shard_paths`, also while others commit more."""
-        # Without hard links a shard that is on its way has its name before its content.
-        with moment(self.path):
-            return self.shard_paths(stage)
-
-    def survey(self, stage: Stage) -> Survey:
-        """Looks at every shard by footer, size and key column, and changes nothing. A shard that
-        the manifest does not know (a kill between link and append) is described by reading it."""
-        known = {shard.name: shard for shard in self._saved(stage)}
-
-        def look(file: Path) -> tuple[Shard, Packed] | None:
-            shard = known.get(file.name)
+        def look(path: Path) -> tuple[Shard, Packed] | None:
+            shard = indexed.get(path.name)
             try:
-                column = _read_columns(file, ["row_id"])["row_id"]
-                is_indexed = shard is not None and shard.bytes == file.stat().st_size
+                column = read_columns(path, ["row_id"])["row_id"]
+                is_indexed = shard is not None and shard.bytes == path.stat().st_size
                 if shard is None or not is_indexed:
-                    shard = describe(file, stage)
+                    shard = describe(path, stage)
             except DataError:
                 return None
             try:
-                return shard, _pack(file, "row_id", column)
+                return shard, pack_keys(path, "row_id", column)
             except DataError:
-                # The manifest knows it, so it had keys once; else somebody else's file lies here.
+                # The manifest lists it, so it had keys once; else mpd-gen did not write the file.
                 if is_indexed:
                     return None
                 raise
 
-        found = Survey([], [], [], [])
-        files = self.shard_paths(stage)
-        for file, seen in zip(files, read_all(look, files), strict=True):
-            if seen is None:
-                found.torn.append(file)
+        scan = ShardScan()
+        paths = self.shard_paths(stage)
+        for path, sound in zip(paths, read_all(look, paths), strict=True):
+            if sound is None:
+                scan.torn.append(path)
                 continue
-            found.shards.append(seen[0])
-            found.paths.append(file)
-            found.packed.append(seen[1])
-        return found
+            scan.shards.append(sound[0])
+            scan.paths.append(path)
+            scan.packed.append(sound[1])
+        return scan
 
-    def reconcile(self, stage: Stage) -> Survey:
-        """Brings manifest and folder together; call it with the lock held, in a `moment`.
+    def reconcile(self, stage: Stage) -> ShardScan:
+        """Bring manifest and folder together; call it with the lock held, under a `short_lock`.
 
-        A shard the manifest does not know is indexed. A torn one goes to `.quarantine/` and its
-        rows are owed again. A manifest line without its file is dropped.
+        A shard that the manifest does not list is added. A torn one goes to `.quarantine/`, and its
+        rows are missing again. A line without its file is dropped.
         """
-        path = self.manifest_path(stage)
-        found = self.survey(stage)
-        for file in found.torn:
+        scan = self.scan_shards(stage)
+        for path in scan.torn:
             quarantine = self.path / ".quarantine"
             quarantine.mkdir(exist_ok=True)
-            file.replace(quarantine / f"{stage}-{file.stem}-{uuid.uuid4().hex[:8]}.parquet")
-        text = "".join(json.dumps(s.__dict__, separators=(",", ":")) + "\n" for s in found.shards)
-        if text.encode() != (path.read_bytes() if path.exists() else b""):
-            with atomic_file(path) as out:
-                out.write(text)
-        return found
-
-    # -- reading ----------------------------------------------------------------------
-
-    def keys(self, stage: Stage) -> KeySet:
-        """`row_id` of every committed row. Raises DataError where a key occurs twice."""
-        paths = self.shard_paths(stage)
-        return _unique(paths, list(read_all(_read_keys, paths)))
-
-    def rewritten(self, paths: list[Path] | None = None) -> KeySet:
-        """The rollouts that have rewrites, or have them in the shards at `paths`."""
-        paths = self._whole_paths("distill") if paths is None else paths
-        return KeySet.of(list(read_all(lambda path: _read_keys(path, "rollout_id"), paths)))
-
-    def table(self, stage: Stage, columns: list[str], paths: list[Path] | None = None) -> pa.Table:
-        """Light columns of all committed rows, or of the shards at `paths`, held at once."""
-        paths = self.shard_paths(stage) if paths is None else paths
-        none = pa.schema([SCHEMAS[stage].field(name) for name in columns]).empty_table()
-        tables = read_all(lambda path: _read_columns(path, columns), paths)
-        return pa.concat_tables([none, *tables], promote_options="permissive")
-
-    def count_statuses(self, paths: list[Path] | None = None) -> dict[str, int]:
-        """Distill rows by status, or those of the shards at `paths`."""
-        paths = self._whole_paths("distill") if paths is None else paths
-        counts = pc.value_counts(self.table("distill", ["status"], paths)["status"])
-        return {found["values"]: found["counts"] for found in counts.to_pylist()}
-
-    def failures(self) -> KeySet:
-        """Keys of the rows that failed for good (an over-long prompt, say)."""
-        return self.recover("errors")
+            path.replace(quarantine / f"{stage}-{path.stem}-{uuid.uuid4().hex[:8]}.parquet")
+        write_manifest(self.manifest_path(stage), scan.shards)
+        return scan
 
     def recover(self, stage: Stage) -> KeySet:
-        """Mends what a kill or a damaged disk left of `stage`, says so on stderr, and returns
-        the keys of the rows that are committed and sound. Call it with the lock held."""
-        with moment(self.path):
-            found = self.reconcile(stage)
-        for file in found.torn:
+        """Mend what a kill or a damaged disk left of `stage`, report it on stderr, and return the
+        keys of the rows that are committed and sound. Call it with the lock held."""
+        with short_lock(self.path):
+            scan = self.reconcile(stage)
+        for path in scan.torn:
             print(
-                f"{file}: torn; moved to .quarantine, its rows are owed again",
-                file=sys.stderr,
+                f"{path}: torn; moved to .quarantine, its rows are missing again", file=sys.stderr
             )
         # Of the shards that were whole then: without hard links, the next of another part may have
         # its name and not yet its content.
-        return found.keys()
+        return scan.keys()
+
+    def failures(self) -> KeySet:
+        """Return the keys of the rows that failed for good (an over-long prompt, say)."""
+        return self.recover("errors")
+
+    # -- rows ---------------------------------------------------------------------------
+
+    def _whole_paths(self, stage: Stage) -> list[Path]:
+        """Return `shard_paths`, also while other processes commit more."""
+        # Without hard links a shard has its name before its content.
+        with short_lock(self.path):
+            return self.shard_paths(stage)
+
+    def keys(self, stage: Stage) -> KeySet:
+        """Return `row_id` of every committed row. Raises DataError where a key occurs twice."""
+        paths = self.shard_paths(stage)
+        return unique_keys(paths, list(read_all(read_keys, paths)))
+
+    def rewritten(self, paths: list[Path] | None = None) -> KeySet:
+        """Return the keys of the rollouts that have rewrites; with `paths`, in those shards."""
+        paths = self._whole_paths("distill") if paths is None else paths
+        return KeySet.of(list(read_all(lambda path: read_keys(path, "rollout_id"), paths)))
+
+    def table(self, stage: Stage, columns: list[str], paths: list[Path] | None = None) -> pa.Table:
+        """Return light columns of all committed rows, or of the shards at `paths`, in memory."""
+        paths = self.shard_paths(stage) if paths is None else paths
+        none = pa.schema([SCHEMAS[stage].field(name) for name in columns]).empty_table()
+        tables = read_all(lambda path: read_columns(path, columns), paths)
+        return pa.concat_tables([none, *tables], promote_options="permissive")
+
+    def count_statuses(self, paths: list[Path] | None = None) -> dict[str, int]:
+        """Return the number of distill rows by status, in all shards or in those at `paths`."""
+        paths = self._whole_paths("distill") if paths is None else paths
+        counts = pc.value_counts(self.table("distill", ["status"], paths)["status"])
+        return {pair["values"]: pair["counts"] for pair in counts.to_pylist()}
 
     def rows(
         self,
@@ -355,14 +329,14 @@ class RoundDir:
         paths: list[Path] | None = None,
         done: KeySet | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """All committed rows but those in `done`, or those of the shards at `paths`, shard by
-        shard and row group by row group (memory: one group). Of a shard whose rows are all `done`
-        only the keys are read."""
+        """Yield all committed rows but those in `done`, or those of the shards at `paths`, shard
+        by shard and row group by row group (memory: one group). Of a shard whose rows are all
+        `done` only the keys are read."""
         for path in self.shard_paths(stage) if paths is None else paths:
-            owed = None
+            missing = None
             if done is not None:
-                owed = ~done.holds(_read_keys(path))
-                if not owed.any():
+                missing = ~done.holds(read_keys(path))
+                if not missing.any():
                     continue
             first = 0
             with open_shard(path) as file:
@@ -370,7 +344,7 @@ class RoundDir:
                 while True:
                     try:
                         batch = next(batches, None)
-                    except ROTTEN as error:
+                    except PARQUET_ERRORS as error:
                         raise DataError(
                             f"{path}: damaged ({error}). Move it out of its folder and run the"
                             " stage that wrote it again: it makes the missing rows anew."
@@ -378,8 +352,8 @@ class RoundDir:
                     if batch is None:
                         break
                     rows = batch
-                    if owed is not None:
-                        rows = batch.take(np.flatnonzero(owed[first : first + len(batch)]))
+                    if missing is not None:
+                        rows = batch.take(np.flatnonzero(missing[first : first + len(batch)]))
                     first += len(batch)
                     yield from rows.to_pylist()
 
@@ -407,10 +381,10 @@ def _remedy(stage: Stage, saved: Mapping[str, Any] | None, identity: Mapping[str
 
 
 def scratch_of(round_dir: RoundDir) -> RoundDir:
-    """Where a pass over the rewrites of `round_dir` gathers its rows (select/second_pass.py)."""
+    """Return where a pass over the rewrites of `round_dir` gathers its rows (second_pass.py)."""
     return RoundDir(round_dir.path / ".refilter")
 
 
 def is_whole(scratch: RoundDir) -> bool:
-    """Whether such a pass has all its rows, which wait to be put in place."""
+    """Return whether such a pass has all its rows, which wait to be put in place."""
     return (scratch.path / "complete").exists()

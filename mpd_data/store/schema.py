@@ -120,6 +120,16 @@ SCHEMAS: dict[str, pa.Schema] = {
     "errors": ERROR_SCHEMA,
 }
 
+# Metadata in which shards must agree to lie in one folder or to be trained on together.
+SHARED_METADATA = (
+    "tokenizer",
+    "vocab_size",
+    "eos_token_id",
+    "num_logprobs",
+    "score_context",
+    "score_temperature",
+)
+
 # What a shard counts as its tokens in the manifest.
 TOKEN_COLUMN: dict[str, str | None] = {
     "rollouts": "num_completion_tokens",

@@ -43,7 +43,7 @@ _T = TypeVar("_T")
 
 
 # What pyarrow raises over damaged bytes: a name in a footer that is no UTF-8 or is not there, too.
-ROTTEN = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
+PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def open_shard(path: Path) -> pq.ParquetFile:
     pages are found when they are read."""
     try:
         return pq.ParquetFile(path, page_checksum_verification=True)
-    except ROTTEN as error:
+    except PARQUET_ERRORS as error:
         raise DataError(
             f"{path}: not a whole Parquet file ({error}). A shard that mpd-gen committed is whole,"
             " so it was damaged afterwards: run the stage that wrote it again, which sets it aside"
@@ -102,13 +102,13 @@ def read_all(read: Callable[[Path], _T], paths: Iterable[Path]) -> Iterator[_T]:
         yield from pool.map(read, paths)
 
 
-def _read_columns(path: Path, names: list[str]) -> pa.Table:
+def read_columns(path: Path, names: list[str]) -> pa.Table:
     """Light columns of a shard; DataError where they cannot be read."""
     with open_shard(path) as file:
         try:
             table = file.read(columns=names, use_threads=False).select(names)
             table.validate(full=True)
-        except ROTTEN as error:
+        except PARQUET_ERRORS as error:
             raise DataError(f"{path}: columns {names} cannot be read ({error})") from error
         # A checksum covers a page's data and not its header, which says how many values it has.
         if len(table) != file.metadata.num_rows:
@@ -119,11 +119,11 @@ def _read_columns(path: Path, names: list[str]) -> pa.Table:
     return table
 
 
-def _read_keys(path: Path, name: str = "row_id") -> Packed:
-    return _pack(path, name, _read_columns(path, [name])[name])
+def read_keys(path: Path, name: str = "row_id") -> Packed:
+    return pack_keys(path, name, read_columns(path, [name])[name])
 
 
-def _pack(path: Path, name: str, column: pa.ChunkedArray) -> Packed:
+def pack_keys(path: Path, name: str, column: pa.ChunkedArray) -> Packed:
     """The keys in a column of the shard `path`; DataError where they are none."""
     try:
         return pack(column)
@@ -134,11 +134,11 @@ def _pack(path: Path, name: str, column: pa.ChunkedArray) -> Packed:
         ) from error
 
 
-def _unique(paths: list[Path], packed: list[Packed]) -> KeySet:
+def unique_keys(paths: list[Path], packed: list[Packed]) -> KeySet:
     keys = KeySet.of(packed)
     if len(keys) < sum(map(len, packed)):
         part, index = twice(packed)[0]
-        key = _read_columns(paths[part], ["row_id"])["row_id"][index]
+        key = read_columns(paths[part], ["row_id"])["row_id"][index]
         raise DataError(
             f"{paths[part]}: row {key} is in this round twice. Rows are unique per folder;"
             " was a shard copied in by hand? Remove the copy."
@@ -156,7 +156,7 @@ def describe(path: Path, stage: Stage) -> Shard:
         if column is not None:
             values = pq.read_table(path, columns=[column]).column(column)
             tokens = pc.sum(values).as_py() or 0
-    except ROTTEN as error:
+    except PARQUET_ERRORS as error:
         raise DataError(f"{path}: column {column!r} cannot be read ({error})") from error
     return Shard(
         name=path.name,

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 
 from mpd_data.common.errors import DataError, MPDError
 from mpd_data.common.files import fsync_directory
-from mpd_data.store.locks import moment
+from mpd_data.store.locks import short_lock
+from mpd_data.store.manifest import append_manifest
 from mpd_data.store.round import RoundDir
 from mpd_data.store.schema import ENUMS, METADATA_KEY, SCHEMA_VERSION, SCHEMAS, Stage
 from mpd_data.store.shards import ROWS_PER_GROUP, describe
@@ -284,7 +285,7 @@ class ShardWriter:
             shard = describe(staged.path, self._stage)
             folder = self._round.folder(self._stage)
             # One moment for both: a writer that starts now finds them in step.
-            with moment(self._round.path):
+            with short_lock(self._round.path):
                 if not self._round.is_locked:
                     # An interrupt left the writer in the midst of leaving: another process may
                     # have begun to make these rows.
@@ -293,8 +294,9 @@ class ShardWriter:
                 self._staged = None
                 final = commit_file(staged.path, folder, self._hard_links)
                 self.rows_committed += shard.rows
-                self._round.append_manifest(
-                    self._stage, dataclasses.replace(shard, name=final.name)
+                append_manifest(
+                    self._round.manifest_path(self._stage),
+                    dataclasses.replace(shard, name=final.name),
                 )
         except BaseException:
             self._break()

@@ -23,21 +23,12 @@ from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.hashing import differences
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
-from mpd_data.store.shards import ROTTEN, open_shard, read_all, read_metadata
+from mpd_data.store.schema import SHARED_METADATA
+from mpd_data.store.shards import PARQUET_ERRORS, open_shard, pack_keys, read_all, read_metadata
 
 # Kept tokens of the row groups that are shuffled and packed together: enough for good packing, few
 # enough to hold (0.8 GB at K = 64; of two windows there are some).
 WINDOW_TOKENS = 2**21
-
-# Shards trained together must agree in these.
-_SAME = (
-    "tokenizer",
-    "vocab_size",
-    "eos_token_id",
-    "num_logprobs",
-    "score_context",
-    "score_temperature",
-)
 
 
 @dataclass(frozen=True)
@@ -80,13 +71,13 @@ class ShardSet:
         self.metadata = read_metadata(self.files[0])
         for file, found in zip(self.files, read_all(read_metadata, self.files), strict=True):
             unlike = differences(
-                {name: self.metadata.get(name) for name in _SAME},
-                {name: found.get(name) for name in _SAME},
+                {name: self.metadata.get(name) for name in SHARED_METADATA},
+                {name: found.get(name) for name in SHARED_METADATA},
             )
             if unlike:
                 raise ConfigError(
-                    f"{file} cannot be trained on together with {self.files[0]} (saved: the"
-                    " latter, now: the former):\n  " + "\n  ".join(unlike)
+                    f"{file} cannot be trained on together with {self.files[0]}, whose settings"
+                    " are the saved ones here:\n  " + "\n  ".join(unlike)
                 )
         if self.metadata.get("stage") != "distill":
             raise ConfigError(
@@ -139,7 +130,7 @@ class ShardSet:
             try:
                 with open_shard(source.path) as file:
                     table = file.read_row_group(source.index, columns=columns)
-            except ROTTEN as error:
+            except PARQUET_ERRORS as error:
                 raise DataError(
                     f"{source.path}, row group {source.index}: cannot be read ({error}). Check the"
                     " round with `mpd-gen validate`."
@@ -179,7 +170,7 @@ def _groups_of(path: Path) -> list[_Group]:
         with open_shard(path) as file:
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             table = file.read(columns=columns, use_threads=False)
-    except ROTTEN as error:
+    except PARQUET_ERRORS as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     kept = pc.equal(table["status"], "ok").to_numpy()
     loss = table["num_rewritten_tokens"].fill_null(0).to_numpy().astype(np.int64)
@@ -189,22 +180,14 @@ def _groups_of(path: Path) -> list[_Group]:
     prompts = table["prompt_id"].combine_chunks().dictionary_encode()
     places = np.array([_place(prompt) for prompt in prompts.dictionary.to_pylist()])
     place = places[prompts.indices.to_numpy()]
-    key = _keys(table["row_id"].combine_chunks())
+    # The first 8 of a key's 16 bytes as a number.
+    key_bytes = pack_keys(path, "row_id", table["row_id"]).tobytes()
+    key = np.frombuffer(key_bytes, ">u8")[::2].astype(np.uint64)
     ends = np.cumsum(sizes)
     return [
         _Group(path, index, key[rows], num_tokens[rows], num_loss_tokens[rows], place[rows])
         for index, rows in enumerate(map(slice, ends - sizes, ends))
     ]
-
-
-def _keys(row_ids: pa.StringArray) -> npt.NDArray[np.uint64]:
-    """The first 16 hexadecimal digits of each id as a number."""
-    digits = np.array(row_ids.to_pylist(), dtype="S16").view(np.uint8).reshape(-1, 16)
-    # "0" … "9" are 0x30 …, "a" … "f" 0x61 ….
-    values = ((digits & 15) + 9 * (digits >> 6)).astype(np.uint64)
-    powers = np.uint64(16) ** np.arange(15, -1, -1, dtype=np.uint64)
-    keys: npt.NDArray[np.uint64] = (values * powers).sum(axis=1, dtype=np.uint64)
-    return keys
 
 
 def _place(prompt_id: str) -> float:
