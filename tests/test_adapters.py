@@ -85,7 +85,7 @@ def test_adapter_and_base_both_name_the_model(models, exact_student, tmp_path):
 
     assert version(base_model_name_or_path=str(tmp_path / "base")) == whole.version
     assert version(lora_alpha=10) != whole.version
-    with pytest.raises(ConfigError, match="its base cannot be had: nowhere/at-all"):
+    with pytest.raises(ConfigError, match="its base is not available: nowhere/at-all"):
         version(base_model_name_or_path="nowhere/at-all")
     with pytest.raises(ConfigError, match="type IA3"):
         version(peft_type="IA3")

@@ -184,7 +184,7 @@ def test_what_the_server_cannot_do_is_said_at_the_start(round_dir, teacher, tmp_
     refused("--served-model NAME", **{"--served-model": "other"})
     refused("HTTP 401", key="sk-wrong")
     refused("--max-logprobs", **{"--num-logprobs": 100})
-    refused("Is the server up", **{"--base-url": f"http://127.0.0.1:{free_port()}"})
+    refused("Is the server running", **{"--base-url": f"http://127.0.0.1:{free_port()}"})
 
 
 class Plain(http.server.BaseHTTPRequestHandler):
@@ -247,7 +247,7 @@ def test_a_server_that_dies_ends_the_job_and_the_rest_follows(prompts, tmp_path,
         server = Server(STUDENT, log, server.port)
         _, said = process.communicate()
         assert process.returncode == 0, said
-        assert "trying again" in said
+        assert "retrying for" in said
         assert rows(out, "rollouts").height == 240
         run("mpd-gen", "validate", out)
 

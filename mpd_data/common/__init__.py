@@ -1,1 +1,1 @@
-"""Ground floor: errors, files, options, text, models. Everything may import it."""
+"""What every other room uses: errors, files, options, text, models, the machine."""

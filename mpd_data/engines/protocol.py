@@ -1,10 +1,10 @@
-"""The generation engine: requests in, results as they finish.
+"""The engine protocol: what a stage asks of a generation engine, and the loop that feeds one.
 
-One small protocol serves both stages: `submit_*` adds a request, `step` advances the engine
-and returns what finished. A stage keeps a bounded number of requests in flight and refills as
-results return, so that no batch waits for its slowest member and memory does not grow with
-the job. vLLM is the engine, transformers the one for machines where vLLM does not install, and a
-server the one for models that this machine cannot hold; each is imported only when it is started.
+`submit_*` adds a request, `step` advances the engine and returns what finished. A stage keeps a
+bounded number of requests in flight and adds new ones as results return, so that no request waits
+for the slowest one and memory does not grow with the job. There are three engines: vLLM;
+transformers, for machines where vLLM does not install; and a server, for models that this machine
+cannot hold. Each is imported only when it is started.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,9 +31,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's distributions over the last n tokens of a sequence, row i over token i given
-    all before it. `topk_ids` int32 [n, K] and `topk_logprobs` float32 [n, K] (natural log,
-    temperature 1), most probable first; `target_logprobs` float32 [n] of the tokens there."""
+    """A model's distributions over the last n tokens of a sequence: row i is over token i, given
+    all tokens before it. Natural logarithms at temperature 1.
+
+    topk_ids: int32 [n, K], most probable first
+    topk_logprobs: float32 [n, K]
+    target_logprobs: float32 [n], of the tokens of the sequence
+    """
 
     key: str
     topk_ids: npt.NDArray[np.int32]
@@ -43,8 +47,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Refused:
-    """The engine refuses this one request, which it found out only after it was submitted; others
-    are not affected."""
+    """The engine refuses this one request, after it was submitted; others are not affected."""
 
     key: str
     message: str
@@ -73,21 +76,21 @@ class Engine(Protocol):
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
     ) -> None:
-        """Asks for one continuation. Raises RequestError if refused."""
+        """Submit a request for one continuation. Raises RequestError if refused."""
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
-        """Asks for the distributions over `target_ids` after `context_ids`. Raises RequestError
-        if refused."""
+        """Submit a request for the `k` best tokens at each place of `target_ids`, which follow
+        `context_ids`. Raises RequestError if refused."""
 
     def step(self) -> Sequence[Completion | Scores | Refused]:
-        """Advances all requests and returns those that finished. Raises EngineError."""
+        """Advance all requests and return those that finished. Raises EngineError."""
 
     def close(self) -> None:
-        """Gives back what the engine holds. Until then no other can start in this process."""
+        """Free what the engine holds. Until then no other engine can start in this process."""
 
 
 class StartEngine(Protocol):
-    """What gives a stage its engine: `start_engine`, or who has one."""
+    """A function that returns an engine for a stage: `start_engine`, or one that keeps engines."""
 
     def __call__(
         self,
@@ -99,23 +102,25 @@ class StartEngine(Protocol):
 
 
 class SideWork(Protocol):
-    """Work beside the engine whose results may bring it new requests: checks, and commits."""
+    """Work next to the engine whose results may lead to new requests: checks and commits."""
 
     @property
     def in_flight(self) -> int:
         """Pieces of work begun and not finished."""
 
     def advance(self, wait: bool) -> None:
-        """Takes what has finished; `wait`: there is nothing else to do, so wait for something."""
+        """Take what has finished. `wait`: nothing else is left to do, so wait for a result."""
 
 
 def pump(
     engine: Engine, submissions: Iterable[Callable[[], None]], side: SideWork
 ) -> Iterator[Completion | Scores | Refused]:
-    """Runs `submissions` (each submits a request or a few) through the engine, refilling it as
-    results return. The consumer may submit more while iterating, and so may `side`: all are
-    drained. `side.advance` runs after each engine step, also where nothing finished. Raises
-    KeyboardInterrupt where one got lost."""
+    """Run `submissions` (each submits a request or a few) through the engine and yield its results.
+
+    New requests are submitted as results return. The consumer may submit more while iterating, and
+    so may `side`; the end comes when none is left. `side.advance` runs after each engine step, also
+    where nothing finished. Raises KeyboardInterrupt where one was lost (`signals.check`).
+    """
     source = iter(submissions)
     exhausted = False
     while True:

@@ -11,12 +11,13 @@ from mpd_data.engines.protocol import Scores
 def tail_logprobs(
     topk_logprobs: npt.NDArray[np.float32], vocab_size: int
 ) -> npt.NDArray[np.float64]:
-    """Log of the mass outside the top K, [n, K] -> [n]; -inf where K is the whole vocabulary.
+    """Return the log of the mass outside the top K, [n, K] -> [n]; -inf where K is the whole
+    vocabulary.
 
-    log(1 - sum p) in float64. Two bounds mend what float32 inputs cannot resolve: the mass is
-    at most (V - K) times the smallest kept probability, and where the kept ones sum to 1 up to
-    rounding the tail is taken as that rounding (or the bound, if smaller), never as zero: a
-    zero would make reverse KL infinite.
+    It is log(1 - sum p) in float64, with two corrections for what float32 inputs cannot resolve.
+    The mass is at most (V - K) times the smallest of the K probabilities. Where these sum to 1 up
+    to rounding, the tail is that rounding (or the bound, if smaller), never zero: a zero would make
+    reverse KL infinite.
     """
     n, k = topk_logprobs.shape
     if k == vocab_size:
@@ -32,9 +33,9 @@ def tail_logprobs(
 def drop_padding(
     ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32], k: int, vocab_size: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """The k best of [n, K] ids below `vocab_size`, most probable first, their log-probabilities
-    renormalised by the mass of the padding rows that were dropped. K must exceed k by at least
-    the number of padding rows."""
+    """Return the k best of [n, K] ids below `vocab_size`, most probable first, and their
+    log-probabilities, renormalised by the mass of the padding rows that are dropped. K must exceed
+    k by at least the number of padding rows."""
     padding = ids >= vocab_size
     if padding.any():
         mass = np.where(padding, np.exp(logprobs.astype(np.float64)), 0.0).sum(axis=1)
@@ -45,7 +46,7 @@ def drop_padding(
 
 
 def as_float16(logprobs: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
-    """Rounds to float16, the lowest finite value standing for anything below it; -inf stays."""
+    """Round to float16; values below its lowest finite one become that one, -inf stays."""
     lowest = float(np.finfo(np.float16).min)
     bounded = np.where(np.isneginf(logprobs), -np.inf, np.maximum(logprobs, lowest))
     rounded: npt.NDArray[np.float16] = bounded.astype(np.float16)
@@ -53,7 +54,8 @@ def as_float16(logprobs: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
 
 
 def score_columns(scores: Scores, k: int, vocab_size: int) -> dict[str, Any]:
-    """A distill row's log-probability columns: the k best below `vocab_size`, and the tail."""
+    """Return a distill row's log-probability columns: the k best ids below `vocab_size`, and the
+    tail."""
     ids, logprobs = drop_padding(scores.topk_ids, scores.topk_logprobs, k, vocab_size)
     return {
         "topk_ids": ids.reshape(-1),

@@ -1,12 +1,12 @@
-"""Choose and start an engine."""
+"""Check an engine's settings and start it."""
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import ModelFiles
 from mpd_data.config import EngineConfig
 from mpd_data.engines.protocol import Engine
 
-# Settings of an engine that a server was started with.
-_THE_SERVERS = (
+# Settings that a server was started with, so that they cannot be given here.
+_SERVER_SETTINGS = (
     "dtype",
     "max_num_batched_tokens",
     "gpu_memory_utilization",
@@ -17,8 +17,8 @@ _THE_SERVERS = (
 
 
 def context_of(model: ModelFiles, config: EngineConfig) -> int:
-    """The context in tokens that the engine runs `model` with. Raises ConfigError for settings
-    that do not fit the model or the engine."""
+    """Return the context in tokens that the engine runs `model` with. Raises ConfigError for
+    settings that do not fit the model or the engine."""
     if config.max_model_len is not None and config.max_model_len > model.context:
         raise ConfigError(
             f"{model.name}: --max-model-len {config.max_model_len} is over the model's context of"
@@ -28,37 +28,40 @@ def context_of(model: ModelFiles, config: EngineConfig) -> int:
         if config.backend == "transformers" and (size := getattr(config, name)) > 1:
             raise ConfigError(
                 f"--{name.replace('_', '-')} {size}: the transformers backend runs a model on one"
-                " device. Use --backend vllm, or leave it out."
+                " device. Use --backend vllm, or leave the option out."
             )
     _check_server_settings(config)
     return config.max_model_len or model.context
 
 
 def _check_server_settings(config: EngineConfig) -> None:
-    """Raises ConfigError for settings of a server without one, or that are the server's own."""
+    """Raise ConfigError for settings that need a server where there is none, and for settings that
+    the server decides."""
     if config.backend != "openai":
         for name in ("base_url", "served_model"):
             if getattr(config, name) is not None:
-                raise ConfigError(f"--{name.replace('_', '-')} goes with --backend openai: add it.")
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} needs --backend openai: add that option."
+                )
         return
     if config.base_url is None:
         raise ConfigError(
             "--backend openai needs the server's URL: --base-url http://HOST:8000. Start one with"
             " vllm serve."
         )
-    for name in _THE_SERVERS:
+    for name in _SERVER_SETTINGS:
         if getattr(config, name) != EngineConfig.model_fields[name].default:
             raise ConfigError(
-                f"--{name.replace('_', '-')} is the server's to know with --backend openai: leave"
-                " it out here, and start the server with it."
+                f"--{name.replace('_', '-')}: the server decides this with --backend openai. Leave"
+                " the option out here, and start the server with it."
             )
 
 
 def server_notes(config: EngineConfig) -> list[str]:
-    """What a plan does not know of a stage whose model a server runs."""
+    """Return what a dry run cannot know of a stage whose model a server runs."""
     if config.backend != "openai":
         return []
-    return [f"{config.base_url} was not asked: whether it serves the model shows at the start."]
+    return [f"{config.base_url} was not contacted; the run will check that it serves the model."]
 
 
 def start_engine(
@@ -67,9 +70,8 @@ def start_engine(
     trust_remote_code: bool = False,
     max_logprobs: int = 1,
 ) -> Engine:
-    """The engine that `config` names, with `model` loaded. `max_logprobs`: the largest K that it
-    will be asked to score. Raises EngineError where it cannot start, ConfigError like
-    `context_of`."""
+    """Return the engine that `config` names, with `model` loaded. `max_logprobs`: the largest K of
+    its scores. Raises EngineError where it cannot start, ConfigError like `context_of`."""
     context = context_of(model, config)
     if config.backend == "transformers":
         from mpd_data.engines.transformers import TransformersEngine

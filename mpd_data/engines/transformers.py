@@ -1,11 +1,10 @@
-"""transformers behind the engine protocol, for machines where vLLM does not install.
+"""The transformers engine, for machines where vLLM does not install.
 
-Generation is transformers' own `generate` over a left-padded batch. Two small hooks make it the
-engine that the stages expect. The sampler draws each row's tokens from the row's own seed, by
-position, so that neither the batch nor a restart changes them. The stopping rule ends a batch as
-soon as half of it has finished, or after some tokens: what has finished is returned, the rest goes
-on in the next batch beside new requests, from where it stood, so that no batch waits for its
-slowest member.
+Generation is transformers' own `generate` over a left-padded batch, with two small hooks. The
+sampler draws each row's tokens from the row's own seed, by position, so that neither the batch nor
+a restart changes them. The stopping rule ends a batch as soon as half of it has finished, or after
+some tokens: what has finished is returned, and the rest continues in the next batch next to new
+requests, so that no row waits for the slowest one.
 """
 
 from dataclasses import dataclass, field
@@ -30,13 +29,13 @@ from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engines.protocol import Completion, Scores, require_room
 
 _BATCHED_TOKENS = 2048
-# Tokens of a row in one step: what has finished is not held back for longer.
+# Tokens of a row in one step, so that finished rows are returned soon.
 _STEP_TOKENS = 256
 
 
 @dataclass
 class _Row:
-    """A continuation under way: the prompt, and what is written of it so far."""
+    """A continuation in progress: the prompt, and the tokens so far."""
 
     key: str
     prompt_ids: list[int]
@@ -72,10 +71,10 @@ class TransformersEngine:
                 str(model.path), dtype=config.dtype, trust_remote_code=trust_remote_code
             )
             if config.dtype == "auto" and self._model.dtype == torch.float32:
-                # What "auto" means has to be one thing: vLLM runs float32 weights in bfloat16.
+                # "auto" means the same with every engine: vLLM runs float32 weights in bfloat16.
                 self._model.to(torch.bfloat16)
             if has_softcap(self._model.config):
-                # transformers' default leaves it out without a word.
+                # transformers' default silently leaves the cap out.
                 self._model.set_attn_implementation("eager")
             if model.adapter is not None:
                 self._model = _adapted(self._model, model)
@@ -91,7 +90,7 @@ class TransformersEngine:
         self._stop_ids = end_tokens(
             model, load_tokenizer(model, trust_remote_code), trust_remote_code
         )
-        # The model's own defaults (a repetition penalty, say) are not what was asked for.
+        # The model's own defaults (a repetition penalty, say) are not the stage's settings.
         self._model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=self._stop_ids, pad_token_id=self._stop_ids[0]
         )
@@ -131,7 +130,7 @@ class TransformersEngine:
     # -- generation ---------------------------------------------------------------------
 
     def _generate(self) -> list[Completion | Scores]:
-        """Advances the oldest rows until half of them have finished, and returns those."""
+        """Advance the oldest rows until half of them have finished, and return those."""
         sampling = self._rows[0].sampling
         same = [row for row in self._rows if row.sampling == sampling]
         rows = same[: self._max_num_seqs]
@@ -156,7 +155,7 @@ class TransformersEngine:
         return results
 
     def _left_padded(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """ids and attention mask, int64 [B, T], real tokens to the right."""
+        """Return ids and attention mask, int64 [B, T], with the padding on the left."""
         longest = max(map(len, sequences))
         ids = torch.full((len(sequences), longest), self._stop_ids[0], dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -168,7 +167,7 @@ class TransformersEngine:
     # -- scoring ------------------------------------------------------------------------
 
     def _score_all(self) -> list[Scores]:
-        """Scores what waits, sequences of like length together."""
+        """Score all waiting requests, sequences of similar length together."""
         waiting = sorted(self._to_score, key=lambda request: len(request.ids))
         self._to_score = []
         results: list[Scores] = []
@@ -180,8 +179,8 @@ class TransformersEngine:
         return results
 
     def _score(self, batch: list[_ToScore]) -> list[Scores]:
-        """Runs the sequences through the model so many positions at a time that never more than
-        `max_num_batched_tokens` of them have logits at once."""
+        """Run the sequences through the model in blocks of positions, so that at most
+        `max_num_batched_tokens` positions have logits at a time."""
         ids, mask = self._left_padded([request.ids for request in batch])
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         length = ids.shape[1]
@@ -205,11 +204,11 @@ class TransformersEngine:
             )
             cache = output.past_key_values
             if wanted > 0:
-                everywhere = output.logits.float().log_softmax(-1)
-                best = everywhere.topk(k, dim=-1)
+                logprobs_btv = output.logits.float().log_softmax(-1)
+                best = logprobs_btv.topk(k, dim=-1)
                 targets = ids[:, last - wanted + 1 : last + 1, None]
-                found = everywhere.gather(-1, targets)[..., 0]
-                parts.append((best.indices.int().cpu(), best.values.cpu(), found.cpu()))
+                of_targets = logprobs_btv.gather(-1, targets)[..., 0]
+                parts.append((best.indices.int().cpu(), best.values.cpu(), of_targets.cpu()))
         topk_ids, topk_logprobs, logprobs = (
             torch.cat(column, 1).numpy() for column in zip(*parts, strict=True)
         )
@@ -228,7 +227,7 @@ class TransformersEngine:
 
 
 def _adapted(base: Any, model: ModelFiles) -> Any:
-    """`base` with the adapter in its layers, in the precision of `base`."""
+    """Return `base` with the adapter in its layers, in the precision of `base`."""
     with requires("lora", f"{model.name}: an adapter"):
         from peft import PeftModel
     adapted = PeftModel.from_pretrained(base, str(model.adapter), autocast_adapter_dtype=False)
@@ -236,9 +235,9 @@ def _adapted(base: Any, model: ModelFiles) -> Any:
 
 
 class _SeededSampler(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
-    """Chooses each row's next token by its own random number and leaves it the only one possible:
-    temperature, top-k and top-p, then the inverse of the cumulative distribution at a number
-    that a row's seed and the token's position determine (Philox)."""
+    """Choose each row's next token by a random number of its own: temperature, top-k and top-p,
+    then the inverse of the cumulative distribution at a number that the row's seed and the token's
+    position determine (Philox). All other tokens get -inf."""
 
     def __init__(self, rows: list[_Row], sampling: SamplingConfig, width: int) -> None:
         self._seeds = [row.seed for row in rows]
@@ -272,12 +271,12 @@ class _SeededSampler(LogitsProcessor):  # type: ignore[misc]  # transformers is 
 
 
 def _uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that belongs to this place of this row."""
+    """Return the number in [0, 1) of this position of the row with this seed."""
     return float(np.random.Philox(key=seed, counter=position).random_raw() >> 11) / 2.0**53
 
 
 class _HalfDone(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped here
-    """Ends a row at its end token or its limit, and the batch when half of its rows have ended."""
+    """End a row at its end token or its limit, and the batch when half of its rows have ended."""
 
     def __init__(self, rest: list[int], stop_ids: list[int], width: int) -> None:
         self._rest = torch.tensor(rest)

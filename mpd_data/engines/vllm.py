@@ -1,4 +1,4 @@
-"""vLLM behind the engine protocol: its own step loop, fed one request at a time."""
+"""The vLLM engine: vLLM's own step loop, fed one request at a time."""
 
 import gc
 import logging
@@ -19,7 +19,7 @@ from mpd_data.engines.protocol import Completion, RequestError, Scores
 
 
 def prepare_environment(on_cpu: bool) -> None:
-    """Settings vLLM reads when it is imported."""
+    """Set the environment variables that vLLM reads when it is imported."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # A forked engine would inherit this process's round lock and its CUDA state.
@@ -44,7 +44,7 @@ class VLLMEngine:
     ) -> None:
         with requires("gpu", "--backend vllm"):
             import torch
-        # Ask the driver's management library, which leaves CUDA uninitialised for vLLM.
+        # torch then asks the driver's management library, which leaves CUDA uninitialised for vLLM.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         on_cpu = not torch.cuda.is_available()
         prepare_environment(on_cpu)
@@ -55,14 +55,14 @@ class VLLMEngine:
                 " GPUs only. Leave it out here."
             )
         if on_cpu:
-            # The engine runs eagerly here; what would be compiled is one small function of
-            # scoring, and the compiler takes a minute over it on a fresh machine.
+            # The engine runs eagerly here. One small function of scoring would be compiled, which
+            # takes a minute on a fresh machine.
             torch._dynamo.config.disable = True
-            # It warns that there is no Triton, which a CPU machine does not need.
+            # It warns about missing Triton, which a CPU machine does not need.
             logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
             if "OMP_NUM_THREADS" not in os.environ:
-                # A second thread that has to share its core slows small models down many times
-                # over. Set the variable for a large model on an idle machine.
+                # A second thread that shares its core with others makes small models many times
+                # slower. Set the variable for a large model on an idle machine.
                 os.environ["OMP_NUM_THREADS"] = "1"
                 torch.set_num_threads(1)
         first = "vllm" not in sys.modules
@@ -71,8 +71,8 @@ class VLLMEngine:
             from vllm.exceptions import VLLMError
         if first:
             # The imports leave a million objects that live as long as the process, and vLLM
-            # collects garbage seven times from its start to its end: a third of a second each
-            # without this. Later, an engine that was closed could be among what is kept for good.
+            # collects garbage seven times from its start to its end, a third of a second each
+            # without this. Done once: later it could keep a closed engine alive.
             gc.freeze()
 
         self.max_model_len = context
@@ -186,24 +186,24 @@ class VLLMEngine:
         return results
 
     def close(self) -> None:
-        # vLLM does so when the engine is collected as garbage, which may be after the next one
-        # has started: what the two share is then torn down under that one.
+        # vLLM shuts down when the engine is collected as garbage. That may be after the next one
+        # has started, and would tear down what the two share.
         self._engine.engine_core.shutdown()
 
 
 def _died(error: Exception) -> EngineError:
-    # Some of vLLM's have no words, some have many lines.
+    # Some of vLLM's errors have no text, some have many lines.
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return EngineError(
-        f"the engine died: {lines[0]} Finished rows are committed; run the same command again to go"
-        " on. If it dies again, lower --max-num-seqs or --max-model-len."
+        f"the engine died: {lines[0]} Finished rows are committed; run the same command again to"
+        " continue. If it dies again, lower --max-num-seqs or --max-model-len."
     )
 
 
 def _wake_when_dead(client: Any) -> None:
-    """Sees to it that `step` ends when the engine's process is killed, by the kernel for want of
-    memory, say: such a process cannot say that it dies, and vLLM's client waits for its next
-    output for ever. Does nothing where the engine is in this process."""
+    """Make `step` end when the engine's process is killed, by the kernel for lack of memory, say.
+    vLLM's client would wait for its next output for ever. Does nothing where the engine is in this
+    process."""
     outputs = getattr(client, "outputs_queue", None)
     manager = getattr(getattr(client, "resources", None), "engine_manager", None)
     if outputs is None or manager is None:
@@ -217,7 +217,7 @@ def _wake_when_dead(client: Any) -> None:
     Thread(target=wake, name="engine-watch", daemon=True).start()
 
 
-# The ranks that vLLM has room for.
+# The adapter ranks that vLLM supports.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _MERGE = (
     "Merge it into its base and give the merged folder (mpd-train leaves one in OUT/model, peft's"
@@ -226,8 +226,8 @@ _MERGE = (
 
 
 def _rank(model: ModelFiles) -> int:
-    """The rank to make room for. Raises EngineError for an adapter that vLLM would refuse after
-    its start, or run without a part of it."""
+    """Return the rank to make room for. Raises EngineError for an adapter that vLLM would refuse
+    after its start, or would run only in part."""
     from safetensors import safe_open
     from vllm.config.lora import LoRAConfig
     from vllm.lora.peft_helper import PEFTHelper
@@ -235,13 +235,13 @@ def _rank(model: ModelFiles) -> int:
     assert model.adapter is not None
     for file in sorted(model.adapter.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            # vLLM leaves trained embeddings and heads out without a word.
+            # vLLM silently leaves trained embeddings and heads out.
             ends = (".lora_A.weight", ".lora_B.weight")
             other = [name for name in tensors.keys() if not name.endswith(ends)]  # noqa: SIM118
         if other:
             raise EngineError(
-                f"{model.name}: vLLM runs the low-rank factors of linear layers, and this adapter"
-                f" has {', '.join(sorted(other)[:3])} beside them. {_MERGE}"
+                f"{model.name}: vLLM runs the low-rank factors of linear layers alone, and this"
+                f" adapter also has {', '.join(sorted(other)[:3])}. {_MERGE}"
             )
     try:
         settings = PEFTHelper.from_local_dir(str(model.adapter), None)
@@ -256,7 +256,8 @@ def _rank(model: ModelFiles) -> int:
 
 
 def _load(llm: Any, adapter: Path) -> Any:
-    """The adapter, as each request names it. Raises RuntimeError where it does not fit."""
+    """Load the adapter and return the object that names it in a request. Raises RuntimeError where
+    it does not fit."""
     from vllm.lora.request import LoRARequest
 
     request = LoRARequest("adapter", 1, str(adapter))
@@ -268,8 +269,8 @@ def _load(llm: Any, adapter: Path) -> Any:
 
 
 def _scores(key: str, flat: Any, start: int, k: int) -> Scores:
-    """From vLLM's flat prompt log-probabilities: each position after the first holds the actual
-    token and then the k best, the actual one again if it is among them."""
+    """Return scores from vLLM's flat prompt log-probabilities: each position after the first holds
+    the sequence's own token and then the k best, which may contain it again."""
     first = flat.start_indices[start]
     ids = np.asarray(flat.token_ids[first:], dtype=np.int32)
     logprobs = np.asarray(flat.logprobs[first:], dtype=np.float32)
@@ -277,8 +278,8 @@ def _scores(key: str, flat: Any, start: int, k: int) -> Scores:
     if start == 0 or len(ids) != rows * (k + 1):
         raise EngineError(
             f"scoring {key}: expected {rows} positions of {k + 1} log-probabilities, found"
-            f" {len(ids)}. This vLLM lays its prompt log-probabilities out in another way; use a"
-            " version named in pyproject.toml."
+            f" {len(ids)}. This vLLM has another layout of prompt log-probabilities; use a version"
+            " that pyproject.toml names."
         )
     ids, logprobs = ids.reshape(rows, k + 1), logprobs.reshape(rows, k + 1)
     return Scores(key, ids[:, 1:], logprobs[:, 1:], logprobs[:, 0])

@@ -1,7 +1,7 @@
 """Sets of row keys that take 16 bytes a key: ten million are 160 MB, not 1.5 GB of strings.
 
-A key is 32 hex digits (schema.content_key), so 16 bytes; they lie sorted in one numpy array, and
-looking one up is a search by halves.
+A key is 32 hex digits (hashing.content_key), so 16 bytes. The keys are sorted in one numpy array;
+looking one up is a binary search.
 """
 
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 _DIGITS = 32
-# The value of each hex digit as schema.content_key writes it, 16 for every other byte.
+# The value of each hex digit as hashing.content_key writes it, 16 for every other byte.
 _VALUES = np.full(256, 16, np.uint8)
 _VALUES[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
 
@@ -20,9 +20,9 @@ Packed = npt.NDArray[np.bytes_]
 
 
 def pack(column: pa.ChunkedArray | pa.Array) -> Packed:
-    """16 bytes for each key of a string column [n]; S16 [n], in its order.
+    """Return 16 bytes for each key of a string column [n]; S16 [n], in its order.
 
-    Raises ValueError naming the first that is not 32 hex digits (lower case) or is null.
+    Raises ValueError, which names the first value that is not 32 lower-case hex digits.
     """
     column = column.cast(pa.string())
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
@@ -48,31 +48,31 @@ def _is_key(key: object) -> bool:
 
 
 class KeySet(Set[str]):
-    """A set of row keys that never changes. Beside what sets can do, `holds` looks many up at
-    once, and `-` of two such sets makes no Python object for each key."""
+    """An immutable set of row keys. `holds` looks up many keys at once, and `-` of two such sets
+    makes no Python object for each key."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        """Raises ValueError for what is no key."""
+        """Raises ValueError for anything but a key."""
         self._keys: Packed = np.unique(pack(pa.array(list(keys), pa.string())))
 
     @classmethod
     def of(cls, parts: Sequence[Packed]) -> "KeySet":
-        """The keys of all `parts`, as `pack` gives them; one that stands there twice is one."""
+        """Return the keys of all `parts` (each as `pack` gives it), every key once."""
         keys = np.concatenate([np.empty(0, "S16"), *parts])
         keys.sort()
         new = np.ones(len(keys), bool)
         np.not_equal(keys[1:], keys[:-1], out=new[1:])
-        found = cls()
-        found._keys = keys if new.all() else keys[new]
-        return found
+        union = cls()
+        union._keys = keys if new.all() else keys[new]
+        return union
 
     def holds(self, keys: Packed) -> npt.NDArray[np.bool_]:
-        """Which of `keys` [n] are here; bool [n]."""
+        """Return which of `keys` [n] are in the set; bool [n]."""
         if not len(self._keys):
             return np.zeros(len(keys), bool)
         at = np.searchsorted(self._keys, keys)
-        found: npt.NDArray[np.bool_] = self._keys[np.minimum(at, len(self._keys) - 1)] == keys
-        return found
+        is_here: npt.NDArray[np.bool_] = self._keys[np.minimum(at, len(self._keys) - 1)] == keys
+        return is_here
 
     def __contains__(self, key: object) -> bool:
         if not _is_key(key):
@@ -99,10 +99,10 @@ class KeySet(Set[str]):
 
 
 def twice(parts: Sequence[Packed]) -> list[tuple[int, int]]:
-    """Where keys stand that stood before: (part, index in it), in order. The memory of a sort."""
+    """Return the places of keys that occurred before, in order, as (part, index in it)."""
     keys = np.concatenate([np.empty(0, "S16"), *parts])
     order = np.argsort(keys, kind="stable")
     again = np.sort(order[1:][keys[order[1:]] == keys[order[:-1]]])
     ends = np.cumsum([len(part) for part in parts])
-    of = np.searchsorted(ends, again, side="right")
-    return [(int(p), int(i - (ends[p] - len(parts[p])))) for p, i in zip(of, again, strict=True)]
+    part = np.searchsorted(ends, again, side="right")
+    return [(int(p), int(i - (ends[p] - len(parts[p])))) for p, i in zip(part, again, strict=True)]

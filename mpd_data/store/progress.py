@@ -23,11 +23,11 @@ _SECONDS_PER_STATUS = 2.0
 
 
 class Progress:
-    """Counts finished rows and tokens; shows rate (recent and whole), queue, truncation and
-    time left on stderr, and keeps them in the file `status`. A context manager: how it is left
-    says how the stage ended.
+    """Count finished rows and tokens; show rate (recent and overall), requests in flight,
+    truncation and time left on stderr, and keep them in the file `status`. A context manager: the
+    way it is left tells how the stage ended.
 
-    `total`: rows to come to, those that are there already included (see `skip`).
+    `total`: rows that will exist at the end, those from before this run included (see `skip`).
     """
 
     def __init__(self, label: str, total: int, status: Path) -> None:
@@ -53,15 +53,15 @@ class Progress:
         self._write("starting")
 
     def engine_started(self) -> None:
-        """What went by until now was the engine's start; rates count from here."""
+        """End the time that counts as the engine's start; rates count from here."""
         now = time.monotonic()
         self._start_seconds, self._begun = now - self._begun, now
         self._recent = deque([(now, 0)], maxlen=200)
         self._write("running")
 
     def speed(self, backend: str) -> dict[str, Any] | None:
-        """Rows and tokens of this run, seconds of the engine's start and of the work after it, the
-        device and the engine's `backend`; None where no token was made."""
+        """Return rows and tokens of this run, seconds of the engine's start and of the work after
+        it, device and `backend`; None where no token was made."""
         if not self._tokens:
             return None
         return {
@@ -74,17 +74,17 @@ class Progress:
         }
 
     def skip(self, rows: int = 1) -> None:
-        """So many rows were there before this run."""
+        """Count `rows` that existed before this run."""
         self._skipped += rows
         if self._bar is not None:
             self._bar.update(rows)
 
     def fail(self, rows: int = 1) -> None:
-        """So many rows that were to come will not."""
+        """Count `rows` that will not come."""
         self._failed += rows
 
     def update(self, tokens: int, truncated: int, in_flight: int) -> None:
-        """One more row finished, of so many tokens."""
+        """Count a finished row of `tokens` tokens; `truncated`: 1 where it hit its length limit."""
         self._rows += 1
         self._tokens += tokens
         self._truncated += truncated
@@ -96,7 +96,7 @@ class Progress:
         self.tick()
 
     def tick(self) -> None:
-        """Shows and writes what is due; call it also while no row finishes."""
+        """Show and write what is due; call it also while no row finishes."""
         now = time.monotonic()
         if self._bar is None and now - self._last_line >= _SECONDS_PER_LINE:
             self._last_line = now
@@ -104,8 +104,8 @@ class Progress:
         if now - self._last_status >= _SECONDS_PER_STATUS:
             self._write("running")
 
-    # tokens per second, recent and whole
     def _speeds(self) -> tuple[float, float]:
+        """Return tokens per second, recent and overall."""
         now = time.monotonic()
         then, tokens = self._recent[0]
         recent = (self._tokens - tokens) / max(now - then, 1e-9)
@@ -121,7 +121,7 @@ class Progress:
 
     @property
     def done(self) -> int:
-        """Rows that are there, of this run or before."""
+        """Rows that exist, from this run or before."""
         return self._skipped + self._rows
 
     def _seconds_left(self) -> float | None:
@@ -187,6 +187,6 @@ class Progress:
         if kind is None:
             self._write("finished")
             return
-        # Why it stops is on its way to the user already, with the disk's own trouble if it is that.
+        # Best effort: a failure here must not mask the exception that ends the stage.
         with contextlib.suppress(MPDError):
             self._write("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")

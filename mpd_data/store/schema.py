@@ -1,7 +1,7 @@
 """The shard contract: columns, allowed values, file metadata and row keys.
 
-Everything that other stages, the trainer and Polars users rely on is stated here and in
-docs/contract.md; `mpd-gen validate` checks it. A change of meaning raises SCHEMA_VERSION.
+Other stages, the trainer and Polars users rely on what this file and docs/contract.md state;
+`mpd-gen validate` checks it. A change of meaning raises SCHEMA_VERSION.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ SCHEMA_VERSION = 2
 
 FINISH_REASONS = ("stop", "length")
 
-# The first that applies, in this order. `draft_truncated` is a rollout that hit its length
-# limit: it has no answer to keep, so the teacher is not asked.
+# A rewrite has the first status that applies, in this order. `draft_truncated`: the rollout hit its
+# length limit, so it has no answer to keep and the teacher is not asked.
 STATUSES = (
     "draft_truncated",
     "too_long",
@@ -33,7 +33,7 @@ STATUSES = (
     "ok",
 )
 
-# Settled while rewriting: no rule can make such a row fit for training.
+# Decided while rewriting: no filter can make such a row usable for training.
 UNUSABLE = ("draft_truncated", "too_long", "truncated", "malformed", "check_failed")
 
 # Values from a closed set are plain strings in the file (dictionary-encoded by Parquet):
@@ -130,7 +130,7 @@ SHARED_METADATA = (
     "score_temperature",
 )
 
-# What a shard counts as its tokens in the manifest.
+# The column whose sum the manifest gives as a shard's tokens.
 TOKEN_COLUMN: dict[str, str | None] = {
     "rollouts": "num_completion_tokens",
     "distill": "num_rewritten_tokens",
@@ -139,24 +139,25 @@ TOKEN_COLUMN: dict[str, str | None] = {
 
 
 def seed_of(row_id: str) -> int:
-    """The engine's seed for a row: 48 bits of its key, so that neither the order of the
+    """Return the engine's seed for a row: 48 bits of its key, so that neither the order of the
     input nor a restart changes what is sampled."""
     return int(row_id[:12], 16)
 
 
 def rollout_key(prompt_id: str, prompt_ids: list[int], sample_idx: int, identity: Any) -> str:
-    """Key of a rollout. `identity` holds what else determines it: round, sampling
+    """Return the key of a rollout. `identity` holds what else determines it: round, sampling
     parameters, model, base seed."""
     return content_key(["rollout", prompt_id, prompt_ids, sample_idx, identity])
 
 
 def distill_key(rollout_id: str, candidate_idx: int, identity: Any) -> str:
-    """Key of a rewrite. `identity`: teacher, rewrite template, sampling, base seed."""
+    """Return the key of a rewrite. `identity`: teacher, rewrite template, sampling, base seed."""
     return content_key(["distill", rollout_id, candidate_idx, identity])
 
 
 def repetition(token_ids: Sequence[int], n: int = 4) -> float:
-    """Share of n-grams of `token_ids` that stand earlier in it too; 0 where it has none."""
+    """Return the share of n-grams of `token_ids` that occur earlier in it too; 0 for less than n
+    tokens."""
     total = len(token_ids) - n + 1
     if total <= 0:
         return 0.0

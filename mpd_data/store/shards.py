@@ -1,19 +1,19 @@
-"""Rounds on disk: atomic commit of Parquet shards, manifests, and what is still owed.
+"""Shards: the Parquet files of a round, how they are read and how a round lies on disk.
 
     data/round3/
-      run.json                  settings and versions of each stage that ran here
-      rollouts.manifest.jsonl   one line per committed shard
+      run.json                  settings and versions of each stage that ran here (run_record.py)
+      rollouts.manifest.jsonl   one line per committed shard (manifest.py)
       rollouts/part-00000.parquet
       distill.manifest.jsonl, distill/, errors.manifest.jsonl, errors/   likewise
       .staging/                 half-written files; safe to delete when nothing runs
       .writers/, .lock          who is writing (locks.py)
-      .status/                  how far each writer is (progress.py)
-      .quarantine/              shards found torn; their rows are owed again
+      .status/                  the progress of each writer (progress.py)
+      .quarantine/              torn shards; their rows are missing again
 
 The folder is the truth and the manifest an index of it. A file under its final name is
 whole: it is written in `.staging`, fsynced, then *linked* to its name, which never replaces
-another file. A killed writer leaves nothing but a staging file. Row keys (`row_id`) are
-hashes of what determines a row, so that a restart computes what is owed by set difference,
+another file (writer.py). A killed writer leaves nothing but a staging file. A row's key (`row_id`)
+is the hash of what determines the row: a restart computes the missing rows by set difference,
 whatever the order of its input.
 """
 
@@ -33,16 +33,16 @@ from mpd_data.common.files import sha256_of
 from mpd_data.store.keys import KeySet, Packed, pack, twice
 from mpd_data.store.schema import METADATA_KEY, SCHEMA_VERSION, TOKEN_COLUMN, Stage
 
-# Of rewrites: a shuffled reader fetches whole row groups, and small ones keep a random read near
-# 80 ms. Of other stages: rows that are made into Python objects at once.
+# Rewrites: a shuffled reader fetches whole row groups, and small ones keep a random read near
+# 80 ms. Other stages: this many rows become Python objects at a time.
 ROWS_PER_GROUP = 64
-# Files read at once where a round is read whole: opening them is what takes the time.
+# Files that are read at the same time: opening them takes most of it.
 _READERS = 8
 
 _T = TypeVar("_T")
 
 
-# What pyarrow raises over damaged bytes: a name in a footer that is no UTF-8 or is not there, too.
+# What pyarrow raises for damaged bytes, also for a name in a footer that is missing or not UTF-8.
 PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
 
 
@@ -59,15 +59,15 @@ class Shard:
 
 
 def open_shard(path: Path) -> pq.ParquetFile:
-    """A shard to read from, by its footer; DataError if the file is torn or not a shard. Damaged
-    pages are found when they are read."""
+    """Open a shard by its footer. Raises DataError for a file that is torn or is no Parquet file;
+    reading finds damaged pages."""
     try:
         return pq.ParquetFile(path, page_checksum_verification=True)
     except PARQUET_ERRORS as error:
         raise DataError(
-            f"{path}: not a whole Parquet file ({error}). A shard that mpd-gen committed is whole,"
-            " so it was damaged afterwards: run the stage that wrote it again, which sets it aside"
-            " and makes its rows anew."
+            f"{path}: not a whole Parquet file ({error}). mpd-gen commits whole files, so this one"
+            " was damaged afterwards. Run the stage that wrote it again: it sets the file aside and"
+            " makes its rows anew."
         ) from error
 
 
@@ -77,7 +77,8 @@ def _footer(path: Path) -> pq.FileMetaData:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What a shard says of itself (Parquet key `mpd`): models, settings, versions."""
+    """Return a shard's metadata (Parquet key `mpd`): models, settings, versions. Raises DataError
+    for a file without it, and for one of another schema version."""
     raw = (_footer(path).metadata or {}).get(METADATA_KEY)
     if raw is None:
         raise DataError(
@@ -97,13 +98,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_all(read: Callable[[Path], _T], paths: Iterable[Path]) -> Iterator[_T]:
-    """`read` of each path in order, several at once."""
+    """Yield `read` of each path in order, reading several at the same time."""
     with ThreadPoolExecutor(_READERS) as pool:
         yield from pool.map(read, paths)
 
 
 def read_columns(path: Path, names: list[str]) -> pa.Table:
-    """Light columns of a shard; DataError where they cannot be read."""
+    """Return light columns of a shard. Raises DataError where they cannot be read."""
     with open_shard(path) as file:
         try:
             table = file.read(columns=names, use_threads=False).select(names)
@@ -120,21 +121,23 @@ def read_columns(path: Path, names: list[str]) -> pa.Table:
 
 
 def read_keys(path: Path, name: str = "row_id") -> Packed:
+    """Return the keys in a column of a shard; S16 [n]. Raises DataError where there are none."""
     return pack_keys(path, name, read_columns(path, [name])[name])
 
 
 def pack_keys(path: Path, name: str, column: pa.ChunkedArray) -> Packed:
-    """The keys in a column of the shard `path`; DataError where they are none."""
+    """Return the keys in the column `name` of the shard `path`. Raises DataError for other text."""
     try:
         return pack(column)
     except ValueError as error:
         raise DataError(
-            f"{path}: {name} {error} (see docs/contract.md). Either the file is damaged or mpd-gen"
-            " did not write it."
+            f"{path}: {name} {error} (see docs/contract.md). The file is damaged, or mpd-gen did"
+            " not write it."
         ) from error
 
 
 def unique_keys(paths: list[Path], packed: list[Packed]) -> KeySet:
+    """Return the keys of the shards at `paths`. Raises DataError where one occurs twice."""
     keys = KeySet.of(packed)
     if len(keys) < sum(map(len, packed)):
         part, index = twice(packed)[0]
@@ -147,7 +150,7 @@ def unique_keys(paths: list[Path], packed: list[Packed]) -> KeySet:
 
 
 def describe(path: Path, stage: Stage) -> Shard:
-    """The manifest line of a file, by reading it. Raises DataError where it is unsound."""
+    """Return the manifest's line of a shard, by reading it. Raises DataError for damaged bytes."""
     footer = _footer(path)
     read_metadata(path)
     column = TOKEN_COLUMN[stage]

@@ -1,8 +1,8 @@
-"""Writing shards: rows in, committed Parquet files out.
+"""The shard writer: rows in, committed Parquet files out.
 
-Staged, closed, fsynced, linked under the first free name, indexed: see docs/contract.md. All of
-that happens in a thread, row group by row group, so that the engine does not wait for the disk and
-a shard is never in memory whole.
+A shard is staged, closed, fsynced, linked under the first free name, then added to the manifest:
+see docs/contract.md. A thread does this, row group by row group, so that the engine does not wait
+for the disk and a shard is never whole in memory.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ from mpd_data.store.schema import ENUMS, METADATA_KEY, SCHEMA_VERSION, SCHEMAS, 
 from mpd_data.store.shards import ROWS_PER_GROUP, describe
 
 BYTES_PER_GROUP = 16 << 20
-# Rewrites are read at random, by the trainer. Rollouts are read from end to end, where each row
-# group costs a query some 3 us a column: in small ones more than reading its values does.
+# The trainer reads rewrites at random. Queries read rollouts from end to end, where each row group
+# costs some 3 us a column: for small groups that is more than reading the values.
 _ROWS_PER_GROUP: dict[Stage, int] = {
     "rollouts": 256,
     "distill": ROWS_PER_GROUP,
     "errors": ROWS_PER_GROUP,
 }
-# Row groups that wait for the disk at most: with a slower one the engine waits after all.
+# At most this many row groups wait for the disk; then the engine waits too.
 _WAITING_GROUPS = 4
 # Numbers compress better split by byte than by dictionary.
 _SPLIT_COLUMNS = {
@@ -54,10 +54,11 @@ _DICTIONARY_COLUMNS = {"finish_reason", "rewrite_finish_reason", "status", "prom
 
 
 def commit_file(staged: Path, folder: Path, hard_links: bool) -> Path:
-    """Gives a closed, fsynced `staged` file the first free name in `folder`; never replaces.
+    """Give a closed, fsynced `staged` file the first free name in `folder`, and return that; never
+    replace a file.
 
-    Without hard links the name is reserved by an empty file, then replaced: a kill between
-    the two leaves an empty shard, which the next run quarantines like any torn file.
+    Without hard links an empty file reserves the name and is then replaced: a kill between the two
+    leaves an empty shard, which the next run quarantines like any torn file.
     """
     taken = [int(p.stem.removeprefix("part-")) for p in folder.glob("part-*.parquet")]
     index = max(taken, default=-1) + 1
@@ -78,7 +79,7 @@ def commit_file(staged: Path, folder: Path, hard_links: bool) -> Path:
 
 
 def has_hard_links(staging: Path) -> bool:
-    """Whether the file system of `staging` can link, tried with a file of our own."""
+    """Return whether the file system of `staging` has hard links, by making one."""
     probe = staging / f"probe-{uuid.uuid4().hex}"
     target = probe.with_suffix(".link")
     probe.touch()
@@ -103,7 +104,7 @@ class _Staged:
     parquet: pq.ParquetWriter
 
     def drop(self) -> None:
-        """Gives the file up; what was written to it is owed."""
+        """Delete the file; its rows stay missing."""
         with contextlib.suppress(OSError, pa.ArrowInvalid):
             self.parquet.close()
         with contextlib.suppress(OSError):
@@ -112,14 +113,14 @@ class _Staged:
 
 
 class ShardWriter:
-    """Writes rows of one stage into committed shards.
+    """Write rows of one stage into committed shards.
 
-    A shard is committed when it is due, by number of rows or by age, since an open Parquet file is
-    lost with its writer: what a kill can cost is bounded by both. Use as a context manager;
-    leaving it, also by an exception, commits what is there.
+    A shard is committed when it has `rows_per_shard` rows or is `seconds_per_shard` old. A kill
+    loses the open Parquet file, so both bound what it can cost. Use as a context manager: leaving
+    it, also by an exception, commits the rows that it has.
 
-    Raises MPDError where the disk is full or the folder read-only, naming what to do: from the
-    call that wrote, or from one of the next.
+    Raises MPDError where the disk is full or the folder read-only, from the call that wrote or from
+    a later one.
     """
 
     def __init__(
@@ -171,8 +172,8 @@ class ShardWriter:
             self._thread.shutdown()
 
     def add(self, *rows: dict[str, Any]) -> None:
-        """Takes rows (exactly the stage's columns) that belong together: they go into one shard.
-        Commits a shard where one is due."""
+        """Take rows (exactly the stage's columns) that belong together: they go into one shard.
+        Commit a shard where one is due."""
         for row in rows:
             self._check(row)
         if not self._in_shard:
@@ -201,7 +202,7 @@ class ShardWriter:
                 raise DataError(f"{self._stage} row: {name} is {row[name]!r}, not one of {allowed}")
 
     def commit_if_due(self) -> None:
-        """Commits by age too; call it while waiting for results."""
+        """Commit a shard that is large or old enough; call it also while waiting for results."""
         if self._in_shard >= self._rows_per_shard or (
             self._in_shard and time.monotonic() - self._oldest >= self._seconds_per_shard
         ):
@@ -209,14 +210,15 @@ class ShardWriter:
         self._collect(_WAITING_GROUPS)
 
     def commit(self) -> None:
-        """Commits the gathered rows as one shard, durable when this returns."""
+        """Commit the gathered rows as one shard, durable when this returns."""
         self._close_shard()
         self._collect(0)
 
     def _close_group(self) -> None:
         if self._rows:
             rows = self._rows
-            # Out of one place before they are in the next: an interrupt between leaves them owed.
+            # Forgotten here before they are submitted: an interrupt in between leaves the rows
+            # missing, never doubled.
             self._rows, self._group_bytes = [], 0
             self._pending.append(self._thread.submit(self._write_group, rows))
 
@@ -226,11 +228,11 @@ class ShardWriter:
         self._pending.append(self._thread.submit(self._commit_staged))
 
     def _collect(self, waiting: int) -> None:
-        """Waits until no more than `waiting` pieces of work are left to the thread, and raises what
-        went wrong in those that are done."""
+        """Wait until no more than `waiting` pieces of work are left to the thread; raise the first
+        error of those that have ended."""
         while self._pending and (len(self._pending) > waiting or self._pending[0].done()):
             done = self._pending[0]
-            done.exception()  # waits: an interrupt here leaves it to be waited for on leaving
+            done.exception()  # waits: after an interrupt here, leaving the writer waits for it
             self._pending.popleft()
             try:
                 done.result()
@@ -245,7 +247,7 @@ class ShardWriter:
 
     def _write_group(self, rows: list[dict[str, Any]]) -> None:
         if self._broken:
-            return  # the error is on its way to the caller; these rows stay owed
+            return  # the caller is about to get the error; these rows stay missing
         try:
             self._write_table(pa.Table.from_pylist(rows, schema=self._schema))
         except BaseException:
@@ -284,13 +286,16 @@ class ShardWriter:
             staged.sink.close()
             shard = describe(staged.path, self._stage)
             folder = self._round.folder(self._stage)
-            # One moment for both: a writer that starts now finds them in step.
+            # Both under one lock: a writer that starts now finds folder and manifest in step.
             with short_lock(self._round.path):
                 if not self._round.is_locked:
-                    # An interrupt left the writer in the midst of leaving: another process may
-                    # have begun to make these rows.
-                    raise MPDError(f"{self._round.path}: let go before its last shard was written")
-                # From the link on the rows are committed, whatever happens to the manifest.
+                    # An interrupt released the round's lock while this writer was closing: another
+                    # process may have begun to make these rows.
+                    raise MPDError(
+                        f"{self._round.path}: the lock was released before the last shard was"
+                        " written."
+                    )
+                # The link commits the rows, whatever happens to the manifest afterwards.
                 self._staged = None
                 final = commit_file(staged.path, folder, self._hard_links)
                 self.rows_committed += shard.rows
@@ -303,8 +308,8 @@ class ShardWriter:
             raise
 
     def _break(self) -> None:
-        """After an error nothing more is written: a disk that is full now and not a second later
-        would leave holes that look like choice."""
+        """Write nothing more after an error: a disk that is full now and not a second later would
+        leave gaps that look intended."""
         self._broken = True
         if self._staged is not None:
             staged, self._staged = self._staged, None
