@@ -136,7 +136,7 @@ def check_claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     saved = read_record(out, "training")
     require_same_settings(
         out,
-        "this training",
+        "mpd-train",
         saved.get("identity"),
         identity,
         "For other settings give another --out, or run mpd-train with --overwrite, which deletes"

@@ -156,6 +156,10 @@ def test_the_best_weights_too(interrupted, tmp_path):
     assert invoke(cli, best, "--out", tmp_path / "out") == 0
     saved = {name: weight.bfloat16() for name, weight in saved_weights(best).items()}
     assert same(weights(tmp_path / "out"), saved)
+    usual = tmp_path / "usual"
+    usual.touch()
+    modes = {file.stat().st_mode for file in (tmp_path / "out" / "model").iterdir()}
+    assert modes == {usual.stat().st_mode}
 
 
 def test_a_student_that_has_moved_is_named(interrupted, tmp_path):

@@ -356,6 +356,9 @@ def test_a_training_is_planned(round_dir, tmp_path):
     assert plan["failing"] == (lengths > 90).sum() > 3
     assert "do not fit --pack-length 90" in plan["reasons"][0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one"]
+    (tmp_path / "one" / "run.json").unlink()
+    with pytest.raises(ConfigError, match="run.json does not say how they were made"):
+        ask("mpd-train", *call)
 
 
 @pytest.mark.parametrize("which", ["--student", "--teacher"])

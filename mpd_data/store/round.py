@@ -136,7 +136,7 @@ class RoundDir:
             )
         require_same_settings(
             self.path,
-            stage,
+            "mpd-gen rewrite" if stage == "distill" else f"mpd-gen {stage}",
             None if saved is None else saved["identity"],
             identity,
             _remedy(stage, saved, identity),
