@@ -207,6 +207,8 @@ def test_models_that_cannot_be_used_are_named(tmp_path):
         resolve_model(str(tmp_path))
     with pytest.raises(ConfigError, match="not a folder here"):
         resolve_model("no/such/model/here")
+    with pytest.raises(ConfigError, match=f"Did you mean '{STUDENT}'"):
+        resolve_model(str(STUDENT).replace("student", "studnt"))
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,16 @@ tokenizers are the same if their content is: names and paths say nothing, and on
 shifts every id after it.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mpd_data.common.errors import ConfigError
+from mpd_data.common.errors import ConfigError, did_you_mean
 from mpd_data.common.files import sha256_of
 from mpd_data.common.hashing import content_key
 
@@ -123,28 +124,21 @@ def resolve_model(
         if (path / _ADAPTER).is_file():
             return _on_base(name, path, version, trust_remote_code, weights, served)
     wanted = "a language model's configuration with vocab_size and max_position_embeddings"
-    config = _read_json(path / "config.json", wanted)
-    try:
+    with _expecting(path / "config.json", wanted):
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         text = config.get("text_config", config)
         vocab_size, context = int(text["vocab_size"]), int(text["max_position_embeddings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path / 'config.json'}: expected {wanted} ({type(error).__name__}: {error})."
-        ) from error
     return ModelFiles(name, path, version, vocab_size, context, served, config=config)
 
 
-def _read_json(path: Path, wanted: str) -> dict[str, Any]:
-    """Return the JSON object in `path`. Raises ConfigError, which says what was `wanted` there."""
+@contextlib.contextmanager
+def _expecting(path: Path, wanted: str) -> Iterator[None]:
+    """Raise ConfigError, which says what was `wanted`, for other content in the JSON of `path`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise TypeError(f"{type(content).__name__}, not an object")
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{path}: expected {wanted} ({type(error).__name__}: {error})."
-        ) from error
-    return content
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path}: expected the JSON of {wanted} ({reason}).") from error
 
 
 def load_config(model: ModelFiles, trust_remote_code: bool = False) -> Any:
@@ -182,11 +176,9 @@ def _on_base(
 ) -> ModelFiles:
     """Return the model that consists of the adapter in `path` and its base."""
     wanted = "peft's configuration with peft_type and base_model_name_or_path"
-    settings = _read_json(path / _ADAPTER, wanted)
-    try:
+    with _expecting(path / _ADAPTER, wanted):
+        settings = json.loads((path / _ADAPTER).read_text(encoding="utf-8"))
         kind, base_name = settings["peft_type"], settings["base_model_name_or_path"]
-    except KeyError as error:
-        raise ConfigError(f"{path / _ADAPTER}: expected {wanted} (no {error}).") from error
     if kind != "LORA":
         raise ConfigError(
             f"{name}: an adapter of type {kind}; LORA is the one that engines run. Merge it into"
@@ -234,10 +226,11 @@ def _download(name: str, revision: str | None, code: bool, weights: bool) -> tup
         path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except hub_failures() as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        folders = (str(folder) for folder in Path(name).parent.glob("*") if folder.is_dir())
         raise ConfigError(
-            f"{name}: not a folder here, and it cannot be downloaded from the hub ({reason}). Give"
-            " the path of a model folder, or a hub id with the network (and HF_TOKEN for gated"
-            " models)."
+            f"{name}: not a folder here, and it cannot be downloaded from the hub ({reason})."
+            f"{did_you_mean(name, folders)} Give the path of a model folder, or a hub id with the"
+            " network (and HF_TOKEN for gated models)."
         ) from error
     # Weights in other formats; or, offline with an older huggingface_hub, what a dry run fetched.
     if weights and not any(path.glob("*.safetensors")):
