@@ -38,7 +38,7 @@ def differences(
             if _is_hash(old) and _is_hash(new):
                 old, new = (counts or {}).get(name) or (_size(old), _size(new))
                 if old == new:
-                    lines.append(f"{prefix}{name}: the content has changed")
+                    lines.append(f"{prefix}{name}: the content differs")
                     continue
             lines.append(f"{prefix}{name}: saved {old!r} / now {new!r}")
     return lines
