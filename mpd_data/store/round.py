@@ -127,27 +127,27 @@ class RoundDir:
         never belong in one round.
         """
         saved = self.saved_stage(stage)
+        old = saved or {"identity": None, "details": {}}
         counts = {}
-        has_counts = saved is not None and "rows" in saved["details"] and "rows" in details
-        if saved is not None and has_counts and stage == "rollouts":
+        if stage == "rollouts" and "rows" in old["details"] and "rows" in details:
             counts["prompts"] = (
-                saved["details"]["rows"] // saved["identity"]["num_samples"],
+                old["details"]["rows"] // old["identity"]["num_samples"],
                 details["rows"] // identity["num_samples"],
             )
         require_same_settings(
             self.path,
             "mpd-gen rewrite" if stage == "distill" else f"mpd-gen {stage}",
-            None if saved is None else saved["identity"],
+            old["identity"],
             identity,
-            _remedy(stage, saved, identity),
+            _remedy(stage, old["identity"] or {}, identity),
             bool(self.shard_paths(stage)),
             counts,
         )
         return saved
 
     def record_speed(self, stage: Stage, speed: Mapping[str, Any]) -> None:
-        """Keeps in run.json how fast `stage` went: rows, tokens, seconds, device, backend. A run of
-        fewer rows on the same device says less than the one before and does not replace it."""
+        """Record in run.json how fast `stage` was: rows, tokens, seconds, device, backend. A run
+        with fewer rows on the same device does not replace the record of the one before."""
         same = ("device", "backend")
         with short_lock(self.path):
             info = self.run_info()
@@ -162,16 +162,16 @@ class RoundDir:
             write_record(self.path, "round", info)
 
     def discard(self, *stages: Stage) -> None:
-        """Deletes what these stages have written here (the `--overwrite` of a command)."""
+        """Delete what these stages have written here (the `--overwrite` of a command)."""
         for stage in stages:
             if self.folder(stage).exists():
-                # Away at once under its name, so that a kill leaves no half of it behind.
+                # Renamed first, so that a kill leaves no half of it under its name.
                 doomed = self.staging / f"discarded-{stage}-{uuid.uuid4().hex}"
                 self.folder(stage).replace(doomed)
                 shutil.rmtree(doomed)
             self.manifest_path(stage).unlink(missing_ok=True)
         if "distill" in stages:
-            # What a killed pass over them left would be taken for this stage's.
+            # The rows of a killed pass over the old rewrites would be taken for new ones.
             shutil.rmtree(scratch_of(self).path, ignore_errors=True)
         info = self.run_info()
         for stage in stages:
@@ -358,18 +358,14 @@ class RoundDir:
                     yield from rows.to_pylist()
 
 
-def _remedy(stage: Stage, saved: Mapping[str, Any] | None, identity: Mapping[str, Any]) -> str:
+def _remedy(stage: Stage, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
     """Return what a user can do who wants other settings for `stage` than it was begun with."""
     if stage == "rollouts":
         return (
             "For other settings give another --out, or delete what this stage has written: run"
             " mpd-gen rollouts with --overwrite."
         )
-    if saved is not None and all(
-        saved["identity"].get(name) == value
-        for name, value in identity.items()
-        if name not in REFILTERED
-    ):
+    if all(saved.get(name) == identity[name] for name in identity if name not in REFILTERED):
         return (
             "To apply changed filters and choice to the rewrites that exist, run mpd-gen rewrite"
             " with --refilter: it deletes nothing."
