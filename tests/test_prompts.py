@@ -351,7 +351,7 @@ def test_what_the_hub_does_not_give_is_said_in_one_line(hub, tmp_path):
         return ["prompts", [f"hf://owner/{query}"], column]
 
     calls = {
-        "sums": "names no split.*There are train, test",
+        "sums": "names no split.*The splits are train, test",
         "sums?split=dev": "not to be had from the hub .*dev",
         "sums?split=tset": r"not to be had from the hub .*Did you mean split=test\?",
         "sums?split=trian[:2]": r"Did you mean split=train\?",
