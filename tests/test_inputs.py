@@ -61,7 +61,9 @@ def not_text(folder, kind):
                 "id": [row[0] for row in rows],
                 # Other writers put such bytes into text columns without a check.
                 "problem": pa.array([row[1] for row in rows]).view(pa.string()),
-                "gold": pa.array([row[2] for row in rows]).view(pa.string()),
+                "gold": pa.array([row[2] for row in rows], pa.large_binary()).view(
+                    pa.large_string()
+                ),
             }
         )
         pq.write_table(table, path)

@@ -96,21 +96,16 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Rows:
 
 
 def _rows_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
-    except UnicodeDecodeError:
-        # Arrow checks that text is UTF-8 when it writes; other writers do not.
-        columns = [_cells(column) for column in batch.columns]
-        names = batch.schema.names
-        return [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
-    return rows
+    names, columns = batch.schema.names, [_cells(column) for column in batch.columns]
+    return [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def _cells(column: pa.Array) -> list[Any]:
-    if not pa.types.is_string(column.type):
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         cells: list[Any] = column.to_pylist()
         return cells
-    raw = column.cast(pa.binary()).to_pylist()
+    # Arrow checks that text is UTF-8 when it writes; other writers do not.
+    raw = column.cast(pa.large_binary()).to_pylist()
     return [None if value is None else value.decode("utf-8", _KEEP) for value in raw]
 
 
