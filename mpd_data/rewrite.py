@@ -76,6 +76,7 @@ def run_rewrite(
     Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
     finished before are committed in every case.
     """
+    config.parts.require_one_process("mpd-gen rewrite")
     if config.choose != "likeliest" or config.parts.part != WHOLE:
         return distill(prepare_run(config), overwrite, limit)
     round_dir = RoundDir(config.shards)

@@ -201,6 +201,7 @@ def run_rollouts(
     Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
     finished before are committed in every case.
     """
+    config.parts.require_one_process("mpd-gen rollouts")
     return sample(prepare_run(config), overwrite, limit)
 
 

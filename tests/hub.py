@@ -1,7 +1,7 @@
-"""A small hub on this machine: serves folders as repositories over the part of the Hugging Face
-hub's API that downloads of models and datasets use. Real HTTP, no network.
+"""Serve folders as a small Hugging Face hub on this machine: real HTTP without a network.
 
-A request for a repository that is not there gets the hub's own answer, with its X-Error-Code.
+It has the part of the hub's API that downloads of models and datasets use. A request for a missing
+repository gets the same answer as from the real hub, with its X-Error-Code.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Hub:
-    """`with Hub() as hub: hub.add(...)`. `hub.environment(home)` points a process at it;
-    `hub.served` lists what was downloaded, as "repo/path"."""
+    """The server, a context manager. A process with `environment(home)` uses it as its hub;
+    `served` lists the downloaded files as "repo/path"."""
 
     def __init__(self):
         self.repos = {}  # (kind, name) -> {revision or commit: (commit, folder)}
@@ -33,7 +33,7 @@ class Hub:
         self.server.server_close()
 
     def add(self, kind, name, folder, revision="main"):
-        """Serves `folder` as that revision of a repository; kind "models" or "datasets". Returns
+        """Serve `folder` as one revision of a repository of `kind` "models" or "datasets". Return
         the commit."""
         commit = hashlib.sha1(f"{kind}/{name}@{revision}".encode()).hexdigest()
         revisions = self.repos.setdefault((kind, name), {})
@@ -41,10 +41,10 @@ class Hub:
         return commit
 
     def environment(self, home):
-        """Of a process that knows no hub but this one, and starts with an empty cache."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+        """Return the environment of a process that uses only this hub and has an empty cache."""
+        others = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         return {
-            **kept,
+            **others,
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",
@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({"error": code}, status, X_Error_Code=code, X_Error_Message=code)
 
     def _find(self, kind, name, revision):
-        """(commit, folder), or None after an answer that says what is missing."""
+        """Return (commit, folder), or None after an answer that says what is missing."""
         if (kind, name) in self.hub.gated:
             return self._refuse("GatedRepo", 403)
         revisions = self.hub.repos.get((kind, name))
@@ -105,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({})
 
     def _answer(self, form):
-        # Split before unquoting: a quoted slash belongs to its part.
+        # Split before unquoting, so that a quoted slash stays in its part.
         parts = [unquote(p) for p in urlsplit(self.path).path.strip("/").split("/")]
         if parts[0] == "api" and len(parts) >= 4:
             kind, name, rest = parts[1], f"{parts[2]}/{parts[3]}", parts[4:]

@@ -1,4 +1,4 @@
-"""Checkers: what they read, what they hold equal, and the processes they run in."""
+"""Checkers: the answers that they extract and hold equal, and the processes that run them."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mpd_data.checkers.builtin import NumberChecker, judge, make_checker
+from mpd_data.checkers.builtin import NumberChecker, make_checker
 from mpd_data.checkers.formats import final_part
 from mpd_data.checkers.pool import CheckPool, CheckRequest
 from mpd_data.common.errors import ConfigError
@@ -55,10 +55,7 @@ def test_number_checker_compares(left, right, equal):
     assert NumberChecker().equal(left, right) is equal
 
 
-def test_judging_without_gold_or_answer():
-    checker = make_checker("number")
-    assert judge(checker, "2", None) is None
-    assert judge(checker, None, "2") is False
+def test_unknown_checkers_and_open_thoughts():
     with pytest.raises(ConfigError, match="there are choice.*mean 'number'"):
         make_checker("nummber")
     assert final_part("<think> a") is None
@@ -221,33 +218,33 @@ def test_a_check_that_fails_costs_its_own_verdict_only(hostile):
     ]
     requests += [CheckRequest("none", "<think>", "1", {}, "1"), CheckRequest("no gold", "x")]
     with CheckPool(hostile, ("tag", "bare"), 1.0, 2) as pool:
-        found = collect(pool, requests)
+        verdicts = collect(pool, requests)
         assert pool.in_flight == 0
-    assert set(found) == {r.key for r in requests}
+    assert set(verdicts) == {r.key for r in requests}
     errors = ["timed out after 1 s", "the checking process died (exit status 7)"]
     for i, error in enumerate([*errors, "ValueError: a bad answer"]):
-        verdict = found[str(i)]
+        verdict = verdicts[str(i)]
         assert (verdict.answer, verdict.error) == (answers[i], error)
         assert (verdict.is_correct, verdict.keeps_answer) == (False, None)
     for key in ("3", "4", "5"):
-        assert (found[key].is_correct, found[key].keeps_answer, found[key].error) == (
+        assert (verdicts[key].is_correct, verdicts[key].keeps_answer, verdicts[key].error) == (
             True,
             True,
             None,
         )
-    nothing = found["none"]
+    nothing = verdicts["none"]
     assert (nothing.answer, nothing.is_correct, nothing.keeps_answer) == (None, False, False)
-    ungraded = found["no gold"]
+    ungraded = verdicts["no gold"]
     assert (ungraded.answer, ungraded.is_correct, ungraded.keeps_answer) == ("x", None, None)
 
 
 def test_workers_go_on_while_nobody_asks(hostile):
-    """The stages ask once for each step of the engine, which may end many samples at once."""
+    """A stage reads verdicts once for each engine step, which may end many samples at once."""
     with CheckPool(hostile, ("bare",), 1.0, 1) as pool:
         pool.submit(CheckRequest("first", "fine", "fine"))
         assert len(pool.ready(60)) == 1
-        found = collect(pool, [CheckRequest(str(i), "fine", "fine") for i in range(20)])
-        assert list(found) == [str(i) for i in range(20)]
+        verdicts = collect(pool, [CheckRequest(str(i), "fine", "fine") for i in range(20)])
+        assert list(verdicts) == [str(i) for i in range(20)]
         for i in range(20):
             pool.submit(CheckRequest(str(i), "fine", "fine"))
         (worker,) = pool._workers
@@ -255,7 +252,7 @@ def test_workers_go_on_while_nobody_asks(hostile):
 
 
 def test_text_that_overfills_a_pipe_holds_nobody_up(hostile):
-    """A worker that sleeps reads nothing: what it could not take has to stay here."""
+    """A worker that hangs reads nothing, so the parent must keep what the pipe cannot hold."""
     with CheckPool(hostile, ("tag",), 1.0, 1) as pool:
         pool.submit(CheckRequest("first", "<answer>fine</answer>", "fine"))
         assert len(pool.ready(60)) == 1
@@ -266,9 +263,9 @@ def test_text_that_overfills_a_pipe_holds_nobody_up(hostile):
             pool.submit(request)
         (worker,) = pool._workers
         assert 1 < len(worker.tasks) < 5
-        found = collect(pool, [])
-        assert {v.is_correct for key, v in found.items() if key != "sleep"} == {True}
-        assert len(found) == len(requests)
+        verdicts = collect(pool, [])
+        assert {v.is_correct for key, v in verdicts.items() if key != "sleep"} == {True}
+        assert len(verdicts) == len(requests)
 
 
 def test_checkers_that_cannot_be_used_are_named(hostile):

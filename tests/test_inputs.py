@@ -1,4 +1,4 @@
-"""Prompts, answers and templates: what is taken, and what is refused with a message."""
+"""Prompts, answers and templates: which inputs are accepted, and the messages for the others."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def test_bad_rows_are_named(tmp_path, content, message):
 
 
 def not_text(folder, kind):
-    """A file whose second problem is no text, and whose third gold answer is none."""
+    """Write a file whose second problem and third gold answer are not UTF-8."""
     path = folder / f"p.{kind}"
     rows = [["a", b"one", b"1"], ["b", b"two \xff", b"2"], ["c", b"three", b"\xc3("]]
     if kind == "jsonl":
@@ -59,9 +59,11 @@ def not_text(folder, kind):
         table = pa.table(
             {
                 "id": [row[0] for row in rows],
-                # What other writers put into a column of text without a look at it.
+                # Other writers put such bytes into text columns without a check.
                 "problem": pa.array([row[1] for row in rows]).view(pa.string()),
-                "gold": pa.array([row[2] for row in rows]).view(pa.string()),
+                "gold": pa.array([row[2] for row in rows], pa.large_binary()).view(
+                    pa.large_string()
+                ),
             }
         )
         pq.write_table(table, path)
@@ -220,7 +222,7 @@ def test_models_that_cannot_be_used_are_named(tmp_path):
     ],
 )
 def test_files_that_contradict_each_other_are_one_message(tmp_path, file, changed):
-    """Whatever the libraries raise: tokenizers' own errors are of no class."""
+    """Any exception of the libraries becomes one message; tokenizers raises plain Exception."""
     folder = tmp_path / "model"
     shutil.copytree(STUDENT, folder)
     content = json.loads((folder / file).read_text()) | changed

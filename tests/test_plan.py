@@ -161,7 +161,7 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path):
     ]  # fmt: skip
     plan = dry("mpd-gen", *arguments)
     assert (plan["rows"], plan["failing"]) == (6, 6)
-    assert "row 1: the prompt spells the control token" in plan["reasons"][0]
+    assert "row 1: the prompt contains the control token" in plan["reasons"][0]
     assert "do not fit the context of 1024" in plan["reasons"][1]
     assert plan["reasons"][-1] == "and 3 more"
     assert not out.exists()

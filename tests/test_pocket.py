@@ -1,4 +1,4 @@
-"""The pocket world's promises, and what its shipped models can do."""
+"""The pocket world: its problems, traces and splits, and the skills of its shipped models."""
 
 import json
 import random
@@ -40,7 +40,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def answer_by_reading(text: str) -> int:
-    """The answer from the story's words alone, by other means than the world's own."""
+    """Solve a problem from the words of its story, without the code of the world."""
     start, *amounts = (int(word) for word in text.split() if word.isdigit())
     gains = r"(?:wins|finds) (\d+)|(\d+) on"
     losses = r"(?:gives|loses|costs) (\d+)|(\d+) off"
@@ -155,15 +155,15 @@ def test_rewrite_template_reads_and_lays_out_a_trace() -> None:
 
 @pytest.fixture(scope="module")
 def drafts() -> list[Sample]:
-    """Sixteen of the shipped student's samples at temperature 1 for each family."""
+    """Sixteen samples of the shipped student for each family, at temperature 1."""
     torch.set_num_threads(1)
-    asked = [
+    tasks = [
         (problem, problem.text)
         for family in world.FAMILIES
         for problem in islice(world.problems(random.Random(3), (family,), "validation"), 16)
     ]
     student, tokenizer = load(MODELS / "student")
-    return sample(student, tokenizer, asked, temperature=1.0)
+    return sample(student, tokenizer, tasks, temperature=1.0)
 
 
 def test_shipped_student_solves_verbosely(drafts: list[Sample]) -> None:
@@ -175,8 +175,8 @@ def test_shipped_student_solves_verbosely(drafts: list[Sample]) -> None:
 def test_shipped_teacher_rewrites_what_the_student_wrote(drafts: list[Sample]) -> None:
     teacher, tokenizer = load(MODELS / "teacher")
     right = [draft for draft in drafts if draft.right]
-    asked = [(draft.problem, rewrite_prompt(draft.problem.text, draft.text)) for draft in right]
-    rewrites = sample(teacher, tokenizer, asked, temperature=0.0)
+    tasks = [(draft.problem, rewrite_prompt(draft.problem.text, draft.text)) for draft in right]
+    rewrites = sample(teacher, tokenizer, tasks, temperature=0.0)
     assert evaluate.share([rewrite.ended for rewrite in rewrites]) > 0.9
     assert evaluate.share([rewrite.right for rewrite in rewrites]) > 0.8
     assert evaluate.mean_tokens(rewrites) < 0.6 * evaluate.mean_tokens(right)

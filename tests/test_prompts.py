@@ -1,4 +1,4 @@
-"""Prompts from CSV files and hub datasets, what goes with them, and how they are laid out."""
+"""Prompts from CSV files and hub datasets, examples, and the chat templates that render them."""
 
 import datetime
 import json
@@ -19,7 +19,7 @@ from mpd_data.prompts.chat import ChatFormatter, PromptError, thinking_switch
 from mpd_data.prompts.reader import fill_prompt, load_examples, load_prompts
 from mpd_data.prompts.sources import HubSource
 
-# As Qwen3's: thinking is on unless the switch is false, thoughts of earlier turns are cut.
+# Like Qwen3's: thinking is on unless the switch is false; thoughts of earlier turns are removed.
 QWEN = """{%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' }}
 {%- if message.role == 'assistant' %}{{- message.content.split('</think>')[-1] }}
@@ -60,12 +60,12 @@ def test_csv_gives_the_prompts_of_jsonl(tmp_path):
         '\ufeffid,other,q,gold\r\na,,"Say ""hi"", then\nstop — ü",007\r\n\r\nb,x,2,\r\n'.encode()
     )
     jsonl = write_jsonl(tmp_path / "p.jsonl", rows)
-    found = [
+    loaded = [
         [(p.id, p.text, p.answer) for p in load_prompts([p], "q", "id", "gold")]
         for p in (path, jsonl)
     ]
-    assert found[0] == found[1]
-    assert found[0][0] == ("a", 'Say "hi", then\nstop — ü', "007")
+    assert loaded[0] == loaded[1]
+    assert loaded[0][0] == ("a", 'Say "hi", then\nstop — ü', "007")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_system_prompt_and_examples_come_first_in_order(qwen):
         ("assistant", "4"),
         ("user", "3 + 3"),
     ]
-    expected = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
+    expected = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
     assert text == expected + "<|im_start|>assistant\n"
     assert ids == qwen(text, add_special_tokens=False)["input_ids"]
     assert formatter.render("3 + 3")[0] == text
@@ -253,9 +253,9 @@ def test_examples_are_read_in_order(tmp_path):
 def test_a_dry_run_needs_no_weights(tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((STUDENT / name).read_bytes())
-    found = resolve_model(str(tmp_path), weights=False)
-    assert found.version == "unhashed"
-    assert found.vocab_size == resolve_model(str(STUDENT)).vocab_size
+    files = resolve_model(str(tmp_path), weights=False)
+    assert files.version == "unhashed"
+    assert files.vocab_size == resolve_model(str(STUDENT)).vocab_size
     with pytest.raises(ConfigError, match="safetensors"):
         resolve_model(str(tmp_path))
 
@@ -265,22 +265,22 @@ import dataclasses, json, sys
 from mpd_data.common.errors import MPDError
 from mpd_data.common.models import resolve_model
 from mpd_data.prompts.reader import load_prompts
-found = []
+results = []
 for kind, *arguments in json.loads(sys.argv[1]):
     try:
         if kind == "prompts":
-            found.append([dataclasses.asdict(p) for p in load_prompts(*arguments)])
+            results.append([dataclasses.asdict(p) for p in load_prompts(*arguments)])
         else:
             files = resolve_model(arguments[0], arguments[1], weights=arguments[2])
-            found.append([files.version, sorted(p.name for p in files.path.iterdir())])
+            results.append([files.version, sorted(p.name for p in files.path.iterdir())])
     except MPDError as error:
-        found.append(f"{type(error).__name__}: {error}")
-print(json.dumps(found))
+        results.append(f"{type(error).__name__}: {error}")
+print(json.dumps(results))
 """
 
 
 def ask(hub, home, *calls, **environment):
-    """What the calls return in a process of their own, whose only hub is `hub`."""
+    """Return the results of the calls, made in a process whose only hub is `hub`."""
     done = subprocess.run(
         [sys.executable, "-c", LOAD, json.dumps(calls)],
         cwd=ROOT,
@@ -314,7 +314,7 @@ def hub(tmp_path_factory):
             hard = pa.Table.from_pylist([{"q": f"hard{shift}", "gold": "h"}])
             pq.write_table(hard, folder / "data" / "hard.parquet")
             hub.add("datasets", "owner/sums", folder, revision)
-        # Without README.md: found by the names of its files.
+        # Without a README.md, `datasets` finds the split by the file's name.
         plain = tmp_path_factory.mktemp("plain")
         write_jsonl(plain / "train.jsonl", [{"q": "line 1", "gold": 1}, {"q": "line 2", "gold": 2}])
         hub.add("datasets", "owner/lines", plain)
@@ -351,7 +351,7 @@ def test_what_the_hub_does_not_give_is_said_in_one_line(hub, tmp_path):
         return ["prompts", [f"hf://owner/{query}"], column]
 
     calls = {
-        "sums": "names no split.*There are train, test",
+        "sums": "names no split.*The splits are train, test",
         "sums?split=dev": "not to be had from the hub .*dev",
         "sums?split=tset": r"not to be had from the hub .*Did you mean 'test'\?",
         "sums?split=trian[:2]": r"Did you mean 'train'\?",
@@ -360,14 +360,14 @@ def test_what_the_hub_does_not_give_is_said_in_one_line(hub, tmp_path):
         "absent?split=train": "not to be had from the hub .*absent",
         "gated?split=train": "not to be had from the hub .*gated",
     }
-    found = ask(hub, tmp_path, *(load(query) for query in calls), load("sums?split=train", "p"))
-    for said, expected in zip(found, calls.values(), strict=False):
-        assert said.startswith("ConfigError: hf://owner/") and "\n" not in said, said
-        assert re.search(expected, said), said
-    assert re.match("DataError: hf://owner/sums.*no column 'p'", found[-1]), found[-1]
+    results = ask(hub, tmp_path, *(load(query) for query in calls), load("sums?split=train", "p"))
+    for message, expected in zip(results, calls.values(), strict=False):
+        assert message.startswith("ConfigError: hf://owner/") and "\n" not in message, message
+        assert re.search(expected, message), message
+    assert re.match("DataError: hf://owner/sums.*no column 'p'", results[-1]), results[-1]
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    (said,) = ask(hub, tmp_path / "other", load("sums?split=train"), **nowhere)
-    assert said.startswith("ConfigError: hf://owner/sums?split=train: not to be had"), said
+    (message,) = ask(hub, tmp_path / "other", load("sums?split=train"), **nowhere)
+    assert message.startswith("ConfigError: hf://owner/sums?split=train: not to be had"), message
 
 
 def test_models_of_the_hub_are_had_with_and_without_weights(hub, tmp_path):
@@ -399,5 +399,5 @@ def test_models_of_the_hub_are_had_with_and_without_weights(hub, tmp_path):
     assert absent.startswith("ConfigError: pocket/absent: not a folder here")
     assert revision.startswith("ConfigError: pocket/student: not a folder here")
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    (said,) = ask(hub, tmp_path / "other", whole_model, **nowhere)
-    assert said.startswith("ConfigError: pocket/student: not a folder here"), said
+    (message,) = ask(hub, tmp_path / "other", whole_model, **nowhere)
+    assert message.startswith("ConfigError: pocket/student: not a folder here"), message

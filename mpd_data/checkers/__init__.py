@@ -1,6 +1,6 @@
 """Extract final answers and compare them with gold answers.
 
-A checker of your own subclasses `mpd_data.checkers.Checker`.
+To add a checker, subclass `mpd_data.checkers.Checker` and name it as --checker package.module:Name.
 """
 
 from mpd_data.checkers.formats import Checker

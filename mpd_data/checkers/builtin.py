@@ -1,9 +1,7 @@
-"""Answer checking by program.
+"""The built-in checkers, which extract final answers and compare them, and the choice of one.
 
-A checker reads the final answer from a completion and says whether two answers mean the same.
-`extract` gives None where no answer stands in a declared format: a failure of format, which
-stages count apart from a wrong answer. Models write what is read here, so reading costs time in
-proportion to the text; comparing may take long (`math`), and runs under `checks.CheckPool`.
+A model wrote the text, so extracting takes time in proportion to its length whatever it contains.
+Comparing may take long (`math`), so it runs in the processes of `pool.CheckPool`.
 """
 
 import importlib
@@ -22,14 +20,14 @@ from mpd_data.checkers.formats import MAX_ANSWER, Checker
 from mpd_data.common.errors import ConfigError, did_you_mean, requires
 from mpd_data.config import ANSWER_FORMATS, AnswerFormat
 
-# Every repetition is bounded: hostile text costs time in proportion to its length.
+# Every repetition is bounded, so that hostile text takes time in proportion to its length.
 _NUMBER = (
     r"(?:\$[-+]|[-+]?\$?)(?:\d{1,3}(?:,\d{3}){1,12}(?!\d)|\d{1,40}(?!\d))(?:\.\d{1,40}(?!\d))?"
     r"(?:\s?/\s?\d{1,40}(?!\d))?"
 )
 _PLAIN = re.compile(_NUMBER)
 _NAMED = re.compile(r"[A-Za-z]{1,20}\s{0,4}=\s{0,4}(?=[-+$\d])")
-# What may follow a number: its unit or the sentence's rest, and no more mathematics.
+# What may follow a number: its unit or the rest of the sentence, but no more mathematics.
 _UNIT = re.compile(
     r"\s{0,4}(?:$|%|°|\^\{?\\circ|\\(?:text|mathrm|mbox|circ|degree)\b|[.;:!)](?:\s|$)|,\s(?!\s?\d))"
     r"|(?:\s{1,4}|(?=[A-Za-z]{2}|[mgshL]\b))(?!(?:and|or)\b|[A-Za-z]\s?[-+*/^=])[^\W\d]"
@@ -38,7 +36,7 @@ _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s?\{\s?(\d{1,40})\s?\}\s?\{\s?(\d{1,4
 
 
 def _delatex(text: str) -> str:
-    """Number text without LaTeX's money, spacing and fractions."""
+    """Return the text with LaTeX's currency, spacing and fractions as plain text."""
     for old, new in (("\\$", "$"), ("{,}", ","), ("\\!", ""), ("\\,", " "), ("\\%", "%")):
         text = text.replace(old, new)
     text = text.strip().removeprefix("\\(").removesuffix("\\)").strip("*").strip()
@@ -53,10 +51,10 @@ class NumberChecker(Checker):
     def read(self, text: str) -> str | None:
         text = _delatex(text[: MAX_ANSWER + 1])
         named = _NAMED.match(text)
-        found = _PLAIN.match(text, named.end() if named else 0)
-        if found is None or _UNIT.match(text, found.end()) is None:
+        number = _PLAIN.match(text, named.end() if named else 0)
+        if number is None or _UNIT.match(text, number.end()) is None:
             return None
-        return found[0]
+        return number[0]
 
     def read_bare(self, text: str) -> str | None:
         bare = text.removesuffix(".")
@@ -76,7 +74,7 @@ class NumberChecker(Checker):
             return None
 
 
-# Parsing evaluates: these would be evaluated until the time limit, to no avail.
+# Parsing evaluates, and evaluating these would only reach the time limit.
 _UNBOUNDED = re.compile(
     r"\^\s?\{?\s?-?\d{5}|\d{4}\s?\}?!|!!!|\x00|\d\s?\^\s?\{?\s?\d{2,9}\s?\^"
     r"|\d\s?\^\s?\{?\s?\d\s?\^\s?\{?\s?(?:[4-9]|\d\d|\d\s?\^)"
@@ -97,12 +95,12 @@ def _brace_depth(text: str) -> int:
 
 
 class MathChecker(Checker):
-    """Mathematics as LaTeX or plain text, compared by math-verify."""
+    """Mathematics as LaTeX or plain text, compared with math-verify."""
 
     def prepare(self) -> None:
         import math_verify
 
-        # It warns, once, that its own time limits (signals) are off: the pool's is on.
+        # It warns that its own time limits are off. The pool's limit is on.
         logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)
 
     def read(self, text: str) -> str | None:
@@ -136,7 +134,7 @@ class MathChecker(Checker):
 
         parsed = []
         for text in (right, left):
-            # Its search for plain expressions would pick one number out of prose.
+            # In prose, its search for plain expressions would pick out a single number.
             plain = [] if re.search(r"[A-Za-z_]", text) else [ExprExtractionConfig()]
             configs = [LatexExtractionConfig(), *plain]
             parsed.append(parse(_as_latex(text), configs, parsing_timeout=None))
@@ -152,7 +150,7 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s?\{([^{}]{0
 
 
 class TextChecker(Checker):
-    """Words: case, width, spacing, surrounding punctuation and a leading article do not count."""
+    """Words, compared without case, width, spacing, surrounding punctuation, leading article."""
 
     def equal(self, answer: str, gold: str) -> bool:
         return _plain_words(answer) == _plain_words(gold)
@@ -179,12 +177,12 @@ class ChoiceChecker(Checker):
 
     def read(self, text: str) -> str | None:
         text = _stripped_choice(text)
-        found = _LETTER.match(text) or _LETTER_IN_SENTENCE.match(text)
-        return next(group for group in found.groups() if group).upper() if found else None
+        match = _LETTER.match(text) or _LETTER_IN_SENTENCE.match(text)
+        return next(letter for letter in match.groups() if letter).upper() if match else None
 
     def read_bare(self, text: str) -> str | None:
-        found = _LETTER.match(_stripped_choice(text)) if "\n" not in text else None
-        return found[1].upper() if found else None
+        match = _LETTER.match(_stripped_choice(text)) if "\n" not in text else None
+        return match[1].upper() if match else None
 
     def equal(self, answer: str, gold: str) -> bool:
         left = self.read(answer)
@@ -196,7 +194,7 @@ def _stripped_choice(text: str) -> str:
 
 
 class ReasoningGymChecker(Checker):
-    """Tasks of reasoning-gym, scored by the task's own function; a full score is right."""
+    """Tasks of reasoning-gym, scored by the task's own function; a full score is correct."""
 
     def prepare(self) -> None:
         import reasoning_gym  # noqa: F401  # takes seconds
@@ -211,8 +209,9 @@ class ReasoningGymChecker(Checker):
         return answer.strip() == gold.strip()
 
     def correct(self, answer: str, gold: str, metadata: Mapping[str, Any]) -> bool:
-        """Raises ValueError where the metadata names no `source_dataset`, or an unknown one."""
-        inner = metadata.get("metadata", metadata)  # a column `metadata`, carried whole
+        """Score the answer. Raise ValueError if the metadata's `source_dataset` is missing or
+        unknown."""
+        inner = metadata.get("metadata", metadata)  # if the column `metadata` was carried
         if "source_dataset" not in metadata:
             metadata = json.loads(inner) if isinstance(inner, str) else inner
         if not isinstance(metadata, Mapping) or "source_dataset" not in metadata:
@@ -236,27 +235,29 @@ CHECKERS: dict[str, type[Checker]] = {
 _LIBRARIES = {"math": "math_verify", "reasoning-gym": "reasoning_gym"}
 
 
-class _Foreign(Checker):
-    """A user's object that has `extract` and `equal` and is no Checker."""
+class _Adapter(Checker):
+    """A Checker made from a user's object that has `extract` and `equal` and is not a Checker."""
 
-    def __init__(self, theirs: Any):
+    def __init__(self, inner: Any):
         super().__init__()
-        self._theirs = theirs
+        self._inner = inner
         for name in ("prepare", "correct", "gold"):
-            if callable(getattr(theirs, name, None)):
-                setattr(self, name, getattr(theirs, name))
+            if callable(getattr(inner, name, None)):
+                setattr(self, name, getattr(inner, name))
 
     def extract(self, completion: str) -> str | None:
-        answer = self._theirs.extract(completion)
+        answer = self._inner.extract(completion)
         return None if answer is None else str(answer)
 
     def equal(self, answer: str, gold: str) -> bool:
-        return bool(self._theirs.equal(answer, gold))
+        return bool(self._inner.equal(answer, gold))
 
 
 def make_checker(name: str, formats: Sequence[AnswerFormat] = ANSWER_FORMATS) -> Checker:
-    """The checker called `name`, or a user's own by `package.module:Name`. Raises ConfigError
-    where there is none, or where it cannot be used."""
+    """Return the built-in checker `name`, or a user's own, named as `package.module:Name`.
+
+    Raise ConfigError if it does not exist or cannot be used.
+    """
     if ":" in name:
         return _own_checker(name, formats)
     if name not in CHECKERS:
@@ -279,30 +280,18 @@ def _own_checker(name: str, formats: Sequence[AnswerFormat]) -> Checker:
         sys.path.append(here)  # console scripts do not look in the working folder
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-        theirs = factory()
+        checker = factory()
     except Exception as error:  # a user's code may raise anything
         raise ConfigError(
-            f"checker {name!r}: cannot be made: {type(error).__name__}: {error}"
+            f"checker {name!r} cannot be created: {type(error).__name__}: {error}"
         ) from error
-    missing = [m for m in ("extract", "equal") if not callable(getattr(theirs, m, None))]
+    missing = [m for m in ("extract", "equal") if not callable(getattr(checker, m, None))]
     if missing:
         raise ConfigError(
-            f"checker {name!r}: {type(theirs).__name__} has no method {' and no '.join(missing)};"
-            " subclass mpd_data.checkers.Checker or give both."
+            f"checker {name!r}: {type(checker).__name__} has no method {' and no '.join(missing)};"
+            " subclass mpd_data.checkers.Checker or define both."
         )
-    if isinstance(theirs, Checker):
-        theirs.formats = tuple(formats)
-        return theirs
-    return _Foreign(theirs)
-
-
-def judge(
-    checker: Checker,
-    answer: str | None,
-    gold: str | None,
-    metadata: Mapping[str, Any] | None = None,
-) -> bool | None:
-    """Whether `answer` is right; None where there is no gold answer to say so."""
-    if gold is None:
-        return None
-    return answer is not None and checker.correct(answer, checker.gold(gold), metadata or {})
+    if isinstance(checker, Checker):
+        checker.formats = tuple(formats)
+        return checker
+    return _Adapter(checker)

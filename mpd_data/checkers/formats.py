@@ -1,4 +1,4 @@
-"""Find the final answer in a solution, and the base class of checkers."""
+"""The formats in which a solution marks its final answer, and the base class of checkers."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,20 +6,22 @@ from typing import Any
 
 from mpd_data.config import ANSWER_FORMATS, AnswerFormat
 
-# Nothing longer is taken for a marked answer: nested marks would make each other's text count.
+# The longest marked answer, in characters: it keeps the cost of nested marks linear.
 MAX_ANSWER = 2000
 
 
 def final_part(completion: str) -> str | None:
-    """What follows the reasoning: the text after the last </think>. All of the text where it
-    has no thinking tags; None where thinking was opened and never closed."""
+    """Return the text after the last </think>, or all of a text without thinking tags.
+
+    Return None if thinking was opened and never closed.
+    """
     _, closed, after = completion.rpartition("</think>")
     if closed:
         return after
     return None if "<think>" in completion else completion
 
 
-# Escaped braces and backslashes are matched so that they are passed over.
+# Escaped braces and backslashes are matched so that they can be skipped.
 _BRACES = re.compile(r"\\boxed\s{0,4}\{|\\boxed\s{1,4}(\w{1,40})|\\[\\{}]|[{}]")
 _TAGS = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _PHRASE = re.compile(
@@ -84,26 +86,33 @@ _MARKED: dict[AnswerFormat, Callable[[str], Iterator[str]]] = {
 
 
 class Checker:
-    """Reads and compares answers. A checker of your own gives at least `equal`; `read` says what
-    it takes for an answer. Reading never raises; comparing may (the check then has failed)."""
+    """Extracts answers from completions and compares them.
+
+    A subclass defines at least `equal`. It may define `read`, which accepts or refuses a text as
+    an answer. Extracting must not raise; if comparing raises, the check counts as failed.
+    """
 
     def __init__(self, formats: Sequence[AnswerFormat] = ANSWER_FORMATS):
         self.formats = tuple(formats)
 
     def prepare(self) -> None:
-        """Imports what comparing needs: called once, before any time limit runs."""
+        """Import what comparing needs. Called once, before any time limit starts."""
 
     def read(self, text: str) -> str | None:
-        """The answer in `text`, which stood in a marked place; None if that is no answer."""
+        """Return the answer in `text`, which was marked as one; None if it is not an answer."""
         return text.strip() or None
 
     def read_bare(self, text: str) -> str | None:
-        """The answer where `text`, a whole final part, is nothing but an answer."""
+        """Return the answer if `text`, a whole final part, is nothing but an answer."""
         return self.read(text) if len(text) <= 200 and "\n" not in text else None
 
     def extract(self, completion: str) -> str | None:
-        """The final answer: the last that `read` takes, of the first declared format (in the
-        order of ANSWER_FORMATS) that has one; None where none has."""
+        """Return the completion's final answer; None if no declared format has one.
+
+        The formats are tried in the order of ANSWER_FORMATS. Of the first that has an answer, the
+        last text that `read` accepts is taken. None is a failure of format, which the stages count
+        apart from a wrong answer.
+        """
         final = final_part(completion)
         if final is None:
             return None
@@ -115,22 +124,22 @@ class Checker:
 
     def _marked(self, text: str, formats: Sequence[AnswerFormat]) -> str | None:
         for name in formats:
-            for found in _MARKED[name](text):
-                answer = self.read(found)
+            for marked in _MARKED[name](text):
+                answer = self.read(marked)
                 if answer is not None:
                     return answer
         return None
 
     def equal(self, answer: str, gold: str) -> bool:
-        """Whether two answers mean the same."""
+        """Return whether two answers mean the same."""
         raise NotImplementedError(f"{type(self).__name__} has no `equal`")
 
     def correct(self, answer: str, gold: str, metadata: Mapping[str, Any]) -> bool:
-        """Whether `answer` is right. `metadata`: the prompt's carried columns."""
+        """Return whether `answer` is correct. `metadata` holds the prompt's carried columns."""
         return self.equal(answer, gold)
 
     def gold(self, text: str) -> str:
-        r"""What a gold column's cell means: the answer marked in a solution (`\boxed{}`, `####`,
-        `<answer>`), else the text itself."""
+        r"""Return the gold answer of a cell: what a solution marks (`\boxed{}`, `####`,
+        `<answer>`), otherwise the text itself."""
         answer = self._marked(text, ("boxed", "hashes", "tag"))
         return text if answer is None else answer

@@ -1,8 +1,8 @@
-"""Checks run in worker processes: a check that hangs or crashes costs its own verdict only.
+"""Run checks in worker processes, so that one that hangs or crashes loses its own verdict only.
 
-Parent and worker exchange JSON lines over pipes. A worker says `ready`, then for each request
-sends the extracted `answer` and the `verdict`. The parent looks only between two steps of the
-engine, so a worker has some requests ahead; where it is killed over one, the others go to the next.
+Parent and worker exchange JSON lines over pipes. A worker sends `ready`, then for each request the
+extracted `answer` and the `verdict`. The parent reads them only between two steps of the engine, so
+a worker gets several requests in advance. If one of them kills it, another worker gets the rest.
 """
 
 import json
@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 from mpd_data.checkers.builtin import make_checker
@@ -26,15 +25,16 @@ from mpd_data.common.errors import ConfigError
 from mpd_data.config import AnswerFormat
 
 WORKER_MEMORY = 4 * 2**30
-_AHEAD_BYTES = 32 << 10  # of requests with a worker: less than a pipe holds, so no write waits
+# Limits of the requests that a worker has: less than a pipe holds, so that no write blocks.
+_AHEAD_BYTES = 32 << 10
 _AHEAD_REQUESTS = 32
-START_SECONDS = 300.0  # to import a checker's libraries, on a cold disk
+START_SECONDS = 300.0  # to import a checker's libraries from a cold disk
 
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """One completion to check. `gold`: the gold column's cell; `draft_answer`: what a rewrite has
-    to keep."""
+    """One completion to check. `gold` is the gold column's cell, `draft_answer` the answer that a
+    rewrite must keep."""
 
     key: str
     completion: str
@@ -45,9 +45,12 @@ class CheckRequest:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found. `is_correct` is None without gold, `keeps_answer` without a draft's
-    answer; both are False where no answer was found. `error`: why the check failed; it then counts
-    as not correct, and says nothing of keeping the answer."""
+    """The result of a check.
+
+    `is_correct` is None without a gold answer, `keeps_answer` without a draft's answer. Both are
+    False if no answer was found. `error` says why a check failed; then `is_correct` is False and
+    `keeps_answer` None.
+    """
 
     key: str
     answer: str | None
@@ -59,7 +62,7 @@ class Verdict:
 @dataclass(frozen=True)
 class _Task:
     request: CheckRequest
-    line: bytes  # what a worker is sent
+    line: bytes  # the message for the worker
 
 
 class _Worker:
@@ -76,13 +79,13 @@ class _Worker:
         self.unread = b""
         self.ready = False
         self.tasks: deque[_Task] = deque()  # the first is being checked
-        self.answer: str | None = None  # to the first, once known
+        self.answer: str | None = None  # of the first, once it has arrived
         self.deadline = time.monotonic() + START_SECONDS
         self._timeout = timeout
         self._send(_line({"checker": checker, "formats": list(formats), "timeout": timeout}))
 
-    def takes(self, task: _Task) -> bool:
-        """Whether it can be given `task` now."""
+    def has_room(self, task: _Task) -> bool:
+        """Return whether `task` can be sent now."""
         ahead = sum(len(other.line) for other in self.tasks) + len(task.line)
         return not self.tasks or (ahead <= _AHEAD_BYTES and len(self.tasks) < _AHEAD_REQUESTS)
 
@@ -93,7 +96,7 @@ class _Worker:
         self._send(task.line)
 
     def done(self) -> CheckRequest:
-        """Takes the first request away: the next one's time begins."""
+        """Remove and return the first request; the time of the next one begins."""
         task = self.tasks.popleft()
         self._begin()
         return task.request
@@ -103,7 +106,7 @@ class _Worker:
         self.deadline = time.monotonic() + self._timeout
 
     def _send(self, line: bytes) -> None:
-        """A worker that is gone is noticed by its closed output."""
+        """Write to the worker. That one has died shows later, by the end of its output."""
         assert self.process.stdin is not None
         data = memoryview(line)
         with suppress(BrokenPipeError):
@@ -111,7 +114,7 @@ class _Worker:
                 data = data[self.process.stdin.write(data) :]
 
     def lines(self) -> list[dict[str, Any]] | None:
-        """Whole messages that have arrived; None at the end of the worker."""
+        """Return the complete messages that have arrived; None if the worker has ended."""
         data = os.read(self.fd, 1 << 16)
         if not data:
             return None
@@ -119,7 +122,7 @@ class _Worker:
         return [json.loads(line) for line in lines]
 
     def end(self) -> int:
-        """Kills the worker if it lives; its exit status."""
+        """Kill the worker if it is alive. Return its exit status."""
         self.process.kill()
         status = self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -133,13 +136,16 @@ def _line(message: Mapping[str, Any]) -> bytes:
 
 
 class CheckPool:
-    """Checks completions in `processes` workers, each check within `timeout` seconds. A context
-    manager. Raises ConfigError where the checker cannot be made, here or in a worker."""
+    """A context manager that checks completions in `processes` workers.
+
+    Each check may take `timeout` seconds. Raises ConfigError if the checker cannot be created, here
+    or in a worker.
+    """
 
     def __init__(
         self, checker: str, formats: Sequence[AnswerFormat], timeout: float, processes: int
     ):
-        make_checker(checker, formats)  # a bad name is refused here, before any work
+        make_checker(checker, formats)  # refuses a bad name before any work
         self._checker, self._formats = checker, tuple(formats)
         self._timeout, self._processes = timeout, processes
         self._queue: deque[_Task] = deque()
@@ -150,28 +156,20 @@ class CheckPool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the workers; checks under way are lost."""
+    def __exit__(self, *error: object) -> None:
+        """End the workers. Unfinished checks are lost."""
         for worker in list(self._workers):
             self._remove(worker)
         self._selector.close()
 
     @property
     def in_flight(self) -> int:
-        """Requests whose verdict `ready` has not given yet."""
-        given = sum(len(worker.tasks) for worker in self._workers)
-        return len(self._queue) + given + len(self._done)
+        """The number of requests whose verdict `ready` has not returned yet."""
+        sent = sum(len(worker.tasks) for worker in self._workers)
+        return len(self._queue) + sent + len(self._done)
 
     def submit(self, request: CheckRequest) -> None:
-        """Queues a check. Raises no error of the check's own."""
+        """Queue a check. If it fails, its verdict says so."""
         line = _line(
             {
                 "completion": request.completion,
@@ -184,8 +182,11 @@ class CheckPool:
         self._hand_out()
 
     def ready(self, wait: float = 0.0) -> list[Verdict]:
-        """Finished checks, in the order they finished; waits up to `wait` seconds for the first.
-        Raises ConfigError where a worker cannot make the checker."""
+        """Return the verdicts of finished checks, in the order in which they finished.
+
+        Wait up to `wait` seconds for the first. Raise ConfigError if a worker cannot create the
+        checker.
+        """
         until = time.monotonic() + wait
         while True:
             now = time.monotonic()
@@ -204,7 +205,7 @@ class CheckPool:
         ready = [worker for worker in self._workers if worker.ready]
         while self._queue and ready:
             worker = min(ready, key=lambda worker: len(worker.tasks))
-            if not worker.takes(self._queue[0]):
+            if not worker.has_room(self._queue[0]):
                 break
             worker.give(self._queue.popleft())
         waiting = len(self._queue) + sum(len(worker.tasks) - 1 for worker in ready if worker.tasks)
@@ -236,12 +237,11 @@ class CheckPool:
 
     def _expire(self, now: float) -> None:
         for worker in list(self._workers):
-            if not worker.tasks and worker.ready:
+            idle = worker.ready and not worker.tasks
+            if idle or now < worker.deadline:
                 continue
-            if now < worker.deadline:
-                continue
-            # It may have answered while nobody asked: what has arrived counts.
-            if self._has_output(worker):
+            # A verdict may have arrived in time and not have been read.
+            if any(key.data is worker for key, _ in self._selector.select(0)):
                 self._read(worker)
                 continue
             self._remove(worker)
@@ -251,25 +251,22 @@ class CheckPool:
                 )
             self._ended(worker, f"timed out after {self._timeout:g} s")
 
-    def _has_output(self, worker: _Worker) -> bool:
-        return any(key.data is worker for key, _ in self._selector.select(0))
-
     def _died(self, worker: _Worker) -> None:
         with suppress(subprocess.TimeoutExpired):
-            worker.process.wait(1)  # its output has ended, so it is about to exit: let it say why
+            worker.process.wait(1)  # its output has ended, so its exit status comes soon
         status = self._remove(worker)
         how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
         if not worker.ready:
-            raise ConfigError(f"checker {self._checker!r}: its process died at the start ({how}).")
+            raise ConfigError(f"checker {self._checker!r}: its process died at start-up ({how}).")
         if not worker.tasks:
             return
         error = f"the checking process died ({how})"
-        if status == -signal.SIGALRM:  # its own limit, where `ready` was not called in time
+        if status == -signal.SIGALRM:  # the worker's own limit, if `ready` was called too late
             error = f"timed out after {self._timeout:g} s"
         self._ended(worker, error)
 
     def _ended(self, worker: _Worker, error: str) -> None:
-        """A worker is gone over its first request; the others it had are checked by another."""
+        """Fail the first request of a worker that has ended; queue its others again."""
         answer, request = worker.answer, worker.done()
         self._failed(request, answer, error)
         self._queue.extendleft(reversed(worker.tasks))
@@ -285,15 +282,15 @@ class CheckPool:
 
 
 def _work() -> None:
-    """A worker's life: the settings, then one request a line, until its input ends."""
+    """Run a worker: read the settings, then a request from each line until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The protocol keeps the pipes to itself: a checker that prints or reads must not reach them.
+    # A checker that prints or reads must not reach the pipes of the protocol.
     requests = os.fdopen(os.dup(0), "rb")
     replies = os.dup(1)
     os.dup2(2, 1)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
-    with suppress(ValueError, OSError):  # a lower limit is set already, or there are none
+    with suppress(ValueError, OSError):  # a lower limit is set, or the system has no limits
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
 
     def reply(message: Mapping[str, Any]) -> None:
@@ -305,18 +302,18 @@ def _work() -> None:
     try:
         checker = make_checker(settings["checker"], settings["formats"])
         checker.prepare()
-    except Exception as error:  # noqa: BLE001  # whatever it is, the parent has to say it
+    except Exception as error:  # noqa: BLE001  # the parent reports it, whatever it is
         name = "" if isinstance(error, ConfigError) else f"checker {settings['checker']!r}: "
         reply({"refused": f"{name}{error}"})
         return
     reply({"ready": True})
     for line in requests:
-        # Where the parent is gone, nobody else ends a check that hangs.
+        # If the parent has died, only this ends a check that hangs.
         signal.setitimer(signal.ITIMER_REAL, 2 * settings["timeout"] + 1)
         verdict, error_text = None, None
         try:
             verdict = _check(checker, json.loads(line), reply)
-        except Exception as error:  # noqa: BLE001  # a checker's failure is its row's verdict
+        except Exception as error:  # noqa: BLE001  # a checker's failure becomes the verdict
             error_text = f"{type(error).__name__}: {error}"
         signal.setitimer(signal.ITIMER_REAL, 0)
         reply({"verdict": verdict, "error": error_text})
@@ -341,4 +338,4 @@ if __name__ == "__main__":
     try:
         _work()
     except BrokenPipeError:
-        sys.exit(1)  # the parent is gone
+        sys.exit(1)  # the parent has died

@@ -85,7 +85,7 @@ def evaluate(path: Path) -> dict[str, Any]:
     }
 
 
-def compare(base: Path, new: Path, by: str | None = None) -> dict[str, Any]:
+def compare(base: str | Path, new: str | Path, by: str | None = None) -> dict[str, Any]:
     """Both sides' `evaluate`, the accuracy difference (new - base) and the fraction of tokens
     saved (1 - new / base), each with a paired 95% bootstrap interval over problems (None where
     there is one problem alone). With `by`, a key of the rollouts' metadata, the same for the
@@ -94,6 +94,7 @@ def compare(base: Path, new: Path, by: str | None = None) -> dict[str, Any]:
     Raises ConfigError unless both were sampled on the same prompts, and where no rollout has the
     key `by` or the two sides contradict each other in it.
     """
+    base, new = Path(base), Path(new)
     left, right = per_problem(base), per_problem(new)
     if not left["prompt_id"].equals(right["prompt_id"]):
         shared = len(set(left["prompt_id"]) & set(right["prompt_id"]))

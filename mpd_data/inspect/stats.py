@@ -9,6 +9,7 @@ The same in a notebook needs nothing of this module:
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,9 @@ def trace_lengths(lengths: pl.DataFrame, p99: dict[str, int]) -> list[dict[str, 
     return rows
 
 
-def round_stats(rounds: list[Path], by: str | None = None) -> dict[str, list[dict[str, Any]]]:
+def round_stats(
+    rounds: Sequence[str | Path], by: str | None = None
+) -> dict[str, list[dict[str, Any]]]:
     """Tables as rows, each by folder: `rollouts`, their `trace_lengths` (a histogram), their
     `behaviour`, `rollouts_by` finish reason and correctness, `pass_at_k` where there are gold
     answers, `groups` by the key `by` of their metadata where one is given, `rewrites` by status.
@@ -255,14 +258,15 @@ def round_stats(rounds: list[Path], by: str | None = None) -> dict[str, list[dic
 
     Raises ConfigError where none of the folders holds a round, or no rollout has the key `by`.
     """
-    rollouts, distill = scan(rounds, "rollouts"), scan(rounds, "distill")
+    paths = [Path(path) for path in rounds]
+    rollouts, distill = scan(paths, "rollouts"), scan(paths, "distill")
     if rollouts is None and distill is None:
         raise ConfigError(
             f"{', '.join(map(str, rounds))}: no shards here. Expected the folders of rounds, with"
             " rollouts/part-*.parquet in them."
         )
     # In the order they are given in.
-    folders = pl.Enum(list(dict.fromkeys(map(str, rounds))))
+    folders = pl.Enum(list(dict.fromkeys(map(str, paths))))
     tables: dict[str, list[dict[str, Any]]] = {}
     if rollouts is not None:
         grouped = rollouts if by is None else with_group(rollouts, by)

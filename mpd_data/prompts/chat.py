@@ -8,34 +8,34 @@ from mpd_data.common.errors import ConfigError, DataError
 
 
 class PromptError(DataError):
-    """This one prompt cannot be used; the others can."""
+    """One prompt cannot be used; the others can."""
 
 
 SWITCHES = ("enable_thinking", "thinking")
 
 
 def thinking_switch(template: str) -> str | None:
-    """The variable by which a chat template turns thinking on and off, None where it has none."""
+    """Return the variable with which a chat template turns thinking on and off, if it has one."""
     from jinja2 import Environment, TemplateSyntaxError, meta
 
     try:
         parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-        read = meta.find_undeclared_variables(parsed)
+        variables = meta.find_undeclared_variables(parsed)
     except TemplateSyntaxError:
-        # Tags of transformers' own, such as {% generation %}. Look for the bare name inside the
-        # template's code: not in its prose or strings, and not as a message's field.
+        # The template uses tags of transformers, such as {% generation %}. Look for the bare name
+        # in its code, but not in its prose or strings and not as the field of a message.
         code = " ".join(re.findall(r"\{[{%].*?[%}]\}", template, re.DOTALL))
         code = re.sub(r"'[^']*'|\"[^\"]*\"", "''", code)
-        read = set(re.findall(r"(?<![\w.])\w+(?!\w|\s*=[^=])", code))
-    return next((name for name in SWITCHES if name in read), None)
+        variables = set(re.findall(r"(?<![\w.])\w+(?!\w|\s*=[^=])", code))
+    return next((name for name in SWITCHES if name in variables), None)
 
 
 class ChatFormatter:
-    """Renders one user message into the ids a chat model continues from.
+    """Turns a user's message into the token ids that a chat model continues.
 
     `examples` are earlier turns, (user, assistant). `thinking` sets the template's switch for
-    thinking: "on", "off", or "auto": `default_thinking` where there is a switch and
-    `template_kwargs` do not set it. Raises ConfigError for settings the template cannot take.
+    thinking to "on" or "off"; "auto" means `template_kwargs` if they set the switch, otherwise
+    `default_thinking`. Raises ConfigError for settings that the template cannot take.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class ChatFormatter:
         self._name = tokenizer.name_or_path
         if tokenizer.chat_template is None:
             raise ConfigError(
-                f"{self._name}: its tokenizer has no chat template. Use an instruction"
-                " tuned model, or put a chat_template.jinja into its folder."
+                f"{self._name}: its tokenizer has no chat template. Use an instruction-tuned model,"
+                " or put a chat_template.jinja into its folder."
             )
         self._tokenizer = tokenizer
         self._kwargs = dict(template_kwargs or {})
@@ -69,7 +69,7 @@ class ChatFormatter:
 
     @property
     def thinking(self) -> bool | None:
-        """Whether the template is asked to think; None where it has no switch."""
+        """Whether the template turns thinking on; None if it has no switch."""
         return self._thinking
 
     def _resolve_thinking(self, thinking: str, default: bool) -> bool | None:
@@ -100,7 +100,7 @@ class ChatFormatter:
         return value
 
     def _check_turns_before(self) -> None:
-        """A system prompt or example that cannot be used would fail on every prompt: say it now."""
+        """Raise ConfigError for a system prompt or example that would fail with every prompt."""
         if not self._before:
             return
         for turn in self._before:
@@ -113,11 +113,11 @@ class ChatFormatter:
             text = self.layout("1")
         except PromptError as error:
             raise ConfigError(
-                f"{self._name}: it takes no --system-prompt or --examples as given: {error}. Put"
-                " instructions into --prompt-template instead."
+                f"{self._name}: its chat template fails with this --system-prompt or these"
+                f" --examples: {error}. Put instructions into --prompt-template instead."
             ) from error
         for turn in self._before:
-            # Templates may cut an assistant's turn (its thoughts), but not what it answers to.
+            # Templates may cut thoughts from an assistant's turn, but nothing from the others.
             if turn["role"] != "assistant" and turn["content"].strip() not in text:
                 raise ConfigError(
                     f"{self._name}: its chat template leaves out the {turn['role']} message"
@@ -130,12 +130,12 @@ class ChatFormatter:
         for control in self._control:
             if control in content:
                 raise PromptError(
-                    f"the prompt spells the control token {control!r}, which the model would"
+                    f"the prompt contains the control token {control!r}, which the model would"
                     " obey; remove it from the text"
                 )
 
     def layout(self, content: str) -> str:
-        """The prompt's text. Raises PromptError like `render`."""
+        """Return the prompt's text. Raise PromptError as `render` does."""
         from jinja2 import TemplateError
 
         self._check(content)
@@ -151,15 +151,15 @@ class ChatFormatter:
         return text
 
     def render(self, content: str) -> tuple[str, list[int]]:
-        """The prompt's text and its ids, ready for the model's turn.
+        """Return the prompt's text and its token ids, up to where the model's turn begins.
 
-        Raises PromptError where `content` is empty, spells a control token of the model (it
-        would be read as one), or the template fails on it.
+        Raise PromptError if `content` is empty or contains a control token of the model, or if the
+        template fails.
         """
         text = self.layout(content)
         return text, self.encode(text)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text that is already laid out, adding nothing to it."""
+        """Return the token ids of text from `layout`; no special tokens are added."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids

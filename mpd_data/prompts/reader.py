@@ -1,6 +1,6 @@
-"""Prompts: rows of files or datasets, turned into token ids by a model's chat template.
+"""Read prompts and few-shot examples from rows, and choose among prompts.
 
-The template is applied once, here; from then on the ids are the truth.
+`sources.py` reads the rows. `chat.py` turns a prompt into the token ids of a model.
 """
 
 import math
@@ -20,9 +20,12 @@ _NOT_UNICODE = "holds bytes that are not UTF-8, or half a character"
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem to solve: `text` is the problem, `answer` the gold answer if any, `metadata`
-    what is carried through (JSON types only). `source` says where it was read, for messages; `flaw`
-    why the row cannot be used, if it cannot: its text is then spelt so that it can be shown."""
+    """One problem to solve.
+
+    `text` is the problem, `answer` the gold answer if there is one, and `metadata` the carried
+    columns in JSON types. Messages name the prompt by `source`. `flaw` says why the row cannot be
+    used; `text` and `answer` are then escaped so that they can be shown.
+    """
 
     id: str
     text: str
@@ -39,29 +42,30 @@ def read_prompts(
     answer_column: str | None = None,
     metadata_columns: Sequence[str] = (),
 ) -> Iterator[Prompt]:
-    """Prompts of *.jsonl, *.csv and *.parquet files and hf:// datasets, one row after another, an
-    id as often as it stands there. Without `id_column` a prompt's id is the hash of its text.
-    Numbers are taken as their text in the id and answer columns; in `metadata_columns` values stay
-    as they are where JSON can hold them. A row whose problem or answer is not UTF-8 is a prompt
-    with a `flaw`.
+    """Yield the prompts of *.jsonl, *.csv and *.parquet files and of hf:// datasets, row by row.
 
-    Raises DataError (naming source and row) for a missing column or a value of the wrong type;
-    ConfigError for a missing or unknown source or no rows at all.
+    Repeated ids are not removed. Without `id_column` the id of a prompt is the hash of its text.
+    Numbers in the id and answer columns become text; values in `metadata_columns` become JSON. A
+    row whose problem or answer is not UTF-8 becomes a prompt with a `flaw`.
+
+    Raise DataError, which names source and row, for a missing column or a value of the wrong type.
+    Raise ConfigError for a missing or unknown source and if there are no rows at all.
     """
-    wanted = [c for c in (prompt_column, id_column, answer_column, *metadata_columns) if c]
-    wanted = list(dict.fromkeys(wanted))
+    columns = [c for c in (prompt_column, id_column, answer_column, *metadata_columns) if c]
     sources = list(paths)
     empty = True
     for path in sources:
-        for number, row in read_rows(path, wanted):
+        for number, raw in read_rows(path, list(dict.fromkeys(columns))):
             source = f"{path}, row {number}"
-            row, flaw = _readable(row, [c for c in (prompt_column, answer_column) if c])
-            text = _text_of(row, prompt_column, source)
-            answer = _as_text(row, answer_column, source, "--answer-column")
-            given = _as_text(row, id_column, source, "--id-column")
-            if id_column is not None and given is None:
-                raise DataError(f"{source}: column {id_column!r} is null, expected an id.")
-            identifier = content_key(text) if given is None else given
+            row, flaw = _escape(raw, [c for c in (prompt_column, answer_column) if c])
+            text = _text(row, prompt_column, source, "--prompt-column")
+            answer = None
+            if answer_column is not None and row[answer_column] is not None:
+                answer = _text(row, answer_column, source, "--answer-column", numbers=True)
+            if id_column is None:
+                identifier = content_key(text)
+            else:
+                identifier = _text(row, id_column, source, "--id-column", numbers=True)
             metadata = {c: as_json(row[c], f"{source}: column {c!r}") for c in metadata_columns}
             empty = False
             yield Prompt(identifier, text, answer, source, metadata, flaw)
@@ -80,52 +84,51 @@ def load_prompts(
     metadata_columns: Sequence[str] = (),
     duplicates: Literal["refuse", "first"] = "refuse",
 ) -> list[Prompt]:
-    """All that `read_prompts` reads. With `duplicates` "first" later rows of an id are left out.
+    """Return what `read_prompts` yields, each id once.
 
-    Raises what `read_prompts` raises, and DataError for an id given twice.
+    With `duplicates` "first", later rows of an id are left out; otherwise they raise DataError.
+    Raise what `read_prompts` raises.
     """
-    prompts: list[Prompt] = []
-    seen: dict[str, str] = {}
+    prompts: dict[str, Prompt] = {}
     for prompt in read_prompts(paths, prompt_column, id_column, answer_column, metadata_columns):
-        if prompt.id in seen:
-            if duplicates == "first":
-                continue
+        earlier = prompts.setdefault(prompt.id, prompt)
+        if earlier is not prompt and duplicates == "refuse":
             raise DataError(
-                f"{prompt.source}: id {prompt.id!r} was already given by {seen[prompt.id]}. Ids"
-                " must be unique: remove the double, name another --id-column, or keep the"
-                " first of them with --duplicates first."
+                f"{prompt.source}: id {prompt.id!r} was already given by {earlier.source}. Ids"
+                " must be unique: remove the duplicate, name another --id-column, or keep the"
+                " first row of each id with --duplicates first."
             )
-        seen[prompt.id] = prompt.source
-        prompts.append(prompt)
-    return prompts
+    return list(prompts.values())
 
 
 def load_examples(
     path: str | Path, prompt_column: str, examples_column: str
 ) -> list[tuple[str, str]]:
-    """Few-shot examples as (problem, solution), in the file's order.
+    """Return few-shot examples as (problem, solution), in the file's order.
 
-    Raises DataError or ConfigError like `load_prompts`.
+    Raise DataError or ConfigError as `load_prompts` does.
     """
     examples: list[tuple[str, str]] = []
     for number, row in read_rows(path, list(dict.fromkeys([prompt_column, examples_column]))):
         source = f"{path}, row {number}"
-        problem = _text_of(row, prompt_column, source)
-        examples.append((problem, _text_of(row, examples_column, source, "--examples-column")))
+        problem = _text(row, prompt_column, source, "--prompt-column")
+        examples.append((problem, _text(row, examples_column, source, "--examples-column")))
     if not examples:
         raise ConfigError(f"{path}: no examples. Expected at least one row, or no --examples.")
     return examples
 
 
 def fill_prompt(template: str, problem: str) -> str:
-    """The user's message: `template` with the problem in place of {{problem}}, in one pass (what
-    the problem contains is not expanded). Raises ConfigError where `template` lacks {{problem}}
-    or uses another {{name}}."""
+    """Return the user's message: `template` with the problem in place of {{problem}}.
+
+    A {{name}} in the problem is not replaced. Raise ConfigError if `template` lacks {{problem}} or
+    uses another {{name}}.
+    """
     names = set(re.findall(r"\{\{(\w+)\}\}", template))
     if "problem" not in names:
         raise ConfigError(
-            f"--prompt-template {template!r}: lacks {{{{problem}}}}. Put it where the problem is to"
-            " stand."
+            f"--prompt-template {template!r}: lacks {{{{problem}}}}. Put it where the problem"
+            " belongs."
         )
     if names != {"problem"}:
         raise ConfigError(
@@ -135,33 +138,35 @@ def fill_prompt(template: str, problem: str) -> str:
     return fill(template, {"problem": problem})
 
 
-def _text_of(
-    row: Mapping[str, Any], column: str, source: str, option: str = "--prompt-column"
+def _text(
+    row: Mapping[str, Any], column: str, source: str, option: str, numbers: bool = False
 ) -> str:
-    text = row[column]
-    if not isinstance(text, str):
-        found = "nothing" if text is None else type(text).__name__
+    """Return a cell's text; a number becomes text if `numbers`. Raise DataError for the rest."""
+    value = row[column]
+    if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        kind = "nothing" if value is None else type(value).__name__
         raise DataError(
-            f"{source}: column {column!r} holds {found}, expected text. Name the column that holds"
-            f" it with {option}."
+            f"{source}: column {column!r} holds {kind}, expected text"
+            f"{' or a number' if numbers else ''}. Name the column that holds it with {option}."
         )
-    if not _is_unicode(text):
+    if not _is_unicode(value):
         raise DataError(f"{source}: column {column!r} {_NOT_UNICODE}.")
-    return text
+    return value
 
 
-def _readable(row: Mapping[str, Any], columns: list[str]) -> tuple[Mapping[str, Any], str | None]:
-    """The row with what is no text in `columns` spelt out, and what was wrong with it if
-    anything."""
+def _escape(row: Mapping[str, Any], columns: list[str]) -> tuple[Mapping[str, Any], str | None]:
+    """Return the row with undecodable bytes of `columns` escaped, and the first such flaw."""
     bad = [c for c in columns if isinstance(row[c], str) and not _is_unicode(row[c])]
     if not bad:
         return row, None
-    spelt = {c: row[c].encode("utf-8", "backslashreplace").decode("utf-8") for c in bad}
-    return {**row, **spelt}, f"column {bad[0]!r} {_NOT_UNICODE}"
+    escaped = {c: row[c].encode("utf-8", "backslashreplace").decode("utf-8") for c in bad}
+    return {**row, **escaped}, f"column {bad[0]!r} {_NOT_UNICODE}"
 
 
 def _is_unicode(text: str) -> bool:
-    """False for text with lone surrogates, which JSON can spell and no tokenizer can read."""
+    """Return False for text with lone surrogates, which JSON can hold and no tokenizer can read."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -169,29 +174,16 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _as_text(row: Mapping[str, Any], column: str | None, source: str, option: str) -> str | None:
-    value = None if column is None else row[column]
-    if isinstance(value, str) and not _is_unicode(value):
-        raise DataError(f"{source}: column {column!r} {_NOT_UNICODE}.")
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    raise DataError(
-        f"{source}: column {column!r} holds {type(value).__name__}, expected text or a number. Name"
-        f" the column that holds it with {option}."
-    )
-
-
 def as_json(value: Any, where: str) -> Any:
-    """`value` in JSON's types: NaN as None, what JSON lacks (dates, decimals) as its text."""
+    """Return `value` in JSON types: None for NaN, text for what JSON lacks (dates, decimals).
+
+    Raise DataError, which begins with `where`, for bytes and text that are not UTF-8.
+    """
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{where} holds bytes that are no text; leave the column out."
-            ) from error
+            raise DataError(f"{where} holds bytes, not text. Leave the column out.") from error
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
@@ -209,10 +201,10 @@ def as_json(value: Any, where: str) -> Any:
 
 
 def choose_prompts(prompts: list[Prompt], count: int | None, key: str) -> list[Prompt]:
-    """A pseudo-random choice of `count` prompts, the same whatever their order in the file.
+    """Return a pseudo-random choice of `count` prompts, or all of them if `count` is None.
 
-    `key` makes it another choice for each round and seed. All of them where `count` is None.
-    Raises ConfigError where there are not that many.
+    The choice does not depend on the order of the prompts. Each `key` (round and seed) gives
+    another choice. Raise ConfigError if there are fewer than `count` prompts.
     """
     if count is None:
         return prompts
@@ -222,5 +214,5 @@ def choose_prompts(prompts: list[Prompt], count: int | None, key: str) -> list[P
 
 
 def same(text: str) -> str:
-    """Problems that differ in spacing and case only are one problem."""
+    """Return a problem without what does not tell two problems apart: spacing and case."""
     return " ".join(text.split()).casefold()

@@ -1,6 +1,6 @@
-"""Where prompts are read from: rows of JSONL, CSV and Parquet files and of Hugging Face datasets.
+"""Read rows of JSONL, CSV and Parquet files and of datasets on the Hugging Face hub.
 
-Every source gives rows as (number from 1, {column: value}); only the wanted columns are read where
+Every source yields rows as (number from 1, {column: value}). Only the needed columns are read if
 the format allows it.
 """
 
@@ -22,18 +22,18 @@ from mpd_data.common.models import hub_failures
 Rows = Iterator[tuple[int, Mapping[str, Any]]]
 
 HUB = "hf://"
-# Bytes that are no UTF-8 become half characters, which are no text either: one bad row is a matter
-# of its own, found by whoever reads its cell.
+# Bytes that are not UTF-8 become lone surrogates, so that one bad row does not stop the file. The
+# reader of the cell finds them.
 _KEEP = "surrogateescape"
 _FORM = "hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG]"
 
 
 def read_rows(source: str | Path, columns: list[str] | None) -> Rows:
-    """Rows of a *.jsonl, *.csv or *.parquet file, or of a dataset named hf://OWNER/NAME?split=...
+    """Return the rows of a *.jsonl, *.csv or *.parquet file or of hf://OWNER/NAME?split=...
 
-    Each row has at least `columns`; None: all that there are. Raises DataError (naming source and
-    row) for a missing column or a damaged file; ConfigError for a source that is not there or not
-    of a known kind.
+    Each row has at least `columns`, or all columns if None. Raise DataError, which names source and
+    row, for a missing column or a damaged file. Raise ConfigError if the source does not exist or
+    is of an unknown kind.
     """
     if isinstance(source, str) and source.startswith(HUB):
         return _hub_rows(source, columns)
@@ -54,9 +54,9 @@ def read_rows(source: str | Path, columns: list[str] | None) -> Rows:
 
 
 def columns_of(source: str | Path) -> list[str]:
-    """The names of a source's columns; a JSONL file's are those of its first row.
+    """Return the names of a source's columns; those of a JSONL file are its first row's.
 
-    Raises DataError or ConfigError like `read_rows`, ConfigError also for a source without rows.
+    Raise DataError or ConfigError as `read_rows` does, and ConfigError for a source without rows.
     """
     for _, row in read_rows(source, None):
         return list(row)
@@ -94,21 +94,16 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Rows:
 
 
 def _rows_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
-    except UnicodeDecodeError:
-        # Writers other than Arrow's do not look at what they are given.
-        columns = [_cells(column) for column in batch.columns]
-        names = batch.schema.names
-        return [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
-    return rows
+    names, columns = batch.schema.names, [_cells(column) for column in batch.columns]
+    return [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def _cells(column: pa.Array) -> list[Any]:
-    if not pa.types.is_string(column.type):
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         cells: list[Any] = column.to_pylist()
         return cells
-    raw = column.cast(pa.binary()).to_pylist()
+    # Arrow checks that text is UTF-8 when it writes; other writers do not.
+    raw = column.cast(pa.large_binary()).to_pylist()
     return [None if value is None else value.decode("utf-8", _KEEP) for value in raw]
 
 
@@ -122,14 +117,16 @@ def _jsonl_rows(path: Path, columns: list[str] | None) -> Rows:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, row {number}: not a JSON object ({error}).") from error
             if not isinstance(row, dict):
-                raise DataError(f"{path}, row {number}: found {type(row).__name__}, not an object.")
+                raise DataError(
+                    f"{path}, row {number}: found {type(row).__name__}, expected an object."
+                )
             _require(f"{path}, row {number}", columns or (), list(row))
             yield number, row
 
 
 def _csv_rows(path: Path, columns: list[str] | None) -> Rows:
-    """Cells stay text; an empty one is None, as CSV has no other way to leave something out."""
-    # Python's own limit (128 KiB a cell) would refuse long solutions in columns nobody asked for.
+    """Yield cells as text; an empty one is None, since CSV has no other way to omit a value."""
+    # Python's default limit, 128 KiB a cell, would refuse files with long solutions.
     csv.field_size_limit(2**31 - 1)
     number = 0
     with path.open("rb") as file:
@@ -179,7 +176,7 @@ class HubSource:
 
     @classmethod
     def parse(cls, url: str) -> "HubSource":
-        """Reads hf://OWNER/NAME[@REVISION][?split=SPLIT&config=CONFIG]. Raises ConfigError."""
+        """Parse hf://OWNER/NAME[@REVISION][?split=SPLIT&config=CONFIG]. Raise ConfigError."""
         place, _, query = url.removeprefix(HUB).partition("?")
         repo, at, revision = place.partition("@")
         if re.fullmatch(r"[\w.-]+/[\w.-]+", repo) is None or (at and not revision):
@@ -205,18 +202,18 @@ def _datasets(url: str) -> tuple[Any, tuple[type[Exception], ...]]:
         *hub_failures(),
         pa.ArrowInvalid,
         ValueError,
-        RuntimeError,  # datasets' word for repositories that are scripts: never run here
+        RuntimeError,  # for repositories that are scripts, which are never run here
     )
     return datasets, failures
 
 
 def _place(source: HubSource) -> str:
-    """Spelt so, it is never taken for a folder OWNER/NAME that happens to lie here."""
+    """Return the address with a prefix that stops `datasets` from using a local OWNER/NAME."""
     return f"hf://datasets/{source.repo}"
 
 
 def hub_splits(url: str) -> list[str]:
-    """The splits of a dataset on the hub, whichever `url` names. Raises ConfigError."""
+    """Return the splits of the dataset of `url`, which need not name one. Raise ConfigError."""
     source = HubSource.parse(url)
     datasets, failures = _datasets(url)
     try:
@@ -235,8 +232,8 @@ def _hub_rows(url: str, columns: list[str] | None) -> Rows:
     source = HubSource.parse(url)
     datasets, failures = _datasets(url)
     if source.split is None:
-        there = ", ".join(hub_splits(url))
-        raise ConfigError(f"{url}: names no split; expected {_FORM}. There are {there}.")
+        splits = ", ".join(hub_splits(url))
+        raise ConfigError(f"{url}: names no split; expected {_FORM}. The splits are {splits}.")
     try:
         data = datasets.load_dataset(
             _place(source), source.config, split=source.split, revision=source.revision

@@ -1,7 +1,7 @@
-"""Rewrite templates: TOML files that say how the teacher is asked and how it is read.
+"""Load rewrite templates: TOML files with the teacher's prompt and the format of its output.
 
-See templates/tags.toml for the format. The template `draft` asks nothing: the draft itself is what
-is filtered, scored and learned.
+templates/tags.toml explains the format. With the template `draft` the teacher rewrites nothing:
+the draft itself is filtered, scored and trained on.
 """
 
 import re
@@ -24,12 +24,12 @@ _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
 
 def fill(text: str, values: Mapping[str, str]) -> str:
-    """Puts values in place of {{names}} in one pass: what a value contains is never expanded."""
+    """Replace {{names}} by values in one pass, so that a {{name}} in a value is kept."""
     return _PLACEHOLDER.sub(lambda match: values[match.group(1)], text)
 
 
 class RewriteTemplate(Strict):
-    """The content of a template file."""
+    """The content of a template file, with the methods that apply it."""
 
     name: str
     version: int
@@ -39,6 +39,7 @@ class RewriteTemplate(Strict):
     plain_trace: str | None = None
 
     def hash(self) -> str:
+        """Return a hash of the content, which a round records."""
         return content_key(self.model_dump())
 
     @property
@@ -47,14 +48,16 @@ class RewriteTemplate(Strict):
         return self.prompt is not None
 
     def message(self, problem: str, draft: str) -> str:
-        """What the user says to the teacher."""
+        """Return the user's message to the teacher."""
         assert self.prompt is not None
         return fill(self.prompt, {"problem": problem, "draft": draft}).strip()
 
     def trace_of(self, rewrite: str, thinks: bool) -> str | None:
-        """The teacher's turn laid out as the student's own trace, without the end token; None
-        where the turn is not in the template's format. `thinks`: the draft has a thinking part.
-        Raises ConfigError where the template has no layout for such drafts."""
+        """Return the teacher's output in the layout of a student's trace, without the end token.
+
+        Return None if the output is not in the template's format. `thinks` says whether the draft
+        has a thinking part. Raise ConfigError if the template has no layout for such drafts.
+        """
         match = re.fullmatch(self.output, rewrite, re.DOTALL)
         if match is None:
             return None
@@ -62,8 +65,10 @@ class RewriteTemplate(Strict):
         return fill(self.layout(thinks), parts)
 
     def layout(self, thinks: bool) -> str:
-        """The trace's layout for drafts with or without a thinking part. Raises ConfigError where
-        the template has none."""
+        """Return the trace's layout for drafts with or without a thinking part.
+
+        Raise ConfigError if the template has none.
+        """
         layout = self.trace if thinks else self.plain_trace or self.trace
         if layout is None:
             raise ConfigError(
@@ -77,8 +82,10 @@ DRAFT = RewriteTemplate(name="draft", version=1, output="")
 
 
 def load_template(name: str) -> RewriteTemplate:
-    """Reads and checks a template: the name of one that is built in, or the path of a file.
-    Raises ConfigError naming what is wrong in it."""
+    """Read and check a template: a built-in one by its name, or a file by its path.
+
+    Raise ConfigError that names what is wrong.
+    """
     if name == DRAFT.name:
         return DRAFT
     path = BUILT_IN.get(name, Path(name))
@@ -96,7 +103,7 @@ def load_template(name: str) -> RewriteTemplate:
     except re.error as error:
         raise ConfigError(f"{path}: `output` is not a regular expression: {error}") from error
     if template.trace is None and template.plain_trace is None:
-        raise ConfigError(f"{path}: gives neither `trace` nor `plain_trace`; it needs one of them.")
+        raise ConfigError(f"{path}: has neither `trace` nor `plain_trace`; it needs one of them.")
     for field, text, known in (
         ("prompt", template.prompt or "", {"problem", "draft"}),
         ("trace", template.trace or "", groups),

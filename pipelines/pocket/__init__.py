@@ -1,1 +1,1 @@
-"""Pocket models: a student and a teacher small enough to train and run on one CPU core."""
+"""The pocket models: a student and a teacher that one CPU core can train and run."""

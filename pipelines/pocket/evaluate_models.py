@@ -1,10 +1,10 @@
-"""Measure the pocket models with transformers: solving per family, rewriting of real drafts.
+"""Measure how well the pocket models solve each family and how the teacher rewrites real drafts.
 
     python -m pipelines.pocket.evaluate_models --models pipelines/pocket/models
 
 Problems come from the "validation" split, which neither training nor the test figures use. Every
-row says what was measured on how many samples; accuracies are shares, lengths are tokens with the
-end token, and a completion that reached the limit without ending counts as wrong.
+row of the tables states its number of samples. Accuracies are fractions, lengths are tokens with
+the end token, and a completion without an end token counts as wrong.
 """
 
 import random
@@ -29,12 +29,12 @@ def mean_tokens(samples: list[Sample]) -> float:
 def solving_rows(role: str, temperature: float, samples: list[Sample]) -> list[str]:
     rows = []
     for family in FAMILIES:
-        of_family = [one for one in samples if one.problem.family == family]
-        accuracy = share([one.right for one in of_family])
-        ended = share([one.ended for one in of_family])
+        own = [one for one in samples if one.problem.family == family]
+        accuracy = share([one.right for one in own])
+        ended = share([one.ended for one in own])
         rows.append(
-            f"| {role} | {family} | {temperature:g} | {len(of_family)} | {accuracy:.3f} "
-            f"| {mean_tokens(of_family):.1f} | {ended:.3f} |"
+            f"| {role} | {family} | {temperature:g} | {len(own)} | {accuracy:.3f} "
+            f"| {mean_tokens(own):.1f} | {ended:.3f} |"
         )
     return rows
 
@@ -62,7 +62,7 @@ def rewriting_row(family: str, drafts: list[Sample], rewrites: list[Sample]) -> 
 @click.option("--per-family", default=200, show_default=True, type=click.IntRange(min=1))
 def main(models: Path, per_family: int) -> None:
     torch.set_num_threads(1)
-    asked = [
+    tasks = [
         (problem, problem.text)
         for family in FAMILIES
         for problem in islice(
@@ -73,17 +73,17 @@ def main(models: Path, per_family: int) -> None:
     teacher, _ = load(models / "teacher")
     click.echo("| model | family | temperature | problems | accuracy | tokens | ended |")
     click.echo("|---|---|---|---|---|---|---|")
-    drafts = sample(student, tokenizer, asked, temperature=1.0)
+    drafts = sample(student, tokenizer, tasks, temperature=1.0)
     click.echo("\n".join(solving_rows("student", 1.0, drafts)))
     for role, model, temperature in (
         ("student", student, 0.0),
         ("teacher", teacher, 1.0),
         ("teacher", teacher, 0.0),
     ):
-        samples = sample(model, tokenizer, asked, temperature)
+        samples = sample(model, tokenizer, tasks, temperature)
         click.echo("\n".join(solving_rows(role, temperature, samples)))
 
-    # A rollout that never ended is no draft.
+    # Only a finished rollout can be a draft.
     drafts = [draft for draft in drafts if draft.ended]
     rewrites = sample(
         teacher,
@@ -97,10 +97,8 @@ def main(models: Path, per_family: int) -> None:
     )
     click.echo("|---|---|---|---|---|---|---|---|---|---|")
     for family in FAMILIES:
-        of_family = [index for index, one in enumerate(drafts) if one.problem.family == family]
-        click.echo(
-            rewriting_row(family, [drafts[i] for i in of_family], [rewrites[i] for i in of_family])
-        )
+        own = [index for index, one in enumerate(drafts) if one.problem.family == family]
+        click.echo(rewriting_row(family, [drafts[i] for i in own], [rewrites[i] for i in own]))
 
 
 if __name__ == "__main__":

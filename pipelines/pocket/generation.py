@@ -1,4 +1,4 @@
-"""What the pocket models are asked, and what they answer: batched generation with transformers."""
+"""Sample from the pocket models in batches with transformers, and judge what they write."""
 
 import re
 import tomllib
@@ -25,7 +25,7 @@ _TRACE = re.compile(TEMPLATE["output"], re.DOTALL)
 
 
 def rewrite_prompt(problem_text: str, draft: str) -> str:
-    """The user message that asks the teacher for a rewrite."""
+    """Return the user message that asks the teacher for a rewrite."""
     prompt: str = TEMPLATE["prompt"]
     return prompt.replace("{{problem}}", problem_text).replace("{{draft}}", draft)
 
@@ -38,10 +38,10 @@ def _generate_batch(
     generator: torch.Generator,
     end: int,
 ) -> list[list[int]]:
-    """Prompts are padded on the left; rows that have ended leave the batch every 16 tokens.
+    """Return one completion of each prompt, both as token ids, from one batch padded on the left.
 
-    Traces differ in length by a factor of ten, so most of a batch would otherwise wait for its
-    longest row.
+    Rows that have ended leave the batch every 16 tokens: traces differ in length by a factor of
+    ten, so most of the batch would otherwise wait for the longest row.
     """
     width = max(len(ids) for ids in prompts)
     tokens = torch.tensor([[end] * (width - len(ids)) + ids for ids in prompts])
@@ -76,9 +76,9 @@ def _generate_batch(
             if not alive:
                 break
             rows = [rows[index] for index in alive]
-            kept = torch.tensor(alive)
-            tokens, positions, mask = tokens[kept], positions[kept], mask[kept]
-            cache.batch_select_indices(kept)
+            remaining = torch.tensor(alive)
+            tokens, positions, mask = tokens[remaining], positions[remaining], mask[remaining]
+            cache.batch_select_indices(remaining)
     return completions
 
 
@@ -90,9 +90,9 @@ def generate(
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
-    """One completion of each prompt, as token ids that include the end token if one was written.
+    """Return one completion of each prompt, as token ids with the end token if there is one.
 
-    Temperature 0 is greedy. Prompts of about the same length share a batch.
+    Temperature 0 is greedy. Prompts of similar length share a batch.
     """
     model.eval()
     generator = torch.Generator().manual_seed(seed)
@@ -101,15 +101,17 @@ def generate(
     completions: list[list[int]] = [[] for _ in prompts]
     for begin in tqdm(range(0, len(order), BATCH_SIZE), desc="generate", leave=False):
         batch = order[begin : begin + BATCH_SIZE]
-        asked = [prompts[index] for index in batch]
-        written = _generate_batch(model, asked, temperature, generator, end)
-        for index, ids in zip(batch, written, strict=True):
+        chosen = [prompts[index] for index in batch]
+        results = _generate_batch(model, chosen, temperature, generator, end)
+        for index, ids in zip(batch, results, strict=True):
             completions[index] = ids
     return completions
 
 
 @dataclass(frozen=True)
 class Sample:
+    """A completion for one problem, and whether it is correct."""
+
     problem: Problem
     text: str  # without the end token
     num_tokens: int  # with it
@@ -132,20 +134,20 @@ def load(folder: Path) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
 def sample(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    asked: list[tuple[Problem, str]],
+    messages: list[tuple[Problem, str]],
     temperature: float,
     seed: int = 0,
 ) -> list[Sample]:
-    """One completion of each (problem, user message)."""
+    """Return one completion of each (problem, user message)."""
     completions = generate(
         model,
         tokenizer,
-        [prompt_ids(tokenizer, message) for _, message in asked],
+        [prompt_ids(tokenizer, message) for _, message in messages],
         temperature=temperature,
         seed=seed,
     )
     samples = []
-    for (problem, _), ids in zip(asked, completions, strict=True):
+    for (problem, _), ids in zip(messages, completions, strict=True):
         ended = ids[-1] == tokenizer.eos_token_id
         text = tokenizer.decode(ids[:-1] if ended else ids)
         samples.append(Sample(problem, text, len(ids), ended))

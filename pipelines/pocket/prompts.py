@@ -1,10 +1,9 @@
-"""Write the pocket world's problems as JSONL: what distillation runs on and is measured on.
+"""Write the pocket world's problems as JSONL, for distillation and its evaluation.
 
     python -m pipelines.pocket.prompts --out data/pocket
 
-`train`, `validation` and `test` hold the in-distribution families; `ood` holds the held-out family,
-from the "test" split. The same numbers asked for give the same files, and asking for more rows
-leaves the first ones as they are.
+`train`, `validation` and `test` hold the in-distribution families. `ood` holds the held-out family,
+from the "test" split. The same sizes give the same files, and a larger size only adds rows.
 """
 
 import json
@@ -25,13 +24,13 @@ from pipelines.pocket.world import (
 
 
 def distinct(name: str, families: tuple[Family, ...], split: Split, count: int) -> list[Problem]:
-    """The first `count` distinct problems of a split, in an order fixed by the file's name."""
-    found: dict[str, Problem] = {}
+    """Return the first `count` distinct problems of a split, in an order that `name` determines."""
+    by_text: dict[str, Problem] = {}
     for problem in problems(random.Random(f"prompts {name}"), families, split):
-        if len(found) == count:
+        if len(by_text) == count:
             break
-        found.setdefault(problem.text, problem)
-    return list(found.values())
+        by_text.setdefault(problem.text, problem)
+    return list(by_text.values())
 
 
 @click.command(help="Write train, validation, test and ood problems as JSONL.")

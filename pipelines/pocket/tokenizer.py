@@ -1,7 +1,7 @@
-"""The word-level tokenizer that both pocket models share.
+"""Build the word-level tokenizer of both pocket models.
 
-Words are separated by whitespace and decode to words separated by single spaces, so the text of the
-world round trips exactly. A newline is whitespace like any other: no token.
+It splits text at whitespace, newlines included, and joins words with single spaces, so it restores
+the text of the pocket world exactly.
 """
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -29,7 +29,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in special])
-    # Not special: a trace keeps them when special tokens are skipped in decoding.
+    # These are not special, so that decoding without special tokens keeps them in a trace.
     tokenizer.add_tokens([AddedToken(word, special=False) for word in reasoning])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -44,7 +44,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, content: str) -> list[int]:
-    """Token ids of one user message, up to where the assistant's turn begins."""
+    """Return the token ids of one user message, up to where the assistant's turn begins."""
     ids: list[int] = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,

@@ -2,11 +2,11 @@
 
     python -m pipelines.pocket.train_models --out pipelines/pocket/models
 
-The student learns to solve, with mostly verbose traces in which some slips go unnoticed. The
-teacher is the student with more layers: it spends half of its examples on solving, as verbosely as
-the student, and half on rewriting drafts into the concise trace of the draft's route. Half of those
-drafts are written by rule and half are sampled from the student. Every problem is drawn from the
-"pretrain" split.
+The student learns to solve problems with traces that are mostly verbose and sometimes contain an
+unnoticed wrong result. The teacher is the student with more layers. Half of its examples are
+verbose solutions like the student's. In the other half it rewrites a draft into the concise trace
+of the draft's route; half of these drafts are written by rule and half are sampled from the
+student. All problems are from the "pretrain" split.
 """
 
 import json
@@ -42,9 +42,9 @@ from pipelines.pocket.world import (
 NUM_STUDENT_DRAFTS = 1500
 NUM_CHECKED = 300
 HIDDEN_SIZE = 128
-HEAD_DIM = 32  # the smallest that vLLM's attention on CPU takes
+HEAD_DIM = 32  # the smallest that vLLM's attention on CPU supports
 
-# (token ids, how many of them are the prompt): the loss is on the rest, the end token included
+# (token ids, number of prompt tokens): the loss is on the rest, which includes the end token
 Example = tuple[list[int], int]
 Draw = Callable[[], Example]
 
@@ -54,12 +54,12 @@ class Recipe:
     num_layers: int
     steps: int
     slip_rate: float  # chance, per line of arithmetic, of a wrong result in a solving trace
-    # Small batches: at the same cost, twice the steps of half the tokens learn much faster here.
+    # Twice as many steps with half the tokens cost the same and learn much faster here.
     tokens_per_step: int = 1500
     warmup_steps: int = 20
-    decay_share: float = 0.5  # the last part of the steps, over which learning rates fall to zero
-    muon_lr: float = 0.02  # the hidden matrices
-    adamw_lr: float = 4e-3  # embeddings, head and norms
+    decay_share: float = 0.5  # fraction of the steps, at the end, with a falling learning rate
+    muon_lr: float = 0.02  # of the hidden matrices
+    adamw_lr: float = 4e-3  # of embeddings, head and norms
 
 
 STUDENT = Recipe(num_layers=3, steps=2400, slip_rate=0.005)
@@ -86,9 +86,10 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForC
 
 
 def grow(small: Qwen3ForCausalLM, large: Qwen3ForCausalLM) -> None:
-    """Start `large`, of the same width with more layers, as the function that `small` is.
+    """Initialise `large`, which has more layers of the same width, to compute what `small` does.
 
-    The added layers come last and write nothing at first: their output matrices start at zero.
+    The added layers come last. Their output matrices start at zero, so they change nothing at
+    first.
     """
     missing, unexpected = large.load_state_dict(small.state_dict(), strict=False)
     assert not unexpected and all(name.startswith("model.layers.") for name in missing)
@@ -103,6 +104,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, user: str, assistant: str) -> Exa
     return prompt + tokenizer(f"{assistant} {END}").input_ids, len(prompt)
 
 
+# Each of the next three returns a function that draws one training example.
 def solving(tokenizer: PreTrainedTokenizerFast, rng: random.Random, slip_rate: float) -> Draw:
     source = problems(rng, FAMILIES, "pretrain")
 
@@ -135,6 +137,10 @@ def rewriting(
     return draw
 
 
+def evenly(rng: random.Random, first: Draw, second: Draw) -> Draw:
+    return lambda: first() if rng.random() < 0.5 else second()
+
+
 def solve(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -143,16 +149,16 @@ def solve(
     count: int,
     temperature: float,
 ) -> list[Sample]:
-    """The model's traces for `count` problems of a split, of all families."""
-    drawn = islice(problems(rng, FAMILIES, split), count)
-    asked = [(problem, problem.text) for problem in drawn]
-    return sample(model, tokenizer, asked, temperature, seed=rng.randrange(2**31))
+    """Sample the model's traces for `count` problems of a split, of all families."""
+    chosen = islice(problems(rng, FAMILIES, split), count)
+    messages = [(problem, problem.text) for problem in chosen]
+    return sample(model, tokenizer, messages, temperature, seed=rng.randrange(2**31))
 
 
 def summed_loss(model: Qwen3ForCausalLM, examples: list[Example]) -> torch.Tensor:
-    """Cross-entropy summed over the assistants' tokens, in nats; examples are padded on the right.
+    """Return the cross-entropy summed over the assistant's tokens, in nats.
 
-    Padding comes after everything that is scored, so causal attention needs no mask for it.
+    Examples are padded on the right, after all scored tokens, so causal attention needs no mask.
     """
     width = max(len(ids) for ids, _ in examples)
     tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in examples])
@@ -166,7 +172,7 @@ def summed_loss(model: Qwen3ForCausalLM, examples: list[Example]) -> torch.Tenso
 
 
 def batches(draw: Draw, rng: random.Random, num_tokens: int) -> Iterator[list[Example]]:
-    """Endless batches of about `num_tokens`, of examples of about the same length: no padding."""
+    """Yield batches of about `num_tokens` without end, each of examples of similar length."""
     while True:
         pool = sorted((draw() for _ in range(128)), key=lambda example: len(example[0]))
         cut: list[list[Example]] = [[]]
@@ -181,7 +187,7 @@ def batches(draw: Draw, rng: random.Random, num_tokens: int) -> Iterator[list[Ex
 def train(
     model: Qwen3ForCausalLM, recipe: Recipe, draw: Draw, rng: random.Random, log: Path
 ) -> None:
-    """Muon on the hidden matrices, AdamW on the rest; a line in `log` every ten steps."""
+    """Train with Muon on the hidden matrices and AdamW on the rest; log every ten steps."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "layers" not in name]
     optimizers = [
@@ -196,8 +202,8 @@ def train(
             num_scored = sum(len(ids) - prompt for ids, prompt in batch)
             loss = summed_loss(model, batch) / num_scored
             torch.autograd.backward(loss)
-            left = (recipe.steps - step) / (recipe.decay_share * recipe.steps)
-            scale = min(1.0, (step + 1) / recipe.warmup_steps, left)
+            decay = (recipe.steps - step) / (recipe.decay_share * recipe.steps)
+            scale = min(1.0, (step + 1) / recipe.warmup_steps, decay)
             for optimizer, peak in optimizers:
                 optimizer.param_groups[0]["lr"] = peak * scale
                 optimizer.step()
@@ -251,11 +257,6 @@ def main(out: Path, only: str | None, seed: int) -> None:
         }
         with log.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
-
-
-def evenly(rng: random.Random, first: Draw, second: Draw) -> Draw:
-    """Draws from both, half of the examples from each."""
-    return lambda: first() if rng.random() < 0.5 else second()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""The pocket world: word problems, the traces that solve them, and the ideal rewrite of a draft.
+"""Make the pocket world's word problems, the traces that solve them, and ideal rewrites of drafts.
 
-Everything is a string of words separated by single spaces, and every number up to `MAX_NUMBER` is
-one word. Standard library only, and deterministic given the `random.Random` passed in.
+A text is a string of words separated by single spaces, and every number up to `MAX_NUMBER` is one
+word. The module needs only the standard library. Its results depend only on the `random.Random`
+that is passed in.
 
-A *route* is a way to the answer: a plain function that asks a callback to work out one line of
-arithmetic after another. The callback is the `Scribe`, who writes the line down, and, by habit,
-more than that: it recalls, checks, repeats, slips and mends. A slip that goes unnoticed is
-returned to the route, so it is carried to the end as a person would carry it.
+A *route* is a way to solve a problem: a function that calls `work` for one line of arithmetic after
+another. `Scribe.work` writes the line, and its habit may add more: it recalls a sentence, checks,
+repeats, makes a wrong step and corrects it. A wrong result that it does not notice is returned to
+the route, so the rest of the trace continues with it.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ Split = Literal["pretrain", "train", "validation", "test"]
 Family = Literal["tally", "shop", "ride"]
 Sign = Literal["+", "-"]
 
-# `ride` is the out-of-distribution family: models meet it in pre-training, distillation never does.
+# The family `ride` is out of distribution: it is in the pre-training, but not in the distillation.
 IN_DISTRIBUTION: tuple[Family, ...] = ("tally", "shop")
 OUT_OF_DISTRIBUTION: tuple[Family, ...] = ("ride",)
 FAMILIES: tuple[Family, ...] = IN_DISTRIBUTION + OUT_OF_DISTRIBUTION
@@ -34,20 +35,20 @@ LOSS_VERBS = ("gives", "loses")
 GOODS = ("pen", "cup", "hat", "toy", "map", "fan", "bag", "jar")
 VEHICLES = ("bus", "tram", "boat", "train")
 STOPS = ("park", "mill", "port", "hill", "farm", "lake", "gate", "wood")
-# The other words of stories, traces and prompts; user and assistant are the chat template's.
+# The other words of stories, traces and prompts. The chat template uses `user` and `assistant`.
 WORDS = (
     ". , : ? + - = a at all has how many on off coins costs buys riders plan in order gains total"
     " first net change pay answer let me read wait is that yes no check again so now from the start"
     " same not once more rewrite shorter problem draft user assistant"
 )
 
-# (a line's label, left operand, sign, right operand) -> the result that was written down
+# (the line's label, left operand, sign, right operand) -> the result that was written
 Work = Callable[[str, int, Sign, int], int]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One change that the story tells: `label` is the day, the goods or the stop it hangs on."""
+    """One change in the story. `label` is its day, its goods or its stop."""
 
     label: str
     sign: Sign
@@ -61,11 +62,11 @@ class Problem:
     answer: int
     start: int
     steps: tuple[Step, ...]
-    sentences: dict[str, str]  # label -> the sentence of the story that it hangs on
+    sentences: dict[str, str]  # label -> the sentence of the story that tells the change
 
 
 def in_order(problem: Problem, work: Work) -> int:
-    """Every change as the story tells it."""
+    """Apply every change in the order of the story."""
     value = problem.start
     for step in problem.steps:
         value = work(step.label, value, step.sign, step.amount)
@@ -73,7 +74,7 @@ def in_order(problem: Problem, work: Work) -> int:
 
 
 def gains_first(problem: Problem, work: Work) -> int:
-    """All gains, then all losses, each in the order of the story."""
+    """Apply all gains, then all losses, each in the order of the story."""
     value = problem.start
     for step in sorted(problem.steps, key=lambda step: step.sign == "-"):
         value = work(step.label, value, step.sign, step.amount)
@@ -81,7 +82,7 @@ def gains_first(problem: Problem, work: Work) -> int:
 
 
 def total_first(problem: Problem, work: Work) -> int:
-    """What everything costs together, then taken away tens first, ones after."""
+    """Add up all costs, then subtract the tens of the total, then its ones."""
     first, second, *others = problem.steps
     total = work(f"{first.label} {second.label}", first.amount, "+", second.amount)
     for step in others:
@@ -96,7 +97,7 @@ def total_first(problem: Problem, work: Work) -> int:
 
 
 def net_change(problem: Problem, work: Work) -> int:
-    """The net change at each stop, applied stop by stop."""
+    """Work out the net change at each stop and apply it, stop by stop."""
     value = problem.start
     for on, off in zip(problem.steps[::2], problem.steps[1::2], strict=True):
         more, fewer = max(on.amount, off.amount), min(on.amount, off.amount)
@@ -105,7 +106,7 @@ def net_change(problem: Problem, work: Work) -> int:
     return value
 
 
-# What a trace announces -> how it then works. The first announcement in a draft is its route.
+# The name that a trace announces -> its function. The first announcement in a draft is its route.
 ROUTES: dict[Family, dict[str, Callable[[Problem, Work], int]]] = {
     "tally": {"in order": in_order, "gains first": gains_first},
     "shop": {"in order": in_order, "total first": total_first},
@@ -115,11 +116,11 @@ _ANNOUNCEMENT = re.compile(r"\bplan (in order|gains first|total first|net change
 
 
 class OutOfWords(ValueError):
-    """A result is no number of the world (below 0 or above `MAX_NUMBER`)."""
+    """A result is below 0 or above `MAX_NUMBER`, so there is no word for it."""
 
 
 def exact(label: str, left: int, sign: Sign, right: int) -> int:
-    """The `Work` that writes nothing and never slips."""
+    """Return the correct result; this `Work` writes nothing. Raise OutOfWords."""
     result = left + right if sign == "+" else left - right
     if not 0 <= result <= MAX_NUMBER:
         raise OutOfWords(f"{label}: {left} {sign} {right} = {result}")
@@ -181,7 +182,7 @@ _DRAW: dict[Family, Callable[[random.Random], Problem]] = {
 
 
 def sample_problem(rng: random.Random, family: Family) -> Problem:
-    """A problem of which every route stays within the numbers of the world."""
+    """Draw a problem for which no route leaves the numbers of the world."""
     while True:
         problem = _DRAW[family](rng)
         try:
@@ -193,7 +194,7 @@ def sample_problem(rng: random.Random, family: Family) -> Problem:
 
 
 def split_of(problem_text: str) -> Split:
-    """The split a problem belongs to, from its text alone, so that splits can never overlap."""
+    """Return a problem's split. It depends on the text alone, so that splits never overlap."""
     bucket = int.from_bytes(hashlib.sha256(problem_text.encode()).digest()[:4], "big") % 100
     if bucket < 60:
         return "pretrain"
@@ -203,7 +204,7 @@ def split_of(problem_text: str) -> Split:
 
 
 def problems(rng: random.Random, families: tuple[Family, ...], split: Split) -> Iterator[Problem]:
-    """Endless problems of one split; texts may recur."""
+    """Yield problems of one split without end; texts may recur."""
     while True:
         problem = sample_problem(rng, rng.choice(families))
         if split_of(problem.text) == split:
@@ -214,25 +215,25 @@ def problems(rng: random.Random, families: tuple[Family, ...], split: Split) -> 
 class Trace:
     text: str  # from `<think>` to the answer, without the end token
     route: str
-    answer: int  # what the trace answers, right or wrong
+    answer: int  # the trace's answer, which may be wrong
 
 
 @dataclass(frozen=True)
 class Habit:
-    """How much a trace says beyond its arithmetic: chances per trace or per line, 0 = never.
+    """What a trace adds to its arithmetic, as chances per trace or per line; 0 means never.
 
-    A habit is drawn once per trace and shows from its first words on, so a model that has read a
-    concise beginning goes on concisely, and one that has read a verbose beginning verbosely.
+    A habit is drawn once for each trace and shows from the first words. A model can therefore learn
+    to continue a concise beginning concisely and a verbose beginning verbosely.
     """
 
-    reads: float = 0.0  # says the problem again before starting
-    recalls: float = 0.0  # says the sentence that a line hangs on
-    checks: float = 0.0  # goes back by the inverse operation
-    repeats: float = 0.0  # works a line out again
-    notes: float = 0.0  # says the running value
-    blunders: float = 0.0  # writes a wrong result and mends it at once
+    reads: float = 0.0  # repeats the problem before the first line
+    recalls: float = 0.0  # repeats the sentence of the story that a line is about
+    checks: float = 0.0  # checks a line with the inverse operation
+    repeats: float = 0.0  # calculates a line again
+    notes: float = 0.0  # states the value so far
+    blunders: float = 0.0  # writes a wrong result and corrects it at once
     doubts: float = 0.0  # asks whether that is all
-    retraces: float = 0.0  # solves the problem once more, by the other route
+    retraces: float = 0.0  # solves the problem again by the other route
 
 
 CONCISE = Habit()
@@ -259,12 +260,12 @@ def sample_habit(rng: random.Random) -> Habit:
 
 @dataclass
 class Scribe:
-    """Writes down lines of arithmetic, with as much around them as is its habit."""
+    """Writes the lines of a trace, with the additions of a habit."""
 
     rng: random.Random
     problem: Problem
     habit: Habit
-    slip_rate: float  # chance per line that a written result is wrong, and not noticed at once
+    slip_rate: float  # chance per line of a wrong result that is not noticed at once
 
     def __post_init__(self) -> None:
         self.words: list[str] = []
@@ -301,7 +302,7 @@ class Scribe:
         return self.rng.choice([value for value in near if 0 <= value <= MAX_NUMBER])
 
     def check(self, left: int, sign: Sign, right: int, written: int) -> int:
-        """The inverse operation; where it does not lead back, the line is worked out again."""
+        """Check a line with the inverse operation; if that fails, correct the line."""
         inverse: Sign = "-" if sign == "+" else "+"
         back = exact("check", written, inverse, right)
         if back == left:
@@ -337,22 +338,22 @@ class Scribe:
 def sample_trace(
     rng: random.Random, problem: Problem, habit: Habit, slip_rate: float = 0.0
 ) -> Trace:
-    """A trace by a route drawn evenly; with `slip_rate > 0` its answer may be wrong."""
+    """Draw a trace; every route is equally likely. With `slip_rate > 0` it may answer wrongly."""
     route = rng.choice(sorted(ROUTES[problem.family]))
     while True:
         try:
             return Scribe(rng, problem, habit, slip_rate).solve(route)
-        except OutOfWords:  # a slip led out of the world's numbers
+        except OutOfWords:  # a wrong result led out of the world's numbers
             continue
 
 
 def concise_trace(problem: Problem, route: str) -> str:
-    """The shortest trace of a route: its arithmetic and nothing else."""
+    """Return the shortest trace of a route: its arithmetic and nothing else."""
     return Scribe(random.Random(0), problem, CONCISE, slip_rate=0.0).solve(route).text
 
 
 def route_of(problem: Problem, draft: str) -> str:
-    """The route a draft announces first; `in order` for a draft that announces none of its own."""
+    """Return the first route of the problem that a draft announces; `in order` if there is none."""
     for route in _ANNOUNCEMENT.findall(draft):
         if route in ROUTES[problem.family]:
             return str(route)
@@ -360,12 +361,12 @@ def route_of(problem: Problem, draft: str) -> str:
 
 
 def ideal_rewrite(problem: Problem, draft: str) -> str:
-    """The concise trace that follows the draft's route, with right arithmetic."""
+    """Return the concise trace of the draft's route, with correct arithmetic."""
     return concise_trace(problem, route_of(problem, draft))
 
 
 def vocabulary() -> list[str]:
-    """Every word that problems, traces and the rewrite prompt are made of."""
+    """Return every word that can be in a problem, a trace or the rewrite prompt."""
     listed = (NAMES, THINGS, DAYS, GAIN_VERBS, LOSS_VERBS, GOODS, VEHICLES, STOPS)
     numbers = [str(number) for number in range(MAX_NUMBER + 1)]
     return numbers + [word for words in listed for word in words] + WORDS.split()

@@ -2,9 +2,9 @@
 
     python -m pipelines.smollm2.prompts --out data/smollm2
 
-One or two steps with small numbers, in the style of GSM8K, all of our own writing. `train` and
-`test` share the eight kinds of problem and nothing else: no person and no (kind, numbers) stands in
-both. The same numbers asked for give the same files.
+The problems take one or two steps with small numbers. They are in the style of GSM8K, but none is
+copied. `train` and `test` share the eight kinds of problem and nothing else: no person and no
+(kind, numbers) is in both. The same sizes give the same files.
 """
 
 import itertools
@@ -24,7 +24,7 @@ _NAMES = {
 }
 _THINGS = ("apples", "books", "pencils", "marbles", "stickers", "cookies", "oranges", "coins")
 
-# The text of a problem from its person, its things and three numbers, and its answer.
+# (person, things, three numbers) -> the text of a problem; (three numbers) -> its answer
 _Kind = tuple[Callable[[str, str, int, int, int], str], Callable[[int, int, int], int]]
 _KINDS: dict[str, _Kind] = {
     "buys": (
@@ -86,27 +86,21 @@ _KINDS: dict[str, _Kind] = {
 
 
 def problems(split: str, count: int) -> list[dict[str, Any]]:
-    """The first `count` problems of "train" or "test", an even mix of all kinds."""
+    """Return the first `count` problems of "train" or "test", an even mix of all kinds."""
     numbers = list(itertools.product(range(2, 13), range(2, 13), range(2, 6)))
-    rows: list[dict[str, Any]] = []
+    groups: list[list[dict[str, Any]]] = []
     for kind, (text, answer) in _KINDS.items():
-        # Of what the kind shows, each once, so that no two of its problems are alike.
-        shown = {text("", "", a, b, c): (a, b, c) for a, b, c in numbers}
-        chosen = sorted(shown.values())
-        # The same order for both splits, of which every third is for the test.
-        random.Random(f"smollm2 {kind}").shuffle(chosen)
-        mine = [n for i, n in enumerate(chosen) if (i % 3 == 0) == (split == "test")]
+        # One choice of numbers for each text, so that no two problems of a kind are equal.
+        distinct = sorted({text("", "", a, b, c): (a, b, c) for a, b, c in numbers}.values())
+        # The order is the same for both splits; every third problem is in the test.
+        random.Random(f"smollm2 {kind}").shuffle(distinct)
         rng = random.Random(f"smollm2 {kind} {split}")
-        for a, b, c in mine:
-            who, what = rng.choice(_NAMES[split]), rng.choice(_THINGS)
-            rows.append(
-                {
-                    "problem": text(who, what, a, b, c),
-                    "answer": str(answer(a, b, c)),
-                    "kind": kind,
-                }
-            )
-    groups = [[row for row in rows if row["kind"] == kind] for kind in _KINDS]
+        group = []
+        for i, (a, b, c) in enumerate(distinct):
+            if (i % 3 == 0) == (split == "test"):
+                problem = text(rng.choice(_NAMES[split]), rng.choice(_THINGS), a, b, c)
+                group.append({"problem": problem, "answer": str(answer(a, b, c)), "kind": kind})
+        groups.append(group)
     mixed = [row for rank in zip(*groups, strict=False) for row in rank][:count]
     return [{"id": f"smollm2-{split}-{i:04d}", **row} for i, row in enumerate(mixed)]
 
