@@ -38,20 +38,17 @@ from mpd_data.rewrite_setup import (
     Prepared,
     closes_thinking,
     prepare,
-    refuse_half_refiltered,
     rollout_metadata,
 )
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import choose_rewrites, choosing_student
 from mpd_data.select.second_pass import put_in_place
-from mpd_data.stage import Failures, RewriteOutcome
+from mpd_data.stage import OVERWRITTEN, Failures, Outcome, refuse_half_refiltered
 from mpd_data.store.locks import WHOLE
 from mpd_data.store.progress import Progress
 from mpd_data.store.round import RoundDir, is_whole, scratch_of
-from mpd_data.store.schema import Stage, distill_key, repetition, seed_of
+from mpd_data.store.schema import distill_key, repetition, seed_of
 from mpd_data.store.writer import ShardWriter
-
-OVERWRITTEN: tuple[Stage, ...] = ("distill",)
 
 
 @dataclass
@@ -68,7 +65,7 @@ class Group:
 
 def run_rewrite(
     config: RewriteConfig, overwrite: bool = False, limit: int | None = None
-) -> RewriteOutcome:
+) -> Outcome:
     """Rewrites, filters and scores what the round still owes, at most `limit` rollouts of it, and
     commits it shard by shard. The student's choice follows where the run is the whole stage; one
     of several parts leaves its rollouts waiting for it.
@@ -104,7 +101,7 @@ def distill(
     overwrite: bool = False,
     limit: int | None = None,
     start: StartEngine = start_engine,
-) -> RewriteOutcome:
+) -> Outcome:
     """`run_rewrite` from where all is prepared. `start` is as for `rollouts.sample`."""
     config, student, teacher = prepared.config, prepared.student, prepared.teacher
     k, spare, shard_metadata = prepared.k, prepared.spare, prepared.metadata()
@@ -113,7 +110,7 @@ def distill(
     with round_dir.lock("rewrite", part):
         refuse_half_refiltered(round_dir)
         if overwrite:
-            round_dir.discard(*OVERWRITTEN)
+            round_dir.discard(*OVERWRITTEN["distill"])
         rollouts = round_dir.recover("rollouts")
         details = {
             "config": config.model_dump(mode="json", exclude={"parts"}),
@@ -125,7 +122,7 @@ def distill(
         owing = part.share(rollouts - done)
         now = owing if limit is None else min(limit, owing)
         if not now:
-            return RewriteOutcome(round_dir.count_statuses(), 0, 0, owing)
+            return outcome_of(round_dir, 0, 0, owing)
         there = part.share(rollouts) - owing
         failures = round_dir.failures()
         output = config.output.model_dump()
@@ -158,9 +155,12 @@ def distill(
                 with suppress(MPDError, OSError):
                     if (speed := progress.speed(config.engine.backend)) is not None:
                         round_dir.record_speed("distill", speed)
-        return RewriteOutcome(
-            round_dir.count_statuses(), writer.rows_committed, failed.count, owing - now
-        )
+        return outcome_of(round_dir, writer.rows_committed, failed.count, owing - now)
+
+
+def outcome_of(round_dir: RoundDir, written: int, failed: int, remaining: int) -> Outcome:
+    statuses = round_dir.count_statuses()
+    return Outcome(sum(statuses.values()), written, failed, remaining, statuses)
 
 
 @dataclass

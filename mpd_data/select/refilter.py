@@ -17,12 +17,12 @@ from mpd_data.engines.start import start_engine
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import choose_by_student, choosing_student
 from mpd_data.select.second_pass import RULES, Pass, put_in_place, rework
-from mpd_data.stage import RewriteOutcome
+from mpd_data.stage import Outcome
 from mpd_data.store.round import RoundDir
 from mpd_data.store.shards import read_metadata
 
 
-def run_refilter(config: RewriteConfig) -> RewriteOutcome:
+def run_refilter(config: RewriteConfig) -> Outcome:
     """Applies the filters and the choice of `config` to the rewrites in `config.shards`.
 
     Raises ConfigError where there are none, or where another setting than those changed;
@@ -43,7 +43,8 @@ def run_refilter(config: RewriteConfig) -> RewriteOutcome:
         if config.choose == "likeliest":
             choose_by_student(round_dir, config)
         counts = round_dir.count_statuses()
-        return RewriteOutcome(counts, sum(counts.values()), 0)
+        total = sum(counts.values())
+        return Outcome(total, total, 0, statuses=counts)
 
 
 def check_refilter(round_dir: RoundDir, config: RewriteConfig) -> dict[str, Any]:
