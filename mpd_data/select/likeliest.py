@@ -17,7 +17,7 @@ from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_toke
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import Engine, Scores
 from mpd_data.engines.start import start_engine
-from mpd_data.select.second_pass import Pass, rework
+from mpd_data.select.second_pass import Pass, Row, rework
 from mpd_data.store.round import RoundDir
 from mpd_data.store.shards import read_metadata
 
@@ -121,9 +121,8 @@ class _Choice(Pass):
     ) -> None:
         super().__init__(config, metadata)
         self._student = student
-        self._means: dict[str, float] = {}
 
-    def judge(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def judge(self, rows: list[Row]) -> list[Row]:
         """The first of each different text."""
         waiting = candidates(rows)
         first_of = {row["rewrite"]: row for row in reversed(waiting)}
@@ -138,21 +137,11 @@ class _Choice(Pass):
         engine = config.engine.model_copy(update={"max_model_len": context})
         return start_engine(student, engine, config.trust_remote_code, self.k)
 
-    def context_of(self, row: dict[str, Any]) -> list[int]:
+    def context_of(self, row: Row) -> list[int]:
         ids: list[int] = row["input_ids"][: row["loss_start"]].tolist()
         return ids
 
-    def pass_over(self, row: dict[str, Any]) -> None:
-        """It is the student's last choice."""
-        self._means[row["row_id"]] = -math.inf
-
-    def note(self, row: dict[str, Any], scores: Scores) -> None:
-        self._means[row["row_id"]] = float(scores.target_logprobs.mean())
-
-    def decide(self, rows: list[dict[str, Any]]) -> None:
-        asked = [row for row in rows if row["row_id"] in self._means]
-        if asked:
-            # Ties go to the first.
-            max(asked, key=lambda row: self._means[row["row_id"]])["status"] = "ok"
-        for row in asked:
-            del self._means[row["row_id"]]
+    def decide(self, wanted: list[Row], scores: Mapping[str, Scores]) -> None:
+        """Keep the likeliest; of several, the first. What the student cannot read comes last."""
+        means = {row_id: score.target_logprobs.mean() for row_id, score in scores.items()}
+        max(wanted, key=lambda row: means.get(row["row_id"], -math.inf))["status"] = "ok"

@@ -5,6 +5,7 @@ generated and nothing is thrown away: rows keep the log-probabilities they have,
 are rejected now, so that going back costs nothing.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from mpd_data.common.errors import ConfigError
@@ -16,7 +17,7 @@ from mpd_data.engines.scores import score_columns
 from mpd_data.engines.start import start_engine
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import choose_by_student, choosing_student
-from mpd_data.select.second_pass import RULES, Pass, put_in_place, rework
+from mpd_data.select.second_pass import RULES, Pass, Row, put_in_place, rework
 from mpd_data.stage import Outcome
 from mpd_data.store.round import RoundDir
 from mpd_data.store.shards import read_metadata
@@ -103,7 +104,7 @@ class _Refilter(Pass):
         super().__init__(config, metadata)
         self.k = metadata["num_logprobs"]
 
-    def judge(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def judge(self, rows: list[Row]) -> list[Row]:
         wanted = settle(rows, self.config.filters, self.config.choose)
         return [row for row in wanted if row["topk_ids"] is None]
 
@@ -115,19 +116,17 @@ class _Refilter(Pass):
         self.k += teacher.vocab_size - self.metadata["vocab_size"]
         return start_engine(teacher, config.engine, config.trust_remote_code, self.k)
 
-    def context_of(self, row: dict[str, Any]) -> list[int]:
+    def context_of(self, row: Row) -> list[int]:
         given = row["teacher_prompt_ids"]
         context: list[int] = (
             row["input_ids"][: row["loss_start"]] if given is None else given
         ).tolist()
         return context
 
-    def pass_over(self, row: dict[str, Any]) -> None:
-        row["status"] = "too_long"
-
-    def note(self, row: dict[str, Any], scores: Scores) -> None:
+    def decide(self, wanted: list[Row], scores: Mapping[str, Scores]) -> None:
         k, vocab_size = self.metadata["num_logprobs"], self.metadata["vocab_size"]
-        row |= score_columns(scores, k, vocab_size)
-
-    def decide(self, rows: list[dict[str, Any]]) -> None:
-        """The choice was made before the scores."""
+        for row in wanted:
+            if row["row_id"] in scores:
+                row |= score_columns(scores[row["row_id"]], k, vocab_size)
+            else:
+                row["status"] = "too_long"
