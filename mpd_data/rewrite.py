@@ -1,13 +1,13 @@
-"""Stage one, second half: the teacher rewrites each rollout, and what is kept is scored.
+"""Let the teacher rewrite each rollout, and score the rewrites that are kept: `mpd-gen rewrite`.
 
-rollouts -> rewrite prompt -> engine -> check and filter -> engine (log-probabilities of the
-rewrite) -> distill/part-*.parquet
+    rollouts -> rewrite prompt -> engine -> rewrite -> check and filter -> engine
+    -> log-probabilities of the rewrite -> distill/part-*.parquet
 
-Rewriting, checking and scoring go on side by side: a rewrite that passes the filter is submitted
-for scoring while others are still being generated. Every rewrite gives one row, rejected ones
-with the reason in `status` and without log-probabilities. The rows of one rollout are committed
-together, since the choice among them is made once; where the student makes it
-(select/likeliest.py), all that pass are scored, and it follows when the teacher's engine has ended.
+These steps overlap: a rewrite that passes the filters is submitted for scoring while others are
+still generated. Every rewrite becomes one row. A rejected one has the reason in `status` and no
+log-probabilities. The rows of one rollout are committed together, because one choice is made among
+them. When the student chooses (select/likeliest.py), all rewrites that pass are scored, and the
+choice follows after the teacher's engine has ended.
 """
 
 import functools
@@ -43,18 +43,19 @@ from mpd_data.store.schema import DISTILL_SCHEMA, distill_key, repetition, seed_
 def run_rewrite(
     config: RewriteConfig, overwrite: bool = False, limit: int | None = None
 ) -> Outcome:
-    """Rewrites, filters and scores what the round still owes, at most `limit` rollouts of it, and
-    commits it shard by shard. The student's choice follows where the run is the whole stage; one
-    of several parts leaves its rollouts waiting for it.
+    """Rewrite, filter and score the rollouts of `config.shards` that have no rewrites yet.
 
-    Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
-    finished before are committed in every case.
+    overwrite: delete the rewrites first. limit: the largest number of rollouts to rewrite.
+    With --choose likeliest the student chooses at the end, except when this run is one of several
+    parts: then its rollouts wait for `run_refilter`.
+    Raise ConfigError or DataError for bad input, EngineError when the engine fails. Rows that were
+    finished before an error are kept, and the next call resumes from there.
     """
     if config.choose != "likeliest" or config.parts.part != WHOLE:
         return distill(prepare_run(config), overwrite, limit)
     round_dir = RoundDir(config.shards)
     if is_whole(scratch_of(round_dir)):
-        # A kill while an earlier choice was put in place.
+        # An earlier choice was killed while its rows replaced the old ones.
         with round_dir.lock("refilter"):
             put_in_place(round_dir, config)
     outcome = distill(prepare_run(config), overwrite, limit)
@@ -62,7 +63,7 @@ def run_rewrite(
 
 
 def prepare_run(config: RewriteConfig) -> Prepared:
-    """`prepare` with the model that will run: its weights are fetched and hashed."""
+    """Call `prepare` with the teacher's weights, which are fetched and hashed."""
     student = rollout_metadata(RoundDir(config.shards))
     served = config.engine.served(config.teacher)
     teacher = resolve_model(
@@ -74,16 +75,16 @@ def prepare_run(config: RewriteConfig) -> Prepared:
 
 
 def distill(
-    setup: Prepared,
+    prepared: Prepared,
     overwrite: bool = False,
     limit: int | None = None,
     start: StartEngine = start_engine,
 ) -> Outcome:
-    """Do what `run_rewrite` does from where everything is prepared, but for the student's choice.
-    `start` is as for `rollouts.sample`."""
-    config, student = setup.config, setup.student
+    """Run the stage that `run_rewrite` has prepared, without the student's choice. `start` is as
+    for `rollouts.sample`."""
+    config, student = prepared.config, prepared.student
     round_dir, part = RoundDir(config.shards), config.parts.part
-    with open_round(round_dir, "distill", config, setup.identity, overwrite) as opened:
+    with open_round(round_dir, "distill", config, prepared.identity, overwrite) as opened:
         missing = part.share(opened.rollouts - opened.done)
         count = missing if limit is None else min(limit, missing)
         if not count:
@@ -91,18 +92,18 @@ def distill(
         existing = part.share(opened.rollouts) - missing
         with open_run(
             opened,
-            setup.metadata(),
+            prepared.metadata(),
             student["checker"],
             student["answer_formats"],
             existing + count,
         ) as run:
             run.progress.skip(existing)
-            job = RewriteJob(setup, run)
+            job = RewriteJob(prepared, run)
             run.work(
                 itertools.islice(job.submissions(), limit),
                 job.take,
                 lambda: start(
-                    setup.teacher, config.engine, config.trust_remote_code, job.num_logprobs
+                    prepared.teacher, config.engine, config.trust_remote_code, job.num_logprobs
                 ),
             )
         return _outcome(round_dir, run.writer.rows_committed, run.failures.count, missing - count)
@@ -129,14 +130,14 @@ class RewriteJob:
     """What happens to one rollout: prompt -> (engine) -> rewrite -> (check) for each candidate
     -> filters and choice -> (engine) -> log-probabilities -> rows."""
 
-    def __init__(self, setup: Prepared, run: CheckedRun) -> None:
-        self._setup = setup
-        self._config = setup.config
+    def __init__(self, prepared: Prepared, run: CheckedRun) -> None:
+        self._prepared = prepared
+        self._config = prepared.config
         self._run = run
         self._groups: dict[str, Group] = {}
-        self._control_ids = set(setup.tokenizer.all_special_ids)
+        self._control_ids = set(prepared.tokenizer.all_special_ids)
         # The teacher's padding rows may be among its best; `score_columns` drops them.
-        self.num_logprobs = setup.k + setup.spare
+        self.num_logprobs = prepared.k + prepared.spare
 
     def submissions(self) -> Iterator[Callable[[], None]]:
         """Yield a call that begins each rollout without rewrites."""
@@ -152,20 +153,20 @@ class RewriteJob:
         run, config = self._run, self._config
         rows = {}
         for index in range(config.num_candidates):
-            row_id = distill_key(rollout["row_id"], index, self._setup.row_identity)
+            row_id = distill_key(rollout["row_id"], index, self._prepared.row_identity)
             rows[row_id] = _new_row(row_id, index, rollout)
         group = Group(rollout, rows)
         if rollout["finish_reason"] == "length":
             self._finish_without_rewrite(group, "draft_truncated")
             return
         run.failures.tried += len(rows)
-        if not self._setup.template.asks:
+        if not self._prepared.template.asks:
             self._take_draft(group)
             return
         try:
-            asked = self._setup.ask_about(rollout)
+            asked = self._prepared.ask_about(rollout)
             group.teacher_prompt_ids = asked.teacher_prompt_ids
-            if not self._setup.fits(asked):
+            if not self._prepared.fits(asked):
                 self._finish_without_rewrite(group, "too_long")
                 return
             for row_id in rows:
@@ -191,7 +192,7 @@ class RewriteJob:
                 self._check(group, row_id, trace)
             return
         if isinstance(result, Scores):
-            group.rows[row_id] |= score_columns(result, self._setup.k, self._setup.vocab_size)
+            group.rows[row_id] |= score_columns(result, self._prepared.k, self._prepared.vocab_size)
         else:
             self._fail(group, row_id, f"the engine refused it: {result.message}")
             if row_id in group.unjudged:
@@ -214,15 +215,15 @@ class RewriteJob:
     def _lay_out(self, group: Group, row: dict[str, Any], completion: Completion) -> str | None:
         """Fill the columns of a rewrite. Return its trace: the rewrite in the student's format,
         tokenised here once with its end token. Return None, and set a status, if it has none."""
-        rollout, setup = group.rollout, self._setup
+        rollout, prepared = group.rollout, self._prepared
         stopped = completion.finish_reason == "stop"
         visible = completion.token_ids[:-1] if stopped else completion.token_ids
-        row["rewrite"] = setup.tokenizer.decode(visible, skip_special_tokens=False)
+        row["rewrite"] = prepared.tokenizer.decode(visible, skip_special_tokens=False)
         row["rewrite_finish_reason"] = completion.finish_reason
         if not stopped:
             row["status"] = "truncated"
             return None
-        trace = setup.template.trace_of(row["rewrite"], closes_thinking(rollout))
+        trace = prepared.template.trace_of(row["rewrite"], closes_thinking(rollout))
         if trace is None:
             row["status"] = "malformed"
             return None
@@ -230,7 +231,7 @@ class RewriteJob:
         if rollout["prompt"].rstrip().endswith("<think>"):
             # This chat template opens the thinking in the prompt, so the trace begins after it.
             rest = trace.removeprefix("<think>").lstrip()
-        ids = [*setup.writing.encode(rest), setup.student["eos_token_id"]]
+        ids = [*prepared.writing.encode(rest), prepared.student["eos_token_id"]]
         if self._control_ids & set(ids[:-1]):
             # The teacher wrote a control token as text; as an id it would end or restart the turn.
             row["status"] = "malformed"
@@ -276,7 +277,7 @@ class RewriteJob:
             context = row["teacher_prompt_ids"] or row["input_ids"][:start]
             targets = row["input_ids"][start:]
             # The engine generates one token after the sequence that it scores.
-            if len(context) + len(targets) + 1 > self._setup.context:
+            if len(context) + len(targets) + 1 > self._prepared.context:
                 row["status"] = "too_long"
                 continue
             try:

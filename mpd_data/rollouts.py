@@ -1,6 +1,6 @@
-"""Stage one, first half: the student samples solutions.
+"""Sample solutions with the student: `mpd-gen rollouts`.
 
-prompts -> chat template -> ids -> engine -> rollouts/part-*.parquet
+prompts -> chat template -> token ids -> engine -> check -> rollouts/part-*.parquet
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from mpd_data.store.schema import repetition, rollout_key, seed_of
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to take: everything a rollout row needs but the completion."""
+    """One sample to take: everything that a row of rollouts needs except the completion."""
 
     row_id: str
     prompt: Prompt
@@ -180,10 +180,11 @@ def prepare(
 def run_rollouts(
     config: RolloutsConfig, overwrite: bool = False, limit: int | None = None
 ) -> Outcome:
-    """Samples what the round still owes, at most `limit` of it, and commits it shard by shard.
+    """Take the samples that the round in `config.out` does not have yet, and write their rows.
 
-    Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
-    finished before are committed in every case.
+    overwrite: delete the round's rows first. limit: the largest number of samples to take.
+    Raise ConfigError or DataError for bad input, EngineError when the engine fails. Rows that were
+    finished before an error are kept, and the next call resumes from there.
     """
     return sample(prepare_run(config), overwrite, limit)
 
@@ -196,33 +197,33 @@ def prepare_run(config: RolloutsConfig) -> Prepared:
 
 
 def sample(
-    setup: Prepared,
+    prepared: Prepared,
     overwrite: bool = False,
     limit: int | None = None,
     start: StartEngine = start_engine,
 ) -> Outcome:
-    """Do what `run_rollouts` does from where everything is prepared.
+    """Run the stage that `run_rollouts` has prepared.
 
     `start` returns the engine, which is closed at the end. To keep one for the next call, return
     an engine whose `close` does nothing.
     """
-    config = setup.config
-    rows = len(setup.prompts) * config.num_samples
+    config = prepared.config
+    rows = len(prepared.prompts) * config.num_samples
     with open_round(
-        RoundDir(config.out), "rollouts", config, setup.identity, overwrite, rows
+        RoundDir(config.out), "rollouts", config, prepared.identity, overwrite, rows
     ) as opened:
-        total = len(setup.own_prompts) * config.num_samples
+        total = len(prepared.own_prompts) * config.num_samples
         if limit is not None:
             total = min(total, len(opened.done) + limit)
         with open_run(
-            opened, setup.metadata(), config.checker, config.answer_formats, total
+            opened, prepared.metadata(), config.checker, config.answer_formats, total
         ) as run:
-            job = RolloutJob(setup, run, opened.done)
+            job = RolloutJob(prepared, run, opened.done)
             submissions = job.submissions()
             run.work(
                 itertools.islice(submissions, limit),
                 job.take,
-                lambda: start(setup.model, config.engine, config.trust_remote_code),
+                lambda: start(prepared.model, config.engine, config.trust_remote_code),
             )
             remaining = sum(1 for _ in submissions)
         return Outcome(run.progress.done, run.writer.rows_committed, run.failures.count, remaining)
@@ -231,9 +232,9 @@ def sample(
 class RolloutJob:
     """What happens to one sample: request -> (engine) -> completion -> (check) -> row."""
 
-    def __init__(self, setup: Prepared, run: CheckedRun, done: Container[str]) -> None:
-        self._setup = setup
-        self._config = setup.config
+    def __init__(self, prepared: Prepared, run: CheckedRun, done: Container[str]) -> None:
+        self._prepared = prepared
+        self._config = prepared.config
         self._run = run
         self._done = done
         self._requests: dict[str, Request] = {}
@@ -241,12 +242,12 @@ class RolloutJob:
     def submissions(self) -> Iterator[Callable[[], None]]:
         """Yield a call that submits each missing sample, prompt by prompt. A prompt is read when
         its turn comes, so memory does not grow with the number of prompts."""
-        run, setup = self._run, self._setup
-        for prompt in setup.own_prompts:
+        run, prepared = self._run, self._prepared
+        for prompt in prepared.own_prompts:
             try:
-                requests = setup.requests(prompt)
+                requests = prepared.requests(prompt)
             except PromptError as error:
-                row_id = rollout_key(prompt.id, [], 0, setup.row_identity)
+                row_id = rollout_key(prompt.id, [], 0, prepared.row_identity)
                 run.progress.fail(self._config.num_samples)
                 run.failures.tried += 1
                 run.failures.add(row_id, prompt.id, f"{prompt.source}: {error}")
@@ -284,7 +285,7 @@ class RolloutJob:
         stopped = result.finish_reason == "stop"
         # The loss needs the end token among the ids; people do not need it in the text.
         visible = result.token_ids[:-1] if stopped else result.token_ids
-        completion = self._setup.tokenizer.decode(visible, skip_special_tokens=False)
+        completion = self._prepared.tokenizer.decode(visible, skip_special_tokens=False)
         prompt = request.prompt
         row = {
             "row_id": request.row_id,
