@@ -317,14 +317,12 @@ class RolloutJob:
             self._finish(row, Verdict(request.row_id, None, correct, None, None))
 
     def _finish(self, row: dict[str, Any], verdict: Verdict) -> None:
-        self._run.writer.add(
-            row
-            | {
-                "answer": verdict.answer,
-                "is_correct": verdict.is_correct,
-                "check_error": verdict.error,
-            }
-        )
+        row |= {
+            "answer": verdict.answer,
+            "is_correct": verdict.is_correct,
+            "check_error": verdict.error,
+        }
+        self._run.writer.add(row)
         self._run.progress.update(
             row["num_completion_tokens"],
             row["finish_reason"] == "length",

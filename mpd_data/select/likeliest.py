@@ -9,6 +9,7 @@ rewrites that passed the filters are "not_chosen", and training skips them.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +115,12 @@ def choose_by_student(round_dir: RoundDir, config: RewriteConfig) -> None:
     rework(round_dir, work, entry["identity"], chosen_by=student.identity())
 
 
+@dataclass
 class _Choice(Pass):
-    label = "choose"
-    k = 1
+    """Score the rewrites that wait with the student, and keep the likeliest."""
 
-    def __init__(
-        self, config: RewriteConfig, metadata: dict[str, Any], student: ModelFiles
-    ) -> None:
-        super().__init__(config, metadata)
-        self._student = student
+    label = "choose"
+    student: ModelFiles
 
     def judge(self, rows: list[Row]) -> list[Row]:
         """Return the first row of each different text; keep it if there is one text only."""
@@ -134,7 +132,7 @@ class _Choice(Pass):
         return [row for row in waiting if row is first_of[row["rewrite"]]]
 
     def start_engine(self) -> Engine:
-        config, student = self.config, self._student
+        config, student = self.config, self.student
         context = min(config.engine.max_model_len or student.context, student.context)
         engine = config.engine.model_copy(update={"max_model_len": context})
         return start_engine(student, engine, config.trust_remote_code, self.k)

@@ -98,10 +98,6 @@ class _Refilter(Pass):
 
     label = "refilter"
 
-    def __init__(self, config: RewriteConfig, metadata: dict[str, Any]) -> None:
-        super().__init__(config, metadata)
-        self.k = metadata["num_logprobs"]
-
     def judge(self, rows: list[Row]) -> list[Row]:
         wanted = settle(rows, self.config.filters, self.config.choose)
         return [row for row in wanted if row["topk_ids"] is None]
@@ -111,7 +107,7 @@ class _Refilter(Pass):
         teacher = _teacher(config)
         _require_teacher(config, teacher, self.metadata)
         # The teacher's padding rows may be among its best; `score_columns` drops them.
-        self.k += teacher.vocab_size - self.metadata["vocab_size"]
+        self.k = self.metadata["num_logprobs"] + teacher.vocab_size - self.metadata["vocab_size"]
         return start_engine(teacher, config.engine, config.trust_remote_code, self.k)
 
     def context_of(self, row: Row) -> list[int]:

@@ -14,7 +14,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from mpd_data.common.errors import EngineError
 from mpd_data.common.files import fsync_directory, write_json_atomic
@@ -41,15 +41,27 @@ _HEAVY = [name for name in DISTILL_SCHEMA.names if name not in LIGHT]
 Row = dict[str, Any]
 
 
+@dataclass
+class Group:
+    """All rewrites of a rollout, those that need scores, and the scores so far, by row_id."""
+
+    rows: list[Row]
+    wanted: list[Row]
+    waiting: int = 0
+    scores: dict[str, Scores] = field(default_factory=dict)
+
+
+@dataclass
 class Pass(ABC):
-    """What a second pass does with the rewrites of a rollout. `metadata` is that of the shards."""
+    """What happens to one rollout: judge its rewrites -> (engine) -> scores -> decide -> rows.
+    `metadata` is that of the shards."""
 
-    label: str  # names the work in progress lines
-    k: int  # log-probabilities per token that the engine is asked for
-
-    def __init__(self, config: RewriteConfig, metadata: dict[str, Any]) -> None:
-        self.config = config
-        self.metadata = metadata
+    config: RewriteConfig
+    metadata: dict[str, Any]
+    label: ClassVar[str]  # names the work in progress lines
+    k: int = field(default=1, init=False)  # log-probabilities per token that the engine returns
+    run: StageRun = field(init=False)
+    _groups: dict[str, Group] = field(default_factory=dict, init=False)
 
     @abstractmethod
     def judge(self, rows: list[Row]) -> list[Row]:
@@ -68,43 +80,23 @@ class Pass(ABC):
         """Set what follows from the scores, by row_id, of the rows that `judge` returned. A row
         without scores does not fit into the engine's context."""
 
-
-@dataclass
-class _Group:
-    """All rewrites of a rollout, those that need scores, and the scores so far, by row_id."""
-
-    rows: list[Row]
-    wanted: list[Row]
-    waiting: int = 0
-    scores: dict[str, Scores] = field(default_factory=dict)
-
-
-class _Job:
-    """What happens to one rollout: judge its rewrites -> (engine) -> scores -> decide -> rows."""
-
-    def __init__(self, work: Pass, run: StageRun) -> None:
-        self._work = work
-        self._run = run
-        self._groups: dict[str, _Group] = {}
-
-    def submissions(self, groups: Iterator[list[Row]]) -> Iterator[Callable[[], None]]:
+    def submissions(self, rollouts: Iterator[list[Row]]) -> Iterator[Callable[[], None]]:
         """Yield a call that submits each group which needs scores; finish the others."""
-        for rows in groups:
-            group = _Group(rows, self._work.judge(rows))
+        for rows in rollouts:
+            group = Group(rows, self.judge(rows))
             if group.wanted:
                 yield functools.partial(self._submit, group)
             else:
                 self._finish(group)
 
-    def _submit(self, group: _Group) -> None:
-        engine = self._run.engine
+    def _submit(self, group: Group) -> None:
         for row in group.wanted:
-            context = self._work.context_of(row)
+            context = self.context_of(row)
             targets = row["input_ids"][row["loss_start"] :].tolist()
-            if len(context) + len(targets) + 1 > engine.max_model_len:
+            if len(context) + len(targets) + 1 > self.run.engine.max_model_len:
                 continue
             try:
-                engine.submit_score(row["row_id"], context, targets, self._work.k)
+                self.run.engine.submit_score(row["row_id"], context, targets, self.k)
             except RequestError as error:
                 raise _cannot_be_scored(row["row_id"], str(error)) from error
             self._groups[row["row_id"]] = group
@@ -123,12 +115,12 @@ class _Job:
         if not group.waiting:
             self._finish(group)
 
-    def _finish(self, group: _Group) -> None:
+    def _finish(self, group: Group) -> None:
         if group.wanted:
-            self._work.decide(group.wanted, group.scores)
-        self._run.writer.add(*group.rows)
+            self.decide(group.wanted, group.scores)
+        self.run.writer.add(*group.rows)
         tokens = sum(row["num_rewritten_tokens"] or 0 for row in group.rows)
-        self._run.progress.update(tokens, 0, 0)
+        self.run.progress.update(tokens, 0, 0)
 
 
 def rework(
@@ -159,9 +151,9 @@ def rework(
             Progress(work.label, total, status) as progress,
         ):
             progress.skip(len(opened.done))
-            run = StageRun(opened, writer, progress)
-            job = _Job(work, run)
-            run.work(job.submissions(_groups(round_dir, opened.done)), job.take, work.start_engine)
+            work.run = StageRun(opened, writer, progress)
+            submissions = work.submissions(_groups(round_dir, opened.done))
+            work.run.work(submissions, work.take, work.start_engine)
         (scratch.path / "complete").touch()
         fsync_directory(scratch.path)
     put_in_place(round_dir, work.config)
