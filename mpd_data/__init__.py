@@ -32,7 +32,7 @@ if typing.TYPE_CHECKING:
     from mpd_data.inspect.stats import round_stats, scan_round
     from mpd_data.rewrite import run_rewrite
     from mpd_data.rollouts import run_rollouts
-    from mpd_data.stage import RewriteOutcome, RolloutsOutcome
+    from mpd_data.stage import Outcome
 
 __all__ = [
     "CheckConfig",
@@ -44,13 +44,12 @@ __all__ = [
     "FailureConfig",
     "FilterConfig",
     "MPDError",
+    "Outcome",
     "OutputConfig",
     "PartsConfig",
     "RewriteConfig",
-    "RewriteOutcome",
     "RewriteSamplingConfig",
     "RolloutsConfig",
-    "RolloutsOutcome",
     "SamplingConfig",
     "compare",
     "round_stats",
@@ -61,12 +60,12 @@ __all__ = [
 
 _MODULES = {
     "Checker": "checkers.formats",
+    "Outcome": "stage",
     "compare": "inspect.compare",
     "round_stats": "inspect.stats",
     "run_rewrite": "rewrite",
     "run_rollouts": "rollouts",
     "scan_round": "inspect.stats",
-    **dict.fromkeys(("RewriteOutcome", "RolloutsOutcome"), "stage"),
     **dict.fromkeys(("ConfigError", "DataError", "EngineError", "MPDError"), "common.errors"),
 }
 

@@ -98,7 +98,7 @@ def rollouts(
     _finish(
         f"{config.out}: {outcome.total} rollouts, {outcome.written} of them new",
         outcome.failed,
-        outcome.owed,
+        outcome.remaining,
     )
 
 
@@ -162,7 +162,7 @@ def rewrite(
         waiting = waiting_rollouts(round_dir, round_dir.scan_shards("distill").paths)
     # Of a part that keeps nothing, the other parts may still keep something.
     alone = config.parts.part == WHOLE and not waiting
-    if not outcome.statuses.get("ok") and not outcome.owed and alone:
+    if not outcome.statuses.get("ok") and not outcome.remaining and alone:
         raise MPDError(
             f"{config.shards}: no rewrite was kept ({counts or 'no rows'}), so there is nothing to"
             " train on. Read some in distill/*.parquet (columns rewrite, status): is the teacher"
@@ -175,7 +175,9 @@ def rewrite(
             " it.",
             err=True,
         )
-    _finish(f"{config.shards}: {counts}; {outcome.written} rows new", outcome.failed, outcome.owed)
+    _finish(
+        f"{config.shards}: {counts}; {outcome.written} rows new", outcome.failed, outcome.remaining
+    )
 
 
 def _with_part(config: Any) -> Any:

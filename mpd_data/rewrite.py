@@ -1,35 +1,26 @@
-"""Stage one, second half: the teacher rewrites each rollout, and what is kept is scored.
+"""Let the teacher rewrite each rollout, and score the rewrites that are kept: `mpd-gen rewrite`.
 
-rollouts -> rewrite prompt -> engine -> check and filter -> engine (log-probabilities of the
-rewrite) -> distill/part-*.parquet
+    rollouts -> rewrite prompt -> engine -> rewrite -> check and filter -> engine
+    -> log-probabilities of the rewrite -> distill/part-*.parquet
 
-Rewriting, checking and scoring go on side by side: a rewrite that passes the filter is submitted
-for scoring while others are still being generated. Every rewrite gives one row, rejected ones
-with the reason in `status` and without log-probabilities. The rows of one rollout are committed
-together, since the choice among them is made once; where the student makes it
-(select/likeliest.py), all that pass are scored, and it follows when the teacher's engine has ended.
+These steps overlap: a rewrite that passes the filters is submitted for scoring while others are
+still generated. Every rewrite becomes one row. A rejected one has the reason in `status` and no
+log-probabilities. The rows of one rollout are committed together, because one choice is made among
+them. When the student chooses (select/likeliest.py), all rewrites that pass are scored, and the
+choice follows after the teacher's engine has ended.
 """
 
 import functools
 import itertools
 import json
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mpd_data.checkers.pool import CheckPool, CheckRequest, Verdict
-from mpd_data.common.errors import MPDError
+from mpd_data.checkers.pool import CheckRequest, Verdict
 from mpd_data.common.models import resolve_model
 from mpd_data.config import RewriteConfig
-from mpd_data.engines.protocol import (
-    Completion,
-    Engine,
-    Refused,
-    RequestError,
-    Scores,
-    StartEngine,
-    pump,
-)
+from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, StartEngine
 from mpd_data.engines.scores import score_columns
 from mpd_data.engines.start import start_engine
 from mpd_data.prompts.chat import PromptError
@@ -38,50 +29,34 @@ from mpd_data.rewrite_setup import (
     Prepared,
     closes_thinking,
     prepare,
-    refuse_half_refiltered,
     rollout_metadata,
 )
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import choose_rewrites, choosing_student
 from mpd_data.select.second_pass import put_in_place
-from mpd_data.stage import Failures, RewriteOutcome
+from mpd_data.stage import CheckedRun, Outcome, open_round, open_run
 from mpd_data.store.locks import WHOLE
-from mpd_data.store.progress import Progress
 from mpd_data.store.round import RoundDir, is_whole, scratch_of
-from mpd_data.store.schema import Stage, distill_key, repetition, seed_of
-from mpd_data.store.writer import ShardWriter
-
-OVERWRITTEN: tuple[Stage, ...] = ("distill",)
-
-
-@dataclass
-class Group:
-    """A rollout and its rewrites on their way through the stage. `unjudged` rewrites are being
-    generated or checked, `unscored` ones wait for their log-probabilities."""
-
-    rollout: dict[str, Any]
-    teacher_prompt_ids: list[int]
-    rows: dict[str, dict[str, Any]]
-    unjudged: set[str] = field(default_factory=set)
-    unscored: set[str] = field(default_factory=set)
+from mpd_data.store.schema import DISTILL_SCHEMA, distill_key, repetition, seed_of
 
 
 def run_rewrite(
     config: RewriteConfig, overwrite: bool = False, limit: int | None = None
-) -> RewriteOutcome:
-    """Rewrites, filters and scores what the round still owes, at most `limit` rollouts of it, and
-    commits it shard by shard. The student's choice follows where the run is the whole stage; one
-    of several parts leaves its rollouts waiting for it.
+) -> Outcome:
+    """Rewrite, filter and score the rollouts of `config.shards` that have no rewrites yet.
 
-    Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
-    finished before are committed in every case.
+    overwrite: delete the rewrites first. limit: the largest number of rollouts to rewrite.
+    With --choose likeliest the student chooses at the end, except when this run is one of several
+    parts: then its rollouts wait for `run_refilter`.
+    Raise ConfigError or DataError for bad input, EngineError when the engine fails. Rows that were
+    finished before an error are kept, and the next call resumes from there.
     """
     config.parts.require_one_process("mpd-gen rewrite")
     if config.choose != "likeliest" or config.parts.part != WHOLE:
         return distill(prepare_run(config), overwrite, limit)
     round_dir = RoundDir(config.shards)
     if is_whole(scratch_of(round_dir)):
-        # A kill while an earlier choice was put in place.
+        # An earlier choice was killed while its rows replaced the old ones.
         with round_dir.lock("refilter"):
             put_in_place(round_dir, config)
     outcome = distill(prepare_run(config), overwrite, limit)
@@ -89,7 +64,7 @@ def run_rewrite(
 
 
 def prepare_run(config: RewriteConfig) -> Prepared:
-    """`prepare` with the model that will run: its weights are fetched and hashed."""
+    """Call `prepare` with the teacher's weights, which are fetched and hashed."""
     student = rollout_metadata(RoundDir(config.shards))
     served = config.engine.served(config.teacher)
     teacher = resolve_model(
@@ -105,159 +80,130 @@ def distill(
     overwrite: bool = False,
     limit: int | None = None,
     start: StartEngine = start_engine,
-) -> RewriteOutcome:
-    """`run_rewrite` from where all is prepared. `start` is as for `rollouts.sample`."""
-    config, student, teacher = prepared.config, prepared.student, prepared.teacher
-    k, spare, shard_metadata = prepared.k, prepared.spare, prepared.metadata()
+) -> Outcome:
+    """Run the stage that `run_rewrite` has prepared, without the student's choice. `start` is as
+    for `rollouts.sample`."""
+    config, student = prepared.config, prepared.student
     round_dir, part = RoundDir(config.shards), config.parts.part
-
-    with round_dir.lock("rewrite", part):
-        refuse_half_refiltered(round_dir)
-        if overwrite:
-            round_dir.discard(*OVERWRITTEN)
-        rollouts = round_dir.recover("rollouts")
-        details = {
-            "config": config.model_dump(mode="json", exclude={"parts"}),
-            "rows": len(rollouts),
-        }
-        round_dir.claim("distill", prepared.identity, details)
-        round_dir.recover("distill")
-        done = round_dir.rewritten()
-        owing = part.share(rollouts - done)
-        now = owing if limit is None else min(limit, owing)
-        if not now:
-            return RewriteOutcome(round_dir.count_statuses(), 0, 0, owing)
-        there = part.share(rollouts) - owing
-        failures = round_dir.failures()
-        output = config.output.model_dump()
-        with (
-            CheckPool(
-                student["checker"],
-                student["answer_formats"],
-                config.checks.checker_timeout,
-                config.checks.checker_processes,
-            ) as pool,
-            ShardWriter(round_dir, "distill", shard_metadata, **output) as writer,
-            ShardWriter(round_dir, "errors", shard_metadata, **output) as errors,
-            Progress("rewrite", there + now, round_dir.status_path("rewrite", part)) as progress,
-            closing(start(teacher, config.engine, config.trust_remote_code, k + spare)) as engine,
-        ):
-            progress.skip(there)
-            failed = Failures("rewrite", errors, failures, config.failures)
-            job = _Job(prepared, engine, pool, writer, failed, progress)
-            owed = (
-                functools.partial(job.start, rollout)
-                for rollout in round_dir.rows("rollouts", ROLLOUT_COLUMNS, done=done)
-                if part.holds(rollout["row_id"])
+    with open_round(round_dir, "distill", config, prepared.identity, overwrite) as opened:
+        missing = part.share(opened.rollouts - opened.done)
+        count = missing if limit is None else min(limit, missing)
+        if not count:
+            return _outcome(round_dir, 0, 0, missing)
+        existing = part.share(opened.rollouts) - missing
+        with open_run(
+            opened,
+            prepared.metadata(),
+            student["checker"],
+            student["answer_formats"],
+            existing + count,
+        ) as run:
+            run.progress.skip(existing)
+            job = RewriteJob(prepared, run)
+            run.work(
+                itertools.islice(job.submissions(), limit),
+                job.take,
+                lambda: start(
+                    prepared.teacher, config.engine, config.trust_remote_code, job.num_logprobs
+                ),
             )
-            progress.engine_started()
-            try:
-                for result in pump(engine, itertools.islice(owed, limit), job):
-                    job.take(result)
-            finally:
-                # Not worth an error in place of the one that may be on its way.
-                with suppress(MPDError, OSError):
-                    if (speed := progress.speed(config.engine.backend)) is not None:
-                        round_dir.record_speed("distill", speed)
-        return RewriteOutcome(
-            round_dir.count_statuses(), writer.rows_committed, failed.count, owing - now
-        )
+        return _outcome(round_dir, run.writer.rows_committed, run.failures.count, missing - count)
+
+
+def _outcome(round_dir: RoundDir, written: int, failed: int, remaining: int) -> Outcome:
+    statuses = round_dir.count_statuses()
+    return Outcome(sum(statuses.values()), written, failed, remaining, statuses)
 
 
 @dataclass
-class _Job:
-    """What happens to one rollout after another: start -> (rewrite -> check) for each candidate
-    -> filter and choice -> (score) -> rows."""
+class Group:
+    """A rollout and the rows of its rewrites, by row_id. `unjudged` rewrites are being generated or
+    checked; `unscored` ones wait for the teacher's log-probabilities."""
 
-    prepared: Prepared
-    engine: Engine
-    pool: CheckPool
-    writer: ShardWriter
-    failed: Failures
-    progress: Progress
+    rollout: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    teacher_prompt_ids: list[int] = field(default_factory=list)
+    unjudged: set[str] = field(default_factory=set)
+    unscored: set[str] = field(default_factory=set)
 
-    def __post_init__(self) -> None:
-        self.config = self.prepared.config
-        self._tokenizer = self.prepared.tokenizer
+
+class RewriteJob:
+    """What happens to one rollout: prompt -> (engine) -> rewrite -> (check) for each candidate
+    -> filters and choice -> (engine) -> log-probabilities -> rows."""
+
+    def __init__(self, prepared: Prepared, run: CheckedRun) -> None:
+        self._prepared = prepared
+        self._config = prepared.config
+        self._run = run
         self._groups: dict[str, Group] = {}
-        self._control = set(self._tokenizer.all_special_ids)
+        self._control_ids = set(prepared.tokenizer.all_special_ids)
+        # The teacher's padding rows may be among its best; `score_columns` drops them.
+        self.num_logprobs = prepared.k + prepared.spare
 
-    # -- work beside the engine (SideWork) --------------------------------------------
+    def submissions(self) -> Iterator[Callable[[], None]]:
+        """Yield a call that begins each rollout without rewrites."""
+        opened, part = self._run.opened, self._config.parts.part
+        for rollout in opened.round_dir.rows("rollouts", ROLLOUT_COLUMNS, done=opened.done):
+            if part.holds(rollout["row_id"]):
+                yield functools.partial(self._begin, rollout)
 
-    @property
-    def in_flight(self) -> int:
-        """Checks begun and not finished."""
-        return self.pool.in_flight
+    # -- rewriting --------------------------------------------------------------------
 
-    def advance(self, wait: bool) -> None:
-        """Takes finished checks; commits shards that are due by age."""
-        for verdict in self.pool.ready(1.0 if wait else 0.0):
-            self._take_verdict(verdict)
-        self.writer.commit_if_due()
-        self.progress.tick()
-
-    # -- one rollout after another ----------------------------------------------------
-
-    def start(self, rollout: dict[str, Any]) -> None:
-        """Asks for the rewrites of a rollout, or settles it at once where there is none to ask."""
+    def _begin(self, rollout: dict[str, Any]) -> None:
+        """Ask the teacher to rewrite a rollout, or finish it when there is nothing to ask."""
+        run, config = self._run, self._config
         rows = {}
-        for index in range(self.config.num_candidates):
-            row = _empty_row(
-                distill_key(rollout["row_id"], index, self.prepared.row_identity), rollout
-            )
-            rows[row["row_id"]] = row | {"candidate_idx": index}
-        group = Group(rollout, [], rows)
+        for index in range(config.num_candidates):
+            row_id = distill_key(rollout["row_id"], index, self._prepared.row_identity)
+            rows[row_id] = _new_row(row_id, index, rollout)
+        group = Group(rollout, rows)
         if rollout["finish_reason"] == "length":
-            self._finish_unasked(group, "draft_truncated")
+            self._finish_without_rewrite(group, "draft_truncated")
             return
-        self.failed.tried += len(rows)
-        if not self.prepared.template.asks:
+        run.failures.tried += len(rows)
+        if not self._prepared.template.asks:
             self._take_draft(group)
             return
         try:
-            asked = self.prepared.ask_about(rollout)
+            asked = self._prepared.ask_about(rollout)
             group.teacher_prompt_ids = asked.teacher_prompt_ids
-            if not self.prepared.fits(asked):
-                self._finish_unasked(group, "too_long")
+            if not self._prepared.fits(asked):
+                self._finish_without_rewrite(group, "too_long")
                 return
             for row_id in rows:
-                self.engine.submit_generate(
-                    row_id, asked.prompt_ids, self.config.sampling, seed_of(row_id)
+                run.engine.submit_generate(
+                    row_id, asked.prompt_ids, config.sampling, seed_of(row_id)
                 )
                 group.unjudged.add(row_id)
                 self._groups[row_id] = group
         except (PromptError, RequestError) as error:
-            # What holds for the prompt holds for each of its rewrites: none was taken.
-            self.progress.fail()
+            # All rewrites of a rollout have the same prompt, so none of them was accepted.
+            run.progress.fail()
             for row_id in list(rows):
                 self._fail(group, row_id, error)
 
     def take(self, result: Completion | Scores | Refused) -> None:
-        """Handles what the engine finished."""
-        group = self._groups[result.key]
-        if isinstance(result, Refused):
-            scoring = result.key in group.unscored
-            self._fail(group, result.key, f"the engine refused it: {result.message}")
-            if scoring:
-                group.unscored.discard(result.key)
-                self._finish_if_whole(group)
+        """Take what the engine finished: a rewrite, its log-probabilities, or a refusal."""
+        row_id, group = result.key, self._groups[result.key]
+        if isinstance(result, Completion):
+            trace = self._lay_out(group, group.rows[row_id], result)
+            if trace is None:
+                self._judged(group, row_id)
             else:
-                self._judged(group, result.key)
+                self._check(group, row_id, trace)
             return
-        row = group.rows[result.key]
         if isinstance(result, Scores):
-            row |= score_columns(result, self.prepared.k, self.prepared.vocab_size)
-            group.unscored.discard(result.key)
-            self._finish_if_whole(group)
-            return
-        trace = self._lay_out(group, row, result)
-        if trace is None:
-            self._judged(group, result.key)
-            return
-        self._check(group, result.key, trace)
+            group.rows[row_id] |= score_columns(result, self._prepared.k, self._prepared.vocab_size)
+        else:
+            self._fail(group, row_id, f"the engine refused it: {result.message}")
+            if row_id in group.unjudged:
+                self._judged(group, row_id)
+                return
+        group.unscored.discard(row_id)
+        self._finish_if_complete(group)
 
     def _take_draft(self, group: Group) -> None:
-        """The draft stands for its rewrite, id for id."""
+        """Use the draft as its own rewrite, id for id."""
         rollout = group.rollout
         (row_id,) = group.rows
         row = group.rows[row_id]
@@ -267,49 +213,46 @@ class _Job:
         self._groups[row_id] = group
         self._check(group, row_id, rollout["completion"])
 
-    def _check(self, group: Group, row_id: str, trace: str) -> None:
-        rollout = group.rollout
-        self.pool.submit(
-            CheckRequest(
-                row_id,
-                trace,
-                rollout["gold_answer"],
-                json.loads(rollout["metadata"] or "{}"),
-                rollout["answer"],
-            )
-        )
-
     def _lay_out(self, group: Group, row: dict[str, Any], completion: Completion) -> str | None:
-        """Fills the row's fields on the rewrite. Returns the trace (the rewrite in the student's
-        own format, tokenised here once, its end token included), or None and a status."""
-        rollout = group.rollout
+        """Fill the columns of a rewrite. Return its trace: the rewrite in the student's format,
+        tokenised here once with its end token. Return None, and set a status, if it has none."""
+        rollout, prepared = group.rollout, self._prepared
         stopped = completion.finish_reason == "stop"
         visible = completion.token_ids[:-1] if stopped else completion.token_ids
-        row["rewrite"] = self._tokenizer.decode(visible, skip_special_tokens=False)
+        row["rewrite"] = prepared.tokenizer.decode(visible, skip_special_tokens=False)
         row["rewrite_finish_reason"] = completion.finish_reason
         if not stopped:
             row["status"] = "truncated"
             return None
-        trace = self.prepared.template.trace_of(row["rewrite"], closes_thinking(rollout))
+        trace = prepared.template.trace_of(row["rewrite"], closes_thinking(rollout))
         if trace is None:
             row["status"] = "malformed"
             return None
         rest = trace
         if rollout["prompt"].rstrip().endswith("<think>"):
-            # Some chat templates open the thinking themselves: the trace goes on from there.
+            # This chat template opens the thinking in the prompt, so the trace begins after it.
             rest = trace.removeprefix("<think>").lstrip()
-        ids = [*self.prepared.writing.encode(rest), self.prepared.student["eos_token_id"]]
-        if self._control & set(ids[:-1]):
-            # The teacher spelled a control token; as an id it would end or restart the turn.
+        ids = [*prepared.writing.encode(rest), prepared.student["eos_token_id"]]
+        if self._control_ids & set(ids[:-1]):
+            # The teacher wrote a control token as text; as an id it would end or restart the turn.
             row["status"] = "malformed"
             return None
         row |= _trace_columns(rollout, ids)
-        if self.config.score_context == "rewrite":
+        if self._config.score_context == "rewrite":
             row["teacher_prompt_ids"] = group.teacher_prompt_ids
         return trace
 
-    def _take_verdict(self, verdict: Verdict) -> None:
-        group = self._groups[verdict.key]
+    # -- checking and choosing --------------------------------------------------------
+
+    def _check(self, group: Group, row_id: str, trace: str) -> None:
+        rollout = group.rollout
+        metadata = json.loads(rollout["metadata"] or "{}")
+        self._run.check(
+            CheckRequest(row_id, trace, rollout["gold_answer"], metadata, rollout["answer"]),
+            functools.partial(self._take_verdict, group),
+        )
+
+    def _take_verdict(self, group: Group, verdict: Verdict) -> None:
         row = group.rows[verdict.key]
         row |= {
             "rewrite_answer": verdict.answer,
@@ -324,89 +267,77 @@ class _Job:
         self._judged(group, verdict.key)
 
     def _judged(self, group: Group, row_id: str) -> None:
-        """One rewrite has its facts; with the last of them the group is filtered and scored."""
+        """Mark a rewrite as checked. After the last one, filter the group and submit what is kept
+        for scoring."""
         group.unjudged.discard(row_id)
         if group.unjudged:
             return
         rows = list(group.rows.values())
-        k = self.prepared.k + self.prepared.spare
-        for row in settle(rows, self.config.filters, self.config.choose):
+        for row in settle(rows, self._config.filters, self._config.choose):
             start = row["loss_start"]
             context = row["teacher_prompt_ids"] or row["input_ids"][:start]
             targets = row["input_ids"][start:]
-            # The engine generates one token after a sequence that it scores.
-            if len(context) + len(targets) + 1 > self.prepared.context:
+            # The engine generates one token after the sequence that it scores.
+            if len(context) + len(targets) + 1 > self._prepared.context:
                 row["status"] = "too_long"
                 continue
             try:
-                self.engine.submit_score(row["row_id"], context, targets, k)
+                self._run.engine.submit_score(row["row_id"], context, targets, self.num_logprobs)
             except RequestError as error:
                 self._fail(group, row["row_id"], error)
                 continue
             group.unscored.add(row["row_id"])
-        self._finish_if_whole(group)
+        self._finish_if_complete(group)
 
-    def _finish_if_whole(self, group: Group) -> None:
+    # -- writing ----------------------------------------------------------------------
+
+    def _finish_if_complete(self, group: Group) -> None:
+        """Write the rows of a group together once nothing of it waits for scores."""
         if group.unscored:
             return
         for row_id in group.rows:
             self._groups.pop(row_id, None)
         rows = list(group.rows.values())
-        self.writer.add(*rows)
-        self.progress.update(
+        self._run.writer.add(*rows)
+        self._run.progress.update(
             sum(row["num_rewritten_tokens"] or 0 for row in rows),
             sum(row["status"] == "truncated" for row in rows),
-            self.engine.in_flight,
+            self._run.engine.in_flight,
         )
 
-    def _finish_unasked(self, group: Group, status: str) -> None:
-        """A rollout that the teacher is not asked about has one row, whatever --num-candidates."""
-        first = next(iter(group.rows))
-        group.rows = {first: group.rows[first] | {"status": status}}
-        self._finish_if_whole(group)
+    def _finish_without_rewrite(self, group: Group, status: str) -> None:
+        """Write one row for a rollout that gets no rewrite, whatever --num-candidates is."""
+        row_id, row = next(iter(group.rows.items()))
+        group.rows = {row_id: row | {"status": status}}
+        self._finish_if_complete(group)
 
     def _fail(self, group: Group, row_id: str, error: Exception | str) -> None:
-        """Takes a rewrite out of its group and into errors/."""
+        """Move a rewrite from its group to errors/."""
         del group.rows[row_id]
         self._groups.pop(row_id, None)
         message = f"rollout {group.rollout['row_id']}: {error}"
-        self.failed.add(row_id, group.rollout["prompt_id"], message)
+        self._run.failures.add(row_id, group.rollout["prompt_id"], message)
+
+
+def _new_row(row_id: str, candidate_idx: int, rollout: dict[str, Any]) -> dict[str, Any]:
+    """A distill row before there is a rewrite: what it takes from its rollout, and nulls."""
+    return dict.fromkeys(DISTILL_SCHEMA.names) | {
+        "row_id": row_id,
+        "rollout_id": rollout["row_id"],
+        "prompt_id": rollout["prompt_id"],
+        "round": rollout["round"],
+        "candidate_idx": candidate_idx,
+        "draft_is_correct": rollout["is_correct"],
+        "num_original_tokens": rollout["num_completion_tokens"],
+    }
 
 
 def _trace_columns(rollout: dict[str, Any], ids: list[int]) -> dict[str, Any]:
-    """What a row says of a trace of `ids`, its end token included."""
+    """The columns of a distill row that follow from its trace `ids`, end token included."""
     return {
         "num_rewritten_tokens": len(ids),
         "compression_ratio": len(ids) / rollout["num_completion_tokens"],
         "repetition": repetition(ids),
         "loss_start": len(rollout["prompt_ids"]),
         "input_ids": rollout["prompt_ids"] + ids,
-    }
-
-
-def _empty_row(row_id: str, rollout: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "row_id": row_id,
-        "rollout_id": rollout["row_id"],
-        "prompt_id": rollout["prompt_id"],
-        "round": rollout["round"],
-        "candidate_idx": 0,
-        "status": None,
-        "rewrite": None,
-        "rewrite_finish_reason": None,
-        "rewrite_answer": None,
-        "keeps_answer": None,
-        "is_correct": None,
-        "check_error": None,
-        "draft_is_correct": rollout["is_correct"],
-        "repetition": None,
-        "num_original_tokens": rollout["num_completion_tokens"],
-        "num_rewritten_tokens": None,
-        "compression_ratio": None,
-        "loss_start": None,
-        "input_ids": None,
-        "teacher_prompt_ids": None,
-        "topk_ids": None,
-        "topk_logprobs": None,
-        "tail_logprobs": None,
     }

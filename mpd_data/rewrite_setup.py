@@ -19,7 +19,7 @@ from mpd_data.config import RewriteConfig
 from mpd_data.engines.start import context_of
 from mpd_data.prompts.chat import ChatFormatter
 from mpd_data.prompts.template import RewriteTemplate, load_template
-from mpd_data.store.round import RoundDir, is_whole, scratch_of
+from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
 from mpd_data.store.shards import read_metadata
 
@@ -194,16 +194,6 @@ def prepare(config: RewriteConfig, student: dict[str, Any], teacher: ModelFiles)
         row_identity=row_identity,
         identity=identity,
     )
-
-
-def refuse_half_refiltered(round_dir: RoundDir) -> None:
-    """Raises ConfigError where a refilter, or the student's choice, has all its rows and was killed
-    before they took the old ones' place."""
-    if is_whole(scratch_of(round_dir)):
-        raise ConfigError(
-            f"{round_dir.path}: a refilter, or the student's choice, was killed while its rows were"
-            " put in place. Run the same command again, with --refilter; it takes a moment."
-        )
 
 
 def closes_thinking(rollout: dict[str, Any]) -> bool:

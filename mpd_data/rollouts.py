@@ -1,13 +1,12 @@
-"""Stage one, first half: the student samples solutions.
+"""Sample solutions with the student: `mpd-gen rollouts`.
 
-prompts -> chat template -> ids -> engine -> rollouts/part-*.parquet
+prompts -> chat template -> token ids -> engine -> check -> rollouts/part-*.parquet
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Container, Iterator
-from contextlib import closing, suppress
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,7 @@ import numpy as np
 
 from mpd_data.checkers.builtin import make_checker
 from mpd_data.checkers.formats import Checker
-from mpd_data.checkers.pool import CheckPool, CheckRequest, Verdict
-from mpd_data.common.errors import MPDError
+from mpd_data.checkers.pool import CheckRequest, Verdict
 from mpd_data.common.hashing import canonical_json, content_key
 from mpd_data.common.machine import provenance
 from mpd_data.common.models import (
@@ -27,24 +25,19 @@ from mpd_data.common.models import (
     tokenizer_hash,
 )
 from mpd_data.config import RolloutsConfig
-from mpd_data.engines.protocol import Completion, Engine, Refused, RequestError, StartEngine, pump
+from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, StartEngine
 from mpd_data.engines.start import context_of, start_engine
 from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.reader import Prompt, choose_prompts, fill_prompt, load_examples, load_prompts
-from mpd_data.stage import Failures, RolloutsOutcome
-from mpd_data.store.progress import Progress
+from mpd_data.stage import CheckedRun, Outcome, open_round, open_run
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
-from mpd_data.store.schema import Stage, repetition, rollout_key, seed_of
-from mpd_data.store.writer import ShardWriter
-
-# What --overwrite deletes: later stages' rows are of rollouts that are gone.
-OVERWRITTEN: tuple[Stage, ...] = ("rollouts", "distill", "errors")
+from mpd_data.store.schema import repetition, rollout_key, seed_of
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to take: everything a rollout row needs but the completion."""
+    """One sample to take: everything that a row of rollouts needs except the completion."""
 
     row_id: str
     prompt: Prompt
@@ -195,11 +188,12 @@ def prepare(
 
 def run_rollouts(
     config: RolloutsConfig, overwrite: bool = False, limit: int | None = None
-) -> RolloutsOutcome:
-    """Samples what the round still owes, at most `limit` of it, and commits it shard by shard.
+) -> Outcome:
+    """Take the samples that the round in `config.out` does not have yet, and write their rows.
 
-    Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
-    finished before are committed in every case.
+    overwrite: delete the round's rows first. limit: the largest number of samples to take.
+    Raise ConfigError or DataError for bad input, EngineError when the engine fails. Rows that were
+    finished before an error are kept, and the next call resumes from there.
     """
     config.parts.require_one_process("mpd-gen rollouts")
     return sample(prepare_run(config), overwrite, limit)
@@ -217,186 +211,130 @@ def sample(
     overwrite: bool = False,
     limit: int | None = None,
     start: StartEngine = start_engine,
-) -> RolloutsOutcome:
-    """`run_rollouts` from where all is prepared. `start` gives the engine; it is closed at the end,
-    so whoever keeps one for the next call gives out one whose `close` spares it."""
-    config, model = prepared.config, prepared.model
-    metadata, part = prepared.metadata(), config.parts.part
-    prompts = prepared.own_prompts
-    total = len(prompts) * config.num_samples
+) -> Outcome:
+    """Run the stage that `run_rollouts` has prepared.
 
-    round_dir = RoundDir(config.out)
-    with round_dir.lock("rollouts", part):
-        if overwrite:
-            round_dir.discard(*OVERWRITTEN)
-        round_dir.claim("rollouts", prepared.identity, prepared.details())
-        done = round_dir.recover("rollouts")
-        failures = round_dir.failures()
+    `start` returns the engine, which is closed at the end. To keep one for the next call, return
+    an engine whose `close` does nothing.
+    """
+    config = prepared.config
+    rows = len(prepared.prompts) * config.num_samples
+    with open_round(
+        RoundDir(config.out), "rollouts", config, prepared.identity, overwrite, rows
+    ) as opened:
+        total = len(prepared.own_prompts) * config.num_samples
         if limit is not None:
-            total = min(total, len(done) + limit)
-        output = config.output.model_dump()
-        with (
-            ShardWriter(round_dir, "rollouts", metadata, **output) as writer,
-            ShardWriter(round_dir, "errors", metadata, **output) as errors,
-            Progress("rollouts", total, round_dir.status_path("rollouts", part)) as progress,
-        ):
-            failed = Failures("rollouts", errors, failures, config.failures)
-            # One after another, as the engine takes them: memory does not grow with the job.
-            every = _owed(prepared, prompts, done, failed, progress)
-            owed = itertools.islice(every, limit)
-            first = next(owed, None)
-            if first is not None:
-                with (
-                    CheckPool(
-                        config.checker,
-                        config.answer_formats,
-                        config.checks.checker_timeout,
-                        config.checks.checker_processes,
-                    ) as pool,
-                    closing(start(model, config.engine, config.trust_remote_code)) as engine,
-                ):
-                    job = _Job(config, prepared.tokenizer, engine, pool, writer, progress)
-
-                    def refuse(request: Request, reason: str) -> None:
-                        progress.fail()
-                        message = f"{request.prompt.source}: the engine refused it: {reason}"
-                        failed.add(request.row_id, request.prompt.id, message)
-
-                    def submit(request: Request) -> None:
-                        try:
-                            job.submit(request)
-                        except RequestError as error:
-                            refuse(request, str(error))
-
-                    submissions = (
-                        functools.partial(submit, request)
-                        for request in itertools.chain([first], owed)
-                    )
-                    progress.engine_started()
-                    try:
-                        for result in pump(engine, submissions, job):
-                            if isinstance(result, Refused):
-                                refuse(job.give_up(result.key), result.message)
-                                continue
-                            assert isinstance(result, Completion)
-                            job.take(result)
-                    finally:
-                        # Not worth an error in place of the one that may be on its way.
-                        with suppress(MPDError, OSError):
-                            if (speed := progress.speed(config.engine.backend)) is not None:
-                                round_dir.record_speed("rollouts", speed)
-            left = sum(1 for _ in every)
-        return RolloutsOutcome(progress.done, writer.rows_committed, failed.count, left)
+            total = min(total, len(opened.done) + limit)
+        with open_run(
+            opened, prepared.metadata(), config.checker, config.answer_formats, total
+        ) as run:
+            job = RolloutJob(prepared, run, opened.done)
+            submissions = job.submissions()
+            run.work(
+                itertools.islice(submissions, limit),
+                job.take,
+                lambda: start(prepared.model, config.engine, config.trust_remote_code),
+            )
+            remaining = sum(1 for _ in submissions)
+        return Outcome(run.progress.done, run.writer.rows_committed, run.failures.count, remaining)
 
 
-def _owed(
-    prepared: Prepared,
-    prompts: list[Prompt],
-    done: Container[str],
-    failed: Failures,
-    progress: Progress,
-) -> Iterator[Request]:
-    """The samples that are not there yet, prompt by prompt."""
-    for prompt in prompts:
-        try:
-            asked = prepared.requests(prompt)
-        except PromptError as error:
-            row_id = rollout_key(prompt.id, [], 0, prepared.row_identity)
-            progress.fail(prepared.config.num_samples)
-            failed.tried += 1
-            failed.add(row_id, prompt.id, f"{prompt.source}: {error}")
-            continue
-        for request in asked:
-            if request.row_id in done:
-                progress.skip()
-            else:
-                failed.tried += 1
-                yield request
+class RolloutJob:
+    """What happens to one sample: request -> (engine) -> completion -> (check) -> row."""
 
-
-@dataclass
-class _Job:
-    """What happens to one sample: submit -> (generate) -> take -> (check) -> row."""
-
-    config: RolloutsConfig
-    tokenizer: Any
-    engine: Engine
-    pool: CheckPool
-    writer: ShardWriter
-    progress: Progress
-
-    def __post_init__(self) -> None:
+    def __init__(self, prepared: Prepared, run: CheckedRun, done: Container[str]) -> None:
+        self._prepared = prepared
+        self._config = prepared.config
+        self._run = run
+        self._done = done
         self._requests: dict[str, Request] = {}
-        self._rows: dict[str, dict[str, Any]] = {}
 
-    def submit(self, request: Request) -> None:
-        """Asks the engine for the sample. Raises RequestError if it refuses."""
+    def submissions(self) -> Iterator[Callable[[], None]]:
+        """Yield a call that submits each missing sample, prompt by prompt. A prompt is read when
+        its turn comes, so memory does not grow with the number of prompts."""
+        run, prepared = self._run, self._prepared
+        for prompt in prepared.own_prompts:
+            try:
+                requests = prepared.requests(prompt)
+            except PromptError as error:
+                row_id = rollout_key(prompt.id, [], 0, prepared.row_identity)
+                run.progress.fail(self._config.num_samples)
+                run.failures.tried += 1
+                run.failures.add(row_id, prompt.id, f"{prompt.source}: {error}")
+                continue
+            for request in requests:
+                if request.row_id in self._done:
+                    run.progress.skip()
+                else:
+                    run.failures.tried += 1
+                    yield functools.partial(self._submit, request)
+
+    def _submit(self, request: Request) -> None:
         row_id = request.row_id
-        self.engine.submit_generate(row_id, request.ids, self.config.sampling, seed_of(row_id))
+        try:
+            self._run.engine.submit_generate(
+                row_id, request.ids, self._config.sampling, seed_of(row_id)
+            )
+        except RequestError as error:
+            self._fail(request, str(error))
+            return
         self._requests[row_id] = request
 
-    def give_up(self, row_id: str) -> Request:
-        """Forgets a sample that the engine refuses, and returns what was asked for."""
-        return self._requests.pop(row_id)
+    def _fail(self, request: Request, reason: str) -> None:
+        self._run.progress.fail()
+        message = f"{request.prompt.source}: the engine refused it: {reason}"
+        self._run.failures.add(request.row_id, request.prompt.id, message)
 
-    @property
-    def in_flight(self) -> int:
-        """Checks begun and not finished."""
-        return self.pool.in_flight
-
-    def advance(self, wait: bool) -> None:
-        """Takes finished checks; commits shards that are due by age."""
-        for verdict in self.pool.ready(1.0 if wait else 0.0):
-            self._finish(self._rows.pop(verdict.key), verdict)
-        self.writer.commit_if_due()
-        self.progress.tick()
-
-    def take(self, result: Completion) -> None:
-        """Handles what the engine finished."""
+    def take(self, result: Completion | Scores | Refused) -> None:
+        """Make a row of what the engine finished."""
         request = self._requests.pop(result.key)
+        if isinstance(result, Refused):
+            self._fail(request, result.message)
+            return
+        assert isinstance(result, Completion)
         stopped = result.finish_reason == "stop"
-        # The end token is in the ids, where the loss needs it, not in the text for people.
+        # The loss needs the end token among the ids; people do not need it in the text.
         visible = result.token_ids[:-1] if stopped else result.token_ids
-        completion = self.tokenizer.decode(visible, skip_special_tokens=False)
-        gold, metadata = request.prompt.answer, request.prompt.metadata
+        completion = self._prepared.tokenizer.decode(visible, skip_special_tokens=False)
+        prompt = request.prompt
         row = {
             "row_id": request.row_id,
-            "prompt_id": request.prompt.id,
-            "round": self.config.round,
+            "prompt_id": prompt.id,
+            "round": self._config.round,
             "sample_idx": request.sample_idx,
             "prompt": request.text,
             "completion": completion,
             "prompt_ids": request.ids,
-            # An array: Arrow takes it at once, a list number by number.
+            # Arrow takes an array at once, a list number by number.
             "completion_ids": np.array(result.token_ids, dtype=np.int32),
             "num_prompt_tokens": len(request.ids),
             "num_completion_tokens": len(result.token_ids),
             "finish_reason": result.finish_reason,
-            "problem": request.prompt.text,
-            "gold_answer": gold,
+            "problem": prompt.text,
+            "gold_answer": prompt.answer,
             "repetition": repetition(result.token_ids),
-            "metadata": canonical_json(request.prompt.metadata)
-            if request.prompt.metadata
-            else None,
+            "metadata": canonical_json(prompt.metadata) if prompt.metadata else None,
             "seed": seed_of(request.row_id),
         }
         if stopped:
-            self._rows[request.row_id] = row
-            self.pool.submit(CheckRequest(request.row_id, completion, gold, metadata, None))
+            self._run.check(
+                CheckRequest(request.row_id, completion, prompt.answer, prompt.metadata, None),
+                functools.partial(self._finish, row),
+            )
         else:
-            # A trace that was cut off has no final answer, whatever stands in it.
-            correct = None if gold is None else False
+            # A completion that was cut off has no final answer, whatever its text contains.
+            correct = None if prompt.answer is None else False
             self._finish(row, Verdict(request.row_id, None, correct, None, None))
 
     def _finish(self, row: dict[str, Any], verdict: Verdict) -> None:
-        self.writer.add(
-            row
-            | {
-                "answer": verdict.answer,
-                "is_correct": verdict.is_correct,
-                "check_error": verdict.error,
-            }
-        )
-        self.progress.update(
-            row["num_completion_tokens"], row["finish_reason"] == "length", self.engine.in_flight
+        row |= {
+            "answer": verdict.answer,
+            "is_correct": verdict.is_correct,
+            "check_error": verdict.error,
+        }
+        self._run.writer.add(row)
+        self._run.progress.update(
+            row["num_completion_tokens"],
+            row["finish_reason"] == "length",
+            self._run.engine.in_flight,
         )

@@ -1,16 +1,16 @@
-"""Many real `mpd-gen` processes, quickly: a parent that has imported everything, and forks.
+"""Start many real `mpd-gen` processes quickly, by forks of a parent that has imported everything.
 
-A fresh Python takes most of ten seconds to import torch, vLLM and transformers; a fork of a process
-that has them takes none. The parent has no engine, no thread of its own and no CUDA; what runs in
-the child is the whole command, from `sys.argv` on, with the engine in the process.
+A fresh Python takes almost ten seconds to import torch, vLLM and transformers; a fork of a process
+that has them takes none. The parent has no engine, no thread of its own and no CUDA. A child runs
+the whole command, from `sys.argv` on, with the engine in its process.
 
     with Nursery(log_folder) as nursery:
         child = nursery.start(["rollouts", ...])
         child.kill()
         assert child.wait() == -signal.SIGKILL
 
-A child can also be told to kill itself, by SIGKILL too: at the n-th change that it makes to a
-folder, or before the n-th line of the writer's thread in some functions (`Death`).
+A child can also kill itself, by SIGKILL too: at the n-th change that it makes to a folder, or
+before the n-th line that the writer's thread runs of some functions (`Death`).
 """
 
 import contextlib
@@ -35,9 +35,8 @@ _CHANGES = ("os.link", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.
 
 @dataclass
 class Death:
-    """Where a child kills itself: at the `at`-th of its changes to what lies under `folder`, or
-    before the `at`-th line that its writer's threads run of `functions` of the room
-    `store`."""
+    """Where a child kills itself: at its `at`-th change under `folder`, or before the `at`-th line
+    that its writer's threads run of `functions` of mpd_data/store."""
 
     at: int
     folder: str | None = None
@@ -79,7 +78,7 @@ class Child:
 
 
 class Nursery:
-    """The parent process. A context manager; several children may live at a time, and several
+    """The parent process, a context manager. Several children may live at a time, and several
     threads may start them."""
 
     def __init__(self, folder):
@@ -116,8 +115,8 @@ class Nursery:
         self._process.wait()
 
     def start(self, arguments, *deaths, limit=None, user=None):
-        """Starts `mpd-gen ARGUMENTS`, to kill itself where the first of `deaths` says; with a
-        `limit` on the size of its files, in bytes; as `user`, where we may be another (a uid)."""
+        """Start `mpd-gen ARGUMENTS`. It kills itself at the first of `deaths`. `limit`: the largest
+        size of its files in bytes. `user`: the uid that it runs as."""
         with self._lock:
             self._serial += 1
             serial = self._serial
@@ -137,15 +136,14 @@ class Nursery:
             return self._children[self._pids[serial]]
 
     def finish(self, arguments, code=0, **options):
-        """Runs `mpd-gen ARGUMENTS` to its end; what it said. Fails unless it exits with `code`."""
+        """Run `mpd-gen ARGUMENTS` and return its output. Fail unless it exits with `code`."""
         child = self.start(arguments, **options)
         ended = child.wait()
         assert ended == code, f"exit {ended}\n{child.said()}"
         return child.said()
 
     def count(self, arguments, *deaths):
-        """Runs `mpd-gen ARGUMENTS` to its end; how often it came by each place where one of
-        `deaths` would kill it if that said when."""
+        """Run `mpd-gen ARGUMENTS`. Return how often it reaches the place of each of `deaths`."""
         child = self.start(arguments, *(replace(death, at=0) for death in deaths))
         assert child.wait() == 0, child.said()
         return json.loads(child.log.with_suffix(".json").read_text())
@@ -168,7 +166,7 @@ class Nursery:
 
 
 class _Counter:
-    """Counts how often this process comes by a place, and kills it when it is told to."""
+    """Count how often this process reaches a place, and kill it at the n-th time."""
 
     def __init__(self, death):
         self.death = death
@@ -183,7 +181,7 @@ class _Counter:
 
 
 def _arm(deaths):
-    """Sees to it that this process dies where it is told."""
+    """Make this process die at the first of `deaths`."""
     counters = [_Counter(death) for death in deaths]
     changes = [counter for counter in counters if counter.death["folder"] is not None]
     lines = [counter for counter in counters if counter.death["folder"] is None]
@@ -220,7 +218,7 @@ def _arm(deaths):
 
 
 def _be_child(order):
-    """The life of a child: all of `mpd-gen`, with its own output. Does not return."""
+    """Run all of `mpd-gen` in a child, with its own output. Does not return."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(nothing, 0)
@@ -241,9 +239,9 @@ def _be_child(order):
         main()
     except SystemExit as ending:
         code = ending.code or 0
-    except BaseException:  # noqa: BLE001  # as Python does with what nobody catches
+    except BaseException:  # noqa: BLE001  # as Python does with an exception that nobody catches
         traceback.print_exc()
-    # A command that leaves a thread at work has to wait for it, as any Python does.
+    # Wait for a thread that is still at work, as Python does at its end.
     threading._shutdown()
     if counters:
         counts = json.dumps([counter.seen for counter in counters])
@@ -256,7 +254,7 @@ def _be_child(order):
 
 
 def _import_what_it_did(log):
-    """The engines import most of what they need when they start: children to come need not."""
+    """Import what the child's engine imported at its start, so that later children need not."""
     file = Path(log).with_suffix(".modules")
     new = set(file.read_text().split()) - set(sys.modules) if file.exists() else set()
     for name in sorted(new):
@@ -264,7 +262,7 @@ def _import_what_it_did(log):
             importlib.import_module(name)
     assert threading.active_count() == 1
     if new:
-        # A collection in a child would go through all that is here, and copy its pages.
+        # A garbage collection in a child would visit all these objects and copy their pages.
         gc.collect()
         gc.freeze()
 

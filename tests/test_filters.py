@@ -82,7 +82,7 @@ def test_the_choice_is_among_those_that_pass(choose, expected):
 
 @pytest.fixture(scope="module")
 def sampled(prompts, tmp_path_factory):
-    """A round with three sampled rewrites per rollout, all that pass kept."""
+    """A round with three sampled rewrites per rollout; all that pass are kept."""
     out = tmp_path_factory.mktemp("several") / "round1"
     run("mpd-gen", *rollout_arguments(prompts, out, **{"--num-prompts": 20, "-n": 2}))
     run("mpd-gen", *several(out, **{"--choose": "all"}))
@@ -128,7 +128,7 @@ def test_refilter_chooses_anew_and_goes_back_without_scoring(sampled, tmp_path):
 
 
 def test_refilter_scores_what_it_newly_admits(round_dir, sampled, tmp_path):
-    """A round made with a strict rule and then refiltered is the round made with the loose one."""
+    """A strict filter, then --refilter with a loose one, gives the round of the loose one."""
     out = copy(sampled, tmp_path)
     shutil.rmtree(out / "distill")
     (out / "distill.manifest.jsonl").unlink()
@@ -209,7 +209,7 @@ def test_the_student_chooses_among_what_is_scored():
 
 
 def mean_logprobs(frame):
-    """Of each row's trace under the student's prompt, by transformers one at a time."""
+    """Return each trace's mean log-probability after the student's prompt, from transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -224,7 +224,7 @@ def mean_logprobs(frame):
 
 
 def varied(out, **changed):
-    """At a temperature where rewrites differ, and by rules that let those pass which do."""
+    """Return arguments with a temperature at which rewrites differ and filters that keep them."""
     settings = {"--temperature": 1.5, "--max-ratio": 4, **changed}
     return [*several(out, **settings), "--no-keep-answer", "--no-require-correct"]
 
@@ -238,7 +238,7 @@ def all_kept(sampled, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def likeliest(sampled, tmp_path_factory):
-    """The same, of the student's choice among three."""
+    """The same round, with the student's choice among three."""
     out = without_rewrites(sampled, tmp_path_factory.mktemp("likeliest") / "round1")
     run("mpd-gen", *varied(out, **{"--choose": "likeliest"}))
     return out
@@ -265,8 +265,8 @@ def test_the_student_chooses_what_it_finds_likeliest(all_kept, likeliest):
 
 
 def test_a_choice_survives_a_kill_and_is_made_once(sampled, all_kept, likeliest, tmp_path):
-    """The stage killed while the student chooses, and run again; `--refilter` of what was all kept
-    comes to the same."""
+    """A kill while the student chooses, then the same command: the choice is as without a kill. And
+    --refilter of a round with --choose all makes the same choice."""
     out = without_rewrites(sampled, tmp_path / "round1")
     asked = varied(out, **{"--choose": "likeliest", "--rows-per-shard": 5})
     process = subprocess.Popen(
@@ -318,7 +318,7 @@ def test_parts_leave_the_choice_for_later(sampled, likeliest, tmp_path):
     info["stages"]["distill"]["chosen_by"] = {"version": "0" * 64}
     (out / "run.json").write_text(json.dumps(info))
     said = run("mpd-gen", *asked, "--refilter", code=1).stderr
-    assert "a part of its rewrites was chosen by another student" in said
+    assert "another student chose some of its rewrites" in said
     del info["stages"]["distill"]["chosen_by"]
     (out / "run.json").write_text(json.dumps(info))
     run("mpd-gen", *asked, "--refilter")

@@ -1,7 +1,7 @@
-"""Nothing is lost and nothing doubled, whatever dies: real commands, real engines, real kills.
+"""Whatever dies, no row is lost and none is doubled: real commands, real engines, real kills.
 
-Each case ends the same way: the same command, run again, completes, and the rows of the round are
-those of a run that nothing disturbed, by key and by token ids. `pytest -s` shows the figures.
+Each case ends the same way: the same command runs again and completes, and the round has the rows
+of an undisturbed run, by key and by token ids. `pytest -s` shows the counts.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ KILLS = {
     ("rollouts", "transformers"): 48,
     ("rewrite", "transformers"): 36,
 }
-# So many kills a round, then it may finish.
+# After this many kills a round may finish.
 KILLS_PER_ROUND = 6
-# None of these changes a row: they change from one attempt to the next.
+# These change no row, so they vary from one attempt to the next.
 SHARD_SIZES = (1, 2, 3, 7)
 SEQUENCES = (4, 8, 16)
 FOLDERS = {"rollouts": "rollouts", "rewrite": "distill"}
-# Where a writer's thread is killed in the midst of its work.
+# Functions in which a writer's thread is killed.
 COMMIT = ("_commit_staged", "commit_file", "describe", "fsync_directory", "short_lock")
 APPEND = ("append_manifest",)
 
@@ -52,7 +52,7 @@ def nursery(tmp_path_factory):
 
 @dataclass(frozen=True)
 class Job:
-    """A command that makes 24 rows, and how the rows that it has to make are had."""
+    """A command that makes 24 rows."""
 
     stage: str
     backend: str
@@ -74,12 +74,12 @@ class Job:
 
 
 def table(round_dir, stage):
-    """All rows as they lie in the folder, doubled ones too."""
+    """Return all rows in the folder, doubled ones too."""
     return pl.read_parquet(round_dir / FOLDERS[stage] / "*.parquet").sort("row_id")
 
 
 def differences(expected, round_dir, stage):
-    """(lost, doubled) rows of a round, after a look at what else it must be."""
+    """Return the numbers of lost and doubled rows, after checking that the round is sound."""
     found = table(round_dir, stage)
     keys = Counter(found["row_id"])
     lost = len(set(expected["row_id"]) - set(keys))
@@ -95,7 +95,7 @@ def same_rows(found, expected, stage):
     if stage == "rollouts":
         assert found.equals(expected)
         return
-    # What the engine computes in float32 differs in its last bit with the batch it was made in.
+    # The last bit of a float32 score depends on the batch that it was computed in.
     scores = ["topk_ids", "topk_logprobs", "tail_logprobs"]
     assert found.drop(scores).equals(expected.drop(scores))
     ours, theirs = (
@@ -107,7 +107,7 @@ def same_rows(found, expected, stage):
 
 @dataclass
 class Undisturbed:
-    """What a job makes when nothing disturbs it, and how long it takes and where it comes by."""
+    """A job that nothing disturbed: its rows, its seconds, and how often it passes each place."""
 
     job: Job
     path: object
@@ -119,7 +119,7 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def undisturbed(nursery, prompts, tmp_path_factory):
-    """The undisturbed run of each job, made where first asked for."""
+    """The undisturbed run of each job, made at its first use."""
     made = {}
 
     def of(stage, backend):
@@ -141,13 +141,13 @@ def undisturbed(nursery, prompts, tmp_path_factory):
 
 
 def fresh(out, source):
-    """A round where a stage has not run: with the rollouts of `source`, which it is to rewrite."""
+    """Make a round in which the stage has not run; to rewrite, it has the rollouts of `source`."""
     if source is not None:
         shutil.copytree(source, out)
 
 
 def deaths(out):
-    """The ways to die but by the clock."""
+    """The ways to die, except by the clock."""
     return {
         "change": Death(0, folder=str(out.parent)),
         "commit": Death(0, functions=COMMIT),
@@ -165,7 +165,7 @@ class Figures:
 
 
 def kill_rounds(nursery, truth, kills, folder, seed):
-    """Rounds of one job, each killed over and over and then completed, until there are `kills`."""
+    """Kill rounds of one job several times each, then complete them, until there are `kills`."""
     rng = random.Random(seed)
     job, figures = truth.job, Figures()
     while figures.kills.total() < kills:
@@ -175,7 +175,7 @@ def kill_rounds(nursery, truth, kills, folder, seed):
             how = rng.choices(["clock", "change", "commit", "append"], [4, 2, 2, 2])[0]
             death = deaths(out).get(how)
             if death is not None:
-                # Over a third of the way, so that most find work that is left.
+                # In the first third of the run, so that most kills leave work.
                 death.at = rng.randint(1, max(1, truth.passes[how] // 3))
             changed = {
                 "--rows-per-shard": rng.choice(SHARD_SIZES),
@@ -229,7 +229,7 @@ def test_a_hundred_kills_lose_and_double_nothing(nursery, undisturbed, tmp_path)
 
 
 def refused(nursery, arguments, message):
-    """Runs a command that cannot write: one message, exit code 1, no traceback."""
+    """Run a command that cannot write: one message, exit code 1, no traceback."""
     said = nursery.finish(arguments, code=1)
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, said
@@ -258,7 +258,7 @@ def disk(tmp_path):
                 assert not self.mounted, refusal
                 pytest.skip(
                     f"no disk of our own, since mounting is not permitted here ({refusal});"
-                    " the test with a limit on file sizes stands in for it"
+                    " the test with a limit on file sizes covers the same"
                 )
             self.mounted = True
 
@@ -300,8 +300,8 @@ def test_a_disk_that_fills_while_rewriting(nursery, undisturbed, disk, size):
 def test_a_file_that_cannot_grow_is_one_message_and_the_rest_follows(
     nursery, undisturbed, tmp_path, limit
 ):
-    """What stands in for a full disk where none can be mounted: the kernel refuses every write
-    past a size, that of run.json or that of a shard."""
+    """A full disk for machines that cannot mount one: the kernel refuses every write past a size,
+    that of run.json or that of a shard."""
     truth = undisturbed("rollouts", "transformers")
     out = tmp_path / "r"
     arguments = truth.job.arguments(out, **{"--rows-per-shard": 12})
@@ -362,7 +362,7 @@ def test_a_folder_of_somebody_else_is_one_message_and_the_rest_follows(
 
 
 def places(shard):
-    """Where a Parquet file may break: its magics, the pages of each column, its footer."""
+    """Return where a Parquet file may break: its magic bytes, its columns' pages, its footer."""
     metadata, size = pq.read_metadata(shard), shard.stat().st_size
     footer = size - 8 - int.from_bytes(shard.read_bytes()[-8:-4], "little")
     found = {0, 1, 3, 4, footer - 1, footer, footer + 1, (footer + size) // 2}
@@ -407,7 +407,8 @@ def test_a_shard_torn_anywhere_is_set_aside_and_made_anew(nursery, undisturbed, 
 
 
 def test_a_flipped_bit_anywhere_is_found(undisturbed, tmp_path):
-    """What a start reads (footer, key column) is set aside by it; the rest `validate` names."""
+    """A start sets aside a shard whose footer or key column is damaged; `validate` names the
+    others."""
     truth = undisturbed("rollouts", "transformers")
     victim = RoundDir(truth.path).shard_paths("rollouts")[1].name
     at_places, footer, size = places(truth.path / "rollouts" / victim)
@@ -484,7 +485,7 @@ def test_a_whole_stage_beside_a_part_is_refused(nursery, undisturbed, tmp_path):
 
 
 def test_workers_end_with_the_command_that_started_them(nursery, undisturbed, tmp_path):
-    """Left alone, they would stand in the way of the same command."""
+    """Otherwise they would keep the round locked, and the same command would be refused."""
     truth = undisturbed("rollouts", "transformers")
     out = tmp_path / "r"
     slowly = {"--rows-per-shard": 1, "--max-num-seqs": 1, "--workers": 2}
@@ -497,7 +498,7 @@ def test_workers_end_with_the_command_that_started_them(nursery, undisturbed, tm
         time.sleep(0.002)
     process.kill()
     process.wait()
-    until = time.monotonic() + 120  # not a speed: they would go on for ever if there were enough
+    until = time.monotonic() + 120  # not a time limit: with enough work they would go on for ever
     while any(is_held(path) for path in (out / ".writers").iterdir()):
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -528,7 +529,7 @@ def test_the_order_of_the_input_changes_no_row(nursery, undisturbed, tmp_path, b
 
 
 def engine_of(pid):
-    """The process of vLLM's engine below `pid`, once there is one."""
+    """Return the pid of vLLM's engine process below `pid`, or None."""
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parent = int(status.read_text().rpartition(") ")[2].split()[1])
@@ -539,7 +540,7 @@ def engine_of(pid):
 
 
 def test_an_engine_process_that_is_killed_ends_the_job_at_once(nursery, undisturbed, tmp_path):
-    """As the kernel kills it for want of memory. It cannot say that it dies."""
+    """As the kernel kills it when memory runs out: it cannot report its own death."""
     truth = undisturbed("rollouts", "vllm")
     out = tmp_path / "r"
     arguments = truth.job.arguments(out, **{"--rows-per-shard": 1})

@@ -124,7 +124,7 @@ TESTS = {
             "mpd-gen rollouts": "--gpu-memory-utilization",
             "mpd-gen rewrite": "--gpu-memory-utilization",
         },
-        "test_answers_are_read_where_they_are_declared_to_stand": {
+        "test_answers_are_read_in_the_declared_formats_only": {
             "mpd-gen rollouts": "--answer-formats",
         },
         "test_candidates_their_choice_and_their_seed": {

@@ -131,7 +131,7 @@ def test_what_was_there_with_other_settings_is_refused(round_dir, prompts, tmp_p
         # The model of a folder is not hashed in a dry run, and not said to be another one.
         assert "model" not in str(raised.value) and "teacher" not in str(raised.value)
     call = [*rewrite_arguments(round_dir), "--refilter", "--seed", 3]
-    with pytest.raises(ConfigError, match="--refilter changes filters and choice"):
+    with pytest.raises(ConfigError, match="--refilter can change only the filters"):
         ask("mpd-gen", *call)
     assert content(round_dir) == before
     assert "no --limit" in run("mpd-gen", *call, "--limit", 3, code=2).stderr

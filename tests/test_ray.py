@@ -43,7 +43,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 # A node that does not answer for two seconds is dead.
 MISSED = {"health_check_period_ms": 1000, "health_check_failure_threshold": 2}
 TWO = ["--ray", "--workers", 2]
-NOTHING = {"written": 0, "failed": 0, "owed": 0, "error": None}
+NOTHING = {"written": 0, "failed": 0, "remaining": 0, "error": None}
 
 
 @pytest.fixture(scope="module")

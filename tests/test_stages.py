@@ -1,4 +1,4 @@
-"""What each setting of rollouts and rewrite does, seen in what the stages leave behind.
+"""What each setting of rollouts and rewrite does, checked in the rows that the stages write.
 
 The stages run in this process: vLLM is loaded once, and an engine then starts in two seconds.
 """
@@ -29,7 +29,7 @@ ENGINE = {"dtype": "float32", "max_num_seqs": 16, "kv_cache_gib": 0.25}
 
 
 def sampled(prompts, out, **changed):
-    """Rollouts of four problems."""
+    """Sample rollouts of four problems and return them."""
     settings = {
         "model": str(STUDENT),
         "prompts": [str(prompts)],
@@ -45,7 +45,7 @@ def sampled(prompts, out, **changed):
 
 
 def rewritten(drafts, out, **changed):
-    """Rewrites of the rollouts in `drafts`, in a copy of it."""
+    """Rewrite the rollouts of a copy of `drafts` and return the rewrites."""
     shutil.copytree(drafts, out)
     settings = {
         "teacher": str(TEACHER),
@@ -60,7 +60,7 @@ def rewritten(drafts, out, **changed):
 
 
 def model_with(folder, model, suffix):
-    """A copy of `model` whose chat template goes on with `suffix`."""
+    """Copy `model` and append `suffix` to its chat template."""
     shutil.copytree(model, folder)
     with (folder / "chat_template.jinja").open("a") as file:
         file.write(suffix)
@@ -78,7 +78,7 @@ def drafts(prompts, tmp_path_factory):
 
 @pytest.fixture
 def engines(monkeypatch):
-    """The vLLM engines that are started from here on."""
+    """The vLLM engines that the test starts."""
     import vllm
 
     started = []
@@ -147,8 +147,8 @@ def test_rollouts_take_what_they_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("formats, found", [(["hashes"], False), (["phrase", "hashes"], True)])
-def test_answers_are_read_where_they_are_declared_to_stand(prompts, tmp_path, formats, found):
-    """The student says "answer 7": the form called phrase."""
+def test_answers_are_read_in_the_declared_formats_only(prompts, tmp_path, formats, found):
+    """The student writes "answer 7", which is the format `phrase`."""
     frame = sampled(prompts, tmp_path / "r", answer_formats=formats)
     ended = frame.filter(pl.col("finish_reason") == "stop")
     assert ended.height > 1
@@ -157,7 +157,7 @@ def test_answers_are_read_where_they_are_declared_to_stand(prompts, tmp_path, fo
 
 @pytest.fixture(scope="module")
 def greedy():
-    """Continues ids greedily, in transformers."""
+    """Return a function that continues ids greedily, in transformers."""
     model = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32).eval()
 
     def complete(prompt_ids):
@@ -210,7 +210,7 @@ from mpd_data.checkers import Checker
 
 
 class Own(Checker):
-    # A worker takes no work before MPD_TEST_WORKERS of them are there.
+    # A worker takes no work before MPD_TEST_WORKERS of them have started.
     def prepare(self):
         here = Path(os.environ["MPD_TEST_FOLDER"])
         (here / str(os.getpid())).touch()
@@ -228,8 +228,8 @@ class Own(Checker):
 
 @pytest.fixture
 def own_checker(tmp_path, monkeypatch):
-    """Makes own:Own a checker that starts with `workers` workers and takes `seconds` to compare;
-    returns the folder in which each leaves a file."""
+    """Return a function that makes own:Own a checker which needs `workers` workers and takes
+    `seconds` for a comparison. It returns a folder with one file for each worker that started."""
     (tmp_path / "own.py").write_text(CHECKER)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own", raising=False)
@@ -246,7 +246,7 @@ def own_checker(tmp_path, monkeypatch):
 
 
 def test_checks_have_their_processes_and_their_time(prompts, tmp_path, own_checker):
-    """Of rollouts and of rewrites."""
+    """In both stages."""
     started = own_checker("rollouts", workers=3, seconds=60)
     checks = {"checker_timeout": 0.25, "checker_processes": 3}
     settings = {"checker": "own:Own", "checks": checks, "num_prompts": 8}
@@ -271,7 +271,7 @@ def test_checks_have_their_processes_and_their_time(prompts, tmp_path, own_check
 
 
 def nothing_to_sample(folder):
-    """Prompts that all fail, so that no engine is needed."""
+    """Write prompts that all fail, so that no engine starts."""
     return write_jsonl(folder / "empty.jsonl", [{"problem": " "}])
 
 
@@ -331,7 +331,7 @@ def test_the_teachers_template_has_its_own_settings(drafts, tmp_path):
 
 
 def test_the_teacher_thinks_when_told(drafts, tmp_path):
-    """It does not by default, and this one writes nothing then."""
+    """By default it does not think, and this teacher fails then."""
     suffix = "{% if not enable_thinking %}{{ raise_exception('no') }}{% endif %}"
     teacher = model_with(tmp_path / "teacher", TEACHER, suffix)
     frame = rewritten(drafts, tmp_path / "r", teacher=teacher, thinking="on")
@@ -407,7 +407,7 @@ def test_shards_of_rewrites_close_by_age(drafts, tmp_path):
 
 
 def test_each_rule_rejects_rewrites_of_a_round(round_dir, tmp_path):
-    """All at once: a rewrite has the status of the first rule that rejects it."""
+    """A rewrite has the status of the first filter that rejects it."""
     out = tmp_path / "r"
     shutil.copytree(round_dir, out)
     rules = {"drafts": "correct", "max_ratio": 0.9, "min_ratio": 0.2, "max_repetition": 0.001}
@@ -460,7 +460,7 @@ STAGES = {"rollouts": sampled, "rewrite": rewritten}
 
 @pytest.fixture(params=STAGES)
 def stage(request, prompts, drafts, tmp_path):
-    """Runs a stage with the given settings."""
+    """Return a function that runs a stage with the given settings."""
     source = prompts if request.param == "rollouts" else drafts
     return lambda **changed: STAGES[request.param](source, tmp_path / "r", **changed)
 
@@ -493,7 +493,7 @@ def test_the_engine_is_the_one_asked_for(stage, engines, tmp_path):
 
 
 def test_a_gpu_is_filled_as_told(stage, monkeypatch):
-    """What vLLM is asked for on a machine with a GPU, whether or not this is one."""
+    """The settings that vLLM gets on a machine with a GPU, on any machine."""
     import vllm
 
     class Refusing:
@@ -507,7 +507,7 @@ def test_a_gpu_is_filled_as_told(stage, monkeypatch):
 
 
 def test_the_engine_shares_a_model_as_it_is_told(stage):
-    """The pocket models' four heads cannot be shared by three: vLLM was asked for that."""
+    """Three processes cannot share the pocket models' four heads, so vLLM refuses."""
     with pytest.raises(EngineError, match="divi"):
         stage(engine={**ENGINE, "tensor_parallel_size": 3})
 
@@ -539,7 +539,7 @@ for settings in json.loads(sys.argv[1]):
 
 
 def test_models_are_had_in_the_revision_that_is_asked_for(round_dir, tmp_path):
-    """Revision `other` of the models here has another tokenizer, which is refused by name."""
+    """Revision `other` of these models has another tokenizer, which the commands refuse."""
     other = tmp_path / "other"
     shutil.copytree(STUDENT, other)
     content = json.loads((other / "tokenizer.json").read_text())

@@ -8,11 +8,11 @@ from mpd_data.config import RewriteConfig
 from mpd_data.dryrun.learned import as_saved
 from mpd_data.dryrun.plan import StagePlan, distill_bytes
 from mpd_data.engines.start import server_notes
-from mpd_data.rewrite_setup import refuse_half_refiltered
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import candidates, choosing_student
 from mpd_data.select.refilter import _changed_rules, _require_teacher, _teacher, check_refilter
 from mpd_data.select.second_pass import LIGHT
+from mpd_data.stage import refuse_half_refiltered
 from mpd_data.store.round import RoundDir
 from mpd_data.store.schema import STATUSES
 from mpd_data.store.shards import read_metadata

@@ -18,10 +18,10 @@ from mpd_data.rewrite_setup import (
     Prepared,
     closes_thinking,
     prepare,
-    refuse_half_refiltered,
     rollout_metadata,
 )
 from mpd_data.select.likeliest import choosing_student, waiting_rollouts
+from mpd_data.stage import refuse_half_refiltered
 from mpd_data.store.keys import KeySet
 from mpd_data.store.round import RoundDir
 

@@ -41,7 +41,7 @@ from mpd_data.dryrun import rewrite as dry_rewrite
 from mpd_data.dryrun import rollouts as dry_rollouts
 from mpd_data.engines.protocol import Completion, Engine, Refused, Scores
 from mpd_data.engines.start import start_engine
-from mpd_data.stage import RewriteOutcome, RolloutsOutcome
+from mpd_data.stage import OVERWRITTEN, Outcome
 from mpd_data.store.locks import Part, is_held, part_lock_path
 from mpd_data.store.round import RoundDir
 from mpd_data.store.schema import Stage
@@ -87,7 +87,7 @@ class Job:
 
 def rollouts_on_ray(
     config: RolloutsConfig, overwrite: bool = False, limit: int | None = None
-) -> RolloutsOutcome:
+) -> Outcome:
     """`run_rollouts` by `config.parts.workers` actors of a Ray cluster: the one of RAY_ADDRESS, one
     that runs here, or one that is started here for the purpose.
 
@@ -98,17 +98,17 @@ def rollouts_on_ray(
     dry_rollouts.prepare_dry(config, overwrite)
     round_dir = RoundDir(config.out)
     counts = _run(config, round_dir, "rollouts", overwrite, limit)
-    return RolloutsOutcome(_rows(round_dir, "rollouts"), **counts)
+    return Outcome(_rows(round_dir, "rollouts"), *counts)
 
 
 def rewrite_on_ray(
     config: RewriteConfig, overwrite: bool = False, limit: int | None = None
-) -> RewriteOutcome:
+) -> Outcome:
     """`run_rewrite` on a Ray cluster, as `rollouts_on_ray`."""
     dry_rewrite.prepare_dry(config, overwrite)
     round_dir = RoundDir(config.shards)
     counts = _run(config, round_dir, "distill", overwrite, limit)
-    return RewriteOutcome(round_dir.count_statuses(), **counts)
+    return Outcome(_rows(round_dir, "distill"), *counts, round_dir.count_statuses())
 
 
 def _rows(round_dir: RoundDir, stage: Stage) -> int:
@@ -124,8 +124,8 @@ def _run(
     stage: Stage,
     overwrite: bool,
     limit: int | None,
-) -> dict[str, int]:
-    """Rows that were `written`, rows that `failed` and what is still `owed` after a limit."""
+) -> tuple[int, int, int]:
+    """(rows written, requests that failed, what a limit left over)."""
     with requires("ray", "--ray (on every node of the cluster)"):
         import ray
         from ray.exceptions import RayError
@@ -136,8 +136,7 @@ def _run(
     job = Job(config, round_dir.path.absolute(), str(Path.cwd()), blocks, limits)
     if overwrite:
         with round_dir.lock(job.label):
-            old = rollouts.OVERWRITTEN if job.label == "rollouts" else rewrite.OVERWRITTEN
-            round_dir.discard(*old)
+            round_dir.discard(*OVERWRITTEN[stage])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with ExitStack() as held:
         held.enter_context(round_dir.lock(job.label, job.command))
@@ -155,7 +154,7 @@ def _run(
                 },
             )
             with _stopping(held) as stop:
-                failed, owed = _take_results(job, stop)
+                failed, remaining = _take_results(job, stop)
         except (RayError, ConnectionError) as error:
             raise MPDError(
                 f"Ray: {error}\nEvery row that was committed is safe. Mend the cause and run the"
@@ -164,7 +163,7 @@ def _run(
         finally:
             ray.shutdown()
     # What a dead node had committed is in no actor's count.
-    return {"written": _rows(round_dir, stage) - before, "failed": failed, "owed": owed}
+    return _rows(round_dir, stage) - before, failed, remaining
 
 
 @contextmanager
@@ -196,7 +195,7 @@ def _stopping(held: ExitStack) -> Iterator[Callable[[], None]]:
 
 
 def _take_results(job: Job, stop: Callable[[], None]) -> tuple[int, int]:
-    """Has the blocks done; (rows that failed, what is still owed). Raises the first error as
+    """Has the blocks done; (rows that failed, what remains). Raises the first error as
     MPDError when all actors have stopped."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -223,7 +222,7 @@ def _take_results(job: Job, stop: Callable[[], None]) -> tuple[int, int]:
         num_cpus=1,
         num_gpus=gpus or None,
     )
-    error, written, failed, owed = None, 0, 0, 0
+    error, written, failed, remaining = None, 0, 0, 0
     batches = results.iter_batches(batch_size=1, prefetch_batches=0)
     for done, batch in enumerate(batches, start=1):
         said = json.loads(str(batch["said"][0]))
@@ -232,14 +231,14 @@ def _take_results(job: Job, stop: Callable[[], None]) -> tuple[int, int]:
             stop()
         written += said["written"]
         failed += said["failed"]
-        owed += said["owed"]
+        remaining += said["remaining"]
         click.echo(
             f"{job.label}: {done} of {job.blocks} blocks, {written} rows new, {failed} failed",
             err=True,
         )
     if error is not None:
         raise MPDError(error)
-    return failed, owed
+    return failed, remaining
 
 
 # -- the actors -----------------------------------------------------------------------
@@ -261,10 +260,10 @@ class EngineActor:
         """What came of the block in `batch`, as JSON. Errors with a message are in it: Ray would
         wrap them in its own, and this way all actors can stop in order."""
         block = int(batch["item"][0])
-        said: dict[str, Any] = {"written": 0, "failed": 0, "owed": 0, "error": None}
+        said: dict[str, Any] = {"written": 0, "failed": 0, "remaining": 0, "error": None}
         try:
             outcome = self._do(block)
-            said |= {name: getattr(outcome, name) for name in ("written", "failed", "owed")}
+            said |= {name: getattr(outcome, name) for name in ("written", "failed", "remaining")}
         except KeyboardInterrupt:
             self._drop_engine()
         except MPDError as error:
@@ -272,7 +271,7 @@ class EngineActor:
             said["error"] = f"{error} (block {block}, on {socket.gethostname()})"
         return {"said": [json.dumps(said)]}
 
-    def _do(self, block: int) -> RolloutsOutcome | RewriteOutcome:
+    def _do(self, block: int) -> Outcome:
         job = self._job
         if not is_held(job.lock_path(job.command)):
             raise ConfigError(
@@ -286,7 +285,7 @@ class EngineActor:
         with _counted(lock.with_name(f"{lock.name}.attempts")):
             return self._do_part(part)
 
-    def _do_part(self, part: Part) -> RolloutsOutcome | RewriteOutcome:
+    def _do_part(self, part: Part) -> Outcome:
         config = self._job.config
         if self._prepared is None:
             # Once for all blocks: it reads all prompts and hashes all weights.

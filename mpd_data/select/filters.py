@@ -1,7 +1,7 @@
-"""Which rewrites are kept: one named rule after another, and the choice among those that pass.
+"""Decide which rewrites are kept: filters, then a choice among those that pass.
 
-A rule looks at nothing but a distill row's own columns, so that changed rules can be applied to
-rewrites that are there (`mpd-gen rewrite --refilter`).
+A filter reads only the columns of a distill row, so changed filters can be applied to rewrites that
+exist (`mpd-gen rewrite --refilter`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,15 @@ from mpd_data.store.schema import UNUSABLE
 
 
 def status_of(row: Mapping[str, Any], filters: FilterConfig) -> str:
-    """The first rule that rejects a checked rewrite, or "ok".
+    """Return the status of the first filter that rejects a checked rewrite, or "ok".
 
-    Reads draft_is_correct, keeps_answer, compression_ratio, repetition and is_correct. A row
-    without a gold answer passes the rules that need one.
+    `row` has draft_is_correct, keeps_answer, compression_ratio, repetition and is_correct. A row
+    without a gold answer passes the filters that need one.
     """
     unwanted = {"any": None, "correct": False, "incorrect": True}[filters.drafts]
     if unwanted is not None and row["draft_is_correct"] is unwanted:
         return "draft_rejected"
-    # A draft without an answer has none that could be kept.
+    # None: the draft has no answer to keep.
     if filters.keep_answer and not row["keeps_answer"]:
         return "answer_changed"
     if row["compression_ratio"] > filters.max_ratio:
@@ -37,12 +37,14 @@ def status_of(row: Mapping[str, Any], filters: FilterConfig) -> str:
 def settle(
     rows: Sequence[dict[str, Any]], filters: FilterConfig, choose: Choice
 ) -> list[dict[str, Any]]:
-    """Sets `status` of all rewrites of one rollout, in order of candidate_idx; rows whose status
-    is in UNUSABLE keep it. Of those that pass, the ones not chosen are "not_chosen".
+    """Set the status of all rewrites of one rollout, given in order of candidate_idx.
 
-    Returns the rows that need log-probabilities: what is kept. "likeliest" is for the student to
-    decide (likeliest.py): until then all that pass are "not_chosen", and all are returned,
-    unless they are one and the same text.
+    Rows whose status is in UNUSABLE keep it. Rows that pass but are not chosen get "not_chosen".
+    With "likeliest" the student chooses later (likeliest.py): until then all rows that pass are
+    "not_chosen", except when their texts are all the same; then the first is kept.
+
+    Return the rows that need log-probabilities: those that are kept, or all among which the
+    student will choose.
     """
     for row in rows:
         if row["status"] not in UNUSABLE:
@@ -50,7 +52,7 @@ def settle(
     passed = [row for row in rows if row["status"] == "ok"]
     if not passed or choose == "all":
         return passed
-    # Ties go to the first.
+    # Of equally short rewrites the first is kept.
     if choose == "shortest":
         kept = [min(passed, key=lambda row: row["num_rewritten_tokens"])]
     elif choose == "first" or len({row["rewrite"] for row in passed}) == 1:

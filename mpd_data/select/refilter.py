@@ -1,10 +1,11 @@
-"""`mpd-gen rewrite --refilter`: other rules and another choice over rewrites that are there.
+"""Apply changed filters and another choice to rewrites that exist: `mpd-gen rewrite --refilter`.
 
-A pass over them (second_pass.py) with the teacher's engine, for what is newly kept. Nothing is
-generated and nothing is thrown away: rows keep the log-probabilities they have, also where they
-are rejected now, so that going back costs nothing.
+This is a second pass over the round (second_pass.py). The teacher's engine scores only what is
+newly kept. Nothing is generated and nothing is lost: a row that is rejected now keeps its
+log-probabilities, so going back needs no engine.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from mpd_data.common.errors import ConfigError
@@ -16,46 +17,45 @@ from mpd_data.engines.scores import score_columns
 from mpd_data.engines.start import start_engine
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import choose_by_student, choosing_student
-from mpd_data.select.second_pass import Pass, put_in_place, rework
-from mpd_data.stage import RewriteOutcome
+from mpd_data.select.second_pass import Pass, Row, put_in_place, rework
+from mpd_data.stage import Outcome
 from mpd_data.store.round import REFILTERED, RoundDir
 from mpd_data.store.run_record import require_kind
 from mpd_data.store.shards import read_metadata
 
 
-def run_refilter(config: RewriteConfig) -> RewriteOutcome:
-    """Applies the filters and the choice of `config` to the rewrites in `config.shards`.
+def run_refilter(config: RewriteConfig) -> Outcome:
+    """Apply the filters and the choice of `config` to the rewrites in `config.shards`.
 
-    Raises ConfigError where there are none, or where another setting than those changed;
-    EngineError when the engine dies: what was scored before is kept, run it again.
+    Raise ConfigError when there are no rewrites or another setting changed, EngineError when the
+    engine fails: what was scored before is kept, and the next call resumes from there.
     """
     round_dir = RoundDir(config.shards)
     with round_dir.lock("refilter"):
-        # A kill while an earlier one was put in place.
+        # An earlier pass may have been killed while its rows replaced the old ones.
         put_in_place(round_dir, config)
         saved = check_refilter(round_dir, config)
         if (rules := _changed_rules(config, saved)) is not None:
             round_dir.recover("distill")
             metadata = read_metadata(round_dir.shard_paths("distill")[0])
             if config.choose == "likeliest":
-                # Before what was chosen by other rules is chosen no more.
+                # Raise its errors before the pass undoes the choice that was made.
                 choosing_student(config, metadata["student"], metadata["tokenizer"])
             rework(round_dir, _Refilter(config, metadata), {**saved, **rules})
         if config.choose == "likeliest":
             choose_by_student(round_dir, config)
         counts = round_dir.count_statuses()
-        return RewriteOutcome(counts, sum(counts.values()), 0)
+        total = sum(counts.values())
+        return Outcome(total, total, 0, statuses=counts)
 
 
 def check_refilter(round_dir: RoundDir, config: RewriteConfig) -> dict[str, Any]:
-    """The identity of the rewrites in `round_dir`. Raises ConfigError where there are none, or
-    where another setting than filters and choice changed."""
+    """Return the identity of the rewrites in `round_dir`. Raise ConfigError when there are none,
+    or when another setting than the filters and the choice changed."""
     require_kind(round_dir.path, "round")
     saved = round_dir.saved_stage("distill")
     if saved is None:
-        raise ConfigError(
-            f"{config.shards}: no rewrites here to filter anew; run mpd-gen rewrite first."
-        )
+        raise ConfigError(f"{config.shards}: --refilter needs rewrites; run mpd-gen rewrite first.")
     identity: dict[str, Any] = saved["identity"]
     given = {
         "num_candidates": config.num_candidates,
@@ -63,18 +63,18 @@ def check_refilter(round_dir: RoundDir, config: RewriteConfig) -> dict[str, Any]
         "seed": config.seed,
         "sampling": config.sampling.model_dump(),
     }
-    unlike = differences({name: identity[name] for name in given}, given)
-    if unlike:
+    changed = differences({name: identity[name] for name in given}, given)
+    if changed:
         raise ConfigError(
-            f"{config.shards}: --refilter changes filters and choice, nothing else:\n  "
-            + "\n  ".join(unlike)
-            + "\nGive the saved settings, or run without --refilter and with --overwrite."
+            f"{config.shards}: --refilter can change only the filters and --choose, not:\n  "
+            + "\n  ".join(changed)
+            + "\nGive the saved settings, or make new rewrites: --overwrite without --refilter."
         )
     return identity
 
 
 def _changed_rules(config: RewriteConfig, saved: dict[str, Any]) -> dict[str, Any] | None:
-    """Filters and choice of `config`, None where they are the saved ones."""
+    """Return the filters and the choice of `config`, or None if they are the saved ones."""
     rules = {"filters": config.filters.model_dump(), "choose": config.choose}
     return None if rules == {name: saved[name] for name in REFILTERED} else rules
 
@@ -85,26 +85,22 @@ def _teacher(config: RewriteConfig, weights: bool = True) -> ModelFiles:
 
 
 def _require_teacher(config: RewriteConfig, teacher: ModelFiles, metadata: dict[str, Any]) -> None:
-    """Raises ConfigError unless `teacher` made the rewrites that `metadata` is of."""
+    """Raise ConfigError unless `teacher` made the rewrites, whose metadata is given."""
     if {**teacher.identity(), "name": metadata["teacher"]["name"]} != metadata["teacher"]:
         raise ConfigError(
             f"{config.teacher} is not the teacher that made these rewrites"
-            f" ({metadata['teacher']['name']}); newly kept ones need its scores."
+            f" ({metadata['teacher']['name']}). Give that one: it has to score what is newly kept."
         )
     tokenizer = load_tokenizer(teacher, config.trust_remote_code)
     require_same_tokenizer(metadata["tokenizer"], tokenizer, str(config.shards), config.teacher)
 
 
 class _Refilter(Pass):
-    """Filter and choice -> (teacher's scores of what is newly kept)."""
+    """Filter and choose again; the teacher scores what is newly kept."""
 
     label = "refilter"
 
-    def __init__(self, config: RewriteConfig, metadata: dict[str, Any]) -> None:
-        super().__init__(config, metadata)
-        self.k = metadata["num_logprobs"]
-
-    def judge(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def judge(self, rows: list[Row]) -> list[Row]:
         wanted = settle(rows, self.config.filters, self.config.choose)
         return [row for row in wanted if row["topk_ids"] is None]
 
@@ -112,23 +108,21 @@ class _Refilter(Pass):
         config = self.config
         teacher = _teacher(config)
         _require_teacher(config, teacher, self.metadata)
-        # Its padding rows may be among the best; they are dropped afterwards.
-        self.k += teacher.vocab_size - self.metadata["vocab_size"]
+        # The teacher's padding rows may be among its best; `score_columns` drops them.
+        self.k = self.metadata["num_logprobs"] + teacher.vocab_size - self.metadata["vocab_size"]
         return start_engine(teacher, config.engine, config.trust_remote_code, self.k)
 
-    def context_of(self, row: dict[str, Any]) -> list[int]:
-        given = row["teacher_prompt_ids"]
-        context: list[int] = (
-            row["input_ids"][: row["loss_start"]] if given is None else given
-        ).tolist()
+    def context_of(self, row: Row) -> list[int]:
+        ids = row["teacher_prompt_ids"]
+        if ids is None:
+            ids = row["input_ids"][: row["loss_start"]]
+        context: list[int] = ids.tolist()
         return context
 
-    def pass_over(self, row: dict[str, Any]) -> None:
-        row["status"] = "too_long"
-
-    def note(self, row: dict[str, Any], scores: Scores) -> None:
+    def decide(self, wanted: list[Row], scores: Mapping[str, Scores]) -> None:
         k, vocab_size = self.metadata["num_logprobs"], self.metadata["vocab_size"]
-        row |= score_columns(scores, k, vocab_size)
-
-    def decide(self, rows: list[dict[str, Any]]) -> None:
-        """The choice was made before the scores."""
+        for row in wanted:
+            if row["row_id"] in scores:
+                row |= score_columns(scores[row["row_id"]], k, vocab_size)
+            else:
+                row["status"] = "too_long"

@@ -1,25 +1,27 @@
-"""A pass over rewrites that are there: all rows go into a new folder, which takes the place of
-distill/ once it is whole.
+"""A second pass over the rewrites of a round, which may change which of them are kept.
 
-distill/part-*.parquet -> judge a rollout's rewrites -> (engine: log-probabilities) -> rows
--> .refilter/distill/part-*.parquet -> distill/
+    distill/ -> judge the rewrites of a rollout -> (engine) -> log-probabilities -> rows
+    -> .refilter/distill/ -> distill/
 
-Two passes are made so: other rules and another choice (refilter.py), and the student's
-choice (likeliest.py). A kill leaves `.refilter/`; the same command goes on from there.
+There are two such passes: other filters and another choice (refilter.py), and the student's choice
+(likeliest.py). All rows are written to `.refilter/`, which replaces distill/ when it is complete.
+After a kill the same command resumes from `.refilter/`.
 """
 
 import functools
 import itertools
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import closing
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from mpd_data.common.errors import EngineError
 from mpd_data.common.files import fsync_directory
 from mpd_data.config import RewriteConfig
-from mpd_data.engines.protocol import Engine, Refused, RequestError, Scores, pump
+from mpd_data.engines.protocol import Completion, Engine, Refused, RequestError, Scores
+from mpd_data.stage import StageRun, open_round
+from mpd_data.store.keys import KeySet
 from mpd_data.store.locks import WHOLE
 from mpd_data.store.progress import Progress
 from mpd_data.store.round import REFILTERED, RoundDir, is_whole, scratch_of
@@ -28,103 +30,96 @@ from mpd_data.store.schema import DISTILL_SCHEMA
 from mpd_data.store.shards import ROWS_PER_GROUP, open_shard, read_metadata
 from mpd_data.store.writer import ShardWriter
 
-# Beside the identity of the rewrites in run.json: what the student that chose is.
+# The key in run.json, next to the identity of the rewrites, for the student that chose.
 _CHOSEN_BY = "chosen_by"
-# Columns that are read fast.
+# Columns of single values, which are read fast, and those of lists.
 LIGHT = [f.name for f in DISTILL_SCHEMA if not str(f.type).startswith("list")]
+_HEAVY = [name for name in DISTILL_SCHEMA.names if name not in LIGHT]
 
 
+Row = dict[str, Any]
+
+
+@dataclass
+class Group:
+    """All rewrites of a rollout, those that need scores, and the scores so far, by row_id."""
+
+    rows: list[Row]
+    wanted: list[Row]
+    waiting: int = 0
+    scores: dict[str, Scores] = field(default_factory=dict)
+
+
+@dataclass
 class Pass(ABC):
-    """What happens to the rewrites of one rollout: judge -> (ask the engine -> decide) -> rows.
-    `metadata` is that of the shards. The engine is started when the first rewrite needs it, if any
-    does."""
+    """What happens to one rollout: judge its rewrites -> (engine) -> scores -> decide -> rows.
+    `metadata` is that of the shards."""
 
-    label: str  # names the work in progress lines
-    k: int  # log-probabilities per token that the engine is asked for
-    in_flight = 0  # SideWork: nothing goes on beside the engine
-
-    def __init__(self, config: RewriteConfig, metadata: dict[str, Any]) -> None:
-        self.config = config
-        self.metadata = metadata
-        self._groups: dict[str, list[dict[str, Any]]] = {}
-        self._asked: dict[str, set[str]] = {}
+    config: RewriteConfig
+    metadata: dict[str, Any]
+    label: ClassVar[str]  # names the work in progress lines
+    k: int = field(default=1, init=False)  # log-probabilities per token that the engine returns
+    run: StageRun = field(init=False)
+    _groups: dict[str, Group] = field(default_factory=dict, init=False)
 
     @abstractmethod
-    def judge(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Sets what can be told without the engine; the rows that it is to be asked about."""
+    def judge(self, rows: list[Row]) -> list[Row]:
+        """Set what needs no engine. Return the rows that need log-probabilities."""
 
     @abstractmethod
-    def start_engine(self) -> Engine: ...
+    def start_engine(self) -> Engine:
+        """Start the engine that scores. Called once, when the first row needs it."""
 
     @abstractmethod
-    def context_of(self, row: dict[str, Any]) -> list[int]:
-        """Token ids that stand before the trace when it is scored."""
+    def context_of(self, row: Row) -> list[int]:
+        """Return the token ids before the trace that is scored."""
 
     @abstractmethod
-    def pass_over(self, row: dict[str, Any]) -> None:
-        """The engine's context has no room for this row."""
+    def decide(self, wanted: list[Row], scores: Mapping[str, Scores]) -> None:
+        """Set what follows from the scores, by row_id, of the rows that `judge` returned. A row
+        without scores does not fit into the engine's context."""
 
-    @abstractmethod
-    def note(self, row: dict[str, Any], scores: Scores) -> None:
-        """Takes what the engine says of a row."""
+    def submissions(self, rollouts: Iterator[list[Row]]) -> Iterator[Callable[[], None]]:
+        """Yield a call that submits each group which needs scores; finish the others."""
+        for rows in rollouts:
+            group = Group(rows, self.judge(rows))
+            if group.wanted:
+                yield functools.partial(self._submit, group)
+            else:
+                self._finish(group)
 
-    @abstractmethod
-    def decide(self, rows: list[dict[str, Any]]) -> None:
-        """All that was asked about a rollout's rewrites is known."""
-
-    def run(
-        self, groups: Iterable[list[dict[str, Any]]], writer: ShardWriter, progress: Progress
-    ) -> None:
-        """Takes all groups through the pass. Raises EngineError where one cannot be scored."""
-        self._writer, self._progress = writer, progress
-        groups = iter(groups)
-        for rows in groups:
-            if self.judge(rows):
-                rest = itertools.chain([rows], groups)
-                submissions = (functools.partial(self._start, rows) for rows in rest)
-                with closing(self.start_engine()) as self._engine:
-                    for result in pump(self._engine, submissions, self):
-                        if isinstance(result, Refused):
-                            raise _cannot_be_scored(result.key, result.message)
-                        assert isinstance(result, Scores)
-                        self._take(result)
-                return
-            self._finish(rows)
-
-    def advance(self, wait: bool) -> None:
-        self._writer.commit_if_due()
-
-    def _start(self, rows: list[dict[str, Any]]) -> None:
-        for row in self.judge(rows):
+    def _submit(self, group: Group) -> None:
+        for row in group.wanted:
             context = self.context_of(row)
             targets = row["input_ids"][row["loss_start"] :].tolist()
-            if len(context) + len(targets) + 1 > self._engine.max_model_len:
-                self.pass_over(row)
+            if len(context) + len(targets) + 1 > self.run.engine.max_model_len:
                 continue
             try:
-                self._engine.submit_score(row["row_id"], context, targets, self.k)
+                self.run.engine.submit_score(row["row_id"], context, targets, self.k)
             except RequestError as error:
                 raise _cannot_be_scored(row["row_id"], str(error)) from error
-            self._groups[row["row_id"]] = rows
-            self._asked.setdefault(row["rollout_id"], set()).add(row["row_id"])
-        if rows[0]["rollout_id"] not in self._asked:
-            self.decide(rows)
-            self._finish(rows)
+            self._groups[row["row_id"]] = group
+            group.waiting += 1
+        if not group.waiting:
+            self._finish(group)
 
-    def _take(self, scores: Scores) -> None:
-        rows = self._groups.pop(scores.key)
-        row = next(row for row in rows if row["row_id"] == scores.key)
-        self.note(row, scores)
-        asked = self._asked[row["rollout_id"]]
-        asked.discard(scores.key)
-        if not asked:
-            del self._asked[row["rollout_id"]]
-            self.decide(rows)
-            self._finish(rows)
+    def take(self, result: Completion | Scores | Refused) -> None:
+        """Take scores. Raise EngineError when a row cannot be scored."""
+        if isinstance(result, Refused):
+            raise _cannot_be_scored(result.key, result.message)
+        assert isinstance(result, Scores)
+        group = self._groups.pop(result.key)
+        group.scores[result.key] = result
+        group.waiting -= 1
+        if not group.waiting:
+            self._finish(group)
 
-    def _finish(self, rows: list[dict[str, Any]]) -> None:
-        self._writer.add(*rows)
-        self._progress.update(sum(r["num_rewritten_tokens"] or 0 for r in rows), False, 0)
+    def _finish(self, group: Group) -> None:
+        if group.wanted:
+            self.decide(group.wanted, group.scores)
+        self.run.writer.add(*group.rows)
+        tokens = sum(row["num_rewritten_tokens"] or 0 for row in group.rows)
+        self.run.progress.update(tokens, 0, 0)
 
 
 def rework(
@@ -133,18 +128,18 @@ def rework(
     identity: dict[str, Any],
     chosen_by: dict[str, str] | None = None,
 ) -> None:
-    """Takes all rewrites of `round_dir`, which the caller holds by the lock `refilter`, through
-    `work`, and puts them in their old ones' place, under the settings `identity`. `chosen_by`: the
-    student that has chosen then."""
+    """Take all rewrites of a round through `work` and replace the old rows by the new ones.
+
+    The caller holds the round by the lock `refilter`. identity: the settings of the new rows.
+    chosen_by: the student that chooses in this pass. Raise EngineError when a row cannot be scored.
+    """
     scratch = scratch_of(round_dir)
-    with scratch.lock():
-        # Rules that changed again since a kill: what the earlier ones left is of no use.
-        by_now = {**identity, _CHOSEN_BY: chosen_by}
-        if (scratch.saved_stage("distill") or {}).get("identity") != by_now:
-            scratch.discard("distill")
-        scratch.claim("distill", by_now, {})
-        scratch.recover("distill")
-        done = scratch.rewritten()
+    identity = {**identity, _CHOSEN_BY: chosen_by}
+    saved = (scratch.saved_stage("distill") or {}).get("identity")
+    total = len(round_dir.rewritten())
+    # Rows of an earlier pass that was killed are of no use when the rules have changed since.
+    overwrite = saved != identity
+    with open_round(scratch, "distill", work.config, identity, overwrite, total) as opened:
         metadata = read_metadata(round_dir.shard_paths("distill")[0])
         metadata = {k: v for k, v in metadata.items() if k not in ("schema_version", "stage")}
         metadata |= {name: identity[name] for name in REFILTERED}
@@ -152,19 +147,20 @@ def rework(
         status = round_dir.status_path("refilter", WHOLE)
         with (
             ShardWriter(scratch, "distill", metadata, **output) as writer,
-            Progress(work.label, len(round_dir.rewritten()), status) as progress,
+            Progress(work.label, total, status) as progress,
         ):
-            progress.skip(len(done))
-            groups = (rows for rows in _groups(round_dir) if rows[0]["rollout_id"] not in done)
-            work.run(groups, writer, progress)
+            progress.skip(len(opened.done))
+            work.run = StageRun(opened, writer, progress)
+            submissions = work.submissions(_groups(round_dir, opened.done))
+            work.run.work(submissions, work.take, work.start_engine)
         (scratch.path / "complete").touch()
         fsync_directory(scratch.path)
     put_in_place(round_dir, work.config)
 
 
 def put_in_place(round_dir: RoundDir, config: RewriteConfig) -> None:
-    """Replaces distill/ by the rows of a pass that has all of them, if there is one. A kill at any
-    step leaves `complete`, and the steps can be done again."""
+    """Replace distill/ by the rows of a complete pass, if there is one. After a kill at any step
+    the file `complete` still exists, and all steps can be done again."""
     scratch = scratch_of(round_dir)
     if not is_whole(scratch):
         return
@@ -192,30 +188,29 @@ def put_in_place(round_dir: RoundDir, config: RewriteConfig) -> None:
 
 def _cannot_be_scored(row_id: str, reason: str) -> EngineError:
     return EngineError(
-        f"rewrite {row_id} cannot be scored: {reason}. It passes the rules; raise --max-model-len,"
-        " or keep it out by a rule."
+        f"rewrite {row_id} passes the filters but cannot be scored: {reason}. Raise"
+        " --max-model-len, or set a filter that rejects it."
     )
 
 
-def _groups(round_dir: RoundDir) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each rollout, in order of candidate_idx: they lie side by side in one shard.
-    Lists are numpy arrays; a group of rows at a time is in memory."""
+def _groups(round_dir: RoundDir, done: KeySet) -> Iterator[list[Row]]:
+    """Yield the rewrites of each rollout that is not done, in order of candidate_idx. They are next
+    to each other in one shard. Lists are numpy arrays; one row group at a time is in memory."""
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[Row]:
         for path in round_dir.shard_paths("distill"):
             with open_shard(path) as file:
                 for batch in file.iter_batches(ROWS_PER_GROUP):
-                    light = batch.select(LIGHT).to_pylist()
-                    for index, row in enumerate(light):
-                        for name in DISTILL_SCHEMA.names:
-                            if name not in row:
-                                cell = batch.column(name)[index]
-                                row[name] = (
-                                    cell.values.to_numpy(zero_copy_only=False)
-                                    if cell.is_valid
-                                    else None
-                                )
+                    for index, row in enumerate(batch.select(LIGHT).to_pylist()):
+                        for name in _HEAVY:
+                            cell = batch.column(name)[index]
+                            row[name] = (
+                                cell.values.to_numpy(zero_copy_only=False)
+                                if cell.is_valid
+                                else None
+                            )
                         yield row
 
-    for _, group in itertools.groupby(rows(), key=lambda row: row["rollout_id"]):
-        yield sorted(group, key=lambda row: row["candidate_idx"])
+    for rollout_id, group in itertools.groupby(rows(), key=lambda row: row["rollout_id"]):
+        if rollout_id not in done:
+            yield sorted(group, key=lambda row: row["candidate_idx"])
