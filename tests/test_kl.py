@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from mpd_train.kl import Divergence, dense_kl, sparse_kl
 from mpd_train.kl.divergence import NAMES
 from mpd_train.kl.fused import linear_kl
-from mpd_train.kl.losses import LowRankHead
 from mpd_train.kl.types import accumulation_dtype
 
 CUDA = torch.cuda.is_available()
@@ -81,7 +80,7 @@ def with_records(data, k=K, temperature=1.0):
     }
 
 
-STUDENT = ("hidden", "weight", "bias", "a", "b")
+STUDENT = ("hidden", "weight", "bias")
 TEACHERS = {
     "dense": ("teacher_hidden", "teacher_weight"),
     "sparse": ("topk_ids", "topk_logprobs", "tail_logprobs"),
@@ -89,7 +88,7 @@ TEACHERS = {
 
 
 def run(kind, data, dtype, target, backward=True, within=contextlib.nullcontext, **options):
-    """The output and the gradients of hidden, weight and, where `data` has them, bias, a and b."""
+    """The output and the gradients of hidden, weight and, where `data` has it, bias."""
     backend, device = target
     if kind == "sparse_full":
         data = with_records(data, data["weight"].shape[0], options.get("temperature", 1.0))
@@ -98,8 +97,6 @@ def run(kind, data, dtype, target, backward=True, within=contextlib.nullcontext,
         for name, x in data.items()
     }
     student = [moved[name].requires_grad_() for name in STUDENT if name in moved]
-    if "a" in moved:
-        options["low_rank"] = LowRankHead(moved["a"], moved["b"], 0.5)
     for name in ("bias", "teacher_bias", "weights", "labels"):
         if name in moved and not (name == "teacher_bias" and kind != "dense"):
             options[name] = moved[name]
@@ -148,7 +145,7 @@ def with_labels(data):
 
 
 MIXES = [
-    "plain", "clip", "ce", "ce_alone", "clip_ce", "tempered", "tempered_ce", "wide", "capped",
+    "plain", "clip", "ce", "ce_alone", "clip_ce", "tempered", "tempered_ce", "biased", "capped",
     "capped_tempered_ce",
 ]  # fmt: skip
 
@@ -168,12 +165,10 @@ def mixed(name, kind, data):
     if "ce" in name:
         data = with_labels(data)
         options["ce_weight"] = 1.0 if name == "ce_alone" else 0.3
-    if name == "wide":
+    if name == "biased":
         g = torch.Generator().manual_seed(3)
-        for key, size in (
-            ("bias", (V,)), ("teacher_bias", (V,)), ("a", (4, H)), ("b", (V, 4)),
-        ):  # fmt: skip
-            data[key] = torch.randn(size, generator=g).double()
+        for key in ("bias", "teacher_bias"):
+            data[key] = torch.randn(V, generator=g).double()
     return data, options
 
 
@@ -499,8 +494,6 @@ def test_no_rows_give_a_connected_zero(target):
 @of_targets
 def test_nan_and_nonsense_in_a_masked_row_stay_there(target, kind):
     data = with_labels(make())
-    g = torch.Generator().manual_seed(3)
-    data |= {"a": torch.randn(4, H, generator=g), "b": torch.randn(V, 4, generator=g)}
     data["weights"] = torch.ones(N)
     data["weights"][3] = 0
     if kind == "sparse_full":
@@ -807,17 +800,14 @@ def test_gradcheck(kind, divergence, clip, cap):
     g = torch.Generator().manual_seed(3)
     student = [
         x.clone().requires_grad_()
-        for x in (
-            data["hidden"], data["weight"], torch.randn(40, generator=g).double(),
-            torch.randn(2, H, generator=g).double(), torch.randn(40, 2, generator=g).double(),
-        )
-    ]  # fmt: skip
+        for x in (data["hidden"], data["weight"], torch.randn(40, generator=g).double())
+    ]
 
-    def loss(hidden, weight, bias, a, b):
+    def loss(hidden, weight, bias):
         function = dense_kl if kind == "dense" else sparse_kl
         return function(
             hidden, weight, *(data[name] for name in TEACHERS[kind]), normalizer=3.0, bias=bias,
-            low_rank=LowRankHead(a, b, 0.5), divergence=divergence, temperature=1.5,
+            divergence=divergence, temperature=1.5,
             divergence_clip=clip, labels=data["labels"], ce_weight=0.2, softcap=cap,
             weights=torch.tensor([1.0, 0.0, 2.0]),
         ).loss  # fmt: skip
@@ -841,8 +831,8 @@ def test_the_operator_is_what_it_declares(kind, dtype):
     student = [data[x].clone().requires_grad_() for x in ("hidden", "weight")]
     torch.library.opcheck(
         linear_kl,
-        (*student, None, None, None, *records, None, factors,
-         [True, True, False, False, False], "jsd", 0.5, 1.0, None, 0.0, None, 9.0, "torch", 2),
+        (*student, None, *records, None, factors, [True, True, False],
+         "jsd", 0.5, 1.0, None, 0.0, None, 9.0, "torch", 2),
     )  # fmt: skip
 
 
@@ -930,9 +920,7 @@ def test_double_backward_is_refused():
 
 @of_targets
 def test_autocast_does_not_round_the_logits(target):
-    g = torch.Generator().manual_seed(3)
     data = make(gap=0.03)
-    data |= {"a": torch.randn(4, H, generator=g), "b": torch.randn(V, 4, generator=g)}
     outside = run("dense", data, torch.float32, target)
     autocast = functools.partial(torch.autocast, target[1], dtype=torch.bfloat16)
     inside = run("dense", data, torch.float32, target, within=autocast)

@@ -143,7 +143,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if isinstance(tensor, Tensor):
                     self.of_products[tensor.untyped_storage()] = True
         if func is torch.ops.mpd.linear_kl.default:
-            hidden, weight, teacher_weight = args[0], args[1], args[9]
+            hidden, weight, teacher_weight = args[0], args[1], args[7]
             self.of_loss = workspace_bytes(
                 hidden.shape[0],
                 tuple(weight.shape),

@@ -60,7 +60,7 @@ def loss(
 ) -> tuple[Tensor, Tensor]:
     """Scalar loss, sum of factors [n] x loss of the token, and what was found [n, FOUND].
     chunk_size 0: by the device and the vocabulary."""
-    student = (heads.hidden, heads.weight, heads.bias, heads.low_hidden, heads.low_weight)
+    student = (heads.hidden, heads.weight, heads.bias)
     grads = torch.is_grad_enabled()
     needs = [grads and x is not None and x.requires_grad for x in student]
     none = (None, None, None)
@@ -84,8 +84,6 @@ def linear_kl(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    low_hidden: Tensor | None,
-    low_weight: Tensor | None,
     topk_ids: Tensor | None,
     topk_logprobs: Tensor | None,
     tail_logprobs: Tensor | None,
@@ -104,10 +102,10 @@ def linear_kl(
     teacher_softcap: float | None,
     backend: str,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, what was found [n, FOUND], and the loss' gradients with respect to the first five,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, what was found [n, FOUND], and the loss' gradients with respect to the first three,
     empty where `needs` has none."""
-    heads = Heads(hidden, weight, bias, low_hidden, low_weight)
+    heads = Heads(hidden, weight, bias)
     teacher: TopK | Dense
     if topk_ids is not None and topk_logprobs is not None and tail_logprobs is not None:
         teacher = TopK(topk_ids, topk_logprobs, tail_logprobs)
@@ -134,13 +132,11 @@ def _shapes(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    low_hidden: Tensor | None,
-    low_weight: Tensor | None,
     *others: Any,
 ) -> tuple[Tensor, ...]:
     needs = others[8]
     exact = accumulation_dtype(hidden.dtype)
-    student = (hidden, weight, bias, low_hidden, low_weight)
+    student = (hidden, weight, bias)
     return (
         hidden.new_empty((), dtype=exact),
         hidden.new_empty((hidden.shape[0], FOUND), dtype=exact),
@@ -155,15 +151,15 @@ def _shapes(
 
 def _gradient_dtype(hidden: Tensor, i: int) -> torch.dtype:
     """States' gradients are in the states' type, heads' in the one that they accumulate in."""
-    return hidden.dtype if i in (0, 3) else accumulation_dtype(hidden.dtype)
+    return hidden.dtype if i == 0 else accumulation_dtype(hidden.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[2:])
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:5]]
-    ctx.needs, ctx.num_inputs = inputs[13], len(inputs)
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.needs, ctx.num_inputs = inputs[11], len(inputs)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -196,8 +192,6 @@ def _flops(
     hidden: tuple[int, int],
     weight: tuple[int, int],
     bias: Any,
-    low_hidden: tuple[int, int] | None,
-    low_weight: Any,
     *others: Any,
     **_: Any,
 ) -> int:
@@ -207,8 +201,6 @@ def _flops(
     needs: list[bool] = others[8]
     per_width = 2 * hidden[0] * weight[0]
     total = per_width * hidden[1] * (1 + needs[0] + needs[1])
-    if low_hidden is not None:
-        total += per_width * low_hidden[1] * (1 + needs[3] + needs[4])
     if teacher_hidden is not None:
         total += per_width * teacher_hidden[1]
     return total
@@ -223,7 +215,7 @@ def _forward(
     objective: Objective,
     backend: str,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden, vocab_size = heads.hidden, heads.weight.shape[0]
     n, device = hidden.shape[0], hidden.device
     exact = accumulation_dtype(hidden.dtype)
@@ -232,17 +224,16 @@ def _forward(
     kernels = _kernels(backend)
     in_place = _in_place(backend, isinstance(teacher, TopK), hidden)
     weight = heads.weight.to(hidden.dtype)
-    low_weight = None if heads.low_weight is None else heads.low_weight.to(hidden.dtype)
     teacher_weight = None
     if isinstance(teacher, Dense):
         teacher_weight = teacher.weight.to(teacher.hidden.dtype)
 
-    student = (hidden, heads.weight, heads.bias, heads.low_hidden, heads.low_weight)
+    student = (hidden, heads.weight, heads.bias)
     count = _check(factors, teacher, labels, vocab_size)
     # Rows without weight leave before the product: a NaN there must not reach the head's gradient,
     # and multiplying it by zero would not stop it. Where all have some, nothing is copied.
     rows = None if count == n else factors.nonzero().squeeze(1)
-    written = (1, 4) if rows is not None else (0, 1, 3, 4)
+    written = (1,) if rows is not None else (0, 1)
     gradients = [
         # Rows that are left out have a gradient of 0; what is summed over rows the first chunk
         # writes: filling a head's gradient and reading it once is time that can be measured.
@@ -253,7 +244,7 @@ def _forward(
         else hidden.new_empty(0)
         for i, (x, need) in enumerate(zip(student, needs, strict=True))
     ]
-    d_hidden, d_weight, d_bias, d_low_hidden, d_low_weight = gradients
+    d_hidden, d_weight, d_bias = gradients
     found = torch.zeros((n, FOUND), dtype=exact, device=device)
 
     size, logit_rows = _chunk_sizes(device, vocab_size, chunk_size, isinstance(teacher, Dense))
@@ -261,18 +252,8 @@ def _forward(
         stop = min(start + size, count)
         chunk = _picked(rows, start, stop)
         states = hidden[chunk]
-        low_states = None if heads.low_hidden is None else heads.low_hidden[chunk]
-
-        def logits_of(
-            rows: slice, states: Tensor = states, low_states: Tensor | None = low_states
-        ) -> Tensor:
-            logits = _logits(states[rows], weight, heads.bias)
-            if low_states is not None and low_weight is not None:
-                _add_product(logits, low_states[rows], low_weight.T)
-            return logits
-
         if in_place:
-            all_logits = logits_of(slice(None))
+            all_logits = _logits(states, weight, heads.bias)
             gradient = all_logits
             if backend == "triton" and hidden.dtype != exact:
                 # Each row of it at the start of the row of logits that it is made from.
@@ -283,7 +264,7 @@ def _forward(
             last = min(first + logit_rows, stop)
             part = slice(first - start, last - start)
             out = gradient[part]
-            logits = all_logits[part] if in_place else logits_of(part)
+            logits = all_logits[part] if in_place else _logits(states[part], weight, heads.bias)
             picked = _picked(rows, first, last)
             of_labels = None if labels is None else labels[picked]
             scale = factors[picked, None]
@@ -307,18 +288,13 @@ def _forward(
             _add_outer(d_weight, gradient, states, start == 0)
         if needs[2]:
             d_bias += gradient.sum(0, dtype=exact)
-        if low_states is not None and low_weight is not None:
-            if needs[3]:
-                d_low_hidden[chunk] = _times_head(gradient, low_weight).to(hidden.dtype)
-            if needs[4]:
-                _add_outer(d_low_weight, gradient, low_states, start == 0)
         del gradient, out
         if in_place:
             del all_logits
     everywhere = _picked(rows, 0, count)
     losses = objective.loss(found[everywhere, 0], found[everywhere, 1])
     total = (losses * factors[everywhere]).sum()
-    return total, found, d_hidden, d_weight, d_bias, d_low_hidden, d_low_weight
+    return total, found, d_hidden, d_weight, d_bias
 
 
 def _picked(rows: Tensor | None, first: int, last: int) -> Tensor | slice:
@@ -467,7 +443,7 @@ def _add_outer(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> 
         _add_product(total[block], gradient[:, block].float().T, wide, first)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """total [a, c] += left [a, b] x right [b, c], in the type of `total`, float32 or float64;
     = where it is the `first`: what `total` held then is not looked at."""
     beta = 0 if first else 1

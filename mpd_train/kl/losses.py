@@ -17,16 +17,6 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class LowRankHead:
-    """A LoRA adapter on the student's head: logits are hidden @ (weight + scale b @ a)^T, and the
-    sum of the weights is never formed. a [r, H], b [V, r]."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-
-
-@dataclass(frozen=True)
 class KLOutput:
     """What a loss gives back. All but `loss` are detached, one number for each token (float32, or
     float64 for float64 inputs), and 0 where the token's weight is 0.
@@ -58,7 +48,6 @@ def sparse_kl(
     *,
     normalizer: float | Tensor,
     bias: Tensor | None = None,
-    low_rank: LowRankHead | None = None,
     divergence: Divergence = Divergence(),
     temperature: float = 1.0,
     weights: Tensor | None = None,
@@ -119,7 +108,7 @@ def sparse_kl(
         )
     teacher = TopK(topk_ids, topk_logprobs.detach(), tail_logprobs.detach())
     objective = Objective(divergence, temperature, divergence_clip, ce_weight, softcap)
-    student = _Student(hidden, weight, bias, low_rank)
+    student = Heads(hidden, weight, bias)
     return _apply(student, teacher, labels, weights, normalizer, objective, backend, chunk_size)
 
 
@@ -132,7 +121,6 @@ def dense_kl(
     normalizer: float | Tensor,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    low_rank: LowRankHead | None = None,
     divergence: Divergence = Divergence(),
     temperature: float = 1.0,
     weights: Tensor | None = None,
@@ -169,20 +157,12 @@ def dense_kl(
     objective = Objective(
         divergence, temperature, divergence_clip, ce_weight, softcap, teacher_softcap
     )
-    student = _Student(hidden, weight, bias, low_rank)
+    student = Heads(hidden, weight, bias)
     return _apply(student, teacher, labels, weights, normalizer, objective, backend, chunk_size)
 
 
-@dataclass(frozen=True)
-class _Student:
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    low_rank: LowRankHead | None
-
-
 def _apply(
-    student: _Student,
+    student: Heads,
     teacher: TopK | Dense,
     labels: Tensor | None,
     weights: Tensor | None,
@@ -223,19 +203,8 @@ def _apply(
     factors = hidden.new_ones(n, dtype=exact) if weights is None else weights.detach().to(exact)
     # An empty batch may have a normaliser of 0.
     factors = torch.where(factors != 0, factors / normalizer, 0.0)
-    weight = gathered(student.weight)
     bias = None if student.bias is None else gathered(student.bias)
-    low_hidden = low_weight = None
-    if student.low_rank is not None:
-        low = student.low_rank
-        states = hidden
-        if weights is not None:
-            # A NaN in a row without weight must not reach the gradient of `a`.
-            states = torch.where(weights[:, None] != 0, hidden, 0.0)
-        with torch.autocast(hidden.device.type, enabled=False):
-            low_hidden = states @ gathered(low.a).to(hidden.dtype).T * low.scale
-        low_weight = gathered(low.b)
-    heads = Heads(hidden, weight, bias, low_hidden, low_weight)
+    heads = Heads(hidden, gathered(student.weight), bias)
     if backend == "reference":
         loss, found = reference.loss(heads, teacher, labels, factors, objective)
     else:

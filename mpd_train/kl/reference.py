@@ -26,8 +26,6 @@ def loss(
     z = heads.hidden[rows].double() @ heads.weight.double().T
     if heads.bias is not None:
         z = z + heads.bias.double()
-    if heads.low_hidden is not None and heads.low_weight is not None:
-        z = z + heads.low_hidden[rows].double() @ heads.low_weight.double().T
     z = objective.capped(z, objective.softcap)
     q = whole = (z / objective.temperature).softmax(-1)
     if isinstance(teacher, TopK):

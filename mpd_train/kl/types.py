@@ -35,14 +35,11 @@ class Dense:
 
 @dataclass(frozen=True)
 class Heads:
-    """Where the student's logits come from: hidden [n, H] and weight [V, H], bias [V], and the
-    states [n, r] and up-projection [V, r] of an adapter."""
+    """Where the student's logits come from: hidden [n, H], weight [V, H], bias [V]."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    low_hidden: Tensor | None
-    low_weight: Tensor | None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
