@@ -10,7 +10,7 @@ from torch import Tensor
 from mpd_train.kl import fused, reference
 from mpd_train.kl.divergence import Divergence
 from mpd_train.kl.objective import Objective
-from mpd_train.kl.types import Dense, Heads, TopK, accumulation_dtype
+from mpd_train.kl.types import Head, TopK, accumulation_dtype
 
 Backend = Literal["triton", "torch", "reference"]
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -108,7 +108,7 @@ def sparse_kl(
         )
     teacher = TopK(topk_ids, topk_logprobs.detach(), tail_logprobs.detach())
     objective = Objective(divergence, temperature, divergence_clip, ce_weight, softcap)
-    student = Heads(hidden, weight, bias)
+    student = Head(hidden, weight, bias)
     return _apply(student, teacher, labels, weights, normalizer, objective, backend, chunk_size)
 
 
@@ -149,7 +149,7 @@ def dense_kl(
             f"{teacher_hidden.shape[0]} teacher states, {hidden.shape[0]} student states"
         )
     _require_head("teacher ", teacher_hidden, teacher_weight, teacher_bias)
-    teacher = Dense(
+    teacher = Head(
         teacher_hidden.detach(),
         gathered(teacher_weight.detach()),
         None if teacher_bias is None else gathered(teacher_bias.detach()),
@@ -157,13 +157,13 @@ def dense_kl(
     objective = Objective(
         divergence, temperature, divergence_clip, ce_weight, softcap, teacher_softcap
     )
-    student = Heads(hidden, weight, bias)
+    student = Head(hidden, weight, bias)
     return _apply(student, teacher, labels, weights, normalizer, objective, backend, chunk_size)
 
 
 def _apply(
-    student: Heads,
-    teacher: TopK | Dense,
+    student: Head,
+    teacher: TopK | Head,
     labels: Tensor | None,
     weights: Tensor | None,
     normalizer: float | Tensor,
@@ -181,9 +181,9 @@ def _apply(
     _require_head("", hidden, student.weight, student.bias)
     if objective.ce_weight > 0 and labels is None:
         raise ValueError(f"ce_weight = {objective.ce_weight} needs labels")
-    for name, of_tokens in (("labels", labels), ("weights", weights)):
-        if of_tokens is not None and of_tokens.shape != (n,):
-            raise ValueError(f"{name} {tuple(of_tokens.shape)} do not fit {n} hidden states")
+    for name, values in (("labels", labels), ("weights", weights)):
+        if values is not None and values.shape != (n,):
+            raise ValueError(f"{name} {tuple(values.shape)} do not fit {n} hidden states")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size needs to be above 0, found {chunk_size}")
     if backend is None:
@@ -204,14 +204,14 @@ def _apply(
     # An empty batch may have a normaliser of 0.
     factors = torch.where(factors != 0, factors / normalizer, 0.0)
     bias = None if student.bias is None else gathered(student.bias)
-    heads = Heads(hidden, gathered(student.weight), bias)
+    student = Head(hidden, gathered(student.weight), bias)
     if backend == "reference":
-        loss, found = reference.loss(heads, teacher, labels, factors, objective)
+        loss, metrics = reference.loss(student, teacher, labels, factors, objective)
     else:
-        loss, found = fused.loss(
-            heads, teacher, labels, factors, objective, backend, chunk_size or 0
+        loss, metrics = fused.loss(
+            student, teacher, labels, factors, objective, backend, chunk_size or 0
         )
-    return KLOutput(loss, *found.unbind(1))
+    return KLOutput(loss, *metrics.unbind(1))
 
 
 def _require_head(whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mpd_train.kl.divergence import LOG_FLOOR, Divergence
 from mpd_train.kl.objective import Objective
-from mpd_train.kl.types import FOUND, Dense, Heads, TopK
+from mpd_train.kl.types import NUM_METRICS, Head, TopK
 
 
 def loss(
-    heads: Heads,
-    teacher: TopK | Dense,
+    student: Head,
+    teacher: TopK | Head,
     labels: Tensor | None,
     factors: Tensor,
     objective: Objective,
@@ -23,9 +23,9 @@ def loss(
     """As `fused.loss`, in float64 whatever the inputs."""
     rows = factors.nonzero().squeeze(1)
     factors, n = factors.double()[rows], len(factors)
-    z = heads.hidden[rows].double() @ heads.weight.double().T
-    if heads.bias is not None:
-        z = z + heads.bias.double()
+    z = student.hidden[rows].double() @ student.weight.double().T
+    if student.bias is not None:
+        z = z + student.bias.double()
     z = objective.capped(z, objective.softcap)
     q = whole = (z / objective.temperature).softmax(-1)
     if isinstance(teacher, TopK):
@@ -55,9 +55,9 @@ def loss(
         topk_mass,
         (z.argmax(1) == teacher_best).double(),
     ]
-    found = torch.zeros((n, FOUND), dtype=torch.float64, device=z.device)
-    found[rows] = torch.stack(columns, 1).detach()
-    return (losses * factors).sum(), found
+    metrics = torch.zeros((n, NUM_METRICS), dtype=torch.float64, device=z.device)
+    metrics[rows] = torch.stack(columns, 1).detach()
+    return (losses * factors).sum(), metrics
 
 
 def _buckets(teacher: TopK, q: Tensor) -> tuple[Tensor, Tensor]:

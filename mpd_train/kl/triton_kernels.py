@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mpd_train.kl.divergence import LOG_FLOOR, NAMES
 from mpd_train.kl.objective import Objective
-from mpd_train.kl.types import FOUND, TopK
+from mpd_train.kl.types import NUM_METRICS, TopK
 
 # Four or eight logits for each thread: what it keeps of each fits its registers.
 _CONFIGS = [
@@ -53,15 +53,15 @@ def sparse(
     """See `fused.Kernels`. For up to MOST_IDS ids in a row."""
     count, vocab_size = logits.shape
     k = teacher.ids.shape[1]
-    found = logits.new_empty((count, FOUND))
+    metrics = logits.new_empty((count, NUM_METRICS))
     _sparse[(count,)](
         logits, teacher.ids.contiguous(), teacher.logprobs.contiguous(), teacher.tail.contiguous(),
-        logits if labels is None else labels.contiguous(), factors, out, found,
+        logits if labels is None else labels.contiguous(), factors, out, metrics,
         vocab_size, out.stride(0), k, math.inf if objective.clip is None else objective.clip,
         **_constants(objective, labels), BUCKETS=triton.next_power_of_2(k + 1),
         **_SPARSE.all_kwargs(),
     )  # fmt: skip
-    return found
+    return metrics
 
 
 def dense(
@@ -74,13 +74,13 @@ def dense(
 ) -> Tensor:
     """See `fused.Kernels`."""
     count, vocab_size = logits.shape
-    found = logits.new_empty((count, FOUND))
+    metrics = logits.new_empty((count, NUM_METRICS))
     _dense[(count,)](
         logits, teacher_logits, logits if labels is None else labels.contiguous(), factors, out,
-        found, vocab_size, out.stride(0), math.inf if objective.clip is None else objective.clip,
+        metrics, vocab_size, out.stride(0), math.inf if objective.clip is None else objective.clip,
         **_constants(objective, labels),
     )  # fmt: skip
-    return found
+    return metrics
 
 
 def _constants(objective: Objective, labels: Tensor | None) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _constants(objective: Objective, labels: Tensor | None) -> dict[str, Any]:
         "TEACHER_CAP": objective.teacher_softcap or 0.0,
         "LABELS": labels is not None,
         "CLIPPED": objective.clip is not None,
-        "FOUND": FOUND,
+        "NUM_METRICS": NUM_METRICS,
     }
 
 
@@ -237,18 +237,18 @@ def _log_softmax(x):
 
 @triton.jit
 def _sparse(
-    logits, ids, logprobs, tails, labels, factors, out, found, vocab_size, out_stride, k, clip,
+    logits, ids, logprobs, tails, labels, factors, out, metrics, vocab_size, out_stride, k, clip,
     KIND: tl.constexpr, OF_TEACHER: tl.constexpr, LOG_TEACHER: tl.constexpr,
     LOG_STUDENT: tl.constexpr, INVERSE: tl.constexpr, SHARE: tl.constexpr, CE: tl.constexpr,
     CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, LABELS: tl.constexpr, CLIPPED: tl.constexpr,
-    FOUND: tl.constexpr, BUCKETS: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_METRICS: tl.constexpr, BUCKETS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row, as `buckets.over_buckets` has it. `out` may begin where the row of logits does: what
     is written is at most as wide as what has been read."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocab_size
     out += row * out_stride
-    found += row * FOUND
+    metrics += row * NUM_METRICS
     factor = tl.load(factors + row)
 
     # K buckets of one id each, and behind them the tail's. An id of -1 is none.
@@ -359,28 +359,28 @@ def _sparse(
     of_rest = tl.where(q_tail > 0, q_tail * within, 0.0)
     best = tl.argmax(tl.where(is_tail, float("-inf"), log_p), 0)
     at_best = tl.sum(tl.where(slots == best, top, 0.0), 0)
-    tl.store(found, value)
-    tl.store(found + 1, cross_entropy)
-    tl.store(found + 2, of_rest + tl.sum(tl.where(is_tail, 0.0, _entropy_term(log_q)), 0))
-    tl.store(found + 3, tl.sum(_entropy_term(log_p), 0))
-    tl.store(found + 4, tl.sum(tl.where(is_top, q, 0.0), 0))
-    tl.store(found + 5, tl.where(at_best >= tl.maximum(tl.max(top, 0), peak), 1.0, 0.0))
+    tl.store(metrics, value)
+    tl.store(metrics + 1, cross_entropy)
+    tl.store(metrics + 2, of_rest + tl.sum(tl.where(is_tail, 0.0, _entropy_term(log_q)), 0))
+    tl.store(metrics + 3, tl.sum(_entropy_term(log_p), 0))
+    tl.store(metrics + 4, tl.sum(tl.where(is_top, q, 0.0), 0))
+    tl.store(metrics + 5, tl.where(at_best >= tl.maximum(tl.max(top, 0), peak), 1.0, 0.0))
 
 
 @triton.autotune(_CONFIGS, key=["vocab_size", "KIND"])
 @triton.jit
 def _dense(
-    students, teachers, labels, factors, out, found, vocab_size, out_stride, clip,
+    students, teachers, labels, factors, out, metrics, vocab_size, out_stride, clip,
     KIND: tl.constexpr, OF_TEACHER: tl.constexpr, LOG_TEACHER: tl.constexpr,
     LOG_STUDENT: tl.constexpr, INVERSE: tl.constexpr, SHARE: tl.constexpr, CE: tl.constexpr,
     CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, LABELS: tl.constexpr, CLIPPED: tl.constexpr,
-    FOUND: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_METRICS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     students += row.to(tl.int64) * vocab_size
     teachers += row.to(tl.int64) * vocab_size
     out += row.to(tl.int64) * out_stride
-    found += row * FOUND
+    metrics += row * NUM_METRICS
     factor = tl.load(factors + row)
 
     # The softmax of both, and of the student at temperature 1 for cross-entropy.
@@ -474,9 +474,9 @@ def _dense(
     factor *= _slope(tl.load(students + surest, mask=inside, other=0.0), CAP)
     tl.store(out + surest, -factor * tl.sum(others, 0), mask=inside)
 
-    tl.store(found, tl.sum(values, 0))
-    tl.store(found + 1, cross_entropy)
-    tl.store(found + 2, tl.sum(q_entropies, 0))
-    tl.store(found + 3, tl.sum(p_entropies, 0))
-    tl.store(found + 4, 1.0)
-    tl.store(found + 5, tl.where(at_best >= q_peak, 1.0, 0.0))
+    tl.store(metrics, tl.sum(values, 0))
+    tl.store(metrics + 1, cross_entropy)
+    tl.store(metrics + 2, tl.sum(q_entropies, 0))
+    tl.store(metrics + 3, tl.sum(p_entropies, 0))
+    tl.store(metrics + 4, 1.0)
+    tl.store(metrics + 5, tl.where(at_best >= q_peak, 1.0, 0.0))
