@@ -66,8 +66,8 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
             ) from error
         except OSError as error:
             raise MPDError(
-                f"{config.out}: {error}. Steps up to the last checkpoint are safe. Free space or fix"
-                " the permissions, then run the same command again."
+                f"{config.out}: {error}. Steps up to the last checkpoint are safe: free space or"
+                " fix the permissions, then run the same command again."
             ) from error
 
 
