@@ -1,5 +1,5 @@
-"""A sparse teacher's loss in torch: it depends on the student's logits only through those of the K
-ids and the logsumexp of the rest, so all but that softmax happens over K + 1 buckets.
+"""A sparse teacher's loss in torch. It depends on the student's logits only through those of the K
+ids and the logsumexp of the rest, so all but that softmax is computed over K + 1 buckets.
 """
 
 from dataclasses import dataclass
@@ -36,10 +36,10 @@ class _Exponentials:
 def _softmax(logits: Tensor, temperature: float) -> _Exponentials:
     """Overwrite `logits` at temperature 1."""
     y = logits if temperature == 1 else logits / temperature
-    # Without a single finite logit (every id is in the top K) the maximum must still be a number.
+    # With no finite logit (every id is in the top K) the peak must still be finite.
     peak = y.amax(1, keepdim=True).clamp_(min=torch.finfo(y.dtype).min)
     exponentials = y.sub_(peak).exp()
-    # Beyond this the exponential is 0, and 0 times -inf would be a NaN.
+    # Below this the exponential is 0, and 0 times -inf would be a NaN.
     moment = y.clamp_(min=-1e4).mul_(exponentials).sum(1, keepdim=True)
     return _Exponentials(Tail(peak, exponentials.sum(1, keepdim=True), moment), exponentials)
 
@@ -87,8 +87,8 @@ def over_buckets(
         top_gradient = top_gradient + ce_weight * (top - log_total).exp()
         if temperature == 1:
             tail_gradient = tail_gradient + ce_weight * q[:, -1:]
-        # At the label before anything is rounded: where the student is sure of it, what is left
-        # of q - 1 is less than bfloat16 tells apart from 1.
+        # Subtracted at the label before rounding: where the student is sure of it, q - 1 is smaller
+        # than bfloat16's step at 1.
         is_label = (index == labels[:, None]) & valid
         top_gradient = torch.where(is_label, top_gradient - ce_weight, top_gradient)
 

@@ -1,10 +1,10 @@
 """The losses straight from hidden states: head product, softmax, divergence and its gradient in
 one pass, some rows at a time, so that tokens x vocabulary never exists.
 
-Gradients are made while a chunk's logits are there, in the forward pass, and scaled in the
-backward pass: no vocabulary product is done twice, which on any device costs more than the
-memory traffic that it saves. Two sizes of chunk: matrix products want many rows (adding to the
-head's gradient moves all of it, for each product), float32 logits want few.
+Gradients are computed in the forward pass, while a chunk's logits exist, and scaled in the
+backward pass: no vocabulary product is done twice, which on any device would cost more than the
+memory traffic that it saves. There are two sizes of chunk: matrix products need many rows (adding
+to the head's gradient moves all of it, for each product), float32 logits few.
 
 Registered as one custom operator, `mpd::linear_kl`, so that torch.compile and FLOP counters see it.
 """

@@ -1,4 +1,4 @@
-"""The two losses as they are called: what they take, what they refuse, what they give back."""
+"""The two losses that callers use: their inputs, what they refuse, and their output."""
 
 import os
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class KLOutput:
-    """What a loss gives back. All but `loss` are detached, one number for each token (float32, or
+    """A loss and its metrics. All but `loss` are detached, one number for each token (float32, or
     float64 for float64 inputs), and 0 where the token's weight is 0.
 
     loss: scalar, differentiable: sum of weight x loss of the token over the normaliser.
@@ -58,36 +58,36 @@ def sparse_kl(
     backend: Backend | None = None,
     chunk_size: int | None = None,
 ) -> KLOutput:
-    """Divergence from a teacher known by its top K and the mass outside them.
+    """Return the divergence from a teacher known by its top K and the mass outside them.
 
     hidden [n, H] student states; weight [V, H], bias [V] student head; topk_ids int [n, K];
     topk_logprobs [n, K] and tail_logprobs [n] natural logs. The K + 1 buckets are renormalised in
     float32 (their storage may have rounded them), and the student's tail is its exact mass
-    outside the K. A row with fewer than K ids ends in ids of -1, whose log-probabilities are not
-    looked at; the first id of a row is always one. A row with V ids has no tail, and its
-    tail_logprobs is ignored. The value bounds the full-vocabulary divergence from below.
+    outside the K. A row with fewer than K ids is padded with ids of -1, whose log-probabilities are
+    ignored; a row has at least one id. A row with V ids has no tail, and its tail_logprobs is
+    ignored. The value bounds the full-vocabulary divergence from below.
 
     temperature: the student's logits are divided by it. A record cannot be brought to another
     temperature (its tail is a sum), so topk_logprobs and tail_logprobs must be those of the
     teacher at this temperature. The divergence's part of the loss is multiplied by
     temperature^2, which keeps its gradient at the size it has at 1 (arXiv:1503.02531, section 2).
 
-    weights [n]: per-token factors, default 1. normalizer: what the sum is divided by, the
-    number of loss tokens in the whole optimiser step.
+    weights [n]: per-token factors, default 1. normalizer: the sum is divided by it; give the number
+    of loss tokens in the whole optimiser step.
 
     The loss of a token is (1 - ce_weight) temperature^2 min(F, divergence_clip)
     + ce_weight (-log q[label]), with F its divergence and q the student at temperature 1 over the
-    whole vocabulary, labels int64 [n]. Where F is above divergence_clip the clamp is flat: the
-    worst tokens get no gradient from the divergence at all, only from the cross-entropy where
-    that is mixed in.
+    whole vocabulary, labels int64 [n]. Where F is above divergence_clip the clamp is flat: such
+    tokens get no gradient from the divergence, only from the cross-entropy if it is mixed in.
 
     softcap: the student's logits are softcap tanh(z / softcap) of z = hidden weight^T + bias, as
-    Gemma's are (arXiv:2408.00118, section 2); a z of -inf stays one. A model that multiplies its
-    logits by a number is one whose hidden states are multiplied by it: do so before.
+    Gemma's are (arXiv:2408.00118, section 2); a z of -inf stays -inf. For a model that multiplies
+    its logits by a number, multiply its hidden states by it before.
 
     backend: "triton" (default on CUDA; not for float64; compiled anew for each temperature,
     ce_weight, cap and parameter of the divergence), "torch" (default elsewhere), or "reference":
-    float64, plain, holds n x V. chunk_size: rows whose logits exist at a time.
+    float64, plain, holds n x V. chunk_size: rows whose logits exist at a time, for less memory; the
+    default depends on device and vocabulary, and results do not depend on it beyond rounding.
 
     Inputs are float64, float32 or bfloat16; logits, softmax and the head's accumulated gradient
     are float64 for the first and float32 for the others, under autocast too (float32 inputs are
@@ -95,7 +95,7 @@ def sparse_kl(
     trainable, frozen or tied, or a DTensor of FSDP2 (gathered here; its gradient is the mean over
     the ranks, as FSDP2's own). Differentiable once.
 
-    Raises ValueError for shapes or types that do not fit together, an id that is twice in a row
+    Raise ValueError for shapes or types that do not fit together, an id that is twice in a row
     or outside the vocabulary, a ce_weight outside [0, 1] or without labels, a divergence_clip,
     temperature or cap that is not above 0; RuntimeError on backward(create_graph=True).
     """
@@ -132,12 +132,12 @@ def dense_kl(
     backend: Backend | None = None,
     chunk_size: int | None = None,
 ) -> KLOutput:
-    """Divergence from a teacher over the full vocabulary, given its states and head.
+    """Return the divergence from a teacher over the full vocabulary, given its states and head.
 
     hidden [n, H], weight [V, H], bias [V]; teacher_hidden [n, Ht], teacher_weight [V, Ht],
     teacher_bias [V]; each model's logits go through its cap where it has one, and are divided by
-    the temperature; the rest as in `sparse_kl`. No gradient reaches the teacher. Raises ValueError
-    where the vocabularies differ: slice padding rows off before.
+    the temperature; the rest as in `sparse_kl`. No gradient reaches the teacher. Raise ValueError
+    if the vocabularies differ: slice padding rows off before.
     """
     if teacher_weight.shape[0] != weight.shape[0]:
         raise ValueError(
@@ -234,9 +234,9 @@ def _require_ids(ids: Tensor, vocab_size: int) -> None:
 
 
 def gathered(weight: Tensor) -> Tensor:
-    """A tensor that FSDP2 has sharded, gathered; any other as it is. Its gradient is averaged over
-    the ranks, as FSDP2 averages the others: a plain `full_tensor()` would give each rank its own
-    gradient's shard as if it were everyone's."""
+    """Return a tensor that FSDP2 has sharded in full; any other unchanged. Its gradient is averaged
+    over the ranks, as FSDP2 averages the others: with a plain `full_tensor()` each rank would take
+    its own gradient's shard for the mean."""
     # Without torch.distributed there are no DTensors, and importing them takes a second.
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return weight

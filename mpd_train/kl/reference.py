@@ -1,6 +1,6 @@
-"""The losses as plain as they can be written, in float64 with autograd: what tests compare to.
+"""The losses in their plainest form, in float64 with autograd, as the reference of the tests.
 
-Holds tokens x vocabulary; for tests and for looking into a single batch.
+It holds tokens x vocabulary: use it for tests and for inspecting a single batch.
 """
 
 import math
@@ -20,7 +20,7 @@ def loss(
     factors: Tensor,
     objective: Objective,
 ) -> tuple[Tensor, Tensor]:
-    """As `fused.loss`, in float64 whatever the inputs."""
+    """Like `fused.loss`, in float64 for all inputs."""
     rows = factors.nonzero().squeeze(1)
     factors, n = factors.double()[rows], len(factors)
     z = student.hidden[rows].double() @ student.weight.double().T
@@ -61,7 +61,8 @@ def loss(
 
 
 def _buckets(teacher: TopK, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities [n, K + 1] of teacher and student: the K ids (0 for those of -1), the rest."""
+    """Return the probabilities [n, K + 1] of teacher and student: of the K ids (0 for ids of -1),
+    and of the rest."""
     vocab_size = q.shape[1]
     valid = teacher.ids >= 0
     ids = teacher.ids.long().clamp(min=0)
@@ -82,7 +83,7 @@ def entropy(p: Tensor) -> Tensor:
 
 
 def divergence_of(divergence: Divergence, p: Tensor, q: Tensor) -> Tensor:
-    """F [n] of probabilities p, q [n, B], straight from the definitions."""
+    """Return F [n] of probabilities p, q [n, B], by the definitions."""
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
         # Outcomes without probability add nothing; a 1 in their place keeps autograd from NaN.

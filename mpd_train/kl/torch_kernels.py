@@ -1,7 +1,7 @@
 """The elementwise part in torch, for any device.
 
-Works on a few rows at a time: a dozen passes over what fits in a core's cache cost less than three
-over memory, and the temporaries stay small.
+It works on a few rows at a time: a dozen passes over rows that fit in a core's cache cost less than
+three over memory, and the temporaries stay small.
 """
 
 from collections.abc import Callable
