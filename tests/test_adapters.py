@@ -260,9 +260,9 @@ def test_an_adapter_on_all_layers_is_trained_further(exact_student, round_dir, t
 @pytest.mark.parametrize(
     "changed, has",
     [
-        ({"lora_r": 8}, "r 6, asked for 8"),
-        ({"lora_alpha": None}, "lora_alpha 9, asked for 12"),
-        ({"lora_target_modules": ["q_proj"]}, "layers down_proj q_proj .*, asked for q_proj"),
+        ({"lora_r": 8}, "r 6, requested 8"),
+        ({"lora_alpha": None}, "lora_alpha 9, requested 12"),
+        ({"lora_target_modules": ["q_proj"]}, "layers down_proj q_proj .*, requested q_proj"),
         ({"lora_target_modules": ["all-linear"]}, "layers down_proj q_proj .* for down_proj gate"),
     ],
 )
