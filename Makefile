@@ -20,7 +20,7 @@ OUT := runs/demo
 endif
 
 # Triton reads TRITON_INTERPRET when it is imported, so these tests run by themselves.
-KERNELS := tests/test_kl.py
+KERNELS := $(filter-out tests/test_kl_sharded.py,$(wildcard tests/test_kl_*.py))
 
 .PHONY: help install demo seeds study study-small smollm2 site test lint retrain
 install: .venv/.installed

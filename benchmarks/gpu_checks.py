@@ -208,7 +208,7 @@ def steps(device: torch.device, small: bool, folder: Path, dense: bool) -> None:
             config, student.files, None if teacher is None else teacher.files, (tokens, count), K,
             vocab, device, dtype,
         )  # fmt: skip
-        rate = flops.of(count, [sequence] * (tokens // sequence)) / seconds
+        rate = flops.total(count, [sequence] * (tokens // sequence)) / seconds
         there = plan.weights + plan.moments + plan.teacher
         own = peak - there / GIB
         print(

@@ -28,7 +28,6 @@ from torch import Tensor
 from benchmarks.kl_peers import LOSSES, Inputs, inputs
 from mpd_train.kl import Divergence, dense_kl, sparse_kl
 from mpd_train.kl.divergence import NAMES
-from mpd_train.kl.losses import LowRankHead
 
 ROOT = Path(__file__).resolve().parents[1]
 K = 64
@@ -194,7 +193,7 @@ def losses(device: torch.device, small: bool, turns: int, rows: list[dict[str, A
                     x, lambda x: ours(x, "dense", chunk_size=PRODUCT_ROWS)
                 )
             else:
-                works |= variants(x, device)
+                works |= variants(x)
             if device.type == "cuda":
                 works[f"{teacher}, ours, torch"] = step(
                     x, lambda x, t=teacher: ours(x, t, backend="torch")
@@ -257,23 +256,16 @@ def step(x: Inputs, loss: Callable[[Inputs], Tensor]) -> Callable[[], None]:
     return work
 
 
-def variants(x: Inputs, device: torch.device) -> dict[str, Callable[[], None]]:
-    """A frozen head, and an adapter of rank 16 on it."""
-    vocab, width = x.weight.shape
-    a = torch.randn(16, width, device=device, dtype=x.weight.dtype).requires_grad_()
-    b = torch.zeros(vocab, 16, device=device, dtype=x.weight.dtype).requires_grad_()
+def variants(x: Inputs) -> dict[str, Callable[[], None]]:
+    """A frozen head."""
 
-    def frozen(low_rank: LowRankHead | None) -> None:
+    def frozen() -> None:
         record = x.topk_ids, x.topk_logprobs, x.tail_logprobs
-        sparse_kl(
-            x.hidden, x.weight.detach(), *record, normalizer=float(len(x.hidden)), low_rank=low_rank
-        ).loss.backward()
-        x.hidden.grad = a.grad = b.grad = None
+        normalizer = float(len(x.hidden))
+        sparse_kl(x.hidden, x.weight.detach(), *record, normalizer=normalizer).loss.backward()
+        x.hidden.grad = None
 
-    return {
-        "sparse, ours, frozen head": lambda: frozen(None),
-        "sparse, ours, LoRA head": lambda: frozen(LowRankHead(a, b, 2.0)),
-    }
+    return {"sparse, ours, frozen head": frozen}
 
 
 def bars(rows: list[dict[str, Any]]) -> None:

@@ -4,8 +4,8 @@
     out/checkpoints/best-000040/   the same, weights alone
 
 torch.distributed.checkpoint writes and reads them: each process writes its part, and any number of
-processes goes on from it. Written under another name, fsynced, then renamed: a checkpoint that is
-there is whole. Weights and moments are safetensors; nothing is ever pickled.
+processes can resume from it. A checkpoint is written under another name, fsynced, then renamed: one
+that exists is whole. Weights and moments are safetensors; nothing is pickled.
 """
 
 import json
@@ -37,14 +37,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BYTES_PER_FILE = 1 << 30
 _DELETED = (
     "A training deletes all but its newest two checkpoints, and all of them at its end: give the"
-    " run's folder, for the newest there is."
+    " run's folder to get its newest."
 )
 
 
 @dataclass
 class Progress:
-    """The best validation loss so far, the step it was found after, and the validations since
-    that did not better it."""
+    """The best validation loss so far, the number of steps before it, and the validations since
+    then without a better one."""
 
     best: float | None = None
     best_step: int = 0
@@ -59,8 +59,8 @@ def save(
     progress: Progress,
     ranks: Ranks,
 ) -> None:
-    """Commits the state after `step` optimiser steps and drops all but the newest two. Raises
-    OSError where the disk gives out."""
+    """Commit the state after `step` optimiser steps and delete all but the newest two. Raise
+    OSError if it cannot be written."""
     state = {"step": step, **asdict(progress)}
     tensors = weights_of(model) | _moments(model, optimizer, step)
     _write(folder / f"step-{step:06d}", tensors, state, ranks)
@@ -68,75 +68,74 @@ def save(
         for old in checkpoints(folder)[:-KEEP]:
             shutil.rmtree(old)
         for best in folder.glob("best-*"):
-            # A restart begins here, and looks for this one.
+            # A run that resumes here looks for this one.
             if best.name != f"best-{progress.best_step:06d}":
                 shutil.rmtree(best)
 
 
 def newest(folder: Path) -> int:
-    """The step of the newest whole checkpoint; 0 where there is none."""
-    found = checkpoints(folder)
-    return int(found[-1].name.removeprefix("step-")) if found else 0
+    """Return the step of the newest checkpoint, 0 without any."""
+    folders = checkpoints(folder)
+    return int(folders[-1].name.removeprefix("step-")) if folders else 0
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Return the folders of the checkpoints, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
-    """What training changes, by name: all parameters, or the adapters alone. state_dict names tied
-    weights twice, and safetensors stores a tensor once: parameters do."""
+    """Return what training changes, by name: all parameters, or the adapters alone. (Not from
+    state_dict, which names tied weights twice, while safetensors stores a tensor once.)"""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _moments(model: Any, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
-    """AdamW's moments by the names of their parameters. An optimiser that has done no step gets
-    some of zero, into which a checkpoint's can be read; the number of steps is the checkpoint's."""
-    found = {}
+    """Return AdamW's moments by the names of their parameters. An optimiser that has done no step
+    gets moments of zero, into which a checkpoint's are read, and the checkpoint's step number."""
+    moments = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         state = optimizer.state[parameter]
         for moment in _MOMENTS:
             state.setdefault(moment, torch.zeros_like(parameter, requires_grad=False))
-            found[f"{moment}.{name}"] = state[moment]
+            moments[f"{moment}.{name}"] = state[moment]
         state["step"] = torch.tensor(float(step), device=parameter.device)
-    return found
+    return moments
 
 
 def save_best(folder: Path, step: int, model: Any, ranks: Ranks) -> None:
-    """Keeps the weights of the best validation, that after `step`, beside earlier ones: a killed
-    run goes on from before it, and may not find it again."""
+    """Save the weights of the best validation, after `step` steps, next to earlier ones: a killed
+    run resumes from before it, and may not reach it again."""
     _write(folder / f"best-{step:06d}", weights_of(model), {}, ranks)
 
 
 def load_best(folder: Path, progress: Progress, model: Any) -> None:
-    """Puts the weights of the best validation in place."""
+    """Load the weights of the best validation into `model`."""
     _read(folder / f"best-{progress.best_step:06d}", weights_of(model))
 
 
 def load_weights(path: Path, model: Any) -> None:
-    """Puts the weights of the checkpoint in `path`, a step's or the best, in place; they lie on one
-    device. A training that goes on may delete it meanwhile: raises DataError where a part is
-    missing."""
+    """Load the weights of the checkpoint in `path`, a step's or the best, into `model`, which is on
+    one device. Raise DataError if a part is missing: a running training may delete it meanwhile."""
     weights = weights_of(model)
     for weight in weights.values():
-        # The part of a weight that another process wrote, in a file that is gone, would stay as it
-        # was without a word.
+        # Otherwise a part that another process wrote, in a file that is missing, would silently
+        # stay as it was.
         weight.fill_(math.nan)
     try:
         _read(path, weights)
-    except Exception as error:  # torch, safetensors and the file system have each their own
+    except Exception as error:  # of torch, safetensors or the file system
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: cannot be read ({reason}). {_DELETED}") from error
     for name, weight in weights.items():
         if weight.isnan().any():
-            raise DataError(f"{path}: {name} is not all there. {_DELETED}")
+            raise DataError(f"{path}: {name} is incomplete. {_DELETED}")
 
 
 def load(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer) -> Progress:
-    """Puts weights and moments of a step's checkpoint in place; returns how validation stood."""
+    """Load weights and moments of a step's checkpoint; return its validation progress."""
     path = folder / f"step-{step:06d}"
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     _read(path, weights_of(model) | _moments(model, optimizer, step))
@@ -163,8 +162,8 @@ def _write(final: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks
 
 
 def _files_of(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Which file each tensor goes to, from 1: a file is put together in memory before it is
-    written."""
+    """Return the number of each tensor's file, from 1. Files are limited in size because each is
+    built in memory before it is written."""
     files, size = {}, 0
     for name, tensor in tensors.items():
         size += tensor.numel() * tensor.element_size()
@@ -173,7 +172,7 @@ def _files_of(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Into `tensors`, in place."""
+    """Read into `tensors`, in place."""
     with _errors_as_they_are():
         load_shards(
             tensors,
@@ -184,10 +183,10 @@ def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def _errors_as_they_are() -> Iterator[None]:
-    """Torch wraps whatever goes wrong, a full disk or an interrupt, in an error of its own, which
-    is no Exception."""
+    """Raise the original error, as of a full disk or an interrupt. Torch wraps it in one of its
+    own, which is no Exception."""
     with warnings.catch_warnings():
-        # That it was told to work without other processes.
+        # A warning that no_dist was given.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             yield

@@ -64,8 +64,8 @@ class ValidationConfig(Strict):
     early_stopping_patience: int = Field(
         0,
         ge=0,
-        description="Stop after so many validations without a better loss and export the best"
-        " weights; 0: never.",
+        description="Stop after this many validations without a better loss and export the"
+        " best weights; 0: never.",
     )
 
 
@@ -106,8 +106,7 @@ class TrainConfig(Strict):
     max_steps: int | None = Field(
         None,
         ge=1,
-        description="Train for so many optimiser steps, however many passes they take, instead of"
-        " --epochs.",
+        description="Train for this many optimiser steps, whatever number of epochs that is.",
     )
     pack_length: int = Field(4096, ge=2, description="Tokens packed into one sequence.")
     gradient_accumulation_steps: int = Field(

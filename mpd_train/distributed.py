@@ -1,8 +1,6 @@
 """The processes that train together: one, or those that torchrun started.
 
-FSDP2 (`fully_shard`) does the work: weights, gradients and moments lie in equal parts on all
-devices, layers are put together while they are needed, and gradients are averaged. Nothing here
-changes the numbers: what a step is made of does not depend on how many do it.
+A step's batches and loss do not depend on the number of processes.
 """
 
 import os
@@ -26,40 +24,40 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that speaks and writes for all."""
+        """Whether this process is the one that prints and writes for all."""
         return self.rank == 0
 
     def share(self, things: list[T]) -> list[T | None]:
-        """This process's part of `things`, as long as the longest; None where it has none: all
-        have to join in each pass through a sharded model."""
+        """Return this process's part of `things`, padded with None to the longest part: all
+        processes have to join in each pass through a sharded model."""
         mine: list[T | None] = list(things[self.rank :: self.size])
         longest = -(-len(things) // self.size)
         return mine + [None] * (longest - len(mine))
 
     def sum(self, values: list[float]) -> list[float]:
-        """Each of `values` over all processes, in float64; the same for all of them."""
+        """Return each of `values` summed over all processes, in float64; all get the same."""
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
-        found: list[float] = total.tolist()
-        return found
+        sums: list[float] = total.tolist()
+        return sums
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this."""
         # A reduction on the CPU: `barrier` would take the GPU's backend.
         self.sum([0.0])
 
 
 def ranks_asked_for() -> int:
-    """How many processes torchrun started, or 1."""
+    """Return the number of processes that torchrun started, or 1."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 @contextmanager
 def ranks(sharded: bool = False) -> Iterator[Ranks]:
-    """The processes of this training, connected while the block runs. With `sharded` one process
-    is too, to itself: some of its models are loaded by `load_sharded`."""
+    """Connect the processes of this training while the block runs. With `sharded` a single process
+    gets a process group too, which `load_sharded` needs."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if ranks_asked_for() > 1:
         dist.init_process_group(backend)
@@ -70,6 +68,6 @@ def ranks(sharded: bool = False) -> Iterator[Ranks]:
         yield Ranks()
         return
     yield Ranks(dist.get_rank(), dist.get_world_size())
-    # Not after an error: NCCL would wait for processes that wait for this one, and nobody would
-    # read why.
+    # Not after an error: NCCL would wait for processes that wait for this one, and the error would
+    # never be printed.
     dist.destroy_process_group()

@@ -1,8 +1,7 @@
-"""The student's way to disk, where transformers and vLLM load it: of a run that has finished, or
-of a checkpoint on the way.
+"""Export the student for transformers and vLLM, after a training or from one of its checkpoints.
 
-    OUT/model/     the whole model
-    OUT/adapter/   peft's folder, where adapters are what is trained; model/ has them merged
+OUT/model/     the whole model
+OUT/adapter/   peft's folder, where adapters are what is trained; model/ has them merged
 """
 
 import json
@@ -25,20 +24,19 @@ from mpd_train.model.loading import load_student
 
 
 def export(student: CausalLM, out: Path) -> None:
-    """Writes `out`/model, and `out`/adapter where adapters are what was trained; these are merged
-    in place."""
+    """Write `out`/model, and `out`/adapter if adapters were trained; they are merged in place."""
     if student.adapted is not None:
         lora.save_and_merge(student.adapted, out / "adapter")
     _write_model(student, out / "model")
 
 
 def export_checkpoint(given: Path, out: Path, student: str | None = None) -> Path:
-    """Exports a checkpoint into `out`, which appears when it is whole; returns the checkpoint's
-    folder. `given`: that folder, or a run's, which means its newest. `student`: where the one that
-    the run began with lies now, if not where it did. Nothing of the run is changed.
+    """Export a checkpoint into `out`, which appears when it is complete; return the checkpoint's
+    folder. `given`: that folder, or a run's for its newest. `student`: the folder or hub id of the
+    run's student, if it has moved. The run is not changed.
 
-    Raises ConfigError where `given` is neither, for another student and for an `out` with something
-    in it, DataError for a run.json or a checkpoint that is not whole.
+    Raise ConfigError if `given` is neither, for another student and if `out` is not empty;
+    DataError for an incomplete run.json or checkpoint.
     """
     run, chosen = _find(given)
     out = out.resolve()
@@ -64,8 +62,8 @@ def _find(given: Path) -> tuple[Path, Path]:
             return given, found[-1]
         if (given / "model").is_dir():
             raise ConfigError(
-                f"{given}: this run has finished, and has no checkpoints any more. What it exported"
-                f" is in {given / 'model'}."
+                f"{given}: this run has finished, and has no checkpoints any more. Its model is in"
+                f" {given / 'model'}."
             )
         raise ConfigError(
             f"{given}: no checkpoint of a training in {given / 'checkpoints'}. The first is written"
@@ -81,8 +79,8 @@ def _find(given: Path) -> tuple[Path, Path]:
     run = path.parent.parent
     if not (run / "run.json").is_file():
         raise ConfigError(
-            f"{run / 'run.json'}: not there. It says what {given} is a checkpoint of: give one in"
-            " the folder of its run (RUN/run.json, RUN/checkpoints/step-000050)."
+            f"{run / 'run.json'}: does not exist, and says which run {given} belongs to. Give a"
+            " checkpoint in the folder of its run (RUN/run.json, RUN/checkpoints/step-000050)."
         )
     return run, path
 
@@ -94,7 +92,7 @@ def _read_run(path: Path) -> tuple[TrainConfig, dict[str, str]]:
         settings, identity = saved["details"]["config"], saved["identity"]["student"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: expected what mpd-train records of a run, its settings and its student"
+            f"{path}: expected the settings and the student that mpd-train records"
             f" ({type(error).__name__}: {error})."
         ) from error
     return parse(TrainConfig, settings, str(path)), identity
@@ -103,14 +101,14 @@ def _read_run(path: Path) -> tuple[TrainConfig, dict[str, str]]:
 def _resolve_student(
     run: Path, config: TrainConfig, identity: dict[str, str], moved: str | None
 ) -> ModelFiles:
-    """The student that the run began with."""
+    """Return the files of the run's student. Raise ConfigError for another one."""
     name = config.student if moved is None else moved
     try:
         files = resolve_model(name, config.revision, config.trust_remote_code)
     except ConfigError as error:
         raise ConfigError(
-            f"{error}\n{run} was started with the student {config.student}. Where that lies"
-            " elsewhere now, give --student."
+            f"{error}\n{run} was started with the student {config.student}. If it has moved, give"
+            " its new place with --student."
         ) from error
     if files.identity() != identity:
         raise ConfigError(
@@ -122,11 +120,11 @@ def _resolve_student(
 
 
 def _write_model(student: CausalLM, folder: Path) -> None:
-    """Writes the student as a model folder that transformers and vLLM load: safetensors in the
-    precision it came in, tokenizer, chat template and generation config as they came."""
+    """Write the student as a model folder for transformers and vLLM: safetensors in the dtype that
+    it was loaded from, with its tokenizer, chat template and generation config."""
     dtype = getattr(torch, _original_dtype(student.files))
-    # Parameters name a tied weight once, where state_dict names it twice: converted apart, the
-    # two would both be written.
+    # Parameters name a tied weight once, state_dict twice: converted separately, both copies would
+    # be written.
     state = {name: p.detach().to(dtype) for name, p in student.model.named_parameters()}
     persistent = student.model.state_dict()
     state |= {name: b for name, b in student.model.named_buffers() if name in persistent}

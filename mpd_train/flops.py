@@ -1,4 +1,4 @@
-"""What a training step computes, for the share of the device's peak that it reaches (MFU)."""
+"""Count a training step's FLOPs, for the share of the device's peak that it reaches (MFU)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +7,8 @@ import torch
 
 from mpd_train.model.causal_lm import CausalLM
 
-# Dense bfloat16 with float32 sums, FLOP/s, by what the device's name holds; from NVIDIA's data
-# sheets, the first that fits.
+# FLOP/s of dense bfloat16 products with float32 sums, from NVIDIA's data sheets, by a part of the
+# device's name; the first that fits counts.
 _PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -24,8 +24,8 @@ _PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The most FLOP/s that the device's data sheet gives for `dtype`; None where it is not known,
-    as on a CPU."""
+    """Return the most FLOP/s that the device's data sheet gives for `dtype`; None if it is not
+    known, as on a CPU."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
@@ -35,15 +35,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 @dataclass(frozen=True)
 class StepFlops:
     """FLOPs of a training step's matrix products: for each token, each loss token, and each pair
-    of a token and one that it attends to. Recomputed activations do not count, nor what is not a
-    product: the convention of MFU (arXiv:2204.02311, appendix B)."""
+    of a token and one that it attends to. Recomputed activations and elementwise work do not count:
+    the convention of MFU (arXiv:2204.02311, appendix B)."""
 
     per_token: float
     per_loss_token: float
     per_pair: float
 
-    def of(self, num_loss_tokens: int, lengths: list[int]) -> float:
-        """Of sequences of these lengths, which have so many loss tokens together."""
+    def total(self, num_loss_tokens: int, lengths: list[int]) -> float:
+        """Return the FLOPs of sequences of these lengths with this many loss tokens together."""
         pairs = sum(length * (length + 1) // 2 for length in lengths)
         return (
             self.per_token * sum(lengths)
@@ -53,23 +53,23 @@ class StepFlops:
 
 
 def step_flops(student: CausalLM, teacher: CausalLM | None) -> StepFlops | None:
-    """Of one pass of the student forward and backward, and of the teacher forward; None for a
-    mixture of experts, whose tokens do not all go through all weights. Counted as if each token saw
-    all before it in its sequence, and the teacher's sequences were the student's."""
-    found = _of(student, True)
-    if found is None or teacher is None:
-        return found
-    other = _of(teacher, False)
-    if other is None:
+    """Count the student's pass forward and backward and the teacher's forward. Return None for a
+    mixture of experts, whose tokens do not all go through all weights. Each token is taken to
+    attend to all before it in its sequence, and the teacher's sequences to be the student's."""
+    ours = _model_flops(student, True)
+    if ours is None or teacher is None:
+        return ours
+    theirs = _model_flops(teacher, False)
+    if theirs is None:
         return None
     return StepFlops(
-        found.per_token + other.per_token,
-        found.per_loss_token + other.per_loss_token,
-        found.per_pair + other.per_pair,
+        ours.per_token + theirs.per_token,
+        ours.per_loss_token + theirs.per_loss_token,
+        ours.per_pair + theirs.per_pair,
     )
 
 
-def _of(model: CausalLM, trained: bool) -> StepFlops | None:
+def _model_flops(model: CausalLM, trained: bool) -> StepFlops | None:
     inner = model.model
     per_token = 0.0
     head, embedding = inner.get_output_embeddings().weight, inner.get_input_embeddings().weight
@@ -87,5 +87,5 @@ def _of(model: CausalLM, trained: bool) -> StepFlops | None:
 
 
 def _per_weight(weight: torch.Tensor, trained: bool) -> int:
-    """Forward, the gradient of what comes in, and the weight's own."""
+    """FLOPs for each token: forward, the input's gradient, and the weight's own."""
     return 2 + (2 + 2 * weight.requires_grad) * trained

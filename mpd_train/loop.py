@@ -1,11 +1,9 @@
-"""The training loop: plan, load, loss, step, record. Reads from top to bottom."""
+"""The training loop: set up, load, then for each step: loss, optimiser, validation, checkpoint."""
 
-import functools
 import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -28,22 +26,21 @@ from mpd_train.export import export
 from mpd_train.flops import peak_flops, step_flops
 from mpd_train.loss import Sums, pack_loss, validate
 from mpd_train.metrics import Recorder
-from mpd_train.model import liger
 from mpd_train.model.attention import attention
 from mpd_train.model.causal_lm import CausalLM
 from mpd_train.model.device import autocast
-from mpd_train.model.loading import compile_layers, load_student
-from mpd_train.model.sharding import clip_grad_norm, gather, load_sharded
+from mpd_train.model.loading import load_models, load_student
+from mpd_train.model.sharding import clip_grad_norm, gather
 from mpd_train.optimizer import learning_rate, make_optimizer
-from mpd_train.setup import claim, prepare
+from mpd_train.setup import Prepared, claim, prepare
 
 
 def train(config: TrainConfig, overwrite: bool = False) -> Path:
-    """Trains the student on the shards and returns the exported model's folder.
+    """Train the student on the shards and return the exported model's folder.
 
-    Resumes from the newest checkpoint in `config.out`, and returns at once where the run has
-    finished. Started by torchrun, all its processes train together. Raises ConfigError or DataError
-    for input that cannot be trained on, MPDError where the loss, the memory or the disk gives out.
+    Resume from the newest checkpoint in `config.out`; return at once if the run has finished.
+    Started by torchrun, all its processes train together. Raise ConfigError or DataError for input
+    that cannot be trained on, MPDError when the loss diverges or memory or disk space runs out.
     """
     require_kind(config.out, "training")
     with (
@@ -66,13 +63,13 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
             if not isinstance(error, TorchDynamoException):
                 raise
             raise MPDError(
-                f"--compile: {type(error).__name__}: {error}\nGo on without it: the same command"
-                " resumes. (On a CPU it needs a C++ compiler, on CUDA Triton.)"
+                f"--compile: {type(error).__name__}: {error}\nRun the same command without it to"
+                " resume. (On a CPU it needs a C++ compiler, on CUDA Triton.)"
             ) from error
         except OSError as error:
             raise MPDError(
-                f"{config.out}: {error}. Steps up to the last checkpoint are safe: mend it (space,"
-                " permissions), then run the same command again."
+                f"{config.out}: {error}. Steps up to the last checkpoint are safe: free space or"
+                " fix the permissions, then run the same command again."
             ) from error
 
 
@@ -83,202 +80,229 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     if config.teacher is not None:
         teacher_files = resolve_model(config.teacher, config.teacher_revision, code)
     prepared = prepare(config, student_files, teacher_files)
-    device, dtype, shards = prepared.device, prepared.dtype, prepared.shards
-    vocab_size, validation = prepared.vocab_size, config.validation
-    models = [student_files] if teacher_files is None else [student_files, teacher_files]
-    # Before a folder is claimed for what is refused here.
-    attn_implementation = attention(config, device, dtype, models)
-    size = config.gradient_accumulation_steps
-    if size < ranks.size:
-        raise ConfigError(
-            f"--gradient-accumulation-steps {size} is the number of packs in an optimiser step, of"
-            f" all processes together; with {ranks.size} of them some would have nothing to do."
-            f" Give {ranks.size} or a multiple of it."
-        )
-    packs, held_out = split_packs(shards, config)
-    model_folder = config.out / "model"
+    device, dtype = prepared.device, prepared.dtype
+    # What follows may refuse the settings too: before the folder is claimed for them.
+    files = [student_files] if teacher_files is None else [student_files, teacher_files]
+    attn_implementation = attention(config, device, dtype, files)
+    _require_work_for_all(config, ranks)
+    packs, held_out = split_packs(prepared.shards, config)
     if ranks.first:
         name = "cpu" if device.type == "cpu" else device_name()
         claim(config.out, prepared.identity, config, name, overwrite)
-    checkpoint_folder = config.out / "checkpoints"
-    done = -1 if model_folder.is_dir() else checkpoint.newest(checkpoint_folder)
-    # One process looks for all: folders are not seen alike everywhere at once.
-    done = int(ranks.sum([float(done) if ranks.first else 0.0])[0])
-    if done < 0:
+
+    model_folder = config.out / "model"
+    done = _steps_done(config.out, ranks)
+    if done is None:
         if ranks.first:
             # A kill may have come between the export and this.
-            _clear_away(checkpoint_folder)
+            _delete_checkpoints(config.out)
             print(f"{model_folder}: this run has finished; nothing to do.", file=sys.stderr)
         return model_folder
-
-    def load(
-        load_model: Callable[[torch.device, str | None], CausalLM], offload: bool = False
-    ) -> CausalLM:
-        """Onto the device, or in parts onto all devices."""
-
-        def made(place: torch.device, attn: str | None) -> CausalLM:
-            model = load_model(place, attn)
-            if config.compile:
-                compile_layers(model.model)
-            return model
-
-        if ranks.size == 1 and not offload:
-            return made(device, attn_implementation)
-        loaded = load_sharded(lambda place: made(place, None), device, ranks, offload)
-        if attn_implementation is not None:
-            loaded.model.set_attn_implementation(attn_implementation)
-        return loaded
-
-    student = load(lambda place, attn: load_student(config, student_files, place, attn))
-    student.model.train()
-    if config.activation_offload:
-        student.kept = functools.partial(
-            torch.autograd.graph.save_on_cpu, pin_memory=device.type == "cuda"
-        )
-    if config.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable({"use_reentrant": False})
-    teacher = None
-    if teacher_files is not None:
-        files = teacher_files
-        teacher = load(
-            lambda place, attn: CausalLM(files, place, dtype, code, attn),
-            config.teacher_offload,
-        )
-        teacher.model.requires_grad_(False)
-    if config.liger_kernel:
-        # Not before all are loaded: what is read on a CPU is tried out there.
-        for model in (student, teacher):
-            if model is not None:
-                liger.apply(model.model, model.files.name)
-    optimizer = make_optimizer(student.model, config.optimizer)
-    peak = peak_flops(device, dtype)
-    flops = None if peak is None else step_flops(student, teacher)
-
-    steps = [packs[i : i + size] for i in range(0, len(packs), size)]
-    progress = checkpoint.Progress()
-    if done > 0:
-        progress = checkpoint.load(checkpoint_folder, done, student.model, optimizer)
-    recorder = None
-    if ranks.first:
-        recorder = Recorder(config, prepared.tracker_modules, done, len(steps))
-        fill = sum(p.num_tokens for p in packs) / (len(packs) * config.pack_length)
-        on = f"{device}" if ranks.size == 1 else f"{ranks.size} x {device.type}"
-        print(
-            f"{shards.num_rows} rows, {len(packs)} packs ({fill:.1%} filled), {len(steps)} steps on"
-            f" {on}",
-            file=sys.stderr,
-        )
-
-    with closing(Loader(shards, device)) as loader, recorder or nullcontext():
-        batches = loader.batches(steps[done:], ranks)
-        for step in range(done, len(steps)):
-            signals.check()
-            if 0 < validation.early_stopping_patience <= progress.misses:
-                if ranks.first:
-                    print(f"stopped early, after step {step}", file=sys.stderr)
-                break
-            begun = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optimizer, step, len(steps))
-            # Dropout, where a model has any, is the same after a restart.
-            torch.manual_seed((config.seed * 1_000_003 + step) * ranks.size + ranks.rank)
-            waited, sums, seen = 0.0, Sums(config.loss), []
-            # One mean over all loss tokens of the optimiser step, however they are packed.
-            loss_tokens = sum(pack.num_loss_tokens for pack in steps[step])
-            for _ in ranks.share(steps[step]):
-                before = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - before
-                with autocast(device, dtype):
-                    output = pack_loss(
-                        student, teacher, batch, vocab_size, config.loss,
-                        # Gradients are averaged over the processes: each adds its share as often
-                        # as there are processes.
-                        loss_tokens / ranks.size,
-                    )  # fmt: skip
-                output.loss.backward()  # type: ignore[no-untyped-call]
-                sums.add(output, batch)
-                seen.append(batch)
-            norm = clip_grad_norm(student.model, config.optimizer.max_grad_norm)
-            record = sums.per_token(loss_tokens, ranks)
-            record["loss"] /= ranks.size
-            if not (record["loss"] <= config.max_loss and math.isfinite(norm)):
-                folder = _save_batches(config.out, step + 1, seen, ranks)
-                # Who ends first takes the others along.
-                ranks.wait()
-                raise MPDError(
-                    f"step {step + 1}: loss {record['loss']}, gradient norm {norm}; expected at"
-                    f" most --max-loss {config.max_loss:g} and finite gradients. Its batches are in"
-                    f" {folder}, from these rows: {_rows_of(shards, steps[step])}. The last"
-                    " checkpoint is from before it. Check the round with mpd-gen validate; for a"
-                    " lower --learning-rate give another --out or --overwrite."
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if recorder is not None:
-                seconds = time.perf_counter() - begun
-                record |= {
-                    "grad_norm": norm,
-                    "learning_rate": optimizer.param_groups[0]["lr"],
-                    "loss_tokens": loss_tokens,
-                    "tokens": sum(pack.num_tokens for pack in steps[step]),
-                }
-                if flops is not None and peak is not None:
-                    done_flops = flops.of(loss_tokens, shards.lengths_of(steps[step]))
-                    record["mfu"] = done_flops / (seconds * peak * ranks.size)
-                recorder.step(step + 1, record, seconds, waited)
-
-            last = step + 1 == len(steps)
-            if held_out and (last or (step + 1) % validation.eval_steps == 0):
-                value, count = validate(
-                    student, teacher, loader, held_out, vocab_size, config.loss, dtype, ranks
-                )
-                if not math.isfinite(value):
-                    raise MPDError(
-                        f"step {step + 1}: validation loss {value}; the last checkpoint is from"
-                        " before it. Check the round with mpd-gen validate."
-                    )
-                if recorder is not None:
-                    recorder.write(
-                        {"step": step + 1, "validation_loss": value, "validation_tokens": count}
-                    )
-                if progress.best is None or value < progress.best:
-                    progress = checkpoint.Progress(value, step + 1)
-                    if validation.early_stopping_patience > 0:
-                        checkpoint.save_best(checkpoint_folder, step + 1, student.model, ranks)
-                else:
-                    progress.misses += 1
-            if (step + 1) % config.save_steps == 0 and not last:
-                checkpoint.save(
-                    checkpoint_folder, step + 1, student.model, optimizer, progress, ranks
-                )
-    if validation.early_stopping_patience > 0:
-        checkpoint.load_best(checkpoint_folder, progress, student.model)
-    del optimizer
+    student, teacher = load_models(
+        config, student_files, teacher_files, device, dtype, attn_implementation, ranks
+    )
+    trainer = Trainer(config, prepared, student, teacher, packs, held_out, done, ranks)
+    trainer.run()
+    if config.validation.early_stopping_patience > 0:
+        checkpoint.load_best(config.out / "checkpoints", trainer.progress, student.model)
+    # With the optimiser's moments, which the export has no use for.
+    del trainer
     _export(config, student, ranks)
     return model_folder
 
 
+def _require_work_for_all(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise ConfigError where a step has fewer packs than there are processes."""
+    size = config.gradient_accumulation_steps
+    if size < ranks.size:
+        raise ConfigError(
+            f"--gradient-accumulation-steps {size} is the number of packs in an optimiser step, of"
+            f" all processes together; with {ranks.size} processes some would have nothing to do."
+            f" Give {ranks.size} or a multiple of it."
+        )
+
+
+def _steps_done(out: Path, ranks: Ranks) -> int | None:
+    """Return the steps in the newest checkpoint, None if the run has finished."""
+    done = 0.0
+    # One process looks and tells the others: a shared file system may not show all the same.
+    if ranks.first:
+        done = -1.0 if (out / "model").is_dir() else checkpoint.newest(out / "checkpoints")
+    done = ranks.sum([done])[0]
+    return None if done < 0 else int(done)
+
+
+class Trainer:
+    """The steps of a training, from the one after `done` on.
+
+    A step is `gradient_accumulation_steps` packs; all state that the next one depends on is in the
+    models, the optimiser and `progress`, and is what a checkpoint holds.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        prepared: Prepared,
+        student: CausalLM,
+        teacher: CausalLM | None,
+        packs: list[Pack],
+        held_out: list[Pack],
+        done: int,
+        ranks: Ranks,
+    ) -> None:
+        self.config, self.student, self.teacher = config, student, teacher
+        self.shards, self.vocab_size = prepared.shards, prepared.vocab_size
+        self.device, self.dtype, self.ranks = prepared.device, prepared.dtype, ranks
+        self.optimizer = make_optimizer(student.model, config.optimizer)
+        self.peak = peak_flops(self.device, self.dtype)
+        self.flops = None if self.peak is None else step_flops(student, teacher)
+        size = config.gradient_accumulation_steps
+        self.steps = [packs[i : i + size] for i in range(0, len(packs), size)]
+        self.held_out, self.done = held_out, done
+        self.checkpoints = config.out / "checkpoints"
+        self.progress = checkpoint.Progress()
+        if done > 0:
+            self.progress = checkpoint.load(self.checkpoints, done, student.model, self.optimizer)
+        self.recorder = None
+        if ranks.first:
+            self.recorder = Recorder(config, prepared.tracker_modules, done, len(self.steps))
+            fill = sum(p.num_tokens for p in packs) / (len(packs) * config.pack_length)
+            place = f"{self.device}" if ranks.size == 1 else f"{ranks.size} x {self.device.type}"
+            print(
+                f"{self.shards.num_rows} rows, {len(packs)} packs ({fill:.1%} filled),"
+                f" {len(self.steps)} steps on {place}",
+                file=sys.stderr,
+            )
+
+    def run(self) -> None:
+        """Train to the last step, or until validation has not improved for long enough."""
+        patience = self.config.validation.early_stopping_patience
+        with closing(Loader(self.shards, self.device)) as loader, self.recorder or nullcontext():
+            self.loader = loader
+            self.batches = loader.batches(self.steps[self.done :], self.ranks)
+            for step in range(self.done, len(self.steps)):
+                signals.check()
+                if 0 < patience <= self.progress.misses:
+                    if self.ranks.first:
+                        print(f"stopped early, after step {step}", file=sys.stderr)
+                    break
+                self.train_step(step)
+                self.maybe_validate(step + 1)
+                self.maybe_save(step + 1)
+
+    def train_step(self, step: int) -> None:
+        """Do optimiser step `step`, from 0, and record it. Raise MPDError where it diverges."""
+        config, ranks, packs = self.config, self.ranks, self.steps[step]
+        begun = time.perf_counter()
+        rate = learning_rate(config.optimizer, step, len(self.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # Dropout, where a model has any, is the same after a restart.
+        torch.manual_seed((config.seed * 1_000_003 + step) * ranks.size + ranks.rank)
+        # One mean over all loss tokens of the optimiser step, however they are packed.
+        loss_tokens = sum(pack.num_loss_tokens for pack in packs)
+        sums, waited, batches = Sums(config.loss), 0.0, []
+        for _ in ranks.share(packs):
+            before = time.perf_counter()
+            batch = next(self.batches)
+            waited += time.perf_counter() - before
+            with autocast(self.device, self.dtype):
+                output = pack_loss(
+                    self.student, self.teacher, batch, self.vocab_size, config.loss,
+                    # Gradients are averaged over the processes: each multiplies its share by
+                    # their number.
+                    loss_tokens / ranks.size,
+                )  # fmt: skip
+            output.loss.backward()  # type: ignore[no-untyped-call]
+            sums.add(output, batch)
+            batches.append(batch)
+        norm = clip_grad_norm(self.student.model, config.optimizer.max_grad_norm)
+        record = sums.per_token(loss_tokens, ranks)
+        record["loss"] /= ranks.size
+        if not (record["loss"] <= config.max_loss and math.isfinite(norm)):
+            raise self._diverged(step, record["loss"], norm, batches)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.recorder is not None:
+            seconds = time.perf_counter() - begun
+            record |= {
+                "grad_norm": norm,
+                "learning_rate": rate,
+                "loss_tokens": loss_tokens,
+                "tokens": sum(pack.num_tokens for pack in packs),
+            }
+            if self.flops is not None and self.peak is not None:
+                flops = self.flops.total(loss_tokens, self.shards.lengths_of(packs))
+                record["mfu"] = flops / (seconds * self.peak * ranks.size)
+            self.recorder.step(step + 1, record, seconds, waited)
+
+    def maybe_validate(self, done: int) -> None:
+        """After each `eval_steps` steps and the last, measure the loss on the held-out packs."""
+        last = done == len(self.steps)
+        if not self.held_out or not (last or done % self.config.validation.eval_steps == 0):
+            return
+        value, tokens = validate(
+            self.student, self.teacher, self.loader, self.held_out, self.vocab_size,
+            self.config.loss, self.dtype, self.ranks,
+        )  # fmt: skip
+        if not math.isfinite(value):
+            raise MPDError(
+                f"step {done}: validation loss {value}; the last checkpoint is from before it."
+                " Check the round with mpd-gen validate."
+            )
+        if self.recorder is not None:
+            self.recorder.write(
+                {"step": done, "validation_loss": value, "validation_tokens": tokens}
+            )
+        if self.progress.best is None or value < self.progress.best:
+            self.progress = checkpoint.Progress(value, done)
+            if self.config.validation.early_stopping_patience > 0:
+                checkpoint.save_best(self.checkpoints, done, self.student.model, self.ranks)
+        else:
+            self.progress.misses += 1
+
+    def maybe_save(self, done: int) -> None:
+        """After each `save_steps` steps but the last, write a checkpoint."""
+        if done % self.config.save_steps == 0 and done < len(self.steps):
+            checkpoint.save(
+                self.checkpoints, done, self.student.model, self.optimizer, self.progress,
+                self.ranks,
+            )  # fmt: skip
+
+    def _diverged(self, step: int, loss: float, norm: float, batches: list[Batch]) -> MPDError:
+        """Save the step's batches; return the error that says so."""
+        folder = _save_batches(self.config.out, step + 1, batches, self.ranks)
+        # Until every process has saved its own: torchrun ends the others when one exits.
+        self.ranks.wait()
+        return MPDError(
+            f"step {step + 1}: loss {loss}, gradient norm {norm}; expected at most --max-loss"
+            f" {self.config.max_loss:g} and finite gradients. Its batches are in {folder}, from"
+            f" these rows: {_rows_of(self.shards, self.steps[step])}. The last checkpoint is from"
+            " before it. Check the round with mpd-gen validate; for a lower --learning-rate give"
+            " another --out or --overwrite."
+        )
+
+
 def _export(config: TrainConfig, student: CausalLM, ranks: Ranks) -> None:
-    """Writes the model, and the adapter where there is one, and clears the way there away."""
+    """Write the model, and the adapter if one was trained, then delete the checkpoints."""
     if ranks.size > 1:
         like = load_student(config, student.files, torch.device("meta"), None)
         gather(student.model, like.model, ranks)
         student = like
     if ranks.first:
         export(student, config.out)
-        _clear_away(config.out / "checkpoints")
+        _delete_checkpoints(config.out)
     ranks.wait()
 
 
-def _clear_away(checkpoint_folder: Path) -> None:
-    """Weights and moments of the way there: three times the model's size each."""
-    if checkpoint_folder.exists():
-        shutil.rmtree(checkpoint_folder)
+def _delete_checkpoints(out: Path) -> None:
+    """Weights and moments: three times the model's size each."""
+    if (out / "checkpoints").exists():
+        shutil.rmtree(out / "checkpoints")
 
 
 def _save_batches(out: Path, step: int, batches: list[Batch], ranks: Ranks) -> Path:
-    """What a step that went wrong was made of, a file for each pack."""
+    """Write this process's batches of a step that diverged, a file for each pack."""
     folder = out / "failed" / f"step-{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
     for index, batch in enumerate(batches):
@@ -288,5 +312,6 @@ def _save_batches(out: Path, step: int, batches: list[Batch], ranks: Ranks) -> P
 
 
 def _rows_of(shards: ShardSet, packs: list[Pack]) -> str:
+    """Name the first 20 rows of the packs: FILE:ROW_GROUP:ROW."""
     places = [(shards.groups[g], r) for pack in packs for g, r in pack.rows]
     return ", ".join(f"{group.path.name}:{group.index}:{row}" for group, row in places[:20])

@@ -1,4 +1,4 @@
-"""The loss of a pack, and what is recorded about it."""
+"""The loss of a pack, its metrics, and validation."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ def pack_loss(
     loss: LossConfig,
     normalizer: float,
 ) -> KLOutput:
-    """The loss of one pack: from the cached top K, or from the whole of `teacher`. Only the
-    states that predict a loss token reach the vocabulary."""
+    """Return the loss of one pack, from the cached top K or from `teacher`'s full vocabulary. Only
+    the states that predict a loss token are multiplied with the head."""
     states = student.states(batch.input_ids, batch.position_ids)[0, batch.loss_positions]
     if torch.is_autocast_enabled(states.device.type):
         # The residual stream is float32; the head product takes the short type, as others do.
@@ -42,14 +42,14 @@ def pack_loss(
     if teacher is None:
         tail = batch.tail_logprobs
         if not loss.tail:
-            # What is left is renormalised by the loss.
+            # The loss renormalises the top K.
             tail = torch.full_like(tail, -torch.inf)
         record = batch.topk_ids, batch.topk_logprobs, tail
         return sparse_kl(states, head, *record, **common)
     with torch.no_grad():
         taught = teacher.states(batch.teacher_input_ids, batch.teacher_position_ids)
     taught = taught[0, batch.teacher_loss_positions]
-    # Of a teacher in the CPU's memory a head that is its embedding too lies there.
+    # An offloaded teacher whose head is tied to its embedding has it in the CPU's memory.
     teacher_head, teacher_bias = teacher.head(vocab_size), teacher.bias(vocab_size)
     return dense_kl(
         states, head, taught, teacher_head.to(states.device), **common,
@@ -59,7 +59,7 @@ def pack_loss(
 
 
 class Sums:
-    """Sums over the loss tokens of an optimiser step, or of a validation."""
+    """Sums of metrics over the loss tokens of an optimiser step, or of a validation."""
 
     def __init__(self, loss: LossConfig) -> None:
         self._loss = loss
@@ -67,7 +67,7 @@ class Sums:
 
     def add(self, output: KLOutput, batch: Batch) -> None:
         clip = self._loss.divergence_clip
-        found = torch.stack(
+        sums = torch.stack(
             [
                 output.loss.detach().double(),
                 output.per_token.double().sum(),
@@ -80,15 +80,15 @@ class Sums:
                 (output.per_token > (torch.inf if clip is None else clip)).double().sum(),
             ]
         )
-        # Added on the device: to ask for a number would wait for it.
-        self._sums = found if self._sums is None else self._sums + found
+        # Added on the device: reading a number would wait for it.
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def per_token(self, num_tokens: int, ranks: Ranks) -> dict[str, float]:
-        """Means over `num_tokens`, those of all processes, after the `loss`, a sum. `kl`: the
-        divergence, never clipped, and the entropies in nats; `topk_mass`: the student's on the
-        teacher's top K; `teacher_tail_mass`: the teacher's own outside its record; `agreement`:
-        share of tokens that both rank first; `cross_entropy` where it is in the loss; `clipped`:
-        share of tokens above the clip, where there is one."""
+        """Return the `loss`, a sum, and means over `num_tokens`, the loss tokens of all processes.
+        `kl`: the divergence before any clip, in nats, like the entropies; `topk_mass`: the
+        student's on the teacher's top K; `teacher_tail_mass`: the teacher's outside its top K;
+        `agreement`: share of tokens that both rank first; `cross_entropy`, if it is in the loss;
+        `clipped`: share of tokens above the clip, if there is one."""
         assert self._sums is not None
         loss, *sums = ranks.sum(self._sums.tolist())
         names = [
@@ -113,8 +113,8 @@ def validate(
     dtype: torch.dtype,
     ranks: Ranks,
 ) -> tuple[float, int]:
-    """Mean loss over the packs' loss tokens, and their number: divergence, never clipped, and
-    cross-entropy mixed as in training; no gradients, dropout off."""
+    """Return the mean loss over the packs' loss tokens, and their number: divergence without a
+    clip, and cross-entropy mixed as in training; no gradients, dropout off."""
     tokens = sum(pack.num_loss_tokens for pack in packs)
     sums = Sums(loss)
     student.model.eval()
@@ -123,7 +123,7 @@ def validate(
             output = pack_loss(student, teacher, batch, vocab_size, loss, float(tokens))
             sums.add(output, batch)
     student.model.train()
-    found = sums.per_token(tokens, ranks)
-    divergence = loss.kl_temperature**2 * found["kl"]
-    entropy = found.get("cross_entropy", 0.0)
+    means = sums.per_token(tokens, ranks)
+    divergence = loss.kl_temperature**2 * means["kl"]
+    entropy = means.get("cross_entropy", 0.0)
     return (1 - loss.ce_weight) * divergence + loss.ce_weight * entropy, tokens

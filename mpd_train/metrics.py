@@ -1,23 +1,21 @@
-"""Where a run says how far it is: metrics.jsonl, trackers, a progress bar or lines."""
+"""Record a training's progress: metrics.jsonl, trackers, stderr."""
 
 import importlib
 import json
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from mpd_data.common.errors import requires
 from mpd_data.common.files import atomic_file
+from mpd_data.common.meter import Meter
 from mpd_train.config import TrainConfig
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 _PROJECT = "mpd"
-_SECONDS_PER_LINE = 15.0
 
 
 def load_trackers(names: list[str]) -> dict[str, Any]:
@@ -30,11 +28,11 @@ def load_trackers(names: list[str]) -> dict[str, Any]:
 
 
 class Trackers:
-    """Runs named like the run's folder, in the project "mpd".
+    """Runs named like the training's folder, in the project "mpd".
 
     After a resume tensorboard drops the steps that are done again (purge_step); with wandb and
-    trackio a resumed training is a further run of the same name. wandb has been run offline,
-    trackio with its local database.
+    trackio a resumed training is a further run of the same name. Tested with wandb offline and with
+    trackio's local database.
     """
 
     def __init__(
@@ -49,7 +47,7 @@ class Trackers:
             run.init(project=_PROJECT, name=out.resolve().name, config=config)
 
     def log(self, record: dict[str, Any]) -> None:
-        """A line of metrics.jsonl."""
+        """Pass on a line of metrics.jsonl."""
         values = {name: value for name, value in record.items() if name != "step"}
         if self._writer is not None:
             for name, value in values.items():
@@ -65,7 +63,7 @@ class Trackers:
 
 
 class Recorder:
-    """Tells of the steps after `done` of `total`."""
+    """Records the steps after `done` of `total`."""
 
     def __init__(
         self, config: TrainConfig, tracker_modules: dict[str, Any], done: int, total: int
@@ -74,13 +72,11 @@ class Recorder:
             print(f"resuming after step {done} of {total}", file=sys.stderr)
         self._metrics = _open_metrics(config.out / "metrics.jsonl", done)
         self._trackers = Trackers(tracker_modules, config.out, config.model_dump(mode="json"), done)
-        self._bar = tqdm(
-            total=total, initial=done, desc="train", unit="step", disable=not sys.stderr.isatty()
-        )
-        self._last_line = time.monotonic()
+        self._meter = Meter("train", total, "step", done)
+        self._text = ""
 
     def step(self, step: int, record: dict[str, float], seconds: float, waited: float) -> None:
-        """After each optimiser step, which took `seconds`, of which it `waited` for data."""
+        """Record an optimiser step that took `seconds`, of which it `waited` for data."""
         pace = record["tokens"] / seconds
         self.write(
             {
@@ -92,15 +88,12 @@ class Recorder:
                 "peak_memory_gib": round(peak_memory() / 2**30, 3),
             }
         )
-        self._bar.update(1)
-        said = f"loss {record['loss']:.4f}, {pace:,.0f} tok/s"
-        self._bar.set_postfix_str(said, refresh=False)
-        if self._bar.disable and time.monotonic() - self._last_line >= _SECONDS_PER_LINE:
-            self._last_line = time.monotonic()
-            print(f"train: step {step}/{self._bar.total}, {said}", file=sys.stderr)
+        self._text = f"loss {record['loss']:.4f}, {pace:,.0f} tok/s"
+        self._meter.advance()
+        self._meter.show(self._text)
 
     def write(self, record: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, whole on disk when the next begins."""
+        """Append a line to metrics.jsonl, flushed before the next begins."""
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
         self._trackers.log(record)
@@ -109,20 +102,20 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self._meter.close(self._text)
         self._trackers.close()
         self._metrics.close()
 
 
 def peak_memory() -> int:
-    """Bytes that this process has taken at most: of the GPU where there is one, else of RAM."""
+    """Return the most bytes that this process has used: of the GPU, or of RAM without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _open_metrics(path: Path, done: int) -> Any:
-    """metrics.jsonl for appending, cut back to the steps that the checkpoint holds."""
+    """Open metrics.jsonl for appending, cut back to the steps that the checkpoint holds."""
     kept = []
     if path.exists():
         # The last line may be torn by a kill; steps after the checkpoint are done again.

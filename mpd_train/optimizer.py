@@ -1,4 +1,4 @@
-"""AdamW, and the course of its learning rate."""
+"""AdamW and its learning rate schedule."""
 
 import math
 
@@ -8,7 +8,7 @@ from mpd_train.config import OptimizerConfig
 
 
 def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices, not on norms and biases."""
+    """Return AdamW with weight decay on matrices, not on norms and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(
         [
@@ -25,7 +25,7 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.opt
 
 
 def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
-    """Rate of step `step` (from 0) of `total`: linear warm-up, then the schedule towards 0."""
+    """Return the rate of step `step` (from 0) of `total`: linear warm-up, then the schedule."""
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup

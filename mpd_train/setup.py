@@ -1,4 +1,4 @@
-"""What a run settles before it loads a model: settings, data, and whose folder this is."""
+"""Check settings, data and models before a model is loaded, and claim the run's folder."""
 
 import shutil
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from mpd_train.model.causal_lm import CausalLM
 from mpd_train.model.device import choose_device, compute_dtype
 from mpd_train.model.loading import load_student
 
-# What may differ on resuming: places, and models, which are identified by their content.
+# Settings that may differ on resuming: paths, and models, which are identified by their content.
 _NOT_IDENTITY = {
     "out", "shards", "student", "teacher", "save_steps", "device", "report_to", "max_loss",
     "activation_offload", "compile", "liger_kernel", "teacher_offload",
@@ -33,7 +33,7 @@ _NOT_IDENTITY = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a run settles before it loads a model."""
+    """What is known before a model is loaded."""
 
     device: torch.device
     dtype: torch.dtype
@@ -44,23 +44,25 @@ class Prepared:
 
 
 def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, torch.dtype]:
-    """Trackers' modules, device and compute precision. Raises ConfigError for settings that
-    contradict each other or the machine."""
+    """Return the trackers' modules, the device and the compute dtype. Raise ConfigError for
+    settings that contradict each other or the machine."""
     validation = config.validation
     if validation.early_stopping_patience > 0 and validation.validation_fraction == 0:
         raise ConfigError(
             "--early-stopping-patience needs held-out prompts: give --validation-fraction too."
         )
     if config.teacher_offload and config.teacher is None:
-        raise ConfigError("--teacher-offload: no teacher is in the process without --teacher.")
+        raise ConfigError("--teacher-offload: give --teacher too, the model to offload.")
     if not config.loss.tail and config.teacher is not None:
         raise ConfigError(
-            "--no-tail: --teacher's whole vocabulary has none. Leave one of the two out."
+            "--no-tail: with --teacher the whole vocabulary is used, which has no tail. Leave out"
+            " one of the two."
         )
     if not config.loss.tail and config.loss.divergence == "reverse_kl":
         raise ConfigError(
-            "--no-tail: reverse_kl is infinite without it, since the student's mass outside the top"
-            " K stands against none. Give another --divergence, or keep the tail."
+            "--no-tail cannot be used with --divergence reverse_kl: without the tail the teacher"
+            " has zero probability outside the top K, so the divergence is infinite. Give another"
+            " --divergence, or keep the tail."
         )
     tracker_modules = load_trackers(list(config.report_to))
     device = choose_device(config.device)
@@ -70,9 +72,8 @@ def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, t
 
 
 def check_models(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None) -> None:
-    """Raises ConfigError for a quantised student, and for adapters, to be trained or to be merged,
-    that do not fit their models: on these without weights, before a folder is claimed for settings
-    that cannot be."""
+    """Raise ConfigError for a quantised student, and for adapters, to be trained or to be merged,
+    that do not fit their models. Models are loaded without weights."""
     _require_plain_weights(student)
     meta = torch.device("meta")
     if config.lora.lora_r > 0 or student.adapter is not None:
@@ -82,7 +83,8 @@ def check_models(config: TrainConfig, student: ModelFiles, teacher: ModelFiles |
 
 
 def _require_plain_weights(student: ModelFiles) -> None:
-    """An adapter on a quantised base is refused where adapters are."""
+    """Raise ConfigError for a quantised student. Adapters on a quantised base are refused in
+    lora.py."""
     name = "quantization_config"
     # A model of several modalities may have it for the text alone.
     quantised = student.config.get(name) or student.text_config.get(name)
@@ -90,12 +92,12 @@ def _require_plain_weights(student: ModelFiles) -> None:
         raise ConfigError(
             f"{student.name}: a quantised model ({quantised.get('quant_method', 'unknown')}), whose"
             " weights are too coarse to be trained. Give the model that it was made from, and"
-            " quantise what comes out."
+            " quantise the trained one."
         )
 
 
 def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None) -> Prepared:
-    """Checks everything that can be checked without weights. Raises ConfigError or DataError."""
+    """Check everything that can be checked without weights. Raise ConfigError or DataError."""
     tracker_modules, device, dtype = check_settings(config)
     shards = ShardSet(config.shards)
     vocab_size = int(shards.metadata["vocab_size"])
@@ -123,7 +125,7 @@ def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None
         "shards": shards.identity(),
         "student": student.identity(),
         "teacher": None if teacher is None else teacher.identity(),
-        # Raised where the same settings give other packs than before.
+        # Increased when the same settings give other packs than before.
         "packing": 2,
     }
     return Prepared(device, dtype, shards, vocab_size, tracker_modules, identity)

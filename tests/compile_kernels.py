@@ -23,7 +23,7 @@ _OBJECTIVES.append(Objective(Divergence("jsd"), 2.0, 0.5, 0.3, 30.0, 30.0))
 _TYPES = {
     "logits": "*fp32", "students": "*fp32", "teachers": "*fp32", "ids": "*i32",
     "logprobs": "*fp16", "tails": "*fp16", "labels": "*i64", "factors": "*fp32", "out": "*bf16",
-    "found": "*fp32", "vocab_size": "i32", "out_stride": "i32", "k": "i32", "clip": "fp32",
+    "metrics": "*fp32", "vocab_size": "i32", "out_stride": "i32", "k": "i32", "clip": "fp32",
 }  # fmt: skip
 
 

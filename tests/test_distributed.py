@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,14 +24,10 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
-from mpd_data.common.errors import ConfigError, DataError
-from mpd_data.common.models import resolve_model
+from mpd_data.common.errors import DataError
 from mpd_data.store.locks import is_held
 from mpd_train import checkpoint
-from mpd_train.distributed import ranks
 from mpd_train.export_cli import cli as export
-from mpd_train.model.causal_lm import CausalLM
-from mpd_train.model.sharding import load_sharded
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -206,7 +203,7 @@ def test_a_student_that_is_an_adapter(round_dir, tmp_path, more):
 def test_a_teacher_is_taken_to_the_cpu_when_told(round_dir, tmp_path):
     arguments = words(settings(round_dir, tmp_path / "run"))
     said = run("mpd-train", *arguments, "--teacher-offload", code=1).stderr
-    assert "--teacher-offload: no teacher is in the process without --teacher" in said
+    assert "--teacher-offload: give --teacher too" in said
 
 
 @pytest.mark.parametrize("tied, size", [(False, 2), (True, 1)])
@@ -248,39 +245,35 @@ def test_a_tied_head_is_trained_from_both_its_ends(round_dir, tmp_path):
     assert_same(tmp_path / "two", tmp_path / "one", tied)
 
 
-@pytest.mark.parametrize("family", ["GraniteForCausalLM", "PhiForCausalLM"])
-def test_a_scaled_head_and_one_with_a_bias_are_sharded(round_dir, tmp_path, family):
-    """What is found out with weights in the first process alone, all need."""
-    student = tmp_path / "student"
-    shutil.copytree(STUDENT, student)
-    config = transformers.AutoConfig.from_pretrained(STUDENT)
-    model = getattr(transformers, family)
+def made(family, folder, **changed):
+    """A small model of another family, with the pocket student's tokenizer and random weights."""
+    shutil.copytree(STUDENT, folder)
+    vocab_size = transformers.AutoConfig.from_pretrained(STUDENT).vocab_size
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, **changed,
+    )  # fmt: skip
     torch.manual_seed(0)
-    model(
-        model.config_class(
-            vocab_size=config.vocab_size, hidden_size=64, intermediate_size=96,
-            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            **({"logits_scaling": 4.0} if family.startswith("Granite") else {}),
-        )
-    ).save_pretrained(student)  # fmt: skip
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family, changed", [("Granite", {"logits_scaling": 4.0}), ("Phi", {})])
+def test_a_scaled_head_and_one_with_a_bias_are_sharded(round_dir, tmp_path, family, changed):
+    """The first process alone reads weights; all need what it learns from them."""
+    student = made(family, tmp_path / "student", **changed)
     more = {"--student": student, "--epochs": 1, "--learning-rate": 3e-3}
     alone(settings(round_dir, tmp_path / "one", **more))
     with_ranks(2, settings(round_dir, tmp_path / "two", **more))
     assert_same(tmp_path / "two", tmp_path / "one", student)
 
 
-def test_an_output_bias_beside_a_tied_head_is_refused_in_parts(tmp_path):
-    config = transformers.PhiConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    transformers.PhiForCausalLM(config).save_pretrained(tmp_path)
-    files = resolve_model(str(tmp_path))
-    with ranks(sharded=True) as alone_, pytest.raises(ConfigError, match="output bias .* one proc"):
-        load_sharded(
-            lambda place: CausalLM(files, place, torch.float32, False), torch.device("cpu"), alone_
-        )
+def test_an_output_bias_beside_a_tied_head_is_refused_in_parts(round_dir, tmp_path):
+    teacher = made("Phi", tmp_path / "teacher", tie_word_embeddings=True)
+    arguments = settings(round_dir, tmp_path / "run", **{"--teacher": teacher})
+    stderr = run("mpd-train", *words(arguments), "--teacher-offload", code=1).stderr
+    assert re.search("output bias, .* one process and without --teacher-offload", stderr)
 
 
 def test_compiled_layers_are_sharded(one, round_dir, tmp_path):
@@ -303,7 +296,7 @@ def test_a_model_that_cannot_be_loaded_is_said_once(round_dir, tmp_path):
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     said = with_ranks(2, settings(round_dir, tmp_path / "run", **{"--student": broken}), code=1)
     assert said.count("error: " + str(broken) + ": its logits are not finite") == 1
-    assert said.count("error: the first process could not load a model; it says why") == 1
+    assert said.count("error: the first process could not load a model; its error says why") == 1
 
 
 def test_too_few_packs_for_the_processes_are_refused(round_dir, tmp_path):

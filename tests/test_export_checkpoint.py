@@ -204,7 +204,7 @@ def test_what_is_no_checkpoint_is_said(interrupted, undisturbed, tmp_path):
     shutil.copytree(saved, alone)
     refused(alone, "run.json: not there")
     (tmp_path / "elsewhere" / "run.json").write_text('{"identity": {}}')
-    refused(alone, "expected what mpd-train records of a run", DataError)
+    refused(alone, "expected the settings and the student that mpd-train records", DataError)
     shutil.copy(interrupted / "run" / "run.json", tmp_path / "elsewhere")
     # Half deleted by a training that goes on.
     next(alone.glob("*.safetensors")).unlink()

@@ -39,7 +39,7 @@ def test_a_step_has_the_flops_that_torch_counts(round_dir, kind):
     lengths = shards.lengths_of([pack])
     assert sum(lengths) == pack.num_tokens
     flops = step_flops(student, teacher)
-    counted = flops.of(pack.num_loss_tokens, lengths)
+    counted = flops.total(pack.num_loss_tokens, lengths)
     # Eager attention computes the whole square of the pack, of which half of each sequence's own is
     # wanted.
     pairs = sum(length * (length + 1) // 2 for length in lengths)

@@ -15,7 +15,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mpd_train.kl import dense_kl, sparse_kl
-from mpd_train.kl.losses import LowRankHead
 
 TOKENS, WIDTH, VOCAB, K = 12, 8, 41, 5
 # How the head meets FSDP2: in a group of its own, whose forward pass never runs; in the root's,
@@ -31,7 +30,6 @@ class Model(nn.Module):
         self.head = nn.Linear(WIDTH, VOCAB, bias=not tied)
         if tied:
             self.head.weight = self.embed.weight
-        self.a, self.b = (nn.Linear(*size, bias=False) for size in ((WIDTH, 2), (2, VOCAB)))
 
     def forward(self, ids):
         return self.body(self.embed(ids)).tanh()
@@ -53,11 +51,7 @@ def make(head):
 def backward(model, data, rows, factor):
     """Both losses over `rows`, `factor` times; the normaliser is that of all tokens."""
     hidden = model(data["ids"][rows])
-    student = {
-        "bias": model.head.bias,
-        "low_rank": LowRankHead(model.a.weight, model.b.weight, 0.5),
-        "normalizer": float(TOKENS),
-    }
+    student = {"bias": model.head.bias, "normalizer": float(TOKENS)}
     record = [data[x][rows] for x in ("topk_ids", "topk_logprobs", "tail")]
     loss = sparse_kl(hidden, model.head.weight, *record, **student).loss
     teacher = data["teacher"][rows], data["teacher_head"]

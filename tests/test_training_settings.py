@@ -200,9 +200,9 @@ def test_without_the_tail_the_top_k_are_renormalised(
 
 
 def test_leaving_the_tail_out_is_refused_where_it_means_nothing(trained):
-    with pytest.raises(ConfigError, match="reverse_kl is infinite"):
+    with pytest.raises(ConfigError, match="the divergence is infinite"):
         trained(loss={"divergence": "reverse_kl", "tail": False})
-    with pytest.raises(ConfigError, match="whole vocabulary has none"):
+    with pytest.raises(ConfigError, match="whole vocabulary is used, which has no tail"):
         trained(teacher=str(TEACHER), loss={"tail": False})
 
 

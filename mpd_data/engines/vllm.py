@@ -118,6 +118,9 @@ class VLLMEngine:
         self.llm = llm
         self._engine = llm.llm_engine
         _wake_when_dead(self._engine.engine_core)
+        model_config = llm.llm_engine.model_config
+        float32_quantised = model_config.quantization and model_config.dtype == torch.float32
+        self._advice = _NO_FLOAT32 if float32_quantised else _LESS_MEMORY
         self._open: dict[str, tuple[str, int, int]] = {}
         self._serial = 0
 
@@ -163,14 +166,14 @@ class VLLMEngine:
         except (VLLMClientError, ValueError) as error:
             raise RequestError(str(error)) from error
         except Exception as error:  # nor is this engine one to go on with
-            raise _died(error) from error
+            raise _died(error, self._advice) from error
         self._open[request_id] = (key, start, k)
 
     def step(self) -> list[Completion | Scores]:
         try:
             outputs = self._engine.step()
         except Exception as error:  # whatever it is, what the engine had in hand is gone
-            raise _died(error) from error
+            raise _died(error, self._advice) from error
         results: list[Completion | Scores] = []
         for output in outputs:
             if not output.finished:
@@ -191,13 +194,21 @@ class VLLMEngine:
         self._engine.engine_core.shutdown()
 
 
-def _died(error: Exception) -> EngineError:
-    # Some of vLLM's errors have no text, some have many lines.
+_LESS_MEMORY = (
+    "Finished rows are committed; run the same command again to go on. If it dies again, lower"
+    " --max-num-seqs or --max-model-len."
+)
+# Which kernel runs, and what it takes, depends on the machine: int8 on a CPU with AMX is one.
+_NO_FLOAT32 = (
+    "The model is quantised, and some of vLLM's kernels for such models do not take float32: give"
+    " --dtype bfloat16 and another --out."
+)
+
+
+def _died(error: Exception, advice: str) -> EngineError:
+    # Some of vLLM's errors have no message, some have many lines.
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return EngineError(
-        f"the engine died: {lines[0]} Finished rows are committed; run the same command again to"
-        " continue. If it dies again, lower --max-num-seqs or --max-model-len."
-    )
+    return EngineError(f"the engine died: {lines[0]} {advice}")
 
 
 def _wake_when_dead(client: Any) -> None:

@@ -1,24 +1,20 @@
-"""Progress of a generation stage: a bar on a terminal, readable lines elsewhere, and a file that
-`mpd-gen status` reads from another terminal."""
+"""Progress of a generation stage, on stderr and in a file that `mpd-gen status` reads."""
 
 import contextlib
 import json
 import os
 import socket
-import sys
 import time
 from collections import deque
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tqdm import tqdm
-
 from mpd_data.common.errors import MPDError
 from mpd_data.common.files import atomic_file
 from mpd_data.common.machine import device_name
+from mpd_data.common.meter import Meter
 
-_SECONDS_PER_LINE = 15.0
 _SECONDS_PER_STATUS = 2.0
 
 
@@ -31,24 +27,17 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int, status: Path) -> None:
-        self._label = label
+        self._meter = Meter(label, total, "row")
         self._status = status
-        self._total = total
-        self._skipped = 0
         self._rows = 0
         self._failed = 0
         self._tokens = 0
         self._truncated = 0
         self._in_flight = 0
         self._started = time.time()
-        self._begun = self._last_line = self._last_status = time.monotonic()
+        self._begun = self._last_status = time.monotonic()
         self._start_seconds = 0.0
         self._recent: deque[tuple[float, int]] = deque([(self._begun, 0)], maxlen=200)
-        self._bar = (
-            tqdm(total=total, desc=label, unit="row", dynamic_ncols=True)
-            if sys.stderr.isatty()
-            else None
-        )
         status.parent.mkdir(exist_ok=True)
         self._write("starting")
 
@@ -75,9 +64,7 @@ class Progress:
 
     def skip(self, rows: int = 1) -> None:
         """Count `rows` that existed before this run."""
-        self._skipped += rows
-        if self._bar is not None:
-            self._bar.update(rows)
+        self._meter.advance(rows)
 
     def fail(self, rows: int = 1) -> None:
         """Count `rows` that will not come."""
@@ -90,18 +77,14 @@ class Progress:
         self._truncated += truncated
         self._in_flight = in_flight
         self._recent.append((time.monotonic(), self._tokens))
-        if self._bar is not None:
-            self._bar.update(1)
-            self._bar.set_postfix_str(self._rates(), refresh=False)
+        self._meter.advance()
         self.tick()
 
     def tick(self) -> None:
-        """Show and write what is due; call it also while no row finishes."""
-        now = time.monotonic()
-        if self._bar is None and now - self._last_line >= _SECONDS_PER_LINE:
-            self._last_line = now
-            self._print()
-        if now - self._last_status >= _SECONDS_PER_STATUS:
+        """Show progress, and write the status file if it is old; call it also while no row
+        finishes."""
+        self._meter.show(self._text(), self._seconds_left())
+        if time.monotonic() - self._last_status >= _SECONDS_PER_STATUS:
             self._write("running")
 
     def _speeds(self) -> tuple[float, float]:
@@ -111,34 +94,25 @@ class Progress:
         recent = (self._tokens - tokens) / max(now - then, 1e-9)
         return recent, self._tokens / max(now - self._begun, 1e-9)
 
-    def _rates(self) -> str:
+    def _text(self) -> str:
         recent, lifetime = self._speeds()
         share = self._truncated / max(self._rows, 1)
+        failed = f", {self._failed} failed" if self._failed else ""
         return (
             f"{recent:,.0f} tok/s (all {lifetime:,.0f}), {self._in_flight} in flight,"
-            f" {share:.1%} truncated"
+            f" {share:.1%} truncated{failed}"
         )
 
     @property
     def done(self) -> int:
-        """Rows that exist, from this run or before."""
-        return self._skipped + self._rows
+        """Rows finished by this run or committed by earlier ones."""
+        return self._meter.done
 
     def _seconds_left(self) -> float | None:
         if not self._rows:
             return None
         per_row = (time.monotonic() - self._begun) / self._rows
-        return per_row * max(self._total - self.done - self._failed, 0)
-
-    def _print(self) -> None:
-        left = self._seconds_left()
-        failed = f", {self._failed} failed" if self._failed else ""
-        print(
-            f"{self._label}: {self.done}/{self._total} rows, {self._rates()}{failed}"
-            + ("" if left is None else f", {left:.0f} s left"),
-            file=sys.stderr,
-            flush=True,
-        )
+        return per_row * max(self._meter.total - self.done - self._failed, 0)
 
     def _write(self, state: str) -> None:
         self._last_status = time.monotonic()
@@ -151,7 +125,7 @@ class Progress:
             "started": round(self._started, 1),
             "updated": round(time.time(), 1),
             "rows": self.done,
-            "total": self._total,
+            "total": self._meter.total,
             "failed": self._failed,
             "tokens": self._tokens,
             "tokens_per_second": round(lifetime, 1),
@@ -179,10 +153,7 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        else:
-            self._print()
+        self._meter.close(self._text())
         self._in_flight = 0
         if kind is None:
             self._write("finished")

@@ -44,20 +44,19 @@ class Batch:
         return Batch(**{name: x.to(device, non_blocking=True) for name, x in self.__dict__.items()})
 
     def pinned(self) -> "Batch":
-        """In memory from which a GPU reads by itself."""
+        """Return the batch in pinned memory, from which a GPU copies asynchronously."""
         return Batch(**{name: x.pin_memory() for name, x in self.__dict__.items()})
 
     def without_loss(self) -> "Batch":
-        """The same sequences with nothing to predict: the loss is a zero that gradients of zero
-        come from."""
+        """Return the same sequences with no loss tokens: the loss is 0, with gradients of 0."""
         per_token = ("loss_positions", "labels", "topk_ids", "topk_logprobs", "tail_logprobs")
         names = (*per_token, "teacher_loss_positions")
         return replace(self, **{name: getattr(self, name)[:0] for name in names})
 
 
 class Loader:
-    """Reads packs in a thread of its own, ahead of the training. All reading of a ShardSet has to
-    go through one Loader: its cache is not made for two threads."""
+    """Reads packs in a thread of its own, ahead of training. A ShardSet must be read through one
+    Loader: its cache is not thread-safe."""
 
     def __init__(self, shards: ShardSet, device: torch.device) -> None:
         self.device = device
@@ -65,9 +64,9 @@ class Loader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mpd-loader")
 
     def batches(self, steps: Iterable[list[Pack]], ranks: Ranks) -> Iterator[Batch]:
-        """This process's batches of each step, in their order, on the device. All processes have
-        as many: one that has no pack left gets one of the others' without its loss, because all
-        have to join in each pass through a sharded model. Raises what `load_pack` raises."""
+        """Yield this process's batches of each step, in order, on the device. All processes get the
+        same number, because all have to join in each pass through a sharded model: one that has no
+        pack left gets another's without its loss. Raise what `load_pack` raises."""
         ahead: deque[Future[Batch]] = deque()
         for packs in steps:
             for own in ranks.share(packs):
@@ -88,7 +87,7 @@ class Loader:
 
 
 def load_pack(shards: ShardSet, pack: Pack) -> Batch:
-    """Reads a pack's rows and lays them out as one batch."""
+    """Read a pack's rows and concatenate them to one batch. Raise DataError for a broken row."""
     k = shards.metadata["num_logprobs"]
     ids: list[npt.NDArray[np.int32]] = []
     teacher_ids: list[npt.NDArray[np.int32]] = []

@@ -12,9 +12,9 @@ from mpd_train.data.shard_set import WINDOW_TOKENS, Pack, ShardSet, _Group
 
 
 def split_packs(shards: ShardSet, config: TrainConfig) -> tuple[list[Pack], list[Pack]]:
-    """The packs to train on, epoch after epoch, and those of the held-out prompts.
+    """Return the packs to train on, of all epochs, and those of the held-out prompts.
 
-    All samples of a prompt are on one side. Raises ConfigError where a side is left empty.
+    All samples of a prompt are on one side. Raise ConfigError if a side is empty.
     """
     length, fraction = config.pack_length, config.validation.validation_fraction
     wanted = config.max_steps and config.max_steps * config.gradient_accumulation_steps
@@ -44,11 +44,11 @@ def make_packs(
     epoch: int,
     places: tuple[float, float] = (0.0, 1.0),
 ) -> list[Pack]:
-    """The packs of one epoch: at most `pack_length` tokens each, every kept row whose prompt's
-    place is in `places` (from, below) in exactly one.
+    """Return the packs of one epoch: at most `pack_length` tokens each, every kept row whose
+    prompt's place is in `places` (from, below) in exactly one.
 
     Best-fit decreasing inside a window of shuffled row groups, whose packs are then shuffled; the
-    rows of a window's emptiest pack go on to the next. Raises ConfigError naming a row that is
+    rows of a window's emptiest pack move to the next window. Raise ConfigError naming a row that is
     longer than a pack.
     """
     order = np.random.default_rng([seed, epoch]).permutation(len(shards.groups))
@@ -75,13 +75,13 @@ def make_packs(
         if made and number < len(windows) - 1:
             emptiest = min(range(len(made)), key=lambda i: made[i].num_tokens)
             left = made.pop(emptiest).rows
-        # Inside the window only: the row groups that a pack draws on are then still in memory.
+        # Shuffled inside the window only, so that a pack's row groups are still in memory.
         packs += [made[i] for i in rng.permutation(len(made))]
     return packs
 
 
 def _windows(groups: list[_Group], order: npt.NDArray[np.int64]) -> list[list[int]]:
-    """Row groups in `order`, as many together as have `WINDOW_TOKENS` kept tokens."""
+    """Split the row groups, in `order`, into windows of at most `WINDOW_TOKENS` kept tokens."""
     windows: list[list[int]] = [[]]
     tokens = 0
     for group in map(int, order):
@@ -96,8 +96,8 @@ def _windows(groups: list[_Group], order: npt.NDArray[np.int64]) -> list[list[in
 def _rows(
     groups: list[_Group], window: list[int], places: tuple[float, float]
 ) -> list[tuple[int, int]]:
-    """The kept rows of a window's groups with a place in `places`, in the order of their keys."""
-    found = [
+    """Return the kept rows of a window's groups with a place in `places`, sorted by key."""
+    kept_rows = [
         np.flatnonzero(
             (groups[g].num_loss_tokens > 0)
             & (groups[g].place >= places[0])
@@ -105,14 +105,14 @@ def _rows(
         )
         for g in window
     ]
-    row = np.concatenate(found)
-    group = np.repeat(window, [len(rows) for rows in found])
-    key = np.concatenate([groups[g].key[rows] for g, rows in zip(window, found, strict=True)])
+    row = np.concatenate(kept_rows)
+    group = np.repeat(window, [len(rows) for rows in kept_rows])
+    key = np.concatenate([groups[g].key[rows] for g, rows in zip(window, kept_rows, strict=True)])
     return [(int(group[i]), int(row[i])) for i in np.lexsort((row, group, key))]
 
 
 def overlong(shards: ShardSet, pack_length: int) -> list[str]:
-    """Why `make_packs` would refuse, for every kept row that is longer than a pack."""
+    """Return `make_packs`' error for every kept row that is longer than a pack."""
     return [
         _too_long(group, int(row), pack_length)
         for group in shards.groups
@@ -128,7 +128,7 @@ def _too_long(group: _Group, row: int, pack_length: int) -> str:
 
 
 def _best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit-decreasing bins of indices into `lengths`."""
+    """Return best-fit-decreasing bins of indices into `lengths`."""
     bins: list[list[int]] = []
     # (room left, bin), sorted: the tightest bin that still fits is found by bisection.
     room: list[tuple[int, int]] = []

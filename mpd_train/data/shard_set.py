@@ -1,12 +1,11 @@
-"""From shards to batches: which rows, in which order, packed how.
+"""Read the kept rows of one or several rounds, and which rows there are.
 
-The plan is made from the light columns alone (status, lengths): (seed, epoch) gives a
-permutation of row groups, windows of them are shuffled and packed, and the packs follow one
-another. It is the same for every process and every restart, so progress is one integer, the
-next pack. A round that is one window is packed by its rows' keys alone: however its rows came to
-lie in the shards, which follows the generation's timing, training is the same. Packed sequences
-do not see each other: positions start anew at each, and attention stays inside a run of
-consecutive positions.
+Packs (packing.py) are planned from the light columns alone (status, lengths): (seed, epoch) gives a
+permutation of row groups, and windows of them are shuffled and packed. The plan is the same for
+every process and every restart, so progress is one integer, the next step. A round that fits one
+window is packed by its rows' keys alone: training does not depend on the order of rows in the
+shards, which follows the generation's timing. Packed sequences do not see each other: positions
+start at 0 in each, and attention stays inside a run of consecutive positions.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ from mpd_data.store.schema import SHARED_METADATA
 from mpd_data.store.shards import PARQUET_ERRORS, open_shard, pack_keys, read_all, read_metadata
 
 # Kept tokens of the row groups that are shuffled and packed together: enough for good packing, few
-# enough to hold (0.8 GB at K = 64; of two windows there are some).
+# enough for memory (0.8 GB at K = 64; rows of two windows are held).
 WINDOW_TOKENS = 2**21
 
 
@@ -61,9 +60,8 @@ class _Group:
 class ShardSet:
     """The kept rows of one or several rounds.
 
-    Raises ConfigError where there are no shards, where they contradict each other (another
-    tokenizer, K, score context or temperature) or where no row was kept; DataError for a file
-    that is not sound.
+    Raises ConfigError if there are no shards, if they do not fit together (another tokenizer, K,
+    score context or temperature) or if no row was kept; DataError for a file that cannot be read.
     """
 
     def __init__(self, paths: list[Path]) -> None:
@@ -98,7 +96,7 @@ class ShardSet:
         self._cache: dict[int, dict[str, pa.ChunkedArray]] = {}
 
     def identity(self) -> list[str]:
-        """What these shards are (their hashes), for a checkpoint that must resume on the same."""
+        """Return the shards' hashes: a training must resume on the same shards."""
         manifests = {
             path: {shard.name: shard.sha256 for shard in RoundDir(path).manifest("distill")}
             for path in {file.parent.parent for file in self.files}
@@ -106,16 +104,16 @@ class ShardSet:
         return [_committed_hash(file, manifests[file.parent.parent]) for file in self.files]
 
     def lengths(self) -> list[int]:
-        """Tokens of each kept row, prompt and rewrite."""
+        """Return the tokens of each kept row, prompt and rewrite."""
         return [int(n) for g in self.groups for n in g.num_tokens[g.num_loss_tokens > 0]]
 
     def lengths_of(self, packs: list[Pack]) -> list[int]:
-        """Tokens of each row in these packs."""
+        """Return the tokens of each row in these packs."""
         return [int(self.groups[g].num_tokens[r]) for pack in packs for g, r in pack.rows]
 
     def load(self, group: int) -> dict[str, pa.ChunkedArray]:
-        """The training columns of a row group's kept rows; two windows' worth of groups is
-        held."""
+        """Return the training columns of a row group's kept rows. Keep groups of at most two
+        windows' tokens in memory. Raise DataError if the group cannot be read."""
         if group not in self._cache:
             source = self.groups[group]
             held = source.kept_tokens + sum(self.groups[g].kept_tokens for g in self._cache)
@@ -135,7 +133,7 @@ class ShardSet:
                     f"{source.path}, row group {source.index}: cannot be read ({error}). Check the"
                     " round with `mpd-gen validate`."
                 ) from error
-            # Rejected rows may have their records too, after a refilter.
+            # After a refilter, rejected rows may have records too.
             table = table.filter(pa.array(source.num_loss_tokens > 0))
             self._cache[group] = {name: table.column(name) for name in columns}
         return self._cache[group]
@@ -164,7 +162,7 @@ def _committed_hash(path: Path, manifest: dict[str, str]) -> str:
 
 
 def _groups_of(path: Path) -> list[_Group]:
-    """The row groups of a shard. Raises DataError where it cannot be read."""
+    """Return the row groups of a shard. Raise DataError if it cannot be read."""
     columns = ["row_id", "prompt_id", "status", "loss_start", "num_rewritten_tokens"]
     try:
         with open_shard(path) as file:
@@ -176,7 +174,7 @@ def _groups_of(path: Path) -> list[_Group]:
     loss = table["num_rewritten_tokens"].fill_null(0).to_numpy().astype(np.int64)
     num_tokens = table["loss_start"].fill_null(0).to_numpy() + loss
     num_loss_tokens = np.where(kept, loss, 0)
-    # The samples of a prompt lie side by side, mostly: each prompt is hashed once a shard.
+    # Each prompt is hashed once for each shard: its samples are mostly next to each other.
     prompts = table["prompt_id"].combine_chunks().dictionary_encode()
     places = np.array([_place(prompt) for prompt in prompts.dictionary.to_pylist()])
     place = places[prompts.indices.to_numpy()]
@@ -191,6 +189,6 @@ def _groups_of(path: Path) -> list[_Group]:
 
 
 def _place(prompt_id: str) -> float:
-    """A prompt's place in [0, 1): its own in every run, whatever the seed."""
+    """Return a prompt's place in [0, 1), the same for every run and seed."""
     digest = hashlib.sha256(prompt_id.encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2.0**48

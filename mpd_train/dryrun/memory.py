@@ -23,7 +23,7 @@ from mpd_data.common.models import ModelFiles
 from mpd_data.dryrun.show import size_text
 from mpd_train.config import TrainConfig
 from mpd_train.data.batches import Batch
-from mpd_train.kl.fused import workspace_bytes
+from mpd_train.kl.fused import Inputs, workspace_bytes
 from mpd_train.loss import pack_loss
 from mpd_train.model import lora
 from mpd_train.model.attention import attention, is_short
@@ -143,15 +143,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if isinstance(tensor, Tensor):
                     self.of_products[tensor.untyped_storage()] = True
         if func is torch.ops.mpd.linear_kl.default:
-            hidden, weight, teacher_weight = args[0], args[1], args[9]
-            self.of_loss = workspace_bytes(
-                hidden.shape[0],
-                tuple(weight.shape),
-                None if teacher_weight is None else tuple(teacher_weight.shape),
-                hidden.dtype,
-                weight.dtype,
-                self._device,
-            )
+            self.of_loss = workspace_bytes(Inputs(*args), self._device)
             self.peak = max(self.peak, self.now + self.of_loss)
         return result
 

@@ -9,8 +9,8 @@ over B outcomes ("buckets": vocabulary entries, or the top K and one tail).
     skew_kl           KL(p | m),  m = a p + (1-a) q
     skew_reverse_kl   KL(q | m),  m = (1-a) p + a q
 
-Where the teacher excludes what the student does not (p = 0 < q), reverse_kl is infinite and has no
-gradient: it takes log p for at least LOG_FLOOR.
+Where p = 0 < q, reverse_kl would be infinite without a gradient: log p is clamped to at least
+LOG_FLOOR.
 
 jsd as in GKD (arXiv:2306.13649), the skewed ones as in DistiLLM (arXiv:2402.03898).
 """
@@ -51,8 +51,8 @@ class Divergence:
         return self.beta if self.name == "jsd" else self.alpha
 
     def value_and_score(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """For log_p, log_q [n, B]: the divergence F [n] and the score s [n, B], s_b = q_b g_b
-        with g = dF/dq up to a constant per row, which `logit_gradient` does not see.
+        """For log_p, log_q [n, B], return the divergence F [n] and the score s [n, B],
+        s_b = q_b g_b with g = dF/dq up to a constant per row, which `logit_gradient` cancels.
 
         Working with q dF/dq rather than dF/dq keeps every term finite where q underflows, and
         leaving the constants out keeps the gradient exact where the divergence saturates.
@@ -79,7 +79,7 @@ class Divergence:
 
 
 def _share(log_ratio: Tensor, odds: float) -> Tensor:
-    """log(1 + odds p / q) from log(p / q): what log(m / q) is beyond its constant."""
+    """log(1 + odds p / q) from log(p / q): log(m / q) less its constant."""
     x = log_ratio + math.log(odds)
     return torch.logaddexp(x, torch.zeros_like(x))
 
@@ -94,8 +94,8 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
     Equal to sum p log(p / q) because p and q both sum to 1, but no term is negative and the
     rounding of the two normalisations does not enter to first order: for distributions that
-    nearly agree the plain sum is mostly that rounding. An outcome that neither knows (a padded
-    bucket) adds nothing.
+    nearly agree the plain sum is mostly that rounding. An outcome that has no mass in either (a
+    padded bucket) adds nothing.
     """
     d = torch.where(log_q == log_p, 0.0, log_q - log_p)
     p = log_p.exp()

@@ -1,17 +1,18 @@
 """The losses straight from hidden states: head product, softmax, divergence and its gradient in
 one pass, some rows at a time, so that tokens x vocabulary never exists.
 
-Gradients are made while a chunk's logits are there, in the forward pass, and scaled in the
-backward pass: no vocabulary product is done twice, which on any device costs more than the
-memory traffic that it saves. Two sizes of chunk: matrix products want many rows (adding to the
-head's gradient moves all of it, for each product), float32 logits want few.
+Gradients are computed in the forward pass, while a chunk's logits exist, and scaled in the
+backward pass: no vocabulary product is done twice, which on any device would cost more than the
+memory traffic that it saves. There are two sizes of chunk: matrix products need many rows (adding
+to the head's gradient moves all of it, for each product), float32 logits few.
 
 Registered as one custom operator, `mpd::linear_kl`, so that torch.compile and FLOP counters see it.
 """
 
 import functools
 from collections.abc import Iterator
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,15 +20,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mpd_train.kl.divergence import Divergence, Name
 from mpd_train.kl.objective import Objective
-from mpd_train.kl.types import FOUND, Dense, Heads, TopK, accumulation_dtype
+from mpd_train.kl.types import NUM_METRICS, Head, TopK, accumulation_dtype
 
-# Rows of a product with the head's gradient, and of those the rows that have float32 logits at a
-# time: of the student alone, and of both models. Where the gradient takes the logits' place all of
-# the product's rows have them.
+# By device: rows of a product with the head's gradient, and how many of those have float32 logits
+# at a time, with a sparse and with a dense teacher. (All of them, where the gradient takes the
+# logits' place.)
 _ROWS = {"cpu": (512, 256, 256), "cuda": (2048, 2048, 1024)}
 # Rows whose ids are checked at a time: each time is a dozen launches with nothing else to do.
 _CHECKED_ROWS = 16_384
-# Bytes of logits that are reached whatever the vocabulary.
+# A chunk has at least this many bytes of logits, however small the vocabulary.
 _LEAST_BYTES = 16 << 20
 # Vocabulary rows upcast at a time where the device has no mixed-precision product.
 _VOCAB_BLOCK = 8192
@@ -35,8 +36,8 @@ _VOCAB_BLOCK = 8192
 
 class Kernels(Protocol):
     """The elementwise part, for rows of one chunk. `logits` [c, V] float32 or float64 are used up.
-    Writes the gradient of the summed loss, times `factors` [c, 1], to `out` [c, V], which may lie
-    where the logits do (see `_in_place`), and returns [c, FOUND]."""
+    Writes the gradient of the summed loss, times `factors` [c, 1], to `out` [c, V], which may share
+    the logits' memory (see `_in_place`), and returns the metrics [c, NUM_METRICS]."""
 
     def sparse(
         self, logits: Tensor, teacher: TopK, labels: Tensor | None, factors: Tensor,
@@ -49,121 +50,155 @@ class Kernels(Protocol):
     ) -> Tensor: ...  # fmt: skip
 
 
+class Inputs(NamedTuple):
+    """What the operator takes, by name. Operators take flat values alone, so it is called as
+    `linear_kl(*inputs)`, and whatever receives its arguments begins with `Inputs(*arguments)`.
+
+    The student's hidden [n, H], weight [V, H], bias [V]; a sparse teacher's topk_ids and
+    topk_logprobs [n, K], tail_logprobs [n], or a dense one's hidden [n, Ht], weight [V, Ht],
+    bias [V]; labels [n]; factors [n] by which the tokens' losses are multiplied. needs_grad: for
+    hidden, weight and bias. parameter: the divergence's. chunk_size: rows, 0 for the default.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    topk_ids: Tensor | None
+    topk_logprobs: Tensor | None
+    tail_logprobs: Tensor | None
+    teacher_hidden: Tensor | None
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    labels: Tensor | None
+    factors: Tensor
+    needs_grad: list[bool]
+    divergence: str
+    parameter: float
+    temperature: float
+    clip: float | None
+    ce_weight: float
+    softcap: float | None
+    teacher_softcap: float | None
+    backend: str
+    chunk_size: int
+
+    @property
+    def teacher(self) -> TopK | Head:
+        if self.topk_ids is not None:
+            assert self.topk_logprobs is not None and self.tail_logprobs is not None
+            return TopK(self.topk_ids, self.topk_logprobs, self.tail_logprobs)
+        assert self.teacher_hidden is not None and self.teacher_weight is not None
+        return Head(self.teacher_hidden, self.teacher_weight, self.teacher_bias)
+
+    @property
+    def objective(self) -> Objective:
+        name: Name = self.divergence  # type: ignore[assignment]
+        return Objective(
+            Divergence(name, beta=self.parameter, alpha=self.parameter),
+            self.temperature, self.clip, self.ce_weight, self.softcap, self.teacher_softcap,
+        )  # fmt: skip
+
+    def gradients(self) -> list[tuple[Tensor | None, torch.dtype]]:
+        """hidden, weight and bias, None where no gradient is needed, each with its gradient's
+        dtype: the states' own, and for the head the one that it is summed in."""
+        exact = accumulation_dtype(self.hidden.dtype)
+        parts = (self.hidden, self.weight, self.bias)
+        dtypes = (self.hidden.dtype, exact, exact)
+        return [
+            (x if needed else None, dtype)
+            for x, needed, dtype in zip(parts, self.needs_grad, dtypes, strict=True)
+        ]
+
+
+# The names and types of `Inputs`; returned are the loss, the metrics [n, NUM_METRICS] and the
+# loss' gradients with respect to hidden, weight and bias, empty where they are not needed.
+_SCHEMA = """(
+    Tensor hidden, Tensor weight, Tensor? bias,
+    Tensor? topk_ids, Tensor? topk_logprobs, Tensor? tail_logprobs,
+    Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias,
+    Tensor? labels, Tensor factors, bool[] needs_grad,
+    str divergence, float parameter, float temperature, float? clip, float ce_weight,
+    float? softcap, float? teacher_softcap, str backend, SymInt chunk_size
+) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"""
+
+
 def loss(
-    heads: Heads,
-    teacher: TopK | Dense,
+    student: Head,
+    teacher: TopK | Head,
     labels: Tensor | None,
     factors: Tensor,
     objective: Objective,
     backend: str,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Scalar loss, sum of factors [n] x loss of the token, and what was found [n, FOUND].
-    chunk_size 0: by the device and the vocabulary."""
-    student = (heads.hidden, heads.weight, heads.bias, heads.low_hidden, heads.low_weight)
-    grads = torch.is_grad_enabled()
-    needs = [grads and x is not None and x.requires_grad for x in student]
+    """Return the sum of factors [n] x the tokens' losses, a scalar, and their metrics
+    [n, NUM_METRICS]. chunk_size 0: by the device and the vocabulary."""
+    parts = (student.hidden, student.weight, student.bias)
+    enabled = torch.is_grad_enabled()
     none = (None, None, None)
-    known: tuple[Tensor | None, ...]
+    sparse: tuple[Tensor | None, Tensor | None, Tensor | None] = none
+    dense: tuple[Tensor | None, Tensor | None, Tensor | None] = none
     if isinstance(teacher, TopK):
-        known = (teacher.ids, teacher.logprobs, teacher.tail, *none)
+        sparse = (teacher.ids, teacher.logprobs, teacher.tail)
     else:
-        known = (*none, teacher.hidden, teacher.weight, teacher.bias)
-    divergence = objective.divergence
-    total, found, *_ = linear_kl(
-        *student, *known, labels, factors, needs, divergence.name, divergence.parameter,
-        objective.temperature, objective.clip, objective.ce_weight, objective.softcap,
-        objective.teacher_softcap, backend, chunk_size,
-    )  # fmt: skip
-    return total, found
+        dense = (teacher.hidden, teacher.weight, teacher.bias)
+    inputs = Inputs(
+        *parts,
+        *sparse,
+        *dense,
+        labels=labels,
+        factors=factors,
+        needs_grad=[enabled and x is not None and x.requires_grad for x in parts],
+        divergence=objective.divergence.name,
+        parameter=objective.divergence.parameter,
+        temperature=objective.temperature,
+        clip=objective.clip,
+        ce_weight=objective.ce_weight,
+        softcap=objective.softcap,
+        teacher_softcap=objective.teacher_softcap,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+    total, metrics, *_ = linear_kl(*inputs)
+    return total, metrics
 
 
 # It asks the device for numbers, which a CUDA graph cannot hold.
-@torch.library.custom_op("mpd::linear_kl", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def linear_kl(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    low_hidden: Tensor | None,
-    low_weight: Tensor | None,
-    topk_ids: Tensor | None,
-    topk_logprobs: Tensor | None,
-    tail_logprobs: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    labels: Tensor | None,
-    factors: Tensor,
-    needs: list[bool],
-    divergence: str,
-    parameter: float,
-    temperature: float,
-    clip: float | None,
-    ce_weight: float,
-    softcap: float | None,
-    teacher_softcap: float | None,
-    backend: str,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, what was found [n, FOUND], and the loss' gradients with respect to the first five,
-    empty where `needs` has none."""
-    heads = Heads(hidden, weight, bias, low_hidden, low_weight)
-    teacher: TopK | Dense
-    if topk_ids is not None and topk_logprobs is not None and tail_logprobs is not None:
-        teacher = TopK(topk_ids, topk_logprobs, tail_logprobs)
-    else:
-        assert teacher_hidden is not None and teacher_weight is not None
-        teacher = Dense(teacher_hidden, teacher_weight, teacher_bias)
-    objective = Objective(
-        _divergence(divergence, parameter), temperature, clip, ce_weight, softcap, teacher_softcap
-    )
+@torch.library.custom_op(
+    "mpd::linear_kl", mutates_args=(), schema=_SCHEMA, tags=(torch.Tag.cudagraph_unsafe,)
+)
+def linear_kl(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = Inputs(*arguments)
     # Autocast would round the float32 products in here to bfloat16; Triton launches on the current
     # device, whichever the tensors are on.
-    on_its_device = torch.cuda.device_of(hidden)  # type: ignore[no-untyped-call]
-    with torch.autocast(hidden.device.type, enabled=False), on_its_device:
-        return _forward(heads, teacher, labels, factors, needs, objective, backend, chunk_size)
-
-
-def _divergence(name: str, parameter: float) -> Divergence:
-    known: Name = name  # type: ignore[assignment]
-    return Divergence(known, beta=parameter, alpha=parameter)
+    on_its_device = torch.cuda.device_of(inputs.hidden)  # type: ignore[no-untyped-call]
+    with torch.autocast(inputs.hidden.device.type, enabled=False), on_its_device:
+        return _forward(inputs)
 
 
 @linear_kl.register_fake
-def _shapes(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    low_hidden: Tensor | None,
-    low_weight: Tensor | None,
-    *others: Any,
-) -> tuple[Tensor, ...]:
-    needs = others[8]
-    exact = accumulation_dtype(hidden.dtype)
-    student = (hidden, weight, bias, low_hidden, low_weight)
+def _shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = Inputs(*arguments)
+    hidden, exact = inputs.hidden, accumulation_dtype(inputs.hidden.dtype)
     return (
         hidden.new_empty((), dtype=exact),
-        hidden.new_empty((hidden.shape[0], FOUND), dtype=exact),
+        hidden.new_empty((hidden.shape[0], NUM_METRICS), dtype=exact),
         *(
-            hidden.new_empty(0)
-            if x is None or not need
-            else x.new_empty(x.shape, dtype=_gradient_dtype(hidden, i))
-            for i, (x, need) in enumerate(zip(student, needs, strict=True))
+            hidden.new_empty(0) if x is None else x.new_empty(x.shape, dtype=dtype)
+            for x, dtype in inputs.gradients()
         ),
     )
 
 
-def _gradient_dtype(hidden: Tensor, i: int) -> torch.dtype:
-    """States' gradients are in the states' type, heads' in the one that they accumulate in."""
-    return hidden.dtype if i in (0, 3) else accumulation_dtype(hidden.dtype)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
+    given = Inputs(*inputs)
+    _, metrics, *gradients = output
+    ctx.mark_non_differentiable(metrics, *gradients)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[2:])
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:5]]
-    ctx.needs, ctx.num_inputs = inputs[13], len(inputs)
+    ctx.save_for_backward(*gradients)
+    parts = (given.hidden, given.weight, given.bias)
+    ctx.dtypes = [None if x is None else x.dtype for x in parts]
+    ctx.needs_grad = given.needs_grad
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -172,190 +207,181 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
             "sparse_kl and dense_kl can be differentiated once: call backward without"
             " create_graph=True"
         )
-    gradients: list[Tensor | None] = [None] * ctx.num_inputs
-    if grad_loss is None:
-        return tuple(gradients)
-    # The normaliser is within, so the factor is 1 nearly always. To ask costs a wait for the
-    # device, and spares a second copy of the head's gradient.
-    traced = torch.compiler.is_compiling() or type(grad_loss) is not Tensor
-    scaled = traced or bool(grad_loss != 1)
-    for i, gradient in enumerate(ctx.saved_tensors):
-        if ctx.needs[i]:
-            if scaled:
-                wide = accumulation_dtype(gradient.dtype)
-                gradient = (gradient.to(wide) * grad_loss.to(wide)).to(gradient.dtype)
-            gradients[i] = gradient.to(ctx.dtypes[i])
-    return tuple(gradients)
+    gradients: dict[str, Tensor] = {}
+    if grad_loss is not None:
+        # The normaliser is within, so the factor is 1 nearly always. To ask costs a wait for the
+        # device, and spares a second copy of the head's gradient.
+        traced = torch.compiler.is_compiling() or type(grad_loss) is not Tensor
+        scaled = traced or bool(grad_loss != 1)
+        parts = zip(
+            ("hidden", "weight", "bias"), ctx.saved_tensors, ctx.needs_grad, ctx.dtypes, strict=True
+        )
+        for name, gradient, needed, dtype in parts:
+            if needed:
+                if scaled:
+                    wide = accumulation_dtype(gradient.dtype)
+                    gradient = (gradient.to(wide) * grad_loss.to(wide)).to(gradient.dtype)
+                gradients[name] = gradient.to(dtype)
+    return tuple(gradients.get(name) for name in Inputs._fields)
 
 
 linear_kl.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.mpd.linear_kl)
-def _flops(
-    hidden: tuple[int, int],
-    weight: tuple[int, int],
-    bias: Any,
-    low_hidden: tuple[int, int] | None,
-    low_weight: Any,
-    *others: Any,
-    **_: Any,
-) -> int:
-    """Of the matrix products: forward and both gradients, and the teacher's; as if all rows had
-    weight."""
-    teacher_hidden: tuple[int, int] | None = others[3]
-    needs: list[bool] = others[8]
-    per_width = 2 * hidden[0] * weight[0]
-    total = per_width * hidden[1] * (1 + needs[0] + needs[1])
-    if low_hidden is not None:
-        total += per_width * low_hidden[1] * (1 + needs[3] + needs[4])
-    if teacher_hidden is not None:
-        total += per_width * teacher_hidden[1]
-    return total
+def _flops(*shapes: Any, **_: Any) -> int:
+    """Of the matrix products: forward, both gradients and the teacher's, as if all rows had
+    weight. A tensor comes as its shape."""
+    inputs: Any = Inputs(*shapes)
+    n, width = map(int, inputs.hidden)
+    to_hidden, to_weight, _to_bias = inputs.needs_grad
+    total: int = width * (1 + to_hidden + to_weight)
+    if inputs.teacher_hidden is not None:
+        total += inputs.teacher_hidden[1]
+    vocab_size, _ = inputs.weight
+    return 2 * n * int(vocab_size) * total
 
 
-def _forward(
-    heads: Heads,
-    teacher: TopK | Dense,
-    labels: Tensor | None,
-    factors: Tensor,
-    needs: list[bool],
-    objective: Objective,
-    backend: str,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    hidden, vocab_size = heads.hidden, heads.weight.shape[0]
-    n, device = hidden.shape[0], hidden.device
-    exact = accumulation_dtype(hidden.dtype)
-    if backend == "triton" and isinstance(teacher, TopK) and not _fits_triton(teacher):
-        backend = "torch"
-    kernels = _kernels(backend)
-    in_place = _in_place(backend, isinstance(teacher, TopK), hidden)
-    weight = heads.weight.to(hidden.dtype)
-    low_weight = None if heads.low_weight is None else heads.low_weight.to(hidden.dtype)
-    teacher_weight = None
-    if isinstance(teacher, Dense):
-        teacher_weight = teacher.weight.to(teacher.hidden.dtype)
-
-    student = (hidden, heads.weight, heads.bias, heads.low_hidden, heads.low_weight)
-    count = _check(factors, teacher, labels, vocab_size)
-    # Rows without weight leave before the product: a NaN there must not reach the head's gradient,
-    # and multiplying it by zero would not stop it. Where all have some, nothing is copied.
-    rows = None if count == n else factors.nonzero().squeeze(1)
-    written = (1, 4) if rows is not None else (0, 1, 3, 4)
+def _forward(inputs: Inputs) -> tuple[Tensor, ...]:
+    hidden, factors, objective = inputs.hidden, inputs.factors, inputs.objective
+    vocab_size = inputs.weight.shape[0]
+    chunks = _Chunks.of(inputs)
+    count = chunks.count
+    written = (False, True, False) if chunks.rows is not None else (True, True, False)
     gradients = [
         # Rows that are left out have a gradient of 0; what is summed over rows the first chunk
         # writes: filling a head's gradient and reading it once is time that can be measured.
-        (torch.empty if i in written and count > 0 else torch.zeros)(
-            x.shape, dtype=_gradient_dtype(hidden, i), device=device
+        hidden.new_empty(0)
+        if x is None
+        else (torch.empty if whole and count > 0 else torch.zeros)(
+            x.shape, dtype=dtype, device=hidden.device
         )
-        if need and x is not None
-        else hidden.new_empty(0)
-        for i, (x, need) in enumerate(zip(student, needs, strict=True))
+        for (x, dtype), whole in zip(inputs.gradients(), written, strict=True)
     ]
-    d_hidden, d_weight, d_bias, d_low_hidden, d_low_weight = gradients
-    found = torch.zeros((n, FOUND), dtype=exact, device=device)
-
-    size, logit_rows = _chunk_sizes(device, vocab_size, chunk_size, isinstance(teacher, Dense))
+    d_hidden, d_weight, d_bias = gradients
+    to_hidden, to_weight, to_bias = inputs.needs_grad
+    exact = accumulation_dtype(hidden.dtype)
+    metrics = torch.zeros((len(hidden), NUM_METRICS), dtype=exact, device=hidden.device)
+    size, logit_rows = _chunk_sizes(
+        hidden.device, vocab_size, inputs.chunk_size, inputs.teacher_hidden is not None
+    )
     for start in range(0, count, size):
-        stop = min(start + size, count)
-        chunk = _picked(rows, start, stop)
-        states = hidden[chunk]
-        low_states = None if heads.low_hidden is None else heads.low_hidden[chunk]
+        rows = chunks.picked(start, min(start + size, count))
+        states = hidden[rows]
+        gradient = chunks.logit_gradient(states, start, logit_rows, metrics)
+        if to_hidden:
+            d_hidden[rows] = _times_head(gradient, chunks.student.weight).to(hidden.dtype)
+        if to_weight:
+            _add_outer(d_weight, gradient, states, start == 0)
+        if to_bias:
+            d_bias += gradient.sum(0, dtype=exact)
+        # Before the next chunk's: two of them would be the peak.
+        del gradient
+    rows = chunks.picked(0, count)
+    losses = objective.loss(metrics[rows, 0], metrics[rows, 1])
+    return (losses * factors[rows]).sum(), metrics, d_hidden, d_weight, d_bias
 
-        def logits_of(
-            rows: slice, states: Tensor = states, low_states: Tensor | None = low_states
-        ) -> Tensor:
-            logits = _logits(states[rows], weight, heads.bias)
-            if low_states is not None and low_weight is not None:
-                _add_product(logits, low_states[rows], low_weight.T)
-            return logits
 
-        if in_place:
-            all_logits = logits_of(slice(None))
-            gradient = all_logits
-            if backend == "triton" and hidden.dtype != exact:
+@dataclass(frozen=True)
+class _Chunks:
+    """The `count` rows with weight of a call, whose logits exist some rows at a time. `rows`: their
+    indices, None where all rows have weight. Heads are in their states' dtype."""
+
+    student: Head
+    teacher: TopK | Head
+    labels: Tensor | None
+    factors: Tensor
+    objective: Objective
+    backend: str
+    count: int
+    rows: Tensor | None
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> "_Chunks":
+        """Raise ValueError for ids or labels that a row with weight may not have."""
+        hidden, weight, teacher = inputs.hidden, inputs.weight, inputs.teacher
+        backend = inputs.backend
+        if backend == "triton" and isinstance(teacher, TopK) and not _fits_triton(teacher):
+            backend = "torch"
+        count = _check(inputs.factors, teacher, inputs.labels, weight.shape[0])
+        # Rows without weight leave before the product: a NaN there must not reach the head's
+        # gradient, and multiplying it by zero would not stop it. Where all have some, nothing is
+        # copied.
+        rows = None if count == len(hidden) else inputs.factors.nonzero().squeeze(1)
+        if isinstance(teacher, Head):
+            short = teacher.weight.to(teacher.hidden.dtype)
+            teacher = Head(teacher.hidden, short, teacher.bias)
+        student = Head(hidden, weight.to(hidden.dtype), inputs.bias)
+        return cls(
+            student, teacher, inputs.labels, inputs.factors, inputs.objective, backend, count, rows
+        )
+
+    def picked(self, first: int, last: int) -> Tensor | slice:
+        """The rows of the batch that are the ones with weight from `first` to below `last`."""
+        return slice(first, last) if self.rows is None else self.rows[first:last]
+
+    def logit_gradient(
+        self, states: Tensor, start: int, logit_rows: int, metrics: Tensor
+    ) -> Tensor:
+        """Return the loss' gradient [c, V] with respect to the logits of `states` [c, H], the rows
+        from `start` on, in the states' dtype or wider; fill in their rows of `metrics`
+        [n, NUM_METRICS]. `logit_rows` of them have logits at a time."""
+        weight, bias = self.student.weight, self.student.bias
+        count, vocab_size = len(states), len(weight)
+        whole = None
+        if _in_place(self.backend, isinstance(self.teacher, TopK), states):
+            gradient = whole = _logits(states, weight, bias)
+            if self.backend == "triton" and states.dtype != whole.dtype:
                 # Each row of it at the start of the row of logits that it is made from.
-                gradient = all_logits.view(hidden.dtype)[:, :vocab_size]
+                gradient = whole.view(states.dtype)[:, :vocab_size]
         else:
-            gradient = hidden.new_empty((stop - start, vocab_size))
-        for first in range(start, stop, logit_rows):
-            last = min(first + logit_rows, stop)
-            part = slice(first - start, last - start)
-            out = gradient[part]
-            logits = all_logits[part] if in_place else logits_of(part)
-            picked = _picked(rows, first, last)
-            of_labels = None if labels is None else labels[picked]
-            scale = factors[picked, None]
-            if isinstance(teacher, TopK):
-                values = kernels.sparse(
-                    logits, teacher.take(picked), of_labels, scale, objective, out
-                )
-            else:
-                assert teacher_weight is not None
-                of_teacher = _logits(teacher.hidden[picked], teacher_weight, teacher.bias)
-                values = kernels.dense(
-                    logits, of_teacher.to(exact), of_labels, scale, objective, out
-                )
-                del of_teacher
-            found[picked] = values
+            gradient = states.new_empty((count, vocab_size))
+        for first in range(0, count, logit_rows):
+            last = min(first + logit_rows, count)
+            part = slice(first, last)
+            logits = _logits(states[part], weight, bias) if whole is None else whole[part]
+            rows = self.picked(start + first, start + last)
+            metrics[rows] = self._write_gradient(logits, rows, gradient[part])
             # Before the next part's: two of them would be the peak.
             del logits
-        if needs[0]:
-            d_hidden[chunk] = _times_head(gradient, weight).to(hidden.dtype)
-        if needs[1]:
-            _add_outer(d_weight, gradient, states, start == 0)
-        if needs[2]:
-            d_bias += gradient.sum(0, dtype=exact)
-        if low_states is not None and low_weight is not None:
-            if needs[3]:
-                d_low_hidden[chunk] = _times_head(gradient, low_weight).to(hidden.dtype)
-            if needs[4]:
-                _add_outer(d_low_weight, gradient, low_states, start == 0)
-        del gradient, out
-        if in_place:
-            del all_logits
-    everywhere = _picked(rows, 0, count)
-    losses = objective.loss(found[everywhere, 0], found[everywhere, 1])
-    total = (losses * factors[everywhere]).sum()
-    return total, found, d_hidden, d_weight, d_bias, d_low_hidden, d_low_weight
+        return gradient
+
+    def _write_gradient(self, logits: Tensor, rows: Tensor | slice, out: Tensor) -> Tensor:
+        """As `Kernels`, for the batch's `rows`."""
+        kernels = _kernels(self.backend)
+        labels = None if self.labels is None else self.labels[rows]
+        factors, objective = self.factors[rows, None], self.objective
+        teacher = self.teacher.take(rows)
+        if isinstance(teacher, TopK):
+            return kernels.sparse(logits, teacher, labels, factors, objective, out)
+        taught = _logits(teacher.hidden, teacher.weight, teacher.bias).to(logits.dtype)
+        return kernels.dense(logits, taught, labels, factors, objective, out)
 
 
-def _picked(rows: Tensor | None, first: int, last: int) -> Tensor | slice:
-    """Some of the rows that have weight: `rows`, or all there are."""
-    return slice(first, last) if rows is None else rows[first:last]
-
-
-def workspace_bytes(
-    tokens: int,
-    head: tuple[int, int],
-    teacher_head: tuple[int, int] | None,
-    dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    device: torch.device,
-) -> int:
-    """What the loss of `tokens` states in `dtype` takes at most beside its inputs and the gradients
-    that it returns. head, teacher_head: [V, H] of each, in `weight_dtype` and in `dtype`."""
-    vocab_size, exact, short = head[0], accumulation_dtype(dtype).itemsize, dtype.itemsize
-    rows, logit_rows = (
-        min(x, tokens) for x in _chunk_sizes(device, vocab_size, 0, teacher_head is not None)
-    )
+def workspace_bytes(inputs: Inputs, device: torch.device) -> int:
+    """Return what the operator takes at most on `device` beside its inputs and outputs."""
+    hidden, weight, teacher_weight = inputs.hidden, inputs.weight, inputs.teacher_weight
+    tokens, (vocab_size, width), dtype = len(hidden), weight.shape, hidden.dtype
+    exact, short = accumulation_dtype(dtype).itemsize, dtype.itemsize
+    dense = teacher_weight is not None
+    rows, logit_rows = (min(x, tokens) for x in _chunk_sizes(device, vocab_size, 0, dense))
     total = rows * vocab_size * exact
-    if device.type == "cuda" and teacher_head is not None:
+    if device.type == "cuda" and dense:
         total = rows * vocab_size * short + logit_rows * vocab_size * exact
-    if teacher_head is not None:
+    if dense:
         total += logit_rows * vocab_size * exact
-    if weight_dtype != dtype:
-        total += head[0] * head[1] * short
+    if weight.dtype != dtype:
+        total += vocab_size * width * short
     if device.type != "cuda" and dtype == torch.bfloat16:
-        total += 2 * _VOCAB_BLOCK * max(head[1], teacher_head[1] if teacher_head else 0) * exact
+        widest = max(width, 0 if teacher_weight is None else teacher_weight.shape[1])
+        total += 2 * _VOCAB_BLOCK * widest * exact
     return total
 
 
 def _in_place(backend: str, sparse: bool, hidden: Tensor) -> bool:
-    """Whether the gradient takes the logits' place, which spares a buffer: in torch where both have
-    the same type, in Triton for a sparse teacher. (The autotuner runs the dense kernel several
-    times, and it must not write to what it reads.)"""
+    """Return whether the gradient takes the logits' place, which spares a buffer: in torch where
+    both have the same type, in Triton for a sparse teacher. (The autotuner runs the dense kernel
+    several times, and it must not write to what it reads.)"""
     if backend == "triton":
         return sparse
     return not hidden.is_cuda or _is_exact(hidden)
@@ -364,18 +390,18 @@ def _in_place(backend: str, sparse: bool, hidden: Tensor) -> bool:
 def _chunk_sizes(
     device: torch.device, vocab_size: int, chunk_size: int, dense: bool
 ) -> tuple[int, int]:
-    """Rows of a product with the head's gradient and rows of float32 logits."""
+    """Return the rows of a product with the head's gradient and the rows of float32 logits."""
     if chunk_size > 0:
         return chunk_size, chunk_size
     least = _LEAST_BYTES // (4 * vocab_size)
-    rows, of_student, of_both = _ROWS.get(device.type, _ROWS["cuda"])
-    logit_rows = of_both if dense else of_student
+    rows, sparse_rows, dense_rows = _ROWS.get(device.type, _ROWS["cuda"])
+    logit_rows = dense_rows if dense else sparse_rows
     return max(rows, least), max(logit_rows, least)
 
 
-def _check(factors: Tensor, teacher: TopK | Dense, labels: Tensor | None, vocab_size: int) -> int:
-    """The number of rows with weight. Raises ValueError for ids that none of them may have. One
-    wait for the device."""
+def _check(factors: Tensor, teacher: TopK | Head, labels: Tensor | None, vocab_size: int) -> int:
+    """Return the number of rows with weight. Raise ValueError for ids or labels that none of them
+    may have. One wait for the device."""
     weighted = factors != 0
     problems = {}
     if isinstance(teacher, TopK):
@@ -395,11 +421,11 @@ def _check(factors: Tensor, teacher: TopK | Dense, labels: Tensor | None, vocab_
         problems[f"labels are outside the vocabulary of {vocab_size} in rows with weight"] = (
             ((labels < 0) | (labels >= vocab_size)) & weighted
         ).any()
-    count, *found = torch.stack(
-        [weighted.sum(), *(bad.long() for bad in problems.values())]
+    count, *failed = torch.stack(
+        [weighted.sum(), *(rows.long() for rows in problems.values())]
     ).tolist()
-    for message, bad in zip(problems, found, strict=True):
-        if bad:
+    for message, rows in zip(problems, failed, strict=True):
+        if rows:
             raise ValueError(message)
     return int(count)
 
@@ -458,7 +484,7 @@ def _times_head(gradient: Tensor, head: Tensor) -> Tensor:
 
 
 def _add_outer(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
-    """total [V, H] += gradient [c, V]^T x hidden [c, H]; = where it is the `first`."""
+    """total [V, H] += gradient [c, V]^T x hidden [c, H]; = for the `first`."""
     if _is_exact(hidden) or hidden.is_cuda:
         _add_product(total, gradient.T, hidden, first)
         return
@@ -467,9 +493,9 @@ def _add_outer(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> 
         _add_product(total[block], gradient[:, block].float().T, wide, first)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
-    """total [a, c] += left [a, b] x right [b, c], in the type of `total`, float32 or float64;
-    = where it is the `first`: what `total` held then is not looked at."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total [a, c] += left [a, b] x right [b, c], in the dtype of `total`, float32 or float64;
+    = for the `first`, which does not read `total`."""
     beta = 0 if first else 1
     if left.dtype == total.dtype:
         total.addmm_(left, right, beta=beta)
@@ -486,10 +512,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool = False
 
 @functools.cache
 def _adds_to_float32(device: torch.device) -> bool:
-    """Whether this torch adds a bfloat16 product to a float32 matrix within the product, which
-    spares reading and writing the head's gradient once more; some releases want the addend in
-    bfloat16."""
-    # A sum that bfloat16 cannot hold: to be taken is not enough.
+    """Return whether this torch adds a bfloat16 product to a float32 matrix within the product,
+    which spares reading and writing the head's gradient once more; some releases want the addend
+    in bfloat16."""
+    # A sum that bfloat16 cannot hold: that the call is accepted is not enough.
     total = torch.full((16, 16), 1 + 2.0**-12, dtype=torch.float32, device=device)
     short = torch.ones((16, 16), dtype=torch.bfloat16, device=device)
     try:

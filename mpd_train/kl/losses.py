@@ -1,4 +1,4 @@
-"""The two losses as they are called: what they take, what they refuse, what they give back."""
+"""The two losses that callers use: their inputs, what they refuse, and their output."""
 
 import os
 from dataclasses import dataclass
@@ -10,25 +10,15 @@ from torch import Tensor
 from mpd_train.kl import fused, reference
 from mpd_train.kl.divergence import Divergence
 from mpd_train.kl.objective import Objective
-from mpd_train.kl.types import Dense, Heads, TopK, accumulation_dtype
+from mpd_train.kl.types import Head, TopK, accumulation_dtype
 
 Backend = Literal["triton", "torch", "reference"]
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class LowRankHead:
-    """A LoRA adapter on the student's head: logits are hidden @ (weight + scale b @ a)^T, and the
-    sum of the weights is never formed. a [r, H], b [V, r]."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-
-
-@dataclass(frozen=True)
 class KLOutput:
-    """What a loss gives back. All but `loss` are detached, one number for each token (float32, or
+    """A loss and its metrics. All but `loss` are detached, one number for each token (float32, or
     float64 for float64 inputs), and 0 where the token's weight is 0.
 
     loss: scalar, differentiable: sum of weight x loss of the token over the normaliser.
@@ -58,7 +48,6 @@ def sparse_kl(
     *,
     normalizer: float | Tensor,
     bias: Tensor | None = None,
-    low_rank: LowRankHead | None = None,
     divergence: Divergence = Divergence(),
     temperature: float = 1.0,
     weights: Tensor | None = None,
@@ -69,36 +58,36 @@ def sparse_kl(
     backend: Backend | None = None,
     chunk_size: int | None = None,
 ) -> KLOutput:
-    """Divergence from a teacher known by its top K and the mass outside them.
+    """Return the divergence from a teacher known by its top K and the mass outside them.
 
     hidden [n, H] student states; weight [V, H], bias [V] student head; topk_ids int [n, K];
     topk_logprobs [n, K] and tail_logprobs [n] natural logs. The K + 1 buckets are renormalised in
     float32 (their storage may have rounded them), and the student's tail is its exact mass
-    outside the K. A row with fewer than K ids ends in ids of -1, whose log-probabilities are not
-    looked at; the first id of a row is always one. A row with V ids has no tail, and its
-    tail_logprobs is ignored. The value bounds the full-vocabulary divergence from below.
+    outside the K. A row with fewer than K ids is padded with ids of -1, whose log-probabilities are
+    ignored; a row has at least one id. A row with V ids has no tail, and its tail_logprobs is
+    ignored. The value bounds the full-vocabulary divergence from below.
 
     temperature: the student's logits are divided by it. A record cannot be brought to another
     temperature (its tail is a sum), so topk_logprobs and tail_logprobs must be those of the
     teacher at this temperature. The divergence's part of the loss is multiplied by
     temperature^2, which keeps its gradient at the size it has at 1 (arXiv:1503.02531, section 2).
 
-    weights [n]: per-token factors, default 1. normalizer: what the sum is divided by, the
-    number of loss tokens in the whole optimiser step.
+    weights [n]: per-token factors, default 1. normalizer: the sum is divided by it; give the number
+    of loss tokens in the whole optimiser step.
 
     The loss of a token is (1 - ce_weight) temperature^2 min(F, divergence_clip)
     + ce_weight (-log q[label]), with F its divergence and q the student at temperature 1 over the
-    whole vocabulary, labels int64 [n]. Where F is above divergence_clip the clamp is flat: the
-    worst tokens get no gradient from the divergence at all, only from the cross-entropy where
-    that is mixed in.
+    whole vocabulary, labels int64 [n]. Where F is above divergence_clip the clamp is flat: such
+    tokens get no gradient from the divergence, only from the cross-entropy if it is mixed in.
 
     softcap: the student's logits are softcap tanh(z / softcap) of z = hidden weight^T + bias, as
-    Gemma's are (arXiv:2408.00118, section 2); a z of -inf stays one. A model that multiplies its
-    logits by a number is one whose hidden states are multiplied by it: do so before.
+    Gemma's are (arXiv:2408.00118, section 2); a z of -inf stays -inf. For a model that multiplies
+    its logits by a number, multiply its hidden states by it before.
 
     backend: "triton" (default on CUDA; not for float64; compiled anew for each temperature,
     ce_weight, cap and parameter of the divergence), "torch" (default elsewhere), or "reference":
-    float64, plain, holds n x V. chunk_size: rows whose logits exist at a time.
+    float64, plain, holds n x V. chunk_size: rows whose logits exist at a time, for less memory; the
+    default depends on device and vocabulary, and results do not depend on it beyond rounding.
 
     Inputs are float64, float32 or bfloat16; logits, softmax and the head's accumulated gradient
     are float64 for the first and float32 for the others, under autocast too (float32 inputs are
@@ -106,7 +95,7 @@ def sparse_kl(
     trainable, frozen or tied, or a DTensor of FSDP2 (gathered here; its gradient is the mean over
     the ranks, as FSDP2's own). Differentiable once.
 
-    Raises ValueError for shapes or types that do not fit together, an id that is twice in a row
+    Raise ValueError for shapes or types that do not fit together, an id that is twice in a row
     or outside the vocabulary, a ce_weight outside [0, 1] or without labels, a divergence_clip,
     temperature or cap that is not above 0; RuntimeError on backward(create_graph=True).
     """
@@ -119,7 +108,7 @@ def sparse_kl(
         )
     teacher = TopK(topk_ids, topk_logprobs.detach(), tail_logprobs.detach())
     objective = Objective(divergence, temperature, divergence_clip, ce_weight, softcap)
-    student = _Student(hidden, weight, bias, low_rank)
+    student = Head(hidden, weight, bias)
     return _apply(student, teacher, labels, weights, normalizer, objective, backend, chunk_size)
 
 
@@ -132,7 +121,6 @@ def dense_kl(
     normalizer: float | Tensor,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    low_rank: LowRankHead | None = None,
     divergence: Divergence = Divergence(),
     temperature: float = 1.0,
     weights: Tensor | None = None,
@@ -144,12 +132,12 @@ def dense_kl(
     backend: Backend | None = None,
     chunk_size: int | None = None,
 ) -> KLOutput:
-    """Divergence from a teacher over the full vocabulary, given its states and head.
+    """Return the divergence from a teacher over the full vocabulary, given its states and head.
 
     hidden [n, H], weight [V, H], bias [V]; teacher_hidden [n, Ht], teacher_weight [V, Ht],
     teacher_bias [V]; each model's logits go through its cap where it has one, and are divided by
-    the temperature; the rest as in `sparse_kl`. No gradient reaches the teacher. Raises ValueError
-    where the vocabularies differ: slice padding rows off before.
+    the temperature; the rest as in `sparse_kl`. No gradient reaches the teacher. Raise ValueError
+    if the vocabularies differ: slice padding rows off before.
     """
     if teacher_weight.shape[0] != weight.shape[0]:
         raise ValueError(
@@ -161,7 +149,7 @@ def dense_kl(
             f"{teacher_hidden.shape[0]} teacher states, {hidden.shape[0]} student states"
         )
     _require_head("teacher ", teacher_hidden, teacher_weight, teacher_bias)
-    teacher = Dense(
+    teacher = Head(
         teacher_hidden.detach(),
         gathered(teacher_weight.detach()),
         None if teacher_bias is None else gathered(teacher_bias.detach()),
@@ -169,21 +157,13 @@ def dense_kl(
     objective = Objective(
         divergence, temperature, divergence_clip, ce_weight, softcap, teacher_softcap
     )
-    student = _Student(hidden, weight, bias, low_rank)
+    student = Head(hidden, weight, bias)
     return _apply(student, teacher, labels, weights, normalizer, objective, backend, chunk_size)
 
 
-@dataclass(frozen=True)
-class _Student:
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    low_rank: LowRankHead | None
-
-
 def _apply(
-    student: _Student,
-    teacher: TopK | Dense,
+    student: Head,
+    teacher: TopK | Head,
     labels: Tensor | None,
     weights: Tensor | None,
     normalizer: float | Tensor,
@@ -201,9 +181,9 @@ def _apply(
     _require_head("", hidden, student.weight, student.bias)
     if objective.ce_weight > 0 and labels is None:
         raise ValueError(f"ce_weight = {objective.ce_weight} needs labels")
-    for name, of_tokens in (("labels", labels), ("weights", weights)):
-        if of_tokens is not None and of_tokens.shape != (n,):
-            raise ValueError(f"{name} {tuple(of_tokens.shape)} do not fit {n} hidden states")
+    for name, values in (("labels", labels), ("weights", weights)):
+        if values is not None and values.shape != (n,):
+            raise ValueError(f"{name} {tuple(values.shape)} do not fit {n} hidden states")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size needs to be above 0, found {chunk_size}")
     if backend is None:
@@ -223,26 +203,15 @@ def _apply(
     factors = hidden.new_ones(n, dtype=exact) if weights is None else weights.detach().to(exact)
     # An empty batch may have a normaliser of 0.
     factors = torch.where(factors != 0, factors / normalizer, 0.0)
-    weight = gathered(student.weight)
     bias = None if student.bias is None else gathered(student.bias)
-    low_hidden = low_weight = None
-    if student.low_rank is not None:
-        low = student.low_rank
-        states = hidden
-        if weights is not None:
-            # A NaN in a row without weight must not reach the gradient of `a`.
-            states = torch.where(weights[:, None] != 0, hidden, 0.0)
-        with torch.autocast(hidden.device.type, enabled=False):
-            low_hidden = states @ gathered(low.a).to(hidden.dtype).T * low.scale
-        low_weight = gathered(low.b)
-    heads = Heads(hidden, weight, bias, low_hidden, low_weight)
+    student = Head(hidden, gathered(student.weight), bias)
     if backend == "reference":
-        loss, found = reference.loss(heads, teacher, labels, factors, objective)
+        loss, metrics = reference.loss(student, teacher, labels, factors, objective)
     else:
-        loss, found = fused.loss(
-            heads, teacher, labels, factors, objective, backend, chunk_size or 0
+        loss, metrics = fused.loss(
+            student, teacher, labels, factors, objective, backend, chunk_size or 0
         )
-    return KLOutput(loss, *found.unbind(1))
+    return KLOutput(loss, *metrics.unbind(1))
 
 
 def _require_head(whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -265,9 +234,9 @@ def _require_ids(ids: Tensor, vocab_size: int) -> None:
 
 
 def gathered(weight: Tensor) -> Tensor:
-    """A tensor that FSDP2 has sharded, gathered; any other as it is. Its gradient is averaged over
-    the ranks, as FSDP2 averages the others: a plain `full_tensor()` would give each rank its own
-    gradient's shard as if it were everyone's."""
+    """Return a tensor that FSDP2 has sharded in full; any other unchanged. Its gradient is averaged
+    over the ranks, as FSDP2 averages the others: with a plain `full_tensor()` each rank would take
+    its own gradient's shard for the mean."""
     # Without torch.distributed there are no DTensors, and importing them takes a second.
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return weight

@@ -1,6 +1,4 @@
-"""What a token's loss is made of: caps of the logits, a divergence, temperature, clip, a share of
-cross-entropy.
-"""
+"""A token's loss: logit caps, divergence, temperature, clip and share of cross-entropy."""
 
 import math
 from dataclasses import dataclass
@@ -13,8 +11,8 @@ from mpd_train.kl.divergence import Divergence, logit_gradient
 
 @dataclass(frozen=True)
 class Objective:
-    """(1 - ce_weight) temperature^2 min(F, clip) + ce_weight (-log q[label]), per token, of logits
-    that have gone through the caps, where there are some: softcap tanh(z / softcap)."""
+    """(1 - ce_weight) temperature^2 min(F, clip) + ce_weight (-log q[label]), per token; logits are
+    softcap tanh(z / softcap) if there is a softcap. Raises ValueError for values out of range."""
 
     divergence: Divergence
     temperature: float
@@ -41,18 +39,18 @@ class Objective:
         return (1 - self.ce_weight) * self.temperature**2
 
     def value_and_gradient(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """For log_p, log_q [c, B] at the temperature: F [c] and, [c, B], the gradient of the
+        """For log_p, log_q [c, B] at the temperature, return F [c] and the gradient [c, B] of the
         divergence's part of the loss with respect to the logits before the temperature."""
         value, score = self.divergence.value_and_score(log_p, log_q)
-        # d/dz of F(z / temperature) has the temperature once below; the convention squares it
-        # above.
+        # d/dz of F(z / temperature) is divided by the temperature once; the loss is multiplied by
+        # its square.
         gradient = self._share_of(logit_gradient(log_q, score), self.share / self.temperature)
         if self.clip is not None:
             gradient = torch.where(value[:, None] > self.clip, 0.0, gradient)
         return value, gradient
 
     def loss(self, value: Tensor, cross_entropy: Tensor) -> Tensor:
-        """The tokens' losses [n] from F [n] and -log q[label] [n]."""
+        """Return the tokens' losses [n] from F [n] and -log q[label] [n]."""
         if self.clip is not None:
             value = value.clamp(max=self.clip)
         value = self._share_of(value, self.share)
@@ -60,13 +58,13 @@ class Objective:
 
     @staticmethod
     def capped(z: Tensor, softcap: float | None) -> Tensor:
-        """Logits as the model gives them out. What is -inf, a token that never is, stays it."""
+        """Return the logits z [c, V] after the cap. A logit of -inf stays -inf."""
         if softcap is None:
             return z
         return (softcap * torch.tanh(z / softcap)).masked_fill(z.isneginf(), -torch.inf)
 
     def _share_of(self, x: Tensor, factor: float) -> Tensor:
-        # Not by a factor of 0: an infinite divergence that has no weight would be a NaN.
+        # An infinite divergence times a factor of 0 would be a NaN.
         if self.ce_weight == 1:
             return torch.zeros_like(x)
         return x if factor == 1 else factor * x

@@ -1,6 +1,6 @@
-"""The losses as plain as they can be written, in float64 with autograd: what tests compare to.
+"""The losses in their plainest form, in float64 with autograd, as the reference of the tests.
 
-Holds tokens x vocabulary; for tests and for looking into a single batch.
+It holds tokens x vocabulary: use it for tests and for inspecting a single batch.
 """
 
 import math
@@ -10,24 +10,22 @@ from torch import Tensor
 
 from mpd_train.kl.divergence import LOG_FLOOR, Divergence
 from mpd_train.kl.objective import Objective
-from mpd_train.kl.types import FOUND, Dense, Heads, TopK
+from mpd_train.kl.types import NUM_METRICS, Head, TopK
 
 
 def loss(
-    heads: Heads,
-    teacher: TopK | Dense,
+    student: Head,
+    teacher: TopK | Head,
     labels: Tensor | None,
     factors: Tensor,
     objective: Objective,
 ) -> tuple[Tensor, Tensor]:
-    """As `fused.loss`, in float64 whatever the inputs."""
+    """Like `fused.loss`, in float64 for all inputs."""
     rows = factors.nonzero().squeeze(1)
     factors, n = factors.double()[rows], len(factors)
-    z = heads.hidden[rows].double() @ heads.weight.double().T
-    if heads.bias is not None:
-        z = z + heads.bias.double()
-    if heads.low_hidden is not None and heads.low_weight is not None:
-        z = z + heads.low_hidden[rows].double() @ heads.low_weight.double().T
+    z = student.hidden[rows].double() @ student.weight.double().T
+    if student.bias is not None:
+        z = z + student.bias.double()
     z = objective.capped(z, objective.softcap)
     q = whole = (z / objective.temperature).softmax(-1)
     if isinstance(teacher, TopK):
@@ -57,13 +55,14 @@ def loss(
         topk_mass,
         (z.argmax(1) == teacher_best).double(),
     ]
-    found = torch.zeros((n, FOUND), dtype=torch.float64, device=z.device)
-    found[rows] = torch.stack(columns, 1).detach()
-    return (losses * factors).sum(), found
+    metrics = torch.zeros((n, NUM_METRICS), dtype=torch.float64, device=z.device)
+    metrics[rows] = torch.stack(columns, 1).detach()
+    return (losses * factors).sum(), metrics
 
 
 def _buckets(teacher: TopK, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities [n, K + 1] of teacher and student: the K ids (0 for those of -1), the rest."""
+    """Return the probabilities [n, K + 1] of teacher and student: of the K ids (0 for ids of -1),
+    and of the rest."""
     vocab_size = q.shape[1]
     valid = teacher.ids >= 0
     ids = teacher.ids.long().clamp(min=0)
@@ -84,7 +83,7 @@ def entropy(p: Tensor) -> Tensor:
 
 
 def divergence_of(divergence: Divergence, p: Tensor, q: Tensor) -> Tensor:
-    """F [n] of probabilities p, q [n, B], straight from the definitions."""
+    """Return F [n] of probabilities p, q [n, B], by the definitions."""
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
         # Outcomes without probability add nothing; a 1 in their place keeps autograd from NaN.

@@ -1,8 +1,11 @@
 """The elementwise part in torch, for any device.
 
-Works on a few rows at a time: a dozen passes over what fits in a core's cache cost less than three
-over memory, and the temporaries stay small.
+It works on a few rows at a time: a dozen passes over rows that fit in a core's cache cost less than
+three over memory, and the temporaries stay small.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +27,7 @@ def sparse(
     out: Tensor,
 ) -> Tensor:
     """See `fused.Kernels`."""
-    found = []
-    for rows in _tiles(logits):
-        of_labels = None if labels is None else labels[rows]
-        z, slope = _capped(logits[rows], objective)
-        found.append(
-            over_buckets(z, teacher.take(rows), of_labels, factors[rows], objective, out[rows])
-        )
-        if slope is not None:
-            out[rows].mul_(slope)
-    return torch.cat(found)
+    return _by_tiles(over_buckets, logits, teacher.take, labels, factors, objective, out)
 
 
 def dense(
@@ -45,19 +39,36 @@ def dense(
     out: Tensor,
 ) -> Tensor:
     """See `fused.Kernels`."""
-    found = []
+
+    def teacher_rows(rows: slice) -> Tensor:
+        return objective.capped(teacher_logits[rows], objective.teacher_softcap)
+
+    return _by_tiles(_dense, logits, teacher_rows, labels, factors, objective, out)
+
+
+def _by_tiles(
+    kernel: Callable[[Tensor, Any, Tensor | None, Tensor, Objective, Tensor], Tensor],
+    logits: Tensor,
+    teacher_rows: Callable[[slice], TopK | Tensor],
+    labels: Tensor | None,
+    factors: Tensor,
+    objective: Objective,
+    out: Tensor,
+) -> Tensor:
+    """Run `kernel`, which knows nothing of the student's cap, on a few rows at a time."""
+    metrics = []
     for rows in _tiles(logits):
-        of_labels = None if labels is None else labels[rows]
         z, slope = _capped(logits[rows], objective)
-        of_teacher = objective.capped(teacher_logits[rows], objective.teacher_softcap)
-        found.append(_dense(z, of_teacher, of_labels, factors[rows], objective, out[rows]))
+        tile_labels = None if labels is None else labels[rows]
+        teacher = teacher_rows(rows)
+        metrics.append(kernel(z, teacher, tile_labels, factors[rows], objective, out[rows]))
         if slope is not None:
             out[rows].mul_(slope)
-    return torch.cat(found)
+    return torch.cat(metrics)
 
 
 def _capped(logits: Tensor, objective: Objective) -> tuple[Tensor, Tensor | None]:
-    """The student's logits as it gives them out, and the derivative of that."""
+    """Return the student's logits after its cap, and the cap's derivative."""
     softcap = objective.softcap
     if softcap is None:
         return logits, None
@@ -66,11 +77,8 @@ def _capped(logits: Tensor, objective: Objective) -> tuple[Tensor, Tensor | None
 
 def _tiles(logits: Tensor) -> list[slice]:
     count, vocab_size = logits.shape
-    size = max(
-        1,
-        _TILE_BYTES.get(logits.device.type, _TILE_BYTES["cuda"])
-        // (vocab_size * logits.element_size()),
-    )
+    tile_bytes = _TILE_BYTES.get(logits.device.type, _TILE_BYTES["cuda"])
+    size = max(1, tile_bytes // (vocab_size * logits.element_size()))
     return [slice(first, first + size) for first in range(0, count, size)]
 
 

@@ -1,10 +1,10 @@
-"""The elementwise part in Triton, between the matrix products: rows of float32 logits in, rows of
-gradient out, each logit read as few times as the divergence allows.
+"""The elementwise part in Triton, between the matrix products: it reads rows of float32 logits and
+writes rows of gradient, with as few reads of each logit as the divergence allows.
 
-A row is one program, which passes over it once for its logsumexp and once more to write; a sparse
-teacher's buckets fit between the two. A dense teacher needs a pass there, for the sums that its
-gradient is made of; forward KL without a clip knows them beforehand. With TRITON_INTERPRET=1 the
-kernels run on a CPU.
+One program handles one row. It passes over the row once for the logsumexp and once more to write; a
+sparse teacher's buckets are computed between the two. A dense teacher needs a pass between them for
+the sums in its gradient; for forward KL without a clip they are known beforehand. With
+TRITON_INTERPRET=1 the kernels run on a CPU.
 """
 
 import math
@@ -17,27 +17,27 @@ from torch import Tensor
 
 from mpd_train.kl.divergence import LOG_FLOOR, NAMES
 from mpd_train.kl.objective import Objective
-from mpd_train.kl.types import FOUND, TopK
+from mpd_train.kl.types import NUM_METRICS, TopK
 
-# Four or eight logits for each thread: what it keeps of each fits its registers.
+# Four or eight logits for each thread: its values for them fit its registers.
 _CONFIGS = [
     triton.Config({"BLOCK": block}, num_warps=warps)
     for block, warps in ((2048, 8), (1024, 4), (4096, 16), (1024, 8))
 ]
-# The interpreter has no clock to tune by; small blocks, so that small cases have several.
+# The interpreter cannot tune by time. Small blocks, so that small test cases have several.
 if triton.knobs.runtime.interpret:
     _CONFIGS = [triton.Config({"BLOCK": 512})]
-# Not tuned: it writes to what it reads, and cannot be run twice.
+# Not tuned: the kernel overwrites its input, and cannot run twice.
 _SPARSE = _CONFIGS[0]
-# What a program holds in registers beside the block; for more torch does it.
+# A program holds this many ids in registers next to the block; torch computes rows with more.
 MOST_IDS = 1023
 
 _FORWARD, _REVERSE, _JSD, _SKEW, _SKEW_REVERSE = (tl.constexpr(i) for i in range(len(NAMES)))
 _FLOOR = tl.constexpr(LOG_FLOOR)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LOG_2 = tl.constexpr(math.log(2))
-# A peak where there is no logit, and an exponent for which exp is 0: finite, so that no difference
-# is a NaN.
+# The peak of no logits, and an exponent whose exp is 0. Both are finite, so that no difference is a
+# NaN.
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _FAR = tl.constexpr(1e4)
 
@@ -53,15 +53,15 @@ def sparse(
     """See `fused.Kernels`. For up to MOST_IDS ids in a row."""
     count, vocab_size = logits.shape
     k = teacher.ids.shape[1]
-    found = logits.new_empty((count, FOUND))
+    metrics = logits.new_empty((count, NUM_METRICS))
     _sparse[(count,)](
         logits, teacher.ids.contiguous(), teacher.logprobs.contiguous(), teacher.tail.contiguous(),
-        logits if labels is None else labels.contiguous(), factors, out, found,
+        logits if labels is None else labels.contiguous(), factors, out, metrics,
         vocab_size, out.stride(0), k, math.inf if objective.clip is None else objective.clip,
         **_constants(objective, labels), BUCKETS=triton.next_power_of_2(k + 1),
         **_SPARSE.all_kwargs(),
     )  # fmt: skip
-    return found
+    return metrics
 
 
 def dense(
@@ -74,29 +74,29 @@ def dense(
 ) -> Tensor:
     """See `fused.Kernels`."""
     count, vocab_size = logits.shape
-    found = logits.new_empty((count, FOUND))
+    metrics = logits.new_empty((count, NUM_METRICS))
     _dense[(count,)](
         logits, teacher_logits, logits if labels is None else labels.contiguous(), factors, out,
-        found, vocab_size, out.stride(0), math.inf if objective.clip is None else objective.clip,
+        metrics, vocab_size, out.stride(0), math.inf if objective.clip is None else objective.clip,
         **_constants(objective, labels),
     )  # fmt: skip
-    return found
+    return metrics
 
 
 def _constants(objective: Objective, labels: Tensor | None) -> dict[str, Any]:
-    """What both kernels are compiled for."""
+    """Return the constants that both kernels are compiled for."""
     divergence = objective.divergence
     parameter = divergence.parameter
-    # Shares of teacher and student in the mixture; those that have none ignore the parameter.
+    # The teacher's share in the mixture; divergences without one ignore the parameter.
     mixes = divergence.name not in ("forward_kl", "reverse_kl")
-    of_teacher = parameter if mixes else 0.5
+    teacher_share = parameter if mixes else 0.5
     if divergence.name == "skew_reverse_kl":
-        of_teacher = 1 - parameter
+        teacher_share = 1 - parameter
     return {
         "KIND": NAMES.index(divergence.name),
-        "OF_TEACHER": of_teacher,
-        "LOG_TEACHER": math.log(of_teacher),
-        "LOG_STUDENT": math.log1p(-of_teacher),
+        "TEACHER_SHARE": teacher_share,
+        "LOG_TEACHER": math.log(teacher_share),
+        "LOG_STUDENT": math.log1p(-teacher_share),
         "INVERSE": 1 / objective.temperature,
         "SHARE": (1 - objective.ce_weight) * objective.temperature,
         "CE": objective.ce_weight,
@@ -105,13 +105,13 @@ def _constants(objective: Objective, labels: Tensor | None) -> dict[str, Any]:
         "TEACHER_CAP": objective.teacher_softcap or 0.0,
         "LABELS": labels is not None,
         "CLIPPED": objective.clip is not None,
-        "FOUND": FOUND,
+        "NUM_METRICS": NUM_METRICS,
     }
 
 
 @triton.jit
 def _exp(x):
-    """What is below 1e-38 may be 0: to keep it, as tl.exp does, costs three instructions more."""
+    """Results below 1e-38 may be 0: keeping them, as tl.exp does, costs three instructions more."""
     return tl.exp2(x * _LOG2_E)
 
 
@@ -148,41 +148,41 @@ def _excess(x):
 
 @triton.jit
 def _term(a, b, d):
-    """An outcome's term of KL(a | b), d = log(b / a), as `divergence._kl` has it: not negative."""
+    """An outcome's term of KL(a | b), d = log(b / a), as in `divergence._kl`: never negative."""
     far = b - a - tl.where(a > 0, a * d, 0.0)
     return tl.where(tl.abs(d) < 0.5, a * _excess(d), far)
 
 
 @triton.jit
 def _value_and_score(
-    log_p, log_q, KIND: tl.constexpr, OF_TEACHER: tl.constexpr,
+    log_p, log_q, KIND: tl.constexpr, TEACHER_SHARE: tl.constexpr,
     LOG_TEACHER: tl.constexpr, LOG_STUDENT: tl.constexpr,
 ):  # fmt: skip
-    """An outcome's terms of F and of the score, as `Divergence.value_and_score` has them."""
+    """An outcome's terms of F and of the score, as in `Divergence.value_and_score`."""
     q = _exp(log_q)
     if KIND == _REVERSE:
-        # A teacher's NaN is to be one in the loss.
+        # A NaN of the teacher must reach the loss.
         log_p = tl.maximum(log_p, _FLOOR, propagate_nan=tl.PropagateNan.ALL)
     p = _exp(log_p)
-    # Of an outcome that neither knows the difference would be a NaN.
-    apart = tl.where(log_p == log_q, 0.0, log_p - log_q)
+    # Where both are -inf the difference would be a NaN.
+    log_ratio = tl.where(log_p == log_q, 0.0, log_p - log_q)
     if KIND == _FORWARD:
-        value, score = _term(p, q, -apart), -p
+        value, score = _term(p, q, -log_ratio), -p
     elif KIND == _REVERSE:
-        value, score = _term(q, p, apart), -tl.where(q > 0, q * apart, 0.0)
+        value, score = _term(q, p, log_ratio), -tl.where(q > 0, q * log_ratio, 0.0)
     else:
-        m = OF_TEACHER * p + (1 - OF_TEACHER) * q
-        # log(m / q) and log(m / p) are log(1 + exp(x)) and log(1 + exp(-x)) beyond their constants.
-        x = apart + (LOG_TEACHER - LOG_STUDENT)
+        m = TEACHER_SHARE * p + (1 - TEACHER_SHARE) * q
+        # log(m / q) and log(m / p) are log(1 + exp(x)) and log(1 + exp(-x)) plus constants.
+        x = log_ratio + (LOG_TEACHER - LOG_STUDENT)
         rest = tl.log(1 + _exp(-tl.abs(x)))
         share = tl.maximum(x, 0.0) + rest
         over_p = LOG_TEACHER + tl.maximum(-x, 0.0) + rest
         over_q = LOG_STUDENT + share
         if KIND == _SKEW:
-            value, score = _term(p, m, over_p), (OF_TEACHER - 1) * p * _exp(-over_q)
+            value, score = _term(p, m, over_p), (TEACHER_SHARE - 1) * p * _exp(-over_q)
         elif KIND == _JSD:
-            value = OF_TEACHER * _term(p, m, over_p) + (1 - OF_TEACHER) * _term(q, m, over_q)
-            score = (OF_TEACHER - 1) * tl.where(q > 0, q * share, 0.0)
+            value = TEACHER_SHARE * _term(p, m, over_p) + (1 - TEACHER_SHARE) * _term(q, m, over_q)
+            score = (TEACHER_SHARE - 1) * tl.where(q > 0, q * share, 0.0)
         else:
             value, score = _term(q, m, over_q), -tl.where(q > 0, q * _excess(-share), 0.0)
     return value, score
@@ -196,62 +196,62 @@ def _entropy_term(log_p):
 
 @triton.jit
 def _block(row, start, vocab_size, BLOCK: tl.constexpr):
-    """Of a row of logits, -inf beyond its end. The passes begin to load one block ahead: left to
-    itself the compiler waits for each load before it begins the next."""
+    """A block of a row of logits, -inf beyond the row's end. The passes load one block ahead:
+    otherwise the compiler waits for each load before it begins the next."""
     columns = start + tl.arange(0, BLOCK)
     return tl.load(row + columns, mask=columns < vocab_size, other=float("-inf"))
 
 
 @triton.jit
 def _total_with(total, x, peak, INVERSE):
-    """sum exp((x - peak) INVERSE) over what each element of a block has met, with one more x; its
-    peak is then max(peak, x). Element by element: no thread waits for another before the end, and
-    one exponential serves whichever is higher."""
+    """Add x to each element's running sum of exp((x - peak) INVERSE); the peak is then
+    max(peak, x). Element by element: no thread waits for another before the end, and one
+    exponential serves either order."""
     less = _exp(tl.abs(x - peak) * -INVERSE)
     return tl.where(x > peak, total * less + 1, total + less)
 
 
 @triton.jit
 def _moment_with(moment, total, x, peak, INVERSE):
-    """The same of sum exp(y) y, y = (x - peak) INVERSE; `total` without x."""
-    apart = tl.minimum(tl.abs(x - peak) * INVERSE, _FAR)
-    less = _exp(-apart)
-    return tl.where(x > peak, less * (moment - total * apart), moment - less * apart)
+    """The same for sum exp(y) y, y = (x - peak) INVERSE; `total` is the one without x."""
+    distance = tl.minimum(tl.abs(x - peak) * INVERSE, _FAR)
+    less = _exp(-distance)
+    return tl.where(x > peak, less * (moment - total * distance), moment - less * distance)
 
 
 @triton.jit
 def _over_all(total, peaks, peak, INVERSE):
-    """The sum over a block's elements, from `peaks` to the highest of them."""
+    """The sum over a block's elements, whose `peaks` differ, relative to the highest `peak`."""
     return tl.sum(total * _exp((peaks - peak) * INVERSE), 0)
 
 
 @triton.jit
 def _log_softmax(x):
-    """Of a vector that is finite somewhere, and its logsumexp."""
+    """The log-softmax of a vector with a finite element, and its logsumexp."""
     peak = tl.max(x, 0)
     x -= peak
     total = tl.log(tl.sum(_exp(x), 0))
-    # Not x - (peak + total): what is near the peak would be rounded as the peak is.
+    # Not x - (peak + total): values near the peak would be rounded as the peak is.
     return x - total, peak + total
 
 
 @triton.jit
 def _sparse(
-    logits, ids, logprobs, tails, labels, factors, out, found, vocab_size, out_stride, k, clip,
-    KIND: tl.constexpr, OF_TEACHER: tl.constexpr, LOG_TEACHER: tl.constexpr,
+    logits, ids, logprobs, tails, labels, factors, out, metrics, vocab_size, out_stride, k, clip,
+    KIND: tl.constexpr, TEACHER_SHARE: tl.constexpr, LOG_TEACHER: tl.constexpr,
     LOG_STUDENT: tl.constexpr, INVERSE: tl.constexpr, SHARE: tl.constexpr, CE: tl.constexpr,
     CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, LABELS: tl.constexpr, CLIPPED: tl.constexpr,
-    FOUND: tl.constexpr, BUCKETS: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_METRICS: tl.constexpr, BUCKETS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row, as `buckets.over_buckets` has it. `out` may begin where the row of logits does: what
-    is written is at most as wide as what has been read."""
+    """One row, as in `buckets.over_buckets`. `out` may begin where the row of logits does: an
+    element written is at most as wide as one read."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocab_size
     out += row * out_stride
-    found += row * FOUND
+    metrics += row * NUM_METRICS
     factor = tl.load(factors + row)
 
-    # K buckets of one id each, and behind them the tail's. An id of -1 is none.
+    # K buckets of one id each, then the tail's. An id of -1 is none.
     slots = tl.arange(0, BUCKETS)
     is_tail = slots == k
     index = tl.load(ids + row * k + slots, mask=slots < k, other=-1).to(tl.int64)
@@ -267,8 +267,8 @@ def _sparse(
         chosen = tl.load(logits + label)
         label_scale = factor * _slope(chosen, CAP)
         chosen = _capped(chosen, CAP)
-    # The tail's own logsumexp, rather than log(1 - top mass), which cancels. The barriers: until
-    # all has been read, and until the others see what was written.
+    # The tail's own logsumexp, rather than log(1 - top mass), which cancels. The first barrier: all
+    # threads have read; the second: they see what was written.
     tl.debug_barrier()
     tl.store(logits + index, tl.full((BUCKETS,), float("-inf"), tl.float32), mask=is_top)
     tl.debug_barrier()
@@ -292,13 +292,13 @@ def _sparse(
     total = _over_all(totals, peaks, peak, INVERSE)
     plain_total = _over_all(plain_totals, peaks, peak, 1.0)
 
-    of_tail = peak * INVERSE + tl.log(total)
-    log_q, log_total = _log_softmax(tl.where(is_tail, of_tail, top * INVERSE))
+    tail_logit = peak * INVERSE + tl.log(total)
+    log_q, log_total = _log_softmax(tl.where(is_tail, tail_logit, top * INVERSE))
     p_tail = tl.load(tails + row).to(tl.float32)
     p_tail = tl.where(tl.sum(is_top.to(tl.int32), 0) == vocab_size, float("-inf"), p_tail)
     log_p = tl.load(logprobs + row * k + slots, mask=is_top, other=float("-inf")).to(tl.float32)
     log_p, _ = _log_softmax(tl.where(is_tail, p_tail, log_p))
-    terms, scores = _value_and_score(log_p, log_q, KIND, OF_TEACHER, LOG_TEACHER, LOG_STUDENT)
+    terms, scores = _value_and_score(log_p, log_q, KIND, TEACHER_SHARE, LOG_TEACHER, LOG_STUDENT)
     value = tl.sum(terms, 0)
     scale = tl.full((), SHARE, tl.float32)
     if CLIPPED:
@@ -308,29 +308,30 @@ def _sparse(
 
     cross_entropy = tl.full((), 0.0, tl.float32)
     at_label = is_top & (index == label)
-    sum_of_gradient = tl.full((), 0.0, tl.float32)
-    of_tempered = tl.zeros((BUCKETS,), tl.float32)
+    gradient_sum = tl.full((), 0.0, tl.float32)
+    tempered_gradient = tl.zeros((BUCKETS,), tl.float32)
     if LABELS:
         plain = log_q
         if INVERSE != 1:
             plain, log_total = _log_softmax(tl.where(is_tail, peak + tl.log(plain_total), top))
         cross_entropy = log_total - chosen
         if CE > 0:
-            # At the label before anything is rounded: where the student is sure of it, what is
-            # left of q - 1 is less than bfloat16 tells apart from 1.
+            # Subtracted at the label before rounding: where the student is sure of it, q - 1 is
+            # smaller than bfloat16's step at 1.
             more = CE * _exp(plain) - tl.where(at_label, CE, 0.0)
             if INVERSE == 1:
                 gradient += more
-                # A label in the tail is pulled below.
-                sum_of_gradient += tl.where(tl.sum(at_label.to(tl.int32), 0) == 0, CE, 0.0)
+                # A label in the tail is subtracted below.
+                gradient_sum += tl.where(tl.sum(at_label.to(tl.int32), 0) == 0, CE, 0.0)
             else:
-                # A tempered tail has two shapes, and gets the second one's part below.
-                of_tempered = tl.where(is_tail, 0.0, more)
-    # Where the student is sure of a bucket the difference is mostly rounding there, and what the
-    # others leave of the sum is exact. (Where it is not, that is the rounding of all the others.)
+                # The cross-entropy's part has another shape in a tempered tail: added below.
+                tempered_gradient = tl.where(is_tail, 0.0, more)
+    # The gradients sum to a known number. Where the student is sure of a bucket its own difference
+    # is mostly rounding: take that number less the others. (Elsewhere that would carry the rounding
+    # of all the others.)
     surest = (slots == tl.argmax(log_q, 0)) & (q > 0.5)
-    of_others = tl.sum(tl.where(surest, 0.0, gradient), 0)
-    gradient = tl.where(surest, sum_of_gradient - of_others, gradient) + of_tempered
+    other_gradients = tl.sum(tl.where(surest, 0.0, gradient), 0)
+    gradient = tl.where(surest, gradient_sum - other_gradients, gradient) + tempered_gradient
 
     # A tail token's share of the tail's gradient is its share of the tail's mass.
     tail_gradient = tl.sum(tl.where(is_tail, gradient, 0.0), 0)
@@ -340,56 +341,58 @@ def _sparse(
         z = _block(logits, start, vocab_size, BLOCK)
         scales = factor * _slope(z, CAP)
         z = _capped(z, CAP)
-        of_token = shape * _exp((z - peak) * INVERSE)
+        token_gradient = shape * _exp((z - peak) * INVERSE)
         if CE > 0 and INVERSE != 1:
-            of_token += CE * _exp(z - log_total)
-        # Until all of the block has been read.
+            token_gradient += CE * _exp(z - log_total)
+        # Wait until all of the block has been read.
         tl.debug_barrier()
-        tl.store(out + columns, scales * of_token, mask=columns < vocab_size)
+        tl.store(out + columns, scales * token_gradient, mask=columns < vocab_size)
     tl.debug_barrier()
     tl.store(out + index, gradient_scale * gradient, mask=is_top)
     if LABELS and CE > 0:
-        of_label = shape * _exp((chosen - peak) * INVERSE) - CE
+        label_gradient = shape * _exp((chosen - peak) * INVERSE) - CE
         if INVERSE != 1:
-            of_label += CE * _exp(chosen - log_total)
-        tl.store(out + label, label_scale * of_label, mask=tl.sum(at_label.to(tl.int32), 0) == 0)
+            label_gradient += CE * _exp(chosen - log_total)
+        tl.store(
+            out + label, label_scale * label_gradient, mask=tl.sum(at_label.to(tl.int32), 0) == 0
+        )
 
     q_tail = tl.sum(tl.where(is_tail, q, 0.0), 0)
     within = tl.log(total) - moment / total - tl.sum(tl.where(is_tail, log_q, 0.0), 0)
-    of_rest = tl.where(q_tail > 0, q_tail * within, 0.0)
+    tail_entropy = tl.where(q_tail > 0, q_tail * within, 0.0)
     best = tl.argmax(tl.where(is_tail, float("-inf"), log_p), 0)
     at_best = tl.sum(tl.where(slots == best, top, 0.0), 0)
-    tl.store(found, value)
-    tl.store(found + 1, cross_entropy)
-    tl.store(found + 2, of_rest + tl.sum(tl.where(is_tail, 0.0, _entropy_term(log_q)), 0))
-    tl.store(found + 3, tl.sum(_entropy_term(log_p), 0))
-    tl.store(found + 4, tl.sum(tl.where(is_top, q, 0.0), 0))
-    tl.store(found + 5, tl.where(at_best >= tl.maximum(tl.max(top, 0), peak), 1.0, 0.0))
+    tl.store(metrics, value)
+    tl.store(metrics + 1, cross_entropy)
+    tl.store(metrics + 2, tail_entropy + tl.sum(tl.where(is_tail, 0.0, _entropy_term(log_q)), 0))
+    tl.store(metrics + 3, tl.sum(_entropy_term(log_p), 0))
+    tl.store(metrics + 4, tl.sum(tl.where(is_top, q, 0.0), 0))
+    tl.store(metrics + 5, tl.where(at_best >= tl.maximum(tl.max(top, 0), peak), 1.0, 0.0))
 
 
 @triton.autotune(_CONFIGS, key=["vocab_size", "KIND"])
 @triton.jit
 def _dense(
-    students, teachers, labels, factors, out, found, vocab_size, out_stride, clip,
-    KIND: tl.constexpr, OF_TEACHER: tl.constexpr, LOG_TEACHER: tl.constexpr,
+    students, teachers, labels, factors, out, metrics, vocab_size, out_stride, clip,
+    KIND: tl.constexpr, TEACHER_SHARE: tl.constexpr, LOG_TEACHER: tl.constexpr,
     LOG_STUDENT: tl.constexpr, INVERSE: tl.constexpr, SHARE: tl.constexpr, CE: tl.constexpr,
     CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, LABELS: tl.constexpr, CLIPPED: tl.constexpr,
-    FOUND: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_METRICS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     students += row.to(tl.int64) * vocab_size
     teachers += row.to(tl.int64) * vocab_size
     out += row.to(tl.int64) * out_stride
-    found += row * FOUND
+    metrics += row * NUM_METRICS
     factor = tl.load(factors + row)
 
-    # The softmax of both, and of the student at temperature 1 for cross-entropy.
+    # The softmax of both models, and of the student at temperature 1 for cross-entropy.
     q_peaks = tl.full((BLOCK,), _LOWEST, tl.float32)
     p_peaks = tl.full((BLOCK,), _LOWEST, tl.float32)
     q_totals = tl.zeros((BLOCK,), tl.float32)
     p_totals = tl.zeros((BLOCK,), tl.float32)
     plain_totals = tl.zeros((BLOCK,), tl.float32)
-    # Where the student's peaks are, and its logits at the teacher's.
+    # Columns of the student's peaks, and its logits at the teacher's peaks.
     places = tl.zeros((BLOCK,), tl.int32)
     at_peaks = tl.full((BLOCK,), float("-inf"), tl.float32)
     next_z = _block(students, 0, vocab_size, BLOCK)
@@ -437,7 +440,7 @@ def _dense(
             next_t = _block(teachers, start + BLOCK, vocab_size, BLOCK)
             log_q, log_p = (z - q_peak) * INVERSE - q_log, (t - p_peak) * INVERSE - p_log
             terms, scores = _value_and_score(
-                log_p, log_q, KIND, OF_TEACHER, LOG_TEACHER, LOG_STUDENT
+                log_p, log_q, KIND, TEACHER_SHARE, LOG_TEACHER, LOG_STUDENT
             )
             values += terms
             score_sums += scores
@@ -456,7 +459,9 @@ def _dense(
         next_z = _block(students, start + BLOCK, vocab_size, BLOCK)
         next_t = _block(teachers, start + BLOCK, vocab_size, BLOCK)
         log_q, log_p = (z - q_peak) * INVERSE - q_log, (t - p_peak) * INVERSE - p_log
-        terms, scores = _value_and_score(log_p, log_q, KIND, OF_TEACHER, LOG_TEACHER, LOG_STUDENT)
+        terms, scores = _value_and_score(
+            log_p, log_q, KIND, TEACHER_SHARE, LOG_TEACHER, LOG_STUDENT
+        )
         columns = start + tl.arange(0, BLOCK)
         if ONE_PASS:
             values += terms
@@ -468,15 +473,15 @@ def _dense(
             gradient += more - tl.where(columns == label, CE, 0.0)
         others += tl.where(columns == surest, 0.0, gradient)
         tl.store(out + columns, scales * gradient, mask=columns < vocab_size)
-    # As in `_sparse`: it sums to 0. The barrier: after what was stored there above.
+    # As in `_sparse`: the gradients sum to 0. The barrier orders this after the store above.
     tl.debug_barrier()
     inside = (surest < vocab_size) & (tl.maximum(q_log, plain_log) < _LOG_2)
     factor *= _slope(tl.load(students + surest, mask=inside, other=0.0), CAP)
     tl.store(out + surest, -factor * tl.sum(others, 0), mask=inside)
 
-    tl.store(found, tl.sum(values, 0))
-    tl.store(found + 1, cross_entropy)
-    tl.store(found + 2, tl.sum(q_entropies, 0))
-    tl.store(found + 3, tl.sum(p_entropies, 0))
-    tl.store(found + 4, 1.0)
-    tl.store(found + 5, tl.where(at_best >= q_peak, 1.0, 0.0))
+    tl.store(metrics, tl.sum(values, 0))
+    tl.store(metrics + 1, cross_entropy)
+    tl.store(metrics + 2, tl.sum(q_entropies, 0))
+    tl.store(metrics + 3, tl.sum(p_entropies, 0))
+    tl.store(metrics + 4, 1.0)
+    tl.store(metrics + 5, tl.where(at_best >= q_peak, 1.0, 0.0))

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Columns of what is found about each token; the order of KLOutput's fields after `loss`.
-FOUND = 6
+# Columns of a token's metrics, in the order of KLOutput's fields after `loss`.
+NUM_METRICS = 6
 
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher known by top K and tail: ids [n, K] (-1: none), logprobs [n, K], tail [n]."""
+    """A teacher known by its top K and tail: ids [n, K] (-1: none), logprobs [n, K], tail [n]."""
 
     ids: Tensor
     logprobs: Tensor
@@ -22,28 +22,18 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class Dense:
-    """A teacher over the full vocabulary: hidden [n, Ht], weight [V, Ht], bias [V]."""
+class Head:
+    """Logits [n, V] before they are computed, of the student or of a dense teacher: hidden [n, H],
+    weight [V, H], bias [V]."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
 
-    def take(self, rows: Tensor | slice) -> "Dense":
-        return Dense(self.hidden[rows], self.weight, self.bias)
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Where the student's logits come from: hidden [n, H] and weight [V, H], bias [V], and the
-    states [n, r] and up-projection [V, r] of an adapter."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    low_hidden: Tensor | None
-    low_weight: Tensor | None
+    def take(self, rows: Tensor | slice) -> "Head":
+        return Head(self.hidden[rows], self.weight, self.bias)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits, sums and head gradients for states of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32

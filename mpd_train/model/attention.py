@@ -1,8 +1,8 @@
-"""Which attention a training runs with, and torch's own for packs.
+"""Choose the attention implementation, and register torch's own for packs.
 
-The sequences of a pack do not see each other. flash-attn, and the kernels of torch that `varlen`
-takes, compute each by itself; the others compute the whole pack's square under a mask, which for a
-pack of 32k tokens takes more than the rest of a small model.
+The sequences of a pack do not see each other. flash-attn, and torch's kernels behind `varlen`,
+compute each by itself; the others compute the whole pack's square under a mask, which for a pack of
+32k tokens takes more time than the rest of a small model.
 """
 
 import inspect
@@ -22,11 +22,11 @@ VARLEN = "varlen"
 def attention(
     config: TrainConfig, device: torch.device, dtype: torch.dtype, models: Sequence[ModelFiles]
 ) -> str | None:
-    """What --attn-implementation means for `models`, known to transformers from here on; None
-    leaves the choice to it. Raises ConfigError for one that cannot run or that would leave out a
+    """Return the implementation that `models` are loaded with, registered with transformers; None
+    leaves the choice to it. Raise ConfigError for one that cannot run or that would leave out a
     part of a model's attention."""
     fits = device.type == "cuda" and dtype == torch.bfloat16
-    # What the kernels of torch were made for.
+    # The devices that torch's kernels support.
     fits_varlen = fits and torch.cuda.get_device_capability(device) >= (8, 0)
     name = config.attn_implementation
     capped = [x.name for x in models if has_softcap(load_config(x, config.trust_remote_code))]
@@ -54,20 +54,20 @@ def attention(
 
 
 def _flash_has_softcap() -> bool:
-    """Releases of flash-attn that have none are not given it, without a word."""
+    """Releases of flash-attn without a soft cap would silently leave it out."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
 
     return "softcap" in inspect.signature(flash_attn_varlen_func).parameters
 
 
 def is_short(name: str | None) -> bool:
-    """Whether it computes in bfloat16 alone, and each sequence of a pack by itself."""
+    """Whether the implementation computes in bfloat16 only, and each sequence by itself."""
     return name == VARLEN or (name or "").startswith("flash")
 
 
 def boundaries(position_ids: Tensor) -> dict[str, Any]:
-    """What `varlen` has to know of a pack [1, T], under transformers' names: where its sequences
-    begin, and T, int32 [sequences + 1]; tokens of the longest. One wait for the device."""
+    """Return `varlen`'s arguments for a pack [1, T], under transformers' names: the starts of its
+    sequences, and T, int32 [sequences + 1]; tokens of the longest. One wait for the device."""
     starts = (position_ids[0] == 0).nonzero()[:, 0].int()
     ends = torch.nn.functional.pad(starts, (0, 1), value=position_ids.shape[1])
     longest = int(ends.diff().max())
@@ -82,7 +82,7 @@ def _register() -> None:
     from transformers.masking_utils import flash_attention_mask
 
     AttentionInterface.register(VARLEN, _varlen)
-    # It needs none, so that none is made.
+    # It needs no mask; this makes none.
     AttentionMaskInterface.register(VARLEN, flash_attention_mask)
 
 
@@ -101,8 +101,9 @@ def _varlen(
     max_length_q: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls its attentions: query [1, heads, T, width], key and value alike with as
-    many heads or a divisor of it; without boundaries one sequence. Returns [1, T, heads, width]."""
+    """Compute attention with transformers' signature: query [1, heads, T, width], key and value
+    with the same number of heads or a divisor of it. Without boundaries there is one sequence.
+    Return [1, T, heads, width]."""
     from torch.nn.attention.varlen import varlen_attn
 
     length = query.shape[2]
@@ -114,9 +115,9 @@ def _varlen(
         or value.shape[-1] != query.shape[-1]
     ):
         raise ConfigError(
-            f"{type(module).__name__}: wants of its attention what varlen has not (dropout, a soft"
-            " cap, sinks, a mask, or values of another width). Give --attn-implementation sdpa, or"
-            " eager where the family has no sdpa."
+            f"{type(module).__name__}: uses attention features that varlen does not support"
+            " (dropout, a soft cap, sinks, a mask, or values of another width). Give"
+            " --attn-implementation sdpa, or eager if the family has no sdpa."
         )
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q = torch.tensor([0, length], dtype=torch.int32, device=query.device)
@@ -128,10 +129,10 @@ def _varlen(
     q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
     more: dict[str, Any] = {}
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        # Before torch 2.12 fewer heads of keys are taken without a word.
+        # Before torch 2.12 fewer heads of keys are accepted without this option.
         more["enable_gqa"] = True
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    # Not its logsumexp, which it gives when asked.
+    # A Tensor, unless the logsumexp is requested too.
     out: Tensor = varlen_attn(  # type: ignore[assignment]
         q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
         scale=scaling, window_size=window, **more,

@@ -1,4 +1,4 @@
-"""Loading the models that the trainer needs."""
+"""A causal language model split into states and head, as the losses need it."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,15 +16,15 @@ from mpd_train.model.device import autocast
 
 
 class CausalLM:
-    """A causal language model taken apart where the fused loss needs it: states and head. On the
-    meta device it has layers and sizes, and neither weights nor buffers. An adapter is merged into
-    its base, unless `merged` is False: then this is the base.
+    """A causal language model split into states and head. On the meta device it has layers and
+    sizes, but no weights or buffers. An adapter is merged into its base, unless `merged` is False:
+    then this is the base.
 
-    Its logits are the states times the head, plus the head's bias where it has one, and go through
-    `softcap` where there is one (see `mpd_train.kl`). What a family multiplies its logits by,
-    `logit_scale`, is in the states.
+    Its logits are the states times the head, plus the head's bias if it has one, and go through
+    `softcap` if it has one (see `mpd_train.kl`). A factor of the family's logits, `logit_scale`, is
+    in the states.
 
-    Raises ConfigError for a model that cannot be loaded, or that the loss does not fit.
+    Raises ConfigError for a model that cannot be loaded, or that the loss does not support.
     """
 
     logit_scale: float = 1.0
@@ -44,9 +44,9 @@ class CausalLM:
 
         logging.disable_progress_bar()
         self.files = files
-        # peft's wrapper of the model, where adapters are what is trained.
+        # peft's wrapper of the model, if adapters are trained.
         self.adapted: Any = None
-        # How activations are kept for the backward pass.
+        # The context that stores activations for the backward pass.
         self.kept: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.model: Any
         if device.type == "meta":
@@ -73,9 +73,9 @@ class CausalLM:
             self._require_separate_sequences(device)
 
     def _find_head(self, device: torch.device) -> None:
-        """Some families scale or cap their logits, and their configurations say by how much, but
-        not whether to multiply or to divide. The model itself does: training it another way would
-        be silently wrong."""
+        """Determine `logit_scale` and `softcap` from the model's own logits. Some families scale or
+        cap them, and their configurations say by how much, but not whether to multiply or divide;
+        a wrong guess would be silently wrong. Raise ConfigError if nothing fits."""
         ids = torch.arange(1, 9, device=device)[None]
         self.model.eval()
         bias = self.bias()
@@ -93,30 +93,30 @@ class CausalLM:
             getattr(config, name, None)
             for name in ("logits_scaling", "logit_scale", "final_logit_softcapping")
         )
-        # MPT's may be a word, of which transformers makes nothing.
+        # MPT's may be a string, which transformers ignores.
         factors = [x for x in (scaling, scale) if isinstance(x, int | float) and x]
         near = 1e-2 * float(expected.abs().max())
-        # The cap first: small logits look the same without it, and would not when they have grown.
+        # The cap first: small logits look the same without it, but do not once they have grown.
         for cap in dict.fromkeys([softcap or None, None]):
-            found = []
+            fits = []
             for factor in dict.fromkeys([1.0, *factors, *(1 / x for x in factors)]):
                 logits = factor * product if bias is None else factor * product + bias
                 if cap is not None:
                     logits = cap * torch.tanh(logits / cap)
                 if torch.allclose(expected, logits, rtol=1e-2, atol=near):
-                    found.append((float((expected - logits).abs().max()), factor))
-            if found:
-                self.logit_scale, self.softcap = min(found)[1], cap
+                    fits.append((float((expected - logits).abs().max()), factor))
+            if fits:
+                self.logit_scale, self.softcap = min(fits)[1], cap
                 return
         raise ConfigError(
             f"{self.files.name}: its logits are not its last hidden states times its output"
-            " embedding, nor what its configuration tells to make of that (logits_scaling,"
+            " embedding, nor a scale or cap of that from its configuration (logits_scaling,"
             " logit_scale, final_logit_softcapping). Such models are not supported."
         )
 
     def _require_separate_sequences(self, device: torch.device) -> None:
-        """Packed sequences are told apart by their positions alone; a family that does not look
-        at them would train across sequences without a word."""
+        """Raise ConfigError for a family that ignores positions: they alone separate packed
+        sequences, and it would silently train across sequences."""
         a, b = torch.arange(2, 7, device=device)[None], torch.arange(3, 10, device=device)[None]
         positions = torch.cat([torch.arange(5), torch.arange(7)])[None].to(device)
         with torch.no_grad():
@@ -129,8 +129,8 @@ class CausalLM:
             )
 
     def states(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-        """Last hidden states [1, T, H] of packed ids [1, T], times the logits' scale; sequences in
-        it, told apart by their positions, do not see each other."""
+        """Return the last hidden states [1, T, H] of packed ids [1, T], times the logits' scale.
+        Packed sequences, each with positions from 0, do not see each other."""
         more = {}
         if position_ids is not None and self.model.config._attn_implementation == VARLEN:
             more = boundaries(position_ids)
@@ -142,19 +142,19 @@ class CausalLM:
         return states if self.logit_scale == 1 else states * self.logit_scale
 
     def bias(self, vocab_size: int | None = None) -> Tensor | None:
-        """The output embedding's bias [V], as `head`; None where it has none."""
+        """Return the output embedding's bias [V], cut like `head`; None without one."""
         bias = getattr(self.model.get_output_embeddings(), "bias", None)
         return None if bias is None else gathered(bias)[:vocab_size]
 
     def head(self, vocab_size: int | None = None) -> Tensor:
-        """The output embedding [V, H], cut to the shared vocabulary where it has padding rows."""
+        """Return the output embedding [V, H], without its padding rows beyond `vocab_size`."""
         weight = gathered(self.model.get_output_embeddings().weight)
         return weight if vocab_size in (None, weight.shape[0]) else weight[:vocab_size]
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The layers of `model`, a transformers causal language model. Raises ConfigError for one that
-    does not say what they are."""
+    """Return the layers of `model`, a transformers causal language model. Raise ConfigError for one
+    that does not name them."""
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
@@ -166,8 +166,8 @@ def decoder_layers(model: Any) -> list[Any]:
 
 
 def skeleton(files: ModelFiles, trust_remote_code: bool, dtype: torch.dtype) -> Any:
-    """The model without weights, on torch's meta device: its layers and their sizes; an adapter's
-    base. Raises ConfigError where its configuration gives none."""
+    """Return the model without weights, on torch's meta device; for an adapter its base. Raise
+    ConfigError if its configuration cannot be used."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(files, trust_remote_code)

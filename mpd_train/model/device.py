@@ -10,6 +10,8 @@ from mpd_data.common.errors import ConfigError
 
 
 def choose_device(name: str) -> torch.device:
+    """Return the device for --device, under torchrun the process's own GPU. Raise ConfigError if
+    there is no GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -23,7 +25,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def compute_dtype(device: torch.device, name: str) -> torch.dtype:
-    """What --dtype means: auto is bfloat16 on CUDA and float32 on a CPU."""
+    """Return the dtype for --dtype: auto is bfloat16 on CUDA and float32 on a CPU."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, name)
@@ -34,5 +36,5 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     """bfloat16 compute over float32 weights, or plain float32."""
     if dtype == torch.float32:
         return nullcontext()
-    # Without its cache, which would keep a copy of each weight until the end of the pass.
+    # Without the cache, which would keep a copy of each weight until the end of the pass.
     return torch.autocast(device.type, dtype=dtype, cache_enabled=False)

@@ -1,5 +1,4 @@
-"""Liger's Triton kernels for what surrounds the products: norms, gated activations, rotary
-embeddings. The loss is this project's own."""
+"""Liger's Triton kernels for norms, gated activations and rotary embeddings; not for the loss."""
 
 from typing import Any
 
@@ -9,7 +8,7 @@ from mpd_data.common.errors import ConfigError, requires
 
 
 def require(device: torch.device) -> None:
-    """Raises ConfigError where `device` cannot run the kernels, or they are not installed."""
+    """Raise ConfigError if `device` cannot run the kernels, or if they are not installed."""
     if device.type != "cuda":
         raise ConfigError(
             "--liger-kernel: its kernels are Triton's and need a CUDA device; training is on"
@@ -19,12 +18,12 @@ def require(device: torch.device) -> None:
 
 
 def apply(model: Any, name: str) -> None:
-    """Has the layers of `model`, a transformers causal language model called `name`, compute with
-    the kernels; in place.
+    """Make the layers of `model`, a transformers causal language model called `name`, use the
+    kernels; in place.
 
-    Liger puts its functions and classes into transformers' module of the family too: from then
-    on every model of that family in this process needs the device. Raises ConfigError for a family
-    that Liger does not know, which it would leave as it is without a word.
+    Liger also patches transformers' module of the family: from then on every model of that family
+    in this process needs the device. Raise ConfigError for a family that Liger does not support,
+    which it would silently leave unchanged.
     """
     known, family = _families(), model.config.model_type
     if family not in known:
@@ -38,7 +37,7 @@ def apply(model: Any, name: str) -> None:
 
 
 def _families() -> set[str]:
-    """The families that Liger has kernels for, as models' configurations name them."""
+    """Return the families that Liger has kernels for, as models' configurations name them."""
     with requires("liger", "--liger-kernel"):
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     return set(MODEL_TYPE_TO_APPLY_LIGER_FN)

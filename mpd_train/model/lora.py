@@ -1,5 +1,5 @@
-"""Low-rank adapters, through peft: put into the student, kept apart, merged for the engine; and
-those that a model comes with, merged to be trained as one or trained on."""
+"""Low-rank adapters, through peft: attach new ones to the student, continue or merge those that a
+model comes with, save them and merge them for the engine."""
 
 import shutil
 from pathlib import Path
@@ -12,27 +12,27 @@ from mpd_data.common.files import atomic_folder
 from mpd_data.common.models import ModelFiles, weight_files
 from mpd_train.config import LoraConfig
 
-# What an adapter may have otherwise than asked for: its name and beginnings, and how its layers are
-# chosen, which are compared themselves.
+# Settings in which a student's adapter may differ from the requested one: its names and its
+# initialisation, and how its layers are chosen (the layers themselves are compared).
 _FREE = {
     "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping",
     "peft_version", "init_lora_weights", "fan_in_fan_out", "lora_dropout", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
-# Beginnings that leave the base's weights as they are.
-_PLAIN_BEGINNINGS = (True, False, "gaussian", "orthogonal")
+# Initialisations that leave the base's weights unchanged.
+_PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
 def attach(
     model: Any, files: ModelFiles, config: LoraConfig, revision: str | None, seed: int
 ) -> Any:
-    """Freezes `model`, of the student `files`, puts adapters into its layers in place and returns
-    peft's wrapper, which saves and merges them. A student that is an adapter on `model` goes on
-    with that; other adapters start from `seed`, and at zero effect.
+    """Freeze `model`, of the student `files`, put adapters into its layers in place and return
+    peft's wrapper, which saves and merges them. For a student that is an adapter on `model` its
+    training continues; new adapters are initialised from `seed`, and have no effect at first.
 
-    Raises ConfigError where peft is missing, where a target names no layer, where one is the
-    embedding or the head (the loss takes the head's weight as it is), and for a student's adapter
-    that is another than the one asked for.
+    Raise ConfigError if peft is missing, if a target names no layer, if one is the embedding or the
+    head (the loss uses the head's weight directly), and for a student's adapter with other settings
+    than the requested ones.
     """
     peft = _peft("--lora-r")
     targets = config.lora_target_modules
@@ -45,7 +45,7 @@ def attach(
                     " name. Give the last parts of layers' names, as q_proj, or all-linear."
                 )
     elif len(targets) > 1:
-        raise ConfigError("--lora-target-modules: all-linear stands alone, or name the layers.")
+        raise ConfigError("--lora-target-modules: give all-linear alone, or the layers' names.")
     settings = peft.LoraConfig(
         r=config.lora_r,
         lora_alpha=2 * config.lora_r if config.lora_alpha is None else config.lora_alpha,
@@ -93,7 +93,7 @@ def merge(model: Any, files: ModelFiles) -> None:
 
 
 def save_and_merge(adapted: Any, folder: Path) -> None:
-    """Writes the adapters as peft's folder, then adds them to the student's weights in place:
+    """Write the adapters as peft's folder, then merge them into the student's weights in place:
     the student is a plain model again."""
     if folder.exists():
         shutil.rmtree(folder)
@@ -102,25 +102,26 @@ def save_and_merge(adapted: Any, folder: Path) -> None:
     adapted.merge_and_unload()
 
 
-def _further(model: Any, files: ModelFiles, asked: Any) -> tuple[Any, bool]:
-    """`_put` of the adapter of `files`, which has to be as `asked`, to be trained further."""
-    found = _settings_of(model, files)
-    wanted = _layers(model, asked.target_modules)
-    old, new = found.to_dict(), asked.to_dict()
+def _further(model: Any, files: ModelFiles, requested: Any) -> tuple[Any, bool]:
+    """`_put` the adapter of `files`, to continue its training. Raise ConfigError unless it has the
+    `requested` settings."""
+    settings = _settings_of(model, files)
+    wanted = _layers(model, requested.target_modules)
+    old, new = settings.to_dict(), requested.to_dict()
     unlike = [
-        f"{name} {old.get(name)!r}, asked for {new[name]!r}"
+        f"{name} {old.get(name)!r}, requested {new[name]!r}"
         for name in sorted(new.keys() - _FREE)
         if old.get(name) != new[name]
     ]
-    found.lora_dropout = asked.lora_dropout
-    adapted, ends_are_free = _read(model, files, found, to_train=True)
+    settings.lora_dropout = requested.lora_dropout
+    adapted, ends_are_free = _read(model, files, settings, to_train=True)
     layers = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     if layers != wanted:
-        unlike.append(f"layers {_last_parts(layers)}, asked for {_last_parts(wanted)}")
+        unlike.append(f"layers {_last_parts(layers)}, requested {_last_parts(wanted)}")
     if unlike:
         raise ConfigError(
-            f"{files.name}: an adapter, which --lora-r trains further where it is as asked for; it"
-            f" has {'; '.join(unlike)}. Give what it has (--lora-r, --lora-alpha,"
+            f"{files.name}: an adapter, whose training --lora-r continues only with the same"
+            f" settings; it has {'; '.join(unlike)}. Give its settings (--lora-r, --lora-alpha,"
             " --lora-target-modules), or leave out --lora-r: it is then merged into its base, and"
             " all weights are trained."
         )
@@ -128,7 +129,7 @@ def _further(model: Any, files: ModelFiles, asked: Any) -> tuple[Any, bool]:
 
 
 def _settings_of(model: Any, files: ModelFiles) -> Any:
-    """The settings of the adapter of `files`, as peft has them."""
+    """Return peft's settings of the adapter of `files`."""
     peft = _peft(f"{files.name}: an adapter")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ConfigError(
@@ -140,7 +141,7 @@ def _settings_of(model: Any, files: ModelFiles) -> Any:
         settings = peft.LoraConfig.from_pretrained(str(files.adapter))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{files.adapter}: cannot be read by peft: {error}") from error
-    if settings.init_lora_weights not in _PLAIN_BEGINNINGS:
+    if settings.init_lora_weights not in _PLAIN_INITIALISATIONS:
         raise ConfigError(
             f"{files.name}: an adapter that began by {settings.init_lora_weights!r}, which changes"
             " the base's own weights. Merge it with peft as its makers say, and give the merged"
@@ -151,8 +152,8 @@ def _settings_of(model: Any, files: ModelFiles) -> Any:
 
 
 def _read(model: Any, files: ModelFiles, settings: Any, to_train: bool) -> tuple[Any, bool]:
-    """`_put`, with the weights of the adapter of `files` (none on the meta device). One that is
-    `to_train` further has adapters alone."""
+    """`_put`, then load the weights of the adapter of `files` (none on the meta device). One
+    `to_train` further must consist of adapters alone."""
     assert files.adapter is not None
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors import SafetensorError
@@ -170,7 +171,7 @@ def _read(model: Any, files: ModelFiles, settings: Any, to_train: bool) -> tuple
         tensors: dict[str, torch.Tensor] = {}
         for file in weight_files(files.adapter):
             tensors |= load_file(file)
-        # peft keeps trained embeddings whole, and reads them into the base.
+        # peft stores trained embeddings whole, and loads them into the base.
         known = expected if to_train else expected | adapted.state_dict().keys()
         if unknown := sorted((tensors.keys() - known) | (expected - tensors.keys())):
             raise ConfigError(
@@ -187,18 +188,18 @@ def _read(model: Any, files: ModelFiles, settings: Any, to_train: bool) -> tuple
 
 
 def _put(model: Any, settings: Any) -> tuple[Any, bool]:
-    """Puts adapters into `model` in place; peft's wrapper, and whether embedding and output head
-    have none. Raises ValueError where the settings fit no layer."""
+    """Put adapters into `model` in place; return peft's wrapper, and whether embedding and output
+    head have none. Raise ValueError if the settings fit no layer."""
     from peft import get_peft_model
 
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     adapted = get_peft_model(model, settings)
-    found = (model.get_input_embeddings(), model.get_output_embeddings())
-    return adapted, all(now is before for now, before in zip(found, ends, strict=True))
+    now = (model.get_input_embeddings(), model.get_output_embeddings())
+    return adapted, all(new is old for new, old in zip(now, ends, strict=True))
 
 
 def _layers(model: Any, targets: Any) -> set[str]:
-    """The layers of `model`, which has no adapters, that peft would give one."""
+    """Return the layers of `model`, which has no adapters, that peft would give one."""
     if targets != "all-linear":
         names = (name for name, _ in model.named_modules())
         return {name for name in names if any(_ends_with(name, target) for target in targets)}

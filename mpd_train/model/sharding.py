@@ -23,47 +23,48 @@ def load_sharded(
     ranks: Ranks,
     offload: bool = False,
 ) -> CausalLM:
-    """What `load` makes, shared out among the processes' devices. The first process alone reads
-    weights, into the CPU's memory; each of the others never has more than its part and one weight.
-    With `offload` all but the head stays in the CPU's memory, and layers come to the device for
-    their passes. Raises what `load` raises, in all processes where it is raised in the first."""
+    """Return the model that `load` makes, sharded over the processes' devices. Only the first
+    process reads weights, into the CPU's memory; each of the others never has more than its part
+    and one weight. With `offload` all but the head stays in the CPU's memory, and layers come to
+    the device for their passes. Raise what `load` raises; if it does in the first process, all
+    processes raise."""
     first: CausalLM | None = None
     failed = float(ranks.first)
     try:
         if ranks.first:
             first, failed = load(torch.device("cpu")), 0.0
     finally:
-        # Who waits for weights that never come could not say why.
+        # The others would wait for weights for ever.
         failed = ranks.sum([failed])[0]
     if failed:
-        raise MPDError("the first process could not load a model; it says why.")
+        raise MPDError("the first process could not load a model; its error says why.")
     loaded = load(torch.device("meta"))
     shard(loaded.model, device, ranks, offload)
     _fill(loaded.model, None if first is None else first.model, device)
-    # Found out with weights.
-    found = [None if first is None else (first.logit_scale, first.softcap)]
-    dist.broadcast_object_list(found, device=torch.device("cpu"))
-    assert found[0] is not None
-    loaded.logit_scale, loaded.softcap = found[0]
+    # These can be determined with weights only.
+    head = [None if first is None else (first.logit_scale, first.softcap)]
+    dist.broadcast_object_list(head, device=torch.device("cpu"))
+    assert head[0] is not None
+    loaded.logit_scale, loaded.softcap = head[0]
     return loaded
 
 
 def _fill(model: Any, source: Any | None, device: torch.device) -> None:
-    """Weights and buffers of the first process's `source` into `model`, sharded, of which it
-    is the like."""
+    """Copy weights and buffers of the first process's `source` into `model`, the same model,
+    sharded."""
     from torch.distributed.tensor import distribute_tensor
 
     weights = {} if source is None else dict(source.named_parameters())
     for name, part in model.named_parameters():
         if source is None:
-            # Not read: the first process scatters.
+            # Its contents are not read: the first process scatters.
             weight = torch.empty(part.shape, dtype=part.dtype, device=device)
         else:
             weight = weights[name].detach().to(device)
         with torch.no_grad():
             part.copy_(distribute_tensor(weight, part.device_mesh, part.placements))
-    # As they are there, precision included: rotary frequencies are in no file, and stay float32 in
-    # a model of bfloat16.
+    # With the first process's dtypes: rotary frequencies are in no file, and stay float32 in a
+    # bfloat16 model.
     buffers = [None if source is None else dict(source.named_buffers())]
     dist.broadcast_object_list(buffers, device=torch.device("cpu"))
     for name, buffer in (buffers[0] or {}).items():
@@ -72,8 +73,8 @@ def _fill(model: Any, source: Any | None, device: torch.device) -> None:
 
 
 def gather(model: Any, like: Any, ranks: Ranks) -> None:
-    """Weights and buffers of the sharded `model` into `like`, the same model on the meta device,
-    in the CPU's memory of the first process. All have to join in."""
+    """Copy weights and buffers of the sharded `model` into `like`, the same model on the meta
+    device, in the CPU's memory of the first process. All processes have to call this."""
     if ranks.first:
         head, embedding = like.get_output_embeddings(), like.get_input_embeddings()
         tied = head.weight is embedding.weight
@@ -92,9 +93,9 @@ def gather(model: Any, like: Any, ranks: Ranks) -> None:
 
 
 def shard(model: Any, device: torch.device, ranks: Ranks, offload: bool) -> None:
-    """Shares `model`, a transformers causal language model on the meta device, out among the
-    processes' devices, layer by layer, with room for its weights and nothing in it. Raises
-    ConfigError for a model that does not say what its layers are."""
+    """Shard `model`, a transformers causal language model on the meta device, over the processes'
+    devices, layer by layer, with uninitialised weights. Raise ConfigError for a model that does not
+    name its layers."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
@@ -108,7 +109,7 @@ def shard(model: Any, device: torch.device, ranks: Ranks, offload: bool) -> None
     tied = head.weight is model.get_input_embeddings().weight
     fully_shard(decoder, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     if not tied:
-        # The loss takes its weight as it is: no pass goes through it.
+        # The loss uses its weight directly: no forward pass goes through it.
         fully_shard(head, mesh=mesh)
     decoder.to_empty(device=torch.device("cpu") if offload else device)
     if not tied:
@@ -116,17 +117,17 @@ def shard(model: Any, device: torch.device, ranks: Ranks, offload: bool) -> None
         return
     if getattr(head, "bias", None) is not None:
         raise ConfigError(
-            f"{type(model).__name__}: an output bias beside an output embedding that is the input's"
-            " too. Train it with one process and without --teacher-offload."
+            f"{type(model).__name__}: it has an output bias, and its output embedding is tied to"
+            " the input's. Train it with one process and without --teacher-offload."
         )
     head.weight = model.get_input_embeddings().weight
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """A parameter put together, the same for all processes; all of them have to ask."""
+    """Return the full parameter, the same for all processes; all of them have to call this."""
     return gathered(parameter.detach())
 
 
 def clip_grad_norm(model: nn.Module, largest: float) -> float:
-    """Scales the gradients down to a norm of at most `largest`; returns the norm before."""
+    """Scale the gradients down to a norm of at most `largest`; return the norm before."""
     return float(whole(nn.utils.clip_grad_norm_(model.parameters(), largest)))
