@@ -3,19 +3,19 @@
 from collections.abc import Iterator
 
 from mpd_data.inspect.stats import MARKERS
-from mpd_rounds.report import figures, plots
+from mpd_rounds.report import plots, queries
 from mpd_rounds.report.document import (
     Bar,
     Block,
-    Figure,
-    Figures,
     Paragraph,
+    Plot,
+    Plots,
     Table,
     number,
     percent,
     points,
 )
-from mpd_rounds.report.figures import Evaluation, Measured
+from mpd_rounds.report.queries import Evaluation, Measured
 from mpd_rounds.report.run import Run, round_name
 
 _INTERVALS = (
@@ -43,9 +43,9 @@ def results(measured: list[Evaluation]) -> Iterator[Block]:
         if found:
             wide = len(measured) == 1
             svg = plots.pareto(of.name, {"": found}, wide)
-            drawn.append(Figure(svg, f"{of.name}: {_in_words(found)}"))
+            drawn.append(Plot(svg, f"{of.name}: {_in_words(found)}"))
     if drawn:
-        yield Figures(
+        yield Plots(
             drawn,
             "Accuracy against mean tokens, a panel for each evaluation set: the open circle is the"
             " base, lines are 95% intervals. Up and to the left is better.",
@@ -154,9 +154,9 @@ def results_of_runs(by_run: dict[str, list[Evaluation]]) -> Iterator[Block]:
         if lines:
             svg = plots.pareto(name, lines, len(sets) == 1)
             said = ". ".join(f"{label}: {_in_words(found)}" for label, found in lines.items())
-            drawn.append(Figure(svg, f"{name}. {said}"))
+            drawn.append(Plot(svg, f"{name}. {said}"))
     if drawn:
-        yield Figures(
+        yield Plots(
             drawn,
             "Accuracy against mean tokens, a panel for each evaluation set and a line for each run:"
             " it begins at the open circle, the base; crosses are 95% intervals. Up and to the left"
@@ -176,10 +176,10 @@ def results_of_runs(by_run: dict[str, list[Evaluation]]) -> Iterator[Block]:
 
 def lengths(run: Run) -> Iterator[Block]:
     drawn, rows = [], []
-    panels: dict[str, dict[str, figures.Lengths]]
+    panels: dict[str, dict[str, queries.LengthCounts]]
     if run.headline is not None:
         found = {
-            round_name(n): figures.rollout_lengths(folder)
+            round_name(n): queries.rollout_lengths(folder)
             for n, folder in run.evaluations[run.headline].items()
         }
         panels = {label: {label: of} for label, of in found.items()}
@@ -187,8 +187,8 @@ def lengths(run: Run) -> Iterator[Block]:
         rows += [[f"{run.headline}, {label}", *_length_cells(of)] for label, of in found.items()]
     panels = {}
     for n, folder in run.rounds.items():
-        panel = {"drafts": figures.rollout_lengths(folder)}
-        kept = figures.rewrite_lengths(folder)
+        panel = {"drafts": queries.rollout_lengths(folder)}
+        kept = queries.rewrite_lengths(folder)
         if kept is not None:
             panel["kept rewrites"] = kept
         panels[round_name(n)] = panel
@@ -196,7 +196,7 @@ def lengths(run: Run) -> Iterator[Block]:
     if panels:
         drawn.append(_lengths_figure("Training rounds: drafts and kept rewrites", panels))
     if drawn:
-        yield Figures(
+        yield Plots(
             drawn,
             "Share of traces by length, all panels of a figure in the same bins. Lines mark the"
             " mean (solid) and the median (dashed), the triangle the 95th percentile.",
@@ -204,9 +204,9 @@ def lengths(run: Run) -> Iterator[Block]:
         yield Table("Tokens per trace", ["", "traces", "mean", "median", "95%", "longest"], rows)
 
 
-def _lengths_figure(title: str, panels: dict[str, dict[str, figures.Lengths]]) -> Figure:
+def _lengths_figure(title: str, panels: dict[str, dict[str, queries.LengthCounts]]) -> Plot:
     flat = {f"{a}\n{b}": of for a, panel in panels.items() for b, of in panel.items()}
-    binned = figures.histograms(flat)
+    binned = queries.histograms(flat)
     drawn = {
         a: {b: (of, binned[f"{a}\n{b}"]) for b, of in panel.items()} for a, panel in panels.items()
     }
@@ -216,9 +216,9 @@ def _lengths_figure(title: str, panels: dict[str, dict[str, figures.Lengths]]) -
         for a, panel in panels.items()
         for b, of in panel.items()
     )
-    return Figure(plots.lengths(title, drawn), f"{title}. {said}")
+    return Plot(plots.lengths(title, drawn), f"{title}. {said}")
 
 
-def _length_cells(of: figures.Lengths) -> list[str]:
+def _length_cells(of: queries.LengthCounts) -> list[str]:
     quantiles = (of.quantile(q) for q in (0.5, 0.95, 1.0))
     return [f"{of.samples:,}", number(of.mean), *(f"{q:,}" for q in quantiles)]

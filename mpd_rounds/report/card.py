@@ -11,7 +11,7 @@ from mpd_data.inspect.contamination import check_contamination
 from mpd_data.inspect.stats import collect, scan
 from mpd_data.store.round import RoundDir
 from mpd_rounds.report.document import Block, Code, Paragraph, Section, Table
-from mpd_rounds.report.figures import Funnel
+from mpd_rounds.report.queries import Funnel
 from mpd_rounds.report.run import Run, shard_metadata, stage_info
 
 NOT_DECLARED = "not declared"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mpd_rounds.report.figures import Histogram, Lengths
+from mpd_rounds.report.queries import Histogram, LengthCounts
 
 # Stand-ins, of which the page makes its own colours: each is used for nothing else.
 INK, MUTED, GRID, PAPER = "#1a1d21", "#5c636b", "#d9dde2", "#fefefe"
@@ -207,7 +207,7 @@ def _label(axes: Any, named: list[tuple[str, Point, str]], size: tuple[float, fl
 
 def lengths(
     title: str,
-    panels: dict[str, dict[str, tuple[Lengths, Histogram]]],
+    panels: dict[str, dict[str, tuple[LengthCounts, Histogram]]],
 ) -> str:
     """Distributions of trace lengths, one panel above the other on one axis; in a panel the first
     is grey, where there is a second. Lines mark mean and median, a tick the 95th percentile."""

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from mpd_rounds.report import examples, figures
+from mpd_rounds.report import examples, queries
 from mpd_rounds.report.accuracy import lengths, results, results_of_runs
 from mpd_rounds.report.card import data_card
+from mpd_rounds.report.data_and_training import funnel_tables, training_curves, training_tiles
 from mpd_rounds.report.document import (
     Block,
     Document,
@@ -20,9 +21,8 @@ from mpd_rounds.report.document import (
     percent,
     points,
 )
-from mpd_rounds.report.figures import Evaluation, Funnel, Training
-from mpd_rounds.report.making import funnel_tables, training_curves, training_tiles
 from mpd_rounds.report.provenance import provenance, training_provenance, unlike_settings
+from mpd_rounds.report.queries import Evaluation, Funnel, Training
 from mpd_rounds.report.run import BASE, Run, dates, read_json, round_name
 
 
@@ -30,8 +30,8 @@ def single(run: Run) -> Document:
     """The report of one run: of mpd-rounds, or of one training alone."""
     if not run.is_pipeline:
         return _of_training(run)
-    measured = figures.evaluations(run)
-    funnels = {n: figures.funnel(folder) for n, folder in run.rounds.items()}
+    measured = queries.evaluations(run)
+    funnels = {n: queries.funnel(folder) for n, folder in run.rounds.items()}
     overview: list[Block] = [*_missing([run])]
     if tiles := _tiles(run, measured, funnels):
         overview.append(Tiles(tiles))
@@ -70,7 +70,7 @@ def _sections(
 
 def several(runs: list[Run]) -> Document:
     """The comparison of several runs, then each of them."""
-    by_run = {run.label: figures.evaluations(run) for run in runs}
+    by_run = {run.label: queries.evaluations(run) for run in runs}
     comparison: list[Block] = [*_missing(runs), *results_of_runs(by_run)]
     sections = [Section("comparison", "Comparison", comparison)]
     settings = unlike_settings(runs)
@@ -78,7 +78,7 @@ def several(runs: list[Run]) -> Document:
         sections.append(Section("differences", "Settings that differ", settings))
     for index, run in enumerate(runs):
         prefix = f"run-{index}-"
-        funnels = {n: figures.funnel(folder) for n, folder in run.rounds.items()}
+        funnels = {n: queries.funnel(folder) for n, folder in run.rounds.items()}
         blocks: list[Block] = []
         if tiles := _tiles(run, by_run[run.label], funnels):
             blocks.append(Tiles(tiles))
@@ -107,7 +107,7 @@ def _of_training(run: Run) -> Document:
 def _trainings(run: Run) -> dict[str, Training]:
     """With their names on the page."""
     return {
-        round_name(n) if run.is_pipeline else run.label: figures.training(folder)
+        round_name(n) if run.is_pipeline else run.label: queries.training(folder)
         for n, folder in run.trainings.items()
     }
 

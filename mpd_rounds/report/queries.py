@@ -32,7 +32,7 @@ CURVES: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 @dataclass(frozen=True)
-class Lengths:
+class LengthCounts:
     """A distribution of token counts. `counts` has the columns `tokens`, ascending, and `samples`,
     a row for each length."""
 
@@ -62,7 +62,7 @@ class Histogram:
     shares: list[float]
 
 
-def histograms(lengths: dict[str, Lengths]) -> dict[str, Histogram]:
+def histograms(lengths: dict[str, LengthCounts]) -> dict[str, Histogram]:
     """Of each distribution, in the same bins (those of `mpd-gen stats`)."""
     frames = [
         of.counts.with_columns(pl.lit(label).alias("folder")) for label, of in lengths.items()
@@ -78,15 +78,15 @@ def histograms(lengths: dict[str, Lengths]) -> dict[str, Histogram]:
     return found
 
 
-def rollout_lengths(folder: Path) -> Lengths:
+def rollout_lengths(folder: Path) -> LengthCounts:
     """Completion tokens of the rollouts in a round's folder, which has some."""
     frame = scan([folder], "rollouts")
     assert frame is not None
     counts = of_lengths(frame).group_by("tokens").agg(pl.col("samples").sum()).sort("tokens")
-    return Lengths(counts)
+    return LengthCounts(counts)
 
 
-def rewrite_lengths(folder: Path) -> Lengths | None:
+def rewrite_lengths(folder: Path) -> LengthCounts | None:
     """Tokens of the kept rewrites; None where there is none."""
     frame = scan([folder], "distill")
     if frame is None:
@@ -95,7 +95,7 @@ def rewrite_lengths(folder: Path) -> Lengths | None:
     counts = collect(
         kept.group_by(tokens=pl.col("num_rewritten_tokens")).agg(pl.len().alias("samples"))
     ).sort("tokens")
-    return Lengths(counts) if counts.height else None
+    return LengthCounts(counts) if counts.height else None
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,20 @@
 
 from collections.abc import Callable, Iterator
 
-from mpd_rounds.report import figures, plots
+from mpd_rounds.report import plots, queries
 from mpd_rounds.report.document import (
     NONE,
     Bar,
     Block,
-    Figure,
-    Figures,
+    Plot,
+    Plots,
     Table,
     Tile,
     Tiles,
     number,
     percent,
 )
-from mpd_rounds.report.figures import Funnel, Training
+from mpd_rounds.report.queries import Funnel, Training
 from mpd_rounds.report.run import round_name
 
 # -- funnel -------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def training_curves(trainings: dict[str, Training]) -> Iterator[Block]:
     if not trainings:
         return
     drawn = []
-    for names, title in figures.CURVES:
+    for names, title in queries.CURVES:
         rounds = {
             label: {
                 _SERIES_NAMES.get(name, name): of.columns[name]
@@ -126,9 +126,9 @@ def training_curves(trainings: dict[str, Training]) -> Iterator[Block]:
                 for label, series in rounds.items()
                 for name, values in series.items()
             )
-            drawn.append(Figure(plots.curves(title, rounds), f"{title}, by step. {said}"))
+            drawn.append(Plot(plots.curves(title, rounds), f"{title}, by step. {said}"))
     several = len(trainings) > 1
-    yield Figures(
+    yield Plots(
         drawn,
         "By optimiser step" + (", rounds one after another." if several else ".")
         + (" Of long trainings each point is a mean of neighbouring steps."
