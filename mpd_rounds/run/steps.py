@@ -3,9 +3,9 @@
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PrivateAttr
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.options import arguments, parse
@@ -28,7 +28,24 @@ class Licenses(Strict):
     prompts: str | None = None
 
 
-class Pipeline(Strict):
+class SettingsFile(Strict):
+    """Settings of a TOML file, which errors name."""
+
+    _source: str = PrivateAttr("")
+
+    @property
+    def source(self) -> str:
+        return self._source
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], source: str) -> Self:
+        """Return the settings. Raises ConfigError naming `source` and the setting."""
+        settings = parse(cls, values, source)
+        settings._source = source
+        return settings
+
+
+class Pipeline(SettingsFile):
     """A pipeline file. The sections hold the settings of their commands; what a round decides
     (models, folders, round number) is not theirs to set. Paths are relative to where the
     command is run. The first evaluation set gives the headline figures."""
@@ -69,8 +86,11 @@ class Step:
 
 
 def load_pipeline(path: Path, overrides: tuple[str, ...]) -> Pipeline:
-    """Reads a pipeline file. Raises ConfigError naming the file and the setting."""
-    return parse(Pipeline, read_settings(path, overrides), str(path))
+    """Read a pipeline file. Raises ConfigError naming the file and the setting."""
+    values = read_settings(path, overrides)
+    if "pipeline" in values and "group" in values:
+        raise ConfigError(f"{path}: a study, not a pipeline. Run it with mpd-study {path} --out …")
+    return Pipeline.from_values(values, str(path))
 
 
 def read_settings(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
@@ -117,21 +137,22 @@ def override(values: dict[str, Any], name: str, value: Any, where: str) -> None:
 
 
 def _stage(
-    model: type[BaseModel], section: str, given: dict[str, Any], fixed: dict[str, Any]
+    model: type[BaseModel], p: Pipeline, section: str, given: dict[str, Any], fixed: dict[str, Any]
 ) -> Any:
-    """A stage's settings: the section's and the ones the pipeline fixes."""
+    """Return a stage's settings: those `given` in a section, and those that the pipeline fixes."""
     clash = sorted(given.keys() & fixed.keys())
     if clash:
         raise ConfigError(
-            f"[{section}]: {', '.join(clash)} are decided by the pipeline; remove them."
+            f"{p.source}: [{section}]: the pipeline sets {', '.join(clash)}; remove them."
         )
-    return parse(model, {**given, **fixed}, f"[{section}]")
+    return parse(model, {**given, **fixed}, p.source, section)
 
 
 def rollouts_step(p: Pipeline, student: str, round_: int, out: Path) -> Step:
     """`student`, or the teacher where it is the sampler, samples into the round `out`."""
     rollouts = _stage(
         RolloutsConfig,
+        p,
         "rollouts",
         p.rollouts,
         {
@@ -156,6 +177,7 @@ def rewrite_step(p: Pipeline, student: str, round_: int, shards: Path) -> Step:
     chooses = p.rewrite.get("choose") == "likeliest"
     rewrite = _stage(
         RewriteConfig,
+        p,
         "rewrite",
         p.rewrite,
         {
@@ -181,6 +203,7 @@ def train_step(p: Pipeline, student: str, round_: int, shards: Path, out: Path) 
     """`student` learns the round `shards`; the new one is `out`/model."""
     train = _stage(
         TrainConfig,
+        p,
         "train",
         p.train,
         {"shards": [shards], "student": student, "out": out, "seed": p.seed},
@@ -201,7 +224,8 @@ def evaluation_step(
     """`student`, that of after `round_` rounds, samples on held-out prompts."""
     rollouts = _stage(
         RolloutsConfig,
-        f"evaluation {chosen.name}",
+        p,
+        f"evaluation.{chosen.name}.rollouts",
         chosen.rollouts,
         {"model": student, "out": out, "seed": p.seed},
     )

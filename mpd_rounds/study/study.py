@@ -24,12 +24,12 @@ from pydantic import Field, field_validator
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.files import write_json_atomic
 from mpd_data.common.hashing import content_key
-from mpd_data.common.options import parse
 from mpd_data.config import Strict
 from mpd_data.store.round import RoundDir
 from mpd_rounds.run.runner import Runner
 from mpd_rounds.run.steps import (
     Pipeline,
+    SettingsFile,
     Step,
     evaluation_step,
     override,
@@ -70,7 +70,7 @@ class Group(Strict):
     setting: list[Setting] = Field(min_length=1)
 
 
-class Study(Strict):
+class Study(SettingsFile):
     """A study file. `pipeline` holds what all settings begin with; a group's `set` comes on top of
     it, and a setting's on top of that."""
 
@@ -116,8 +116,11 @@ class Run:
 
 
 def load_study(path: Path, overrides: tuple[str, ...]) -> Study:
-    """Reads a study file. Raises ConfigError naming the file and what is wrong in it."""
-    study = parse(Study, read_settings(path, overrides), str(path))
+    """Read a study file. Raises ConfigError naming the file and what is wrong in it."""
+    values = read_settings(path, overrides)
+    if "rollouts" in values and "group" not in values:
+        raise ConfigError(f"{path}: a pipeline, not a study. Run it with mpd-rounds {path}.")
+    study = Study.from_values(values, str(path))
     names = [setting.name for group in study.group for setting in group.setting]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -165,7 +168,7 @@ class Planner:
             raise ConfigError(f"setting {name!r} begins with its own result.")
         group = self._study.group_of(name)
         setting = next(own for own in group.setting if own.name == name)
-        where = f"group {group.name!r}, setting {setting.name!r}"
+        where = f"{self._study.source}: group {group.name!r}, setting {setting.name!r}"
         values = copy.deepcopy(self._study.pipeline) | {"seed": seed}
         for dotted, value in {**group.set, **setting.set}.items():
             if dotted.partition(".")[0] in _NOT_ITS_OWN:
@@ -176,7 +179,7 @@ class Planner:
             if str(values.get(role, "")).startswith(_RESULT_OF):
                 before.append(self._result_of(values[role], seed, (*through, setting.name), where))
                 values[role] = before[-1].model
-        pipeline = parse(Pipeline, values, where)
+        pipeline = Pipeline.from_values(values, where)
         sets = {chosen.name: chosen for chosen in pipeline.evaluation}
         if unknown := [name for name in group.evaluation if name not in sets]:
             raise ConfigError(
