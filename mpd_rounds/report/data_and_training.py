@@ -1,5 +1,6 @@
-"""How the data was made and what was learned from it: the funnel of each round, and training."""
+"""Sections on how the data was made (the funnel of each round) and on the trainings."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from mpd_rounds.report import plots, queries
@@ -20,58 +21,15 @@ from mpd_rounds.report.run import round_name
 
 # -- funnel -------------------------------------------------------------------------------------
 
-
-def funnel_tables(funnels: dict[int, Funnel]) -> Iterator[Block]:
-    if not funnels:
-        return
-    head = ["", *(round_name(n) for n in funnels)]
-    stages: list[tuple[str, Callable[[Funnel], int]]] = [
-        ("prompts", lambda of: of.prompts),
-        ("rollouts", lambda of: of.rollouts),
-        ("not cut off", lambda of: of.whole),
-        ("rewrites", lambda of: of.answered),
-        ("kept", lambda of: of.kept),
-    ]
-    rows: list[list[str | Bar]] = []
-    for name, count in stages:
-        cells: list[str | Bar] = [name]
-        for of in funnels.values():
-            share = count(of) / of.rollouts
-            said = f"{count(of):,}" if name == "prompts" else f"{count(of):,} · {percent(share)}"
-            cells.append(said if name == "prompts" else Bar(said, share))
-        rows.append(cells)
-    rows.append(
-        ["kept rewrites' length", *(f"{percent(of.ratio)} of the draft's" if of.ratio else NONE
-                                    for of in funnels.values())]
-    )  # fmt: skip
-    if any(of.failed for of in funnels.values()):
-        rows.append(["failed requests", *(f"{of.failed:,}" for of in funnels.values())])
-    yield Table(
-        "What is left after each stage",
-        head,
-        rows,
-        left=len(head),
-        note="Shares are of the rollouts. Rewrites: those that were given (the drafts themselves"
-        " where nothing is rewritten); none is asked for of drafts that were cut off. Length: mean"
-        " of the ratios.",
-    )
-    statuses = [s for s in _order(funnels) if s != "ok"]
-    rows = []
-    for status in statuses:
-        cells = [f"{status}: {_REASONS.get(status, '')}".rstrip(": ")]
-        for of in funnels.values():
-            rejected = of.statuses.get(status, 0)
-            share = rejected / max(sum(of.statuses.values()), 1)
-            cells.append(Bar(f"{rejected:,} · {percent(share)}", share))
-        rows.append(cells)
-    if rows:
-        yield Table(
-            "Why rewrites were rejected", head, rows, len(head), "Shares are of all rewrite rows."
-        )
-
+_STAGES: dict[str, Callable[[Funnel], int]] = {
+    "rollouts": lambda funnel: funnel.rollouts,
+    "not cut off": lambda funnel: funnel.whole,
+    "rewrites": lambda funnel: funnel.answered,
+    "kept": lambda funnel: funnel.kept,
+}
 
 _REASONS = {
-    "draft_truncated": "the draft hit its limit, the teacher is not asked",
+    "draft_truncated": "the draft hit its limit, so the teacher was not asked",
     "too_long": "does not fit the teacher's context",
     "truncated": "the rewrite hit its limit",
     "malformed": "not in the template's format, or without an answer",
@@ -82,17 +40,56 @@ _REASONS = {
     "too_short": "shorter than the draft allows",
     "repetitive": "repeats itself",
     "incorrect": "not the gold answer",
-    "not_chosen": "passed, but another rewrite was taken",
+    "not_chosen": "passed, but another rewrite was chosen",
 }
 
 
-def _order(funnels: dict[int, Funnel]) -> list[str]:
-    """Statuses that occur, the most frequent first."""
-    totals: dict[str, int] = {}
-    for of in funnels.values():
-        for status, count in of.statuses.items():
-            totals[status] = totals.get(status, 0) + count
-    return sorted(totals, key=lambda status: (-totals[status], status))
+def funnel_tables(funnels: dict[int, Funnel]) -> Iterator[Block]:
+    """Yield what is left of each round after each stage, and why rewrites were rejected."""
+    if not funnels:
+        return
+    head = ["", *map(round_name, funnels)]
+    rows: list[list[str | Bar]] = [
+        ["prompts", *(f"{funnel.prompts:,}" for funnel in funnels.values())]
+    ]
+    for stage, count in _STAGES.items():
+        bars = (_bar(count(funnel), funnel.rollouts) for funnel in funnels.values())
+        rows.append([stage, *bars])
+    ratios = [funnel.ratio for funnel in funnels.values()]
+    rows.append(
+        ["kept rewrites' length", *(f"{percent(r)} of the draft's" if r else NONE for r in ratios)]
+    )
+    if any(funnel.failed for funnel in funnels.values()):
+        rows.append(["failed requests", *(f"{funnel.failed:,}" for funnel in funnels.values())])
+    yield Table(
+        "What is left after each stage",
+        head,
+        rows,
+        left=len(head),
+        note="Shares are of the rollouts. Rewrites: the teacher's answers, or the drafts themselves"
+        " if nothing is rewritten. Drafts that were cut off are not rewritten. Length: mean of the"
+        " ratios.",
+    )
+    totals: Counter[str] = Counter()
+    for funnel in funnels.values():
+        totals.update(funnel.statuses)
+    del totals["ok"]
+    rows = []
+    for status in sorted(totals, key=lambda status: (-totals[status], status)):
+        label = f"{status}: {_REASONS[status]}" if status in _REASONS else status
+        bars = (
+            _bar(funnel.statuses.get(status, 0), sum(funnel.statuses.values()))
+            for funnel in funnels.values()
+        )
+        rows.append([label, *bars])
+    if rows:
+        note = "Shares are of all rewrite rows."
+        yield Table("Why rewrites were rejected", head, rows, len(head), note)
+
+
+def _bar(count: int, total: int) -> Bar:
+    share = count / max(total, 1)
+    return Bar(f"{count:,} · {percent(share)}", share)
 
 
 # -- training -----------------------------------------------------------------------------------
@@ -106,63 +103,62 @@ _SERIES_NAMES = {
 
 
 def training_curves(trainings: dict[str, Training]) -> Iterator[Block]:
-    trainings = {label: of for label, of in trainings.items() if of.steps}
+    """Yield the curves of the trainings, one after another, and a table of them."""
+    trainings = {label: training for label, training in trainings.items() if training.steps}
     if not trainings:
         return
     drawn = []
     for names, title in queries.CURVES:
         rounds = {
             label: {
-                _SERIES_NAMES.get(name, name): of.columns[name]
+                _SERIES_NAMES.get(name, name): training.columns[name]
                 for name in names
-                if name in of.columns
+                if name in training.columns
             }
-            for label, of in trainings.items()
+            for label, training in trainings.items()
         }
         rounds = {label: series for label, series in rounds.items() if series}
         if rounds:
-            said = "; ".join(
+            ends = "; ".join(
                 f"{label}, {name}: {_value(values[0][1])} to {_value(values[-1][1])}"
                 for label, series in rounds.items()
                 for name, values in series.items()
             )
-            drawn.append(Plot(plots.curves(title, rounds), f"{title}, by step. {said}"))
-    several = len(trainings) > 1
-    yield Plots(
-        drawn,
-        "By optimiser step" + (", rounds one after another." if several else ".")
-        + (" Of long trainings each point is a mean of neighbouring steps."
-           if any(of.steps > 300 for of in trainings.values()) else ""),
-    )  # fmt: skip
+            drawn.append(Plot(plots.curves(title, rounds), f"{title}, by step. {ends}"))
+    caption = "By optimiser step"
+    caption += ", rounds one after another." if len(trainings) > 1 else "."
+    if any(training.steps > plots.MOST_POINTS for training in trainings.values()):
+        caption += " In long trainings each point is the mean of neighbouring steps."
+    yield Plots(drawn, caption)
     rows: list[list[str | Bar]] = []
-    for label, of in trainings.items():
-        seconds = of.total("seconds")
-        pace = of.total("tokens") / seconds if seconds else None
-        losses = [_span(of, name) for name in ("loss", "kl", "validation_loss")]
-        cells = [f"{of.steps:,}", f"{of.total('tokens'):,.0f}", number(pace), *losses]
-        rows.append([label, *cells])
+    for label, training in trainings.items():
+        losses = []
+        for name in ("loss", "kl", "validation_loss"):
+            ends_of_column = training.first_and_last(name)
+            losses.append(
+                NONE if ends_of_column is None else " → ".join(map(_value, ends_of_column))
+            )
+        tokens, seconds = training.total("tokens"), training.total("seconds")
+        pace = number(tokens / seconds if seconds else None)
+        rows.append([label, f"{training.steps:,}", f"{tokens:,.0f}", pace, *losses])
     head = ["", "steps", "tokens", "tokens/s", "loss", "divergence", "validation loss"]
-    yield Table("Trainings", head, rows, note="Of losses the first and the last step's.")
+    yield Table("Trainings", head, rows, note="Losses: of the first and the last step.")
 
 
 def _value(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _span(of: Training, name: str) -> str:
-    found = of.first_and_last(name)
-    return NONE if found is None else f"{_value(found[0])} → {_value(found[1])}"
-
-
 def training_tiles(trainings: dict[str, Training]) -> Iterator[Block]:
-    for of in trainings.values():
-        seconds = of.total("seconds")
-        tiles = [Tile("Steps", f"{of.steps:,}", f"{of.total('tokens'):,.0f} tokens")]
+    """Yield the main results of each training."""
+    for training in trainings.values():
+        tokens, seconds = training.total("tokens"), training.total("seconds")
+        tiles = [Tile("Steps", f"{training.steps:,}", f"{tokens:,.0f} tokens")]
         for name, label in (("loss", "Loss"), ("validation_loss", "Validation loss")):
-            found = of.first_and_last(name)
-            if found is not None:
-                tiles.append(Tile(label, _value(found[1]), f"from {_value(found[0])}"))
+            ends = training.first_and_last(name)
+            if ends is not None:
+                tiles.append(Tile(label, _value(ends[1]), f"from {_value(ends[0])}"))
         if seconds:
-            pace = f"{of.total('tokens') / seconds:,.0f}"
+            pace = f"{tokens / seconds:,.0f}"
             tiles.append(Tile("Tokens per second", pace, f"{seconds:,.0f} s of steps"))
         yield Tiles(tiles)

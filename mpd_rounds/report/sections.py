@@ -1,4 +1,4 @@
-"""What a report says, section by section, of one run or of several."""
+"""The sections of a report, of one run or of several."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,9 +27,9 @@ from mpd_rounds.report.run import BASE, Run, dates, read_json, round_name
 
 
 def single(run: Run) -> Document:
-    """The report of one run: of mpd-rounds, or of one training alone."""
+    """Return the report of one run: of mpd-rounds, or of one training alone."""
     if not run.is_pipeline:
-        return _of_training(run)
+        return _training_report(run)
     measured = queries.evaluations(run)
     funnels = {n: queries.funnel(folder) for n, folder in run.rounds.items()}
     overview: list[Block] = [*_missing([run])]
@@ -50,7 +50,7 @@ def _sections(
     prefix: str,
     level: int,
 ) -> Iterator[Section]:
-    """All of a run but its overview."""
+    """Yield all sections of a run but its overview."""
 
     def section(anchor: str, title: str, blocks: list[Block]) -> Iterator[Section]:
         if blocks:
@@ -69,7 +69,7 @@ def _sections(
 
 
 def several(runs: list[Run]) -> Document:
-    """The comparison of several runs, then each of them."""
+    """Return the comparison of several runs, followed by each of them."""
     by_run = {run.label: queries.evaluations(run) for run in runs}
     comparison: list[Block] = [*_missing(runs), *results_of_runs(by_run)]
     sections = [Section("comparison", "Comparison", comparison)]
@@ -88,7 +88,7 @@ def several(runs: list[Run]) -> Document:
     return Document(f"{', '.join(names)}: {len(runs)} runs", ", ".join(by_run), sections)
 
 
-def _of_training(run: Run) -> Document:
+def _training_report(run: Run) -> Document:
     trainings = _trainings(run)
     sections = [
         Section("overview", "Overview", [*_missing([run]), *training_tiles(trainings)]),
@@ -105,7 +105,7 @@ def _of_training(run: Run) -> Document:
 
 
 def _trainings(run: Run) -> dict[str, Training]:
-    """With their names on the page."""
+    """Return the trainings by the names they have on the page."""
     return {
         round_name(n) if run.is_pipeline else run.label: queries.training(folder)
         for n, folder in run.trainings.items()
@@ -119,14 +119,14 @@ def _subtitle(run: Run) -> str:
     if not run.settings:
         return "Mixed-policy distillation"
     rounds = int(run.settings["rounds"])
-    said = (
+    text = (
         f"{run.settings.get('student')} learns from {run.settings.get('teacher')},"
         f" {rounds} round{'s' * (rounds != 1)}, seed {run.settings.get('seed')}"
     )
     if (days := dates(run)) is not None:
         first, last = days
-        said += f", {first}" if first == last else f", {first} to {last}"
-    return said
+        text += f", {first}" if first == last else f", {first} to {last}"
+    return text
 
 
 def _missing(runs: list[Run]) -> Iterator[Block]:
@@ -135,11 +135,11 @@ def _missing(runs: list[Run]) -> Iterator[Block]:
     ]
     if lines:
         which = "This run is not" if len(runs) == 1 else "Not all of these runs are"
-        yield Notice(f"{which} complete. What is there is shown; what is missing:", lines)
+        yield Notice(f"{which} complete. The report shows what exists. Missing:", lines)
 
 
 def _tiles(run: Run, measured: list[Evaluation], funnels: dict[int, Funnel]) -> list[Tile]:
-    """The few figures that matter, on the first evaluation set."""
+    """Return the main results, on the first evaluation set."""
     tiles = []
     if measured:
         first = measured[0]
@@ -165,7 +165,7 @@ def _tiles(run: Run, measured: list[Evaluation], funnels: dict[int, Funnel]) -> 
                         ),
                     )
                 )
-            sides = [of.side for of in (base, last)]
+            sides = [base.side, last.side]
             tokens = " → ".join(number(side["mean_tokens"]) for side in sides)
             detail = ""
             if last.side["accuracy"] is not None:
@@ -175,10 +175,10 @@ def _tiles(run: Run, measured: list[Evaluation], funnels: dict[int, Funnel]) -> 
         else:
             detail = f"accuracy {percent(last.side['accuracy'])}"
             tiles.append(Tile(f"Mean tokens, {where}", number(last.side["mean_tokens"]), detail))
-    asked = sum(sum(of.statuses.values()) for of in funnels.values())
-    if asked:
-        kept = sum(of.kept for of in funnels.values())
-        tiles.append(Tile("Rewrites kept", percent(kept / asked), f"{kept:,} of {asked:,}"))
+    rows = sum(sum(funnel.statuses.values()) for funnel in funnels.values())
+    if rows:
+        kept = sum(funnel.kept for funnel in funnels.values())
+        tiles.append(Tile("Rewrites kept", percent(kept / rows), f"{kept:,} of {rows:,}"))
     return tiles
 
 
@@ -188,18 +188,18 @@ def _tiles(run: Run, measured: list[Evaluation], funnels: dict[int, Funnel]) -> 
 def _rewrites(run: Run) -> Iterator[Block]:
     chosen = {n: examples.kept_rewrites(folder) for n, folder in run.rounds.items()}
     intro = (
-        "Kept rewrites, those of the smallest keys, which is a fair draw. Struck out: words of the"
-        " draft that are gone. Marked: words that are new."
+        "Kept rewrites, chosen by the smallest keys. Keys are hashes, so the choice is fair. Struck"
+        " out: words that the rewrite removed. Marked: words that it added."
     )
-    for n, found in chosen.items():
-        if found:
-            yield Examples(round_name(n).capitalize(), intro, found)
+    for n, rewrites in chosen.items():
+        if rewrites:
+            yield Examples(round_name(n).capitalize(), intro, rewrites)
             intro = ""
 
 
 def _ends(run: Run) -> tuple[Path, Path, str] | None:
-    """The base's and the newest evaluation of the first set and the latter's name, where both are
-    there."""
+    """Return the first set's evaluations of the base and of the newest model, and the name of the
+    latter; None unless both exist."""
     folders = run.evaluations.get(run.headline or "", {})
     last = max(folders, default=BASE)
     if BASE not in folders or last == BASE:
@@ -212,13 +212,13 @@ def _before_and_after(run: Run) -> Iterator[Block]:
     if ends is None:
         return
     base, last, name = ends
-    found = examples.before_and_after(base, last, name)
-    if found:
+    pairs = examples.before_and_after(base, last, name)
+    if pairs:
         intro = (
-            f"The same held-out problems ({run.headline}), sampled from the base and from {name}:"
-            " the first sample of each, problems by the smallest keys, which is a fair draw."
+            f"The same held-out problems ({run.headline}), answered by the base and by {name}: the"
+            " first sample of each. Problems are chosen by the smallest keys, which are hashes."
         )
-        yield Examples(f"Base and {name}", intro, found)
+        yield Examples(f"Base and {name}", intro, pairs)
 
 
 def _worst(run: Run) -> Iterator[Block]:
@@ -229,11 +229,13 @@ def _worst(run: Run) -> Iterator[Block]:
     lost = examples.answers_lost(base, last, name)
     if lost is not None:
         yield Paragraph(
-            f"Of {lost.problems:,} problems ({run.headline}) {name} answers {lost.lost:,} rightly"
+            f"Of {lost.problems:,} problems ({run.headline}), {name} gets {lost.lost:,} right"
             f" less often than the base, and {lost.won:,} more often."
         )
         if lost.examples:
-            intro = "The problems that fell furthest: a right sample of the base, a wrong one now."
+            intro = (
+                "The problems with the largest loss: a right sample of the base, a wrong one now."
+            )
             yield Examples("Answers lost", intro, lost.examples)
     longest = examples.most(last, "num_completion_tokens", name)
     yield Examples("Longest traces", f"Of {name}, on {run.headline}.", longest)
