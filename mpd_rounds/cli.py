@@ -32,8 +32,8 @@ from mpd_rounds.run.steps import Pipeline, load_pipeline
 
 
 def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
-    """Return the results of a finished pipeline: the first evaluation set for the base and each
-    round, and on each set a comparison of the last round with the base."""
+    """The figures of a finished pipeline: the first evaluation set for base and every round,
+    and the comparison of the last round with the base on every set."""
     headline, *_ = [chosen.name for chosen in pipeline.evaluation]
     last = pipeline.rounds
     sets = {
@@ -75,8 +75,8 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def check_inputs(pipeline: Pipeline, out: Path) -> None:
-    """Check at once what would stop the pipeline hours later: both models, with their weights if
-    this machine runs them, and all that a dry run checks. Raises ConfigError or DataError."""
+    """Finds out now what would else stop the pipeline hours in: both models, with their weights
+    where this machine runs them, and all that a dry run checks. Raises ConfigError or DataError."""
     from mpd_rounds.run.plan import plan_pipeline
 
     resolve_model(pipeline.student)
@@ -87,8 +87,8 @@ def check_inputs(pipeline: Pipeline, out: Path) -> None:
 
 
 def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
-    """Run the unfinished steps of `pipeline` in `out`. Return its summary; `failed_rows` in it says
-    whether a stage left rows in errors/."""
+    """Runs what is not finished of `pipeline` in `out` and returns its summary, with
+    `failed_rows` true where a stage left rows in errors/."""
     plan = Plan(pipeline, out)
     check_inputs(pipeline, out)
     runner = Runner(out, pipeline.environment, len(plan.all_steps()), pipeline.preload)

@@ -1,4 +1,4 @@
-"""The command `mpd-report`: write the report of a run as HTML and Markdown, with a data card."""
+"""`mpd-report`: the report of a run as a page, a summary and a data card."""
 
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from mpd_data.common.command import run_command
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of the report; required for several RUNs.  [default: RUN/report]",
+    help="Folder to write to; several runs need one.  [default: RUN/report]",
 )
 @click.version_option(package_name="mixed-policy-distillation")
 def cli(paths: tuple[Path, ...], out: Path | None) -> None:
-    """Write the report of a RUN, the OUT of mpd-rounds or mpd-train. Several RUNs are compared."""
+    """Draw the report of a RUN: the OUT of mpd-rounds, with or without --seeds, or of mpd-train.
+    Several RUNs are compared."""
     from mpd_rounds.report.write import write_report
 
     for path in write_report(list(paths), out):
