@@ -33,59 +33,42 @@ _BEHAVIOUR = (
 # -- accuracy and length ------------------------------------------------------------------------
 
 
-def results(evaluations: list[Evaluation]) -> Iterator[Block]:
-    """Yield a plot of all evaluation sets, and two tables for each."""
-    if not evaluations:
-        return
-    sets = {evaluation.name: {"": evaluation} for evaluation in evaluations}
-    drawn = _pareto_plots(sets)
-    if drawn:
-        yield Plots(
-            drawn,
-            "Accuracy against mean tokens, a panel for each evaluation set. The open circle is the"
-            " base, lines are 95% intervals. Up and to the left is better.",
-        )
-    else:
-        yield Paragraph("No problem has a gold answer, so there is no accuracy to draw.")
-    for index, evaluation in enumerate(evaluations):
-        rows = [([round_name(n)], measured) for n, measured in evaluation.by_round.items()]
-        yield from _result_tables(evaluation.name, ["model"], rows, explained=index == 0)
-
-
-def results_of_runs(by_run: dict[str, list[Evaluation]]) -> Iterator[Block]:
-    """Yield a plot and two tables for each evaluation set, with all runs in them."""
+def results(by_run: dict[str, list[Evaluation]]) -> Iterator[Block]:
+    """Yield a plot of the evaluation sets, and two tables for each set, with all runs in them."""
     sets: dict[str, dict[str, Evaluation]] = {}
     for label, evaluations in by_run.items():
         for evaluation in evaluations:
             sets.setdefault(evaluation.name, {})[label] = evaluation
-    drawn = _pareto_plots(sets)
-    if drawn:
-        yield Plots(
-            drawn,
-            "Accuracy against mean tokens, a panel for each evaluation set and a line for each run."
-            " A line begins at the open circle, the base; crosses are 95% intervals. Up and to the"
-            " left is better.",
-        )
+    if not sets:
+        return
+    several = len(by_run) > 1
+    if drawn := _pareto_plots(sets, several):
+        caption = "Accuracy against mean tokens, a panel for each evaluation set. "
+        caption += "Each line is a run. " * several
+        caption += "The open circle is the base, crosses are 95% intervals."
+        yield Plots(drawn, f"{caption} Up and to the left is better.")
+    else:
+        yield Paragraph("No problem has a gold answer, so there is no accuracy to draw.")
     for index, (name, runs) in enumerate(sets.items()):
         rows = [
-            ([label, round_name(n)], measured)
+            ([label, round_name(n)] if several else [round_name(n)], measured)
             for label, evaluation in runs.items()
             for n, measured in evaluation.by_round.items()
         ]
-        yield from _result_tables(name, ["run", "model"], rows, explained=index == 0)
+        heads = ["run", "model"] if several else ["model"]
+        yield from _result_tables(name, heads, rows, explained=index == 0)
 
 
-def _pareto_plots(sets: dict[str, dict[str, Evaluation]]) -> list[Plot]:
+def _pareto_plots(sets: dict[str, dict[str, Evaluation]], several: bool) -> list[Plot]:
     """Return a plot for each set that has accuracy, given the evaluations by set and run."""
     drawn = []
     for name, runs in sets.items():
         lines = {label: _pareto_points(evaluation) for label, evaluation in runs.items()}
         lines = {label: line for label, line in lines.items() if line}
         if lines:
-            alt = ". ".join(f"{label or name}: {_in_words(line)}" for label, line in lines.items())
-            if "" not in lines:
-                alt = f"{name}. {alt}"
-            drawn.append(Plot(plots.pareto(name, lines, len(sets) == 1), alt))
+            texts = [f"{label}: " * several + _in_words(line) for label, line in lines.items()]
+            svg = plots.pareto(name, lines, len(sets) == 1)
+            drawn.append(Plot(svg, f"{name}: {'. '.join(texts)}"))
     return drawn
 
 

@@ -10,7 +10,7 @@ import polars as pl
 from mpd_data.inspect.contamination import check_contamination
 from mpd_data.inspect.stats import collect, scan
 from mpd_data.store.round import RoundDir
-from mpd_rounds.report.document import Block, Code, Paragraph, Section, Table
+from mpd_rounds.report.document import Block, Code, Paragraph, Table
 from mpd_rounds.report.queries import Funnel
 from mpd_rounds.report.run import Run, shard_metadata, stage_info
 
@@ -20,36 +20,32 @@ _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 _LICENSE = re.compile(r"^license(?:_name)?:[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 
 
-def data_card(run: Run, funnels: dict[int, Funnel], prefix: str, level: int) -> Section:
-    """Return the data card of a run. `prefix` comes before the anchor; `level` is the heading's."""
+def data_card(run: Run, funnels: dict[int, Funnel]) -> Iterator[Block]:
+    """Yield the data card of a run of mpd-rounds."""
     distilled = {n: folder for n, folder in run.rounds.items() if funnels[n].statuses}
-    blocks: list[Block]
     if not distilled:
-        blocks = [Paragraph("There are no rewrites yet, so there is no data to describe.")]
-        return Section(f"{prefix}data-card", "Data card", blocks, level)
+        yield Paragraph("There are no rewrites yet, so there is no data to describe.")
+        return
     metadata = {n: shard_metadata(folder, "distill") for n, folder in distilled.items()}
     kept = sum(funnels[n].kept for n in distilled)
     rows = sum(sum(funnels[n].statuses.values()) for n in distilled)
-    k = metadata[max(metadata)]["num_logprobs"]
-    blocks = [
-        Paragraph(
-            f"{rows:,} rewrites from {len(distilled)} round{'s' * (len(distilled) > 1)}, {kept:,}"
-            f" of them kept. A row is {_made(metadata)}. A kept row has the {k} largest"
-            " log-probabilities of each token, by the model that scored it. Rejected rows stay in"
-            " the data, with the reason in the column status."
-        ),
-        _counts(distilled, funnels),
-        _sources(run, distilled),
-        _licenses(run, metadata),
-        _models(metadata),
-        _templates(metadata),
-        _filters(metadata),
-        *_content(distilled),
-        *contamination(run),
-        Paragraph("To load it, with Polars:"),
-        Code(_loading(run.path), "python"),
-    ]
-    return Section(f"{prefix}data-card", "Data card", blocks, level)
+    yield Paragraph(
+        f"{rows:,} rewrites from {len(distilled)} round{'s' * (len(distilled) > 1)}, {kept:,} of"
+        f" them kept. A row is {_made(metadata)}. A kept row has the"
+        f" {metadata[max(metadata)]['num_logprobs']} largest log-probabilities of each token, by"
+        " the model that scored it. Rejected rows stay in the data, with the reason in the column"
+        " status."
+    )
+    yield _counts(distilled, funnels)
+    yield _sources(run, distilled)
+    yield _licenses(run, metadata)
+    yield _models(metadata)
+    yield _templates(metadata)
+    yield _filters(metadata)
+    yield from _content(distilled)
+    yield from contamination(run)
+    yield Paragraph("To load it, with Polars:")
+    yield Code(_loading(run.path), "python")
 
 
 # Names of the models in a shard's metadata -> what they did.

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mpd_rounds.report import examples, queries
-from mpd_rounds.report.accuracy import lengths, results, results_of_runs
+from mpd_rounds.report.accuracy import lengths, results
 from mpd_rounds.report.card import data_card
 from mpd_rounds.report.data_and_training import funnel_tables, training_curves, training_tiles
 from mpd_rounds.report.document import (
@@ -30,78 +30,69 @@ def single(run: Run) -> Document:
     """Return the report of one run: of mpd-rounds, or of one training alone."""
     if not run.is_pipeline:
         return _training_report(run)
-    measured = queries.evaluations(run)
+    evaluations = queries.evaluations(run)
     funnels = {n: queries.funnel(folder) for n, folder in run.rounds.items()}
-    overview: list[Block] = [*_missing([run])]
-    if tiles := _tiles(run, measured, funnels):
-        overview.append(Tiles(tiles))
     sections = [
-        Section("overview", "Overview", overview),
-        *_sections(run, measured, funnels, "", 2),
+        Section("overview", "Overview", [*_missing([run]), *_tiles(run, evaluations, funnels)]),
+        *_filled({"accuracy": ("Accuracy and length", results({run.label: evaluations}))}),
+        *_filled(_details(run, funnels)),
     ]
     name = str(run.settings.get("name", run.label))
     return Document(f"{name}: {run.label}", _subtitle(run), sections)
 
 
-def _sections(
-    run: Run,
-    measured: list[Evaluation],
-    funnels: dict[int, Funnel],
-    prefix: str,
-    level: int,
-) -> Iterator[Section]:
-    """Yield all sections of a run but its overview."""
-
-    def section(anchor: str, title: str, blocks: list[Block]) -> Iterator[Section]:
-        if blocks:
-            yield Section(prefix + anchor, title, blocks, level)
-
-    if not prefix:
-        yield from section("accuracy", "Accuracy and length", list(results(measured)))
-    yield from section("lengths", "How long the traces are", list(lengths(run)))
-    yield from section("funnel", "From prompts to kept rewrites", list(funnel_tables(funnels)))
-    yield from section("training", "Training", list(training_curves(_trainings(run))))
-    yield from section("rewrites", "Drafts and their rewrites", list(_rewrites(run)))
-    yield from section("answers", "Before and after", list(_before_and_after(run)))
-    yield from section("worst", "Where it went wrong", list(_worst(run)))
-    yield data_card(run, funnels, prefix, level)
-    yield from section("settings", "Settings and provenance", list(provenance(run)))
-
-
 def several(runs: list[Run]) -> Document:
     """Return the comparison of several runs, followed by each of them."""
     by_run = {run.label: queries.evaluations(run) for run in runs}
-    comparison: list[Block] = [*_missing(runs), *results_of_runs(by_run)]
-    sections = [Section("comparison", "Comparison", comparison)]
-    settings = unlike_settings(runs)
-    if settings:
-        sections.append(Section("differences", "Settings that differ", settings))
+    sections = [
+        Section("comparison", "Comparison", [*_missing(runs), *results(by_run)]),
+        *_filled({"differences": ("Settings that differ", iter(unlike_settings(runs)))}),
+    ]
     for index, run in enumerate(runs):
-        prefix = f"run-{index}-"
         funnels = {n: queries.funnel(folder) for n, folder in run.rounds.items()}
-        blocks: list[Block] = []
-        if tiles := _tiles(run, by_run[run.label], funnels):
-            blocks.append(Tiles(tiles))
-        sections.append(Section(f"run-{index}", f"Run {run.label}", blocks))
-        sections += _sections(run, by_run[run.label], funnels, prefix, 3)
+        tiles = list(_tiles(run, by_run[run.label], funnels))
+        sections.append(Section(f"run-{index}", f"Run {run.label}", tiles))
+        sections += _filled(_details(run, funnels), f"run-{index}-", 3)
     names = dict.fromkeys(str(run.settings.get("name", run.label)) for run in runs)
     return Document(f"{', '.join(names)}: {len(runs)} runs", ", ".join(by_run), sections)
+
+
+def _details(run: Run, funnels: dict[int, Funnel]) -> dict[str, tuple[str, Iterator[Block]]]:
+    """Return title and blocks of a run's sections after its results, by anchor."""
+    return {
+        "lengths": ("How long the traces are", lengths(run)),
+        "funnel": ("From prompts to kept rewrites", funnel_tables(funnels)),
+        "training": ("Training", training_curves(_trainings(run))),
+        "rewrites": ("Drafts and their rewrites", _rewrites(run)),
+        "answers": ("Before and after", _before_and_after(run)),
+        "worst": ("Where it went wrong", _worst(run)),
+        "data-card": ("Data card", data_card(run, funnels)),
+        "settings": ("Settings and provenance", provenance(run)),
+    }
+
+
+def _filled(
+    sections: dict[str, tuple[str, Iterator[Block]]], prefix: str = "", level: int = 2
+) -> Iterator[Section]:
+    """Yield the sections that are not empty. `prefix` comes before their anchors."""
+    for anchor, (title, blocks) in sections.items():
+        if content := list(blocks):
+            yield Section(prefix + anchor, title, content, level)
 
 
 def _training_report(run: Run) -> Document:
     trainings = _trainings(run)
     sections = [
         Section("overview", "Overview", [*_missing([run]), *training_tiles(trainings)]),
-        Section("training", "Training", list(training_curves(trainings))),
-        Section("settings", "Settings and provenance", list(training_provenance(run))),
+        *_filled(
+            {
+                "training": ("Training", training_curves(trainings)),
+                "settings": ("Settings and provenance", training_provenance(run)),
+            }
+        ),
     ]
-    details = read_json(run.path / "run.json")["details"]
-    student = str(details.get("config", {}).get("student"))
-    return Document(
-        f"Training: {run.label}",
-        f"Student {student}",
-        [section for section in sections if section.blocks or section.anchor == "overview"],
-    )
+    config = read_json(run.path / "run.json")["details"].get("config", {})
+    return Document(f"Training: {run.label}", f"Student {config.get('student')}", sections)
 
 
 def _trainings(run: Run) -> dict[str, Training]:
@@ -138,48 +129,36 @@ def _missing(runs: list[Run]) -> Iterator[Block]:
         yield Notice(f"{which} complete. The report shows what exists. Missing:", lines)
 
 
-def _tiles(run: Run, measured: list[Evaluation], funnels: dict[int, Funnel]) -> list[Tile]:
-    """Return the main results, on the first evaluation set."""
+def _tiles(run: Run, evaluations: list[Evaluation], funnels: dict[int, Funnel]) -> Iterator[Block]:
+    """Yield the main results, on the first evaluation set."""
     tiles = []
-    if measured:
-        first = measured[0]
+    if evaluations:
+        first = evaluations[0]
         last, base = first.last, first.by_round.get(BASE)
-        where = f"{first.name}, {round_name(max(first.by_round))}"
+        tokens = number(last.side["mean_tokens"])
+        detail = f"accuracy {percent(last.side['accuracy'])}"
         if last.paired is not None and base is not None:
             paired = last.paired
-            tiles.append(
-                Tile(
-                    "Tokens saved",
-                    percent(paired["token_reduction"]),
-                    bounds(paired["token_reduction_interval"], "95% interval {:.1f} to {:.1f}"),
+            interval = bounds(paired["token_reduction_interval"], "95% interval {:.1f} to {:.1f}")
+            tiles.append(Tile("Tokens saved", percent(paired["token_reduction"]), interval))
+            if (difference := paired["accuracy_difference"]) is not None:
+                interval = bounds(
+                    paired["accuracy_difference_interval"], "95% interval {:+.1f} to {:+.1f}"
                 )
-            )
-            if paired["accuracy_difference"] is not None:
-                tiles.append(
-                    Tile(
-                        "Accuracy, points",
-                        points(paired["accuracy_difference"], None),
-                        bounds(
-                            paired["accuracy_difference_interval"],
-                            "95% interval {:+.1f} to {:+.1f}",
-                        ),
-                    )
-                )
-            sides = [base.side, last.side]
-            tokens = " → ".join(number(side["mean_tokens"]) for side in sides)
+                tiles.append(Tile("Accuracy, points", points(difference, None), interval))
+            tokens = f"{number(base.side['mean_tokens'])} → {tokens}"
+            accuracies = [percent(side["accuracy"]) for side in (base.side, last.side)]
             detail = ""
             if last.side["accuracy"] is not None:
-                right = " → ".join(percent(side["accuracy"]) for side in sides)
-                detail = f"accuracy {right}"
-            tiles.append(Tile(f"Mean tokens, {where}", tokens, detail))
-        else:
-            detail = f"accuracy {percent(last.side['accuracy'])}"
-            tiles.append(Tile(f"Mean tokens, {where}", number(last.side["mean_tokens"]), detail))
+                detail = f"accuracy {' → '.join(accuracies)}"
+        where = f"{first.name}, {round_name(max(first.by_round))}"
+        tiles.append(Tile(f"Mean tokens, {where}", tokens, detail))
     rows = sum(sum(funnel.statuses.values()) for funnel in funnels.values())
     if rows:
         kept = sum(funnel.kept for funnel in funnels.values())
         tiles.append(Tile("Rewrites kept", percent(kept / rows), f"{kept:,} of {rows:,}"))
-    return tiles
+    if tiles:
+        yield Tiles(tiles)
 
 
 # -- examples -----------------------------------------------------------------------------------
