@@ -275,11 +275,7 @@ def test_one_setting_changes_the_folders_that_follow_from_it(file, tmp_path):
         (["group.0.evaluation=['other']"], ["loss"], "evaluated on"),
         ([], ["lost"], "no group 'lost'; the study has loss, later"),
         (["group.1.setting.0.set={teacher='setting:x'}"], [], "'setting:x' names no setting"),
-        (
-            ["group.1.setting.0.set={teacher='setting:of the result'}"],
-            [],
-            "from its own result",
-        ),
+        (["group.1.setting.0.set={teacher='setting:of the result'}"], [], "its own result"),
         (["group.0.set={nonsense=1}"], [], "nonsense"),
         (["seeds=[0, 0]"], [], "a seed is listed twice"),
         (["group.0.set={'environment.X'='1'}"], [], "must be the same for all settings"),

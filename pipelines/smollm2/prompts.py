@@ -2,9 +2,9 @@
 
     python -m pipelines.smollm2.prompts --out data/smollm2
 
-One or two steps with small numbers, in the style of GSM8K, all of our own writing. `train` and
-`test` share the eight kinds of problem and nothing else: no person and no (kind, numbers) stands in
-both. The same numbers asked for give the same files.
+The problems need one or two steps with small numbers, in the style of GSM8K; all are written here.
+`train` and `test` share the eight kinds of problem, but no person and no (kind, numbers). The same
+counts give the same files.
 """
 
 import itertools
@@ -84,14 +84,14 @@ _KINDS: dict[str, _Kind] = {
 
 
 def problems(split: str, count: int) -> list[dict[str, Any]]:
-    """The first `count` problems of "train" or "test", an even mix of all kinds."""
+    """Return the first `count` problems of "train" or "test", an even mix of all kinds."""
     numbers = list(itertools.product(range(2, 13), range(2, 13), range(2, 6)))
     rows: list[dict[str, Any]] = []
     for kind, (text, answer) in _KINDS.items():
-        # Of what the kind shows, each once, so that no two of its problems are alike.
+        # Each text once, so that no two problems of a kind are alike.
         shown = {text("", "", a, b, c): (a, b, c) for a, b, c in numbers}
         chosen = sorted(shown.values())
-        # The same order for both splits, of which every third is for the test.
+        # Both splits share one order; every third problem is for the test.
         random.Random(f"smollm2 {kind}").shuffle(chosen)
         mine = [n for i, n in enumerate(chosen) if (i % 3 == 0) == (split == "test")]
         rng = random.Random(f"smollm2 {kind} {split}")
