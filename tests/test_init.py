@@ -113,7 +113,7 @@ def test_columns_are_found_by_their_usual_names(tmp_path, columns, found):
         ({"problem": "a"}, {"checker": "nunber"}, "Did you mean 'number'"),
         ({"problem": "a"}, {"test": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
         ({"problem": "a"}, {}, "only one problem.*--test"),
-        ({"problem": "a <|im_end|>"}, {"test": "SAME"}, "laid out by the chat template"),
+        ({"problem": "a <|im_end|>"}, {"test": "SAME"}, "chat template can lay out none"),
         ({"problem": "Dan " * 900}, {"test": "SAME"}, "row 1: the longest prompt leaves no room"),
         ({"problem": "a"}, {"test": "SAME", "teacher": "no/where"}, "no/where: not a folder"),
     ],
@@ -388,7 +388,7 @@ def test_nothing_is_overwritten(tmp_path, name):
     folder.mkdir()
     path = write_jsonl(folder / name, rows(60))
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match=f"{name}: is there already.*another folder, or remove"):
+    with pytest.raises(ConfigError, match=f"{name}: exists, and is not.*another folder, or remove"):
         made(folder, prompts=path if name != "pipeline.toml" else tmp_path / "p.jsonl")
     assert path.read_bytes() == before
     assert list(folder.iterdir()) == [path]

@@ -20,6 +20,7 @@ from mpd_data.config import RolloutsConfig
 from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.runner import Finished, Runner, _inputs
 from mpd_rounds.run.steps import Step, load_pipeline, rewrite_step
+from mpd_rounds.study.study import load_study
 
 POCKET = ROOT / "pipelines" / "pocket" / "pipeline.toml"
 
@@ -164,13 +165,17 @@ def test_rounds_follow_one_another(small, tmp_path):
         ("runds=2", "runds: unknown setting. Did you mean 'rounds'"),
         ("rounds=0", "rounds: "),
         ("rounds", "expected NAME=VALUE"),
-        ("rollouts.model=x", "decided by the pipeline"),
-        ("train.epoch=2", r"\[train\]: epoch: unknown setting. Did you mean 'epochs'"),
+        ("rollouts.model=x", r"toml: \[rollouts\]: the pipeline sets model; remove"),
+        ("train.epoch=2", "toml: train.epoch: unknown setting. Did you mean 'train.epochs'"),
         ("rewrte.filters.max_ratio=1", "rewrte: unknown setting. Did you mean 'rewrite'"),
-        ("rewrite.filter.max_ratio=1", "filter: unknown setting. Did you mean 'filters'"),
-        ("rewrite.filters.max_rato=1", "max_rato: unknown setting. Did you mean 'max_ratio'"),
-        ("evaluation.0.rollots.seed=1", "evaluation.0.rollots: .*Did you mean 'rollouts'"),
+        ("rewrite.filter.max_ratio=1", "filter: unknown setting. Did you mean 'rewrite.filters'"),
+        ("rewrite.filters.max_rato=1", "max_rato: unknown .* 'rewrite.filters.max_ratio'"),
+        ("evaluation.0.rollots.seed=1", "evaluation.0.rollots: .*mean 'evaluation.0.rollouts'"),
         ("train.loss.divergence=foward_kl", "Did you mean 'forward_kl'"),
+        ("train.learning_rate=1", "train.learning_rate: .*mean 'train.optimizer.learning_rate'"),
+        ("train.lr=1", "train.lr: unknown setting. Did you mean 'train.optimizer.learning_rate'"),
+        ("train.optimizer.epochs=1", "Did you mean 'train.epochs'"),
+        ("evaluation.1.rollouts.max_token=1", "evaluation.*'.*rollouts.sampling.max_tokens'"),
         ("seed.x=2", "not a section"),
         ("evaluation.9.name=x", "not a section"),
         ("evaluation.name=x", "give a number"),
@@ -179,6 +184,18 @@ def test_rounds_follow_one_another(small, tmp_path):
 def test_bad_settings_are_named(small, tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):
         Plan(load_pipeline(small, (override,)), tmp_path).all_steps()
+
+
+def test_what_is_missing_is_named_and_a_study_is_no_pipeline(tmp_path):
+    path = tmp_path / "p.toml"
+    path.write_text('name = "secret"\n[rollouts]\n[[evaluation]]\nrollouts = {}')
+    expected = "p.toml: student: required; teacher: required; evaluation.0.name: required"
+    with pytest.raises(ConfigError, match=rf"{expected}$"):
+        load_pipeline(path, ())
+    with pytest.raises(ConfigError, match="a pipeline, not a study. Run it with mpd-rounds"):
+        load_study(path, ())
+    with pytest.raises(ConfigError, match="a study, not a pipeline. Run it with mpd-study"):
+        load_pipeline(POCKET.with_name("study.toml"), ())
 
 
 def test_a_failing_stage_stops_the_pipeline(small, tmp_path):

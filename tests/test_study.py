@@ -219,7 +219,7 @@ def test_figures_are_those_of_the_folders(done, file):
     assert "<svg" in (out / "loss.svg").read_text()
 
 
-def test_a_study_goes_on_with_what_is_owed(done, file, tmp_path):
+def test_a_study_goes_on_with_what_is_missing(done, file, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(done[0], out)
     # Folders are named relative to where the study is run: the copy is another study's.
@@ -277,8 +277,8 @@ def test_one_setting_changes_the_folders_that_follow_from_it(file, tmp_path):
         (["group.1.setting.0.set={teacher='setting:x'}"], [], "'setting:x' names no setting"),
         (["group.1.setting.0.set={teacher='setting:of the result'}"], [], "its own result"),
         (["group.0.set={nonsense=1}"], [], "nonsense"),
-        (["seeds=[0, 0]"], [], "stands there twice"),
-        (["group.0.set={'environment.X'='1'}"], [], "the same for all settings"),
+        (["seeds=[0, 0]"], [], "a seed is listed twice"),
+        (["group.0.set={'environment.X'='1'}"], [], "must be the same for all settings"),
         (["group.0.set={'train.nonsense'=1}"], [], "nonsense"),
     ],
 )
@@ -312,7 +312,7 @@ def test_a_setting_that_fails_stops_no_other(done, file, tmp_path):
     overrides = ["seeds=[0]", f"group.0.setting.1.{nothing}"]
     words = [word for o in overrides for word in ("--set", o)]
     said = run("mpd-study", file, "--out", out, "--group", "loss", *words, code=1).stderr
-    assert "not all settings came to their end" in said
+    assert "some settings did not finish" in said
     found = json.loads((out / "loss.json").read_text())
     assert [setting["name"] for setting in found["settings"]] == ["forward"]
     assert list(found["stopped"]) == ["reverse, seed 0"]
@@ -342,5 +342,5 @@ def test_other_problems_are_not_compared(done, file, tmp_path):
         for row in rows:
             if row["prompt_id"] != lost:
                 writer.add(row)
-    with pytest.raises(ConfigError, match="not of the same problems"):
+    with pytest.raises(ConfigError, match="do not have the same problems"):
         _figures([fewer.path], [base], [base])

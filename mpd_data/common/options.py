@@ -14,9 +14,10 @@ import click
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from mpd_data.common.errors import ConfigError, did_you_mean
+from mpd_data.common.errors import ConfigError, did_you_mean, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
+_ABBREVIATIONS = {"lr": "learning_rate"}
 
 
 def _fields(model: type[BaseModel]) -> Iterator[tuple[str | None, str, Any, Any, str | None]]:
@@ -123,44 +124,70 @@ def build(model: type[Model], options: dict[str, Any]) -> Model:
         raise click.UsageError("; ".join(lines)) from error
 
 
-def parse(model: type[Model], values: dict[str, Any], source: str) -> Model:
-    """Return the model from a TOML section. Raises ConfigError, which suggests the nearest name for
-    an unknown one."""
+def parse(model: type[Model], values: dict[str, Any], source: str, section: str = "") -> Model:
+    """Return the model with the settings of a TOML file or of one `section` of it.
+
+    Raises ConfigError, which names `source`, the dotted path of each bad setting, and for an
+    unknown one the setting that was most likely meant.
+    """
+    prefix = f"{section}." if section else ""
     try:
         return model(**values)
     except ValidationError as error:
         lines = []
         for e in error.errors():
-            place = ".".join(map(str, e["loc"]))
-            if e["type"] == "extra_forbidden":
-                hint = did_you_mean(str(e["loc"][-1]), _known(model, e["loc"]))
-                problem = f"{place}: unknown setting"
+            place = prefix + ".".join(map(str, e["loc"]))
+            near = None
+            if e["type"] == "missing":
+                line = f"{place}: required"
+            elif e["type"] == "extra_forbidden":
+                line = f"{place}: unknown setting"
+                near = _meant(model, e["loc"])
+                near = near and prefix + near
             else:
-                # A Literal's message lists the allowed values, each in quotes.
-                known = re.findall("'([^']*)'", e["msg"]) if e["type"] == "literal_error" else ()
-                hint = did_you_mean(str(e["input"]), known)
-                problem = f"{place}: {e['msg']}"
-                # Our own checks name the value themselves, unless it is secret.
+                line = f"{place}: {e['msg']}"
+                # Messages of our own checks say already what was found.
                 if e["type"] != "value_error":
-                    problem += f", found {e['input']!r}"
-            lines.append(f"{problem}.{hint}" if hint else problem)
+                    is_nested = isinstance(e["input"], dict | list)
+                    value = type(e["input"]).__name__ if is_nested else repr(e["input"])
+                    line += f", found {value}"
+                if e["type"] == "literal_error":
+                    # The message spells the values that exist, each in quotes.
+                    near = nearest(str(e["input"]), re.findall("'([^']*)'", e["msg"]))
+            lines.append(line if near is None else f"{line}. Did you mean {near!r}?")
         raise ConfigError(f"{source}: " + "; ".join(lines)) from error
 
 
-def _known(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Return the names of the settings next to the one at `location`; a number in it is an index
-    into a list."""
-    for part in location[:-1]:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part)
-        inner = None if field is None else _plain(field.annotation)
+def _meant(model: type[BaseModel], location: tuple[int | str, ...]) -> str | None:
+    """Return the dotted path of the setting that was most likely meant by the unknown one at
+    `location`: one of the same name in another section, or of a similar name."""
+    numbers = [part for part in location if isinstance(part, int)]
+    *parents, unknown = ("*" if isinstance(part, int) else part for part in location)
+    paths = [path for path in _paths(model) if path.count("*") <= len(numbers)]
+    names = {path: path.rpartition(".")[2] for path in paths}
+    siblings = [path for path in paths if path == ".".join([*parents, names[path]])]
+    unknown = _ABBREVIATIONS.get(unknown, unknown)
+    chosen = [path for path in paths if unknown == names[path]]
+    for group in (siblings, paths):
+        near = nearest(unknown, [names[path] for path in group])
+        chosen += [path for path in group if names[path] == near]
+    if not chosen:
+        return None
+    path = chosen[0]
+    for number in numbers:
+        path = path.replace("*", str(number), 1)
+    return path
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted path of each setting and section; `*` is a place in a list."""
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        inner, below = _plain(info.annotation), f"{prefix}{name}."
         if get_origin(inner) is list:
-            inner = get_args(inner)[0]
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        model = inner
-    return list(model.model_fields)
+            inner, below = get_args(inner)[0], f"{below}*."
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _paths(inner, below)
 
 
 def arguments(config: BaseModel) -> list[str]:

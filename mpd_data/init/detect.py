@@ -1,5 +1,4 @@
-"""What `mpd-gen init` finds out: the columns and answers of prompts, what both models can take, and
-how their contexts are to be divided."""
+"""What `mpd-gen init` detects: prompt columns, gold answers, both models' limits, token budget."""
 
 import dataclasses
 import importlib.util
@@ -28,21 +27,21 @@ from mpd_data.prompts.reader import Prompt, as_json, fill_prompt, load_prompts, 
 from mpd_data.prompts.sources import columns_of, read_rows
 from mpd_data.prompts.template import load_template
 
-# The usual names, the surest first; two columns of one line leave it open which is meant.
+# Usual column names, the most specific first. Two columns from one group are ambiguous.
 _PROBLEMS = (("problem", "question"), ("prompt", "instruction", "query"), ("text",))
 _ANSWERS = (
     ("answer", "expected_answer", "final_answer", "gold", "gold_answer"),
     ("solution", "target", "label"),
 )
-# Ids are as good as each other: one line each, the first that is there is taken.
+# Any id will do: each is a group of its own, so the first that exists is used.
 _IDS = (("id",), ("problem_id",), ("question_id",), ("unique_id",), ("uid",), ("uuid",), ("idx",))
 
 _HELD_OUT_SHARE, _HELD_OUT_LEAST, _HELD_OUT_MOST = 0.05, 20, 500
 
 _BOXED = "{{problem}}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-# Of the prompts with the most bytes so many are tokenised to find the longest.
+# How many prompts, those with the most bytes, are tokenised to find the longest.
 _MEASURED = 1000
-# Drafts and rewrites share a teacher's context as 27,000 and 10,000 tokens do Qwen3's.
+# Ratio of draft to rewrite in the teacher's context: 27,000 and 10,000 tokens with Qwen3.
 _DRAFT, _REWRITE = 27, 10
 _GPU_CONTEXT, _CPU_CONTEXT = 40_960, 2_048
 _LEAST_TOKENS = 32
@@ -54,15 +53,15 @@ _SMALL = 1_000_000_000
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts of one source, and the columns they were read from. `doubled`: rows that repeat an
-    id; `rejected_ids`: a column of that name was there, but its values do not tell rows apart."""
+    """Prompts of one source, and the columns they were read from. `num_repeated`: rows that repeat
+    an id; `rejected_ids`: an id column whose values do not tell rows apart."""
 
     source: str
     problem: str
     answer: str | None
     id: str | None
     prompts: list[Prompt]
-    doubled: int
+    num_repeated: int
     rejected_ids: str | None
 
     def golds(self) -> list[str]:
@@ -70,8 +69,10 @@ class PromptSet:
 
 
 def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) -> PromptSet:
-    """The prompts of `source`. Test prompts take the columns of `train` where they have them.
-    Raises ConfigError where the columns cannot be told, DataError for a bad row."""
+    """Return the prompts of `source`. Test prompts use the columns of `train` if they have them.
+
+    Raises ConfigError if the columns are ambiguous or missing, DataError for a bad row.
+    """
     columns = columns_of(source)
 
     def choose(option: str, given: str | None, before: str | None, usual: Any) -> str | None:
@@ -85,14 +86,14 @@ def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) ->
                 )
             return given
         for names in usual:
-            found = [c for c in columns if c.lower() in names]
-            if len(found) > 1:
+            matching = [c for c in columns if c.lower() in names]
+            if len(matching) > 1:
                 raise ConfigError(
-                    f"{source}: {_names(found)} could each be meant, of the columns"
+                    f"{source}: {_names(matching)} could each be meant, of the columns"
                     f" {_names(columns)}. Name one with {option}."
                 )
-            if found:
-                return found[0]
+            if matching:
+                return matching[0]
         return None
 
     problem = choose(
@@ -100,9 +101,9 @@ def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) ->
     )
     if problem is None:
         raise ConfigError(
-            f"{source}: none of the columns {_names(columns)} has a usual name of problems"
-            f" ({', '.join(name for names in _PROBLEMS for name in names)}). Name the one that"
-            " holds them with --prompt-column."
+            f"{source}: none of the columns {_names(columns)} has a usual name for problems"
+            f" ({', '.join(name for names in _PROBLEMS for name in names)}). Name the"
+            " column with --prompt-column."
         )
     answer = choose(
         "--answer-column", config.answer_column, train.answer if train else None, _ANSWERS
@@ -123,7 +124,7 @@ def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) ->
                 raise ConfigError(
                     f"{source}: column {id_!r} is no id: {plain(value)!r} is given to different"
                     f" problems, or is neither text nor a whole number. Name another --id-column"
-                    f" of {_names(columns)}, or none: then the hash of the problem is the id."
+                    f" of {_names(columns)}, or none to use the hash of the problem."
                 )
             rejected, id_ = id_, None
     prompts = load_prompts([source], problem, id_, answer, duplicates="first")
@@ -135,35 +136,38 @@ def _names(columns: list[str]) -> str:
 
 
 def held_out(texts: list[str]) -> set[str]:
-    """The problems (as `same` writes them) that are kept for the test: 5% of those in `texts`,
-    chosen by hash, at least 20 and at most 500, never more than half. Raises ConfigError where
-    there are not two."""
+    """Return the problems (as `same` writes them) to hold out for the test: 5% of those in `texts`,
+    chosen by hash, at least 20 and at most 500, never more than half.
+
+    Raises ConfigError if there are fewer than two problems.
+    """
     distinct = sorted({same(text) for text in texts}, key=content_key)
     count = min(max(round(_HELD_OUT_SHARE * len(distinct)), _HELD_OUT_LEAST), _HELD_OUT_MOST)
     count = min(count, len(distinct) // 2)
     if count == 0:
-        raise ConfigError("only one problem: it cannot be split. Name test prompts with --test.")
+        raise ConfigError("only one problem, which cannot be split. Name test prompts with --test.")
     return set(distinct[:count])
 
 
 def split(whole: PromptSet, folder: Path) -> tuple[PromptSet, PromptSet, dict[str, str]]:
-    """The training and the test prompts of one file, and the files' content, all columns kept."""
+    """Split one file. Return its training and test prompts, and the content of both new files by
+    name; all columns are kept."""
     try:
-        kept_back = held_out([p.text for p in whole.prompts])
+        test_problems = held_out([p.text for p in whole.prompts])
     except ConfigError as error:
         raise ConfigError(f"{whole.source}: {error}") from error
     lines: dict[bool, list[str]] = {False: [], True: []}
     for number, row in read_rows(whole.source, None):
         where = f"{whole.source}, row {number}"
         values = {name: as_json(value, f"{where}: column {name!r}") for name, value in row.items()}
-        for_test = same(values[whole.problem]) in kept_back
+        for_test = same(values[whole.problem]) in test_problems
         lines[for_test].append(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
 
     def side(name: str, for_test: bool) -> PromptSet:
-        prompts = [p for p in whole.prompts if (same(p.text) in kept_back) == for_test]
-        doubled = len(lines[for_test]) - len(prompts)
+        prompts = [p for p in whole.prompts if (same(p.text) in test_problems) == for_test]
+        num_repeated = len(lines[for_test]) - len(prompts)
         source = str(folder / name)
-        return dataclasses.replace(whole, source=source, prompts=prompts, doubled=doubled)
+        return dataclasses.replace(whole, source=source, prompts=prompts, num_repeated=num_repeated)
 
     files = {"train.jsonl": "".join(lines[False]), "test.jsonl": "".join(lines[True])}
     return side("train.jsonl", False), side("test.jsonl", True), files
@@ -181,9 +185,9 @@ _MATHS = re.compile(r"[\\^=+*/\d]")
 def choose_checker(given: str | None, train: PromptSet, test: PromptSet) -> CheckerChoice:
     golds = train.golds() or test.golds()
     if given is not None:
-        return CheckerChoice(given, "As asked for with --checker.")
+        return CheckerChoice(given, "Chosen with --checker.")
     if not golds:
-        return CheckerChoice("text", "Without gold answers: compares drafts with their rewrites.")
+        return CheckerChoice("text", "Without gold answers it compares drafts with their rewrites.")
     # Cells may hold whole solutions; the answer marked in them counts.
     number, maths, choice = NumberChecker(), MathChecker(), ChoiceChecker()
     if all(number.read_bare(number.gold(gold).strip()) is not None for gold in golds):
@@ -195,14 +199,14 @@ def choose_checker(given: str | None, train: PromptSet, test: PromptSet) -> Chec
         _MATHS.search(a) is not None and ("\\" in a or maths.read_bare(a) is not None)
         for a in answers
     )
-    # Sets of mathematics hold a few answers in words; `math` compares those as they are spelt.
+    # A few answers in words are usual among mathematics; `math` compares those as text.
     if mathematical < 0.9 * len(answers):
         return CheckerChoice("text", "The gold answers are words, or of several kinds.")
     if importlib.util.find_spec("math_verify") is None:
         return CheckerChoice(
             "text",
-            "The gold answers look like mathematics, for which `math` is better: it needs"
-            f" math-verify ({pip_install('checkers')}).",
+            "The gold answers look like mathematics. The checker `math` is better for them; it"
+            f" needs math-verify ({pip_install('checkers')}).",
         )
     return CheckerChoice("math", "The gold answers look like mathematics.")
 
@@ -212,8 +216,8 @@ def choose_checker(given: str | None, train: PromptSet, test: PromptSet) -> Chec
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model's configuration: how many weights it has, about, and the bytes of cache that one
-    token takes in float32. None where the configuration does not have the usual fields."""
+    """Approximate number of weights, and bytes of float32 cache per token, from a model's config.
+    None if the config lacks the usual fields."""
 
     weights: int | None
     cache_bytes: int | None
@@ -239,8 +243,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Models:
-    """Both models, and what was chosen for them. `spelt`: the tokenizer can spell the built-in
-    instructions."""
+    """Both models, and the settings chosen for them. `spells_instructions`: whether the tokenizer
+    can spell the built-in instructions."""
 
     student: ModelFiles
     teacher: ModelFiles
@@ -254,7 +258,7 @@ class Models:
     template: str
     why_template: str
     prompt_template: str
-    spelt: bool
+    spells_instructions: bool
     gpus: list[str]
 
 
@@ -283,13 +287,13 @@ def look_at_models(config: InitConfig) -> Models:
         template = "tags"
         why = (
             f"The teacher is small ({_billions(shape.weights)} weights), but `plain` has no layout"
-            " for a student that thinks: look at the statuses, and write a template of your own if"
-            " many rewrites are malformed."
+            " for a student that thinks. Look at the statuses; if many rewrites are malformed,"
+            " write a template of your own."
         )
     else:
         template = "plain"
-        why = f"`plain`, for a small teacher ({_billions(shape.weights)} weights, of the config)."
-    spelt = _spells(student_tokenizer, _BOXED)
+        why = f"`plain`, for a small teacher ({_billions(shape.weights)} weights, by its config)."
+    spells_instructions = _spells(student_tokenizer, _BOXED)
     return Models(
         student=student,
         teacher=teacher,
@@ -302,8 +306,8 @@ def look_at_models(config: InitConfig) -> Models:
         student_sampling=_own_sampling(student),
         template=template,
         why_template=why,
-        prompt_template=_BOXED if spelt else "{{problem}}",
-        spelt=spelt,
+        prompt_template=_BOXED if spells_instructions else "{{problem}}",
+        spells_instructions=spells_instructions,
         gpus=gpus(),
     )
 
@@ -318,32 +322,33 @@ def _billions(count: int) -> str:
 
 
 def _own_sampling(model: ModelFiles) -> dict[str, Any]:
-    """How the model's makers say it is to be sampled, of the settings that we have."""
+    """Return the sampling settings of the model's generation_config.json that exist here too."""
     try:
         text = (model.path / "generation_config.json").read_text(encoding="utf-8")
-        found = json.loads(text)
-        taken = {"temperature": float(found.get("temperature") or 1.0)}
-        if found.get("top_p") is not None:
-            taken["top_p"] = float(found["top_p"])
-        if found.get("top_k"):
-            taken["top_k"] = int(found["top_k"])
-        SamplingConfig(**taken)
-        if not all(map(math.isfinite, taken.values())):
-            raise ValueError(taken)
+        saved = json.loads(text)
+        sampling = {"temperature": float(saved.get("temperature") or 1.0)}
+        if saved.get("top_p") is not None:
+            sampling["top_p"] = float(saved["top_p"])
+        if saved.get("top_k"):
+            sampling["top_k"] = int(saved["top_k"])
+        SamplingConfig(**sampling)
+        if not all(map(math.isfinite, sampling.values())):
+            raise ValueError(sampling)
     except (OSError, ValueError, TypeError, AttributeError):
-        # It is not to be sampled so.
+        # Missing, or unusable values.
         return {"temperature": 1.0}
-    return taken
+    return sampling
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Tokens. `prompt`: the longest student's prompt; `asked`: the longest rewrite prompt without
-    its draft; `spare`: what is left free, since a draft's text may come to more tokens when it is
-    tokenised anew; the contexts are those planned with."""
+    """Numbers of tokens. `prompt`: the student's longest prompt; `rewrite_prompt`: the longest
+    rewrite prompt without its draft; `student` and `teacher`: the contexts to plan with; `spare`:
+    left free in the teacher's, since a draft may have more tokens when its text is tokenised again.
+    """
 
     prompt: int
-    asked: int
+    rewrite_prompt: int
     student: int
     teacher: int
     spare: int
@@ -353,43 +358,43 @@ class Budget:
 
 
 def plan_budget(models: Models, prompts: list[Prompt]) -> Budget:
-    """Divides both contexts. Raises ConfigError where the longest prompt leaves no room."""
+    """Divide both contexts. Raises ConfigError if the longest prompt leaves no room."""
     asking = load_template(models.template)
     students = ChatFormatter(models.student_tokenizer)
     teachers = ChatFormatter(models.teacher_tokenizer, default_thinking=False)
-    prompt, asked, longest = 0, 0, ""
+    prompt, rewrite_prompt, longest = 0, 0, ""
     for candidate in sorted(prompts, key=lambda p: len(p.text.encode()), reverse=True)[:_MEASURED]:
         try:
             _, ids = students.render(fill_prompt(models.prompt_template, candidate.text))
             _, rewriting = teachers.render(asking.message(candidate.text, ""))
         except PromptError:
-            continue  # it becomes an error row of its stage, with the reason
-        if len(rewriting) > asked:
+            continue  # its stage will record it as an error row, with the reason
+        if len(rewriting) > rewrite_prompt:
             longest = candidate.source
-        prompt, asked = max(prompt, len(ids)), max(asked, len(rewriting))
-    if not asked:
+        prompt, rewrite_prompt = max(prompt, len(ids)), max(rewrite_prompt, len(rewriting))
+    if not rewrite_prompt:
         raise ConfigError(
-            f"{prompts[0].source}: neither it nor the other prompts can be laid out by the chat"
-            " template (empty, or they spell control tokens)."
+            f"{prompts[0].source}: the chat template can lay out none of the prompts: they are"
+            " empty, or contain control tokens."
         )
-    cap = max(_GPU_CONTEXT if models.gpus else _CPU_CONTEXT, 4 * asked)
+    cap = max(_GPU_CONTEXT if models.gpus else _CPU_CONTEXT, 4 * rewrite_prompt)
     student, teacher = min(models.student.context, cap), min(models.teacher.context, cap)
     spare = teacher // 20
-    room = teacher - asked - spare
+    room = teacher - rewrite_prompt - spare
     draft = _round_down(min(student - prompt, room * _DRAFT // (_DRAFT + _REWRITE)))
     rewrite = _round_down(min(room - draft, draft))
     if min(draft, rewrite) < _LEAST_TOKENS:
         raise ConfigError(
-            f"{longest}: the longest prompt leaves no room for a draft and its rewrite: the student"
-            f" has a context of {student} tokens, {prompt} of them for the prompt; the teacher"
-            f" {teacher}, {asked} of them for the problem and the instructions. Take such prompts"
-            " out, or models with more context."
+            f"{longest}: the longest prompt leaves no room for a draft and its rewrite. The"
+            f" student has a context of {student} tokens, of which the prompt takes {prompt}; the"
+            f" teacher has {teacher}, of which problem and instructions take {rewrite_prompt}."
+            " Remove such prompts, or use models with a longer context."
         )
     pack = -(-(prompt + rewrite + spare) // 256) * 256
-    return Budget(prompt, asked, student, teacher, spare, draft, rewrite, pack)
+    return Budget(prompt, rewrite_prompt, student, teacher, spare, draft, rewrite, pack)
 
 
 def _round_down(count: int) -> int:
-    """To two digits; to 0 what is below it."""
+    """Return `count` rounded down to two significant digits; 0 for a negative count."""
     step: int = 10 ** max(len(str(count)) - 2, 0)
     return max(count, 0) // step * step

@@ -1,32 +1,31 @@
-"""Accuracy and length of a run or of several: plots and tables of what was measured."""
+"""Sections on accuracy and length, of one run or of several: plots and tables."""
 
 from collections.abc import Iterator
 
 from mpd_data.inspect.stats import MARKERS
-from mpd_rounds.report import figures, plots
+from mpd_rounds.report import plots, queries
 from mpd_rounds.report.document import (
     Bar,
     Block,
-    Figure,
-    Figures,
     Paragraph,
+    Plot,
+    Plots,
     Table,
     number,
     percent,
     points,
 )
-from mpd_rounds.report.figures import Evaluation, Measured
+from mpd_rounds.report.queries import Evaluation, LengthCounts, Measured
 from mpd_rounds.report.run import Run, round_name
 
 _INTERVALS = (
-    "Intervals are 95%, by bootstrap over problems; those of differences and of tokens saved are"
-    " paired: the same problems on both sides. Differences of accuracy are in points."
+    "Intervals are 95%, by bootstrap over problems. Differences and tokens saved are paired: they"
+    " compare the same problems on both sides. Differences of accuracy are in points."
 )
-
 _BEHAVIOUR = (
     "Tokens, right and wrong: mean over samples with right and with wrong answers. Cut off: at the"
-    " token limit. No answer: finished without one in a declared format. Repetition: mean share of"
-    " 4-grams that stand earlier in the trace. Markers: words such as"
+    " token limit. No answer: finished without an answer in a declared format. Repetition: mean"
+    " share of 4-grams that occur earlier in the trace. Markers: words such as"
     f" {', '.join(MARKERS[:4])}, per 1,000 tokens."
 )
 
@@ -34,77 +33,88 @@ _BEHAVIOUR = (
 # -- accuracy and length ------------------------------------------------------------------------
 
 
-def results(measured: list[Evaluation]) -> Iterator[Block]:
-    if not measured:
+def results(by_run: dict[str, list[Evaluation]]) -> Iterator[Block]:
+    """Yield a plot of the evaluation sets, and two tables for each set, with all runs in them."""
+    sets: dict[str, dict[str, Evaluation]] = {}
+    for label, evaluations in by_run.items():
+        for evaluation in evaluations:
+            sets.setdefault(evaluation.name, {})[label] = evaluation
+    if not sets:
         return
-    drawn = []
-    for of in measured:
-        found = _pareto_points(of)
-        if found:
-            wide = len(measured) == 1
-            svg = plots.pareto(of.name, {"": found}, wide)
-            drawn.append(Figure(svg, f"{of.name}: {_in_words(found)}"))
-    if drawn:
-        yield Figures(
-            drawn,
-            "Accuracy against mean tokens, a panel for each evaluation set: the open circle is the"
-            " base, lines are 95% intervals. Up and to the left is better.",
-        )
+    several = len(by_run) > 1
+    if drawn := _pareto_plots(sets, several):
+        caption = "Accuracy against mean tokens, a panel for each evaluation set. "
+        caption += "Each line is a run. " * several
+        caption += "The open circle is the base; crosses are 95% intervals."
+        yield Plots(drawn, f"{caption} Up and to the left is better.")
     else:
         yield Paragraph("No problem has a gold answer, so there is no accuracy to draw.")
-    for of in measured:
-        lines = [(round_name(n), found) for n, found in of.by_round.items()]
-        rows = [([name], found) for name, found in lines]
-        yield from _result_tables(of.name, ["model"], rows, of is measured[0])
+    for index, (name, runs) in enumerate(sets.items()):
+        rows = [
+            ([label, round_name(n)] if several else [round_name(n)], measured)
+            for label, evaluation in runs.items()
+            for n, measured in evaluation.by_round.items()
+        ]
+        heads = ["run", "model"] if several else ["model"]
+        yield from _result_tables(name, heads, rows, explained=index == 0)
 
 
-def _in_words(found: list[plots.Point]) -> str:
-    return "; ".join(
-        f"{p.label} {percent(p.accuracy)} at {number(p.tokens)} mean tokens" for p in found
-    )
+def _pareto_plots(sets: dict[str, dict[str, Evaluation]], several: bool) -> list[Plot]:
+    """Return a plot for each set that has accuracy, given the evaluations by set and run."""
+    drawn = []
+    for name, runs in sets.items():
+        lines = {label: _pareto_points(evaluation) for label, evaluation in runs.items()}
+        lines = {label: line for label, line in lines.items() if line}
+        if lines:
+            texts = [f"{label}: " * several + _in_words(line) for label, line in lines.items()]
+            svg = plots.pareto(name, lines, len(sets) == 1)
+            drawn.append(Plot(svg, f"{name}: {'. '.join(texts)}"))
+    return drawn
 
 
-def _pareto_points(of: Evaluation) -> list[plots.Point]:
-    found = []
-    for n, measured in of.by_round.items():
+def _pareto_points(evaluation: Evaluation) -> list[plots.Point]:
+    line = []
+    for n, measured in evaluation.by_round.items():
         side = measured.side
         if side["accuracy"] is not None:
-            low, high = side["mean_tokens_interval"]
-            bottom, top = side["accuracy_interval"]
-            found.append(
-                plots.Point(
-                    round_name(n), side["mean_tokens"], (low, high), side["accuracy"], (bottom, top)
-                )
+            tokens, accuracy = side["mean_tokens_interval"], side["accuracy_interval"]
+            point = plots.Point(
+                round_name(n), side["mean_tokens"], tuple(tokens), side["accuracy"], tuple(accuracy)
             )
-    return found
+            line.append(point)
+    return line
+
+
+def _in_words(line: list[plots.Point]) -> str:
+    return "; ".join(
+        f"{p.label} {percent(p.accuracy)} at {number(p.tokens)} mean tokens" for p in line
+    )
 
 
 def _result_tables(
     name: str, heads: list[str], lines: list[tuple[list[str], Measured]], explained: bool
 ) -> Iterator[Block]:
-    """Results and behaviour on an evaluation set, a line for each model; `explained`: with how to
-    read them."""
+    """Yield results and behaviour on an evaluation set, a line for each model; with `explained`,
+    also how to read them."""
     rows: list[list[str | Bar]] = []
-    for labels, found in lines:
-        side, paired = found.side, found.paired or {}
+    for labels, measured in lines:
+        side, paired = measured.side, measured.paired or {}
+        difference = points(
+            paired.get("accuracy_difference"), paired.get("accuracy_difference_interval")
+        )
+        tokens = map(number, (side["mean_tokens"], *side["mean_tokens_interval"]))
         rows.append(
             [
                 *labels,
                 percent(side["accuracy"], side["accuracy_interval"]),
-                points(
-                    paired.get("accuracy_difference"), paired.get("accuracy_difference_interval")
-                ),
-                "{} [{}, {}]".format(
-                    *map(number, (side["mean_tokens"], *side["mean_tokens_interval"]))
-                ),
+                difference,
+                "{} [{}, {}]".format(*tokens),
                 percent(paired.get("token_reduction"), paired.get("token_reduction_interval")),
                 f"{side['problems']:,}",
                 f"{side['samples']:,}",
             ]
         )
-    notes = dict.fromkeys(
-        f"{labels[-1]}: {found.note}." for labels, found in lines if found.note is not None
-    )
+    notes = dict.fromkeys(f"{labels[-1]}: {m.note}." for labels, m in lines if m.note is not None)
     yield Table(
         f"{name}: results",
         [*heads, "accuracy [95%]", "against base", "mean tokens [95%]", "saved [95%]", "problems",
@@ -114,19 +124,18 @@ def _result_tables(
         " ".join([*([_INTERVALS] if explained else []), *notes]),
     )  # fmt: skip
     rows = []
-    for labels, found in lines:
-        of = found.behaviour
+    for labels, measured in lines:
+        behaviour = measured.behaviour
         rows.append(
             [
                 *labels,
-                number(of["right_tokens"]),
-                number(of["wrong_tokens"]),
-                number(of["p50"]),
-                number(of["p99"]),
-                percent(of["truncated"], decimals=2),
-                percent(of["no_answer"], decimals=2),
-                percent(of["repetition"]),
-                number(of["markers_per_1k"]),
+                *map(
+                    number, (behaviour[k] for k in ("right_tokens", "wrong_tokens", "p50", "p99"))
+                ),
+                percent(behaviour["truncated"], decimals=2),
+                percent(behaviour["no_answer"], decimals=2),
+                percent(behaviour["repetition"]),
+                number(behaviour["markers_per_1k"]),
             ]
         )
     yield Table(
@@ -139,86 +148,54 @@ def _result_tables(
     )  # fmt: skip
 
 
-def results_of_runs(by_run: dict[str, list[Evaluation]]) -> Iterator[Block]:
-    """One plot and one pair of tables for each evaluation set, all runs in them."""
-    names = dict.fromkeys(of.name for measured in by_run.values() for of in measured)
-    sets = {
-        name: {
-            label: of for label, measured in by_run.items() for of in measured if of.name == name
-        }
-        for name in names
-    }
-    drawn = []
-    for name, runs in sets.items():
-        lines = {label: found for label, of in runs.items() if (found := _pareto_points(of))}
-        if lines:
-            svg = plots.pareto(name, lines, len(sets) == 1)
-            said = ". ".join(f"{label}: {_in_words(found)}" for label, found in lines.items())
-            drawn.append(Figure(svg, f"{name}. {said}"))
-    if drawn:
-        yield Figures(
-            drawn,
-            "Accuracy against mean tokens, a panel for each evaluation set and a line for each run:"
-            " it begins at the open circle, the base; crosses are 95% intervals. Up and to the left"
-            " is better.",
-        )
-    for index, (name, runs) in enumerate(sets.items()):
-        rows = [
-            ([label, round_name(n)], found)
-            for label, of in runs.items()
-            for n, found in of.by_round.items()
-        ]
-        yield from _result_tables(name, ["run", "model"], rows, index == 0)
-
-
 # -- lengths ------------------------------------------------------------------------------------
 
 
 def lengths(run: Run) -> Iterator[Block]:
+    """Yield how long the traces of a run are: on held-out problems, and drafts and rewrites."""
     drawn, rows = [], []
-    panels: dict[str, dict[str, figures.Lengths]]
+    panels: dict[str, dict[str, LengthCounts]] = {}
     if run.headline is not None:
-        found = {
-            round_name(n): figures.rollout_lengths(folder)
-            for n, folder in run.evaluations[run.headline].items()
-        }
-        panels = {label: {label: of} for label, of in found.items()}
-        drawn.append(_lengths_figure(f"Held-out problems ({run.headline})", panels))
-        rows += [[f"{run.headline}, {label}", *_length_cells(of)] for label, of in found.items()]
+        for n, folder in run.evaluations[run.headline].items():
+            label = round_name(n)
+            panels[label] = {label: queries.rollout_lengths(folder)}
+            rows.append([f"{run.headline}, {label}", *_length_cells(panels[label][label])])
+        drawn.append(_lengths_plot(f"Held-out problems ({run.headline})", panels))
     panels = {}
     for n, folder in run.rounds.items():
-        panel = {"drafts": figures.rollout_lengths(folder)}
-        kept = figures.rewrite_lengths(folder)
+        panel = {"drafts": queries.rollout_lengths(folder)}
+        kept = queries.rewrite_lengths(folder)
         if kept is not None:
             panel["kept rewrites"] = kept
         panels[round_name(n)] = panel
-        rows += [[f"{round_name(n)}, {name}", *_length_cells(of)] for name, of in panel.items()]
+        rows += [[f"{round_name(n)}, {name}", *_length_cells(c)] for name, c in panel.items()]
     if panels:
-        drawn.append(_lengths_figure("Training rounds: drafts and kept rewrites", panels))
+        drawn.append(_lengths_plot("Training rounds: drafts and kept rewrites", panels))
     if drawn:
-        yield Figures(
+        yield Plots(
             drawn,
-            "Share of traces by length, all panels of a figure in the same bins. Lines mark the"
+            "Share of traces by length; all panels of a plot have the same bins. Lines mark the"
             " mean (solid) and the median (dashed), the triangle the 95th percentile.",
         )
         yield Table("Tokens per trace", ["", "traces", "mean", "median", "95%", "longest"], rows)
 
 
-def _lengths_figure(title: str, panels: dict[str, dict[str, figures.Lengths]]) -> Figure:
-    flat = {f"{a}\n{b}": of for a, panel in panels.items() for b, of in panel.items()}
-    binned = figures.histograms(flat)
+def _lengths_plot(title: str, panels: dict[str, dict[str, LengthCounts]]) -> Plot:
+    flat = {f"{a}\n{b}": counts for a, panel in panels.items() for b, counts in panel.items()}
+    histograms = queries.histograms(flat)
     drawn = {
-        a: {b: (of, binned[f"{a}\n{b}"]) for b, of in panel.items()} for a, panel in panels.items()
-    }
-    said = "; ".join(
-        f"{a}{'' if a == b else f', {b}'}: mean {number(of.mean)}, median {of.quantile(0.5):,},"
-        f" 95% up to {of.quantile(0.95):,} tokens"
+        a: {b: (counts, histograms[f"{a}\n{b}"]) for b, counts in panel.items()}
         for a, panel in panels.items()
-        for b, of in panel.items()
+    }
+    alt = "; ".join(
+        f"{a}{'' if a == b else f', {b}'}: mean {number(counts.mean)}, median"
+        f" {counts.quantile(0.5):,}, 95% up to {counts.quantile(0.95):,} tokens"
+        for a, panel in panels.items()
+        for b, counts in panel.items()
     )
-    return Figure(plots.lengths(title, drawn), f"{title}. {said}")
+    return Plot(plots.lengths(title, drawn), f"{title}. {alt}")
 
 
-def _length_cells(of: figures.Lengths) -> list[str]:
-    quantiles = (of.quantile(q) for q in (0.5, 0.95, 1.0))
-    return [f"{of.samples:,}", number(of.mean), *(f"{q:,}" for q in quantiles)]
+def _length_cells(counts: LengthCounts) -> list[str]:
+    quantiles = (f"{counts.quantile(q):,}" for q in (0.5, 0.95, 1.0))
+    return [f"{counts.samples:,}", number(counts.mean), *quantiles]

@@ -1,30 +1,36 @@
-"""What a report says, in blocks, apart from how it is drawn; and their Markdown.
+"""The content of a report as blocks (tables, plots, tiles …), and numbers as text.
 
-Whatever a block holds is data: prompts, traces and names are escaped where they are written out.
+Texts in blocks are data, such as prompts and names; the templates escape them.
 """
 
-import re
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mpd_rounds.report.examples import Example
 
 
 @dataclass(frozen=True)
-class Paragraph:
+class Block:
+    @property
+    def kind(self) -> str:
+        """The name by which the templates know the block."""
+        return type(self).__name__.lower()
+
+
+@dataclass(frozen=True)
+class Paragraph(Block):
     text: str
 
 
 @dataclass(frozen=True)
-class Code:
+class Code(Block):
     text: str
     language: str
 
 
 @dataclass(frozen=True)
-class Notice:
-    """Something that the reader must know before the figures."""
+class Notice(Block):
+    """A warning above the results."""
 
     title: str
     lines: list[str]
@@ -32,7 +38,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Tile:
-    """One of the few figures that matter: `value` large, `label` above, `detail` below."""
+    """One of the main results: `value` is shown large, `label` above it, `detail` below."""
 
     label: str
     value: str
@@ -40,22 +46,25 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Tiles:
+class Tiles(Block):
     tiles: list[Tile]
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A cell with a bar of the length `share`, between 0 and 1."""
+    """A table cell: `text` next to a bar of the length `share` (0 to 1)."""
 
     text: str
     share: float
 
+    @property
+    def width(self) -> str:
+        return f"{100 * min(max(self.share, 0.0), 1.0):.1f}%"
+
 
 @dataclass(frozen=True)
-class Table:
-    """`rows` under `head`; the first `left` columns are text, the others figures. `caption` names
-    it, `note` says how to read it."""
+class Table(Block):
+    """The first `left` columns are text, the others numbers. `note` says how to read the table."""
 
     caption: str
     head: list[str]
@@ -65,34 +74,33 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A plot; `alt` says in words what it shows, for those who do not see it."""
+class Plot:
+    """An SVG element; `alt` says in words what it shows."""
 
     svg: str
     alt: str
 
 
 @dataclass(frozen=True)
-class Figures:
-    figures: list[Figure]
+class Plots(Block):
+    """Plots next to each other, on the HTML page alone."""
+
+    plots: list[Plot]
     caption: str
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Traces to read, on the page alone; `intro` says how they were chosen."""
+class Examples(Block):
+    """Traces to read, on the HTML page alone; `intro` says how they were chosen."""
 
     title: str
     intro: str
     examples: list[Example]
 
 
-Block = Paragraph | Code | Notice | Tiles | Table | Figures | Examples
-
-
 @dataclass(frozen=True)
 class Section:
-    """`level` is that of its heading, from 2; `anchor` is unique on the page."""
+    """`level` is the level of its heading, from 2; `anchor` is unique on the page."""
 
     anchor: str
     title: str
@@ -107,106 +115,35 @@ class Document:
     sections: list[Section] = field(default_factory=list)
 
 
-# -- figures as text ----------------------------------------------------------------------------
+# -- numbers as text ----------------------------------------------------------------------------
 
 _MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
 def percent(value: float | None, interval: list[float] | None = None, decimals: int = 1) -> str:
-    """A share, as 12.3% [10.1, 14.5]."""
+    """Return a share as 12.3% [10.1, 14.5]."""
     if value is None:
         return NONE
-    return f"{100 * value:.{decimals}f}%{bounds(interval, ' [{:.1f}, {:.1f}]')}".replace(
-        "-", _MINUS
-    )
+    text = f"{100 * value:.{decimals}f}%".replace("-", _MINUS)
+    return text + bounds(interval, " [{:.1f}, {:.1f}]")
 
 
 def points(value: float | None, interval: list[float] | None) -> str:
-    """A difference of shares in points, with its sign."""
+    """Return a difference of shares in percentage points, with its sign."""
     if value is None:
         return NONE
-    return f"{100 * value:+.1f}{bounds(interval, ' [{:+.1f}, {:+.1f}]')}".replace("-", _MINUS)
+    return f"{100 * value:+.1f}".replace("-", _MINUS) + bounds(interval, " [{:+.1f}, {:+.1f}]")
 
 
 def number(value: float | None) -> str:
-    """A count or a mean: one decimal below 1,000."""
+    """Return a count or a mean, with one decimal below 1,000."""
     if value is None:
         return NONE
     return f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def bounds(interval: list[float] | None, form: str) -> str:
-    """An interval of shares in `form`, in hundredths; nothing where there is none."""
-    said = "" if interval is None else form.format(*(100 * bound for bound in interval))
-    return said.replace("-", _MINUS)
-
-
-# -- text -----------------------------------------------------------------------------------------
-
-
-def readable(text: str) -> str:
-    """`text` with its line breaks and spaces; other control characters, and those that turn the
-    direction of writing or cannot be seen, as escapes."""
-    text = text.replace("\r\n", "\n").replace("\t", "    ")
-    return "".join(
-        c if c == "\n" or c.isprintable() or unicodedata.category(c) == "Zs" else _escape(c)
-        for c in text
-    )
-
-
-def _escape(character: str) -> str:
-    return f"\\x{ord(character):02x}"
-
-
-# What Markdown, or HTML in it, would make something of.
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|!~$&])")
-
-
-def _inline(text: str) -> str:
-    """Text as a line of Markdown that shows it as it is."""
-    return _SPECIAL.sub(r"\\\1", " ".join(readable(text).split("\n")))
-
-
-def markdown(document: Document) -> str:
-    """The document without plots and traces."""
-    head = [f"# {_inline(document.title)}", _inline(document.subtitle)]
-    return "\n\n".join([*head, *_sections(document.sections)]) + "\n"
-
-
-def _sections(sections: list[Section]) -> Iterator[str]:
-    for section in sections:
-        parts = [part for block in section.blocks for part in _block(block)]
-        if parts:
-            yield f"{'#' * section.level} {_inline(section.title)}"
-            yield from parts
-
-
-def _block(block: Block) -> Iterator[str]:
-    match block:
-        case Paragraph(text):
-            yield _inline(text)
-        case Code(text, language):
-            longest = max((len(run) for run in re.findall("`+", text)), default=0)
-            fence = "`" * max(3, longest + 1)
-            yield f"{fence}{language}\n{readable(text)}\n{fence}"
-        case Notice(title, lines):
-            yield "\n".join([f"> **{_inline(title)}**", ">", *(f"> * {_inline(x)}" for x in lines)])
-        case Tiles(tiles):
-            yield "\n".join(
-                f"* {_inline(t.label)}: **{_inline(t.value)}** {_inline(t.detail)}".rstrip()
-                for t in tiles
-            )
-        case Table():
-            yield f"**{_inline(block.caption)}**"
-            marks = "|".join("---" if i < block.left else "---:" for i in range(len(block.head)))
-            cells = [block.head, *([_cell_text(cell) for cell in row] for row in block.rows)]
-            head, *rows = (f"| {' | '.join(map(_inline, line))} |" for line in cells)
-            yield "\n".join([head, f"|{marks}|", *rows])
-            if block.note:
-                yield _inline(block.note)
-        case Figures() | Examples():
-            return
-
-
-def _cell_text(cell: str | Bar) -> str:
-    return cell.text if isinstance(cell, Bar) else cell
+    """Return an interval of shares, in hundredths, formatted by `form`; "" for None."""
+    if interval is None:
+        return ""
+    return form.format(*(100 * bound for bound in interval)).replace("-", _MINUS)

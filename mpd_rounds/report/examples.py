@@ -1,7 +1,7 @@
-"""Rows to read: a draft beside its rewrite, one problem before and after, and the worst of a run.
+"""Traces to read: drafts with their rewrites, problems before and after, and the worst of a run.
 
-Rows are chosen by light columns and by their keys, which are hashes, so that a choice is fair and
-always the same; text is read of the chosen rows alone.
+Rows are chosen by light columns and by their keys. Keys are hashes, so a choice is fair and always
+the same. Text is read for the chosen rows only.
 """
 
 import difflib
@@ -18,14 +18,14 @@ REWRITES = 2  # of each round
 PAIRS = 3  # problems before and after
 WORST = 3  # of each kind
 
-# Of a trace at most so many words are compared and shown; of the worst traces fewer.
+# Words of a trace that are compared and shown at most; fewer of the worst traces.
 MOST_WORDS = 1_200
 EXCERPT_WORDS = 160
 
 Kind = Literal["same", "removed", "added"]
-# What a trace is made of where it is compared: a word or a sign, with the space after it.
+# The unit of a comparison: a word or a sign, with the space after it.
 _WORD = re.compile(r"(?:\w+|[^\w\s])\s*|\s+")
-# A common run of fewer words between two changes is chance, and harder to read than one change.
+# A shorter common run between two changes is chance; one change is easier to read.
 _SHORTEST_COMMON = 2
 
 
@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Trace:
-    """A text with what is to be known of it in a line, in parts."""
+    """A text in parts; `facts` are shown next to its title."""
 
     title: str
     facts: list[str]
@@ -55,7 +55,7 @@ class Example:
 
 
 def word_diff(draft: str, rewrite: str) -> tuple[list[Part], list[Part]]:
-    """Both texts in parts: what of the draft was removed, what of the rewrite was added."""
+    """Return both texts in parts: what was removed from the draft, what the rewrite added."""
     left, right = _WORD.findall(draft), _WORD.findall(rewrite)
     matcher = difflib.SequenceMatcher(
         None, [word.strip() for word in left], [word.strip() for word in right], autojunk=False
@@ -81,7 +81,7 @@ def _extend(parts: list[Part], text: str, kind: Kind) -> None:
 
 
 def shortened(text: str, most: int) -> str:
-    """At most about `most` words of a text: its start, and two fifths of them from its end."""
+    """Return about `most` words of a text at most, two fifths of them from its end."""
     words = _WORD.findall(text)
     if len(words) <= most:
         return text
@@ -92,7 +92,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def kept_rewrites(folder: Path) -> list[Example]:
-    """Kept rewrites of a round beside their drafts: those of the smallest keys."""
+    """Return the kept rewrites of a round with the smallest keys, and their drafts."""
     rollouts, distill = scan([folder], "rollouts"), scan([folder], "distill")
     if rollouts is None or distill is None:
         return []
@@ -107,7 +107,7 @@ def kept_rewrites(folder: Path) -> list[Example]:
     drafts = {
         row["row_id"]: row for row in _texts(rollouts, "row_id", rewrites["rollout_id"]).to_dicts()
     }
-    found = []
+    pairs = []
     for row in rewrites.iter_rows(named=True):
         draft = drafts[row["rollout_id"]]
         before, after = word_diff(
@@ -116,7 +116,7 @@ def kept_rewrites(folder: Path) -> list[Example]:
         tokens = draft["num_completion_tokens"]
         saved = 1 - row["num_rewritten_tokens"] / tokens
         facts = [f"{row['num_rewritten_tokens']:,} tokens", f"{100 * saved:.0f}% fewer"]
-        found.append(
+        pairs.append(
             Example(
                 draft["problem"],
                 draft["gold_answer"],
@@ -126,7 +126,7 @@ def kept_rewrites(folder: Path) -> list[Example]:
                 ],
             )
         )
-    return found
+    return pairs
 
 
 _TEXT = ("row_id", "prompt_id", "sample_idx", "problem", "completion", "gold_answer")
@@ -134,14 +134,14 @@ _LIGHT = ("num_completion_tokens", "is_correct", "finish_reason", "repetition")
 
 
 def _texts(rollouts: pl.LazyFrame, by: str, values: pl.Series) -> pl.DataFrame:
-    """The rows whose column `by` is one of `values`, with their text, by key."""
+    """Return the rows with one of `values` in the column `by`, with their text, sorted by key."""
     rows = rollouts.filter(pl.col(by).is_in(values.unique().implode()))
     return collect(rows.select(*_TEXT, *_LIGHT)).sort("row_id")
 
 
 def before_and_after(base: Path, last: Path, name: str) -> list[Example]:
-    """The base's and the newest model's (`name`) first samples of the same held-out problems, those
-    of the base's smallest keys."""
+    """Return the first samples of the base and of the newest model, called `name`, for the held-out
+    problems with the base's smallest keys."""
     left, right = scan([base], "rollouts"), scan([last], "rollouts")
     assert left is not None and right is not None
     prompts = collect(
@@ -182,8 +182,8 @@ def _whole(title: str, row: dict[str, Any], most: int) -> Trace:
 
 @dataclass(frozen=True)
 class Lost:
-    """Answers lost and won between base and last round. A problem is lost where a smaller share of
-    its samples is right; `examples` are those that fell furthest."""
+    """Answers lost and won between the base and the last round. A problem is lost if a smaller
+    share of its samples is right; `examples` are those with the largest loss."""
 
     problems: int
     lost: int
@@ -192,7 +192,7 @@ class Lost:
 
 
 def answers_lost(base: Path, last: Path, name: str) -> Lost | None:
-    """None where no problem has a gold answer on both sides."""
+    """Compare the answers. Return None if no problem has a gold answer on both sides."""
     frames = [scan([folder], "rollouts") for folder in (base, last)]
     sides = [
         collect(frame.group_by("prompt_id").agg(pl.col("is_correct").mean().alias("accuracy")))
@@ -206,7 +206,7 @@ def answers_lost(base: Path, last: Path, name: str) -> Lost | None:
     falls = both.select("prompt_id", fall)
     worst = (
         falls.filter(pl.col("fall") > 0)
-        # Of equal falls any will do, but always the same.
+        # The id decides between equals, so that the choice is always the same.
         .sort("fall", "prompt_id", descending=[True, False])
         .head(WORST)["prompt_id"]
     )
@@ -237,7 +237,7 @@ def answers_lost(base: Path, last: Path, name: str) -> Lost | None:
 def most(
     folder: Path, column: Literal["num_completion_tokens", "repetition"], name: str
 ) -> list[Example]:
-    """The rollouts with the largest values of a column, the largest first."""
+    """Return the rollouts with the largest values of a column, the largest first."""
     rollouts = scan([folder], "rollouts")
     assert rollouts is not None
     chosen = collect(

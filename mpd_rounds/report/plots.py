@@ -1,8 +1,8 @@
-"""The plots of a report, as SVG for the page.
+"""The plots of a report, as SVG for the HTML page.
 
-Colours are written as CSS variables, and text as text in the page's own font, so that a plot
-follows the page: light, dark, or on paper. Labels are data: never read as mathematics, and what
-they hold of markup is escaped.
+Colours become CSS variables, and text stays text in the page's font, so that a plot follows the
+page: light, dark, or on paper. Labels are data: they are never read as mathematics, and markup in
+them is escaped.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from mpd_rounds.report.figures import Histogram, Lengths
+from mpd_rounds.report.queries import Histogram, LengthCounts
 
-# Stand-ins, of which the page makes its own colours: each is used for nothing else.
+# Placeholders that the page replaces by its own colours. Each is used for nothing else.
 INK, MUTED, GRID, PAPER = "#1a1d21", "#5c636b", "#d9dde2", "#fefefe"
 BASE_COLOUR, ACCENT = "#7d8590", "#1f5fa8"
 SERIES = ("#1f5fa8", "#b4531a", "#2c7a4b", "#7546a3", "#a8274f", "#0f7681")
@@ -29,7 +29,7 @@ VARIABLES = {
     BASE_COLOUR: "--base",
     **{colour: f"--series-{i}" for i, colour in enumerate(SERIES)},
 }
-_MOST_POINTS = 300
+MOST_POINTS = 300
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mpd-report",
@@ -64,7 +64,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Point:
-    """A model on an evaluation set, for the Pareto plot; the bounds are those of 95% intervals."""
+    """A model on an evaluation set, with the bounds of its 95% intervals."""
 
     label: str
     tokens: float
@@ -74,7 +74,7 @@ class Point:
 
 
 def _draw(width: float, height: float, draw: Any) -> str:
-    """An SVG of so many pixels at its natural size; `draw` is given the figure."""
+    """Return an SVG of `width` by `height` pixels. `draw` gets the figure."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -88,8 +88,8 @@ def _draw(width: float, height: float, draw: Any) -> str:
 
 
 def _for_the_page(svg: str) -> str:
-    """The `svg` element alone, in the page's colours and font. Identifiers are told apart by its
-    content, since those of several plots share one page."""
+    """Return the `svg` element alone, with the page's colours and font. A hash of its content is
+    put before its identifiers, because several plots share one page."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
@@ -120,8 +120,8 @@ def _counts(axis: Any) -> None:
 
 
 def pareto(title: str, lines: dict[str, list[Point]], wide: bool) -> str:
-    """Accuracy against mean tokens with their intervals: each line of points a run, its first the
-    base. Up and to the left is better."""
+    """Return a plot of accuracy against mean tokens, with intervals. Each line of points is a run;
+    its first point is the base."""
     size = (620, 380) if wide else (360, 300)
 
     def draw(figure: Any) -> None:
@@ -171,13 +171,13 @@ def _cross(axes: Any, point: Point, colour: str, hollow: bool) -> None:
     )
 
 
-# Where a label may stand, as seen from its point: the first place that is free.
+# Offsets of a label from its point, in pixels; the first free one is used.
 _PLACES = ((9, 7), (9, -17), (-9, 7), (-9, -17), (9, 22), (9, -32), (-9, 22), (-9, -32))
-_LETTER, _LINE = 7.0, 13.0  # of a bold label, in pixels, about
+_LETTER, _LINE = 7.0, 13.0  # approximate size of a bold letter, in pixels
 
 
 def _label(axes: Any, named: list[tuple[str, Point, str]], size: tuple[float, float]) -> None:
-    """Names points side by side and not on one another; `size` of the axes in pixels, about."""
+    """Write the names of points so that they do not overlap. `size`: of the axes, in pixels."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     taken: list[tuple[float, float, float]] = []  # left, right and bottom of a label
     for name, point, colour in named:
@@ -207,10 +207,10 @@ def _label(axes: Any, named: list[tuple[str, Point, str]], size: tuple[float, fl
 
 def lengths(
     title: str,
-    panels: dict[str, dict[str, tuple[Lengths, Histogram]]],
+    panels: dict[str, dict[str, tuple[LengthCounts, Histogram]]],
 ) -> str:
-    """Distributions of trace lengths, one panel above the other on one axis; in a panel the first
-    is grey, where there is a second. Lines mark mean and median, a tick the 95th percentile."""
+    """Return distributions of trace lengths in panels, one above the other on one axis. The first
+    of two in a panel is grey. Lines mark mean and median, a triangle the 95th percentile."""
     rows = len(panels)
 
     def draw(figure: Any) -> None:
@@ -218,23 +218,23 @@ def lengths(
         top = max(max(h.shares) for panel in panels.values() for _, h in panel.values())
         for index, (axes, (label, panel)) in enumerate(zip(grid, panels.items(), strict=True)):
             alone = len(panel) == 1
-            for place, (name, (of, histogram)) in enumerate(panel.items()):
+            for place, (name, (counts, histogram)) in enumerate(panel.items()):
                 grey = label == "base" if alone else place == 0
                 colour = BASE_COLOUR if grey else ACCENT
                 axes.stairs(histogram.shares, histogram.edges, fill=True, color=colour, alpha=0.22)
                 axes.stairs(histogram.shares, histogram.edges, color=colour, linewidth=1.3)
-                axes.vlines(of.mean, 0, 1.12 * top, color=colour, linewidth=1.3)
-                axes.vlines(of.quantile(0.5), 0, 1.12 * top, color=colour, linewidth=1.3,
+                axes.vlines(counts.mean, 0, 1.12 * top, color=colour, linewidth=1.3)
+                axes.vlines(counts.quantile(0.5), 0, 1.12 * top, color=colour, linewidth=1.3,
                             linestyle=(0, (2, 2)))  # fmt: skip
                 edge = histogram.edges[-1]
-                p95 = min(of.quantile(0.95), edge)
+                p95 = min(counts.quantile(0.95), edge)
                 axes.plot(p95, 0, marker="^", color=colour, markersize=6, clip_on=False, zorder=5)
-                said = (
-                    f"{'' if alone else name + ': '}mean {of.mean:,.0f} · median"
-                    f" {of.quantile(0.5):,} · 95% ≤ {of.quantile(0.95):,}"
+                text = (
+                    f"{'' if alone else name + ': '}mean {counts.mean:,.0f} · median"
+                    f" {counts.quantile(0.5):,} · 95% ≤ {counts.quantile(0.95):,}"
                 )
                 axes.text(
-                    0.995, 0.97 - 0.2 * place, said, transform=axes.transAxes, ha="right", va="top",
+                    0.995, 0.97 - 0.2 * place, text, transform=axes.transAxes, ha="right", va="top",
                     color=MUTED if grey else colour, fontsize=10,
                 )  # fmt: skip
             axes.set_ylabel(label, rotation=0, ha="right", va="center", color=INK)
@@ -251,8 +251,8 @@ def lengths(
 
 
 def curves(title: str, rounds: dict[str, dict[str, list[tuple[int, float]]]]) -> str:
-    """One figure of the trainings, rounds one after another: for each round its series (name ->
-    points of step and value). Series are told apart by colour and named at their end."""
+    """Return a plot of the trainings, rounds one after another. `rounds` has the series of each
+    round (name -> points of step and value); each series has its colour."""
     names = list(dict.fromkeys(name for series in rounds.values() for name in series))
 
     def draw(figure: Any) -> None:
@@ -291,7 +291,7 @@ def curves(title: str, rounds: dict[str, dict[str, list[tuple[int, float]]]]) ->
 
 
 def _name_series(axes: Any, names: list[str], ends: dict[str, tuple[float, float]]) -> None:
-    """A word for each series in a row below the title, in its colour."""
+    """Add a legend of the series."""
     handles = [
         axes.plot([], [], color=SERIES[i % len(SERIES)], linewidth=2.5, label=name)[0]
         for i, name in enumerate(names)
@@ -304,7 +304,7 @@ def _name_series(axes: Any, names: list[str], ends: dict[str, tuple[float, float
 
 
 def _numbers(axis: Any, largest: float) -> None:
-    """Ticks in full: matplotlib would write what all have in common in a corner."""
+    """Write tick labels in full. Matplotlib would move a common offset to a corner."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
@@ -317,12 +317,12 @@ def _numbers(axis: Any, largest: float) -> None:
 
 
 def thinned(points: list[tuple[int, float]]) -> tuple[Any, Any]:
-    """At most _MOST_POINTS of a series, each the mean of its neighbours; values that are not
-    finite are gaps."""
+    """Return the steps and values of a series, at most MOST_POINTS of each: means of neighbouring
+    points. Values that are not finite are gaps."""
     steps = np.array([step for step, _ in points], dtype=float)
     values = np.array([v if math.isfinite(v) else np.nan for _, v in points], dtype=float)
-    if len(points) <= _MOST_POINTS:
+    if len(points) <= MOST_POINTS:
         return steps, values
-    edges = np.linspace(0, len(points), _MOST_POINTS + 1).astype(int)
+    edges = np.linspace(0, len(points), MOST_POINTS + 1).astype(int)
     sizes = np.diff(edges)
     return np.add.reduceat(steps, edges[:-1]) / sizes, np.add.reduceat(values, edges[:-1]) / sizes

@@ -1,4 +1,4 @@
-"""Settings, models and versions, as run.json, pipeline.json and the shards have them."""
+"""Sections on settings, models and versions, from run.json, pipeline.json and the shards."""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 from mpd_rounds.report.document import Block, Table
 from mpd_rounds.report.run import Run, read_json, read_lines, round_name, shard_metadata
 
-# Of settings, what a reader of the page looks for first.
+# Settings that come first in the table.
 _FIRST = ("name", "student", "teacher", "rounds", "seed", "licenses")
 
 
@@ -21,7 +21,7 @@ def provenance(run: Run) -> Iterator[Block]:
             metadata[f"{round_name(n)}, evaluate {name}"] = shard_metadata(folder, "rollouts")
     for n, folder in run.trainings.items():
         metadata[f"{round_name(n)}, train"] = read_json(folder / "run.json").get("details", {})
-    yield from _versions({label: of for label, of in metadata.items() if of})
+    yield from _versions({label: details for label, details in metadata.items() if details})
     yield from _models_measured(run)
     yield from _times(run)
     if run.settings:
@@ -40,7 +40,7 @@ def _models_measured(run: Run) -> Iterator[Block]:
 
 
 def _times(run: Run) -> Iterator[Block]:
-    """What each step took, of the last time that it was done."""
+    """Yield the seconds that each step took the last time it ran."""
     path = run.path / "finished.jsonl"
     if not path.is_file():
         return
@@ -52,18 +52,19 @@ def _times(run: Run) -> Iterator[Block]:
 
 
 def _versions(metadata: dict[str, dict[str, Any]]) -> Iterator[Block]:
-    """Packages and commit, a row for each that differ between stages."""
+    """Yield packages and commit, with one row for stages that have the same."""
     alike: dict[str, list[str]] = {}
-    for label, of in metadata.items():
-        versions = {"commit": of.get("git_commit") or "not recorded", **of.get("versions", {})}
-        if "backend" in of or "device" in of:
-            versions["on"] = of.get("backend") or of.get("device")
+    for label, details in metadata.items():
+        commit = details.get("git_commit") or "not recorded"
+        versions = {"commit": commit, **details.get("versions", {})}
+        if "backend" in details or "device" in details:
+            versions["on"] = details.get("backend") or details.get("device")
         alike.setdefault(json.dumps(versions), []).append(label)
     rows = []
     for versions_text, labels in alike.items():
         versions = json.loads(versions_text)
-        said = ", ".join(f"{name} {version}" for name, version in versions.items())
-        rows.append([", ".join(labels), said])
+        text = ", ".join(f"{name} {version}" for name, version in versions.items())
+        rows.append([", ".join(labels), text])
     if rows:
         yield Table("Versions", ["stages", "versions"], rows, left=2)
 
@@ -80,16 +81,16 @@ def training_provenance(run: Run) -> Iterator[Block]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names; sections in a list by their number."""
-    found: dict[str, Any] = {}
+    """Return nested settings by their dotted names; sections in a list by their number."""
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             value = {str(index): item for index, item in enumerate(value)}
         if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{name}.")
+            flat |= _flat(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = value
-    return found
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def _setting(value: Any) -> str:
@@ -97,7 +98,7 @@ def _setting(value: Any) -> str:
 
 
 def unlike_settings(runs: list[Run]) -> list[Block]:
-    """A table of them; nothing where there are none."""
+    """Return a table of the settings that differ between the runs, or nothing."""
     flat = [_flat(run.settings) for run in runs]
     names = sorted({name for values in flat for name in values})
     unlike = [n for n in names if len({json.dumps(v.get(n)) for v in flat}) > 1]

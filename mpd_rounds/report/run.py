@@ -1,6 +1,6 @@
-"""What a run's folder holds: its rounds, evaluations and trainings, and what of it is missing.
+"""Open a run's folder: its rounds, evaluations and trainings, and which steps are missing.
 
-Nothing but light columns and settings is read here, and nothing is written.
+Only light columns and settings are read, and nothing is written.
 """
 
 import json
@@ -24,10 +24,10 @@ BASE = 0  # the round of a model that has not been trained
 
 @dataclass(frozen=True)
 class Run:
-    """One folder. `rounds`: the folders of `data/` that hold rollouts, by number; `trainings`:
-    those of `train/` that hold metrics (of `mpd-train` alone: the run itself, as round 1);
-    `evaluations`: by set and round, those that are finished. `missing`: what the pipeline owes,
-    in words. `settings`: pipeline.json, empty where there is none."""
+    """One run. `rounds`: folders in `data/` with rollouts, by number; `trainings`: folders in
+    `train/` with metrics (for a training alone: the run itself, as round 1); `evaluations`: the
+    finished ones, by set and round; `missing`: steps that are not finished, in words; `settings`:
+    pipeline.json, or empty."""
 
     path: Path
     label: str
@@ -40,13 +40,8 @@ class Run:
 
     @property
     def headline(self) -> str | None:
-        """The evaluation set that stands for the run: the first."""
+        """The first evaluation set, which gives the headline results."""
         return next(iter(self.evaluations), None)
-
-    @property
-    def last_round(self) -> int:
-        """The newest round that any evaluation has measured, 0 for none."""
-        return max((r for folders in self.evaluations.values() for r in folders), default=BASE)
 
 
 def round_name(number: int) -> str:
@@ -54,12 +49,12 @@ def round_name(number: int) -> str:
 
 
 def open_runs(paths: list[Path]) -> list[Run]:
-    """The runs in `paths`; a folder that `mpd-rounds --seeds` made stands for its seeds.
+    """Open the runs in `paths`. A folder that `mpd-rounds --seeds` made is replaced by its seeds.
 
-    Raises ConfigError for a folder that is no run, for one that is given twice, and where trainings
-    are to be compared with anything.
+    Raises ConfigError for a folder that is no run or is given twice, and for a training among
+    several runs.
     """
-    found: list[Path] = []
+    folders: list[Path] = []
     for path in paths:
         if not path.is_dir():
             raise ConfigError(f"{plain(str(path))}: no such folder. Give the OUT of mpd-rounds.")
@@ -67,25 +62,25 @@ def open_runs(paths: list[Path]) -> list[Run]:
             (p for p in path.glob("seed*") if p.name[4:].isdigit() and (p / "eval").is_dir()),
             key=lambda p: int(p.name[4:]),
         )
-        found += seeds if seeds and not _is_pipeline(path) else [path]
-    resolved = [path.resolve() for path in found]
-    for path in found:
+        folders += seeds if seeds and not _is_pipeline(path) else [path]
+    resolved = [path.resolve() for path in folders]
+    for path in folders:
         if resolved.count(path.resolve()) > 1:
-            raise ConfigError(f"{plain(str(path))}: given twice. A run is compared with others.")
+            raise ConfigError(f"{plain(str(path))}: given twice. Give each run once.")
     labels = _labels(resolved)
-    runs = [_open(path, label) for path, label in zip(found, labels, strict=True)]
+    runs = [_open(path, label) for path, label in zip(folders, labels, strict=True)]
     if len(runs) > 1:
         for run in runs:
             if not run.is_pipeline:
                 raise ConfigError(
-                    f"{plain(str(run.path))}: the folder of a training; only runs of mpd-rounds can"
-                    " be compared. Give it alone."
+                    f"{plain(str(run.path))}: the folder of a training. Only runs of mpd-rounds can"
+                    " be compared; give a training alone."
                 )
     return runs
 
 
 def _labels(paths: list[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """Return the shortest ends of the paths that differ."""
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         labels = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(labels)) == len(labels):
@@ -103,12 +98,12 @@ def _open(path: Path, label: str) -> Run:
     info = read_json(path / "run.json") if (path / "run.json").is_file() else {}
     if "stages" in info:
         raise ConfigError(
-            f"{plain(str(path))}: the folder of a round, not of a run. Look at it with mpd-gen"
-            " stats, or give the OUT of mpd-rounds that it lies in."
+            f"{plain(str(path))}: the folder of a round, not of a run. Read it with mpd-gen"
+            " stats, or give the OUT of mpd-rounds that contains it."
         )
     if "details" in info:
         trainings = {1: path} if (path / "metrics.jsonl").is_file() else {}
-        missing = _owed_training("training", path)
+        missing = _missing_training("training", path)
         return Run(path, label, False, trainings=trainings, missing=missing)
     raise ConfigError(
         f"{plain(str(path))}: not a run. Expected the OUT of mpd-rounds (pipeline.json, data/,"
@@ -136,65 +131,65 @@ def _open_pipeline(path: Path, label: str) -> Run:
         missing.append("pipeline.json: what else was planned is not known")
     run = Run(path, label, True, settings, missing=missing)
     for number in range(planned + 1):
-        owed = _look_at_round(run, number) if number > BASE else []
+        lines = _look_at_round(run, number) if number > BASE else []
         for name in sets:
             folder = path / "eval" / f"{round_name(number).replace(' ', '')}-{name}"
-            unmeasured = _owed_rollouts(f"{round_name(number)}: evaluate {name}", folder)
+            unmeasured = _missing_rollouts(f"{round_name(number)}: evaluate {name}", folder)
             if not unmeasured:
                 run.evaluations.setdefault(name, {})[number] = folder
-            owed += unmeasured
-        if number > BASE and len(owed) == 3 + len(sets) and all(map(_is_ahead, owed)):
-            # After a round that has not begun none has.
+            lines += unmeasured
+        if number > BASE and len(lines) == 3 + len(sets) and all(map(_is_ahead, lines)):
+            # Nor has any round after it.
             rest = round_name(number) if number == planned else f"rounds {number} to {planned}"
             missing.append(f"{rest}: not begun")
             break
-        missing += owed
+        missing += lines
     return run
 
 
 _NOT_BEGUN = "not begun"
 
 
-def _is_ahead(owed: str) -> bool:
-    return owed.endswith(_NOT_BEGUN)
+def _is_ahead(line: str) -> bool:
+    return line.endswith(_NOT_BEGUN)
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
-    found = ((p.name.removeprefix("round"), p) for p in folder.glob("round*") if p.is_dir())
-    return {int(number): p for number, p in found if number.isdigit()}
+    numbers = ((p.name.removeprefix("round"), p) for p in folder.glob("round*") if p.is_dir())
+    return {int(number): p for number, p in numbers if number.isdigit()}
 
 
 def _look_at_round(run: Run, number: int) -> list[str]:
-    """Adds what there is of a round to `run`, and returns what is not."""
+    """Add the folders of a round to `run`, and return what is missing."""
     data, train = run.path / "data" / f"round{number}", run.path / "train" / f"round{number}"
     name = round_name(number)
-    owed = _owed_rollouts(f"{name}: rollouts", data)
+    lines = _missing_rollouts(f"{name}: rollouts", data)
     rollouts = count_rows(data, "rollouts")
     if rollouts:
         run.rounds[number] = data
     rewritten = count_rollouts_rewritten(data)
     if rewritten == 0:
-        owed.append(f"{name}: rewrite: {_NOT_BEGUN}")
-    elif rewritten + count_rows(data, "errors", of="distill") < rollouts:
-        owed.append(f"{name}: rewrite: {rewritten:,} of {rollouts:,} rollouts")
-    owed += _owed_training(f"{name}: train", train)
+        lines.append(f"{name}: rewrite: {_NOT_BEGUN}")
+    elif rewritten + count_rows(data, "errors", "distill") < rollouts:
+        lines.append(f"{name}: rewrite: {rewritten:,} of {rollouts:,} rollouts")
+    lines += _missing_training(f"{name}: train", train)
     if (train / "metrics.jsonl").is_file():
         run.trainings[number] = train
-    return owed
+    return lines
 
 
-def _owed_rollouts(label: str, folder: Path) -> list[str]:
+def _missing_rollouts(label: str, folder: Path) -> list[str]:
     rows = count_rows(folder, "rollouts")
     details = stage_info(folder, "rollouts").get("details", {})
     expected = details.get("rows")
     if expected is None:
         return [f"{label}: {_NOT_BEGUN}"] if not rows else []
-    if rows + count_rows(folder, "errors", of="rollouts") < expected:
+    if rows + count_rows(folder, "errors", "rollouts") < expected:
         return [f"{label}: {rows:,} of {expected:,} samples"]
     return [] if rows else [f"{label}: all {expected:,} samples failed"]
 
 
-def _owed_training(label: str, folder: Path) -> list[str]:
+def _missing_training(label: str, folder: Path) -> list[str]:
     if (folder / "model").is_dir():
         return []
     if not (folder / "metrics.jsonl").is_file():
@@ -203,13 +198,14 @@ def _owed_training(label: str, folder: Path) -> list[str]:
     return [f"{label}: {steps:,} steps, not finished"]
 
 
-def count_rows(folder: Path, stage: Stage, of: str | None = None) -> int:
-    """Rows of a stage in a round's folder; of errors those of the stage `of`."""
+def count_rows(folder: Path, stage: Stage, failed_in: str | None = None) -> int:
+    """Return the number of rows of a stage in a round's folder; with `failed_in`, of the error rows
+    of that stage."""
     frame = scan([folder], stage)
     if frame is None:
         return 0
-    if of is not None:
-        frame = frame.filter(pl.col("stage") == of)
+    if failed_in is not None:
+        frame = frame.filter(pl.col("stage") == failed_in)
     return int(collect(frame.select(pl.len())).item())
 
 
@@ -224,13 +220,13 @@ def count_rollouts_rewritten(folder: Path) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; DataError where the file holds none."""
+    """Return the JSON object in a file. Raises DataError if it holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(
-            f"{plain(str(path))}: not JSON ({error}). It was written whole, so it was changed"
-            " afterwards: restore it."
+            f"{plain(str(path))}: not JSON ({error}). The file was changed after it was"
+            " written: restore it."
         ) from error
     if not isinstance(value, dict):
         raise DataError(f"{plain(str(path))}: expected a JSON object, found {type(value).__name__}")
@@ -238,12 +234,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a training's metrics.jsonl; raises what `read_lines` raises."""
+    """Yield the lines of a training's metrics.jsonl. Raises DataError, as `read_lines`."""
     return read_lines(folder / "metrics.jsonl", "step")
 
 
 def read_lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file. A line that a kill has torn, the last, is left out.
+    """Yield the objects of a JSONL file. A last line without its end is left out: a kill tears it.
 
     Raises DataError for any other line that is no JSON object with these keys.
     """
@@ -266,7 +262,7 @@ def read_lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
 
 
 def stage_info(folder: Path, stage: str) -> dict[str, Any]:
-    """What run.json says of a stage; empty where it has not run there."""
+    """Return the entry of a stage in run.json; empty if the stage has not run."""
     path = folder / "run.json"
     if not path.is_file():
         return {}
@@ -275,14 +271,14 @@ def stage_info(folder: Path, stage: str) -> dict[str, Any]:
 
 
 def shard_metadata(folder: Path, stage: Stage) -> dict[str, Any]:
-    """What the first shard of a stage says of itself; empty where there is none."""
+    """Return the metadata of a stage's first shard; empty if there is no shard."""
     shards = RoundDir(folder).shard_paths(stage)
     return read_metadata(shards[0]) if shards else {}
 
 
 def dates(run: Run) -> tuple[str, str] | None:
-    """The days (UTC) of the oldest and the newest result, by the files' own times: nothing in them
-    says when they were written."""
+    """Return the days (UTC) of the oldest and the newest result, by the files' modification times:
+    the files themselves record no time."""
     files = [
         *run.path.glob("pipeline.json"),
         *run.path.glob("data/round*/*.manifest.jsonl"),

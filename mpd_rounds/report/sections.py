@@ -1,11 +1,12 @@
-"""What a report says, section by section, of one run or of several."""
+"""The sections of a report, of one run or of several."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from mpd_rounds.report import examples, figures
-from mpd_rounds.report.accuracy import lengths, results, results_of_runs
+from mpd_rounds.report import examples, queries
+from mpd_rounds.report.accuracy import lengths, results
 from mpd_rounds.report.card import data_card
+from mpd_rounds.report.data_and_training import funnel_tables, training_curves, training_tiles
 from mpd_rounds.report.document import (
     Block,
     Document,
@@ -20,94 +21,84 @@ from mpd_rounds.report.document import (
     percent,
     points,
 )
-from mpd_rounds.report.figures import Evaluation, Funnel, Training
-from mpd_rounds.report.making import funnel_tables, training_curves, training_tiles
 from mpd_rounds.report.provenance import provenance, training_provenance, unlike_settings
+from mpd_rounds.report.queries import Evaluation, Funnel, Training
 from mpd_rounds.report.run import BASE, Run, dates, read_json, round_name
 
 
 def single(run: Run) -> Document:
-    """The report of one run: of mpd-rounds, or of one training alone."""
+    """Return the report of one run: of mpd-rounds, or of one training alone."""
     if not run.is_pipeline:
-        return _of_training(run)
-    measured = figures.evaluations(run)
-    funnels = {n: figures.funnel(folder) for n, folder in run.rounds.items()}
-    overview: list[Block] = [*_missing([run])]
-    if tiles := _tiles(run, measured, funnels):
-        overview.append(Tiles(tiles))
+        return _training_report(run)
+    evaluations = queries.evaluations(run)
+    funnels = {n: queries.funnel(folder) for n, folder in run.rounds.items()}
     sections = [
-        Section("overview", "Overview", overview),
-        *_sections(run, measured, funnels, "", 2),
+        Section("overview", "Overview", [*_missing([run]), *_tiles(run, evaluations, funnels)]),
+        *_filled({"accuracy": ("Accuracy and length", results({run.label: evaluations}))}),
+        *_filled(_details(run, funnels)),
     ]
     name = str(run.settings.get("name", run.label))
     return Document(f"{name}: {run.label}", _subtitle(run), sections)
 
 
-def _sections(
-    run: Run,
-    measured: list[Evaluation],
-    funnels: dict[int, Funnel],
-    prefix: str,
-    level: int,
-) -> Iterator[Section]:
-    """All of a run but its overview."""
-
-    def section(anchor: str, title: str, blocks: list[Block]) -> Iterator[Section]:
-        if blocks:
-            yield Section(prefix + anchor, title, blocks, level)
-
-    if not prefix:
-        yield from section("accuracy", "Accuracy and length", list(results(measured)))
-    yield from section("lengths", "How long the traces are", list(lengths(run)))
-    yield from section("funnel", "From prompts to kept rewrites", list(funnel_tables(funnels)))
-    yield from section("training", "Training", list(training_curves(_trainings(run))))
-    yield from section("rewrites", "Drafts and their rewrites", list(_rewrites(run)))
-    yield from section("answers", "Before and after", list(_before_and_after(run)))
-    yield from section("worst", "Where it went wrong", list(_worst(run)))
-    yield data_card(run, funnels, prefix, level)
-    yield from section("settings", "Settings and provenance", list(provenance(run)))
-
-
 def several(runs: list[Run]) -> Document:
-    """The comparison of several runs, then each of them."""
-    by_run = {run.label: figures.evaluations(run) for run in runs}
-    comparison: list[Block] = [*_missing(runs), *results_of_runs(by_run)]
-    sections = [Section("comparison", "Comparison", comparison)]
-    settings = unlike_settings(runs)
-    if settings:
-        sections.append(Section("differences", "Settings that differ", settings))
+    """Return the comparison of several runs, followed by each of them."""
+    by_run = {run.label: queries.evaluations(run) for run in runs}
+    sections = [
+        Section("comparison", "Comparison", [*_missing(runs), *results(by_run)]),
+        *_filled({"differences": ("Settings that differ", iter(unlike_settings(runs)))}),
+    ]
     for index, run in enumerate(runs):
-        prefix = f"run-{index}-"
-        funnels = {n: figures.funnel(folder) for n, folder in run.rounds.items()}
-        blocks: list[Block] = []
-        if tiles := _tiles(run, by_run[run.label], funnels):
-            blocks.append(Tiles(tiles))
-        sections.append(Section(f"run-{index}", f"Run {run.label}", blocks))
-        sections += _sections(run, by_run[run.label], funnels, prefix, 3)
+        funnels = {n: queries.funnel(folder) for n, folder in run.rounds.items()}
+        tiles = list(_tiles(run, by_run[run.label], funnels))
+        sections.append(Section(f"run-{index}", f"Run {run.label}", tiles))
+        sections += _filled(_details(run, funnels), f"run-{index}-", 3)
     names = dict.fromkeys(str(run.settings.get("name", run.label)) for run in runs)
     return Document(f"{', '.join(names)}: {len(runs)} runs", ", ".join(by_run), sections)
 
 
-def _of_training(run: Run) -> Document:
+def _details(run: Run, funnels: dict[int, Funnel]) -> dict[str, tuple[str, Iterator[Block]]]:
+    """Return title and blocks of a run's sections after its results, by anchor."""
+    return {
+        "lengths": ("How long the traces are", lengths(run)),
+        "funnel": ("From prompts to kept rewrites", funnel_tables(funnels)),
+        "training": ("Training", training_curves(_trainings(run))),
+        "rewrites": ("Drafts and their rewrites", _rewrites(run)),
+        "answers": ("Before and after", _before_and_after(run)),
+        "worst": ("Where it went wrong", _worst(run)),
+        "data-card": ("Data card", data_card(run, funnels)),
+        "settings": ("Settings and provenance", provenance(run)),
+    }
+
+
+def _filled(
+    sections: dict[str, tuple[str, Iterator[Block]]], prefix: str = "", level: int = 2
+) -> Iterator[Section]:
+    """Yield the sections that are not empty. `prefix` comes before their anchors."""
+    for anchor, (title, blocks) in sections.items():
+        if content := list(blocks):
+            yield Section(prefix + anchor, title, content, level)
+
+
+def _training_report(run: Run) -> Document:
     trainings = _trainings(run)
     sections = [
         Section("overview", "Overview", [*_missing([run]), *training_tiles(trainings)]),
-        Section("training", "Training", list(training_curves(trainings))),
-        Section("settings", "Settings and provenance", list(training_provenance(run))),
+        *_filled(
+            {
+                "training": ("Training", training_curves(trainings)),
+                "settings": ("Settings and provenance", training_provenance(run)),
+            }
+        ),
     ]
-    details = read_json(run.path / "run.json")["details"]
-    student = str(details.get("config", {}).get("student"))
-    return Document(
-        f"Training: {run.label}",
-        f"Student {student}",
-        [section for section in sections if section.blocks or section.anchor == "overview"],
-    )
+    config = read_json(run.path / "run.json")["details"].get("config", {})
+    return Document(f"Training: {run.label}", f"Student {config.get('student')}", sections)
 
 
 def _trainings(run: Run) -> dict[str, Training]:
-    """With their names on the page."""
+    """Return the trainings by the names they have on the page."""
     return {
-        round_name(n) if run.is_pipeline else run.label: figures.training(folder)
+        round_name(n) if run.is_pipeline else run.label: queries.training(folder)
         for n, folder in run.trainings.items()
     }
 
@@ -119,14 +110,14 @@ def _subtitle(run: Run) -> str:
     if not run.settings:
         return "Mixed-policy distillation"
     rounds = int(run.settings["rounds"])
-    said = (
+    text = (
         f"{run.settings.get('student')} learns from {run.settings.get('teacher')},"
         f" {rounds} round{'s' * (rounds != 1)}, seed {run.settings.get('seed')}"
     )
     if (days := dates(run)) is not None:
         first, last = days
-        said += f", {first}" if first == last else f", {first} to {last}"
-    return said
+        text += f", {first}" if first == last else f", {first} to {last}"
+    return text
 
 
 def _missing(runs: list[Run]) -> Iterator[Block]:
@@ -135,51 +126,39 @@ def _missing(runs: list[Run]) -> Iterator[Block]:
     ]
     if lines:
         which = "This run is not" if len(runs) == 1 else "Not all of these runs are"
-        yield Notice(f"{which} complete. What is there is shown; what is missing:", lines)
+        yield Notice(f"{which} complete. The report shows what exists. Missing:", lines)
 
 
-def _tiles(run: Run, measured: list[Evaluation], funnels: dict[int, Funnel]) -> list[Tile]:
-    """The few figures that matter, on the first evaluation set."""
+def _tiles(run: Run, evaluations: list[Evaluation], funnels: dict[int, Funnel]) -> Iterator[Block]:
+    """Yield the main results, on the first evaluation set."""
     tiles = []
-    if measured:
-        first = measured[0]
+    if evaluations:
+        first = evaluations[0]
         last, base = first.last, first.by_round.get(BASE)
-        where = f"{first.name}, {round_name(max(first.by_round))}"
+        tokens = number(last.side["mean_tokens"])
+        detail = f"accuracy {percent(last.side['accuracy'])}"
         if last.paired is not None and base is not None:
             paired = last.paired
-            tiles.append(
-                Tile(
-                    "Tokens saved",
-                    percent(paired["token_reduction"]),
-                    bounds(paired["token_reduction_interval"], "95% interval {:.1f} to {:.1f}"),
+            interval = bounds(paired["token_reduction_interval"], "95% interval {:.1f} to {:.1f}")
+            tiles.append(Tile("Tokens saved", percent(paired["token_reduction"]), interval))
+            if (difference := paired["accuracy_difference"]) is not None:
+                interval = bounds(
+                    paired["accuracy_difference_interval"], "95% interval {:+.1f} to {:+.1f}"
                 )
-            )
-            if paired["accuracy_difference"] is not None:
-                tiles.append(
-                    Tile(
-                        "Accuracy, points",
-                        points(paired["accuracy_difference"], None),
-                        bounds(
-                            paired["accuracy_difference_interval"],
-                            "95% interval {:+.1f} to {:+.1f}",
-                        ),
-                    )
-                )
-            sides = [of.side for of in (base, last)]
-            tokens = " → ".join(number(side["mean_tokens"]) for side in sides)
+                tiles.append(Tile("Accuracy, points", points(difference, None), interval))
+            tokens = f"{number(base.side['mean_tokens'])} → {tokens}"
+            accuracies = [percent(side["accuracy"]) for side in (base.side, last.side)]
             detail = ""
             if last.side["accuracy"] is not None:
-                right = " → ".join(percent(side["accuracy"]) for side in sides)
-                detail = f"accuracy {right}"
-            tiles.append(Tile(f"Mean tokens, {where}", tokens, detail))
-        else:
-            detail = f"accuracy {percent(last.side['accuracy'])}"
-            tiles.append(Tile(f"Mean tokens, {where}", number(last.side["mean_tokens"]), detail))
-    asked = sum(sum(of.statuses.values()) for of in funnels.values())
-    if asked:
-        kept = sum(of.kept for of in funnels.values())
-        tiles.append(Tile("Rewrites kept", percent(kept / asked), f"{kept:,} of {asked:,}"))
-    return tiles
+                detail = f"accuracy {' → '.join(accuracies)}"
+        where = f"{first.name}, {round_name(max(first.by_round))}"
+        tiles.append(Tile(f"Mean tokens, {where}", tokens, detail))
+    rows = sum(sum(funnel.statuses.values()) for funnel in funnels.values())
+    if rows:
+        kept = sum(funnel.kept for funnel in funnels.values())
+        tiles.append(Tile("Rewrites kept", percent(kept / rows), f"{kept:,} of {rows:,}"))
+    if tiles:
+        yield Tiles(tiles)
 
 
 # -- examples -----------------------------------------------------------------------------------
@@ -188,18 +167,18 @@ def _tiles(run: Run, measured: list[Evaluation], funnels: dict[int, Funnel]) -> 
 def _rewrites(run: Run) -> Iterator[Block]:
     chosen = {n: examples.kept_rewrites(folder) for n, folder in run.rounds.items()}
     intro = (
-        "Kept rewrites, those of the smallest keys, which is a fair draw. Struck out: words of the"
-        " draft that are gone. Marked: words that are new."
+        "Kept rewrites, chosen by the smallest keys. Keys are hashes, so the choice is fair. Struck"
+        " out: words that the rewrite removed. Marked: words that it added."
     )
-    for n, found in chosen.items():
-        if found:
-            yield Examples(round_name(n).capitalize(), intro, found)
+    for n, rewrites in chosen.items():
+        if rewrites:
+            yield Examples(round_name(n).capitalize(), intro, rewrites)
             intro = ""
 
 
 def _ends(run: Run) -> tuple[Path, Path, str] | None:
-    """The base's and the newest evaluation of the first set and the latter's name, where both are
-    there."""
+    """Return the first set's evaluations of the base and of the newest model, and the name of the
+    latter; None unless both exist."""
     folders = run.evaluations.get(run.headline or "", {})
     last = max(folders, default=BASE)
     if BASE not in folders or last == BASE:
@@ -212,13 +191,13 @@ def _before_and_after(run: Run) -> Iterator[Block]:
     if ends is None:
         return
     base, last, name = ends
-    found = examples.before_and_after(base, last, name)
-    if found:
+    pairs = examples.before_and_after(base, last, name)
+    if pairs:
         intro = (
-            f"The same held-out problems ({run.headline}), sampled from the base and from {name}:"
-            " the first sample of each, problems by the smallest keys, which is a fair draw."
+            f"The same held-out problems ({run.headline}), answered by the base and by {name}: the"
+            " first sample of each. Problems are chosen by the smallest keys, which are hashes."
         )
-        yield Examples(f"Base and {name}", intro, found)
+        yield Examples(f"Base and {name}", intro, pairs)
 
 
 def _worst(run: Run) -> Iterator[Block]:
@@ -229,11 +208,13 @@ def _worst(run: Run) -> Iterator[Block]:
     lost = examples.answers_lost(base, last, name)
     if lost is not None:
         yield Paragraph(
-            f"Of {lost.problems:,} problems ({run.headline}) {name} answers {lost.lost:,} rightly"
+            f"Of {lost.problems:,} problems ({run.headline}), {name} gets {lost.lost:,} right"
             f" less often than the base, and {lost.won:,} more often."
         )
         if lost.examples:
-            intro = "The problems that fell furthest: a right sample of the base, a wrong one now."
+            intro = (
+                "The problems with the largest loss: a right sample of the base, a wrong one now."
+            )
             yield Examples("Answers lost", intro, lost.examples)
     longest = examples.most(last, "num_completion_tokens", name)
     yield Examples("Longest traces", f"Of {name}, on {run.headline}.", longest)

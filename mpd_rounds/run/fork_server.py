@@ -1,9 +1,8 @@
-"""Stages as forks of a process that has imported their libraries.
+"""Start stages as forks of a process that has imported their libraries.
 
-vLLM, torch and transformers take some seconds to import, a third of what a stage of small models
-takes. A fork has its own memory, its own exit code and its own end, as any process.
-Not for machines with a GPU, whose state does not survive a fork, and where an engine's start
-takes a minute anyway.
+Importing vLLM, torch and transformers takes some seconds, a third of a stage of small models. Not
+for machines with a GPU: its state does not survive a fork, and an engine takes a minute to start
+anyway.
 """
 
 import contextlib
@@ -19,12 +18,12 @@ from threading import Lock
 
 from mpd_data.common.errors import MPDError
 
-# A fork's exit code can be read once, and whoever starts another looks for it.
+# An exit code can be read only once, and starting another fork reads it too.
 _reading = Lock()
 
 
 class Fork(ForkServerProcess):
-    """A stage, with `subprocess.Popen`'s way of waiting for it."""
+    """A stage that is waited for like a `subprocess.Popen`."""
 
     def wait(self) -> int:
         connection.wait([self.sentinel])
@@ -35,28 +34,30 @@ class Fork(ForkServerProcess):
 
 
 class Forks:
-    """Starts stages in `environment`. The libraries are imported once, when this is made."""
+    """Starts stages in `environment`. The constructor imports the libraries, once."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = dict(environment)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["mpd_rounds.run.preloaded"])
-        # Some settings are read when a library is imported.
+        # Libraries read some variables when they are imported.
         with _as_environment(self._environment):
             forkserver.ensure_running()
 
     def start(self, module: str, command: list[str], stderr: connection.Connection | None) -> Fork:
-        """Runs the `main` of `module`; `stderr`: where its standard error goes, None: to this
-        process's. Raises MPDError where it cannot be started."""
+        """Run the `main` of `module`, with its standard error sent to `stderr` (None: inherited).
+
+        Raises MPDError if the fork cannot be started.
+        """
         fork = Fork(target=_run, args=(module, command, self._environment, stderr))
         try:
-            # A server that was killed is started anew.
+            # If the server was killed, this starts a new one.
             with _reading, _as_environment(self._environment):
                 fork.start()
         except (OSError, EOFError) as error:
             raise MPDError(
-                f"{module}: cannot be started as a fork ({type(error).__name__}: {error}). Leave"
-                " preload out to start stages as processes of their own."
+                f"{module}: cannot be started as a fork ({type(error).__name__}: {error})."
+                " Remove preload to start stages as separate processes."
             ) from error
         return fork
 
@@ -67,14 +68,14 @@ def _run(
     environment: dict[str, str],
     stderr: connection.Connection | None,
 ) -> None:
-    # Which the server of the forks does not hear (mpd_rounds/run/preloaded.py).
+    # The server ignores this signal (see preloaded.py).
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stderr is not None:
         os.dup2(stderr.fileno(), sys.stderr.fileno())
         stderr.close()
     os.environ.clear()
     os.environ.update(environment)
-    # A fork says "forkserver" to what it starts itself, which makes locks that are to be unlinked.
+    # Reset the start method: a fork inherits "forkserver", whose semaphores would leak.
     multiprocessing.set_start_method(None, force=True)
     sys.argv = [module, *command]
     importlib.import_module(module).main()

@@ -14,14 +14,14 @@ from mpd_rounds.run.steps import (
 
 
 class Plan:
-    """The commands of a pipeline, in order."""
+    """The steps of a pipeline, in order, in a run's folder."""
 
     def __init__(self, pipeline: Pipeline, out: Path) -> None:
         self._pipeline = pipeline
         self._out = out
 
     def student(self, round_: int) -> str:
-        """The model after `round_` rounds."""
+        """Return the model after `round_` rounds."""
         if round_ == 0:
             return self._pipeline.student
         return str(self._out / "train" / f"round{round_}" / "model")
@@ -31,7 +31,7 @@ class Plan:
         return self._out / "eval" / f"{label}-{name}"
 
     def training(self, round_: int) -> Iterator[Step]:
-        """rollouts -> rewrite -> train of a round (from 1)."""
+        """Yield rollouts, rewrite and train of a round (from 1)."""
         p, data = self._pipeline, self._out / "data" / f"round{round_}"
         student = self.student(round_ - 1)
         yield rollouts_step(p, student, round_, data)
@@ -39,7 +39,7 @@ class Plan:
         yield train_step(p, student, round_, data, self._out / "train" / f"round{round_}")
 
     def evaluations(self, round_: int) -> Iterator[Step]:
-        """Sampling on held-out prompts with the student after `round_` rounds."""
+        """Yield the steps that sample held-out prompts from the student after `round_` rounds."""
         p = self._pipeline
         for chosen in p.evaluation:
             out = self.evaluation(round_, chosen.name)

@@ -1,4 +1,4 @@
-"""What the stages of a pipeline import, for the process that they are forks of."""
+"""Import the libraries of all stages: the fork server preloads this module."""
 
 import contextlib
 import gc
@@ -16,13 +16,13 @@ _MODULES = (
     "mpd_train.loop",
 )
 
-# Told to end with all others of its group, it lasts as long as the stages do that commit then.
+# When the whole process group is terminated, the server outlives the stages, which still commit.
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 prepare_environment(on_cpu=True)
 for module in _MODULES:
-    # A stage imports it again, and says itself what is wrong; other engines do without vLLM.
+    # vLLM is optional, and a stage that needs a module reports the error itself.
     with contextlib.suppress(Exception):
         importlib.import_module(module)
-# What is there now lives as long as each of the forks: they need neither look through it for
-# garbage nor copy it for having looked.
+# The forks share these objects. Frozen, they are not scanned for garbage, which would copy their
+# pages.
 gc.freeze()

@@ -1,4 +1,4 @@
-"""Run the steps of a pipeline as processes."""
+"""Run the steps of a pipeline as processes, and record which are finished."""
 
 import json
 import multiprocessing
@@ -26,9 +26,9 @@ _MODULES = {"mpd-gen": "mpd_data.cli", "mpd-train": "mpd_train.cli"}
 
 
 def _inputs(step: Step) -> dict[str, str]:
-    """Sizes and times of the files that a step's command names or that it reads beside them: a step
-    whose models, prompts or shards have changed since is not done."""
-    found: dict[str, str] = {}
+    """Return size and modification time of each input file of a step, by path. A step whose models,
+    prompts or shards have changed since is run again."""
+    inputs: dict[str, str] = {}
     for path in (*map(Path, step.command), *step.reads):
         if path == step.out or not path.exists():
             continue
@@ -36,29 +36,29 @@ def _inputs(step: Step) -> dict[str, str]:
         for file in sorted(files):
             if file.name != ".lock":
                 stat = file.stat()
-                found[str(file)] = f"{stat.st_size} {stat.st_mtime_ns}"
-    return found
+                inputs[str(file)] = f"{stat.st_size} {stat.st_mtime_ns}"
+    return inputs
 
 
 class Finished:
-    """The steps that OUT/finished.jsonl says are done; nothing is written."""
+    """The finished steps, as recorded in OUT/finished.jsonl. Reads only."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / "finished.jsonl"
-        # A kill can tear the last line: its step is asked again, and resumes.
+        # A kill can tear the last line. Its step runs again, and resumes.
         self.whole = self.path.read_bytes() if self.path.exists() else b""
         self.whole = self.whole[: self.whole.rfind(b"\n") + 1]
         self.records: list[dict[str, Any]] = [json.loads(line) for line in self.whole.splitlines()]
 
     def holds(self, step: Step) -> bool:
-        """Whether `step` has finished, with the inputs that are there now."""
+        """Whether `step` has finished with the inputs that exist now."""
         now = ([step.program, *step.command], _inputs(step))
         return step.out.exists() and any((r["command"], r["inputs"]) == now for r in self.records)
 
 
 class Runner:
-    """Runs steps as processes and remembers in OUT/finished.jsonl which are done. `preload`: the
-    processes are forks of one that has imported what they need (mpd_rounds/run/fork_server.py)."""
+    """Runs steps as processes and records the finished ones in OUT/finished.jsonl. `preload`: fork
+    them from a process that has imported their libraries (see fork_server.py)."""
 
     def __init__(
         self, out: Path, environment: dict[str, str], total: int, preload: bool = False
@@ -69,24 +69,24 @@ class Runner:
         if self._path.exists():
             self._path.write_bytes(self._finished.whole)
         self._environment = {**os.environ, **environment}
-        # A pipeline that is a task of a job array is not one of the parts of its stages.
+        # A pipeline may be a task of a SLURM job array; its stages are not parts of that array.
         self._environment.pop("SLURM_ARRAY_TASK_COUNT", None)
         self._total = total
         self._number = 0
         self._running: set[subprocess.Popen[bytes] | Fork] = set()
         self._forks = Forks(self._environment) if preload and not gpus() else None
-        self._told_to_end = False
+        self._is_ending = False
         self.failed_rows = any(r["exit_code"] == EXIT_FAILED_ROWS for r in self._finished.records)
 
     def run(self, steps: list[Step], parallel: int = 1) -> None:
-        """Runs `steps`, up to `parallel` at a time. Raises MPDError if one fails."""
+        """Run `steps`, up to `parallel` at a time. Raises MPDError if one fails."""
         for _, error in self.attempt(steps, parallel):
             raise error
 
     def attempt(self, steps: list[Step], parallel: int = 1) -> list[tuple[Step, MPDError]]:
-        """Runs `steps`, up to `parallel` at a time, and returns those that failed."""
+        """Run `steps`, up to `parallel` at a time. Return those that failed."""
         signals.check()
-        owed = []
+        remaining = []
         for step in steps:
             self._number += 1
             head = f"[{self._number}/{self._total}] {step.label}"
@@ -95,23 +95,25 @@ class Runner:
                 continue
             click.echo(f"{head}: {step.why}", err=True)
             click.echo(f"    {step.program} {shlex.join(step.command)}", err=True)
-            owed.append(step)
-        together = min(parallel, len(owed))
+            remaining.append(step)
+        together = min(parallel, len(remaining))
         failed: list[tuple[Step, MPDError]] = []
         with ThreadPoolExecutor(max(together, 1)) as pool:
             try:
-                begun = [(step, pool.submit(self._run_one, step, together > 1)) for step in owed]
+                begun = [
+                    (step, pool.submit(self._run_one, step, together > 1)) for step in remaining
+                ]
                 for step, done in begun:
                     try:
                         done.result()
                     except MPDError as error:
                         failed.append((step, error))
-            except KeyboardInterrupt as told:
-                # What runs commits what it has, and is waited for; no other begins.
+            except KeyboardInterrupt as interrupt:
+                # Running steps commit their rows, and the pool waits for them. No other begins.
                 pool.shutdown(wait=False, cancel_futures=True)
-                if told.args == (signal.SIGTERM,):
-                    # Which was for this process; a terminal tells all of them.
-                    self._told_to_end = True
+                if interrupt.args == (signal.SIGTERM,):
+                    # A scheduler signals this process only; a terminal signals the steps too.
+                    self._is_ending = True
                     for process in list(self._running):
                         process.terminate()
                 raise
@@ -129,12 +131,12 @@ class Runner:
 
     def _run_one(self, step: Step, prefixed: bool) -> None:
         begun = time.monotonic()
-        # Two progress bars would fight for one line: side by side, steps report in lines.
+        # Steps that run at the same time report in lines: their progress bars would mix.
         reader, writer = multiprocessing.Pipe(duplex=False) if prefixed else (None, None)
         process = self._start(step, writer)
         self._running.add(process)
-        if self._told_to_end:
-            # Too late to be among those that were told.
+        if self._is_ending:
+            # It was started after the others were terminated.
             process.terminate()
         if reader is not None and writer is not None:
             writer.close()
@@ -146,8 +148,8 @@ class Runner:
         self._running.discard(process)
         if code not in (0, EXIT_FAILED_ROWS):
             raise MPDError(
-                f"{step.label} ended with exit code {code}; its message stands above. What is"
-                " finished is kept: mend it and run the same command again."
+                f"{step.label} ended with exit code {code}; see its message above. Finished work"
+                " is kept: fix the cause and run the same command again."
             )
         self.failed_rows |= code == EXIT_FAILED_ROWS
         record = {

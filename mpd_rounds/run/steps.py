@@ -1,11 +1,11 @@
-"""What a pipeline file says, and the command of each of its stages."""
+"""Read a pipeline file, and build the command of each of its stages."""
 
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PrivateAttr
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.options import arguments, parse
@@ -21,30 +21,47 @@ class EvaluationSet(Strict):
 
 
 class Licenses(Strict):
-    """What the report's data card says of what the shards are made from, where it is known."""
+    """Licences for the report's data card, where they are known."""
 
     student: str | None = None
     teacher: str | None = None
     prompts: str | None = None
 
 
-class Pipeline(Strict):
-    """A pipeline file. The sections hold the settings of their commands; what a round decides
-    (models, folders, round number) is not theirs to set. Paths are relative to where the
-    command is run. The first evaluation set gives the headline figures."""
+class SettingsFile(Strict):
+    """Settings of a TOML file, which errors name."""
+
+    _source: str = PrivateAttr("")
+
+    @property
+    def source(self) -> str:
+        return self._source
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], source: str) -> Self:
+        """Return the settings. Raises ConfigError naming `source` and the setting."""
+        settings = parse(cls, values, source)
+        settings._source = source
+        return settings
+
+
+class Pipeline(SettingsFile):
+    """A pipeline file. Its sections hold the settings of their commands, without those that the
+    pipeline sets (models, folders, round number). Paths are relative to the folder in which the
+    command is run. The first evaluation set gives the headline results."""
 
     name: str
     student: str
     teacher: str
-    # Other methods are other answers to these two: off-policy distillation learns the teacher's
-    # own traces, self-compression the student's own rewrites.
+    # Other methods differ in these two: in off-policy distillation the teacher samples, in
+    # self-compression the student rewrites.
     sampler: Literal["student", "teacher"] = "student"
     rewriter: Literal["student", "teacher"] = "teacher"
     rounds: int = Field(1, ge=1)
     seed: int = 0
     parallel_evaluations: int = Field(1, ge=1)
-    # Where stages are short, on a CPU: each starts as a fork of a process that has imported its
-    # libraries, and spares the seconds that this takes.
+    # For short stages on a CPU: fork each from a process that has imported its libraries, which
+    # saves the seconds of importing them.
     preload: bool = False
     environment: dict[str, str] = Field(default_factory=dict)
     licenses: Licenses = Licenses()
@@ -56,8 +73,8 @@ class Pipeline(Strict):
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the pipeline, with its settings; `out` is the folder it makes. `reads`: what
-    it depends on beside what its command names."""
+    """One command of the pipeline, with its settings. `out`: the folder it makes; `reads`: input
+    files that its command does not name."""
 
     label: str
     why: str
@@ -69,12 +86,15 @@ class Step:
 
 
 def load_pipeline(path: Path, overrides: tuple[str, ...]) -> Pipeline:
-    """Reads a pipeline file. Raises ConfigError naming the file and the setting."""
-    return parse(Pipeline, read_settings(path, overrides), str(path))
+    """Read a pipeline file. Raises ConfigError naming the file and the setting."""
+    values = read_settings(path, overrides)
+    if "pipeline" in values and "group" in values:
+        raise ConfigError(f"{path}: a study, not a pipeline. Run it with mpd-study {path} --out …")
+    return Pipeline.from_values(values, str(path))
 
 
 def read_settings(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """What a TOML file says; `overrides` are `a.b=value`, the value in TOML (or plain text).
+    """Return the content of a TOML file with `overrides`, each `a.b=value` in TOML or plain text.
 
     Raises ConfigError naming the file and the setting.
     """
@@ -97,8 +117,8 @@ def read_settings(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
 
 
 def override(values: dict[str, Any], name: str, value: Any, where: str) -> None:
-    """Sets the value of a dotted name in nested settings. Raises ConfigError, which begins with
-    `where`, for a name that does not fit them."""
+    """Set the value of a dotted name in nested settings. Raises ConfigError, which begins with
+    `where`, if the name does not fit the settings."""
     target: Any = values
     *parents, last = name.split(".")
     for part in parents:
@@ -117,21 +137,22 @@ def override(values: dict[str, Any], name: str, value: Any, where: str) -> None:
 
 
 def _stage(
-    model: type[BaseModel], section: str, given: dict[str, Any], fixed: dict[str, Any]
+    model: type[BaseModel], p: Pipeline, section: str, given: dict[str, Any], fixed: dict[str, Any]
 ) -> Any:
-    """A stage's settings: the section's and the ones the pipeline fixes."""
+    """Return a stage's settings: those `given` in a section, and those that the pipeline fixes."""
     clash = sorted(given.keys() & fixed.keys())
     if clash:
         raise ConfigError(
-            f"[{section}]: {', '.join(clash)} are decided by the pipeline; remove them."
+            f"{p.source}: [{section}]: the pipeline sets {', '.join(clash)}; remove them."
         )
-    return parse(model, {**given, **fixed}, f"[{section}]")
+    return parse(model, {**given, **fixed}, p.source, section)
 
 
 def rollouts_step(p: Pipeline, student: str, round_: int, out: Path) -> Step:
-    """`student`, or the teacher where it is the sampler, samples into the round `out`."""
+    """Return the step in which the sampler (`student` or the teacher) fills the round `out`."""
     rollouts = _stage(
         RolloutsConfig,
+        p,
         "rollouts",
         p.rollouts,
         {
@@ -152,15 +173,16 @@ def rollouts_step(p: Pipeline, student: str, round_: int, out: Path) -> Step:
 
 
 def rewrite_step(p: Pipeline, student: str, round_: int, shards: Path) -> Step:
-    """The teacher, or `student` where it is the rewriter, rewrites the round `shards`."""
+    """Return the step in which the rewriter (the teacher or `student`) rewrites a round."""
     chooses = p.rewrite.get("choose") == "likeliest"
     rewrite = _stage(
         RewriteConfig,
+        p,
         "rewrite",
         p.rewrite,
         {
             "teacher": p.teacher if p.rewriter == "teacher" else student,
-            # The vocabulary is the same in every round, the choice is not.
+            # Needed for the vocabulary, which never changes, and for the choice, which does.
             **({} if p.sampler == "student" else {"student": student if chooses else p.student}),
             "shards": shards,
             "seed": p.seed,
@@ -178,9 +200,10 @@ def rewrite_step(p: Pipeline, student: str, round_: int, shards: Path) -> Step:
 
 
 def train_step(p: Pipeline, student: str, round_: int, shards: Path, out: Path) -> Step:
-    """`student` learns the round `shards`; the new one is `out`/model."""
+    """Return the step in which `student` learns from the round `shards`; it writes `out`/model."""
     train = _stage(
         TrainConfig,
+        p,
         "train",
         p.train,
         {"shards": [shards], "student": student, "out": out, "seed": p.seed},
@@ -198,10 +221,11 @@ def train_step(p: Pipeline, student: str, round_: int, shards: Path, out: Path) 
 def evaluation_step(
     p: Pipeline, chosen: EvaluationSet, student: str, round_: int, out: Path
 ) -> Step:
-    """`student`, that of after `round_` rounds, samples on held-out prompts."""
+    """Return the step in which `student`, after `round_` rounds, answers held-out prompts."""
     rollouts = _stage(
         RolloutsConfig,
-        f"evaluation {chosen.name}",
+        p,
+        f"evaluation.{chosen.name}.rollouts",
         chosen.rollouts,
         {"model": student, "out": out, "seed": p.seed},
     )
@@ -217,5 +241,5 @@ def evaluation_step(
 
 
 def _newest(round_: int) -> str:
-    """The student that begins a round."""
+    """Return what the student at the start of a round is called."""
     return "the base student" if round_ == 1 else f"the student of round {round_ - 1}"

@@ -1,1 +1,1 @@
-"""`mpd-study`: several pipelines that differ in some settings, with intervals."""
+"""Studies: several pipelines that differ in some settings, compared with intervals."""

@@ -9,7 +9,7 @@ from mpd_data.common.command import run_command
 from mpd_data.common.errors import MPDError
 from mpd_data.parts.workers import EXIT_FAILED_ROWS
 from mpd_rounds.run.runner import Finished
-from mpd_rounds.study.study import Planner, Run, load_study, run_study, waves_of
+from mpd_rounds.study.study import Planner, SettingRun, load_study, run_study, waves_of
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -32,13 +32,13 @@ def cli(
 
     click.echo(f"\n{write_results(loaded, outcome, out)}", err=True)
     if outcome.stopped:
-        raise MPDError("not all settings came to their end; the others' figures are written.")
+        raise MPDError("some settings did not finish; the figures of the others are written.")
     if outcome.failed_rows:
         click.echo(f"some rows failed; see {out}/stages/*/errors/*.parquet", err=True)
         raise click.exceptions.Exit(EXIT_FAILED_ROWS)
 
 
-def show_owed(runs: list[Run], out: Path) -> None:
+def show_owed(runs: list[SettingRun], out: Path) -> None:
     """The stages that runs owe, as commands."""
     finished = Finished(out)
     stages = [step for wave in waves_of(runs) for step in wave]

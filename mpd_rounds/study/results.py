@@ -1,8 +1,7 @@
-"""What a study found: figures of each setting over its seeds, tables and plots.
+"""The results of a study: numbers for each setting over its seeds, tables and plots.
 
-Intervals are 95%, by paired bootstrap over problems, each with its mean over the seeds that had it:
-they hold the trained models fixed. What training adds by chance shows in the spread between seeds,
-which stands beside them.
+Intervals are 95%, by paired bootstrap over problems, each with its mean over the seeds that had it.
+They hold the trained models fixed. The spread between seeds shows the chance in training.
 """
 
 import json
@@ -17,23 +16,23 @@ from mpd_data.common.files import write_json_atomic
 from mpd_data.config import RewriteConfig
 from mpd_data.inspect.compare import paired, per_problem
 from mpd_data.inspect.stats import collect, round_stats, scan
-from mpd_rounds.study.study import Group, Outcome, Run, Study
+from mpd_rounds.study.study import Group, SettingRun, Study, StudyOutcome
 
 # Of the last optimiser step.
 _LAST = ("loss", "kl", "student_entropy", "teacher_entropy", "topk_mass")
 
 
-def write_results(study: Study, outcome: Outcome, out: Path) -> str:
-    """Writes OUT/GROUP.json, GROUP.md and GROUP.svg for each group whose settings were asked for;
-    returns the tables."""
-    asked = {run.setting for run in outcome.runs} | {name for name, _ in outcome.stopped}
+def write_results(study: Study, outcome: StudyOutcome, out: Path) -> str:
+    """Write OUT/GROUP.json, GROUP.md and GROUP.svg for each group whose settings were run. Return
+    the tables."""
     halted = {name for name, _ in outcome.stopped}
+    planned = {run.setting for run in outcome.runs} | halted
     pages = []
     for group in study.group:
         names = [setting.name for setting in group.setting]
         if group.reference not in names:
             names.insert(0, group.reference)
-        if not asked.issuperset(names):
+        if not planned.issuperset(names):
             continue
         text = [
             f"# {group.title}\n\n{study.name}, seeds {', '.join(map(str, study.seeds))}"
@@ -44,47 +43,47 @@ def write_results(study: Study, outcome: Outcome, out: Path) -> str:
             for (name, seed), why in outcome.stopped.items()
             if name in names
         }
-        found: list[dict[str, Any]] = []
+        settings: list[dict[str, Any]] = []
         if group.reference not in halted:
             whole = [name for name in names if name not in halted]
-            found = [_setting(group, name, outcome.runs) for name in whole]
-            plot(group.title, found, out / f"{group.name}.svg")
-            text += [f"{table}\n" for table in tables(group, found)]
-        text += [f"Did not come to its end: {label}: {why}\n" for label, why in stopped.items()]
-        figures = {"seeds": study.seeds, "settings": found, "stopped": stopped}
+            settings = [_setting(group, name, outcome.runs) for name in whole]
+            plot(group.title, settings, out / f"{group.name}.svg")
+            text += [f"{table}\n" for table in tables(group, settings)]
+        text += [f"Did not finish: {label}: {why}\n" for label, why in stopped.items()]
+        figures = {"seeds": study.seeds, "settings": settings, "stopped": stopped}
         write_json_atomic(out / f"{group.name}.json", figures)
         pages.append("\n".join(text))
         (out / f"{group.name}.md").write_text(pages[-1], encoding="utf-8")
     return "\n".join(pages)
 
 
-def _setting(group: Group, name: str, runs: list[Run]) -> dict[str, Any]:
-    """All that is known of a setting: its runs' costs, and for each round and evaluation set the
-    figures of all seeds together."""
-    mine = [run for run in runs if run.setting == name]
-    against = [run for run in runs if run.setting == group.reference]
-    last = max(against[0].evaluations)
+def _setting(group: Group, name: str, runs: list[SettingRun]) -> dict[str, Any]:
+    """Return the results of a setting: the costs of its runs, and for each round and evaluation set
+    the figures over all seeds."""
+    own = [run for run in runs if run.setting == name]
+    reference = [run for run in runs if run.setting == group.reference]
+    last = max(reference[0].evaluations)
     rounds = []
-    for round_, sets in mine[0].evaluations.items():
+    for round_, sets in own[0].evaluations.items():
         figures = {}
         for chosen in sets:
-            paths = [run.evaluations[round_][chosen] for run in mine]
-            bases = [run.evaluations[0][chosen] for run in mine]
-            references = [run.evaluations[last][chosen] for run in against]
+            paths = [run.evaluations[round_][chosen] for run in own]
+            bases = [run.evaluations[0][chosen] for run in own]
+            references = [run.evaluations[last][chosen] for run in reference]
             figures[chosen] = _figures(paths, bases, references)
         rounds.append({"round": round_, "sets": figures})
-    return {"name": name, "costs": [_cost(run) for run in mine], "rounds": rounds}
+    return {"name": name, "costs": [_cost(run) for run in own], "rounds": rounds}
 
 
 def _of_problems(paths: list[Path]) -> pl.DataFrame:
-    """`per_problem` of all seeds: each problem's mean over the seeds that had it."""
+    """Return `per_problem` over all seeds: each problem's mean over the seeds that had it."""
     frames = [per_problem(path) for path in paths]
     return (
         pl.concat(frames)
         .group_by("prompt_id")
         .agg(
             pl.col("samples").sum(),
-            # One seed without a gold answer, and the problem has none.
+            # If one seed lacks the gold answer, the problem has none.
             pl.when(pl.col("accuracy").is_null().any())
             .then(None)
             .otherwise(pl.col("accuracy").mean())
@@ -96,15 +95,15 @@ def _of_problems(paths: list[Path]) -> pl.DataFrame:
 
 
 def _mean_accuracy(problems: pl.DataFrame) -> float | None:
-    """None where a problem has no gold answer, as in `mpd_data.inspect.compare`."""
+    """Return the mean; None if a problem has no gold answer, as in `mpd_data.inspect.compare`."""
     if problems["accuracy"].null_count() > 0:
         return None
     return float(np.mean(problems["accuracy"].to_numpy()))
 
 
 def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> dict[str, Any]:
-    """One model of each seed on one evaluation set, and against the base and the reference. Raises
-    ConfigError where they were not sampled on the same problems."""
+    """Return the figures of one model per seed on one evaluation set, also against the base and the
+    reference. Raises ConfigError if they were not sampled on the same problems."""
     together = _of_problems(paths)
     rows = scan(paths, "rollouts")
     assert rows is not None
@@ -115,11 +114,11 @@ def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> di
     stats = [round_stats([path]) for path in paths]
 
     def mean(table: str, column: str) -> float | None:
-        """Over the seeds; None where one has none, such as tokens of wrong answers."""
+        """Return the mean over seeds; None if a seed has no value (no wrong answers)."""
         values = [tables[table][0][column] for tables in stats]
         return None if None in values else float(np.mean(values))
 
-    # The largest k that all have; none without gold answers.
+    # pass@k at the largest k; absent without gold answers.
     passes = [tables["pass_at_k"][-1] for tables in stats if "pass_at_k" in tables]
     by_seed = [per_problem(path) for path in paths]
     result: dict[str, Any] = {
@@ -144,16 +143,16 @@ def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> di
         other = _of_problems(others)
         if not other["prompt_id"].equals(together["prompt_id"]):
             raise ConfigError(
-                f"{others[0]} and {paths[0]} (and the seeds after them) are not of the same"
-                " problems. Did rows fail (errors/), or has a group evaluation sets of its own?"
+                f"{others[0]} and {paths[0]} (or the seeds after them) do not have the same"
+                " problems. Did rows fail (errors/), or does a group have other evaluation sets?"
             )
         result[name] = paired(other, together)
     return result
 
 
-def _cost(run: Run) -> dict[str, Any]:
-    """What a run generated, kept and trained on, over all its rounds. Of rewrites that were not in
-    the template's format the tokens are not known and not counted."""
+def _cost(run: SettingRun) -> dict[str, Any]:
+    """Return what a run generated, kept and trained on, over all its rounds. Rewrites that were not
+    in the template's format are not counted: their tokens are not known."""
     rollouts, distill = scan(run.shards, "rollouts"), scan(run.shards, "distill")
     assert rollouts is not None and distill is not None
     kept = pl.col("status") == "ok"
@@ -197,8 +196,8 @@ def _cost(run: Run) -> dict[str, Any]:
 
 
 def tables(group: Group, settings: list[dict[str, Any]]) -> list[str]:
-    """Markdown: the settings against the base and the reference, then on the other sets, then how
-    they behave and what they cost."""
+    """Return Markdown tables: the settings against base and reference, on all sets, their
+    behaviour, and their costs."""
     sets = list(settings[0]["rounds"][0]["sets"])
     against: list[dict[str, str]] = []
     others: list[dict[str, str]] = []
@@ -208,7 +207,7 @@ def tables(group: Group, settings: list[dict[str, Any]]) -> list[str]:
     for setting in settings:
         first, last = setting["rounds"][0]["sets"], setting["rounds"][-1]["sets"]
         if first not in bases:
-            # Settings that begin with another student have another base.
+            # Settings that start from another student have another base.
             label = "base" if not bases else f"base of {setting['name']}"
             bases.append(first)
             against.append(_against(label, first[sets[0]]))
@@ -218,13 +217,12 @@ def tables(group: Group, settings: list[dict[str, Any]]) -> list[str]:
         others.append(_others(setting["name"], last))
         behaviour.append(_behaviour(setting["name"], last[sets[0]]))
         costs.append(_costs(setting))
-    of = f"on `{sets[0]}`"
     return [
-        f"Last round {of}: mean over seeds (lowest to highest seed); paired 95% intervals over"
-        f" problems against the base and against `{group.reference}`, which hold the trained models"
-        f" fixed.\n\n{_markdown(against)}",
+        f"Last round on `{sets[0]}`: mean over seeds (lowest to highest seed). The 95% intervals"
+        f" against the base and against `{group.reference}` are paired over problems and hold the"
+        f" trained models fixed.\n\n{_markdown(against)}",
         f"All evaluation sets: accuracy / mean tokens.\n\n{_markdown(others)}",
-        f"Behaviour {of}.\n\n{_markdown(behaviour)}",
+        f"Behaviour on `{sets[0]}`.\n\n{_markdown(behaviour)}",
         f"Costs, means over seeds.\n\n{_markdown(costs)}",
     ]
 
@@ -233,10 +231,10 @@ def _spread(mean: float | None, seeds: list[float | None], form: str, factor: fl
     known = [factor * seed for seed in seeds if seed is not None]
     if mean is None or len(known) < len(seeds):
         return "-"
-    said = form.format(factor * mean)
+    text = form.format(factor * mean)
     if len(known) < 2:
-        return said
-    return f"{said} ({form.format(min(known))} to {form.format(max(known))})"
+        return text
+    return f"{text} ({form.format(min(known))} to {form.format(max(known))})"
 
 
 def _change(value: float | None, interval: list[float] | None) -> str:
@@ -312,9 +310,9 @@ def _markdown(rows: list[dict[str, str]]) -> str:
 
 
 def plot(title: str, settings: list[dict[str, Any]], out: Path) -> None:
-    """Accuracy against tokens on the first evaluation set: each setting a line from the base
-    through its rounds, with the 95% interval of its difference from the base at the last. Those
-    without accuracy or intervals (one problem alone) are left out."""
+    """Plot accuracy against tokens on the first evaluation set. Each setting is a line from the
+    base through its rounds, with the 95% interval of the last round's difference from the base.
+    Settings without accuracy or intervals (a single problem) are left out."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""`mpd-study`: many settings of one pipeline, over several seeds, from one TOML file.
+"""Plan and run a study: many settings of one pipeline, over several seeds, from one TOML file.
 
 A setting is a pipeline with a few values changed. Each of its stages is the command that
-`mpd-rounds` would run, in a folder that is named by what made it: the command, whose inputs are
-such folders again. So settings that share a stage share its rows, a study that is run again does
-what is owed, and one that gains a setting does that one.
+`mpd-rounds` would run. The stage's folder is named by a hash of that command, whose inputs are such
+folders too. Therefore settings that share a stage share its folder, and a study that is run again,
+or gains a setting, runs only the stages that are missing.
 
     OUT/stages/rollouts-0f…/   rewrite-…/   train-…/   evaluate-…/
     OUT/GROUP.json             a group's figures; OUT/GROUP.md, OUT/GROUP.svg its tables and plot
@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ from pydantic import Field, field_validator
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.hashing import content_key
-from mpd_data.common.options import parse
 from mpd_data.config import Strict
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind, write_record
 from mpd_rounds.run.runner import Runner
 from mpd_rounds.run.steps import (
     Pipeline,
+    SettingsFile,
     Step,
     evaluation_step,
     override,
@@ -40,9 +39,9 @@ from mpd_rounds.run.steps import (
 )
 
 _UNNAMED = Path("out")
-# What a setting's model may be: the last one of another setting, of the same seed.
+# A setting's model may be the last model of another setting with the same seed.
 _RESULT_OF = "setting:"
-# What a setting cannot change: the study decides it, or it is the same for all.
+# What a setting cannot change, because the study sets it for all.
 _NOT_ITS_OWN = (
     "name", "seed", "environment", "evaluation", "parallel_evaluations", "preload", "licenses",
 )  # fmt: skip
@@ -50,17 +49,17 @@ _NOT_ITS_OWN = (
 
 class Setting(Strict):
     """A pipeline with some values changed, by their dotted names. `student` and `teacher` may be
-    "setting:NAME": what that setting of the study ends with."""
+    "setting:NAME": the last model of that setting."""
 
-    # A cell of a Markdown table.
+    # It becomes a cell of a Markdown table.
     name: str = Field(pattern=r"^[^|:\n]+$")
     set: dict[str, Any] = Field(default_factory=dict)
 
 
 class Group(Strict):
-    """Settings that are compared with each other, on some of the pipeline's evaluation sets, and
-    all with `reference`: a setting of this group or of one with the same sets. The first set gives
-    the headline figures."""
+    """Settings that are compared with each other and with `reference`, on some of the pipeline's
+    evaluation sets. The reference is a setting of this group, or of a group with the same sets. The
+    first set gives the headline results."""
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
     title: str
@@ -70,9 +69,9 @@ class Group(Strict):
     setting: list[Setting] = Field(min_length=1)
 
 
-class Study(Strict):
-    """A study file. `pipeline` holds what all settings begin with; a group's `set` comes on top of
-    it, and a setting's on top of that."""
+class Study(SettingsFile):
+    """A study file. `pipeline` holds the values that all settings start from; a group's `set`
+    overrides it, and a setting's `set` overrides both."""
 
     name: str
     seeds: list[int] = Field(min_length=1)
@@ -84,7 +83,7 @@ class Study(Strict):
     @classmethod
     def _each_once(cls, seeds: list[int]) -> list[int]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError("a seed stands there twice")
+            raise ValueError("a seed is listed twice")
         return seeds
 
     def group_of(self, setting: str) -> Group:
@@ -96,9 +95,10 @@ class Study(Strict):
 
 
 @dataclass
-class Run:
-    """A setting with one seed: its stages, and where each model of it is evaluated: by round, 0 for
-    the base, and by evaluation set (of the rounds in between, the first set alone)."""
+class SettingRun:
+    """A setting with one seed. `stages`: its steps in order, those in one list independent of each
+    other; `evaluations`: folders by round (0: the base) and evaluation set; rounds between base and
+    last have the first set only."""
 
     group: str
     setting: str
@@ -111,13 +111,16 @@ class Run:
 
     @property
     def model(self) -> str:
-        """What the run ends with."""
+        """The model that the run ends with."""
         return str(self.trained[-1] / "model")
 
 
 def load_study(path: Path, overrides: tuple[str, ...]) -> Study:
-    """Reads a study file. Raises ConfigError naming the file and what is wrong in it."""
-    study = parse(Study, read_settings(path, overrides), str(path))
+    """Read a study file. Raises ConfigError naming the file and what is wrong in it."""
+    values = read_settings(path, overrides)
+    if "rollouts" in values and "group" not in values:
+        raise ConfigError(f"{path}: a pipeline, not a study. Run it with mpd-rounds {path}.")
+    study = Study.from_values(values, str(path))
     names = [setting.name for group in study.group for setting in group.setting]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -136,16 +139,16 @@ def load_study(path: Path, overrides: tuple[str, ...]) -> Study:
 
 
 class Planner:
-    """Lays out the runs of a study. Raises ConfigError for settings that no stage would take."""
+    """Plans the runs of a study. Raises ConfigError for settings that a stage would refuse."""
 
     def __init__(self, study: Study, out: Path) -> None:
         require_kind(out, "study")
         self._study = study
         self._stages = out / "stages"
-        self._runs: dict[tuple[str, int], Run] = {}
+        self._runs: dict[tuple[str, int], SettingRun] = {}
 
-    def runs(self, groups: tuple[str, ...] = ()) -> list[Run]:
-        """The runs of these groups, of all where none is named, and of what they refer to."""
+    def runs(self, groups: tuple[str, ...] = ()) -> list[SettingRun]:
+        """Return the runs of these groups (none: of all groups) and of their references."""
         known = [group.name for group in self._study.group]
         if unknown := [name for name in groups if name not in known]:
             raise ConfigError(f"no group {unknown[0]!r}; the study has {', '.join(known)}.")
@@ -159,25 +162,25 @@ class Planner:
             self._run(name, seed, ()) for name in dict.fromkeys(names) for seed in self._study.seeds
         ]
 
-    def _run(self, name: str, seed: int, through: tuple[str, ...]) -> Run:
+    def _run(self, name: str, seed: int, through: tuple[str, ...]) -> SettingRun:
         if (name, seed) in self._runs:
             return self._runs[name, seed]
         if name in through:
-            raise ConfigError(f"setting {name!r} begins with its own result.")
+            raise ConfigError(f"setting {name!r} starts from its own result.")
         group = self._study.group_of(name)
         setting = next(own for own in group.setting if own.name == name)
-        where = f"group {group.name!r}, setting {setting.name!r}"
+        where = f"{self._study.source}: group {group.name!r}, setting {setting.name!r}"
         values = copy.deepcopy(self._study.pipeline) | {"seed": seed}
         for dotted, value in {**group.set, **setting.set}.items():
             if dotted.partition(".")[0] in _NOT_ITS_OWN:
-                raise ConfigError(f"{where}: {dotted!r} is the same for all settings.")
+                raise ConfigError(f"{where}: {dotted!r} must be the same for all settings.")
             override(values, dotted, copy.deepcopy(value), where)
-        before: list[Run] = []
+        before: list[SettingRun] = []
         for role in ("student", "teacher"):
             if str(values.get(role, "")).startswith(_RESULT_OF):
                 before.append(self._result_of(values[role], seed, (*through, setting.name), where))
                 values[role] = before[-1].model
-        pipeline = parse(Pipeline, values, where)
+        pipeline = Pipeline.from_values(values, where)
         sets = {chosen.name: chosen for chosen in pipeline.evaluation}
         if unknown := [name for name in group.evaluation if name not in sets]:
             raise ConfigError(
@@ -185,41 +188,42 @@ class Planner:
             )
         chosen = [sets[name] for name in group.evaluation]
         pipeline = pipeline.model_copy(update={"evaluation": chosen})
-        run = Run(group.name, setting.name, seed, pipeline)
+        run = SettingRun(group.name, setting.name, seed, pipeline)
         for earlier in before:
             run.stages += earlier.stages
         self._lay_out(run)
         self._runs[setting.name, seed] = run
         return run
 
-    def _result_of(self, name: str, seed: int, through: tuple[str, ...], where: str) -> Run:
+    def _result_of(self, name: str, seed: int, through: tuple[str, ...], where: str) -> SettingRun:
         try:
             return self._run(name.removeprefix(_RESULT_OF), seed, through)
         except KeyError:
             raise ConfigError(f"{where}: {name!r} names no setting of the study.") from None
 
-    def _lay_out(self, run: Run) -> None:
+    def _lay_out(self, run: SettingRun) -> None:
         p, label = run.pipeline, f"{run.setting}, seed {run.seed}"
         student = p.student
         self._evaluate(run, student, 0)
         for round_ in range(1, p.rounds + 1):
-            sampled = self._named(rollouts_step(p, student, round_, _UNNAMED), "out", "rollouts")
-            asked = rewrite_step(p, student, round_, sampled.out)
-            rewritten = dataclasses.replace(
-                self._named(asked, "shards", "rewrite"), reads=(_counted(sampled.out),)
+            rollouts = self._named(rollouts_step(p, student, round_, _UNNAMED), "out", "rollouts")
+            rewrite = self._named(
+                rewrite_step(p, student, round_, rollouts.out), "shards", "rewrite"
             )
-            shards = rewritten.out.parent
-            made = train_step(p, student, round_, shards, _UNNAMED)
-            trained = self._named(made, "out", "train")
-            for step in (sampled, rewritten, trained):
+            rewrite = dataclasses.replace(
+                rewrite, reads=(rollouts.out / "rollouts.manifest.jsonl",)
+            )
+            shards = rewrite.out.parent
+            train = self._named(train_step(p, student, round_, shards, _UNNAMED), "out", "train")
+            for step in (rollouts, rewrite, train):
                 run.stages.append([dataclasses.replace(step, label=f"{label}, {step.label}")])
             run.shards.append(shards)
-            run.trained.append(trained.out.parent)
+            run.trained.append(train.out.parent)
             student = run.model
             self._evaluate(run, student, round_)
 
-    def _evaluate(self, run: Run, student: str, round_: int) -> None:
-        """Of the rounds in between the headline set is enough, for the curve."""
+    def _evaluate(self, run: SettingRun, student: str, round_: int) -> None:
+        """Add evaluations of `student`. Rounds between base and last need the first set only."""
         sets = run.pipeline.evaluation
         between = 0 < round_ < run.pipeline.rounds
         steps = {
@@ -235,8 +239,11 @@ class Planner:
         )
 
     def _named(self, step: Step, folder: str, kind: str) -> Step:
-        """The step in a folder that its settings name, those at their defaults included; `folder`
-        is the one that says where it writes. Where the study lies is not in the name."""
+        """Return the step with a folder named by a hash of all its settings, defaults included.
+
+        `folder` is the setting that says where the step writes. The name does not depend on where
+        the study's folder is.
+        """
         settings = step.config.model_dump(mode="json")
         if folder == "out":
             del settings["out"]
@@ -251,88 +258,85 @@ class Planner:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a study left behind: the runs that came to their end, what stopped the others, by
-    setting and seed, and whether a stage left rows in errors/."""
+class StudyOutcome:
+    """The result of a study: `runs` that finished, the errors that stopped the others by setting
+    and seed, and whether a stage left rows in errors/."""
 
-    runs: list[Run]
+    runs: list[SettingRun]
     stopped: dict[tuple[str, int], str]
     failed_rows: bool
 
 
-def run_study(study: Study, out: Path, groups: tuple[str, ...] = ()) -> Outcome:
-    """Runs what is not finished of a study. A stage that fails stops the runs that need it and no
-    other. Raises ConfigError for settings that no stage would take."""
+def run_study(study: Study, out: Path, groups: tuple[str, ...] = ()) -> StudyOutcome:
+    """Run the unfinished stages of a study. A stage that fails stops only the runs that need it.
+
+    Raises ConfigError for settings that a stage would refuse.
+    """
     runs = Planner(study, out).runs(groups)
-    waves = list(waves_of(runs))
+    waves = waves_of(runs)
     pipeline = runs[0].pipeline
     runner = Runner(out, pipeline.environment, sum(map(len, waves)), pipeline.preload)
     write_record(out, "study", study.model_dump(mode="json"))
-    broken: dict[Path, str] = {}
+    failed: dict[Path, str] = {}
     stopped: dict[tuple[str, int], str] = {}
     for wave in waves:
-        alive = [run for run in runs if (run.setting, run.seed) not in stopped]
-        needed = {step.out for run in alive for steps in run.stages for step in steps}
-        owed = [step for step in wave if step.out in needed]
-        for step in owed:
+        going_on = [run for run in runs if (run.setting, run.seed) not in stopped]
+        needed = {step.out for run in going_on for steps in run.stages for step in steps}
+        steps = [step for step in wave if step.out in needed]
+        for step in steps:
             for source in step.reads:
-                _begin_with(source.parent, step.out.parent)
-        broken |= {step.out: str(error) for step, error in runner.attempt(owed, study.parallel)}
-        for run in alive:
-            mine = [step.out for steps in run.stages for step in steps if step.out in broken]
-            if mine:
-                stopped[run.setting, run.seed] = broken[mine[0]]
-    done = [run for run in runs if (run.setting, run.seed) not in stopped]
-    return Outcome(done, stopped, runner.failed_rows)
+                _link_rollouts(source.parent, step.out.parent)
+        failed |= {step.out: str(error) for step, error in runner.attempt(steps, study.parallel)}
+        for run in going_on:
+            errors = [failed[s.out] for stage in run.stages for s in stage if s.out in failed]
+            if errors:
+                stopped[run.setting, run.seed] = errors[0]
+    finished = [run for run in runs if (run.setting, run.seed) not in stopped]
+    return StudyOutcome(finished, stopped, runner.failed_rows)
 
 
-def waves_of(runs: Iterable[Run]) -> Iterator[list[Step]]:
-    """Steps in an order in which each follows what it needs, those together that need nothing of
-    each other; each folder once."""
-    seen: set[Path] = set()
-    left = [list(run.stages) for run in runs]
-    while any(left):
-        wave: dict[Path, Step] = {}
-        for stages in left:
-            # A run goes on with its next stage that is still owed.
-            while stages:
-                owed = [step for step in stages.pop(0) if step.out not in seen]
-                if owed:
-                    for step in owed:
-                        wave.setdefault(step.out, step)
-                    break
-        seen |= wave.keys()
-        yield list(wave.values())
+def waves_of(runs: list[SettingRun]) -> list[list[Step]]:
+    """Return each step of the runs once, in waves. A step is in a later wave than its inputs."""
+    # In each run the inputs of a step come before it, so its smallest place in any run is late
+    # enough.
+    steps: dict[Path, Step] = {}
+    places: dict[Path, int] = {}
+    for run in runs:
+        for place, stage in enumerate(run.stages):
+            for step in stage:
+                steps.setdefault(step.out, step)
+                places[step.out] = min(place, places.get(step.out, place))
+    return [
+        [steps[out] for out in places if places[out] == place]
+        for place in sorted(set(places.values()))
+    ]
 
 
-def _counted(rollouts: Path) -> Path:
-    """What names the shards of a round's rollouts."""
-    return rollouts / "rollouts.manifest.jsonl"
+def _link_rollouts(rollouts: Path, folder: Path) -> None:
+    """Give the round in `folder` the rollouts of another: the same shards, as hard links where
+    the file system allows it (shards never change), and copies of its other files.
 
-
-def _begin_with(rollouts: Path, folder: Path) -> None:
-    """Gives a round that is to be rewritten its rollouts: the same shards, by hard links where the
-    file system has them (they are never changed), and copies of what counts them. Raises
-    ConfigError where it has other ones."""
+    Raises ConfigError if the round has other rollouts.
+    """
     if folder.exists():
         if RoundDir(folder).manifest("rollouts") != RoundDir(rollouts).manifest("rollouts"):
             raise ConfigError(
-                f"{folder}: was begun with other rollouts than {rollouts} holds now. Delete it, and"
-                " what was trained on it is refused in turn."
+                f"{folder}: was begun with other rollouts than {rollouts} holds now. Delete it;"
+                " trainings on it must then be deleted too."
             )
         return
-    begun = folder.with_name(f"{folder.name}.begun")
-    shutil.rmtree(begun, ignore_errors=True)
-    shutil.copytree(rollouts, begun, copy_function=_link_shards)
-    begun.rename(folder)
+    partial = folder.with_name(f"{folder.name}.begun")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(rollouts, partial, copy_function=_link_shard)
+    partial.rename(folder)
 
 
-def _link_shards(source: str, target: str) -> str:
+def _link_shard(source: str, target: str) -> str:
     if source.endswith(".parquet"):
         try:
             os.link(source, target)
         except OSError:
-            # No hard links here, or no more of them: a copy, which says itself what else is wrong.
+            # No hard link is possible. Another error shows up in the copy.
             return shutil.copy2(source, target)
         return target
     return shutil.copy2(source, target)

@@ -1,7 +1,7 @@
-"""The figures of a report: lazy Polars queries over light columns of the shards.
+"""The numbers of a report: lazy Polars queries over light columns of the shards.
 
-No query here reads token lists, and of training rounds none reads text: what is collected has a row
-for each length, status or problem.
+No query reads token lists, and none reads the text of training rounds. A collected frame has one
+row per length, status or problem.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from mpd_data.inspect.stats import collect, of_lengths, round_stats, scan, trace
 from mpd_data.store.schema import STATUSES
 from mpd_rounds.report.run import BASE, Run, count_rows, read_metrics
 
-# What of a training is drawn, in this order: (columns of metrics.jsonl, title).
+# The curves of a training, in order: (columns of metrics.jsonl, title).
 CURVES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("loss", "validation_loss"), "loss"),
     (("kl",), "divergence, nats per token"),
@@ -32,9 +32,9 @@ CURVES: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """A distribution of token counts. `counts` has the columns `tokens`, ascending, and `samples`,
-    a row for each length."""
+class LengthCounts:
+    """A distribution of trace lengths. `counts` has a row for each length, with the columns
+    `tokens`, ascending, and `samples`."""
 
     counts: pl.DataFrame
 
@@ -47,7 +47,7 @@ class Lengths:
         return float((self.counts["tokens"] * self.counts["samples"]).sum() / self.samples)
 
     def quantile(self, q: float) -> int:
-        """Of the samples, without interpolation."""
+        """Return a quantile of the lengths, without interpolation."""
         rank = int(q * (self.samples - 1) + 0.5)
         reached = self.counts["samples"].cum_sum()
         return int(self.counts["tokens"][int((reached <= rank).sum())])
@@ -55,39 +55,42 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Shares of the samples per bin; `edges` has one more, the last of which stands for all
-    beyond."""
+    """`shares` of the samples per bin. `edges` has one value more; the last bin also holds all
+    longer samples."""
 
     edges: list[int]
     shares: list[float]
 
 
-def histograms(lengths: dict[str, Lengths]) -> dict[str, Histogram]:
-    """Of each distribution, in the same bins (those of `mpd-gen stats`)."""
+def histograms(lengths: dict[str, LengthCounts]) -> dict[str, Histogram]:
+    """Return the histogram of each distribution, in common bins (those of `mpd-gen stats`)."""
     frames = [
-        of.counts.with_columns(pl.lit(label).alias("folder")) for label, of in lengths.items()
+        length_counts.counts.with_columns(pl.lit(label).alias("folder"))
+        for label, length_counts in lengths.items()
     ]
-    p99 = {label: of.quantile(0.99) for label, of in lengths.items()}
+    p99 = {label: length_counts.quantile(0.99) for label, length_counts in lengths.items()}
     rows = trace_lengths(pl.concat(frames), p99)
-    found = {}
+    histograms_by_label = {}
     for label in lengths:
         bins = [row for row in rows if row["folder"] == label]
         edges = [row["from"] for row in bins]
         width = edges[1] - edges[0] if len(edges) > 1 else (bins[0]["below"] or 1)
-        found[label] = Histogram([*edges, edges[-1] + width], [row["share"] for row in bins])
-    return found
+        histograms_by_label[label] = Histogram(
+            [*edges, edges[-1] + width], [row["share"] for row in bins]
+        )
+    return histograms_by_label
 
 
-def rollout_lengths(folder: Path) -> Lengths:
-    """Completion tokens of the rollouts in a round's folder, which has some."""
+def rollout_lengths(folder: Path) -> LengthCounts:
+    """Return the lengths of the rollouts in a round's folder, which must hold some."""
     frame = scan([folder], "rollouts")
     assert frame is not None
     counts = of_lengths(frame).group_by("tokens").agg(pl.col("samples").sum()).sort("tokens")
-    return Lengths(counts)
+    return LengthCounts(counts)
 
 
-def rewrite_lengths(folder: Path) -> Lengths | None:
-    """Tokens of the kept rewrites; None where there is none."""
+def rewrite_lengths(folder: Path) -> LengthCounts | None:
+    """Return the lengths of the kept rewrites; None if there are none."""
     frame = scan([folder], "distill")
     if frame is None:
         return None
@@ -95,14 +98,15 @@ def rewrite_lengths(folder: Path) -> Lengths | None:
     counts = collect(
         kept.group_by(tokens=pl.col("num_rewritten_tokens")).agg(pl.len().alias("samples"))
     ).sort("tokens")
-    return Lengths(counts) if counts.height else None
+    return LengthCounts(counts) if counts.height else None
 
 
 @dataclass(frozen=True)
 class Funnel:
-    """How many of a round are left after each stage. `answered`: rewrites that the teacher gave;
-    `statuses`: distillation rows by status, the contract's order, those that occur; `ratio`: mean
-    length of the kept ones as a share of their drafts'; `failed`: rows in errors/."""
+    """How many rows of a round are left after each stage. `whole`: rollouts that were not cut off;
+    `answered`: rewrites that the teacher gave; `statuses`: rewrite rows by status, in the order of
+    the contract; `ratio`: mean length of the kept rewrites as a share of their drafts'; `failed`:
+    rows in errors/."""
 
     prompts: int
     rollouts: int
@@ -115,7 +119,7 @@ class Funnel:
 
 
 def funnel(folder: Path) -> Funnel:
-    """Of a round's folder, which holds rollouts."""
+    """Return the funnel of a round's folder, which must hold rollouts."""
     rollouts = scan([folder], "rollouts")
     assert rollouts is not None
     first = collect(
@@ -136,10 +140,10 @@ def funnel(folder: Path) -> Funnel:
                 pl.col("compression_ratio").mean().alias("ratio"),
             )
         )
-        found = {row["status"]: row for row in rows.iter_rows(named=True)}
-        statuses = {name: found[name]["rows"] for name in STATUSES if name in found}
-        answered = sum(row["answered"] for row in found.values())
-        ratio = found["ok"]["ratio"] if "ok" in found else None
+        by_status = {row["status"]: row for row in rows.iter_rows(named=True)}
+        statuses = {name: by_status[name]["rows"] for name in STATUSES if name in by_status}
+        answered = sum(row["answered"] for row in by_status.values())
+        ratio = by_status["ok"]["ratio"] if "ok" in by_status else None
     return Funnel(
         prompts=first["prompts"],
         rollouts=first["rollouts"],
@@ -154,9 +158,9 @@ def funnel(folder: Path) -> Funnel:
 
 @dataclass(frozen=True)
 class Measured:
-    """A model on an evaluation set: `side` is compare.evaluate's, `paired` compare's differences
-    from the base (None for the base, or where the two cannot be paired: `note` says why), and
-    `behaviour` what stats.round_stats says of it."""
+    """A model's results on an evaluation set. `side`: from compare.evaluate; `paired`: differences
+    from the base, from compare.compare; None for the base, and if the two cannot be paired (`note`
+    says why); `behaviour`: from stats.round_stats."""
 
     side: dict[str, Any]
     paired: dict[str, Any] | None
@@ -165,31 +169,31 @@ class Measured:
 
 
 def measure(folders: dict[int, Path]) -> dict[int, Measured]:
-    """By round, of the folders of one evaluation set."""
+    """Measure the folders of one evaluation set. Return the results by round."""
     tables = round_stats(list(folders.values()))
     behaviour: dict[str, dict[str, Any]] = {}
     for row in (*tables["rollouts"], *tables["behaviour"]):
         behaviour.setdefault(row["folder"], {}).update(row)
-    found = {}
+    measured = {}
     for number, folder in folders.items():
         paired, note = None, None
         if number != BASE and BASE in folders:
             try:
                 paired = comparison.compare(folders[BASE], folder)
             except ConfigError as error:
-                # Rows that failed on one side alone: said beside the figures.
+                # Rows failed on one side alone: the note appears below the table.
                 note = str(error)
             else:
                 if paired["settings_that_differ"]:
                     note = "sampled differently: " + "; ".join(paired["settings_that_differ"])
         side = comparison.evaluate(folder) if paired is None else paired["new"]
-        found[number] = Measured(side, paired, behaviour[str(folder)], note)
-    return found
+        measured[number] = Measured(side, paired, behaviour[str(folder)], note)
+    return measured
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One set: its name and what was measured, by round."""
+    """The results on one evaluation set, by round."""
 
     name: str
     by_round: dict[int, Measured]
@@ -205,7 +209,7 @@ def evaluations(run: Run) -> list[Evaluation]:
 
 @dataclass(frozen=True)
 class Training:
-    """Steps of one training: `columns` of metrics.jsonl, each a list of (step, value)."""
+    """One training: `columns` of metrics.jsonl, each a list of (step, value)."""
 
     columns: dict[str, list[tuple[int, float]]]
 

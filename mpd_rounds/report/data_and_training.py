@@ -1,0 +1,164 @@
+"""Sections on how the data was made (the funnel of each round) and on the trainings."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from mpd_rounds.report import plots, queries
+from mpd_rounds.report.document import (
+    NONE,
+    Bar,
+    Block,
+    Plot,
+    Plots,
+    Table,
+    Tile,
+    Tiles,
+    number,
+    percent,
+)
+from mpd_rounds.report.queries import Funnel, Training
+from mpd_rounds.report.run import round_name
+
+# -- funnel -------------------------------------------------------------------------------------
+
+_STAGES: dict[str, Callable[[Funnel], int]] = {
+    "rollouts": lambda funnel: funnel.rollouts,
+    "not cut off": lambda funnel: funnel.whole,
+    "rewrites": lambda funnel: funnel.answered,
+    "kept": lambda funnel: funnel.kept,
+}
+
+_REASONS = {
+    "draft_truncated": "the draft hit its limit, so the teacher was not asked",
+    "too_long": "does not fit the teacher's context",
+    "truncated": "the rewrite hit its limit",
+    "malformed": "not in the template's format, or without an answer",
+    "check_failed": "the answer's check failed",
+    "draft_rejected": "the draft is not of the kind that is kept",
+    "answer_changed": "another answer than the draft's",
+    "longer": "longer than the draft allows",
+    "too_short": "shorter than the draft allows",
+    "repetitive": "repeats itself",
+    "incorrect": "not the gold answer",
+    "not_chosen": "passed, but another rewrite was chosen",
+}
+
+
+def funnel_tables(funnels: dict[int, Funnel]) -> Iterator[Block]:
+    """Yield what is left of each round after each stage, and why rewrites were rejected."""
+    if not funnels:
+        return
+    head = ["", *map(round_name, funnels)]
+    rows: list[list[str | Bar]] = [
+        ["prompts", *(f"{funnel.prompts:,}" for funnel in funnels.values())]
+    ]
+    for stage, count in _STAGES.items():
+        bars = (_bar(count(funnel), funnel.rollouts) for funnel in funnels.values())
+        rows.append([stage, *bars])
+    ratios = [funnel.ratio for funnel in funnels.values()]
+    rows.append(
+        ["kept rewrites' length", *(f"{percent(r)} of the draft's" if r else NONE for r in ratios)]
+    )
+    if any(funnel.failed for funnel in funnels.values()):
+        rows.append(["failed requests", *(f"{funnel.failed:,}" for funnel in funnels.values())])
+    yield Table(
+        "What is left after each stage",
+        head,
+        rows,
+        left=len(head),
+        note="Shares are of the rollouts. Rewrites: the teacher's answers, or the drafts themselves"
+        " if nothing is rewritten. Drafts that were cut off are not rewritten. Length: mean of the"
+        " ratios.",
+    )
+    totals: Counter[str] = Counter()
+    for funnel in funnels.values():
+        totals.update(funnel.statuses)
+    del totals["ok"]
+    rows = []
+    for status in sorted(totals, key=lambda status: (-totals[status], status)):
+        label = f"{status}: {_REASONS[status]}" if status in _REASONS else status
+        bars = (
+            _bar(funnel.statuses.get(status, 0), sum(funnel.statuses.values()))
+            for funnel in funnels.values()
+        )
+        rows.append([label, *bars])
+    if rows:
+        note = "Shares are of all rewrite rows."
+        yield Table("Why rewrites were rejected", head, rows, len(head), note)
+
+
+def _bar(count: int, total: int) -> Bar:
+    share = count / max(total, 1)
+    return Bar(f"{count:,} · {percent(share)}", share)
+
+
+# -- training -----------------------------------------------------------------------------------
+
+_SERIES_NAMES = {
+    "loss": "training",
+    "validation_loss": "validation",
+    "student_entropy": "student",
+    "teacher_entropy": "teacher",
+}
+
+
+def training_curves(trainings: dict[str, Training]) -> Iterator[Block]:
+    """Yield the curves of the trainings, one after another, and a table of them."""
+    trainings = {label: training for label, training in trainings.items() if training.steps}
+    if not trainings:
+        return
+    drawn = []
+    for names, title in queries.CURVES:
+        rounds = {
+            label: {
+                _SERIES_NAMES.get(name, name): training.columns[name]
+                for name in names
+                if name in training.columns
+            }
+            for label, training in trainings.items()
+        }
+        rounds = {label: series for label, series in rounds.items() if series}
+        if rounds:
+            ends = "; ".join(
+                f"{label}, {name}: {_value(values[0][1])} to {_value(values[-1][1])}"
+                for label, series in rounds.items()
+                for name, values in series.items()
+            )
+            drawn.append(Plot(plots.curves(title, rounds), f"{title}, by step. {ends}"))
+    caption = "By optimiser step"
+    caption += ", rounds one after another." if len(trainings) > 1 else "."
+    if any(training.steps > plots.MOST_POINTS for training in trainings.values()):
+        caption += " In long trainings each point is the mean of neighbouring steps."
+    yield Plots(drawn, caption)
+    rows: list[list[str | Bar]] = []
+    for label, training in trainings.items():
+        losses = []
+        for name in ("loss", "kl", "validation_loss"):
+            ends_of_column = training.first_and_last(name)
+            losses.append(
+                NONE if ends_of_column is None else " → ".join(map(_value, ends_of_column))
+            )
+        tokens, seconds = training.total("tokens"), training.total("seconds")
+        pace = number(tokens / seconds if seconds else None)
+        rows.append([label, f"{training.steps:,}", f"{tokens:,.0f}", pace, *losses])
+    head = ["", "steps", "tokens", "tokens/s", "loss", "divergence", "validation loss"]
+    yield Table("Trainings", head, rows, note="Losses: of the first and the last step.")
+
+
+def _value(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def training_tiles(trainings: dict[str, Training]) -> Iterator[Block]:
+    """Yield the main results of each training."""
+    for training in trainings.values():
+        tokens, seconds = training.total("tokens"), training.total("seconds")
+        tiles = [Tile("Steps", f"{training.steps:,}", f"{tokens:,.0f} tokens")]
+        for name, label in (("loss", "Loss"), ("validation_loss", "Validation loss")):
+            ends = training.first_and_last(name)
+            if ends is not None:
+                tiles.append(Tile(label, _value(ends[1]), f"from {_value(ends[0])}"))
+        if seconds:
+            pace = f"{tokens / seconds:,.0f}"
+            tiles.append(Tile("Tokens per second", pace, f"{seconds:,.0f} s of steps"))
+        yield Tiles(tiles)
