@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 fatal, 2 usage, 3 done with failed rows (in errors/), 130 
 
 import dataclasses
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import click
 
 from mpd_data.common.command import CONTEXT, DRY_RUN, PLAN_JSON, Group, example, run_command
-from mpd_data.common.errors import MPDError
+from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.options import build, config_options
 from mpd_data.common.text import plain
 from mpd_data.config import (
@@ -45,7 +46,33 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead
 _BY = click.option(
     "--by", metavar="NAME", help="Also group by NAME, a key of the rollouts' metadata."
 )
-_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+
+
+class _RoundFolder(click.Path):
+    """The folder of a round, or the rollouts/ or distill/ in it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the round's folder. Raises ConfigError for a folder of several rounds."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        stages = ("rollouts", "distill")
+        if path.name in stages and (path.parent / "run.json").is_file():
+            return path.parent
+        if any((path / stage).is_dir() for stage in stages):
+            return path
+        # As deep as those of `mpd-rounds --seeds`: seed0/data/round1.
+        manifests = (
+            file for depth in range(1, 4) for file in path.glob(f"{depth * '*/'}*.manifest.jsonl")
+        )
+        if rounds := sorted({str(file.parent) for file in manifests}):
+            more = f" and {len(rounds) - _LISTED} more" if len(rounds) > _LISTED else ""
+            raise ConfigError(
+                f"{path}: not a round. The rounds in it: {', '.join(rounds[:_LISTED])}{more}."
+            )
+        return path
+
+
+_LISTED = 20
+_ROUND = _RoundFolder(exists=True, file_okay=False)
 
 
 @click.group(
@@ -112,32 +139,36 @@ def rollouts(
     if config.parts.ray:
         from mpd_data.parts.ray import rollouts_on_ray as run_rollouts
     elif config.parts.workers > 1:
-        _finish_workers(run_workers("rollouts", config, limit))
+        code = run_workers("rollouts", config, limit)
+        click.echo(f"{config.out}: all workers finished{_quality(config)}", err=True)
+        _finish_workers(code)
         return
     outcome = run_rollouts(config, overwrite, limit)
     _finish(
-        f"{config.out}: {outcome.total:,} rollouts, {outcome.written:,} of them new",
+        f"{config.out}: {outcome.total:,} rollouts, {outcome.written:,} of them new"
+        f"{_quality(config)}",
         outcome.failed,
         outcome.owed,
     )
-    _say_how_good(config)
 
 
-def _say_how_good(config: RolloutsConfig) -> None:
-    """Tell how many of the round's rollouts are correct, lack an answer or were truncated."""
+def _quality(config: RolloutsConfig) -> str:
+    """Return the end of a message: how many rollouts of the round are correct, lack an answer or
+    are truncated."""
     from mpd_data.inspect.stats import outcome_rates
 
+    if is_worker():
+        return ""  # the command that started the workers says it once
     rates = outcome_rates(config.out)
     names = {"accuracy": "correct", "no_answer": "without an answer", "truncated": "truncated"}
-    parts = [f"{rates[name]:.1%} {text}" for name, text in names.items() if rates[name] is not None]
-    click.echo(", ".join(parts), err=True)
+    parts = [f"{rate:.1%} {names[name]}" for name, rate in rates.items() if rate is not None]
     if rates["truncated"] == 1:
-        click.echo(
-            f"Every rollout was cut off at --max-tokens {config.sampling.max_tokens}, so none can"
+        parts[-1] += (
+            f"\nEvery rollout was cut off at --max-tokens {config.sampling.max_tokens}, so none can"
             " be rewritten. Sample again with a higher --max-tokens, in another --out or with"
-            " --overwrite.",
-            err=True,
+            " --overwrite."
         )
+    return "".join(f", {part}" for part in parts)
 
 
 @cli.command(
@@ -272,7 +303,7 @@ def _finish(summary: str, failed: int, owed: int) -> None:
 
 
 @cli.command(epilog=example("mpd-gen status data/round1"))
-@click.argument("rounds", nargs=-1, required=True, type=_FOLDER)
+@click.argument("rounds", nargs=-1, required=True, type=_ROUND)
 @_JSON
 def status(rounds: tuple[Path, ...], as_json: bool) -> None:
     """Show how far the stages of ROUNDS are. Lists the processes that write there."""
@@ -287,7 +318,7 @@ def status(rounds: tuple[Path, ...], as_json: bool) -> None:
 
 
 @cli.command(epilog=example("mpd-gen stats data/round1 data/round2 --by family --plot lengths.png"))
-@click.argument("rounds", nargs=-1, required=True, type=_FOLDER)
+@click.argument("rounds", nargs=-1, required=True, type=_ROUND)
 @_JSON
 @_BY
 @click.option(
@@ -316,8 +347,8 @@ def stats(rounds: tuple[Path, ...], as_json: bool, by: str | None, plot: Path | 
 
 
 @cli.command(epilog=example("mpd-gen compare runs/demo/eval/base-test runs/demo/eval/round1-test"))
-@click.argument("base", type=_FOLDER)
-@click.argument("new", type=_FOLDER)
+@click.argument("base", type=_ROUND)
+@click.argument("new", type=_ROUND)
 @_JSON
 @_BY
 def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
@@ -335,7 +366,7 @@ def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
 
 
 @cli.command(epilog=example("mpd-gen validate data/round*"))
-@click.argument("rounds", nargs=-1, required=True, type=_FOLDER)
+@click.argument("rounds", nargs=-1, required=True, type=_ROUND)
 def validate(rounds: tuple[Path, ...]) -> None:
     """Check every shard and row of ROUNDS."""
     from mpd_data.inspect.validate import validate_round

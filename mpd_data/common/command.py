@@ -28,7 +28,7 @@ class Option(click.Option):
     def __init__(
         self, *args: Any, section: str | None = None, many: bool = False, **settings: Any
     ) -> None:
-        super().__init__(*args, multiple=many, **settings)
+        super().__init__(*args, **settings, multiple=many)  # type: ignore[misc]
         self.section = section or _MAIN_SECTION
         self.many = many
 
@@ -52,8 +52,8 @@ class Command(click.Command):
             return super().parse_args(ctx, _repeated(options, args))
         except click.NoSuchOption as error:
             names = [flag for flag in options if flag.startswith("--")]
-            error.possibilities = _near_options(error.option_name, names)
-            raise
+            near = _near_options(error.option_name, names)
+            raise click.NoSuchOption(error.option_name, possibilities=near, ctx=ctx) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one list of options for each section, the main one first."""

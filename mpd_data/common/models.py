@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpd_data.common.errors import ConfigError
+from mpd_data.common.errors import ConfigError, nearest
 from mpd_data.common.files import sha256_of
 from mpd_data.common.hashing import content_key
 
@@ -177,6 +177,11 @@ def _download(name: str, revision: str | None, code: bool, weights: bool) -> tup
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except hub_failures() as error:
+        folders = [str(f) for f in Path(name).parent.glob("*") if f.is_dir()]
+        if name.startswith((".", "/")) or nearest(name, folders) is not None:
+            near = nearest(name, folders)
+            hint = "" if near is None else f" Did you mean {near!r}?"
+            raise ConfigError(f"{name}: no such folder, and no model of the hub.{hint}") from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError(
             f"{name}: not a folder here, and not to be had from the hub ({reason}). Give the path"

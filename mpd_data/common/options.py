@@ -135,7 +135,7 @@ def config_options(
                 item = get_args(plain)[0]
                 if get_origin(item) is Literal:
                     item = _Choice(get_args(item))
-                settings |= {"type": click.Path(path_type=Path) if item is Path else item}
+                settings["type"] = click.Path(path_type=Path) if item is Path else item
                 settings |= {"many": True, "callback": _expanded if name in paths else None}
             elif get_origin(plain) is dict:
                 settings |= {"callback": _json_object, "metavar": "JSON", "default": None}
@@ -166,9 +166,8 @@ def build(model: type[Model], options: dict[str, Any]) -> Model:
         lines = []
         for e in error.errors():
             # A check of several settings together names them itself.
-            name = next((part for part in reversed(e["loc"]) if part in names), None)
-            message = e["msg"].removeprefix("Value error, ")
-            lines.append(message if name is None else f"{_flag(str(name))}: {message}")
+            place = [_flag(str(part)) for part in e["loc"] if part in names]
+            lines.append(": ".join([*place[-1:], e["msg"].removeprefix("Value error, ")]))
         raise click.UsageError("; ".join(lines)) from error
 
 
