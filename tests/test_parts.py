@@ -286,7 +286,7 @@ def writers_of(out):
 def test_status_is_for_people_too(round_dir, tmp_path, capsys):
     other = without_rewrites(round_dir, tmp_path / "other")
     invoke(cli, "status", round_dir, other)
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "rewrite-0-of-1" in said
     assert "240/240" in said
     assert said.index(str(round_dir)) < said.index(str(other))

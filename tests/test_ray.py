@@ -170,7 +170,7 @@ def test_overwrite_and_limit(on_cluster, round_dir, prompts, tmp_path):
     fewer = rollout_arguments(prompts, out, **{"-n": 3})
     said = run("mpd-gen", *fewer, "--ray", "--overwrite", "--limit", 9).stderr
     assert "9 rollouts, 9 of them new" in said
-    assert "171 still owed" in said
+    assert "171 remaining" in said
     assert rows(out, "rollouts").height == 9
     assert not (out / "distill").exists()
 

@@ -1,5 +1,7 @@
-"""Plain-text tables and histograms. Cells are data: control characters in them are shown, never
-sent to the terminal, and no markup is interpreted."""
+"""Format plain-text tables and histograms.
+
+Cells are data: control characters are escaped, and no markup is interpreted.
+"""
 
 from itertools import accumulate
 from typing import Any
@@ -10,7 +12,7 @@ _EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
 
 
 def plain(value: Any) -> str:
-    """A cell's text: numbers rounded for people, None as a dash, control characters escaped."""
+    """Return a cell's text: numbers rounded, None as a dash, control characters escaped."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -21,12 +23,12 @@ def plain(value: Any) -> str:
 
 
 def plain_lines(text: str) -> str:
-    """Text for a terminal: its line breaks stay, other control characters are escaped."""
+    """Return text for a terminal: line breaks stay, other control characters are escaped."""
     return "\n".join(plain(line) for line in text.split("\n"))
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Rows with the same keys as aligned columns, numbers to the right."""
+    """Return rows with the same keys as aligned columns, numbers aligned to the right."""
     names = list(rows[0])
     header = [plain(name) for name in names]
     cells = [[plain(row[name]) for name in names] for row in rows]
@@ -47,8 +49,8 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def format_histogram(rows: list[dict[str, Any]]) -> str:
-    """`stats.trace_lengths` as bars, one line for each bin, folders side by side: as many as 80
-    columns hold, the others below, all on one scale. `*` marks the bin of the median."""
+    """Return `stats.trace_lengths` as bars, one line per bin. Folders are side by side, as many as
+    fit 80 columns, and the others below; all have one scale. `*` marks the bin of the median."""
     folders = list(dict.fromkeys(row["folder"] for row in rows))
     bins = [row for row in rows if row["folder"] == folders[0]]
     labels = ["tokens"] + [
@@ -71,11 +73,11 @@ def format_histogram(rows: list[dict[str, Any]]) -> str:
         block = zip(labels, *columns[first : first + fit], strict=True)
         lines += ["  ".join([label.rjust(margin), *cells]).rstrip() for label, *cells in block]
         lines.append("")
-    return "\n".join([*lines, "share of the samples; * the bin of the median"])
+    return "\n".join([*lines, "fraction of the samples; * marks the bin of the median"])
 
 
 def _bars(folder: str, bins: list[dict[str, Any]], width: int, tallest: float) -> list[str]:
-    """A folder's column of the histogram: its name, then share, mark and bar of each bin."""
+    """Return a folder's column of the histogram: its name, then share, mark and bar of each bin."""
     name = plain(folder)
     # The end of a path tells folders apart.
     cells = [name if len(name) <= width + 5 else f"…{name[-(width + 4) :]}"]
