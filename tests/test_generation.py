@@ -26,6 +26,7 @@ from conftest import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpd_data.common.errors import ConfigError
+from mpd_data.config import RolloutsConfig
 from mpd_data.inspect.compare import compare, evaluate
 from mpd_data.inspect.stats import plot_lengths, round_stats
 from mpd_data.inspect.validate import validate_round
@@ -286,6 +287,10 @@ def test_usage_errors_exit_2(prompts, tmp_path):
     )
     hot = rollout_arguments(prompts, tmp_path, **{"--temperature": 2.1})
     assert "--temperature" in run("mpd-gen", *hot, code=2).stderr
+    with pytest.raises(ValueError, match="gives the same sample 4 times"):
+        RolloutsConfig(
+            model="m", prompts=["p"], out="o", num_samples=4, sampling={"temperature": 0}
+        )
     assert "No such option" in run("mpd-gen", "rollouts", "--modell", "x", code=2).stderr
     bad_json = rollout_arguments(prompts, tmp_path, **{"--template-kwargs": "[1]"})
     assert "JSON object" in run("mpd-gen", *bad_json, code=2).stderr

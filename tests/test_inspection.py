@@ -12,7 +12,7 @@ from conftest import edit_rows, run
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.text import format_histogram
-from mpd_data.inspect.compare import compare
+from mpd_data.inspect.compare import MIN_PROBLEMS, compare, verdict
 from mpd_data.inspect.stats import BINS, round_stats
 
 HOSTILE = "\x1b[31mred"
@@ -245,6 +245,13 @@ def test_a_problems_group_is_known_from_either_side(round_dir, longer, tmp_path)
     edit_rows(bare, "rollouts", lambda row: row.update(metadata='{"family":"tally"}'))
     with pytest.raises(ConfigError, match="has 'shop' on one side and 'tally' on the other"):
         compare(round_dir, bare, "family")
+
+
+def test_intervals_of_few_problems_come_with_a_warning(round_dir):
+    result = compare(round_dir, round_dir)
+    assert "too narrow" not in verdict(result)
+    result["base"]["problems"] = MIN_PROBLEMS - 1
+    assert "only 29 problems: intervals of fewer than 30" in verdict(result)
 
 
 def test_one_problem_alone_has_no_interval(round_dir, longer, tmp_path):

@@ -52,8 +52,10 @@ class Command(click.Command):
             return super().parse_args(ctx, _repeated(options, args))
         except click.NoSuchOption as error:
             names = [flag for flag in options if flag.startswith("--")]
-            near = _near_options(error.option_name, names)
-            raise click.NoSuchOption(error.option_name, possibilities=near, ctx=ctx) from None
+            # click's own error would keep only those with a similar spelling.
+            near = " or ".join(map(repr, _near_options(error.option_name, names)))
+            hint = f" Did you mean {near}?" if near else ""
+            raise click.UsageError(f"No such option {error.option_name!r}.{hint}", ctx) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one list of options for each section, the main one first."""
