@@ -248,7 +248,7 @@ def test_an_actor_keeps_its_engine_and_stops_when_told(job, monkeypatch):
 
 def test_a_node_that_does_not_share_the_folder_is_told(job):
     said = do(EngineActor(job), 0)
-    assert "All nodes have to share the round's folder" in said["error"]
+    assert "All nodes must share the round's folder" in said["error"]
     assert not list(job.folder.glob("rollouts/*"))
 
 
