@@ -1,11 +1,12 @@
-"""`mpd-gen`: student rollouts, teacher rewrites, and what there is to know of the shards.
+"""`mpd-gen`: sample rollouts, rewrite them, and inspect the shards.
 
 Exit codes: 0 done, 1 fatal, 2 usage, 3 done with failed rows (in errors/), 130 interrupted
-(run the same command again to go on). Tables go to stderr, `--json` to stdout.
+(run the same command again to resume). Results go to stdout, progress and messages to stderr.
 """
 
 import dataclasses
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 
 import click
 
-from mpd_data.common.command import DRY_RUN, PLAN_JSON, run_command
-from mpd_data.common.errors import MPDError
+from mpd_data.common.command import CONTEXT, DRY_RUN, PLAN_JSON, Group, example, run_command
+from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.options import build, config_options
 from mpd_data.common.text import plain
 from mpd_data.config import (
@@ -34,33 +35,69 @@ from mpd_data.parts.workers import (
 from mpd_data.store.locks import WHOLE
 
 _OVERWRITE = click.option(
-    "--overwrite", is_flag=True, help="Delete what this stage has written here, then start anew."
+    "--overwrite", is_flag=True, help="Delete what this stage has written here, then start again."
 )
 _LIMIT = click.option(
     "--limit",
     type=click.IntRange(1),
-    help="Do at most so much of what is owed (samples; rollouts to rewrite), then stop.",
+    help="Process at most this many remaining samples (or rollouts to rewrite), then stop.",
 )
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 _BY = click.option(
-    "--by", metavar="NAME", help="Also by the values of NAME, a key of the rollouts' metadata."
+    "--by", metavar="NAME", help="Also group by NAME, a key of the rollouts' metadata."
 )
 
 
-_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+class _RoundFolder(click.Path):
+    """The folder of a round, or the rollouts/ or distill/ in it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the round's folder. Raises ConfigError for a folder of several rounds."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        stages = ("rollouts", "distill")
+        if path.name in stages and (path.parent / "run.json").is_file():
+            return path.parent
+        if any((path / stage).is_dir() for stage in stages):
+            return path
+        # As deep as those of `mpd-rounds --seeds`: seed0/data/round1.
+        manifests = (
+            file for depth in range(1, 4) for file in path.glob(f"{depth * '*/'}*.manifest.jsonl")
+        )
+        if rounds := sorted({str(file.parent) for file in manifests}):
+            more = f" and {len(rounds) - _LISTED} more" if len(rounds) > _LISTED else ""
+            raise ConfigError(
+                f"{path}: not a round. The rounds in it: {', '.join(rounds[:_LISTED])}{more}."
+            )
+        return path
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+_LISTED = 20
+_ROUND = _RoundFolder(exists=True, file_okay=False)
+
+
+@click.group(
+    cls=Group,
+    context_settings=CONTEXT,
+    replaced={
+        "plan": "mpd-rounds PIPELINE --dry-run",
+        "completion": "_MPD_GEN_COMPLETE=bash_source mpd-gen (or zsh_source, fish_source)",
+    },
+)
 @click.version_option(package_name="mixed-policy-distillation")
 def cli() -> None:
-    """Stage one of Mixed-Policy Distillation: generate, rewrite, inspect."""
+    """Sample rollouts with a student, rewrite them with a teacher, and inspect the result."""
 
 
-@cli.command()
+@cli.command(
+    epilog=example(
+        "mpd-gen init my-run --student Qwen/Qwen3-1.7B --teacher Qwen/Qwen3-8B \\",
+        "    --prompts problems.jsonl",
+    )
+)
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @config_options(InitConfig)
 def init(folder: Path, **options: Any) -> None:
-    """Write FOLDER/pipeline.toml, a commented pipeline for your models and prompts."""
+    """Write FOLDER/pipeline.toml for your models and prompts."""
     from mpd_data.init.pipeline import run_init
 
     config = build(InitConfig, options)
@@ -70,8 +107,18 @@ def init(folder: Path, **options: Any) -> None:
     click.echo(f"wrote {pipeline}; next: mpd-rounds {pipeline} --out {out} --dry-run", err=True)
 
 
-@cli.command()
-@config_options(RolloutsConfig, also={"num_samples": "-n", "backend": "--engine"})
+@cli.command(
+    epilog=example(
+        "mpd-gen rollouts --model Qwen/Qwen3-1.7B --prompts problems.jsonl \\",
+        "    --answer-column answer -n 4 --max-tokens 16000 --out data/round1 --limit 64",
+    )
+)
+@config_options(
+    RolloutsConfig,
+    also={"num_samples": "-n", "backend": "--engine"},
+    common=("num_samples", "num_prompts", "answer_column", "max_tokens"),
+    paths=("prompts",),
+)
 @_OVERWRITE
 @_LIMIT
 @DRY_RUN
@@ -79,7 +126,7 @@ def init(folder: Path, **options: Any) -> None:
 def rollouts(
     overwrite: bool, limit: int | None, dry_run: bool, as_json: bool, **options: Any
 ) -> None:
-    """Sample solutions with the student into OUT/rollouts. Run again to resume."""
+    """Sample solutions with the student into OUT/rollouts. Run the command again to resume."""
     from mpd_data.dryrun.rollouts import plan_rollouts
     from mpd_data.dryrun.show import print_plan
     from mpd_data.rollouts import run_rollouts
@@ -92,18 +139,48 @@ def rollouts(
     if config.parts.ray:
         from mpd_data.parts.ray import rollouts_on_ray as run_rollouts
     elif config.parts.workers > 1:
-        _finish_workers(run_workers("rollouts", config, limit))
+        code = run_workers("rollouts", config, limit)
+        click.echo(f"{config.out}: all workers finished{_quality(config)}", err=True)
+        _finish_workers(code)
         return
     outcome = run_rollouts(config, overwrite, limit)
     _finish(
-        f"{config.out}: {outcome.total} rollouts, {outcome.written} of them new",
+        f"{config.out}: {outcome.total:,} rollouts, {outcome.written:,} of them new"
+        f"{_quality(config)}",
         outcome.failed,
         outcome.remaining,
     )
 
 
-@cli.command()
-@config_options(RewriteConfig, also={"backend": "--engine"})
+def _quality(config: RolloutsConfig) -> str:
+    """Return the end of a message: how many rollouts of the round are correct, lack an answer or
+    are truncated."""
+    from mpd_data.inspect.stats import outcome_rates
+
+    if is_worker():
+        return ""  # the command that started the workers says it once
+    rates = outcome_rates(config.out)
+    names = {"accuracy": "correct", "no_answer": "without an answer", "truncated": "truncated"}
+    parts = [f"{rate:.1%} {names[name]}" for name, rate in rates.items() if rate is not None]
+    if rates["truncated"] == 1:
+        parts[-1] += (
+            f"\nEvery rollout was cut off at --max-tokens {config.sampling.max_tokens}, so none can"
+            " be rewritten. Sample again with a higher --max-tokens, in another --out or with"
+            " --overwrite."
+        )
+    return "".join(f", {part}" for part in parts)
+
+
+@cli.command(
+    epilog=example(
+        "mpd-gen rewrite --teacher Qwen/Qwen3-8B --shards data/round1 --max-tokens 8000 --limit 64",
+    )
+)
+@config_options(
+    RewriteConfig,
+    also={"backend": "--engine"},
+    common=("template", "num_candidates", "max_tokens"),
+)
 @_OVERWRITE
 @_LIMIT
 @DRY_RUN
@@ -111,8 +188,9 @@ def rollouts(
 @click.option(
     "--refilter",
     is_flag=True,
-    help="Apply changed filters and choice to the rewrites that are there; scores what is newly"
-    " kept.",
+    help="Apply changed filters or another --choose to the existing rewrites. Only rewrites that"
+    " are"
+    " newly kept are scored.",
 )
 def rewrite(
     overwrite: bool,
@@ -122,8 +200,8 @@ def rewrite(
     refilter: bool,
     **options: Any,
 ) -> None:
-    """Let the teacher rewrite and score a round's rollouts into SHARDS/distill. Run again to
-    resume."""
+    """Rewrite a round with the teacher. Rewrites that pass the filters are scored and stored in
+    SHARDS/distill. Run the command again to resume."""
     from mpd_data.dryrun.refilter import plan_refilter
     from mpd_data.dryrun.rewrite import plan_rewrite
     from mpd_data.dryrun.show import print_plan
@@ -136,12 +214,12 @@ def rewrite(
     if not refilter:
         config = _with_part(config)
     elif config.parts != PartsConfig():
-        raise click.UsageError("--refilter judges a round as a whole: it has no parts or workers.")
+        raise click.UsageError("--refilter works on a whole round: it takes no parts or workers.")
     _refuse_overwrite_of_parts(config, overwrite)
     if refilter and overwrite:
         raise click.UsageError("--refilter keeps the rewrites, --overwrite deletes them: give one.")
     if refilter and limit is not None:
-        raise click.UsageError("--refilter judges all rewrites anew: it takes no --limit.")
+        raise click.UsageError("--refilter filters all rewrites again: it takes no --limit.")
     if dry_run:
         planned = plan_refilter(config) if refilter else plan_rewrite(config, overwrite, limit)
         print_plan(planned, as_json)
@@ -155,37 +233,47 @@ def rewrite(
         _finish_workers(code)
         return
     outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite, limit)
-    counts = ", ".join(f"{n} {status}" for status, n in sorted(outcome.statuses.items()))
+    counts = ", ".join(f"{n:,} {status}" for status, n in sorted(outcome.statuses.items()))
     waiting = 0
     if config.choose == "likeliest" and not is_worker():
         round_dir = RoundDir(config.shards)
         waiting = waiting_rollouts(round_dir, round_dir.scan_shards("distill").paths)
-    # Of a part that keeps nothing, the other parts may still keep something.
+    # If this part keeps nothing, another part may still keep something.
     alone = config.parts.part == WHOLE and not waiting
     if not outcome.statuses.get("ok") and not outcome.remaining and alone:
+        hint = (
+            "Read some in distill/*.parquet (columns rewrite, status): does the teacher follow the"
+            " template, is --max-tokens long enough?"
+        )
+        if set(outcome.statuses) == {"draft_truncated"}:
+            hint = (
+                "Every draft was cut off at the student's --max-tokens: run mpd-gen rollouts with a"
+                " higher one, in another --out."
+            )
         raise MPDError(
             f"{config.shards}: no rewrite was kept ({counts or 'no rows'}), so there is nothing to"
-            " train on. Read some in distill/*.parquet (columns rewrite, status): is the teacher"
-            " able to follow the template, is --max-tokens long enough?"
+            f" train on. {hint}"
         )
     if waiting:
         click.echo(
-            f"{waiting:,} rollouts wait for the student's choice, and are not trained on before:"
-            " once all parts are done, give this command with --refilter and without what divides"
-            " it.",
+            f"{waiting:,} rollouts still need the student to choose a rewrite and will be skipped"
+            " in training. When all parts have finished, rerun this command with --refilter and"
+            " without --num-shards/--workers.",
             err=True,
         )
     _finish(
-        f"{config.shards}: {counts}; {outcome.written} rows new", outcome.failed, outcome.remaining
+        f"{config.shards}: {counts}; {outcome.written:,} rows new",
+        outcome.failed,
+        outcome.remaining,
     )
 
 
 def _with_part(config: Any) -> Any:
-    """`config` with its part of a SLURM job array, where it names none and is in one."""
+    """Return `config` with this task's part of the SLURM job array, unless it names a part."""
     parts = config.parts
-    if parts.ray or parts.num_shards is not None or (found := slurm_part()) is None:
+    if parts.ray or parts.num_shards is not None or (task := slurm_part()) is None:
         return config
-    index, count = found
+    index, count = task
     click.echo(f"SLURM job array: part {index} of {count} (--shard-index, --num-shards)", err=True)
     own = parts.model_copy(update={"shard_index": index, "num_shards": count})
     return config.model_copy(update={"parts": own})
@@ -193,11 +281,11 @@ def _with_part(config: Any) -> Any:
 
 def _refuse_overwrite_of_parts(config: Any, overwrite: bool) -> None:
     if config.parts.ray:
-        return  # the one command that starts the actors deletes before it does
+        return  # one command starts all actors, and deletes before it starts them
     if overwrite and (config.parts.workers > 1 or config.parts.part != WHOLE):
         raise click.UsageError(
-            "--overwrite deletes what all parts have written. Give it once without --workers and"
-            " --num-shards, with --limit 1; then start the parts."
+            "--overwrite deletes the rows of all parts. Run the command once with --overwrite"
+            " --limit 1 and without --workers and --num-shards, then start the parts."
         )
 
 
@@ -210,19 +298,38 @@ def _finish_workers(code: int) -> None:
 def _finish(summary: str, failed: int, owed: int) -> None:
     click.echo(summary, err=True)
     if owed:
-        click.echo(f"{owed:,} still owed; run without --limit for the rest.", err=True)
+        click.echo(f"{owed:,} remaining; run without --limit for the rest.", err=True)
     if failed:
         click.echo(f"{failed} rows failed; see errors/*.parquet (column message).", err=True)
         raise click.exceptions.Exit(EXIT_FAILED_ROWS)
 
 
-@cli.command()
-@click.argument("rounds", nargs=-1, required=True, type=_FOLDER)
+@cli.command(epilog=example("mpd-gen status data/round1"))
+@click.argument("rounds", nargs=-1, required=True, type=_ROUND)
+@_JSON
+def status(rounds: tuple[Path, ...], as_json: bool) -> None:
+    """Show how far the stages of ROUNDS are. Lists the processes that write there."""
+    from mpd_data.inspect.status import round_status, show_status
+
+    statuses = {str(path): round_status(path) for path in rounds}
+    if as_json:
+        click.echo(json.dumps(statuses, indent=2))
+        return
+    text = [f"{plain(path)}\n{show_status(status)}" for path, status in statuses.items()]
+    click.echo("\n\n".join(text))
+
+
+@cli.command(epilog=example("mpd-gen stats data/round1 data/round2 --by family --plot lengths.png"))
+@click.argument("rounds", nargs=-1, required=True, type=_ROUND)
 @_JSON
 @_BY
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw trace lengths to this file.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Draw the trace lengths to this file (PNG, SVG or PDF).",
+)
 def stats(rounds: tuple[Path, ...], as_json: bool, by: str | None, plot: Path | None) -> None:
-    """Trace-length statistics of ROUNDS."""
+    """Show lengths, accuracy and statuses of the rows in ROUNDS."""
     from mpd_data.common.text import format_histogram, format_table
     from mpd_data.inspect.stats import plot_lengths, round_stats
 
@@ -230,70 +337,56 @@ def stats(rounds: tuple[Path, ...], as_json: bool, by: str | None, plot: Path | 
     if as_json:
         click.echo(json.dumps(tables, indent=2))
     else:
+        parts = []
         for name, rows in tables.items():
             title = f"by {plain(by)}" if name == "groups" else name.replace("_", " ")
             text = format_histogram(rows) if name == "trace_lengths" else format_table(rows)
-            click.echo(f"\n{title}\n{text}", err=True)
+            parts.append(f"{title}\n{text}")
+        click.echo("\n\n".join(parts))
     if plot is not None:
         plot_lengths({str(path): path for path in rounds}, plot)
         click.echo(f"wrote {plot}", err=True)
 
 
-@cli.command()
-@click.argument("rounds", nargs=-1, required=True, type=_FOLDER)
-@_JSON
-def status(rounds: tuple[Path, ...], as_json: bool) -> None:
-    """How far the stages of ROUNDS are, and who is writing there now."""
-    from mpd_data.inspect.status import round_status, show_status
-
-    found = {str(path): round_status(path) for path in rounds}
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-        return
-    for path, status in found.items():
-        click.echo(f"\n{plain(path)}\n{show_status(status)}", err=True)
-
-
-@cli.command()
-@click.argument("rounds", nargs=-1, required=True, type=_FOLDER)
-def validate(rounds: tuple[Path, ...]) -> None:
-    """Check that ROUNDS keep the shard contract."""
-    from mpd_data.inspect.validate import validate_round
-
-    problems = [problem for path in rounds for problem in validate_round(path)]
-    for problem in problems[:50]:
-        click.echo(problem, err=True)
-    if problems:
-        raise MPDError(f"{len(problems)} breaches of the contract.")
-    for path in rounds:
-        click.echo(f"{path}: sound", err=True)
-
-
-@cli.command()
-@click.argument("base", type=_FOLDER)
-@click.argument("new", type=_FOLDER)
+@cli.command(epilog=example("mpd-gen compare runs/demo/eval/base-test runs/demo/eval/round1-test"))
+@click.argument("base", type=_ROUND)
+@click.argument("new", type=_ROUND)
 @_JSON
 @_BY
 def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
-    """Compare the rollouts of NEW with those of BASE on the same prompts."""
+    """Compare NEW with BASE on the same prompts. Both are folders with rollouts."""
     from mpd_data.inspect import compare as comparison
 
     result = comparison.compare(base, new, by)
     if as_json:
         click.echo(json.dumps(result, indent=2))
-    else:
-        sides = {"base": result["base"], "new": result["new"]}
-        click.echo(comparison.table(sides), err=True)
-        click.echo(comparison.verdict(result), err=True)
-        if by is not None:
-            click.echo(f"\nby {plain(by)}\n{comparison.groups_table(result['groups'])}", err=True)
+        return
+    click.echo(comparison.table({"base": result["base"], "new": result["new"]}))
+    click.echo(comparison.verdict(result))
+    if by is not None:
+        click.echo(f"\nby {plain(by)}\n{comparison.groups_table(result['groups'])}")
 
 
-@cli.command()
-@config_options(ContaminationConfig)
+@cli.command(epilog=example("mpd-gen validate data/round*"))
+@click.argument("rounds", nargs=-1, required=True, type=_ROUND)
+def validate(rounds: tuple[Path, ...]) -> None:
+    """Check every shard and row of ROUNDS."""
+    from mpd_data.inspect.validate import validate_round
+
+    problems = [problem for path in rounds for problem in validate_round(path)]
+    if problems:
+        click.echo("\n".join(problems[:50]))
+        raise MPDError(f"{len(problems):,} breaches of the contract.")
+    click.echo("\n".join(f"{path}: sound" for path in rounds))
+
+
+@cli.command(
+    epilog=example("mpd-gen contamination --prompts problems.jsonl --against test.jsonl --n 13")
+)
+@config_options(ContaminationConfig, paths=("prompts", "against"))
 @_JSON
 def contamination(as_json: bool, **options: Any) -> None:
-    """Which evaluation prompts stand among training prompts, whole or in part."""
+    """Find evaluation prompts among training prompts, whole or in part."""
     from mpd_data.inspect import contamination as check
     from mpd_data.prompts.reader import read_prompts
 
@@ -312,28 +405,27 @@ def contamination(as_json: bool, **options: Any) -> None:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result), indent=2))
     else:
-        click.echo(check.show(result), err=True)
+        click.echo(check.show(result))
     if config.fail_above is not None and result.share > config.fail_above:
         raise MPDError(
             f"{result.overlapping:,} of {result.num_evaluation:,} evaluation prompts overlap with"
-            f" training prompts, more than --fail-above {config.fail_above}. Take them out of the"
-            " training prompts, or report without them."
+            f" training prompts, more than --fail-above {config.fail_above}. Remove them from the"
+            " training prompts, or evaluate without them."
         )
 
 
 @cli.command()
 @_JSON
 def env(as_json: bool) -> None:
-    """Versions and machine, for a bug report."""
+    """Show versions and machine, for a bug report."""
     from mpd_data.common.machine import environment
 
-    found = environment()
+    versions = environment()
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(versions, indent=2))
     else:
-        width = max(map(len, found))
-        for name, value in found.items():
-            click.echo(f"{name.ljust(width)}  {value}", err=True)
+        width = max(map(len, versions))
+        click.echo("\n".join(f"{name.ljust(width)}  {value}" for name, value in versions.items()))
 
 
 def main() -> None:

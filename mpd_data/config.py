@@ -1,11 +1,11 @@
-"""Settings of the generation stages, checked by pydantic.
+"""Settings of `mpd-gen`, checked by pydantic.
 
-The same models serve the command line and a pipeline's TOML: a field here is an option there.
+The command line and a pipeline's TOML use the same models: a field here is an option there.
 """
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -24,8 +24,8 @@ from mpd_data.store.locks import Part
 def _on_a_file_system(path: Path) -> Path:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise ValueError(
-            f"{path}: object stores are not supported, as they have neither links nor locks; give a"
-            " folder on a file system and copy the finished round"
+            f"{path}: object stores are not supported, because they have no links and no locks;"
+            " give a folder on a file system and copy the finished round"
         )
     return path
 
@@ -34,61 +34,72 @@ RoundPath = Annotated[Path, AfterValidator(_on_a_file_system)]
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, values are final."""
+    """Base of all settings: unknown keys are errors, and values cannot be changed."""
+
+    heading: ClassVar[str | None] = None  # of the settings' section in --help
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class EngineConfig(Strict):
-    """How the engine runs a model. Of these only `dtype` changes what comes out; with another
-    backend the same distributions are sampled with other random numbers. With the backend openai
-    a server runs the model, as it was told to when it was started."""
+    """How the engine runs a model. Only `dtype` changes the distributions that are sampled; another
+    backend draws other random numbers. With the backend openai a server runs the model, with the
+    settings that the server was started with."""
+
+    heading = "Engine"
 
     backend: Literal["vllm", "transformers", "openai"] = Field(
         "vllm",
-        description="Engine. transformers: slower, for machines where vLLM does not install."
-        " openai: a running vLLM server, for models that are too large for this machine.",
+        description="Engine that runs the model. transformers is slower and needs no vLLM; openai"
+        " is a"
+        " running vLLM server, for models that are too large for this machine.",
     )
     base_url: str | None = Field(
         None,
-        description="URL of the server (openai), as http://HOST:8000. A key that it wants stands"
-        " in the environment: MPD_API_KEY or OPENAI_API_KEY.",
+        description="URL of the server (openai), as http://HOST:8000. Set MPD_API_KEY or"
+        " OPENAI_API_KEY"
+        " in the environment if the server needs a key.",
     )
     served_model: str | None = Field(
         None,
-        description="The server's name for the model (openai); default: the model's name here.",
+        description="Name of the model on the server (openai). Default: its name here.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of the engine."
+        "auto", description="Precision of weights and activations."
     )
     max_model_len: int | None = Field(
-        None, ge=2, description="Context in tokens; default: the model's own."
+        None, ge=2, description="Longest context, in tokens. Default: the model's own."
     )
     max_num_seqs: int = Field(
-        256, ge=1, description="Sequences the engine runs at once; with a server, requests to it."
+        256,
+        ge=1,
+        description="Maximum concurrent sequences (vllm, transformers) or requests (openai).",
     )
     max_num_batched_tokens: int | None = Field(
         None,
         ge=1,
-        description="Tokens per engine step. Bounds the memory of scoring on a GPU:"
-        " tokens x vocabulary x 4 bytes, outside vLLM's own memory profile. Default: vLLM's own;"
+        description="Maximum tokens per engine step. It bounds the memory of scoring on a GPU:"
+        " tokens x"
+        " vocabulary x 4 bytes, which vLLM's memory profile does not count. Default: vLLM's own;"
         " 2048 with transformers.",
     )
     gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=1, description="Share of the GPU's memory for weights and cache (vLLM)."
+        0.9, gt=0, le=1, description="Fraction of the GPU's memory for weights and cache (vllm)."
     )
     tensor_parallel_size: int = Field(
-        1, ge=1, description="GPUs that share each layer of a model (vLLM)."
+        1, ge=1, description="Number of GPUs that each layer is split over (vllm)."
     )
     pipeline_parallel_size: int = Field(
-        1, ge=1, description="GPUs, or groups of them, that share a model's layers out (vLLM)."
+        1, ge=1, description="Number of groups of GPUs that hold successive layers (vllm)."
     )
-    kv_cache_gib: float = Field(1.0, gt=0, description="Cache on a CPU machine, in GiB (vLLM).")
+    kv_cache_gib: float = Field(
+        1.0, gt=0, description="Size of the KV cache on a CPU machine, in GiB (vllm)."
+    )
 
     @field_validator("base_url")
     @classmethod
     def _names_a_server_and_no_secret(cls, url: str | None) -> str | None:
-        # The URL is written to run.json and into messages, so that a secret must not stand in it.
+        # The URL is written to run.json and into messages, so it must not hold a secret.
         if url is None:
             return None
         try:
@@ -106,58 +117,84 @@ class EngineConfig(Strict):
 
     @property
     def num_gpus(self) -> int:
-        """GPUs that one engine takes, where there are any."""
+        """Number of GPUs that one engine takes, on a machine that has GPUs."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def served(self, name: str) -> str | None:
-        """What the server calls the model that is `name` here; None where this machine runs it."""
+        """Return the server's name of the model `name`, or None if this machine runs the model."""
         return (self.served_model or name) if self.backend == "openai" else None
 
 
 class SamplingConfig(Strict):
-    """How one continuation is sampled."""
+    """How one completion is sampled."""
 
-    temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass.")
-    top_k: int = Field(-1, ge=-1, description="Most probable tokens kept; -1: all.")
-    max_tokens: int = Field(2048, ge=1, description="Longest continuation, in tokens.")
+    heading = "Sampling"
+
+    temperature: float = Field(
+        1.0, ge=0, le=2, description="Temperature. 0 is greedy: always the most probable token."
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Sample from the most probable tokens that together have this probability.",
+    )
+    top_k: int = Field(
+        -1, ge=-1, description="Sample from this many most probable tokens. -1: from all."
+    )
+    max_tokens: int = Field(
+        2048, ge=1, description="Longest completion, in tokens. Longer ones are truncated."
+    )
 
 
 class RewriteSamplingConfig(SamplingConfig):
-    """Greedy unless asked otherwise: the rewrite is to be the teacher's best, not a sample."""
+    """How one rewrite is sampled. Greedy by default: the teacher's best rewrite is wanted."""
 
-    temperature: float = Field(0.0, ge=0, le=2, description="0 is greedy.")
+    temperature: float = Field(
+        0.0, ge=0, le=2, description="Temperature. 0 is greedy: always the most probable token."
+    )
 
 
 class OutputConfig(Strict):
-    """How results reach the disk. None of it changes a row."""
+    """How rows are written to disk. These settings change no row."""
 
-    rows_per_shard: int = Field(1024, ge=1, description="A shard is closed after so many rows")
-    seconds_per_shard: float = Field(300.0, gt=0, description="or after so many seconds.")
+    heading = "Shards"
+
+    rows_per_shard: int = Field(1024, ge=1, description="Maximum rows per shard.")
+    seconds_per_shard: float = Field(
+        300.0, gt=0, description="Maximum seconds before a partly filled shard is committed."
+    )
 
 
 class PartsConfig(Strict):
-    """How a stage is shared out among processes. None of it changes a row."""
+    """How the work is divided among processes. These settings change no row."""
+
+    heading = "Several processes"
 
     workers: int = Field(
         1,
         ge=1,
-        description="Processes on this machine, each with an engine and GPUs of its own, that share"
-        " the work; with --ray, actors of the cluster.",
+        description="Number of processes on this machine that share the work, each with its own"
+        " engine"
+        " and GPUs. With --ray: number of actors on the cluster.",
     )
     ray: bool = Field(
         False,
-        description="Do the work on a Ray cluster: the one of RAY_ADDRESS, or one that runs here."
-        " All nodes share the round's folder.",
+        description="Run on a Ray cluster: the one in RAY_ADDRESS, or one on this machine. All"
+        " nodes"
+        " must share the round's folder.",
     )
     shard_index: int | None = Field(
         None,
         ge=0,
-        description="Do this part of the work, from 0; default: the task's place in a SLURM job"
-        " array, or all of it.",
+        description="Number of the part that this process does, from 0. Default: the task's"
+        " position"
+        " in the SLURM job array.",
     )
     num_shards: int | None = Field(
-        None, ge=1, description="of so many parts; default: the tasks of the SLURM job array."
+        None,
+        ge=1,
+        description="Total number of parts. Default: the size of the SLURM job array, else 1.",
     )
 
     @model_validator(mode="after")
@@ -165,19 +202,17 @@ class PartsConfig(Strict):
         if (self.shard_index is None) != (self.num_shards is None):
             raise ValueError("--shard-index and --num-shards go together")
         if self.ray and self.shard_index is not None:
-            raise ValueError(
-                "--ray divides the work itself: leave out --shard-index and --num-shards"
-            )
+            raise ValueError("--ray divides the work itself: remove --shard-index and --num-shards")
         if self.shard_index is not None and self.shard_index >= (self.num_shards or 1):
             raise ValueError(
-                f"--shard-index {self.shard_index} of --num-shards {self.num_shards}: counted from"
-                " 0, the last is one less than their number"
+                f"--shard-index {self.shard_index} of --num-shards {self.num_shards}: parts are"
+                f" counted from 0, so the last is {(self.num_shards or 1) - 1}"
             )
         return self
 
     @property
     def part(self) -> Part:
-        """The part that this process, with its workers, does."""
+        """The part of the work that this process and its workers do."""
         return Part(self.shard_index or 0, self.num_shards or 1)
 
     def require_one_process(self, command: str) -> None:
@@ -191,24 +226,29 @@ class PartsConfig(Strict):
 
 
 class FailureConfig(Strict):
-    """When a stage gives up. None of it changes a row."""
+    """When a stage stops with an error. These settings change no row."""
+
+    heading = "Failures"
 
     max_error_rate: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="Stop when more than this share of the requests of a run have failed, 50 or"
-        " more of them having been made.",
+        description="Stop when more than this fraction of the requests has failed, counted after 50"
+        " requests.",
     )
 
 
 class CheckConfig(Strict):
-    """How answers are checked, in worker processes. None of it changes a row of a sound checker."""
+    """How answers are checked, in worker processes. These settings change no row, unless a check
+    takes longer than its timeout."""
+
+    heading = "Answer checks"
 
     checker_timeout: float = Field(
-        5.0, gt=0, description="Seconds for one check; after them it is stopped and has failed."
+        5.0, gt=0, description="Seconds after which a check is stopped and counts as failed."
     )
-    checker_processes: int = Field(2, ge=1, description="Processes that check answers.")
+    checker_processes: int = Field(2, ge=1, description="Number of processes that check answers.")
 
 
 AnswerFormat = Literal["boxed", "hashes", "tag", "phrase", "bare"]
@@ -218,56 +258,69 @@ ANSWER_FORMATS: tuple[AnswerFormat, ...] = ("boxed", "hashes", "tag", "phrase", 
 class RolloutsConfig(Strict):
     """Settings of `run_rollouts` and `mpd-gen rollouts`."""
 
-    model: str = Field(description="Student: a model folder or hub id.")
-    revision: str | None = Field(None, description="Hub revision of the student.")
+    heading = "Prompts and answers"
+
+    model: str = Field(description="Student: a model folder or a hub id.")
+    revision: str | None = Field(None, description="Revision of the student on the hub.")
     prompts: list[str] = Field(
         min_length=1,
-        description="JSONL, CSV or Parquet files, or Hugging Face datasets as"
+        description="Prompts: JSONL, CSV or Parquet files, or Hugging Face datasets as"
         " hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG].",
     )
-    out: RoundPath = Field(description="The round's folder.")
-    round: int = Field(0, ge=0, description="Number of the round, part of each row's key.")
-    num_samples: int = Field(1, ge=1, description="Samples per prompt.")
+    out: RoundPath = Field(description="Folder of the round.")
+    round: int = Field(0, ge=0, description="Number of the round. It is part of each row's key.")
+    num_samples: int = Field(1, ge=1, description="Number of samples per prompt.")
     num_prompts: int | None = Field(
-        None, ge=1, description="Choose so many prompts, by hash of round, seed and prompt id."
+        None,
+        ge=1,
+        description="Number of prompts to use, chosen by hash of round, seed and prompt id."
+        " Default: all.",
     )
-    prompt_column: str = Field("problem", description="Column of the problem's text.")
-    id_column: str | None = Field(None, description="Column of unique ids; default: text hash.")
-    answer_column: str | None = Field(None, description="Column of gold answers, if any.")
+    prompt_column: str = Field("problem", description="Column with the problem's text.")
+    id_column: str | None = Field(
+        None, description="Column with unique ids. Default: the hash of the text."
+    )
+    answer_column: str | None = Field(None, description="Column with gold answers, if any.")
     metadata_columns: list[str] = Field(
-        default_factory=list, description="Columns to carry through, as JSON in `metadata`."
+        default_factory=list, description="Columns to copy into each row, as JSON in `metadata`."
     )
     duplicates: Literal["refuse", "first"] = Field(
-        "refuse", description="Prompts with an id that was there before: refuse, or keep the first."
+        "refuse", description="Several prompts with one id: refuse them, or keep the first."
     )
     prompt_template: str = Field(
-        "{{problem}}", description="The user's message; {{problem}} stands for the problem."
+        "{{problem}}", description="The user's message. {{problem}} is replaced by the problem."
     )
-    system_prompt: str | None = Field(None, description="System message before the user's.")
+    system_prompt: str | None = Field(
+        None, description="System message, placed before the user's message."
+    )
     examples: Path | None = Field(
-        None, description="Few-shot examples: a JSONL, CSV or Parquet file, shown as earlier turns."
+        None, description="Few-shot examples, shown as earlier turns: a JSONL, CSV or Parquet file."
     )
-    examples_column: str = Field("solution", description="Column of the examples' solutions.")
+    examples_column: str = Field("solution", description="Column with the examples' solutions.")
     thinking: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Thinking mode of the student's chat template. auto: on where it has a switch.",
+        description="Thinking mode of the student's chat template. auto: on, if the template has a"
+        " switch for it.",
     )
     checker: str = Field(
         "number",
-        description="How answers are compared: number, math, text, choice, reasoning-gym, or your"
-        " own as package.module:Name.",
+        description="How an answer is compared with the gold answer: number, math, text, choice,"
+        " reasoning-gym, or your own checker as package.module:Name.",
     )
     answer_formats: list[AnswerFormat] = Field(
         list(ANSWER_FORMATS),
         min_length=1,
-        description=r"Where an answer may stand: boxed (\boxed{x}), hashes (#### x), tag"
+        description=r"Forms of an answer that are recognised: boxed (\boxed{x}), hashes (#### x),"
+        r" tag"
         " (<answer>x</answer>), phrase (the answer is x), bare (nothing but x).",
     )
-    seed: int = Field(0, ge=0, description="Base seed; each row's own is derived from its key.")
+    seed: int = Field(0, ge=0, description="Base seed. Each row derives its own seed from its key.")
     template_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="More settings for the chat template."
+        default_factory=dict, description="Additional variables for the chat template."
     )
-    trust_remote_code: bool = Field(False, description="Run code that ships with the model.")
+    trust_remote_code: bool = Field(
+        False, description="Allow Python code that comes with the model to run."
+    )
     sampling: SamplingConfig = SamplingConfig()
     checks: CheckConfig = CheckConfig()
     engine: EngineConfig = EngineConfig()
@@ -275,81 +328,104 @@ class RolloutsConfig(Strict):
     parts: PartsConfig = PartsConfig()
     failures: FailureConfig = FailureConfig()
 
+    @model_validator(mode="after")
+    def _samples_that_differ(self) -> Self:
+        if self.num_samples > 1 and self.sampling.temperature == 0:
+            raise ValueError(
+                f"--num-samples {self.num_samples} at --temperature 0 gives the same sample"
+                f" {self.num_samples} times: give a temperature above 0, or one sample"
+            )
+        return self
+
 
 Choice = Literal["shortest", "first", "likeliest", "all"]
 
 
 class FilterConfig(Strict):
-    """Which rewrites are kept. Each rule has its status in the shards; `--refilter` applies
-    changed rules to rewrites that are there."""
+    """Which rewrites are kept. A rewrite that a rule rejects has the rule's status in the shards;
+    `--refilter` applies changed rules to existing rewrites."""
+
+    heading = "Filters"
 
     drafts: Literal["any", "correct", "incorrect"] = Field(
-        "any", description="Rewrites of which drafts are kept, by their gold answers."
+        "any", description="Keep only rewrites of drafts that are correct, or incorrect, or of any."
     )
-    keep_answer: bool = Field(True, description="Only rewrites that keep their draft's answer.")
+    keep_answer: bool = Field(
+        True, description="Keep only rewrites with the same answer as their draft."
+    )
     require_correct: bool = Field(
-        True, description="Only rewrites with the gold answer, where there is one."
+        True, description="Keep only rewrites with the gold answer, for prompts that have one."
     )
     max_ratio: float = Field(
         1.0,
         gt=0,
-        description="Longest rewrite kept, as a multiple of its draft's tokens. 1: not longer."
-        " Below 1 later rounds starve.",
+        description="Longest rewrite to keep, as a multiple of its draft's tokens. 1: not longer"
+        " than"
+        " the draft. Below 1, later rounds keep few rewrites.",
     )
     min_ratio: float = Field(
-        0.0, ge=0, description="Shortest rewrite kept, as a multiple of its draft's tokens."
+        0.0, ge=0, description="Shortest rewrite to keep, as a multiple of its draft's tokens."
     )
     max_repetition: float = Field(
-        1.0, ge=0, le=1, description="Largest share of repeated 4-grams in a rewrite kept."
+        1.0, ge=0, le=1, description="Largest fraction of repeated 4-grams in a rewrite to keep."
     )
 
 
 class RewriteConfig(Strict):
     """Settings of `run_rewrite` and `mpd-gen rewrite`."""
 
-    teacher: str = Field(description="Teacher: a model folder or hub id.")
-    revision: str | None = Field(None, description="Hub revision of the teacher.")
-    shards: RoundPath = Field(description="The round's folder, with its rollouts.")
+    heading = "Rewrites and scores"
+
+    teacher: str = Field(description="Teacher: a model folder or a hub id.")
+    revision: str | None = Field(None, description="Revision of the teacher on the hub.")
+    shards: RoundPath = Field(description="Folder of the round, with its rollouts.")
     student: str | None = Field(
         None,
-        description="The model that will be trained, where it is not the one that sampled: the"
-        " scores are over its vocabulary.",
+        description="Model that will be trained, if another model sampled the rollouts. Scores are"
+        " over its vocabulary.",
     )
     template: str = Field(
         "tags",
-        description="Rewrite template: a TOML file, or one that is built in: tags (for models that"
-        " follow instructions well), plain (for small ones), draft (no rewrite: the draft itself is"
-        " scored and learned, which is on-policy distillation).",
+        description="Rewrite template: a TOML file or a built-in one. tags is for models that"
+        " follow"
+        " instructions well, plain for small models. draft rewrites nothing: the draft itself is"
+        " scored and trained on, which is on-policy distillation.",
     )
-    num_candidates: int = Field(1, ge=1, description="Rewrites per rollout.")
+    num_candidates: int = Field(1, ge=1, description="Number of rewrites per rollout.")
     choose: Choice = Field(
         "shortest",
-        description="Which of a rollout's rewrites to keep, of those that pass. likeliest: the one"
-        " with the highest mean log-probability under the student, whose engine follows the"
-        " teacher's.",
+        description="Which rewrite of a rollout to keep, among those that pass the filters."
+        " likeliest:"
+        " the one with the highest mean log-probability under the student, which runs after the"
+        " teacher.",
     )
     score_context: Literal["problem", "rewrite"] = Field(
         "problem",
-        description="What the teacher sees when it scores: the student's prompt, or the rewrite"
-        " prompt with the draft.",
+        description="Prompt before the rewrite when the teacher scores it: the student's prompt"
+        " (problem), or the rewrite prompt with the draft (rewrite).",
     )
-    num_logprobs: int = Field(64, ge=1, description="K: log-probabilities stored per token.")
-    seed: int = Field(0, ge=0, description="Base seed; each row's own is derived from its key.")
+    num_logprobs: int = Field(
+        64, ge=1, description="Number of log-probabilities to store per token (K)."
+    )
+    seed: int = Field(0, ge=0, description="Base seed. Each row derives its own seed from its key.")
     thinking: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Thinking mode of the teacher's chat template when it rewrites. auto: off where"
-        " it has a switch. (When it scores, it has the student's.)",
+        description="Thinking mode of the teacher's chat template when it rewrites. auto: off, if"
+        " the"
+        " template has a switch for it. For scoring it is the student's mode.",
     )
     template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="More settings for the teacher's chat template when it rewrites.",
+        description="Additional variables for the teacher's chat template when it rewrites.",
     )
     score_template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="More settings for the teacher's chat template when it scores under the rewrite"
-        " prompt.",
+        description="Additional variables for the teacher's chat template when it scores under the"
+        " rewrite prompt.",
     )
-    trust_remote_code: bool = Field(False, description="Run code that ships with the model.")
+    trust_remote_code: bool = Field(
+        False, description="Allow Python code that comes with the model to run."
+    )
     sampling: RewriteSamplingConfig = RewriteSamplingConfig()
     filters: FilterConfig = FilterConfig()
     checks: CheckConfig = CheckConfig()
@@ -360,34 +436,37 @@ class RewriteConfig(Strict):
 
 
 class InitConfig(Strict):
-    """`mpd-gen init`."""
+    """Settings of `mpd-gen init`."""
 
-    student: str = Field(description="Student: a model folder or hub id.")
-    teacher: str = Field(description="Teacher: a model folder or hub id, of the same family.")
+    student: str = Field(description="Student: a model folder or a hub id.")
+    teacher: str = Field(
+        description="Teacher: a model folder or a hub id. It must have the student's tokenizer."
+    )
     prompts: str = Field(
         description="Training prompts: a JSONL, CSV or Parquet file, or"
         " hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG]."
     )
     test: str | None = Field(
-        None, description="Held-out prompts; default: a part of --prompts, where it is a file."
+        None, description="Held-out prompts. Default: a part of --prompts, if that is a file."
     )
     prompt_column: str | None = Field(
-        None, description="Column of the problem's text; default: found by its usual names."
+        None, description="Column with the problem's text. Default: the first usual name."
     )
     answer_column: str | None = Field(
-        None, description="Column of gold answers; default: found by its usual names, if any."
+        None, description="Column with gold answers. Default: the first usual name, if any."
     )
     id_column: str | None = Field(
-        None, description="Column of unique ids; default: found by its usual names, if any."
+        None, description="Column with unique ids. Default: the first usual name, if any."
     )
     checker: str | None = Field(
         None,
-        description="How answers are compared, as for rollouts; default: by the gold answers.",
+        description="How answers are compared, as for rollouts. Default: the one that fits the gold"
+        " answers.",
     )
 
 
 class ContaminationConfig(Strict):
-    """`mpd-gen contamination`."""
+    """Settings of `mpd-gen contamination`."""
 
     prompts: list[str] = Field(
         min_length=1,
@@ -395,22 +474,22 @@ class ContaminationConfig(Strict):
         " hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG].",
     )
     against: list[str] = Field(
-        min_length=1, description="Evaluation prompts, in the same forms; they are held in memory."
+        min_length=1, description="Evaluation prompts, in the same forms. They are kept in memory."
     )
-    prompt_column: str = Field("problem", description="Column of the problem's text.")
+    prompt_column: str = Field("problem", description="Column with the problem's text.")
     id_column: str | None = Field(
-        None, description="Column that names a training prompt in the report; default: its row."
+        None, description="Column that names a training prompt in the report. Default: its row."
     )
     against_prompt_column: str | None = Field(
-        None, description="Column of the evaluation problem's text; default: --prompt-column."
+        None, description="Column with the evaluation problem's text. Default: --prompt-column."
     )
     against_id_column: str | None = Field(
-        None, description="Column that names an evaluation prompt; default: its row."
+        None, description="Column that names an evaluation prompt. Default: its row."
     )
-    n: int = Field(13, ge=1, description="Words of an n-gram.")
+    n: int = Field(13, ge=1, description="Number of words in an n-gram.")
     fail_above: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="Exit with 1 where a larger part of the evaluation prompts overlaps.",
+        description="Exit with 1 if a larger fraction of the evaluation prompts overlaps.",
     )

@@ -1,9 +1,9 @@
 """`mpd-rounds`: a whole distillation from one TOML file.
 
 For each round: rollouts by the newest student -> rewrites by the teacher -> training ->
-evaluation. Each stage is the command a user would type, in a process of its own (the engine
-must not share one with the trainer), printed before it runs and resumable by itself; a stage
-that has finished is not started again.
+evaluation. Each stage is the command that a user would type. It runs in a process of its own (the
+engine must not share one with the trainer), is printed before it runs and can be resumed by
+itself. A finished stage is not started again.
 
     OUT/data/round1/            the round's shards
     OUT/train/round1/           its training: model/, metrics.jsonl, checkpoints/
@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from mpd_data.common.command import DRY_RUN, PLAN_JSON, run_command
+from mpd_data.common.command import CONTEXT, DRY_RUN, PLAN_JSON, Command, example, run_command
 from mpd_data.common.files import write_json_atomic
 from mpd_data.common.models import resolve_model
 from mpd_data.common.text import format_table
@@ -33,8 +33,8 @@ from mpd_rounds.run.steps import Pipeline, load_pipeline
 
 
 def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
-    """The figures of a finished pipeline: the first evaluation set for base and every round,
-    and the comparison of the last round with the base on every set."""
+    """Return the figures of a finished pipeline: the first evaluation set for the base and every
+    round, and the comparison of the last round with the base on every set."""
     headline, *_ = [chosen.name for chosen in pipeline.evaluation]
     last = pipeline.rounds
     sets = {
@@ -64,20 +64,20 @@ def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
 
 
 def show(summary: dict[str, Any]) -> None:
-    """The before/after tables of a summary, on stderr: the first evaluation set by round, and all
-    sets side by side."""
+    """Print the tables of a summary: the first evaluation set by round, and all sets before and
+    after."""
     rows = {"base": summary["base"]}
     rows |= {f"round {i}": side for i, side in enumerate(summary["rounds"], start=1)}
-    click.echo(f"\n{comparison.table(rows)}", err=True)
+    click.echo(f"\n{comparison.table(rows)}")
     sets = [
         {"set": name, **comparison.side_by_side(result)} for name, result in summary["sets"].items()
     ]
-    click.echo(f"\n{format_table(sets)}", err=True)
+    click.echo(f"\n{format_table(sets)}")
 
 
 def check_inputs(pipeline: Pipeline, out: Path) -> None:
-    """Finds out now what would else stop the pipeline hours in: both models, with their weights
-    where this machine runs them, and all that a dry run checks. Raises ConfigError or DataError."""
+    """Check what would otherwise stop the pipeline hours later: both models, with their weights if
+    this machine runs them, and all that a dry run checks. Raises ConfigError or DataError."""
     from mpd_rounds.run.plan import plan_pipeline
 
     resolve_model(pipeline.student)
@@ -88,8 +88,8 @@ def check_inputs(pipeline: Pipeline, out: Path) -> None:
 
 
 def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
-    """Runs what is not finished of `pipeline` in `out` and returns its summary, with
-    `failed_rows` true where a stage left rows in errors/."""
+    """Run the unfinished stages of `pipeline` in `out`. Return the summary, with `failed_rows` true
+    if a stage left rows in errors/."""
     require_kind(out, "pipeline")
     plan = Plan(pipeline, out)
     check_inputs(pipeline, out)
@@ -121,7 +121,7 @@ def _seeds_table(summaries: list[dict[str, Any]]) -> str:
 
 
 def _rates(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
-    """`--rate` as stage -> tokens per second."""
+    """Return the values of `--rate` as stage -> tokens per second."""
     rates = {}
     for value in values:
         stage, _equals, number = value.partition("=")
@@ -137,14 +137,26 @@ def _rates(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
     return rates
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    cls=Command,
+    context_settings=CONTEXT,
+    epilog=example(
+        "mpd-rounds pipelines/pocket/pipeline.toml --out runs/demo --set rounds=1 --dry-run"
+    ),
+)
 @click.argument("pipeline", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/NAME]"
+    "--out", type=click.Path(path_type=Path), help="Folder of the run. Default: runs/NAME."
 )
-@click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a setting.")
 @click.option(
-    "--seeds", type=click.IntRange(1), help="Run seeds 0 … N-1 into OUT/seed0 … and compare them."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Change a setting of the file, as train.epochs=2. May be repeated.",
+)
+@click.option(
+    "--seeds", type=click.IntRange(1), help="Run seeds 0 to N-1 into OUT/seed0 … and compare them."
 )
 @DRY_RUN
 @click.option(
@@ -153,8 +165,8 @@ def _rates(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
     multiple=True,
     callback=_rates,
     metavar="STAGE=N",
-    help="With --dry-run: assume N tokens per second, of all GPUs together, for rollouts"
-    " (evaluations too), rewrite or train, in place of a recorded speed.",
+    help="With --dry-run: assume N tokens per second, of all GPUs together, for the stage rollouts"
+    " (with evaluations), rewrite or train. May be repeated.",
 )
 @PLAN_JSON
 @click.version_option(package_name="mixed-policy-distillation")
@@ -167,7 +179,7 @@ def cli(
     rates: dict[str, float],
     as_json: bool,
 ) -> None:
-    """Run a whole distillation PIPELINE (TOML) into OUT. Run again to resume."""
+    """Run all rounds of a PIPELINE (TOML) into OUT. Run the command again to resume."""
     if rates and not dry_run:
         raise click.UsageError("--rate goes with --dry-run.")
     if out is None:
@@ -176,7 +188,7 @@ def cli(
     if dry_run:
         from mpd_rounds.run.plan import plan_pipeline, show_pipeline
 
-        # Of several seeds the first: the others take as much again.
+        # The first seed stands for all: each other seed takes as much again.
         folder, settings = out, overrides
         if seeds is not None:
             folder, settings = out / "seed0", (*overrides, "seed=0")
@@ -199,7 +211,8 @@ def cli(
         chosen = load_pipeline(pipeline, (*overrides, f"seed={seed}"))
         summaries.append(run_pipeline(chosen, out / f"seed{seed}"))
     write_json_atomic(out / "seeds.json", summaries)
-    click.echo(f"\n{_seeds_table(summaries)}\nwrote {out / 'seeds.json'}", err=True)
+    click.echo(f"\n{_seeds_table(summaries)}")
+    click.echo(f"wrote {out / 'seeds.json'}", err=True)
     click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
 
 

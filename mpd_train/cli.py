@@ -1,4 +1,4 @@
-"""`mpd-train`: stage two, the student learns from the shards."""
+"""`mpd-train`: train the student on the rewrites of one or several rounds."""
 
 import os
 import sys
@@ -6,19 +6,30 @@ from typing import Any
 
 import click
 
-from mpd_data.common.command import DRY_RUN, PLAN_JSON, run_command
+from mpd_data.common.command import CONTEXT, DRY_RUN, PLAN_JSON, Command, example, run_command
 from mpd_data.common.options import build, config_options
 from mpd_train.config import TrainConfig
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@config_options(TrainConfig)
-@click.option("--overwrite", is_flag=True, help="Delete this run's results, then start anew.")
+@click.command(
+    cls=Command,
+    context_settings=CONTEXT,
+    epilog=example(
+        "mpd-train --shards data/round1 data/round2 --student Qwen/Qwen3-1.7B \\",
+        "    --out runs/round1 --learning-rate 1e-5 --dry-run",
+    ),
+)
+@config_options(
+    TrainConfig, common=("epochs", "max_steps", "pack_length", "learning_rate"), paths=("shards",)
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Delete the results of this training, then start again."
+)
 @DRY_RUN
 @PLAN_JSON
 @click.version_option(package_name="mixed-policy-distillation")
 def cli(overwrite: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Train STUDENT on a round's kept rewrites by KL divergence. Run again to resume."""
+    """Train STUDENT on the kept rewrites in SHARDS. Run the command again to resume."""
     config = build(TrainConfig, options)
     if dry_run:
         from mpd_data.dryrun.show import print_plan
@@ -27,7 +38,7 @@ def cli(overwrite: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
         plan = plan_train(config, overwrite)
         print_plan(plan, as_json)
         if plan.failing:
-            # As the run would: a script must not take the plan for a yes.
+            # The training would fail too: a script must not take the plan for a success.
             raise click.exceptions.Exit(1)
         return
     from mpd_train.loop import train
@@ -42,10 +53,9 @@ def main() -> None:
     except SystemExit as end:
         if end.code:
             raise
-        # All is written and closed, and what may go wrong from here is the taking down alone: the
-        # threads of gloo outlive `destroy_process_group` (DTensor's caches hold the group), and one
-        # that wants Python's lock while the interpreter ends aborts the process. torchrun would
-        # call a finished training failed.
+        # Everything is written and closed. Threads of gloo outlive `destroy_process_group`, because
+        # DTensor's caches hold the group; one that takes Python's lock while the interpreter ends
+        # aborts the process, and torchrun would report a finished training as failed.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

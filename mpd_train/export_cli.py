@@ -1,30 +1,35 @@
-"""`mpd-export`: a model of a training that has not finished."""
+"""`mpd-export`: write the model of a training that has not finished."""
 
 from pathlib import Path
 
 import click
 
-from mpd_data.common.command import run_command
+from mpd_data.common.command import CONTEXT, Command, example, run_command
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    cls=Command,
+    context_settings=CONTEXT,
+    epilog=example("mpd-export runs/round1 --out tried"),
+)
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     required=True,
-    help="Folder to make: model/, and adapter/ where adapters are trained, as a finished run's.",
+    help="Folder to write: model/, and adapter/ if adapters are trained, as a finished training's.",
 )
 @click.option(
     "--student",
-    help="Folder or hub id of the student that the run began with, where it lies elsewhere now.",
+    help="Folder or hub id of the student that the training began with, if it has moved.",
 )
 @click.version_option(package_name="mixed-policy-distillation")
 def cli(checkpoint: Path, out: Path, student: str | None) -> None:
-    """Export CHECKPOINT as a Hugging Face model (safetensors), whether its training runs or not.
+    """Export CHECKPOINT as a Hugging Face model (safetensors), during or after its training.
 
-    CHECKPOINT is a folder of a run as RUN/checkpoints/step-000050 or best-000040, or RUN itself,
-    the --out of mpd-train, which means its newest. A run that finishes exports itself.
+    CHECKPOINT is a folder as RUN/checkpoints/step-000050 or best-000040, or the --out of
+    mpd-train, whose newest checkpoint is exported. A training that finishes exports its model
+    itself.
     """
     from mpd_train.export import export_checkpoint
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import resource
 import sys
 from pathlib import Path
@@ -28,7 +29,8 @@ def load_trackers(names: list[str]) -> dict[str, Any]:
 
 
 class Trackers:
-    """Runs named like the training's folder, in the project "mpd".
+    """The trackers of one training. A run has the name of the training's folder, in the project
+    "mpd"; wandb takes WANDB_NAME and WANDB_PROJECT instead if they are set.
 
     After a resume tensorboard drops the steps that are done again (purge_step); with wandb and
     trackio a resumed training is a further run of the same name. Tested with wandb offline and with
@@ -39,12 +41,15 @@ class Trackers:
         self, modules: dict[str, Any], out: Path, config: dict[str, Any], done: int
     ) -> None:
         self._writer: Any = None
-        self._runs = [module for name, module in modules.items() if name != "tensorboard"]
+        self._runs = {name: module for name, module in modules.items() if name != "tensorboard"}
         if "tensorboard" in modules:
             folder = str(out / "tensorboard")
             self._writer = modules["tensorboard"].SummaryWriter(folder, purge_step=done + 1)
-        for run in self._runs:
-            run.init(project=_PROJECT, name=out.resolve().name, config=config)
+        for tracker, run in self._runs.items():
+            names = {"PROJECT": _PROJECT, "NAME": out.resolve().name}
+            if tracker == "wandb":
+                names = {key: os.environ.get(f"WANDB_{key}", name) for key, name in names.items()}
+            run.init(project=names["PROJECT"], name=names["NAME"], config=config)
 
     def log(self, record: dict[str, Any]) -> None:
         """Pass on a line of metrics.jsonl."""
@@ -52,13 +57,13 @@ class Trackers:
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, record["step"])
-        for run in self._runs:
+        for run in self._runs.values():
             run.log(values, step=record["step"])
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-        for run in self._runs:
+        for run in self._runs.values():
             run.finish()
 
 

@@ -1,15 +1,27 @@
 """What the commands load, and how settings become options and back."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, STUDENT, invoke, rewrite_arguments, rollout_arguments, run
+from conftest import (
+    ROOT,
+    STUDENT,
+    command,
+    environment,
+    invoke,
+    rewrite_arguments,
+    rollout_arguments,
+    run,
+)
 
 from mpd_data.cli import cli
 from mpd_data.common.errors import ConfigError
+from mpd_data.common.models import resolve_model
 from mpd_data.common.options import _fields, arguments, parse
 from mpd_data.common.text import format_table
 from mpd_data.config import RewriteConfig, RolloutsConfig
@@ -26,7 +38,7 @@ def modules_after(code):
     """Heavy modules that a fresh interpreter has loaded after `code`."""
     probe = f"{code}\nimport sys; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
-    return HEAVY & set(done.stdout.split())
+    return HEAVY & set(done.stdout.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize(
@@ -184,7 +196,7 @@ def test_env_names_versions_and_loads_nothing_heavy():
     found = json.loads(run("mpd-gen", "env", "--json").stdout)
     assert found["torch"].startswith("2.")
     assert found["python"].startswith("3.")
-    assert "polars" in run("mpd-gen", "env").stderr
+    assert "polars" in run("mpd-gen", "env").stdout
     code = "from mpd_data.cli import cli\ntry: cli.main(['env'])\nexcept SystemExit: pass"
     assert modules_after(code) == set()
 
@@ -254,9 +266,94 @@ def test_each_command_refuses_a_folder_of_another_kind(kind, name, old, tmp_path
     ]
     for record in (old, {"kind": kind}):  # as written before folders knew their kind, and now
         (out / name).write_text(json.dumps(record))
-        for reader, command, words, variants in commands:
+        for reader, program, words, variants in commands:
             for more in variants if reader != kind else ():
                 with pytest.raises(ConfigError, match="the folder of a .*, not of a"):
-                    invoke(command, *words, *more)
+                    invoke(program, *words, *more)
         assert [path.name for path in out.iterdir()] == [name]
         assert json.loads((out / name).read_text()) == record
+
+
+def parsed(*words):
+    """The settings that `mpd-train` reads from a command line."""
+    seen = {}
+    original, train_cli.callback = train_cli.callback, lambda **options: seen.update(options)
+    try:
+        result = CliRunner().invoke(train_cli, [*map(str, words)])
+    finally:
+        train_cli.callback = original
+    assert result.exit_code == 0, result.output
+    return seen
+
+
+def test_list_options_take_several_values_repetition_and_patterns(tmp_path):
+    rounds = [tmp_path / f"round{number}" for number in (1, 2, 3)]
+    for folder in rounds:
+        folder.mkdir()
+    rest = ["--student", "m", "--out", "--odd"]  # a value may look like an option
+    for words in ([*rounds], [tmp_path / "round*"], [rounds[0], "--shards", *rounds[1:]]):
+        options = parsed("--shards", *words, *rest, "--report_to", "wandb", "trackio")
+        assert options["shards"] == tuple(rounds)
+        assert (options["out"].name, options["report_to"]) == ("--odd", ("wandb", "trackio"))
+    odd = tmp_path / "round[1]"
+    odd.mkdir()
+    assert parsed("--shards", odd, *rest)["shards"] == (odd,)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--shards", "nowhere/*"], "no file or folder matches 'nowhere/*'"),
+        (["--shards", "s"], "Missing option '--student'"),
+        (["--lr", "1"], "--learning-rate"),
+        (["--steps", "1"], "--max-steps"),
+        (["--report-to", "wandb,trackio"], "by spaces: --report-to wandb trackio"),
+        (["--shards=s", "--student=m", "--out=o", "--lora-target-modules", "q,v"], "q_proj"),
+    ],
+)
+def test_a_wrong_command_line_is_told_the_right_one(words, message):
+    result = CliRunner().invoke(train_cli, words)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_a_command_that_is_gone_names_what_replaced_it():
+    said = CliRunner().invoke(cli, ["plan", "p.toml"])
+    assert said.exit_code == 2
+    assert "mpd-rounds PIPELINE --dry-run" in said.output
+
+
+def test_help_has_sections_the_common_options_first():
+    text = CliRunner().invoke(cli, ["rollouts", "--help"], terminal_width=200).output
+    titles = [line for line in text.splitlines() if re.fullmatch(r"\w[\w ]*:", line)]
+    assert titles[:3] == ["Options:", "Prompts and answers:", "Sampling:"]
+    first = text.partition("Prompts and answers:")[0]
+    assert all(name in first for name in ("--model", "--prompts", "--out", "-n,", "--dry-run"))
+    assert "--temperature" not in first
+    assert "Example:\n    mpd-gen rollouts --model" in text
+
+
+def test_a_pipe_that_closes_early_is_no_error(round_dir):
+    words = shlex.join(command("mpd-gen", "stats", round_dir))
+    done = subprocess.run(
+        ["bash", "-c", f"{words} | head -n 1"], env=environment(), capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("rollouts\n", "")
+
+
+def test_a_round_is_found_from_its_folders(round_dir):
+    outputs = [
+        CliRunner().invoke(cli, ["status", str(round_dir / name)]).stdout
+        for name in ("", "rollouts", "distill")
+    ]
+    assert outputs[0].startswith(f"{round_dir}\nstage")
+    assert {text.splitlines()[0] for text in outputs} == {str(round_dir)}
+    with pytest.raises(ConfigError, match=f"not a round. The rounds in it: {round_dir}"):
+        invoke(cli, "stats", round_dir.parent)
+
+
+def test_a_mistyped_model_gets_the_folder_next_to_it(tmp_path):
+    (tmp_path / "student").mkdir()
+    with pytest.raises(ConfigError) as raised:
+        resolve_model(str(tmp_path / "studnt"))
+    assert str(raised.value).endswith(f"Did you mean '{tmp_path / 'student'}'?")

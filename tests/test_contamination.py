@@ -106,7 +106,7 @@ def test_the_command_reports_what_it_found(tmp_path):
     pq.write_table(pa.table({"text": [TALE, SHOP, "no"], "name": ["x", "y", "z"]}), test)
     other = tmp_path / "other.csv"
     other.write_text("text,name\nyes,w\n", encoding="utf-8")
-    given = ["--prompts", train, "--prompts", more, "--against", test, "--against", other]
+    given = ["--prompts", train, more, "--against", test, "--against", other]
     columns = ["--prompt-column", "q", "--against-prompt-column", "text"]
     names = ["--id-column", "uid", "--against-id-column", "name"]
 
@@ -127,7 +127,7 @@ def test_the_command_reports_what_it_found(tmp_path):
             {"evaluation_id": "z", "train_id": "1", "share": 1.0, "ngram": "no"},
         ],
     }
-    table = run("mpd-gen", "contamination", *given, *columns, "--n", 10).stderr
+    table = run("mpd-gen", "contamination", *given, *columns, "--n", 10).stdout
     assert "75.0%" in table
     assert f"{test}, row 1  {more}, row 1" in table
     run("mpd-gen", "contamination", *given, *columns, "--fail-above", 0.5)
@@ -139,7 +139,7 @@ def test_the_evaluation_has_the_training_columns_unless_told(tmp_path):
     train = write_jsonl(tmp_path / "train.jsonl", [{"q": SHOP}])
     test = write_jsonl(tmp_path / "test.jsonl", [{"q": SHOP}])
     given = ["--prompts", train, "--against", test]
-    assert "100.0%" in run("mpd-gen", "contamination", *given, "--prompt-column", "q").stderr
+    assert "100.0%" in run("mpd-gen", "contamination", *given, "--prompt-column", "q").stdout
     refused = run("mpd-gen", "contamination", *given, code=1).stderr
     assert "no column 'problem'" in refused
     empty = write_jsonl(tmp_path / "empty.jsonl", [])

@@ -278,7 +278,7 @@ def test_a_choice_survives_a_kill_and_is_made_once(sampled, all_kept, likeliest,
     process.send_signal(signal.SIGKILL)
     process.wait()
     chosen = {file.stat().st_ino for file in (out / ".refilter").glob("distill/part-*.parquet")}
-    plan = run("mpd-gen", *asked, "--dry-run").stderr
+    plan = run("mpd-gen", *asked, "--dry-run").stdout
     assert "rollouts for the student to choose" in plan
     # What was begun anew does not get rows of what was there before.
     anew = copy(out, tmp_path / "anew")
@@ -310,9 +310,9 @@ def test_parts_leave_the_choice_for_later(sampled, likeliest, tmp_path):
     said = ""
     for index in range(2):
         said = run("mpd-gen", *asked, "--shard-index", index, "--num-shards", 2).stderr
-    assert "rollouts wait for the student's choice" in said
+    assert "rollouts still need the student to choose" in said
     kept = rows(out).filter(pl.col("status") == "ok").height
-    plan = run("mpd-gen", *asked, "--refilter", "--dry-run").stderr
+    plan = run("mpd-gen", *asked, "--refilter", "--dry-run").stdout
     assert "rollouts for the student to choose" in plan
     info = json.loads((out / "run.json").read_text())
     info["stages"]["distill"]["chosen_by"] = {"version": "0" * 64}
@@ -322,14 +322,14 @@ def test_parts_leave_the_choice_for_later(sampled, likeliest, tmp_path):
     del info["stages"]["distill"]["chosen_by"]
     (out / "run.json").write_text(json.dumps(info))
     run("mpd-gen", *asked, "--refilter")
-    plan = run("mpd-gen", *asked, "--refilter", "--dry-run").stderr
+    plan = run("mpd-gen", *asked, "--refilter", "--dry-run").stdout
     assert "The rules are those of the rewrites that are there." in plan
     assert kept < rows(out).filter(pl.col("status") == "ok").height
     assert rows(out).select("row_id", "status").equals(rows(likeliest).select("row_id", "status"))
     # Workers of one command are followed by the choice.
     again = without_rewrites(sampled, tmp_path / "again" / "round1")
     asked = varied(again, **{"--choose": "likeliest"})
-    assert "wait for the student" not in run("mpd-gen", *asked, "--workers", 2).stderr
+    assert "still need the student" not in run("mpd-gen", *asked, "--workers", 2).stderr
     assert rows(again).select("row_id", "status").equals(rows(out).select("row_id", "status"))
 
 

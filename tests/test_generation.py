@@ -26,6 +26,7 @@ from conftest import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpd_data.common.errors import ConfigError
+from mpd_data.config import RolloutsConfig
 from mpd_data.inspect.compare import compare, evaluate
 from mpd_data.inspect.stats import plot_lengths, round_stats
 from mpd_data.inspect.validate import validate_round
@@ -286,6 +287,10 @@ def test_usage_errors_exit_2(prompts, tmp_path):
     )
     hot = rollout_arguments(prompts, tmp_path, **{"--temperature": 2.1})
     assert "--temperature" in run("mpd-gen", *hot, code=2).stderr
+    with pytest.raises(ValueError, match="gives the same sample 4 times"):
+        RolloutsConfig(
+            model="m", prompts=["p"], out="o", num_samples=4, sampling={"temperature": 0}
+        )
     assert "No such option" in run("mpd-gen", "rollouts", "--modell", "x", code=2).stderr
     bad_json = rollout_arguments(prompts, tmp_path, **{"--template-kwargs": "[1]"})
     assert "JSON object" in run("mpd-gen", *bad_json, code=2).stderr
@@ -340,7 +345,7 @@ def test_stats_agree_with_the_rows(round_dir, tmp_path):
     assert passes[2] == pytest.approx(sum(1 - (4 - c) * (3 - c) / 12 for c in solved) / len(solved))
     assert passes[4] == pytest.approx(sum(c > 0 for c in solved) / len(solved))
     said = run("mpd-gen", "stats", round_dir, "--plot", tmp_path / "l.png")
-    assert "mean_tokens" in said.stderr
+    assert "mean_tokens" in said.stdout
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -378,15 +383,15 @@ BREACHES = {
     "expected loss_start": lambda row: row.update(loss_start=row["loss_start"] + 1),
     "log-probabilities and": lambda row: row.update(topk_ids=row["topk_ids"][:-1]),
     "not sorted": _swap_first_two,
-    "stands twice": lambda row: row["topk_ids"].__setitem__(1, row["topk_ids"][0]),
+    "occurs twice": lambda row: row["topk_ids"].__setitem__(1, row["topk_ids"][0]),
     "sum to": lambda row: row["tail_logprobs"].__setitem__(0, -0.5),
     "outside the vocabulary": lambda row: row["topk_ids"].__setitem__(63, 10_000),
     "not the end token": lambda row: row["input_ids"].__setitem__(-1, 7),
     "do not begin with the rollout's prompt": lambda row: row["input_ids"].__setitem__(0, 7),
     "contradict 'rewrite' scoring": lambda row: row.update(teacher_prompt_ids=None),
-    "yet it has log-probabilities": lambda row: row.update(status="truncated"),
-    "yet ids, counts or": lambda row: row.update(loss_start=None),
-    "is not here": lambda row: row.update(rollout_id="0" * 32),
+    "but it has log-probabilities": lambda row: row.update(status="truncated"),
+    "but ids, counts or": lambda row: row.update(loss_start=None),
+    "is not in the round": lambda row: row.update(rollout_id="0" * 32),
     "not in (": lambda row: row.update(status="fine"),
 }
 
@@ -406,14 +411,14 @@ def test_validate_finds_each_breach(round_dir, tmp_path, message):
 
 
 def test_validate_judges_each_round_that_it_is_given(round_dir, tmp_path):
-    assert f"{round_dir}: sound" in run("mpd-gen", "validate", round_dir).stderr
+    assert f"{round_dir}: sound" in run("mpd-gen", "validate", round_dir).stdout
     other = tmp_path / "r"
     shutil.copytree(round_dir, other)
     edit_rows(other, "rollouts", lambda row: row.update(num_completion_tokens=1))
-    said = run("mpd-gen", "validate", round_dir, other, code=1).stderr
-    assert str(other) in said
-    assert "breaches of the contract" in said
-    assert str(round_dir) not in said
+    said = run("mpd-gen", "validate", round_dir, other, code=1)
+    assert str(other) in said.stdout
+    assert "breaches of the contract" in said.stderr
+    assert str(round_dir) not in said.stdout
 
 
 def test_stats_of_nothing_is_an_error(tmp_path):
@@ -432,7 +437,7 @@ def test_compare_a_round_with_itself(round_dir):
     low, high = side["accuracy_interval"]
     assert low < side["accuracy"] < high
     assert high - low < 0.3
-    said = run("mpd-gen", "compare", round_dir, round_dir).stderr
+    said = run("mpd-gen", "compare", round_dir, round_dir).stdout
     assert "tokens saved 0.0%" in said
 
 

@@ -12,7 +12,7 @@ from conftest import edit_rows, run
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.text import format_histogram
-from mpd_data.inspect.compare import compare
+from mpd_data.inspect.compare import MIN_PROBLEMS, compare, verdict
 from mpd_data.inspect.stats import BINS, round_stats
 
 HOSTILE = "\x1b[31mred"
@@ -95,7 +95,7 @@ def test_histograms_count_the_rows_in_the_same_bins(round_dir, longer):
 def test_a_histogram_fits_a_terminal_and_is_no_markup(round_dir, tmp_path):
     folder = tmp_path / ODD_FOLDER
     shutil.copytree(round_dir, folder)
-    said = run("mpd-gen", "stats", folder).stderr
+    said = run("mpd-gen", "stats", folder).stdout
     assert "\x1b" not in said
     text = said.partition("trace lengths\n")[2].partition("\nbehaviour")[0]
     assert "…" in text.splitlines()[0]
@@ -171,7 +171,7 @@ def test_stats_by_a_metadata_key(round_dir, tmp_path):
         assert line["truncated"] == pytest.approx(1 / 4)
         assert line["mean_tokens"] == pytest.approx(fmean(lengths))
         assert line["p90"] in lengths[round(0.9 * len(group)) - 2 : round(0.9 * len(group)) + 2]
-    said = run("mpd-gen", "stats", other, round_dir, "--by", "a level").stderr
+    said = run("mpd-gen", "stats", other, round_dir, "--by", "a level").stdout
     assert "\x1b" not in said
     lines = said.partition("by a level\n")[2].partition("\n\n")[0].splitlines()
     # Rows of the round that lacks the key stand beside those of this one that do.
@@ -187,7 +187,7 @@ def test_a_key_that_no_row_carries_is_an_error(round_dir, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(round_dir, bare)
     edit_rows(bare, "rollouts", lambda row: row.update(metadata=None))
-    with pytest.raises(ConfigError, match="carried through by --metadata-columns"):
+    with pytest.raises(ConfigError, match="with --metadata-columns"):
         round_stats([bare], "family")
     shutil.rmtree(bare / "rollouts")
     with pytest.raises(ConfigError, match="no rollouts here"):
@@ -203,7 +203,7 @@ def test_compare_by_a_metadata_key(round_dir, longer, tmp_path):
     assert {name: value for name, value in result.items() if name != "groups"} == whole
     assert [group["group"] for group in result["groups"]] == ["shop", "tally"]
     assert sum(group["problems"] for group in result["groups"]) == 60
-    said = run("mpd-gen", "compare", round_dir, longer, "--by", "family").stderr
+    said = run("mpd-gen", "compare", round_dir, longer, "--by", "family").stdout
     for group in result["groups"]:
         sides = []
         for side in (round_dir, longer):
@@ -247,6 +247,13 @@ def test_a_problems_group_is_known_from_either_side(round_dir, longer, tmp_path)
         compare(round_dir, bare, "family")
 
 
+def test_intervals_of_few_problems_come_with_a_warning(round_dir):
+    result = compare(round_dir, round_dir)
+    assert "too narrow" not in verdict(result)
+    result["base"]["problems"] = MIN_PROBLEMS - 1
+    assert "only 29 problems: intervals of fewer than 30" in verdict(result)
+
+
 def test_one_problem_alone_has_no_interval(round_dir, longer, tmp_path):
     chosen = rows(round_dir)[0]["prompt_id"]
 
@@ -264,6 +271,6 @@ def test_one_problem_alone_has_no_interval(round_dir, longer, tmp_path):
     assert first["token_reduction_interval"] is None
     assert first["accuracy_difference_interval"] is None
     assert rest["token_reduction_interval"] is not None
-    said = run("mpd-gen", "compare", *sides, "--by", "family").stderr
+    said = run("mpd-gen", "compare", *sides, "--by", "family").stdout
     (line,) = [line for line in said.splitlines() if line.startswith("one")]
     assert line.endswith(f"  {100 * first['token_reduction']:.1f}%")

@@ -116,5 +116,5 @@ def test_each_method_can_be_planned(settings, prompts, tmp_path):
         for setting in (f"prompts=['{prompts}']", "num_prompts=24")
     ]
     overrides = [word for setting in (*files, *settings) for word in ("--set", setting)]
-    said = run("mpd-rounds", POCKET, "--out", tmp_path / "run", *overrides, "--dry-run").stderr
+    said = run("mpd-rounds", POCKET, "--out", tmp_path / "run", *overrides, "--dry-run").stdout
     assert "round 1: train" in said

@@ -38,18 +38,18 @@ from mpd_train.cli import cli as train
 
 
 def ask(program, *arguments):
-    """A dry run in this process, which has loaded what it needs: (stdout, stderr). Raises what
-    the command would print as an error."""
+    """A dry run in this process, which has loaded what it needs: its stdout. Raises what the
+    command would print as an error."""
     command = {"mpd-gen": gen, "mpd-train": train, "mpd-rounds": rounds}[program]
     result = CliRunner().invoke(command, [*map(str, arguments), "--dry-run"])
     if result.exception is not None:
         raise result.exception
-    return result.stdout, result.stderr
+    return result.stdout
 
 
 def dry(program, *arguments):
     """What a dry run prints as JSON."""
-    return json.loads(ask(program, *arguments, "--json")[0])
+    return json.loads(ask(program, *arguments, "--json"))
 
 
 def content(folder):
@@ -81,8 +81,7 @@ def test_a_new_round_is_planned_and_not_made(round_dir, prompts, tmp_path):
     # What is not at its default, as it stands on the command line.
     assert plan["settings"][:2] == ["--model", str(STUDENT)]
     assert "--temperature" not in plan["settings"]
-    stdout, said = ask("mpd-gen", *arguments)
-    assert stdout == ""
+    said = ask("mpd-gen", *arguments)
     assert "first prompt (" in said
     assert "<|im_start|>user\n  | " in said
     assert re.search("tokens owed, at most +96,000", said)
@@ -167,7 +166,7 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path):
     assert not out.exists()
     # The first prompt that is shown is one that is used; hostile text is escaped.
     write_jsonl(path, [{"id": "x", "problem": "coins \x1b[31m ."}])
-    said = ask("mpd-gen", *arguments)[1]
+    said = ask("mpd-gen", *arguments)
     assert "\x1b" not in said
     assert "coins \\x1b[31m ." in said
 
@@ -220,11 +219,11 @@ def part(round_dir, prompts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("part")
     rollouts = folder / "rollouts"
     said = run("mpd-gen", *rollout_arguments(prompts, rollouts), "--limit", 120).stderr
-    assert "120 still owed" in said
+    assert "120 remaining" in said
     rewrites = folder / "rewrites"
     without_rewrites(round_dir, rewrites)
     said = run("mpd-gen", *rewrite_arguments(rewrites), "--limit", 120).stderr
-    assert "120 still owed" in said
+    assert "120 remaining" in said
     return rollouts, rewrites
 
 
@@ -261,7 +260,7 @@ def test_without_the_limit_the_rest_follows(part, round_dir, prompts, tmp_path):
     shutil.copytree(part[0], out)
     said = run("mpd-gen", *rollout_arguments(prompts, out)).stderr
     assert "240 rollouts, 120 of them new" in said
-    assert "still owed" not in said
+    assert "remaining" not in said
     ours, theirs = (rows(folder, "rollouts").sort("row_id") for folder in (out, round_dir))
     assert ours.equals(theirs)
 
@@ -415,7 +414,7 @@ def test_a_pipeline_is_planned_from_a_round_beside_it(pocket, round_dir, tmp_pat
         assert plan["tokens_expected"] == pytest.approx(plan["rows"] * length, rel=0.05)
     assert plans["base: evaluate test"]["tokens_expected"] is None
     assert content(out) == before
-    table = run("mpd-rounds", pocket, "--out", out, "--dry-run").stderr
+    table = run("mpd-rounds", pocket, "--out", out, "--dry-run").stdout
     assert "round 2: train" in table
     assert f"learned from {out}/data/round9" in table
 
@@ -441,12 +440,12 @@ def test_a_pipeline_is_planned_at_given_rates(pocket, round_dir, tmp_path):
         rate = rates.get(label.rpartition(" ")[2], rates["rollouts"])
         assert plan["tokens_expected"] is None
         assert plan["seconds"] == pytest.approx(plan["tokens_at_most"] / rate, abs=0.1), label
-    said = run(*new, *given).stderr.splitlines()
+    said = run(*new, *given).stdout.splitlines()
     (line,) = [x for x in said if x.startswith("round 1: rewrite")]
     assert re.search(r"at most (\d+ min )?\d+ s \(500 tokens/s, given\)", line)
     (line,) = [x for x in said if x.startswith("total")]
     assert len(re.findall("at most", line)) == 3
-    partly = run(*new, "--rate", "rewrite=500").stderr
+    partly = run(*new, "--rate", "rewrite=500").stdout
     assert "not known" in partly
     for wrong in ("rewrites=500", "rewrite", "rewrite=fast", "rewrite=0", "rewrite=inf"):
         assert "tokens per second" in run(*new, "--rate", wrong, code=2).stderr
@@ -592,7 +591,7 @@ def test_the_qwen3_evaluations_are_checked_as_its_page_says(qwen_hub, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    counts = re.findall(r"^ +2,100 +(\d+) +0 +0 +0.0%", done.stderr, re.MULTILINE)
+    counts = re.findall(r"^ +2,100 +(\d+) +0 +0 +0.0%", done.stdout, re.MULTILINE)
     assert counts == ["20", "20", "30", "30"]
     pipeline = tomllib.loads((ROOT / "pipelines/qwen3-1.7b/pipeline.toml").read_text())
     evaluated = [url for x in pipeline["evaluation"] for url in x["rollouts"]["prompts"]]
@@ -604,7 +603,7 @@ def test_a_budget_that_does_not_hold_is_said(pocket, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     sets = ["rounds=1", "rewrite.sampling.max_tokens=600", "train.pack_length=300"]
     arguments = [a for s in sets for a in ("--set", s)]
-    said = ask("mpd-rounds", pocket, "--out", tmp_path / "o", *arguments)[1]
+    said = ask("mpd-rounds", pocket, "--out", tmp_path / "o", *arguments)
     assert "first prompt" in said and "first rewrite prompt" in said
     assert re.search(rf"mpd-gen rewrite .*--shards {tmp_path}/o/data/round1 .*--limit 64", said)
     assert "of the teacher's context of 1,024: OVER by" in said

@@ -170,7 +170,7 @@ def test_overwrite_and_limit(on_cluster, round_dir, prompts, tmp_path):
     fewer = rollout_arguments(prompts, out, **{"-n": 3})
     said = run("mpd-gen", *fewer, "--ray", "--overwrite", "--limit", 9).stderr
     assert "9 rollouts, 9 of them new" in said
-    assert "171 still owed" in said
+    assert "171 remaining" in said
     assert rows(out, "rollouts").height == 9
     assert not (out / "distill").exists()
 
@@ -248,7 +248,7 @@ def test_an_actor_keeps_its_engine_and_stops_when_told(job, monkeypatch):
 
 def test_a_node_that_does_not_share_the_folder_is_told(job):
     said = do(EngineActor(job), 0)
-    assert "All nodes have to share the round's folder" in said["error"]
+    assert "All nodes must share the round's folder" in said["error"]
     assert not list(job.folder.glob("rollouts/*"))
 
 

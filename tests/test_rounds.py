@@ -113,7 +113,7 @@ def test_a_first_student_that_is_an_adapter(small, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     arguments = [tiny(small, tmp_path), "--out", tmp_path / "o"]
     arguments += ["--set", f"student={tmp_path / 'adapter'}"]
-    said = run("mpd-rounds", *arguments, "--set", "rounds=2", "--dry-run").stderr
+    said = run("mpd-rounds", *arguments, "--set", "rounds=2", "--dry-run").stdout
     assert "round 2: train" in said
     # One that training would refuse is refused before anything is sampled.
     file = tmp_path / "adapter" / "adapter_config.json"
@@ -134,7 +134,7 @@ def test_a_first_student_that_is_an_adapter(small, tmp_path):
 def test_seeds_are_run_apart_and_compared(small, tmp_path):
     path = tiny(small, tmp_path)
     out = tmp_path / "o"
-    said = run("mpd-rounds", path, "--out", out, "--seeds", 2).stderr
+    said = run("mpd-rounds", path, "--out", out, "--seeds", 2).stdout
     summaries = json.loads((out / "seeds.json").read_text())
     assert [summary["seed"] for summary in summaries] == [0, 1]
     table = said.partition("\nseed ")[2].splitlines()

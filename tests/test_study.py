@@ -149,7 +149,7 @@ def test_told_to_end_it_lets_its_stages_commit_and_begins_no_other(
 def done(file, tmp_path_factory):
     """The group `loss` with one seed."""
     out = tmp_path_factory.mktemp("done") / "out"
-    said = run("mpd-study", file, "--out", out, "--group", "loss", "--set", "seeds=[0]").stderr
+    said = run("mpd-study", file, "--out", out, "--group", "loss", "--set", "seeds=[0]").stdout
     return out, said
 
 
@@ -230,11 +230,11 @@ def test_a_study_goes_on_with_what_is_missing(done, file, tmp_path):
     stages = [step for wave in waves_of(plan.runs()) for step in wave]
     new = [step for step in stages if not step.out.exists()]
     assert 0 < len(new) < len(stages)
-    said = run("mpd-study", *arguments).stderr
-    assert f"[{len(stages)}/{len(stages)}]" in said
-    again = run("mpd-study", *arguments).stderr
-    assert again.count("done before") == len(stages)
-    assert again.split("\n# ")[1:] == said.split("\n# ")[1:] != []
+    first = run("mpd-study", *arguments)
+    assert f"[{len(stages)}/{len(stages)}]" in first.stderr
+    again = run("mpd-study", *arguments)
+    assert again.stderr.count("done before") == len(stages)
+    assert again.stdout.split("\n# ")[1:] == first.stdout.split("\n# ")[1:] != []
 
 
 def test_each_stage_follows_what_it_needs():

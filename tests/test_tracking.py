@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 from conftest import STUDENT, environment
@@ -12,6 +13,7 @@ from conftest import STUDENT, environment
 from mpd_data.common.errors import ConfigError
 from mpd_train.config import TrainConfig
 from mpd_train.loop import train
+from mpd_train.metrics import Trackers
 
 
 def config(round_dir, out, tracker):
@@ -60,6 +62,18 @@ def test_trackio_holds_the_metrics(round_dir, tmp_path):
         ).fetchall()
     assert {name for name, *_ in found} == {"run"}
     assert [json.loads(values) | {"step": step} for _, step, values in found] == records
+
+
+def test_wandb_is_named_by_its_own_variables(tmp_path, monkeypatch):
+    begun = []
+    tracker = SimpleNamespace(init=lambda **settings: begun.append(settings))
+    names = [("mpd", "run"), ("team", "mine")]
+    for _ in names:
+        Trackers({"wandb": tracker}, tmp_path / "run", {}, 0)
+        Trackers({"trackio": tracker}, tmp_path / "run", {}, 0)
+        monkeypatch.setenv("WANDB_PROJECT", "team")
+        monkeypatch.setenv("WANDB_NAME", "mine")
+    assert [(s["project"], s["name"]) for s in begun] == [names[0], names[0], names[1], names[0]]
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])

@@ -448,7 +448,7 @@ def test_a_damaged_shard_is_named(round_dir, tmp_path, damage):
     said = run("mpd-train", *settings, code=1).stderr
     assert str(victim) in said
     assert "Traceback" not in said
-    assert str(victim) in run("mpd-gen", "validate", out, code=1).stderr
+    assert str(victim) in run("mpd-gen", "validate", out, code=1).stdout
 
 
 def test_another_tokenizer_is_refused(round_dir, tmp_path):

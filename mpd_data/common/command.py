@@ -1,7 +1,10 @@
-"""Run a click command: errors become one message and an exit code."""
+"""Click commands with help in sections, and `run_command`, which turns errors into one message."""
 
+import difflib
 import errno
 import sys
+from collections import deque
+from typing import Any
 
 import click
 
@@ -9,17 +12,138 @@ from mpd_data.common import signals
 from mpd_data.common.errors import MPDError, pip_install
 from mpd_data.common.text import plain, plain_lines
 
-# What the extras bring; looking at shards needs none of it.
+# Packages that come with the extras; commands that only read shards need none of them.
 _EXTRAS = {"torch", "transformers", "safetensors", "huggingface_hub", "httpx", "vllm"}
-# What a disk says that is full, read-only, not ours or broken.
-_DISK = {
+# The disk is full, read-only, broken, or belongs to somebody else.
+_DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
 }  # fmt: skip
+_MAIN_SECTION = "Options"
+
+
+class Option(click.Option):
+    """An option that is listed under `section` in the help. With `many` it takes several values
+    (`--shards A B`) and may also be repeated."""
+
+    def __init__(
+        self, *args: Any, section: str | None = None, many: bool = False, **settings: Any
+    ) -> None:
+        super().__init__(*args, **settings, multiple=many)  # type: ignore[misc]
+        self.section = section or _MAIN_SECTION
+        self.many = many
+
+    def make_metavar(self, ctx: click.Context) -> str:
+        """Return the placeholder of the option's value in the help."""
+        return f"{super().make_metavar(ctx)}{'...' if self.many else ''}"
+
+
+class Command(click.Command):
+    """A command with help in sections and with options that take several values."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse a command line. Raises click.UsageError with the nearest options to a wrong one."""
+        options = {
+            flag: option
+            for option in self.get_params(ctx)
+            for flag in option.opts
+            if isinstance(option, click.Option)
+        }
+        try:
+            return super().parse_args(ctx, _repeated(options, args))
+        except click.NoSuchOption as error:
+            names = [flag for flag in options if flag.startswith("--")]
+            # click's own error would keep only those with a similar spelling.
+            near = " or ".join(map(repr, _near_options(error.option_name, names)))
+            hint = f" Did you mean {near}?" if near else ""
+            raise click.UsageError(f"No such option {error.option_name!r}.{hint}", ctx) from None
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one list of options for each section, the main one first."""
+        sections: dict[str, list[tuple[str, str]]] = {_MAIN_SECTION: []}
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx)
+            if record is not None:
+                name = getattr(option, "section", _MAIN_SECTION)
+                sections.setdefault(name, []).append(record)
+        for name, records in sections.items():
+            with formatter.section(name):
+                formatter.write_dl(records, col_max=36)
+
+
+class Group(click.Group):
+    """A group that lists its commands in the order of their definition. `replaced` says for each
+    command that no longer exists what to run instead."""
+
+    command_class = Command
+
+    def __init__(self, *args: Any, replaced: dict[str, str] | None = None, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._replaced = replaced or {}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands' names, in the order of their definition."""
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Return the command that `args` begin with. Raises click.UsageError if none does."""
+        if args[0] in self._replaced:
+            instead = self._replaced[args[0]]
+            raise click.UsageError(f"{args[0]!r} no longer exists. Use: {instead}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _repeated(options: dict[str, click.Option], args: list[str]) -> list[str]:
+    """Return `args` with `--shards A B` as `--shards A --shards B`, which click understands."""
+    rest, result = deque(args), list[str]()
+    while rest:
+        word = rest.popleft()
+        result.append(word)
+        if word == "--":
+            return [*result, *rest]
+        option = options.get(_dashed(word))
+        if option is None or option.is_flag or option.count or not rest:
+            continue
+        result.append(rest.popleft())
+        while getattr(option, "many", False) and rest and not rest[0].startswith("-"):
+            result += [word, rest.popleft()]
+    return result
+
+
+def _near_options(given: str, known: list[str]) -> list[str]:
+    """Return the options that `given` may stand for: those with its initials (--lr), else those
+    with its words (--steps), else those with a similar spelling."""
+    words = _dashed(given).strip("-").split("-")
+
+    def parts(name: str) -> list[str]:
+        return name.strip("-").split("-")
+
+    initials = [k for k in known if [w[0] for w in parts(k)] == list(words[0])]
+    same_words = [k for k in known if set(words) <= set(parts(k))]
+    return initials or same_words or difflib.get_close_matches(given, known)
+
+
+def example(*lines: str) -> str:
+    """Return the end of a command's help: one command line to start from."""
+    return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
+
+
+# For every command: `_` and `-` are the same in names of options, and help fills the terminal.
+CONTEXT: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 10_000,
+    "token_normalize_func": _dashed,
+}
+
 DRY_RUN = click.option(
     "--dry-run",
     is_flag=True,
     is_eager=True,  # known when --json is read
-    help="Check everything, show the first prompt, predict tokens, disk and time; write nothing.",
+    help="Check all settings and inputs, show the first prompt, predict tokens, disk and time."
+    " Nothing is written.",
 )
 
 
@@ -34,37 +158,37 @@ PLAN_JSON = click.option(
     "as_json",
     is_flag=True,
     callback=_with_dry_run,
-    help="With --dry-run: print JSON to stdout.",
+    help="With --dry-run: print the plan as JSON.",
 )
 
 
 def run_command(command: click.Command) -> None:
-    """Runs a click command; our own errors become one message and exit code 1. SIGTERM, with which
-    schedulers announce the end, is an interrupt: what is finished is committed."""
+    """Run a click command and exit. An error of ours becomes one message and exit code 1; SIGTERM,
+    which schedulers send first, is an interrupt: finished rows are committed."""
     signals.listen()
     try:
         # Without standalone mode click returns the code of an Exit instead of raising it.
         code = command.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.Abort:
-        click.echo("interrupted; run the same command again to go on.", err=True)
+        click.echo("interrupted; run the same command again to resume.", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        click.echo("interrupted; run the same command again to go on.", err=True)
+        click.echo("interrupted; run the same command again to resume.", err=True)
         sys.exit(130)
     except MPDError as error:
         click.echo(f"error: {plain_lines(str(error))}", err=True)
         sys.exit(1)
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in _DISK_ERRORS:
             raise
         place = "" if error.filename is None else f"{plain(str(error.filename))}: "
         click.echo(
-            f"error: {place}{error.strerror}. What is committed is safe; free space or give a"
-            " writable place, then run the same command again.",
+            f"error: {place}{error.strerror}. Committed rows are safe. Free space or choose a"
+            " writable folder, then run the same command again.",
             err=True,
         )
         sys.exit(1)

@@ -225,12 +225,15 @@ def _download(name: str, revision: str | None, code: bool, weights: bool) -> tup
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except hub_failures() as error:
+        folders = [str(folder) for folder in Path(name).parent.glob("*") if folder.is_dir()]
+        hint = did_you_mean(name, folders)
+        if name.startswith((".", "/")) or hint:
+            raise ConfigError(f"{name}: no such folder, and no model of the hub.{hint}") from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        folders = (str(folder) for folder in Path(name).parent.glob("*") if folder.is_dir())
         raise ConfigError(
-            f"{name}: not a folder here, and it cannot be downloaded from the hub ({reason})."
-            f"{did_you_mean(name, folders)} Give the path of a model folder, or a hub id with the"
-            " network (and HF_TOKEN for gated models)."
+            f"{name}: not a folder here, and it cannot be downloaded from the hub ({reason}). Give"
+            " the path of a model folder, or a hub id with the network (and HF_TOKEN for gated"
+            " models)."
         ) from error
     # Weights in other formats; or, offline with an older huggingface_hub, what a dry run fetched.
     if weights and not any(path.glob("*.safetensors")):

@@ -1,12 +1,13 @@
-"""Command-line options from a pydantic model, so that each setting is written once.
+"""Make command-line options from a pydantic model, so that each setting is stated once.
 
 Nested models are flattened: `sampling.temperature` becomes `--temperature`.
 """
 
+import glob
 import json
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -14,6 +15,7 @@ import click
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
+from mpd_data.common.command import Option
 from mpd_data.common.errors import ConfigError, did_you_mean, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -21,8 +23,8 @@ _ABBREVIATIONS = {"lr": "learning_rate"}
 
 
 def _fields(model: type[BaseModel]) -> Iterator[tuple[str | None, str, Any, Any, str | None]]:
-    """Yield (section, name, annotation, default, help) of each option; PydanticUndefined as the
-    default: required."""
+    """Yield (section, name, annotation, default, help) of each option. The default is
+    PydanticUndefined for a required one."""
     for name, info in model.model_fields.items():
         nested = info.annotation
         if isinstance(nested, type) and issubclass(nested, BaseModel):
@@ -34,8 +36,12 @@ def _fields(model: type[BaseModel]) -> Iterator[tuple[str | None, str, Any, Any,
             yield None, name, info.annotation, default, info.description
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _plain(annotation: Any) -> Any:
-    """Return X of `X | None`, else the annotation."""
+    """Return X of `X | None`, else the annotation itself."""
     if get_origin(annotation) in (Union, types.UnionType):
         return next(a for a in get_args(annotation) if a is not type(None))
     return annotation
@@ -53,40 +59,70 @@ def _json_object(_: click.Context, option: click.Parameter, value: str | None) -
     return parsed
 
 
+def _expanded(_: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Any:
+    """Replace patterns (`data/round*`) by the paths that match them, in order."""
+    paths: list[Any] = []
+    for value in map(str, values):
+        # A dataset's URL has a `?` too, and a folder may be called round[1].
+        if "://" in value or not glob.has_magic(value) or Path(value).exists():
+            paths.append(value)
+        elif matches := sorted(glob.glob(value, recursive=True)):  # noqa: PTH207  # also absolute
+            paths += matches
+        else:
+            raise click.BadParameter(f"no file or folder matches {value!r}.", param=option)
+    return type(values)(map(type(values[0]), paths)) if values else values
+
+
 class _Choice(click.Choice[str]):
     """A choice that suggests the value nearest to a misspelt one."""
 
+    def normalize_choice(self, choice: object, ctx: click.Context | None) -> str:
+        """Return the choice as it is: only the names of options ignore `_` and `-`."""
+        return str(choice)
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the choice. Raises click.BadParameter with a suggestion."""
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
             hint = did_you_mean(str(value), self.choices)
+            if "," in str(value) and param is not None:
+                several = " ".join(part.strip() for part in str(value).split(","))
+                hint = f" Separate several values by spaces: {param.opts[0]} {several}"
             raise click.BadParameter(f"{error.message}{hint}", ctx, param) from None
 
 
 def config_options(
-    model: type[BaseModel], also: dict[str, str] | None = None
+    model: type[BaseModel],
+    also: dict[str, str] | None = None,
+    common: Collection[str] = (),
+    paths: Collection[str] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that gives a command one option per field of `model`. `also`: a second
-    spelling, by field."""
+    """Return a decorator that gives a command one option per field of `model`.
+
+    `also` adds a second spelling. Required options and those in `common` come first in the help,
+    the others in one section per nested model, titled by its `heading`. Patterns in the values of
+    `paths` are expanded.
+    """
 
     names = [name for _, name, *_ in _fields(model)]
     if len(set(names)) < len(names):
         raise TypeError(f"{model.__name__}: two settings share an option's name")
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for _, name, annotation, default, help_ in reversed(list(_fields(model))):
+        for section, name, annotation, default, help_ in reversed(list(_fields(model))):
             plain = _plain(annotation)
-            flags = [f"--{name.replace('_', '-')}", name]
+            flags = [_flag(name), name]
             if also and name in also:
                 flags.insert(1, also[name])
-            required = default is PydanticUndefined
-            settings: dict[str, Any] = {
-                "help": help_,
-                "required": required,
-                "default": None if required else default,
-                "show_default": not required and default not in (None, {}, []),
-            }
+            settings: dict[str, Any] = {"cls": Option, "help": help_}
+            if default is PydanticUndefined:
+                settings["required"] = True
+            else:
+                settings |= {"default": default, "show_default": default not in (None, {}, [])}
+                if name not in common:
+                    owner = model if section is None else model.model_fields[section].annotation
+                    settings["section"] = getattr(owner, "heading", None)
             if plain is bool:
                 flags[0] = f"{flags[0]}/--no-{name.replace('_', '-')}" if default else flags[0]
                 settings |= {"is_flag": True}
@@ -94,8 +130,10 @@ def config_options(
                 settings["type"] = _Choice(get_args(plain))
             elif get_origin(plain) is list:
                 item = get_args(plain)[0]
-                choice = _Choice(get_args(item)) if get_origin(item) is Literal else item
-                settings |= {"type": choice, "multiple": True}
+                if get_origin(item) is Literal:
+                    item = _Choice(get_args(item))
+                settings["type"] = click.Path(path_type=Path) if item is Path else item
+                settings |= {"many": True, "callback": _expanded if name in paths else None}
             elif get_origin(plain) is dict:
                 settings |= {"callback": _json_object, "metavar": "JSON", "default": None}
             else:
@@ -109,7 +147,9 @@ def config_options(
 def build(model: type[Model], options: dict[str, Any]) -> Model:
     """Return the model from a command's parsed options. Raises click.UsageError for bad values."""
     values: dict[str, Any] = {}
+    names = set()
     for section, name, annotation, _, _ in _fields(model):
+        names.add(name)
         value = options[name]
         if value is None:
             continue
@@ -120,7 +160,11 @@ def build(model: type[Model], options: dict[str, Any]) -> Model:
     try:
         return model(**values)
     except ValidationError as error:
-        lines = [f"--{str(e['loc'][-1]).replace('_', '-')}: {e['msg']}" for e in error.errors()]
+        lines = []
+        for e in error.errors():
+            # A check of several settings together names them itself.
+            place = [_flag(str(part)) for part in e["loc"] if part in names]
+            lines.append(": ".join([*place[-1:], e["msg"].removeprefix("Value error, ")]))
         raise click.UsageError("; ".join(lines)) from error
 
 
@@ -197,7 +241,7 @@ def arguments(config: BaseModel) -> list[str]:
         value = getattr(config if section is None else getattr(config, section), name)
         if value == default or value is None:
             continue
-        flag = f"--{name.replace('_', '-')}"
+        flag = _flag(name)
         if _plain(annotation) is bool:
             result.append(flag if value else f"--no-{name.replace('_', '-')}")
         elif isinstance(value, list):

@@ -1,6 +1,6 @@
-"""Plain-text tables and histograms.
+"""Format plain-text tables and histograms.
 
-Cells are data: control characters in them are escaped, and no markup is interpreted.
+Cells are data: control characters are escaped, and no markup is interpreted.
 """
 
 from itertools import accumulate
@@ -12,8 +12,7 @@ _EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
 
 
 def plain(value: Any) -> str:
-    """Return a cell's text: numbers rounded for people, None as a dash, control characters
-    escaped."""
+    """Return a cell's text: numbers rounded, None as a dash, control characters escaped."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -29,7 +28,7 @@ def plain_lines(text: str) -> str:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Return rows with the same keys as aligned columns, numbers to the right."""
+    """Return rows with the same keys as aligned columns, numbers aligned to the right."""
     names = list(rows[0])
     header = [plain(name) for name in names]
     cells = [[plain(row[name]) for name in names] for row in rows]
@@ -50,8 +49,8 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def format_histogram(rows: list[dict[str, Any]]) -> str:
-    """Return `stats.trace_lengths` as bars, one line for each bin, all on one scale. Folders are
-    side by side, as many as fit into 80 columns, the rest below. `*` marks the median's bin."""
+    """Return `stats.trace_lengths` as bars, one line per bin. Folders are side by side, as many as
+    fit 80 columns, and the others below; all have one scale. `*` marks the bin of the median."""
     folders = list(dict.fromkeys(row["folder"] for row in rows))
     bins = [row for row in rows if row["folder"] == folders[0]]
     labels = ["tokens"] + [
@@ -74,7 +73,7 @@ def format_histogram(rows: list[dict[str, Any]]) -> str:
         block = zip(labels, *columns[first : first + fit], strict=True)
         lines += ["  ".join([label.rjust(margin), *cells]).rstrip() for label, *cells in block]
         lines.append("")
-    return "\n".join([*lines, "share of the samples; * the bin of the median"])
+    return "\n".join([*lines, "fraction of the samples; * marks the bin of the median"])
 
 
 def _bars(folder: str, bins: list[dict[str, Any]], width: int, tallest: float) -> list[str]:

@@ -193,8 +193,8 @@ def _seconds(plan: StagePlan) -> float | None:
 
 
 def print_plan(plan: StagePlan, as_json: bool) -> None:
-    """Print a stage's plan: JSON to stdout, else text to stderr."""
+    """Print a stage's plan, as JSON or as text."""
     if as_json:
         click.echo(json.dumps(plan.as_json(), indent=2))
     else:
-        click.echo(show(plan), err=True)
+        click.echo(show(plan))

@@ -1,11 +1,11 @@
-"""Do evaluation prompts stand among the training prompts, whole or in part?
+"""`mpd-gen contamination`: find evaluation prompts among training prompts, whole or in part.
 
 The unit is the n-gram of words, as in GPT-3 (arXiv:2005.14165, appendix C: an evaluation example is
-dirty where it shares a 13-gram with training text, in lower case and without punctuation), spelt as
-lm-evaluation-harness spells it (`lm_eval/decontamination/janitor.py`: ASCII punctuation is deleted,
-words stand between spaces). What is added is how much of a prompt is found, in the one training
-prompt that holds most of it, as in open-instruct (`decontamination/README.md`): a shared
-instruction is a few per cent of a prompt, a copied problem nearly all of it.
+dirty if it shares a 13-gram with training text, in lower case and without punctuation). Words are
+split as in lm-evaluation-harness (`lm_eval/decontamination/janitor.py`: ASCII punctuation is
+deleted, spaces separate words). Each match says how much of the prompt the best training prompt
+holds, as in open-instruct (`decontamination/README.md`): a shared instruction is a few per cent of
+a prompt, a copied problem nearly all of it.
 """
 
 import string
@@ -21,9 +21,9 @@ from mpd_data.common.text import format_table
 from mpd_data.prompts.reader import same
 
 _DELETED = str.maketrans("", "", string.punctuation)
-_TRAIN_ROWS = 1024  # read and looked up together
+_TRAIN_ROWS = 1024  # looked up in one batch
 _SHOWN = 10
-# Odd, so that no word's bits are lost whichever place it has in its n-gram.
+# Odd, so that multiplication loses no bits of a word at any place of the n-gram.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 Hashes = npt.NDArray[np.uint64]
@@ -43,9 +43,9 @@ class Match:
 
 @dataclass(frozen=True)
 class Contamination:
-    """What `check_contamination` found. `exact` and `overlapping` count evaluation prompts, and
-    the exact ones are overlapping too; `matches` has a line for each overlapping one, the largest
-    share first."""
+    """The result of `check_contamination`. `exact` and `overlapping` count evaluation prompts; an
+    exact one is overlapping too. `matches` has an entry for each overlapping one, the largest share
+    first."""
 
     n: int
     num_train: int
@@ -56,19 +56,19 @@ class Contamination:
 
     @property
     def share(self) -> float:
-        """The part of the evaluation prompts that overlaps; 0 where there are none."""
+        """Fraction of the evaluation prompts that overlap; 0 if there are no prompts."""
         return self.overlapping / max(self.num_evaluation, 1)
 
 
 def check_contamination(
     train: Iterable[tuple[str, str]], evaluation: Iterable[tuple[str, str]], n: int = 13
 ) -> Contamination:
-    """Looks for `evaluation` prompts in `train`; both are (id, text).
+    """Search `train` for `evaluation` prompts; both are (id, text).
 
-    Exact: the same text but for spacing and case. Overlapping: exact, or a shared n-gram of `n`
-    words, without punctuation and case. A prompt of fewer words has no n-gram and can only be
-    exact; so can text that has no spaces between words. Memory is that of the evaluation side
-    (its words, and 16 bytes an n-gram); `train` is read once, as a stream.
+    A prompt is exact if a training prompt has the same text, apart from spacing and case. It is
+    overlapping if it is exact or shares an n-gram of `n` words, without punctuation and case. A
+    prompt of fewer words, or of text without spaces, can only be exact. Memory holds the words of
+    the evaluation prompts and 16 bytes per n-gram; `train` is read once, as a stream.
     """
     if n < 1:
         raise ValueError(f"n={n}: expected at least one word")
@@ -76,14 +76,14 @@ def check_contamination(
     rows = iter(train)
     while batch := list(islice(rows, _TRAIN_ROWS)):
         index.look_up(batch)
-    found = sorted(index.best.items(), key=lambda item: (-item[1].share, item[0]))
+    best = sorted(index.best.items(), key=lambda item: (-item[1].share, item[0]))
     return Contamination(
         n=n,
         num_train=index.num_train,
         num_evaluation=len(index.ids),
         exact=len(index.exact),
-        overlapping=len(found),
-        matches=[match for _, match in found],
+        overlapping=len(best),
+        matches=[match for _, match in best],
     )
 
 
@@ -92,7 +92,8 @@ def _words(text: str) -> list[str]:
 
 
 def _ngram_hashes(texts: list[list[str]], n: int) -> tuple[Hashes, Places, Places]:
-    """Of each n-gram of each text, in order: its hash, its text, and its place there. [n-grams]"""
+    """Return for each n-gram of each text, in order, its hash, the index of its text, and the index
+    of its first word. All three are [n-grams]."""
     lengths = np.array([len(words) for words in texts], np.int64)
     flat = [hash(word) for words in texts for word in words]
     words = np.array(flat, np.int64).view(np.uint64)
@@ -107,8 +108,8 @@ def _ngram_hashes(texts: list[list[str]], n: int) -> tuple[Hashes, Places, Place
 
 
 class _Index:
-    """The evaluation prompts by the hashes of their n-grams. A hash only says where to look: what
-    is reported was compared word by word."""
+    """Evaluation prompts by the hashes of their n-grams. A hash only finds candidates: matches are
+    compared word by word."""
 
     def __init__(self, evaluation: Iterable[tuple[str, str]], n: int) -> None:
         self.n = n
@@ -129,7 +130,7 @@ class _Index:
         self._place = place[order].astype(np.int32)
 
     def look_up(self, batch: list[tuple[str, str]]) -> None:
-        """Takes what a batch of training prompts holds into `exact` and `best`."""
+        """Add the matches of a batch of training prompts to `exact` and `best`."""
         self.num_train += len(batch)
         texts = [_words(text) for _, text in batch]
         for identifier, text in batch:
@@ -138,8 +139,8 @@ class _Index:
                 self._keep(number, identifier, 1.0, 0)
         if not len(self._hashes):
             return
-        for row, found in self._shared(texts):
-            for number, places in found.items():
+        for row, shared in self._shared(texts):
+            for number, places in shared.items():
                 share = len(places) / (len(self._texts[number]) - self.n + 1)
                 self._keep(number, batch[row][0], share, min(places))
 
@@ -150,29 +151,29 @@ class _Index:
             self.best[number] = Match(self.ids[number], train_id, share, ngram)
 
     def _shared(self, texts: list[list[str]]) -> Iterator[tuple[int, dict[int, set[int]]]]:
-        """Of each training text that shares n-grams: (its row, {evaluation prompt: the places in
-        it where they begin})."""
+        """Yield, for each training text that shares n-grams, (its row, {evaluation prompt: places
+        in that prompt where shared n-grams begin})."""
         hashes, rows, places = _ngram_hashes(texts, self.n)
         left = np.searchsorted(self._hashes, hashes)
         hits = np.flatnonzero(self._hashes[np.minimum(left, len(self._hashes) - 1)] == hashes)
         right = np.searchsorted(self._hashes, hashes[hits], side="right")
-        row, found = -1, dict[int, set[int]]()
+        row, shared = -1, dict[int, set[int]]()
         for hit, end in zip(hits.tolist(), right.tolist(), strict=True):
             if rows[hit] != row:
-                if found:
-                    yield row, found
-                row, found = int(rows[hit]), {}
+                if shared:
+                    yield row, shared
+                row, shared = int(rows[hit]), {}
             ngram = texts[row][places[hit] : places[hit] + self.n]
             for at in range(left[hit], end):
                 number, place = int(self._owner[at]), int(self._place[at])
                 if self._texts[number][place : place + self.n] == ngram:
-                    found.setdefault(number, set()).add(place)
-        if found:
-            yield row, found
+                    shared.setdefault(number, set()).add(place)
+        if shared:
+            yield row, shared
 
 
 def show(result: Contamination) -> str:
-    """The counts as a table, and the worst matches below."""
+    """Return the counts as a table, followed by the worst matches."""
     counts = {
         "training prompts": result.num_train,
         "evaluation prompts": result.num_evaluation,

@@ -1,6 +1,6 @@
-"""Trace-length statistics of rounds, with lazy Polars queries over the shards.
+"""`mpd-gen stats`: lengths, accuracy and statuses of rounds, by lazy Polars queries on the shards.
 
-The same in a notebook needs nothing of this module:
+A notebook can query the shards without this module:
 
     df = pl.scan_parquet("data/round*/rollouts/*.parquet")
     df.group_by("round").agg(pl.col("num_completion_tokens").mean()).collect()
@@ -25,14 +25,21 @@ from mpd_data.store.shards import read_metadata
 BEHAVIOUR = ("check_failed", "repetition", "markers_per_1k", "right_tokens", "wrong_tokens")
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
-# At most so many bins in a histogram; the last begins below the largest 99th percentile of a round.
+# Maximum bins of a histogram. The last bin begins below the largest 99th percentile of a round.
 BINS = 20
+
+# Of `light` rollouts, as fractions.
+RATES = (
+    pl.col("is_correct").mean().alias("accuracy"),
+    (pl.col("finish_reason") == "length").mean().alias("truncated"),
+    pl.col("lacks_answer").filter(pl.col("finish_reason") == "stop").mean().alias("no_answer"),
+)
 
 # Groups in order: numbers by size, then text, then the rows without a value.
 GROUP_ORDER = (pl.col("group").cast(pl.Float64, strict=False), pl.col("group"))
 
-# Words with which a trace turns back on itself. Shorter traces that lose all of them may have lost
-# the habit of checking too.
+# Words with which a trace corrects itself. Shorter traces that lose all of them may have lost the
+# habit of checking, too.
 MARKERS = (
     "wait",
     "hmm",
@@ -43,20 +50,20 @@ MARKERS = (
     "double-check",
     "on second thought",
 )
-# ASCII alone, which takes the engine a fifth less time.
+# ASCII word boundaries are a fifth faster than Unicode ones.
 _MARKED = rf"(?i-u:\b(?:{'|'.join(MARKERS)}))"
 
 
 def scan(rounds: list[Path], stage: Stage) -> pl.LazyFrame | None:
-    """The rows of one stage over several rounds, with the round's folder in the column `folder`;
-    None where no round has any. Raises DataError for a shard that is torn."""
+    """Return the rows of one stage of several rounds, with the round's folder in the column
+    `folder`; None if no round has any. Raises DataError for a torn shard."""
     frames = []
     for path in rounds:
         require_kind(path, "round")
         round_dir = RoundDir(path)
         files = round_dir.shard_paths(stage)
-        # Of ten thousand shards, opening each takes longer than all else; what the index knows at
-        # its size is whole and ours.
+        # Opening each of ten thousand shards takes longer than the query. A shard that the manifest
+        # lists with its size is whole and has our schema.
         for file in {*files[:1], *round_dir.unindexed(stage)}:
             read_metadata(file)
         if files:
@@ -82,7 +89,7 @@ def scan_round(folder: str | Path, stage: Stage = "rollouts") -> pl.LazyFrame:
 
 
 def collect(frame: pl.LazyFrame) -> pl.DataFrame:
-    """Runs a query over shards. Raises DataError where their bytes are damaged."""
+    """Run a query over shards. Raises DataError if their bytes are damaged."""
     try:
         return frame.collect(engine="streaming")
     except pl.exceptions.ComputeError as error:
@@ -90,11 +97,8 @@ def collect(frame: pl.LazyFrame) -> pl.DataFrame:
 
 
 def with_group(rollouts: pl.LazyFrame, name: str) -> pl.LazyFrame:
-    """`rollouts` with the column `group`: the value of the key `name` in `metadata`, as text; null
-    where a row has none.
-
-    Raises ConfigError where no row has one.
-    """
+    """Return `rollouts` with the column `group`: the value of the key `name` in `metadata` as text,
+    or null. Raises ConfigError if no row has the key."""
     key = f"$[{json.dumps(name, ensure_ascii=False)}]"
     grouped = rollouts.with_columns(group=pl.col("metadata").str.json_path_match(key))
     if collect(grouped.select(pl.col("group").is_not_null().any())).item():
@@ -105,13 +109,13 @@ def with_group(rollouts: pl.LazyFrame, name: str) -> pl.LazyFrame:
     if not hint and carried:
         hint = f" They carry {', '.join(map(repr, carried))}."
     elif not carried:
-        hint = " Columns are carried through by --metadata-columns of mpd-gen rollouts."
+        hint = " Copy columns into the metadata with --metadata-columns of mpd-gen rollouts."
     raise ConfigError(f"--by {name!r}: no rollout has a value of it in its metadata.{hint}")
 
 
 def light(rollouts: pl.LazyFrame, folders: pl.Enum) -> pl.LazyFrame:
-    """What the tables need of each rollout, in memory: the shards are read once for all of them.
-    The column `group` is kept where there is one."""
+    """Read the columns that the tables need into memory, once for all tables. The column `group` is
+    kept if `rollouts` has it."""
     wanted = [
         "round",
         "is_correct",
@@ -119,25 +123,25 @@ def light(rollouts: pl.LazyFrame, folders: pl.Enum) -> pl.LazyFrame:
         "repetition",
         "group",
     ]
-    there = set(rollouts.collect_schema().names())
+    columns = set(rollouts.collect_schema().names())
     rows = rollouts.select(
-        *(name for name in wanted if name in there),
-        # Numbers in place of text, by which ten million rows are grouped. Of as many prompts, two
-        # have the same hash once in 300,000 rounds.
+        *(name for name in wanted if name in columns),
+        # Numbers group faster than text. Among ten million prompts, two have the same hash once in
+        # 300,000 rounds.
         pl.col("prompt_id").hash().alias("prompt"),
         pl.col("folder").cast(folders),
         pl.col("finish_reason").cast(pl.Enum(sorted(FINISH_REASONS))),
         pl.col("answer").is_null().alias("lacks_answer"),
         pl.col("check_error").is_not_null().alias("check_failed"),
-        # Self-correction markers in a completion, as whole words, in any case.
+        # Number of self-correction markers, as whole words in any case.
         pl.col("completion").str.count_matches(_MARKED).alias("markers"),
     )
     return collect(rows).lazy()
 
 
 def of_lengths(rollouts: pl.LazyFrame) -> pl.DataFrame:
-    """`light` rollouts by folder, finish reason, correctness and `tokens`, shortest first, with the
-    number of `samples`: all that is to be said of lengths, in few rows."""
+    """Count the `samples` of `light` rollouts by folder, finish reason, correctness and `tokens`,
+    shortest first: few rows, from which all statistics of lengths follow."""
     groups = rollouts.group_by(
         "folder", "finish_reason", "is_correct", tokens=pl.col("num_completion_tokens")
     )
@@ -145,7 +149,7 @@ def of_lengths(rollouts: pl.LazyFrame) -> pl.DataFrame:
 
 
 def _mean_tokens(where: pl.Expr | None = None) -> pl.Expr:
-    """Over `of_lengths`; null where there is none."""
+    """Return the mean tokens of rows of `of_lengths`; null for no rows."""
     tokens, samples = pl.col("tokens"), pl.col("samples")
     if where is not None:
         tokens, samples = tokens.filter(where), samples.filter(where)
@@ -153,7 +157,7 @@ def _mean_tokens(where: pl.Expr | None = None) -> pl.Expr:
 
 
 def _lengths() -> list[pl.Expr]:
-    """Over `of_lengths`: the quantiles are those of the samples, without interpolation."""
+    """Return mean, quantiles (without interpolation) and maximum over rows of `of_lengths`."""
     tokens, samples = pl.col("tokens"), pl.col("samples")
     before = samples.cum_sum() - samples
     return [
@@ -170,20 +174,19 @@ def _lengths() -> list[pl.Expr]:
 
 
 def of_prompts(rollouts: pl.LazyFrame) -> pl.DataFrame:
-    """For each folder and prompt of `light` rollouts: `n` samples that were checked, `c` right
-    ones."""
+    """Count `n` checked and `c` correct samples of each folder and prompt of `light` rollouts."""
     right = pl.col("is_correct")
     groups = rollouts.group_by("folder", "prompt")
     return collect(groups.agg(right.count().alias("n"), right.sum().alias("c")))
 
 
 def pass_at(prompts: pl.DataFrame) -> list[dict[str, Any]]:
-    """pass@k by folder, for powers of two up to the samples per prompt: the chance that one of k
-    samples is right, without bias 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374), averaged over
-    the prompts with a gold answer and at least k samples."""
+    """Return pass@k by folder, for powers of two up to the samples per prompt: the probability that
+    one of k samples is correct. The estimate 1 - C(n - c, k) / C(n, k) is unbiased
+    (arXiv:2107.03374); it is averaged over prompts with a gold answer and at least k samples."""
     counts = (
         prompts.filter(pl.col("n") > 0)
-        # Prompts that are alike in both have the same chances.
+        # Prompts with the same n and c have the same estimate.
         .group_by("folder", "n", "c")
         .agg(pl.len().alias("prompts"))
         .sort("folder", "n", "c")
@@ -212,9 +215,9 @@ def pass_at(prompts: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def trace_lengths(lengths: pl.DataFrame, p99: dict[str, int]) -> list[dict[str, Any]]:
-    """Histograms of completion tokens, one row for each folder and bin: the samples of `from` up
-    to, but without, `below` tokens (None: no bound). The bins are the same for all folders; `p99`
-    holds the 99th percentile of each, in the order of the rows."""
+    """Return histograms of completion tokens, one row for each folder and bin. A bin counts samples
+    of at least `from` and fewer than `below` tokens (None: no bound). All folders have the same
+    bins. `p99` holds the 99th percentile of each folder, in the order of the result."""
     longest = max(p99.values())
     width = next(
         size * 10**exponent
@@ -249,14 +252,16 @@ def trace_lengths(lengths: pl.DataFrame, p99: dict[str, int]) -> list[dict[str, 
 def round_stats(
     rounds: Sequence[str | Path], by: str | None = None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Tables as rows, each by folder: `rollouts`, their `trace_lengths` (a histogram), their
-    `behaviour`, `rollouts_by` finish reason and correctness, `pass_at_k` where there are gold
-    answers, `groups` by the key `by` of their metadata where one is given, `rewrites` by status.
-    Lengths in tokens; rates are fractions; `no_answer` is the share of finished samples without an
-    answer in a declared format, `repetition` the mean share of repeated 4-grams, `markers_per_1k`
-    self-correction MARKERS per 1,000 tokens.
+    """Return tables as lists of rows, each row with its `folder`.
 
-    Raises ConfigError where none of the folders holds a round, or no rollout has the key `by`.
+    `rollouts`, their `trace_lengths` (a histogram), their `behaviour`, `rollouts_by` finish reason
+    and correctness, `pass_at_k` if there are gold answers, `groups` by the key `by` of their
+    metadata if one is given, `rewrites` by status. Lengths are in tokens, rates are fractions.
+    `no_answer` is the fraction of finished samples without an answer in a declared format,
+    `repetition` the mean fraction of repeated 4-grams, `markers_per_1k` the self-correction MARKERS
+    per 1,000 tokens.
+
+    Raises ConfigError if no folder holds a round, or no rollout has the key `by`.
     """
     paths = [Path(path) for path in rounds]
     rollouts, distill = scan(paths, "rollouts"), scan(paths, "distill")
@@ -269,96 +274,111 @@ def round_stats(
     folders = pl.Enum(list(dict.fromkeys(map(str, paths))))
     tables: dict[str, list[dict[str, Any]]] = {}
     if rollouts is not None:
-        grouped = rollouts if by is None else with_group(rollouts, by)
-        rollouts = light(grouped, folders)
-        prompts = of_prompts(rollouts)
-        truncated = (pl.col("finish_reason") == "length").mean().alias("truncated")
-        finished = pl.col("finish_reason") == "stop"
-        no_answer = pl.col("lacks_answer").filter(finished).mean().alias("no_answer")
-        lengths = of_lengths(rollouts)
-        by_folder = collect(
-            rollouts.group_by("folder").agg(
-                pl.col("round").first(),
-                pl.len().alias("samples"),
-                pl.col("is_correct").mean().alias("accuracy"),
-                truncated,
-                no_answer,
-                pl.col("check_failed").mean(),
-                pl.col("repetition").mean().alias("repetition"),
-                (1000 * pl.col("markers").mean() / pl.col("num_completion_tokens").mean()).alias(
-                    "markers_per_1k"
-                ),
-            )
-        ).sort("round", "folder")
-        of_folder = lengths.group_by("folder").agg(
-            *_lengths(),
-            _mean_tokens(pl.col("is_correct")).alias("right_tokens"),
-            _mean_tokens(~pl.col("is_correct")).alias("wrong_tokens"),
+        tables |= _rollout_tables(
+            light(rollouts if by is None else with_group(rollouts, by), folders)
         )
-        for more in (prompts.group_by("folder").len("prompts"), of_folder):
-            by_folder = by_folder.join(more, on="folder", maintain_order="left")
-        first = ["folder", "round"]
-        behaviour = by_folder.select(*first, *BEHAVIOUR)
-        by_folder = by_folder.select(*first, "prompts", pl.exclude(*first, "prompts", *BEHAVIOUR))
-        by_outcome = (
-            lengths.group_by("folder", "finish_reason", "is_correct")
-            .agg(pl.col("samples").sum(), *_lengths())
-            .sort("folder", "finish_reason", "is_correct")
-        )
-        tables["rollouts"] = by_folder.to_dicts()
-        tables["trace_lengths"] = trace_lengths(
-            lengths, {row["folder"]: int(row["p99"]) for row in tables["rollouts"]}
-        )
-        tables["behaviour"] = behaviour.to_dicts()
-        tables["rollouts_by"] = by_outcome.to_dicts()
-        if passes := pass_at(prompts):
-            tables["pass_at_k"] = passes
-        if by is not None:
-            tokens = pl.col("num_completion_tokens")
-            by_group = (
-                rollouts.group_by("group", "folder", maintain_order=True)
-                .agg(
-                    pl.len().alias("samples"),
-                    pl.col("is_correct").mean().alias("accuracy"),
-                    no_answer,
-                    tokens.mean().alias("mean_tokens"),
-                    *(
-                        tokens.quantile(q, "nearest").alias(f"p{round(q * 100)}")
-                        for q in (0.5, 0.9)
-                    ),
-                    truncated,
-                    pl.col("round").first(),
-                )
-                .sort(*GROUP_ORDER, "round", nulls_last=True, maintain_order=True)
-                .drop("round")
-            )
-            tables["groups"] = collect(by_group).to_dicts()
     elif by is not None:
         raise ConfigError(f"--by {by!r}: no rollouts here, and only they have metadata.")
     if distill is not None:
-        by_status = (
-            distill.with_columns(
-                pl.col("folder").cast(folders), pl.col("status").cast(pl.Enum(STATUSES))
-            )
-            .group_by("folder", "status")
-            .agg(
-                pl.len().alias("rows"),
-                pl.col("num_original_tokens").mean().alias("mean_original"),
-                pl.col("num_rewritten_tokens").mean().alias("mean_rewritten"),
-                pl.col("repetition").mean().alias("repetition"),
-                pl.col("compression_ratio").mean().alias("mean_ratio"),
-                pl.col("compression_ratio").quantile(0.5, "nearest").alias("median_ratio"),
-            )
-            .with_columns((pl.col("rows") / pl.col("rows").sum().over("folder")).alias("share"))
-            .sort("folder", "rows", "status", descending=[False, True, False])
-        )
-        tables["rewrites"] = collect(by_status).to_dicts()
+        tables["rewrites"] = _rewrites_by_status(distill, folders)
     return tables
 
 
+def _rollout_tables(rollouts: pl.LazyFrame) -> dict[str, list[dict[str, Any]]]:
+    """Return the tables of `round_stats` about `light` rollouts."""
+    prompts, lengths = of_prompts(rollouts), of_lengths(rollouts)
+    by_folder = collect(
+        rollouts.group_by("folder").agg(
+            pl.col("round").first(),
+            pl.len().alias("samples"),
+            *RATES,
+            pl.col("check_failed").mean(),
+            pl.col("repetition").mean().alias("repetition"),
+            (1000 * pl.col("markers").mean() / pl.col("num_completion_tokens").mean()).alias(
+                "markers_per_1k"
+            ),
+        )
+    ).sort("round", "folder")
+    of_folder = lengths.group_by("folder").agg(
+        *_lengths(),
+        _mean_tokens(pl.col("is_correct")).alias("right_tokens"),
+        _mean_tokens(~pl.col("is_correct")).alias("wrong_tokens"),
+    )
+    for more in (prompts.group_by("folder").len("prompts"), of_folder):
+        by_folder = by_folder.join(more, on="folder", maintain_order="left")
+    first = ["folder", "round"]
+    tables = {
+        "rollouts": by_folder.select(
+            *first, "prompts", pl.exclude(*first, "prompts", *BEHAVIOUR)
+        ).to_dicts()
+    }
+    tables["trace_lengths"] = trace_lengths(
+        lengths, {row["folder"]: int(row["p99"]) for row in tables["rollouts"]}
+    )
+    tables["behaviour"] = by_folder.select(*first, *BEHAVIOUR).to_dicts()
+    tables["rollouts_by"] = (
+        lengths.group_by("folder", "finish_reason", "is_correct")
+        .agg(pl.col("samples").sum(), *_lengths())
+        .sort("folder", "finish_reason", "is_correct")
+        .to_dicts()
+    )
+    if passes := pass_at(prompts):
+        tables["pass_at_k"] = passes
+    if "group" in rollouts.collect_schema().names():
+        tables["groups"] = _by_group(rollouts)
+    return tables
+
+
+def _by_group(rollouts: pl.LazyFrame) -> list[dict[str, Any]]:
+    """Return a line for each value of `group` and folder."""
+    tokens, (accuracy, truncated, no_answer) = pl.col("num_completion_tokens"), RATES
+    frame = rollouts.group_by("group", "folder", maintain_order=True).agg(
+        pl.len().alias("samples"),
+        accuracy,
+        no_answer,
+        tokens.mean().alias("mean_tokens"),
+        *(tokens.quantile(q, "nearest").alias(f"p{round(q * 100)}") for q in (0.5, 0.9)),
+        truncated,
+        pl.col("round").first(),
+    )
+    ordered = frame.sort(*GROUP_ORDER, "round", nulls_last=True, maintain_order=True)
+    return collect(ordered.drop("round")).to_dicts()
+
+
+def _rewrites_by_status(distill: pl.LazyFrame, folders: pl.Enum) -> list[dict[str, Any]]:
+    """Return a line for each folder and status, the most frequent status first."""
+    frame = distill.with_columns(
+        pl.col("folder").cast(folders), pl.col("status").cast(pl.Enum(STATUSES))
+    )
+    by_status = frame.group_by("folder", "status").agg(
+        pl.len().alias("rows"),
+        pl.col("num_original_tokens").mean().alias("mean_original"),
+        pl.col("num_rewritten_tokens").mean().alias("mean_rewritten"),
+        pl.col("repetition").mean().alias("repetition"),
+        pl.col("compression_ratio").mean().alias("mean_ratio"),
+        pl.col("compression_ratio").quantile(0.5, "nearest").alias("median_ratio"),
+    )
+    share = (pl.col("rows") / pl.col("rows").sum().over("folder")).alias("share")
+    ordered = by_status.with_columns(share).sort(
+        "folder", "rows", "status", descending=[False, True, False]
+    )
+    return collect(ordered).to_dicts()
+
+
+def outcome_rates(folder: Path) -> dict[str, float | None]:
+    """Return `accuracy`, `truncated` and `no_answer` of a round's rollouts, as fractions; None for
+    what is not known: accuracy without gold answers, and all three without rollouts."""
+    rollouts = scan([folder], "rollouts")
+    if rollouts is None:
+        return dict.fromkeys(("accuracy", "truncated", "no_answer"))
+    rows = rollouts.select("is_correct", "finish_reason", lacks_answer=pl.col("answer").is_null())
+    rates: dict[str, float | None] = collect(rows.select(*RATES)).to_dicts()[0]
+    return rates
+
+
 def plot_lengths(series: dict[str, Path], out: Path) -> None:
-    """Draws the distribution of completion tokens of each round in `series` (label -> folder)
-    to `out` (PNG, SVG or PDF by its ending)."""
+    """Draw the distribution of completion tokens of each round in `series` (label -> folder) to
+    `out` (PNG, SVG or PDF by its ending). Raises ConfigError."""
     import matplotlib
 
     matplotlib.use("Agg")

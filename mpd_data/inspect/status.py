@@ -1,9 +1,11 @@
-"""`mpd-gen status`: how far the stages of a round are, seen from another terminal."""
+"""`mpd-gen status`: show from another terminal how far the stages of a round are."""
 
 import json
 import time
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.text import format_table
@@ -13,27 +15,27 @@ from mpd_data.store.run_record import require_kind
 from mpd_data.store.schema import STAGES
 
 _AT_WORK = ("starting", "running")
-# More writers than fit a screen: those that have finished are counted, not listed.
+# If more writers than this exist, finished ones are counted instead of listed.
 _MANY = 16
 
 
 def round_status(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """`stages`: rows committed and to come of each stage that has run in the round at `path`.
-    `writers`: what each process that writes there, or did, last said of itself; its state is
-    "died" where it said it was at work and holds its lock no more.
+    """Return `stages`, the committed and requested rows of each stage of the round at `path`, and
+    `writers`, the last report of each process that writes or wrote there. The state of a writer is
+    "died" if it reported work and no longer holds its lock.
 
-    Reads manifests and status files alone. Raises ConfigError where there is no round.
+    Only manifests and status files are read. Raises ConfigError if there is no round.
     """
     require_kind(path, "round")
     round_dir = RoundDir(path)
     info = round_dir.run_info().get("stages", {})
     writers = []
     for file in round_dir.statuses():
-        said = json.loads(file.read_text(encoding="utf-8"))
-        if said["state"] in _AT_WORK and not is_held(path / ".writers" / file.stem):
-            said["state"] = "died"
-        said["heard"] = round(time.time() - said["updated"], 1)
-        writers.append({"writer": file.stem, **said})
+        report = json.loads(file.read_text(encoding="utf-8"))
+        if report["state"] in _AT_WORK and not is_held(path / ".writers" / file.stem):
+            report["state"] = "died"
+        report["heard"] = round(time.time() - report["updated"], 1)
+        writers.append({"writer": file.stem, **report})
     stages = []
     for stage in STAGES:
         shards = round_dir.manifest(stage)
@@ -43,7 +45,7 @@ def round_status(path: Path) -> dict[str, list[dict[str, Any]]]:
             {
                 "stage": stage,
                 "rows": sum(shard.rows for shard in shards),
-                # One rollout can have several rewrites: these count rows, that rollouts.
+                # For rewrites this counts rollouts, and one rollout can have several rows.
                 "asked": info.get(stage, {}).get("details", {}).get("rows"),
                 "tokens": sum(shard.tokens for shard in shards),
                 "shards": len(shards),
@@ -51,37 +53,40 @@ def round_status(path: Path) -> dict[str, list[dict[str, Any]]]:
             }
         )
     if not stages and not writers:
-        raise ConfigError(f"{path}: no round here: no run.json, no shards. Give a round's folder.")
+        raise ConfigError(f"{path}: no round here. Give the --out of mpd-gen rollouts.")
     return {"stages": stages, "writers": writers}
 
 
 def show_status(status: dict[str, list[dict[str, Any]]]) -> str:
-    """The tables of `round_status`."""
+    """Return the tables of `round_status`."""
     parts = []
     if status["stages"]:
-        parts.append(format_table(status["stages"]))
+        rows = [
+            {**stage, "bytes": tqdm.format_sizeof(stage["bytes"], "B")}
+            for stage in status["stages"]
+        ]
+        parts.append(format_table(rows))
     writers = status["writers"]
     if len(writers) > _MANY:
-        writers = [said for said in writers if said["state"] != "finished"]
+        writers = [report for report in writers if report["state"] != "finished"]
         parts.append(f"{len(status['writers']) - len(writers)} writers have finished.")
     if writers:
-        parts.append(
-            format_table(
-                [
-                    {
-                        "writer": said["writer"],
-                        "state": said["state"],
-                        "rows": f"{said['rows']:,}/{said['total']:,}",
-                        "failed": said["failed"],
-                        "tok/s": said["recent_tokens_per_second"],
-                        "in flight": said["in_flight"],
-                        "s left": said["seconds_left"] if said["state"] == "running" else None,
-                        "host": said["host"],
-                        "pid": said["pid"],
-                        "heard s ago": said["heard"],
-                    }
-                    for said in writers
-                ]
-            )
-        )
+        parts.append(format_table([_cells(report) for report in writers]))
     return "\n\n".join(parts)
+
+
+def _cells(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a writer's line of the table."""
+    seconds = report["seconds_left"] if report["state"] == "running" else None
+    return {
+        "writer": report["writer"],
+        "state": report["state"],
+        "rows": f"{report['rows']:,}/{report['total']:,}",
+        "failed": report["failed"],
+        "tok/s": report["recent_tokens_per_second"],
+        "in flight": report["in_flight"],
+        "time left": None if seconds is None else tqdm.format_interval(seconds),
+        "host": report["host"],
+        "pid": str(report["pid"]),  # a name, not a quantity
+        "last report": f"{tqdm.format_interval(report['heard'])} ago",
+    }

@@ -1,4 +1,4 @@
-"""`mpd-gen validate`: does a round keep the contract? Reads everything, changes nothing."""
+"""`mpd-gen validate`: check every shard and row of a round. Nothing is changed."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,17 +19,18 @@ from mpd_data.store.run_record import require_kind
 from mpd_data.store.schema import ENUMS, SCHEMAS, SHARED_METADATA, STAGES, UNUSABLE, Stage
 from mpd_data.store.shards import PARQUET_ERRORS, open_shard, read_all, read_metadata
 
-# float16 rounding lets the stored mass pass 1 by a little.
+# float16 rounding lets the stored probabilities sum to slightly more than 1.
 _MASS_SLACK = 5e-3
-# Row groups that are read and checked together: of light rows a whole shard, of heavy ones a few.
+# Row groups are read and checked together up to this size: a whole shard of small rows.
 _BYTES_AT_ONCE = 64 << 20
 
 
 def validate_round(path: Path) -> list[str]:
-    """Every breach of the contract, a line each: file, row, expected, found. Empty if sound.
+    """Return every breach of the contract, a line each: file, row, expected, found. Empty if the
+    round is sound.
 
     Memory: a few row groups, and a key and a number for each row of the round. Raises ConfigError
-    where `path` holds no round at all.
+    if `path` holds no round.
     """
     require_kind(path, "round")
     round_dir = RoundDir(path)
@@ -45,7 +46,7 @@ def validate_round(path: Path) -> list[str]:
         for file in sorted(round_dir.folder(stage).iterdir()):
             if not (file.name.startswith("part-") and file.suffix == ".parquet"):
                 problems.append(
-                    f"{file}: only part-*.parquet may lie in a shard folder; move it out."
+                    f"{file}: a shard folder may hold only part-*.parquet; move this file out."
                 )
                 continue
             try:
@@ -77,26 +78,26 @@ def _check_manifest(round_dir: RoundDir, stage: Stage) -> list[str]:
         return [str(error)]
     files = {file.name: file for file in round_dir.shard_paths(stage)}
     path = round_dir.manifest_path(stage)
-    problems = [f"{path}: names {name}, which is not there." for name in manifest.keys() - files]
+    problems = [f"{path}: names {name}, which does not exist." for name in manifest.keys() - files]
     problems += [f"{path}: does not name {name}." for name in files.keys() - manifest]
     both = sorted(manifest.keys() & files.keys())
-    for name, found in zip(both, read_all(sha256_of, [files[n] for n in both]), strict=True):
-        if found != manifest[name].sha256:
+    for name, sha256 in zip(both, read_all(sha256_of, [files[n] for n in both]), strict=True):
+        if sha256 != manifest[name].sha256:
             problems.append(
-                f"{files[name]}: its bytes are not the ones that were committed (sha256)."
+                f"{files[name]}: its bytes have changed since it was committed (sha256)."
             )
     return problems
 
 
 class _Keys:
-    """The keys of a stage's rows, and where they stand."""
+    """The keys of a stage's rows, and the rows that hold them."""
 
     def __init__(self) -> None:
         self._places: list[tuple[Path, int]] = []
         self._packed: list[Packed] = []
 
     def add(self, file: Path, first: int, keys: Packed) -> None:
-        """`keys` of the rows of `file` from row `first` on."""
+        """Add the `keys` of rows of `file`, which begin at row `first`."""
         self._places.append((file, first))
         self._packed.append(keys)
 
@@ -112,8 +113,8 @@ class _Keys:
 
 
 class _Prompts:
-    """A number for the prompt ids of each rollout: equal ids have equal numbers, and others as
-    good as never the same."""
+    """A number for the prompt ids of each rollout: equal ids have equal numbers, and different ids
+    have different numbers, apart from hash collisions."""
 
     def __init__(self) -> None:
         self._packed: list[Packed] = []
@@ -128,7 +129,7 @@ class _Prompts:
         self._numbers.append(numbers)
 
     def find(self, keys: Packed) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-        """Whether each rollout of `keys` [n] is here, and its number (any where it is not)."""
+        """Return whether each rollout of `keys` [n] exists, and its number (arbitrary if not)."""
         if self._sorted is None:
             packed, numbers = np.concatenate(self._packed), np.concatenate(self._numbers)
             order = np.argsort(packed)
@@ -139,7 +140,7 @@ class _Prompts:
 
 
 def _number(ids: npt.NDArray[np.int32]) -> int:
-    # Python's own hash: 64 bits, the same for the whole of a process.
+    # Python's hash has 64 bits and does not change within a process.
     return hash(ids.tobytes())
 
 
@@ -151,7 +152,8 @@ def _check_rows(
     rollouts: _Prompts,
     keys: _Keys,
 ) -> list[str]:
-    """The checks on the rows of one shard; its keys go to `keys`, its prompts to `rollouts`."""
+    """Return the problems of one shard's rows. Its keys are added to `keys`, its prompts to
+    `rollouts`."""
     problems = []
     first = 0
     for groups in _groups(shard.metadata):
@@ -177,7 +179,7 @@ def _check_rows(
 
 
 def _groups(footer: pq.FileMetaData) -> Iterator[list[int]]:
-    """Row groups of a shard to be read together."""
+    """Yield the row groups of a shard that are read together."""
     groups: list[int] = []
     size = 0
     for index in range(footer.num_row_groups):
@@ -192,49 +194,49 @@ def _groups(footer: pq.FileMetaData) -> Iterator[list[int]]:
 
 
 class _Rows:
-    """The checks on some rows of one shard, `first` being the index of the first of them."""
+    """Checks of some rows of one shard; `first` is the index of the first of them."""
 
     def __init__(self, file: Path, first: int, table: pa.Table) -> None:
         self._file = file
         self._first = first
         self._table = table
-        self._found: dict[int, list[str]] = defaultdict(list)
+        self._problems: dict[int, list[str]] = defaultdict(list)
         self._other: list[str] = []
         self.count = len(table)
 
     def problems(self) -> list[str]:
-        """All that was found, row by row."""
+        """Return all problems, row by row."""
         ids = self._table.column("row_id")
         return self._other + [
             f"{self._file}, row {self._first + index} ({ids[index]}): {text}"
-            for index in sorted(self._found)
-            for text in self._found[index]
+            for index in sorted(self._problems)
+            for text in self._problems[index]
         ]
 
     def _say(self, indices: npt.ArrayLike, text: str) -> None:
         for index in np.unique(indices):
-            self._found[int(index)].append(text)
+            self._problems[int(index)].append(text)
 
     def _numbers(self, name: str) -> npt.NDArray[Any]:
-        """A column of numbers; null is -1."""
+        """Return a column of numbers [rows], with -1 for null."""
         values: npt.NDArray[Any] = self._table.column(name).fill_null(-1).to_numpy()
         return values
 
     def _lengths(self, name: str) -> npt.NDArray[Any]:
-        """Lengths of a column's lists; null is -1."""
+        """Return the lengths of a column's lists [rows], with -1 for null."""
         values: npt.NDArray[Any] = (
             pc.list_value_length(self._table.column(name)).fill_null(-1).to_numpy()
         )
         return values
 
     def _flat(self, name: str, rows: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
-        """The lists of these rows, one after another."""
+        """Return the concatenated lists of these rows."""
         values = pc.list_flatten(self._table.column(name).take(pa.array(rows)))
         flat: npt.NDArray[Any] = values.to_numpy()
         return flat
 
     def packed(self, name: str) -> Packed | None:
-        """A column of keys; None, and a problem, where they are none."""
+        """Return a column of keys. If they are not keys, record a problem and return None."""
         try:
             return pack(self._table.column(name))
         except ValueError as error:
@@ -261,28 +263,28 @@ class _Rows:
             ("prompt_ids", "num_prompt_tokens"),
             ("completion_ids", "num_completion_tokens"),
         ):
-            found = self._lengths(ids)
-            for index in np.flatnonzero(found != self._numbers(count)):
-                self._say(index, f"{ids} has {found[index]} ids, {count} says otherwise.")
+            lengths, counts = self._lengths(ids), self._numbers(count)
+            for index in np.flatnonzero(lengths != counts):
+                self._say(index, f"{ids} has {lengths[index]} ids, {count} is {counts[index]}.")
 
     def distill(self, metadata: dict[str, Any], rollouts: _Prompts) -> None:
         statuses = self._table.column("status")
         has_scores = self._lengths("topk_ids") >= 0
-        there = np.ones(self.count, bool)
+        exists = np.ones(self.count, bool)
         numbers = None
         origins = self.packed("rollout_id")
         if rollouts and origins is not None:
-            there, numbers = rollouts.find(origins)
-            for index in np.flatnonzero(~there):
+            exists, numbers = rollouts.find(origins)
+            for index in np.flatnonzero(~exists):
                 origin = self._table.column("rollout_id")[index]
-                self._say(index, f"its rollout {origin} is not here.")
+                self._say(index, f"its rollout {origin} is not in the round.")
         kept = pc.equal(statuses, "ok").to_numpy()
-        # A refilter leaves a rewrite that it rejects its scores.
+        # A rewrite that a refilter rejects keeps its scores.
         usable = ~pc.is_in(statuses, pa.array(sorted(UNUSABLE))).to_numpy()
-        scored = there & (kept | (usable & has_scores))
-        for index in np.flatnonzero(there & ~scored & has_scores):
+        scored = exists & (kept | (usable & has_scores))
+        for index in np.flatnonzero(exists & ~scored & has_scores):
             status = statuses[index].as_py()
-            self._say(index, f"{status!r}, yet it has log-probabilities.")
+            self._say(index, f"status {status!r}, but it has log-probabilities.")
         self._scored(np.flatnonzero(scored), metadata, numbers)
 
     def _scored(
@@ -291,7 +293,7 @@ class _Rows:
         metadata: dict[str, Any],
         prompts: npt.NDArray[np.int64] | None,
     ) -> None:
-        """The checks on rows with log-probabilities, all tokens of all rows at once."""
+        """Check rows with log-probabilities, all tokens of all rows at once."""
         k, vocab = metadata["num_logprobs"], metadata["vocab_size"]
         start, n = self._numbers("loss_start"), self._numbers("num_rewritten_tokens")
         inputs, tops, logs, tails = (
@@ -301,7 +303,7 @@ class _Rows:
         whole = (np.stack([start, n, inputs, tops, logs, tails])[:, rows] >= 0).all(axis=0)
         self._say(
             rows[~whole],
-            "scored or kept (ok), yet ids, counts or log-probabilities are missing.",
+            "scored or kept (ok), but ids, counts or log-probabilities are missing.",
         )
         rows = rows[whole]
         right = (inputs == start + n) & (n > 0)
@@ -324,8 +326,8 @@ class _Rows:
         ends = np.cumsum(inputs[rows])
         if prompts is not None:
             first = ends - inputs[rows]
-            found = [_number(input_ids[f : f + s]) for f, s in zip(first, start[rows], strict=True)]
-            wrong = np.array(found, np.int64) != prompts[rows]
+            own = [_number(input_ids[f : f + s]) for f, s in zip(first, start[rows], strict=True)]
+            wrong = np.array(own, np.int64) != prompts[rows]
             self._say(rows[wrong], "input_ids do not begin with the rollout's prompt.")
         last = input_ids[ends - 1]
         for i, end in zip(rows, last, strict=True):
@@ -344,7 +346,7 @@ class _Rows:
         strange = np.append(strange, of_input[(input_ids < 0) | (input_ids >= vocab)])
         self._say(strange, f"ids outside the vocabulary of {vocab}.")
         doubled = (np.diff(np.sort(ids, axis=1), axis=1) == 0).any(axis=1)
-        self._say(of_token[doubled], "an id stands twice in one token's top K.")
+        self._say(of_token[doubled], "an id occurs twice in the top K of one token.")
         unsorted = (np.diff(logprobs, axis=1) > 0).any(axis=1)
         self._say(of_token[unsorted], "log-probabilities are not sorted, most probable first.")
         mass = np.exp(logprobs).sum(axis=1) + np.exp(tail)

@@ -1,14 +1,14 @@
-"""`--ray`: one stage on a Ray cluster. Ray Data hands blocks of its keys to actors, each with an
-engine that it keeps from block to block.
+"""`--ray`: run one stage on a Ray cluster. Ray Data gives blocks of keys to actors; an actor keeps
+its engine from block to block.
 
-A block is a part of the stage as `--num-shards` makes them (locks.py), done by the stage's own
-code: it computes what it owes and commits under its part's lock. So a block that Ray runs again,
-because its node died, goes on from what the first attempt committed; and where the first attempt
-lives on, cut off from Ray, the second waits for it.
+A block is a part of the stage, as with `--num-shards` (store/locks.py), and runs the stage's own
+code: it finds its missing rows and commits them under the part's lock. If a node dies, Ray runs its
+block again, and the second attempt continues from the rows that the first one committed. If the
+first attempt still runs, cut off from Ray, the second waits for it.
 
-The command holds a lock of its own all the while, and its actors look at it. A node from where it
-is not seen to be held does not share the round's folder, or not its locks. When it is let go, the
-actors commit what they have and stop.
+The command holds a lock of its own, which the actors check. A node that does not see the lock held
+does not share the round's folder, or its file system does not pass locks on. When the command
+releases the lock, the actors commit their finished rows and stop.
 """
 
 import dataclasses
@@ -46,25 +46,28 @@ from mpd_data.store.locks import Part, is_held, part_lock_path
 from mpd_data.store.round import RoundDir
 from mpd_data.store.schema import Stage
 
-# More share the work out more evenly; fewer have fewer ends, at which an engine runs dry.
+# More blocks divide the work more evenly. Fewer keep the engines busier: at the end of a block an
+# engine has fewer and fewer requests.
 BLOCKS_PER_ACTOR = 4
-# A block whose process dies so often is what kills it. Attempts are counted when they begin: Ray's
-# own count has several for one death, of calls to a node that it does not know to be dead yet.
+# A block whose process dies this often is the cause of the deaths. Attempts are counted when they
+# begin: Ray counts several for one death, because it still calls nodes that it does not yet know to
+# be dead.
 _ATTEMPTS = 4
-# A process on a node that Ray has given up ends in seconds; longer and something is wrong.
+# Seconds to wait for an earlier attempt. A process on a node that Ray gave up ends in seconds.
 _LOCK_WAIT_SECONDS = 300.0
 _SECONDS_PER_LOOK = 1.0
-# What actors need of the command's environment; a node's own (its GPUs, its paths) stays.
+# Variables of the command that actors get, by the beginnings of their names. GPUs and paths are the
+# node's own.
 _ENVIRONMENT = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_", "VLLM_", "TOKENIZERS_")
-# Not what anybody who sees the cluster's job list could then read.
+# Ends of names that actors do not get: whoever sees the cluster's job list could read the values.
 _SECRETS = ("TOKEN", "KEY")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every actor is told. `folder`: the round's; `cwd`: where other relative paths begin;
-    `limits`: how much of what it owes each block may do, None for all. (One that is run again has
-    its limit again.)"""
+    """What every actor gets. `folder` is the round's, `cwd` the base of other relative paths.
+    `limits` has the maximum number of rows of each block, None for no limit; a block that is run
+    again has its limit again."""
 
     config: RolloutsConfig | RewriteConfig
     folder: Path
@@ -78,7 +81,7 @@ class Job:
 
     @property
     def command(self) -> Part:
-        """The part that the command itself holds, one after the last: no work falls to it."""
+        """The part that the command itself locks: one after the last, which has no rows."""
         return Part(self.blocks, self.blocks)
 
     def lock_path(self, part: Part) -> Path:
@@ -168,8 +171,8 @@ def _run(
 
 @contextmanager
 def _stopping(held: ExitStack) -> Iterator[Callable[[], None]]:
-    """Gives what tells the actors to stop. The first interrupt does so too and is raised at the
-    end, when they have, in place of their errors; a second is raised at once."""
+    """Yield a function that tells the actors to stop. The first interrupt tells them too; it is
+    raised when they have stopped, instead of their errors. A second interrupt is raised at once."""
     interrupted = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -184,7 +187,7 @@ def _stopping(held: ExitStack) -> Iterator[Callable[[], None]]:
     try:
         yield held.close
     except MPDError:
-        # Of one that was to begin and found the command gone, say.
+        # After an interrupt, an actor that was about to begin reports that the command is gone.
         if not interrupted:
             raise
     finally:
@@ -204,20 +207,20 @@ def _take_results(job: Job, stop: Callable[[], None]) -> tuple[int, int]:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # A block may take hours; Ray Data gives up after half of one, and asks whether it hangs.
+    # A block may take hours; Ray Data gives up after half an hour without results.
     context.execution_no_progress_timeout_s = -1
     context.issue_detectors_config.detectors = []
     engine = job.config.engine
     gpus = 0
     if engine.backend != "openai" and "GPU" in ray.cluster_resources():
         gpus = engine.num_gpus
-    # Items, not a range: that is read by tasks, for which the actors leave no CPU.
+    # Items instead of a range: tasks would read the range, and the actors leave no CPU for tasks.
     items = ray.data.from_items(list(range(job.blocks)), override_num_blocks=job.blocks)
     results = items.map_batches(
         EngineActor,
         fn_constructor_args=(job,),
         batch_size=1,
-        # One at a time: what waits with a busy actor is out of reach for an idle one.
+        # One block at a time: an idle actor cannot take a block that waits at a busy one.
         compute=ActorPoolStrategy(size=job.config.parts.workers, max_tasks_in_flight_per_actor=1),
         num_cpus=1,
         num_gpus=gpus or None,
@@ -245,14 +248,14 @@ def _take_results(job: Job, stop: Callable[[], None]) -> tuple[int, int]:
 
 
 class EngineActor:
-    """Does one block after another with one engine, which the first of them that owes something
+    """Run one block after another with one engine, which the first block with missing rows
     starts."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._prepared: Any = None
         self._engine: Engine | None = None
-        # A node that lacks the folder can still do a job whose paths are all absolute.
+        # A node without the folder can still run a job whose paths are all absolute.
         with suppress(OSError):
             os.chdir(job.cwd)
 
@@ -275,8 +278,8 @@ class EngineActor:
         job = self._job
         if not is_held(job.lock_path(job.command)):
             raise ConfigError(
-                f"{job.folder}: from here the lock of the command that started this block is not"
-                " seen. All nodes have to share the round's folder, on a file system that passes"
+                f"{job.folder}: this node does not see the lock of the command that started this"
+                " block. All nodes must share the round's folder, on a file system that passes"
                 " locks on (NFS does)."
             )
         part = Part(block, job.blocks)
@@ -288,7 +291,7 @@ class EngineActor:
     def _do_part(self, part: Part) -> Outcome:
         config = self._job.config
         if self._prepared is None:
-            # Once for all blocks: it reads all prompts and hashes all weights.
+            # Once for all blocks, because it reads all prompts and hashes all weights.
             self._prepared = (
                 rollouts.prepare_run(config)
                 if isinstance(config, RolloutsConfig)
@@ -308,15 +311,15 @@ class EngineActor:
         while is_held(lock):
             if time.monotonic() > until:
                 raise MPDError(
-                    f"{lock}: an earlier attempt at this block holds it, although Ray has given its"
-                    f" node up {_LOCK_WAIT_SECONDS:.0f} s ago. `mpd-gen status` says on which host;"
-                    " end that process, then run the same command again."
+                    f"{lock}: an earlier attempt at this block still holds the lock, although Ray"
+                    f" gave up its node {_LOCK_WAIT_SECONDS:.0f} s ago. `mpd-gen status` shows the"
+                    " host; end that process, then run the same command again."
                 )
             self.stop_if_told()
             time.sleep(_SECONDS_PER_LOOK)
 
     def stop_if_told(self) -> None:
-        """Raises KeyboardInterrupt where the command has let its lock go."""
+        """Raise KeyboardInterrupt if the command has released its lock."""
         if not is_held(self._job.lock_path(self._job.command)):
             raise KeyboardInterrupt
 
@@ -332,7 +335,7 @@ class EngineActor:
         return _Lent(self._engine, self.stop_if_told)
 
     def _drop_engine(self) -> None:
-        """An engine that a block left in the middle has requests that are nobody's."""
+        """Close the engine: after an interrupted block it holds requests that nobody waits for."""
         if self._engine is not None:
             engine, self._engine = self._engine, None
             engine.close()
@@ -340,16 +343,17 @@ class EngineActor:
 
 @contextmanager
 def _counted(file: Path) -> Iterator[None]:
-    """An attempt at something that may take this process along; `file` has a byte for each that
-    began and did not end. Whoever starts alone in the round clears it away (locks.py)."""
+    """Count an attempt that may kill this process. `file` has one byte for each attempt that began
+    and did not end; the next process that starts alone in the round deletes it (store/locks.py).
+    Raises MPDError after too many attempts."""
     with file.open("ab") as begun:
         begun.write(b".")
         attempts = begun.tell()
     if attempts > _ATTEMPTS:
         raise MPDError(
-            f"{_ATTEMPTS} processes died on this block. If their nodes did not, is memory too"
-            " short? `ray logs` has what they said last. What they finished is committed: mend the"
-            " cause and run the same command again."
+            f"{_ATTEMPTS} processes died on this block. If their nodes are alive, they may have run"
+            " out of memory: `ray logs` has their last messages. Finished rows are committed: fix"
+            " the cause and run the same command again."
         )
     try:
         yield
@@ -360,8 +364,8 @@ def _counted(file: Path) -> Iterator[None]:
 
 
 class _Lent:
-    """An actor's engine as one block has it: the block's end is not the engine's, and now and then
-    a step asks whether to stop."""
+    """An actor's engine, lent to one block: closing it leaves the engine open, and a step checks
+    once a second whether to stop."""
 
     def __init__(self, engine: Engine, stop_if_told: Callable[[], None]) -> None:
         self._engine = engine

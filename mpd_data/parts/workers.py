@@ -1,7 +1,7 @@
-"""`--workers`: processes on this machine that share a stage, each with an engine of its own.
+"""`--workers`: run a stage in several processes on this machine, each with its own engine.
 
-Every worker is the command that a user could type, `--shard-index I --num-shards N`, with its share
-of the GPUs in CUDA_VISIBLE_DEVICES. They commit into the same round, each the rows of its part.
+Each worker is a command that a user could type, `--shard-index I --num-shards N`, with its share of
+the GPUs in CUDA_VISIBLE_DEVICES. All commit to the same round, each the rows of its part.
 """
 
 import os
@@ -18,12 +18,13 @@ from mpd_data.common.options import arguments
 from mpd_data.config import PartsConfig, RewriteConfig, RolloutsConfig
 
 EXIT_FAILED_ROWS = 3  # done with failed rows
-_WORKER = "MPD_GEN_WORKER"  # set for a worker: its standard input lasts as long as its parent
+_WORKER = "MPD_GEN_WORKER"  # set in workers: their standard input ends when the parent does
 _is_worker = False
 
 
 def slurm_part() -> tuple[int, int] | None:
-    """(index from 0, count) of this task in its SLURM job array; None outside one."""
+    """Return (index from 0, count) of this task in its SLURM job array; None outside one. Raises
+    ConfigError for an array with gaps."""
     if "SLURM_ARRAY_TASK_COUNT" not in os.environ:
         return None
     task, first, step, count = (
@@ -33,30 +34,31 @@ def slurm_part() -> tuple[int, int] | None:
     index = (task - first) // step
     if not 0 <= index < count:
         raise ConfigError(
-            f"SLURM array task {task} is not one of {count} from {first} in steps of {step}: its"
-            " part of the work cannot be told. Use an array without gaps (--array=0-15), or give"
+            f"SLURM array task {task} is not one of {count} from {first} in steps of {step}, so its"
+            " part of the work is not known. Use an array without gaps (--array=0-15), or give"
             " --shard-index and --num-shards."
         )
     return index, count
 
 
 def _devices() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name here; none on a CPU machine."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [device.strip() for device in named.split(",") if device.strip()]
+    """Return the GPUs that CUDA_VISIBLE_DEVICES may name; [] on a CPU machine."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [device.strip() for device in visible.split(",") if device.strip()]
     return [str(index) for index in range(len(gpus("index")))]
 
 
 def _shares(workers: int, gpus_each: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each worker; None: as it is, on a CPU machine."""
+    """Return CUDA_VISIBLE_DEVICES of each worker; None leaves it as it is, on a CPU machine. Raises
+    ConfigError for too few GPUs."""
     devices = _devices()
     if not devices:
         return [None] * workers
     if workers * gpus_each > len(devices):
         raise ConfigError(
-            f"--workers {workers} with {gpus_each} GPU(s) each take {workers * gpus_each}, and"
-            f" there are {len(devices)} here ({', '.join(devices)}). Lower --workers,"
+            f"--workers {workers} with {gpus_each} GPU(s) each need {workers * gpus_each} GPUs, but"
+            f" this machine has {len(devices)} ({', '.join(devices)}). Lower --workers,"
             " --tensor-parallel-size or --pipeline-parallel-size."
         )
     return [",".join(devices[i * gpus_each : (i + 1) * gpus_each]) for i in range(workers)]
@@ -65,11 +67,11 @@ def _shares(workers: int, gpus_each: int) -> list[str | None]:
 def run_workers(
     command: str, config: RolloutsConfig | RewriteConfig, limit: int | None = None
 ) -> int:
-    """Runs `mpd-gen COMMAND` in `config.parts.workers` processes; returns the exit code, 0 or 3
-    (some rows failed).
+    """Run `mpd-gen COMMAND` in `config.parts.workers` processes. Return the exit code, 0 or 3 (some
+    rows failed).
 
-    Raises MPDError where a worker fails. The others are interrupted then, as by KeyboardInterrupt,
-    and commit what they have.
+    Raises MPDError if a worker fails. The others are then interrupted and commit their finished
+    rows.
     """
     workers, part = config.parts.workers, config.parts.part
     processes: list[subprocess.Popen[str]] = []
@@ -84,14 +86,14 @@ def run_workers(
                     )
                 }
             )
-            asked = [command, *arguments(own)]
+            words = [command, *arguments(own)]
             if limit is not None:
                 share = limit // workers + (i < limit % workers)
                 if not share:
                     continue
-                asked += ["--limit", str(share)]
+                words += ["--limit", str(share)]
             process = subprocess.Popen(
-                [sys.executable, "-m", "mpd_data.cli", *asked],
+                [sys.executable, "-m", "mpd_data.cli", *words],
                 env={
                     **os.environ,
                     _WORKER: "1",
@@ -101,7 +103,7 @@ def run_workers(
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                # An interrupt at the terminal reaches them once, from here.
+                # An interrupt at the terminal must reach them once, from this process.
                 start_new_session=True,
             )
             processes.append(process)
@@ -118,13 +120,13 @@ def run_workers(
 
 
 def is_worker() -> bool:
-    """Whether this process is one of another one's `run_workers`."""
+    """Return whether this process was started by `run_workers`."""
     return _is_worker
 
 
 def end_with_parent() -> None:
-    """In a worker, an interrupt where the parent is killed: nobody else would end it, and it would
-    stand in the way of the same command. Elsewhere nothing."""
+    """In a worker, interrupt this process when the parent dies, so that it does not keep the round
+    locked. Elsewhere, do nothing."""
     global _is_worker
     if os.environ.pop(_WORKER, None) is None:
         return
@@ -139,7 +141,7 @@ def end_with_parent() -> None:
 
 
 def _wait(processes: list[subprocess.Popen[str]]) -> list[int]:
-    """The exit codes. Raises MPDError as soon as one is not a good end."""
+    """Return the exit codes. Raises MPDError as soon as a worker fails."""
     codes: dict[int, int] = {}
     while len(codes) < len(processes):
         for i, process in enumerate(processes):
@@ -151,8 +153,8 @@ def _wait(processes: list[subprocess.Popen[str]]) -> list[int]:
                 continue
             if codes[i] not in (0, EXIT_FAILED_ROWS):
                 raise MPDError(
-                    f"worker {i} ended with exit code {codes[i]}; its message stands above. What is"
-                    " finished is committed: mend the cause and run the same command again."
+                    f"worker {i} ended with exit code {codes[i]}; its message is above. Finished"
+                    " rows are committed: fix the cause and run the same command again."
                 )
     return list(codes.values())
 

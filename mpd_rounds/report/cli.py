@@ -1,23 +1,23 @@
-"""`mpd-report`: the report of a run as a page, a summary and a data card."""
+"""`mpd-report`: write the report of a run as a page, a summary and a data card."""
 
 from pathlib import Path
 
 import click
 
-from mpd_data.common.command import run_command
+from mpd_data.common.command import CONTEXT, Command, example, run_command
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(cls=Command, context_settings=CONTEXT, epilog=example("mpd-report runs/demo"))
 @click.argument("paths", metavar="RUN…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder to write to; several runs need one.  [default: RUN/report]",
+    help="Folder to write to. Required for several runs. Default: RUN/report.",
 )
 @click.version_option(package_name="mixed-policy-distillation")
 def cli(paths: tuple[Path, ...], out: Path | None) -> None:
-    """Draw the report of a RUN: the OUT of mpd-rounds, with or without --seeds, or of mpd-train.
-    Several RUNs are compared."""
+    """Write the report of a RUN: the --out of mpd-rounds or of mpd-train. Several RUNs are
+    compared."""
     from mpd_rounds.report.write import write_report
 
     for path in write_report(list(paths), out):

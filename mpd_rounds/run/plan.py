@@ -326,8 +326,8 @@ def show_pipeline(plan: PipelinePlan, as_json: bool, prompts: bool) -> None:
         return
     if prompts:
         for text in shown_text(list(plan.shown.values())):
-            click.echo(f"{text}\n", err=True)
-    click.echo(steps_table(plan.steps), err=True)
+            click.echo(f"{text}\n")
+    click.echo(steps_table(plan.steps))
     lines = list(dict.fromkeys(plan.notes))
     sources: dict[str, list[str]] = {}
     for label, step in plan.steps:
@@ -335,16 +335,15 @@ def show_pipeline(plan: PipelinePlan, as_json: bool, prompts: bool) -> None:
             sources.setdefault(step.learned_from, []).append(label)
     lines += [f"learned from {source}: {', '.join(of)}" for source, of in sources.items()]
     owed = [step for _, step in plan.steps if step is not None and step.owed]
-    click.echo("\n" + "\n".join(f"* {plain_lines(line)}" for line in lines), err=True)
+    click.echo("\n" + "\n".join(f"* {plain_lines(line)}" for line in lines))
     if any(step.tokens_expected is None or step.seconds is None for step in owed):
         click.echo(
             '\nWhat says "at most" or "not known" has no rows to learn from. Make a few of the'
             " first round's, then plan again; the pipeline goes on from them:\n",
-            err=True,
         )
         few = [
             f"    {step.command} {shlex.join(step.settings)} --limit 64"
             for label, step in plan.steps
             if step is not None and step.command.startswith("mpd-gen") and "evaluate" not in label
         ]
-        click.echo(plain_lines("\n".join(few[:2])), err=True)
+        click.echo(plain_lines("\n".join(few[:2])))

@@ -22,7 +22,7 @@ _PROGRAMS = {
     ("mpd_data", "cli.py"): "mpd-gen",
     ("mpd_train", "cli.py"): "mpd-train",
     ("mpd_train", "export_cli.py"): "mpd-export",
-    ("pipelines", "rounds.py"): "mpd-rounds",
+    ("mpd_rounds", "cli.py"): "mpd-rounds",
     ("report", "cli.py"): "mpd-report",
 }
 
