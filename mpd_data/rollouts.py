@@ -218,9 +218,8 @@ def sample(
     an engine whose `close` does nothing.
     """
     config = prepared.config
-    rows = len(prepared.prompts) * config.num_samples
     with open_round(
-        RoundDir(config.out), "rollouts", config, prepared.identity, overwrite, rows
+        RoundDir(config.out), "rollouts", config, prepared.identity, overwrite, prepared.details()
     ) as opened:
         total = len(prepared.own_prompts) * config.num_samples
         if limit is not None:

@@ -117,12 +117,12 @@ def open_round(
     config: RolloutsConfig | RewriteConfig,
     identity: dict[str, Any],
     overwrite: bool,
-    rows: int | None = None,
+    details: dict[str, Any] | None = None,
 ) -> Iterator[OpenRound]:
     """Lock this process's part of `stage` and find what exists, after repairing what a kill left.
 
-    identity: the settings that determine the rows.
-    rows: what all parts together make; None: one for each rollout of the round.
+    identity: the settings that determine the rows. details: what else run.json records; None: of
+    a stage that reads the round's rollouts, its settings and their number.
     Raise ConfigError when another process works here or the rows were made with other settings.
     """
     with round_dir.lock(COMMANDS[stage], config.parts.part):
@@ -130,11 +130,11 @@ def open_round(
             refuse_half_refiltered(round_dir)
         if overwrite:
             round_dir.discard(*OVERWRITTEN[stage])
-        rollouts = round_dir.recover("rollouts") if rows is None else KeySet()
-        details = {
-            "config": config.model_dump(mode="json", exclude={"parts"}),
-            "rows": len(rollouts) if rows is None else rows,
-        }
+        rollouts = KeySet()
+        if details is None:
+            rollouts = round_dir.recover("rollouts")
+            settings = config.model_dump(mode="json", exclude={"parts"})
+            details = {"config": settings, "rows": len(rollouts)}
         round_dir.claim(stage, identity, details)
         done = round_dir.recover(stage)
         if stage == "distill":

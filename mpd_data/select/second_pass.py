@@ -135,11 +135,11 @@ def rework(
     """
     scratch = scratch_of(round_dir)
     identity = {**identity, _CHOSEN_BY: chosen_by}
-    saved = (scratch.saved_stage("distill") or {}).get("identity")
-    total = len(round_dir.rewritten())
+    saved = scratch.saved_stage("distill")
     # Rows of an earlier pass that was killed are of no use when the rules have changed since.
-    overwrite = saved != identity
-    with open_round(scratch, "distill", work.config, identity, overwrite, total) as opened:
+    overwrite = saved is None or saved["identity"] != identity
+    with open_round(scratch, "distill", work.config, identity, overwrite, {}) as opened:
+        total = len(round_dir.rewritten())
         metadata = read_metadata(round_dir.shard_paths("distill")[0])
         metadata = {k: v for k, v in metadata.items() if k not in ("schema_version", "stage")}
         metadata |= {name: identity[name] for name in REFILTERED}
