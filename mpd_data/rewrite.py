@@ -19,7 +19,6 @@ from typing import Any
 
 from mpd_data.checkers.pool import CheckPool, CheckRequest, Verdict
 from mpd_data.common.errors import MPDError
-from mpd_data.common.models import resolve_model
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import (
     Completion,
@@ -35,14 +34,13 @@ from mpd_data.engines.start import start_engine
 from mpd_data.prompts.chat import PromptError
 from mpd_data.rewrite_setup import (
     ROLLOUT_COLUMNS,
-    Prepared,
+    RewriteSetup,
     closes_thinking,
-    prepare,
     refuse_half_refiltered,
-    rollout_metadata,
+    setup,
 )
 from mpd_data.select.filters import settle
-from mpd_data.select.likeliest import choose_rewrites, choosing_student
+from mpd_data.select.likeliest import choose_rewrites
 from mpd_data.select.second_pass import put_in_place
 from mpd_data.stage import Failures, RewriteOutcome
 from mpd_data.store.locks import WHOLE
@@ -77,30 +75,18 @@ def run_rewrite(
     finished before are committed in every case.
     """
     if config.choose != "likeliest" or config.parts.part != WHOLE:
-        return distill(prepare_run(config), overwrite, limit)
+        return distill(setup(config), overwrite, limit)
     round_dir = RoundDir(config.shards)
     if is_whole(scratch_of(round_dir)):
         # A kill while an earlier choice was put in place.
         with round_dir.lock("refilter"):
             put_in_place(round_dir, config)
-    outcome = distill(prepare_run(config), overwrite, limit)
+    outcome = distill(setup(config), overwrite, limit)
     return replace(outcome, statuses=choose_rewrites(config))
 
 
-def prepare_run(config: RewriteConfig) -> Prepared:
-    """`prepare` with the model that will run: its weights are fetched and hashed."""
-    student = rollout_metadata(RoundDir(config.shards))
-    served = config.engine.served(config.teacher)
-    teacher = resolve_model(
-        config.teacher, config.revision, config.trust_remote_code, served=served
-    )
-    if config.choose == "likeliest":
-        choosing_student(config, student["model"], student["tokenizer"])
-    return prepare(config, student, teacher)
-
-
 def distill(
-    prepared: Prepared,
+    prepared: RewriteSetup,
     overwrite: bool = False,
     limit: int | None = None,
     start: StartEngine = start_engine,
@@ -168,7 +154,7 @@ class _Job:
     """What happens to one rollout after another: start -> (rewrite -> check) for each candidate
     -> filter and choice -> (score) -> rows."""
 
-    prepared: Prepared
+    prepared: RewriteSetup
     engine: Engine
     pool: CheckPool
     writer: ShardWriter

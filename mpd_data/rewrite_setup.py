@@ -1,7 +1,4 @@
-"""What a rewrite stage works with, checked without an engine, and what it would do.
-
-The real run and the dry run share this preparation, so that they cannot drift apart.
-"""
+"""Check and prepare a rewrite stage, for the run and for the dry run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +16,7 @@ from mpd_data.config import RewriteConfig
 from mpd_data.engines.start import context_of
 from mpd_data.prompts.chat import ChatFormatter
 from mpd_data.prompts.template import RewriteTemplate, load_template
+from mpd_data.select.likeliest import choosing_student
 from mpd_data.store.round import RoundDir, is_whole, scratch_of
 from mpd_data.store.shards import read_metadata
 
@@ -52,9 +50,10 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """All that a run settles before it starts an engine. `student` is the rollouts' metadata;
-    `spare`: the teacher's embedding rows beyond the student's."""
+class RewriteSetup:
+    """What a run knows before it starts an engine. A dry run has the same without weights.
+    `student` is the rollouts' metadata; `k` log-probabilities are stored for each token;
+    `vocab_size` is the student's."""
 
     config: RewriteConfig
     student: dict[str, Any]
@@ -71,6 +70,7 @@ class Prepared:
 
     @property
     def spare(self) -> int:
+        """The teacher's embedding rows beyond the student's."""
         return self.teacher.vocab_size - self.vocab_size
 
     def metadata(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Prepared:
         }
 
     def ask(self, problem: str, draft: str) -> Asked:
-        """Renders the rewrite prompt. Raises PromptError where it cannot be used."""
+        """Render the rewrite prompt. Raises PromptError where it cannot be used."""
         message = self.template.message(problem, draft)
         text, prompt_ids = self.writing.render(message)
         scored = self.scoring.layout(message)
@@ -105,19 +105,45 @@ class Prepared:
         )
 
     def ask_about(self, rollout: dict[str, Any]) -> Asked:
-        """The same for a row of rollouts."""
+        """Render the rewrite prompt of a rollout. Raises PromptError where it cannot be used."""
         # Control tokens that the student sampled would be obeyed in the teacher's prompt.
         draft = self.tokenizer.decode(rollout["completion_ids"], skip_special_tokens=True)
         return self.ask(rollout["problem"], draft)
 
     def fits(self, asked: Asked) -> bool:
-        """Whether the teacher's context has room for the prompt and the longest rewrite."""
+        """Return whether the teacher's context has room for the prompt and the longest rewrite."""
         return len(asked.prompt_ids) + self.config.sampling.max_tokens <= self.context
 
 
-def prepare(config: RewriteConfig, student: dict[str, Any], teacher: ModelFiles) -> Prepared:
-    """Checks everything that can be checked without an engine. `student`: what the rollouts'
-    shards say of themselves. Raises ConfigError."""
+def setup(
+    config: RewriteConfig,
+    weights: bool = True,
+    overwrite: bool = False,
+    student: dict[str, Any] | None = None,
+    teacher: ModelFiles | None = None,
+) -> RewriteSetup:
+    """Check everything that can be checked without an engine. Raises ConfigError.
+
+    Without `weights`, for a dry run, no weights are fetched or hashed, and the round must have been
+    started with these settings unless `overwrite`, as a run finds when it claims the round.
+    `student` and `teacher` replace what is not made yet: the metadata of rollouts to come, a
+    teacher that is yet to be trained.
+    """
+    code, round_dir = config.trust_remote_code, RoundDir(config.shards)
+    drafts_exist = student is None
+    if student is None:
+        student = rollout_metadata(round_dir)
+    if teacher is None:
+        served = config.engine.served(config.teacher)
+        teacher = resolve_model(config.teacher, config.revision, code, weights, served)
+    if not weights:
+        saved = round_dir.run_info().get("stages", {}).get("distill")
+        teacher = teacher.as_saved(saved and saved["identity"]["teacher"])
+    if config.choose == "likeliest":
+        if drafts_exist:
+            choosing_student(config, student["model"], student["tokenizer"], weights)
+    elif not weights:
+        refuse_half_refiltered(round_dir)
     template = load_template(config.template)
     if config.num_candidates > 1 and config.sampling.temperature == 0:
         raise ConfigError(
@@ -129,7 +155,7 @@ def prepare(config: RewriteConfig, student: dict[str, Any], teacher: ModelFiles)
             "--template draft asks for no rewrite: it goes with --score-context problem and one"
             " candidate."
         )
-    tokenizer = load_tokenizer(teacher, config.trust_remote_code)
+    tokenizer = load_tokenizer(teacher, code)
     require_same_tokenizer(
         student["tokenizer"], tokenizer, f"the student of {config.shards}", config.teacher
     )
@@ -147,7 +173,6 @@ def prepare(config: RewriteConfig, student: dict[str, Any], teacher: ModelFiles)
     # Rows that one model has beyond the other's are padding of the embedding, not tokens.
     sizes = [student["vocab_size"], teacher.vocab_size]
     if config.student is not None:
-        code = config.trust_remote_code
         trained = resolve_model(config.student, trust_remote_code=code, weights=False)
         require_same_tokenizer(
             student["tokenizer"],
@@ -179,7 +204,9 @@ def prepare(config: RewriteConfig, student: dict[str, Any], teacher: ModelFiles)
         # Decides which rows are too_long.
         "max_model_len": context,
     }
-    return Prepared(
+    if not weights and not overwrite:
+        round_dir.check("distill", identity)
+    return RewriteSetup(
         config=config,
         student=student,
         template=template,
@@ -196,8 +223,8 @@ def prepare(config: RewriteConfig, student: dict[str, Any], teacher: ModelFiles)
 
 
 def refuse_half_refiltered(round_dir: RoundDir) -> None:
-    """Raises ConfigError where a refilter, or the student's choice, has all its rows and was killed
-    before they took the old ones' place."""
+    """Raise ConfigError where a refilter, or the student's choice, was killed while its complete
+    rows replaced the old ones."""
     if is_whole(scratch_of(round_dir)):
         raise ConfigError(
             f"{round_dir.path}: a refilter, or the student's choice, was killed while its rows were"
@@ -206,11 +233,12 @@ def refuse_half_refiltered(round_dir: RoundDir) -> None:
 
 
 def closes_thinking(rollout: dict[str, Any]) -> bool:
-    """Whether a draft has a thinking part."""
+    """Return whether a draft has a thinking part."""
     return "</think>" in rollout["completion"]
 
 
 def rollout_metadata(round_dir: RoundDir) -> dict[str, Any]:
+    """Return the metadata of the round's rollouts. Raises ConfigError where it has none."""
     paths = round_dir.shard_paths("rollouts")
     if not paths:
         raise ConfigError(

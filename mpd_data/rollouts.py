@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from mpd_data.checkers.builtin import make_checker
-from mpd_data.checkers.formats import Checker
 from mpd_data.checkers.pool import CheckPool, CheckRequest, Verdict
 from mpd_data.common.errors import MPDError
 from mpd_data.common.hashing import canonical_json, content_key
@@ -52,8 +51,10 @@ class Request:
     sample_idx: int
 
 
-def read_prompts(config: RolloutsConfig, checker: Checker) -> list[Prompt]:
-    """The prompts that `config` names, their gold answers read as the checker reads them."""
+def read_prompts(config: RolloutsConfig) -> list[Prompt]:
+    """Return all prompts that `config` names, with the answer that the checker reads in each gold
+    answer. Raises ConfigError or DataError."""
+    checker = make_checker(config.checker, config.answer_formats)
     prompts = load_prompts(
         config.prompts,
         config.prompt_column,
@@ -68,30 +69,17 @@ def read_prompts(config: RolloutsConfig, checker: Checker) -> list[Prompt]:
     ]
 
 
-def read_examples(config: RolloutsConfig) -> list[tuple[str, str]]:
-    """Few-shot examples as (user's message, solution)."""
+def _read_examples(config: RolloutsConfig) -> list[tuple[str, str]]:
+    """Return the few-shot examples as (user's message, solution)."""
     if config.examples is None:
         return []
     pairs = load_examples(config.examples, config.prompt_column, config.examples_column)
     return [(fill_prompt(config.prompt_template, problem), solution) for problem, solution in pairs]
 
 
-def make_formatter(
-    config: RolloutsConfig, tokenizer: Any, examples: list[tuple[str, str]]
-) -> ChatFormatter:
-    """How the student's prompts are laid out."""
-    return ChatFormatter(
-        tokenizer,
-        config.template_kwargs,
-        thinking=config.thinking,
-        system_prompt=config.system_prompt,
-        examples=examples,
-    )
-
-
 @dataclass(frozen=True)
-class Prepared:
-    """All that a run settles before it starts an engine."""
+class RolloutSetup:
+    """What a run knows before it starts an engine. A dry run has the same without weights."""
 
     config: RolloutsConfig
     prompts: list[Prompt]
@@ -143,20 +131,38 @@ class Prepared:
         ]
 
 
-def prepare(
-    config: RolloutsConfig, model: ModelFiles, prompts: list[Prompt] | None = None
-) -> Prepared:
-    """Checks everything that can be checked without an engine. `prompts`: all that `config`
-    names, where they have been read before. Raises ConfigError or DataError."""
-    checker = make_checker(config.checker, config.answer_formats)
-    chosen = choose_prompts(
-        read_prompts(config, checker) if prompts is None else prompts,
-        config.num_prompts,
-        f"{config.seed}/{config.round}",
+def setup(
+    config: RolloutsConfig,
+    weights: bool = True,
+    overwrite: bool = False,
+    model: ModelFiles | None = None,
+    prompts: list[Prompt] | None = None,
+) -> RolloutSetup:
+    """Check everything that can be checked without an engine. Raises ConfigError or DataError.
+
+    Without `weights`, for a dry run, the model's weights are neither fetched nor hashed, and the
+    round must have been started with these settings unless `overwrite`, as a run finds when it
+    claims the round. `model` and `prompts` replace what `config` names: a student that is yet to be
+    trained, prompts that were read before.
+    """
+    code, round_dir = config.trust_remote_code, RoundDir(config.out)
+    if model is None:
+        served = config.engine.served(config.model)
+        model = resolve_model(config.model, config.revision, code, weights, served)
+    if not weights:
+        saved = round_dir.run_info().get("stages", {}).get("rollouts")
+        model = model.as_saved(saved and saved["identity"]["model"])
+    prompts = read_prompts(config) if prompts is None else prompts
+    chosen = choose_prompts(prompts, config.num_prompts, f"{config.seed}/{config.round}")
+    tokenizer = load_tokenizer(model, code)
+    examples = _read_examples(config)
+    formatter = ChatFormatter(
+        tokenizer,
+        config.template_kwargs,
+        thinking=config.thinking,
+        system_prompt=config.system_prompt,
+        examples=examples,
     )
-    tokenizer = load_tokenizer(model, config.trust_remote_code)
-    examples = read_examples(config)
-    formatter = make_formatter(config, tokenizer, examples)
     row_identity = {
         "round": config.round,
         "sampling": config.sampling.model_dump(),
@@ -181,7 +187,11 @@ def prepare(
         "tokenizer": tokenizer_hash(tokenizer),
     }
     context = context_of(model, config.engine)
-    return Prepared(config, chosen, model, tokenizer, formatter, context, row_identity, identity)
+    if not weights and not overwrite:
+        round_dir.check("rollouts", identity)
+    return RolloutSetup(
+        config, chosen, model, tokenizer, formatter, context, row_identity, identity
+    )
 
 
 def run_rollouts(
@@ -192,18 +202,11 @@ def run_rollouts(
     Raises ConfigError or DataError for bad input and EngineError when the engine dies; rows
     finished before are committed in every case.
     """
-    return sample(prepare_run(config), overwrite, limit)
-
-
-def prepare_run(config: RolloutsConfig) -> Prepared:
-    """`prepare` with the model that will run: its weights are fetched and hashed."""
-    served = config.engine.served(config.model)
-    model = resolve_model(config.model, config.revision, config.trust_remote_code, served=served)
-    return prepare(config, model)
+    return sample(setup(config), overwrite, limit)
 
 
 def sample(
-    prepared: Prepared,
+    prepared: RolloutSetup,
     overwrite: bool = False,
     limit: int | None = None,
     start: StartEngine = start_engine,
@@ -284,7 +287,7 @@ def sample(
 
 
 def _owed(
-    prepared: Prepared,
+    prepared: RolloutSetup,
     prompts: list[Prompt],
     done: Container[str],
     failed: Failures,

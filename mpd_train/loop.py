@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from mpd_data.common import signals
 from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.machine import device_name
-from mpd_data.common.models import resolve_model
 from mpd_data.store.locks import exclusive
 from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
@@ -28,13 +27,12 @@ from mpd_train.flops import peak_flops, step_flops
 from mpd_train.loss import Sums, pack_loss, validate
 from mpd_train.metrics import Recorder
 from mpd_train.model import liger
-from mpd_train.model.attention import attention
 from mpd_train.model.causal_lm import CausalLM
 from mpd_train.model.device import autocast
 from mpd_train.model.loading import compile_layers, load_student
 from mpd_train.model.sharding import clip_grad_norm, gather, load_sharded
 from mpd_train.optimizer import learning_rate, make_optimizer
-from mpd_train.setup import claim, prepare
+from mpd_train.setup import claim, setup
 
 
 def train(config: TrainConfig, overwrite: bool = False) -> Path:
@@ -75,17 +73,11 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
 
 
 def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
-    code = config.trust_remote_code
-    student_files = resolve_model(config.student, config.revision, code)
-    teacher_files = None
-    if config.teacher is not None:
-        teacher_files = resolve_model(config.teacher, config.teacher_revision, code)
-    prepared = prepare(config, student_files, teacher_files)
+    prepared = setup(config)
+    student_files, teacher_files = prepared.student, prepared.teacher
     device, dtype, shards = prepared.device, prepared.dtype, prepared.shards
     vocab_size, validation = prepared.vocab_size, config.validation
-    models = [student_files] if teacher_files is None else [student_files, teacher_files]
-    # Before a folder is claimed for what is refused here.
-    attn_implementation = attention(config, device, dtype, models)
+    attn_implementation = prepared.attn_implementation
     size = config.gradient_accumulation_steps
     if size < ranks.size:
         raise ConfigError(
@@ -139,7 +131,7 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     if teacher_files is not None:
         files = teacher_files
         teacher = load(
-            lambda place, attn: CausalLM(files, place, dtype, code, attn),
+            lambda place, attn: CausalLM(files, place, dtype, config.trust_remote_code, attn),
             config.teacher_offload,
         )
         teacher.model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What a run settles before it loads a model: settings, data, and whose folder this is."""
+"""Check and prepare a training, for the run and for the dry run, and claim its folder."""
 
 import json
 import shutil
@@ -12,11 +12,17 @@ from mpd_data.common.errors import ConfigError
 from mpd_data.common.files import write_json_atomic
 from mpd_data.common.hashing import differences
 from mpd_data.common.machine import provenance
-from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer
+from mpd_data.common.models import (
+    ModelFiles,
+    load_tokenizer,
+    require_same_tokenizer,
+    resolve_model,
+)
 from mpd_train.config import TrainConfig
 from mpd_train.data.shard_set import ShardSet
 from mpd_train.metrics import load_trackers
 from mpd_train.model import liger
+from mpd_train.model.attention import attention
 from mpd_train.model.causal_lm import CausalLM
 from mpd_train.model.device import choose_device, compute_dtype
 from mpd_train.model.loading import load_student
@@ -29,11 +35,15 @@ _NOT_IDENTITY = {
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """All that a run settles before it loads a model."""
+class TrainSetup:
+    """What a run knows before it loads a model. A dry run has the same without weights."""
 
+    config: TrainConfig
+    student: ModelFiles
+    teacher: ModelFiles | None
     device: torch.device
     dtype: torch.dtype
+    attn_implementation: str | None
     shards: ShardSet
     vocab_size: int
     tracker_modules: dict[str, Any]
@@ -41,8 +51,8 @@ class Prepared:
 
 
 def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, torch.dtype]:
-    """Trackers' modules, device and compute precision. Raises ConfigError for settings that
-    contradict each other or the machine."""
+    """Return the trackers' modules, the device and the compute precision. Raises ConfigError for
+    settings that contradict each other or the machine."""
     validation = config.validation
     if validation.early_stopping_patience > 0 and validation.validation_fraction == 0:
         raise ConfigError(
@@ -66,16 +76,24 @@ def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, t
     return tracker_modules, device, compute_dtype(device, config.dtype)
 
 
-def check_models(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None) -> None:
-    """Raises ConfigError for a quantised student, and for adapters, to be trained or to be merged,
-    that do not fit their models: on these without weights, before a folder is claimed for settings
-    that cannot be."""
+def check_models(
+    config: TrainConfig,
+    student: ModelFiles,
+    teacher: ModelFiles | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str | None:
+    """Return the attention to load both models with (`attention`), from their configurations
+    alone. Raises ConfigError for a quantised student, for adapters, to be trained or to be merged,
+    that do not fit their models, and for attention that these do not have."""
     _require_plain_weights(student)
     meta = torch.device("meta")
     if config.lora.lora_r > 0 or student.adapter is not None:
         load_student(config, student, meta, None)
     if teacher is not None and teacher.adapter is not None:
         CausalLM(teacher, meta, torch.float32, config.trust_remote_code)
+    models = [student] if teacher is None else [student, teacher]
+    return attention(config, device, dtype, models)
 
 
 def _require_plain_weights(student: ModelFiles) -> None:
@@ -93,8 +111,22 @@ def _require_plain_weights(student: ModelFiles) -> None:
         )
 
 
-def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None) -> Prepared:
-    """Checks everything that can be checked without weights. Raises ConfigError or DataError."""
+def setup(config: TrainConfig, weights: bool = True, overwrite: bool = False) -> TrainSetup:
+    """Check everything that can be checked without a model. Raises ConfigError or DataError.
+
+    Without `weights`, for a dry run, no weights are fetched or hashed, and the folder must have
+    been started with these settings unless `overwrite`, as a run finds when it claims the folder.
+    """
+    code, run_json = config.trust_remote_code, config.out / "run.json"
+    student = resolve_model(config.student, config.revision, code, weights)
+    teacher = None
+    if config.teacher is not None:
+        teacher = resolve_model(config.teacher, config.teacher_revision, code, weights)
+    saved = None
+    if not weights and not overwrite and run_json.exists():
+        saved = json.loads(run_json.read_text(encoding="utf-8"))["identity"]
+        student = student.as_saved(saved["student"])
+        teacher = teacher and teacher.as_saved(saved["teacher"])
     tracker_modules, device, dtype = check_settings(config)
     shards = ShardSet(config.shards)
     vocab_size = int(shards.metadata["vocab_size"])
@@ -112,11 +144,11 @@ def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None
                     f"{files.name}: has {files.vocab_size} embedding rows, the shards are scored"
                     f" over {vocab_size}. Use the models that the shards were made with."
                 )
-            tokenizer = load_tokenizer(files, config.trust_remote_code)
+            tokenizer = load_tokenizer(files, code)
             require_same_tokenizer(
                 shards.metadata["tokenizer"], tokenizer, str(config.shards[0]), files.name
             )
-    check_models(config, student, teacher)
+    attn_implementation = check_models(config, student, teacher, device, dtype)
     identity = {
         "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
         "shards": shards.identity(),
@@ -125,7 +157,12 @@ def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None
         # Raised where the same settings give other packs than before.
         "packing": 2,
     }
-    return Prepared(device, dtype, shards, vocab_size, tracker_modules, identity)
+    if saved is not None:
+        check_claim(config.out, saved, identity)
+    return TrainSetup(
+        config, student, teacher, device, dtype, attn_implementation, shards, vocab_size,
+        tracker_modules, identity,
+    )  # fmt: skip
 
 
 def check_claim(out: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:

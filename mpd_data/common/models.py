@@ -8,6 +8,7 @@ is: names and paths say nothing, and one differing merge shifts every id after i
 import hashlib
 import importlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,13 @@ class ModelFiles:
         served = {} if self.served is None else {"served": self.served}
         return {"version": self.version, **served}
 
+    def as_saved(self, saved: Mapping[str, str] | None) -> "ModelFiles":
+        """Return this model under the version of the identity `saved` where its own weights were
+        not hashed: a dry run leaves it to the run to find that they changed."""
+        if self.version != "unhashed" or saved is None:
+            return self
+        return replace(self, version=saved["version"])
+
 
 def has_softcap(config: Any) -> bool:
     """Whether a model of transformers' `config` caps the scores of its attention, as Gemma 2 does.
@@ -55,7 +63,10 @@ def _version(path: Path, config: str, weights: bool, served: str | None) -> str:
     """Names the content of a folder whose config has the hash `config`."""
     if served is not None:
         return config
-    return _weights_hash(path, config) if weights else "unhashed"
+    if weights:
+        return _weights_hash(path, config)
+    weight_files(path)
+    return "unhashed"
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -85,9 +96,9 @@ def resolve_model(
     served: str | None = None,
 ) -> ModelFiles:
     """Finds a model's files, downloading a hub id (safetensors, tokenizer and configs only).
-    Without `weights`, for dry runs, these are neither fetched nor read: the version is then
-    "unhashed" for a folder, and the commit for a hub id as ever. Nor are they of a model that a
-    server runs, under the name `served`.
+    Without `weights`, for dry runs, these are neither fetched nor read, but a folder must have
+    some: the version is then "unhashed" for a folder, and the commit for a hub id as ever. Weights
+    of a model that a server runs, under the name `served`, are not needed.
 
     Raises ConfigError where `name` is neither a model's or adapter's folder nor a hub id that can
     be had, and where an adapter's base cannot.

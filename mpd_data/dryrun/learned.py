@@ -1,7 +1,7 @@
 """Learn lengths, sizes and speeds from rows that exist."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mpd_data.common.errors import DataError
-from mpd_data.common.models import ModelFiles
 from mpd_data.store.round import RoundDir
 
 
@@ -126,11 +125,3 @@ def _read(
         kept=len(kept) / len(table),
         kept_tokens=pc.mean(kept).as_py() or 0.0,
     )
-
-
-def as_saved(model: ModelFiles, saved: Mapping[str, str] | None) -> ModelFiles:
-    """`model` under the version that an earlier run saved, where a dry run has not hashed its
-    weights: their change is for the real run to find."""
-    if model.version != "unhashed" or saved is None:
-        return model
-    return replace(model, version=saved["version"])

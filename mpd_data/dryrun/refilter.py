@@ -5,7 +5,6 @@ from collections import Counter
 
 from mpd_data.common.options import arguments
 from mpd_data.config import RewriteConfig
-from mpd_data.dryrun.learned import as_saved
 from mpd_data.dryrun.plan import StagePlan, distill_bytes
 from mpd_data.engines.start import server_notes
 from mpd_data.rewrite_setup import refuse_half_refiltered
@@ -48,7 +47,7 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
         choosing_student(config, metadata["student"], metadata["tokenizer"], weights=False)
     if unscored:
         teacher = _teacher(config, weights=False)
-        _require_teacher(config, as_saved(teacher, saved["teacher"]), metadata)
+        _require_teacher(config, teacher.as_saved(saved["teacher"]), metadata)
     size = sum(path.stat().st_size for path in paths)
     more = distill_bytes(0, 0, tokens, saved["num_logprobs"], metadata.get("vocab_size", 2))
     return StagePlan(

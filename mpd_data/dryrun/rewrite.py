@@ -5,23 +5,18 @@ from array import array
 from collections import Counter
 from typing import Any
 
-from mpd_data.common.models import resolve_model
 from mpd_data.common.options import arguments
-from mpd_data.config import RewriteConfig
-from mpd_data.dryrun.learned import Learned, as_saved, learn
+from mpd_data.dryrun.learned import Learned, learn
 from mpd_data.dryrun.plan import Lengths, Shown, StagePlan, distill_bytes
 from mpd_data.dryrun.show import first_reasons
 from mpd_data.engines.start import server_notes
 from mpd_data.prompts.chat import PromptError
 from mpd_data.rewrite_setup import (
     ROLLOUT_COLUMNS,
-    Prepared,
+    RewriteSetup,
     closes_thinking,
-    prepare,
-    refuse_half_refiltered,
-    rollout_metadata,
 )
-from mpd_data.select.likeliest import choosing_student, waiting_rollouts
+from mpd_data.select.likeliest import waiting_rollouts
 from mpd_data.store.keys import KeySet
 from mpd_data.store.round import RoundDir
 
@@ -29,36 +24,11 @@ from mpd_data.store.round import RoundDir
 _SIZE = ("num_candidates", "choose", "num_logprobs", "score_context")
 
 
-def prepare_dry(config: RewriteConfig, overwrite: bool = False) -> Prepared:
-    """`prepare` without weights, and whether the round takes these settings."""
-    round_dir = RoundDir(config.shards)
-    student = rollout_metadata(round_dir)
-    teacher = resolve_model(
-        config.teacher,
-        config.revision,
-        config.trust_remote_code,
-        weights=False,
-        served=config.engine.served(config.teacher),
-    )
-    saved = round_dir.run_info().get("stages", {}).get("distill")
-    if saved is not None and not overwrite:
-        teacher = as_saved(teacher, saved["identity"]["teacher"])
-    if config.choose == "likeliest":
-        choosing_student(config, student["model"], student["tokenizer"], weights=False)
-    else:
-        refuse_half_refiltered(round_dir)
-    prepared = prepare(config, student, teacher)
-    if not overwrite:
-        round_dir.check("distill", prepared.identity)
-    return prepared
-
-
 def plan_rewrite(
-    config: RewriteConfig, overwrite: bool = False, limit: int | None = None
+    prepared: RewriteSetup, overwrite: bool = False, limit: int | None = None
 ) -> StagePlan:
-    """What `run_rewrite` would do, found without an engine or weights and without writing
-    anything. Raises what the run would raise before it starts its engine."""
-    prepared = prepare_dry(config, overwrite)
+    """Plan what `distill` would do, without an engine and without writing anything."""
+    config = prepared.config
     round_dir, part = RoundDir(config.shards), config.parts.part
     done, waiting = KeySet(), 0
     if not overwrite:
@@ -131,7 +101,7 @@ def plan_rewrite(
 
 
 def predict(
-    prepared: Prepared, total: int, owed: int, asked: int, contexts: int, kept_at_most: int,
+    prepared: RewriteSetup, total: int, owed: int, asked: int, contexts: int, kept_at_most: int,
     **known: Any,
 ) -> StagePlan:  # fmt: skip
     """The plan for `asked` rollouts that the teacher is asked about, of `owed`: tokens, disk and
@@ -170,7 +140,7 @@ def predict(
     )
 
 
-def learn_rewrites(prepared: Prepared) -> Learned | None:
+def learn_rewrites(prepared: RewriteSetup) -> Learned | None:
     """What rewrites that are there say of those to come."""
     same = ("sampling", "num_candidates", "choose", "filters", "num_logprobs", "score_context")
     return learn(

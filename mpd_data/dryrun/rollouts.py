@@ -2,44 +2,18 @@
 
 from array import array
 
-from mpd_data.common.models import ModelFiles, resolve_model
 from mpd_data.common.options import arguments
-from mpd_data.config import RolloutsConfig
-from mpd_data.dryrun.learned import Learned, as_saved, learn
+from mpd_data.dryrun.learned import Learned, learn
 from mpd_data.dryrun.plan import Lengths, Shown, StagePlan, rollout_bytes
 from mpd_data.dryrun.show import first_reasons
 from mpd_data.engines.start import server_notes
 from mpd_data.prompts.chat import PromptError
-from mpd_data.prompts.reader import Prompt
-from mpd_data.rollouts import Prepared, prepare
+from mpd_data.rollouts import RolloutSetup
 from mpd_data.store.keys import KeySet
 from mpd_data.store.round import RoundDir
 
 
-def prepare_dry(
-    config: RolloutsConfig,
-    overwrite: bool = False,
-    model: ModelFiles | None = None,
-    prompts: list[Prompt] | None = None,
-) -> Prepared:
-    """`prepare` without weights, and whether the round takes these settings. `model` stands in for
-    a student that is not there yet."""
-    if model is None:
-        served = config.engine.served(config.model)
-        model = resolve_model(
-            config.model, config.revision, config.trust_remote_code, weights=False, served=served
-        )
-    round_dir = RoundDir(config.out)
-    saved = round_dir.run_info().get("stages", {}).get("rollouts")
-    if saved is not None and not overwrite:
-        model = as_saved(model, saved["identity"]["model"])
-    prepared = prepare(config, model, prompts)
-    if not overwrite:
-        round_dir.check("rollouts", prepared.identity)
-    return prepared
-
-
-def learn_rollouts(prepared: Prepared) -> Learned | None:
+def learn_rollouts(prepared: RolloutSetup) -> Learned | None:
     """What rollouts that are there say of those to come."""
     return learn(
         prepared.config.out,
@@ -51,19 +25,11 @@ def learn_rollouts(prepared: Prepared) -> Learned | None:
 
 
 def plan_rollouts(
-    config: RolloutsConfig,
-    overwrite: bool = False,
-    limit: int | None = None,
-    model: ModelFiles | None = None,
-    prompts: list[Prompt] | None = None,
-) -> tuple[StagePlan, Prepared]:
-    """What `run_rollouts` would do, found without an engine or weights and without writing
-    anything. `model` stands in for a student that is not there yet; `prompts` as for `prepare`.
-
-    Raises what the run would raise before it starts its engine.
-    """
-    prepared = prepare_dry(config, overwrite, model, prompts)
-    model, round_dir = prepared.model, RoundDir(config.out)
+    prepared: RolloutSetup, overwrite: bool = False, limit: int | None = None
+) -> StagePlan:
+    """Plan what `sample` would do, without an engine and without writing anything."""
+    config, model = prepared.config, prepared.model
+    round_dir = RoundDir(config.out)
     done = KeySet()
     if not overwrite:
         done = round_dir.survey("rollouts").keys()
@@ -93,7 +59,7 @@ def plan_rollouts(
         expected = min(round(owed * learned.tokens_per_row), at_most)
         disk = round(expected * learned.bytes_per_token)
         seconds = learned.seconds(expected / config.parts.workers)
-    plan = StagePlan(
+    return StagePlan(
         command="mpd-gen rollouts",
         out=str(config.out),
         settings=arguments(config),
@@ -116,4 +82,3 @@ def plan_rollouts(
         },
         notes=server_notes(config.engine),
     )
-    return plan, prepared

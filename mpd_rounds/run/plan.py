@@ -16,11 +16,9 @@ from typing import Any
 
 import click
 
-from mpd_data.checkers.builtin import make_checker
 from mpd_data.common.models import ModelFiles, resolve_model
 from mpd_data.common.text import plain_lines
 from mpd_data.config import RewriteConfig, RolloutsConfig
-from mpd_data.dryrun.learned import as_saved
 from mpd_data.dryrun.plan import Shown, StagePlan
 from mpd_data.dryrun.rewrite import learn_rewrites, plan_rewrite, predict
 from mpd_data.dryrun.rollouts import learn_rollouts, plan_rollouts
@@ -35,14 +33,15 @@ from mpd_data.dryrun.show import (
 from mpd_data.engines.start import server_notes
 from mpd_data.prompts.chat import PromptError
 from mpd_data.prompts.reader import Prompt
-from mpd_data.rewrite_setup import prepare as prepare_rewrite
-from mpd_data.rollouts import Prepared, read_prompts
-from mpd_data.store.round import RoundDir
+from mpd_data.rewrite_setup import setup as rewrite_setup
+from mpd_data.rollouts import RolloutSetup, read_prompts
+from mpd_data.rollouts import setup as rollout_setup
 from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.runner import Finished
 from mpd_rounds.run.steps import Pipeline, Step
 from mpd_train.config import TrainConfig
 from mpd_train.dryrun.plan import plan_train, plan_train_ahead
+from mpd_train.setup import setup as train_setup
 
 _DRAFT = "(here stands the draft)"
 # What decides which rows a source of prompts gives.
@@ -141,27 +140,31 @@ class _Planner:
     def evaluate(self, result: PipelinePlan, round_: int) -> None:
         for step in self._commands.evaluations(round_):
             done = self._finished.holds(step)
-            result.add(step.label, None if done else self._rollouts(step)[0])
+            result.add(step.label, None if done else plan_rollouts(self._drafts(step)))
 
     def train(self, result: PipelinePlan, round_: int) -> None:
         """Rollouts, rewrite and training of a round."""
         sampling, rewriting, training = self._commands.training(round_)
-        planned = None if self._finished.holds(sampling) else self._rollouts(sampling)
-        result.add(sampling.label, planned and planned[0])
+        drafts = planned = None
+        if not self._finished.holds(sampling):
+            drafts = self._drafts(sampling)
+            planned = plan_rollouts(drafts)
+        result.add(sampling.label, planned)
         ahead = None
         if self._finished.holds(rewriting):
             result.add(rewriting.label, None)
             rewritten = True
-        elif planned is None or not planned[0].owed:
+        elif drafts is None or planned is None or not planned.owed:
             assert isinstance(rewriting.config, RewriteConfig)
-            plan = plan_rewrite(rewriting.config)
+            plan = plan_rewrite(rewrite_setup(rewriting.config, weights=False))
             result.add(rewriting.label, plan)
             rewritten = not plan.owed
             if not rewritten:
                 # The training's rows are those of rewrites to come.
-                ahead = self._rewrite(rewriting, *self._rollouts(sampling))[1]
+                drafts = self._drafts(sampling)
+                ahead = self._rewrite(rewriting, plan_rollouts(drafts), drafts)[1]
         else:
-            plan, ahead = self._rewrite(rewriting, *planned)
+            plan, ahead = self._rewrite(rewriting, planned, drafts)
             result.add(rewriting.label, plan)
             rewritten = False
         if self._finished.holds(training):
@@ -169,7 +172,7 @@ class _Planner:
             return
         assert isinstance(training.config, TrainConfig)
         if rewritten:
-            result.add(training.label, plan_train(training.config))
+            result.add(training.label, plan_train(train_setup(training.config, weights=False)))
             return
         assert ahead is not None
         result.add(training.label, self._train_ahead(training.config, ahead))
@@ -184,30 +187,24 @@ class _Planner:
         first = resolve_model(self._pipeline.student, revision, code, weights=False)
         return dataclasses.replace(first, name=name, version="unhashed")
 
-    def _rollouts(self, step: Step) -> tuple[StagePlan, Prepared]:
+    def _drafts(self, step: Step) -> RolloutSetup:
         config = step.config
         assert isinstance(config, RolloutsConfig)
         key = config.model_dump_json(include=_SOURCE)
         if key not in self._prompts:
-            checker = make_checker(config.checker, config.answer_formats)
-            self._prompts[key] = read_prompts(config, checker)
+            self._prompts[key] = read_prompts(config)
         model = self._model(config.model, config.revision, config.trust_remote_code)
-        return plan_rollouts(config, model=model, prompts=self._prompts[key])
+        return rollout_setup(config, weights=False, model=model, prompts=self._prompts[key])
 
     def _rewrite(
-        self, step: Step, rollouts: StagePlan, drafts: Prepared
+        self, step: Step, rollouts: StagePlan, drafts: RolloutSetup
     ) -> tuple[StagePlan, Ahead]:
         """The rewrite of rollouts that are not there yet."""
         config = step.config
         assert isinstance(config, RewriteConfig)
         served = config.engine.served(config.teacher)
         teacher = self._model(config.teacher, config.revision, config.trust_remote_code, served)
-        round_dir = RoundDir(config.shards)
-        saved = round_dir.run_info().get("stages", {}).get("distill")
-        if saved is not None:
-            teacher = as_saved(teacher, saved["identity"]["teacher"])
-        prepared = prepare_rewrite(config, drafts.metadata(), teacher)
-        round_dir.check("distill", prepared.identity)
+        prepared = rewrite_setup(config, weights=False, student=drafts.metadata(), teacher=teacher)
         asks = prepared.template.asks
         if asks:
             prepared.template.layout(bool(drafts.formatter.thinking))

@@ -17,10 +17,9 @@ from mpd_data.common.models import (
     load_tokenizer,
     require_same_tokenizer,
     resolve_model,
-    weight_files,
 )
 from mpd_data.common.options import arguments
-from mpd_data.dryrun.learned import as_saved, siblings
+from mpd_data.dryrun.learned import siblings
 from mpd_data.dryrun.plan import StagePlan
 from mpd_data.dryrun.show import first_reasons, size_text
 from mpd_train import checkpoint
@@ -29,9 +28,8 @@ from mpd_train.data.packing import overlong, split_packs
 from mpd_train.distributed import ranks_asked_for
 from mpd_train.dryrun.memory import plan_memory
 from mpd_train.model import lora
-from mpd_train.model.attention import attention
 from mpd_train.model.causal_lm import skeleton
-from mpd_train.setup import check_claim, check_models, check_settings, prepare
+from mpd_train.setup import TrainSetup, check_models, check_settings
 
 # What a token's time depends on beside the model and the machine.
 _PACE = (
@@ -143,8 +141,7 @@ def plan_train_ahead(
         code = config.trust_remote_code
         teacher = resolve_model(config.teacher, config.teacher_revision, code, weights=False)
         require_same_tokenizer(tokenizer, load_tokenizer(teacher, code), student.name, teacher.name)
-    check_models(config, student, teacher)
-    attention(config, device, dtype, [student] if teacher is None else [student, teacher])
+    check_models(config, student, teacher, device, dtype)
     per_step = config.pack_length * config.gradient_accumulation_steps
     if config.max_steps is None:
         at_most *= config.epochs
@@ -180,28 +177,9 @@ def _steps(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def plan_train(config: TrainConfig, overwrite: bool = False) -> StagePlan:
-    """What `train` would do, found without weights and without writing anything. Raises what the
-    run would raise before it loads a model."""
-    code = config.trust_remote_code
-    student = resolve_model(config.student, config.revision, code, weights=False)
-    teacher = None
-    if config.teacher is not None:
-        teacher = resolve_model(config.teacher, config.teacher_revision, code, weights=False)
-    for files in (student, teacher):
-        # A hub's model, as an adapter's base may be, is fetched by the run.
-        if files is not None and Path(files.name).is_dir():
-            weight_files(files.adapter or files.path)
-    path = config.out / "run.json"
-    saved = None
-    if path.exists() and not overwrite:
-        saved = json.loads(path.read_text(encoding="utf-8"))["identity"]
-        student = as_saved(student, saved["student"])
-        teacher = teacher and as_saved(teacher, saved["teacher"])
-    prepared = prepare(config, student, teacher)
-    if saved is not None:
-        check_claim(config.out, saved, prepared.identity)
-    shards = prepared.shards
+def plan_train(prepared: TrainSetup, overwrite: bool = False) -> StagePlan:
+    """Plan what `train` would do, without a model and without writing anything."""
+    config, student, shards = prepared.config, prepared.student, prepared.shards
     finished = (config.out / "model").is_dir() and not overwrite
     committed, owed = (shards.num_rows, 0) if finished else (0, shards.num_rows)
     details: dict[str, Any] = {"device": str(prepared.device)}
@@ -236,7 +214,7 @@ def plan_train(config: TrainConfig, overwrite: bool = False) -> StagePlan:
         memory = plan_memory(
             config,
             student,
-            teacher,
+            prepared.teacher,
             (largest.num_tokens, max(pack.num_loss_tokens for pack in packs)),
             int(shards.metadata["num_logprobs"]),
             prepared.vocab_size,
