@@ -27,9 +27,6 @@ def cli(overwrite: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
 
         plan = plan_train(setup(config, weights=False, overwrite=overwrite), overwrite)
         print_plan(plan, as_json)
-        if plan.failing:
-            # As the run would: a script must not take the plan for a yes.
-            raise click.exceptions.Exit(1)
         return
     from mpd_train.loop import train
 

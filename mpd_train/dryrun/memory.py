@@ -53,11 +53,11 @@ class MemoryPlan:
 
     def details(self) -> dict[str, str]:
         return {
-            "memory": str(size_text(self.total)),
-            "of it weights and moments": str(size_text(self.weights + self.moments)),
-            "of it the teacher's weights": str(size_text(self.teacher)),
-            "of it a step": str(size_text(self.step)),
-            "of a step the loss": str(size_text(self.loss)),
+            "memory": size_text(self.total),
+            "of it weights and moments": size_text(self.weights + self.moments),
+            "of it the teacher's weights": size_text(self.teacher),
+            "of it a step": size_text(self.step),
+            "of a step the loss": size_text(self.loss),
         }
 
     def advice(self, config: TrainConfig, device: torch.device) -> list[str]:
