@@ -41,8 +41,8 @@ ROLLOUT_COLUMNS = [
 
 @dataclass(frozen=True)
 class Asked:
-    """What the teacher is asked about a rollout: the rewrite prompt, and the context under which
-    the rewrite would be scored with it."""
+    """The rewrite prompt of a rollout, and the context that its rewrite is scored after with
+    --score-context rewrite."""
 
     text: str
     prompt_ids: list[int]
@@ -74,7 +74,7 @@ class RewriteSetup:
         return self.teacher.vocab_size - self.vocab_size
 
     def metadata(self) -> dict[str, Any]:
-        """What the stage's shards say of themselves."""
+        """Return the metadata that the stage's shards carry."""
         template, student = self.template, self.student
         return {
             **self.identity,
@@ -99,14 +99,14 @@ class RewriteSetup:
         message = self.template.message(problem, draft)
         text, prompt_ids = self.writing.render(message)
         scored = self.scoring.layout(message)
-        # The two differ in their settings at most, and tokenising is the dear part.
+        # Both are often the same text, and tokenising is the slow part.
         return Asked(
             text, prompt_ids, prompt_ids if scored == text else self.scoring.encode(scored)
         )
 
     def ask_about(self, rollout: dict[str, Any]) -> Asked:
         """Render the rewrite prompt of a rollout. Raises PromptError where it cannot be used."""
-        # Control tokens that the student sampled would be obeyed in the teacher's prompt.
+        # The teacher would obey control tokens that the student sampled.
         draft = self.tokenizer.decode(rollout["completion_ids"], skip_special_tokens=True)
         return self.ask(rollout["problem"], draft)
 
@@ -147,12 +147,12 @@ def setup(
     template = load_template(config.template)
     if config.num_candidates > 1 and config.sampling.temperature == 0:
         raise ConfigError(
-            f"--num-candidates {config.num_candidates} at --temperature 0 gives the same rewrite so"
-            " many times; give a temperature above 0."
+            f"--num-candidates {config.num_candidates} at --temperature 0 gives"
+            f" {config.num_candidates} times the same rewrite. Give a temperature above 0."
         )
     if not template.asks and (config.score_context == "rewrite" or config.num_candidates > 1):
         raise ConfigError(
-            "--template draft asks for no rewrite: it goes with --score-context problem and one"
+            "--template draft makes no rewrite. Use it with --score-context problem and one"
             " candidate."
         )
     tokenizer = load_tokenizer(teacher, code)
@@ -162,15 +162,14 @@ def setup(
     writing = ChatFormatter(
         tokenizer, config.template_kwargs, thinking=config.thinking, default_thinking=False
     )
-    # ỹ is in the student's format, so the teacher is to take it as its own turn would be in that
-    # mode.
+    # The trace is in the student's format: the teacher scores it as its own turn in that mode.
     scoring = ChatFormatter(
         tokenizer,
         config.score_template_kwargs,
         default_thinking=student["thinking"] is not False,
     )
     context = context_of(teacher, config.engine)
-    # Rows that one model has beyond the other's are padding of the embedding, not tokens.
+    # Embedding rows that one model has beyond the others are padding, not tokens.
     sizes = [student["vocab_size"], teacher.vocab_size]
     if config.student is not None:
         trained = resolve_model(config.student, trust_remote_code=code, weights=False)
@@ -201,7 +200,7 @@ def setup(
         "score_context": config.score_context,
         "score_template_kwargs": config.score_template_kwargs,
         "dtype": config.engine.dtype,
-        # Decides which rows are too_long.
+        # It decides which rows are too_long.
         "max_model_len": context,
     }
     if not weights and not overwrite:
@@ -227,8 +226,8 @@ def refuse_half_refiltered(round_dir: RoundDir) -> None:
     rows replaced the old ones."""
     if is_whole(scratch_of(round_dir)):
         raise ConfigError(
-            f"{round_dir.path}: a refilter, or the student's choice, was killed while its rows were"
-            " put in place. Run the same command again, with --refilter; it takes a moment."
+            f"{round_dir.path}: a refilter, or the student's choice, was killed while its rows"
+            " replaced the old ones. Run the same command again with --refilter to finish it."
         )
 
 

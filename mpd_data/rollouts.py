@@ -91,7 +91,7 @@ class RolloutSetup:
     identity: dict[str, Any]
 
     def metadata(self) -> dict[str, Any]:
-        """What the stage's shards say of themselves."""
+        """Return the metadata that the stage's shards carry."""
         return {
             **self.identity,
             "model": {"name": self.config.model, **self.model.identity()},
@@ -102,8 +102,8 @@ class RolloutSetup:
         }
 
     def render(self, prompt: Prompt) -> tuple[str, list[int]]:
-        """A prompt's text and ids. Raises PromptError where it cannot be used or leaves no room
-        for its completion."""
+        """Return a prompt's text and token ids. Raises PromptError where it cannot be used or
+        leaves no room for its completion."""
         if prompt.flaw is not None:
             raise PromptError(prompt.flaw)
         text, ids = self.formatter.render(fill_prompt(self.config.prompt_template, prompt.text))
@@ -117,13 +117,13 @@ class RolloutSetup:
 
     @property
     def own_prompts(self) -> list[Prompt]:
-        """The prompts of this process's part. All samples of a prompt are of one part, so that they
-        share the engine's cache of their prompt."""
+        """The prompts of this process's part. All samples of a prompt are in one part and share the
+        engine's cache of it."""
         part = self.config.parts.part
         return [prompt for prompt in self.prompts if part.holds(prompt.id)]
 
     def requests(self, prompt: Prompt) -> list[Request]:
-        """The samples to take of a prompt. Raises PromptError like `render`."""
+        """Return the samples to take of a prompt. Raises PromptError like `render`."""
         text, ids = self.render(prompt)
         return [
             Request(rollout_key(prompt.id, ids, i, self.row_identity), prompt, text, ids, i)

@@ -151,7 +151,7 @@ class _Planner:
         plan = ahead = None
         if not self._finished.holds(rewriting):
             assert isinstance(rewriting.config, RewriteConfig)
-            drafts_exist = drafts is None or not drafts[0].owed
+            drafts_exist = drafts is None or not (drafts[0].owed or drafts[0].refusal)
             if drafts_exist:
                 setup = rewrite_setup(rewriting.config, weights=False)
                 plan = plan_rewrite(setup, learned=of_rewrites)
@@ -186,7 +186,8 @@ class _Planner:
         key = config.model_dump_json(include=_SOURCE)
         if key not in self._prompts:
             self._prompts[key] = read_prompts(config)
-        model = self._model(config.model, config.revision, config.trust_remote_code)
+        served = config.engine.served(config.model)
+        model = self._model(config.model, config.revision, config.trust_remote_code, served)
         setup = rollout_setup(config, weights=False, model=model, prompts=self._prompts[key])
         return plan_rollouts(setup, learned=learned), setup
 
