@@ -22,21 +22,10 @@ from mpd_data.store.shards import read_metadata
 
 # What a rewrite needs of a rollout.
 ROLLOUT_COLUMNS = [
-    "row_id",
-    "prompt_id",
-    "round",
-    "prompt",
-    "prompt_ids",
-    "completion",
-    "completion_ids",
-    "num_completion_tokens",
-    "finish_reason",
-    "problem",
-    "answer",
-    "gold_answer",
-    "is_correct",
+    "row_id", "prompt_id", "round", "prompt", "prompt_ids", "completion", "completion_ids",
+    "num_completion_tokens", "finish_reason", "problem", "answer", "gold_answer", "is_correct",
     "metadata",
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

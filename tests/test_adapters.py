@@ -272,7 +272,7 @@ def test_adapters_of_another_form_are_not_trained_further(
 ):
     out = tmp_path / "run"
     settings = config(round_dir, models[0], out, lora={**FURTHER, **changed})
-    for start in (plan_train, train):
+    for start in (lambda settings: setup(settings, weights=False), train):
         with pytest.raises(ConfigError, match=f"{has}.*leave out --lora-r: it is then merged"):
             start(settings)
     # Without them it can be begun there.

@@ -17,7 +17,6 @@ from conftest import (
     ROOT,
     STUDENT,
     command,
-    invoke,
     rewrite_arguments,
     rollout_arguments,
     run,
@@ -374,18 +373,19 @@ def test_a_training_is_planned(round_dir, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one"]
 
 
-@pytest.mark.parametrize("which", ["--student", "--teacher"])
-def test_a_training_of_a_folder_without_weights_is_refused(round_dir, tmp_path, which):
-    """The plan reads none, and the run would not begin."""
-    bare = tmp_path / "bare"
+def test_a_folder_without_weights_is_refused(prompts, round_dir, tmp_path):
+    """A dry run reads none, and the run would not begin."""
+    bare, out = tmp_path / "bare", tmp_path / "out"
     shutil.copytree(STUDENT, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    models = {"--student": STUDENT, "--teacher": STUDENT, which: bare}
-    call = ["--shards", round_dir, "--out", tmp_path / "out"]
-    call += [word for pair in models.items() for word in pair]
-    with pytest.raises(ConfigError, match=r"bare: no \*\.safetensors here"):
-        ask("mpd-train", *call)
-    with pytest.raises(ConfigError, match=r"bare: no \*\.safetensors here"):
-        invoke(train, *call)
+    new = ["mpd-train", "--shards", round_dir, "--out", out]
+    for call in (
+        ["mpd-gen", *rollout_arguments(prompts, out, **{"--model": bare})],
+        ["mpd-gen", *rewrite_arguments(round_dir, **{"--teacher": bare})],
+        [*new, "--student", bare],
+        [*new, "--student", STUDENT, "--teacher", bare],
+    ):
+        with pytest.raises(ConfigError, match=r"bare: no \*\.safetensors here"):
+            ask(*call)
 
 
 # -- pipelines -------------------------------------------------------------------------------
@@ -406,21 +406,18 @@ def pocket(prompts, tmp_path_factory):
 
 def with_first_round(pocket, round_dir, out):
     """A run of the pipeline that has `round_dir` as its first round, not trained on yet."""
-    folder = out / "data" / "round1"
-    shutil.copytree(round_dir, folder)
-    steps = list(Plan(load_pipeline(pocket, ()), out).training(1))[:2]
-    finished = [
+    shutil.copytree(round_dir, out / "data" / "round1")
+    sampling, rewriting, _ = Plan(load_pipeline(pocket, ()), out).training(1)
+    write_jsonl(out / "finished.jsonl", [
         {"command": [step.program, *step.command], "inputs": _inputs(step), "exit_code": 0}
-        for step in steps
-    ]
-    write_jsonl(out / "finished.jsonl", finished)
-    return folder
+        for step in (sampling, rewriting)
+    ])  # fmt: skip
 
 
 def test_a_later_round_is_planned_from_the_first(pocket, round_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     out = tmp_path / "run"
-    folder = with_first_round(pocket, round_dir, out)
+    with_first_round(pocket, round_dir, out)
     before = content(out)
     found = dry("mpd-rounds", pocket, "--out", out)
     plans = {step["label"]: step["plan"] for step in found["steps"]}
@@ -444,26 +441,19 @@ def test_a_later_round_is_planned_from_the_first(pocket, round_dir, tmp_path, mo
     assert content(out) == before
     table = run("mpd-rounds", pocket, "--out", out, "--dry-run").stderr
     assert "round 2: train" in table
-    assert f"learned from {folder} (240 rows): round 2: rollouts" in table
-
-
-def test_a_pipeline_is_planned_with_changed_settings(pocket, tmp_path):
-    sets = ["--set", "rounds=1", "--set", "rollouts.num_prompts=5"]
-    plans = {
-        x["label"]: x["plan"]
-        for x in dry("mpd-rounds", pocket, "--out", tmp_path / "o", *sets)["steps"]
-    }
-    assert len(plans) == 9
-    assert plans["round 1: rollouts"]["rows"] == 20
+    assert f"learned from {out}/data/round1 (240 rows): round 2: rollouts" in table
 
 
 def test_a_pipeline_is_planned_at_given_rates(pocket, round_dir, tmp_path):
     """A rate gives the time of its stage, a bound where the tokens are one, and goes before the
     speed that is recorded."""
-    new = ["mpd-rounds", pocket, "--out", tmp_path / "o", "--set", "rounds=1", "--dry-run"]
+    sets = ["--set", "rounds=1", "--set", "rollouts.num_prompts=5"]
+    new = ["mpd-rounds", pocket, "--out", tmp_path / "o", *sets, "--dry-run"]
     rates = {"rollouts": 1000, "rewrite": 500, "train": 2000}
     given = [x for stage, rate in rates.items() for x in ("--rate", f"{stage}={rate}")]
     plans = {x["label"]: x["plan"] for x in json.loads(run(*new, *given, "--json").stdout)["steps"]}
+    assert len(plans) == 9
+    assert plans["round 1: rollouts"]["rows"] == 20
     for label, plan in plans.items():
         rate = rates.get(label.rpartition(" ")[2], rates["rollouts"])
         assert plan["tokens_expected"] is None

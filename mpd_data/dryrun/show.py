@@ -16,21 +16,14 @@ from mpd_data.common.text import format_table, plain_lines
 from mpd_data.dryrun.plan import Shown, StagePlan
 
 
+def _existing(path: Path) -> Path:
+    """Return `path`, or its nearest parent that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
 def free_bytes(path: Path) -> int:
     """Return the free bytes of the disk that `path` is or will be on."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def unwritable(path: Path) -> str | None:
-    """Return why `path` could not be written, None where permissions allow it."""
-    folder = path
-    while not folder.exists():
-        folder = folder.parent
-    if folder.is_dir() and os.access(folder, os.W_OK):
-        return None
-    return f"{folder}: cannot be written; the run would stop."
+    return shutil.disk_usage(_existing(path)).free
 
 
 def size_text(size: int) -> str:
@@ -115,8 +108,9 @@ def all_notes(plan: StagePlan) -> list[str]:
             )
     if plan.disk_bytes is not None and plan.disk_bytes > free_bytes(Path(plan.out)):
         notes.append(f"{plan.out}: less disk is free than this may take.")
-    if (reason := unwritable(Path(plan.out))) is not None:
-        notes.append(reason)
+    folder = _existing(Path(plan.out))
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        notes.append(f"{folder}: cannot be written; the run would stop.")
     return notes
 
 
