@@ -45,13 +45,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import polars as pl
 
-from mpd_data import rewrite, rollouts
+from mpd_data import rewrite, rewrite_setup, rollouts
 from mpd_data.common.models import ModelFiles, resolve_model
 from mpd_data.common.options import arguments
 from mpd_data.config import EngineConfig, RewriteConfig, RolloutsConfig
 from mpd_data.engines.start import start_engine
-from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, rollout_metadata
-from mpd_data.rewrite_setup import prepare as prepare_rewrite
+from mpd_data.rewrite_setup import ROLLOUT_COLUMNS
 from mpd_data.store.locks import WHOLE
 from mpd_data.store.round import RoundDir
 from mpd_data.store.schema import seed_of
@@ -135,7 +134,7 @@ def rollouts_config(model: Path, prompts: Path, out: Path, **changed: Any) -> Ro
 
 def requests_of(config: RolloutsConfig) -> list[rollouts.Request]:
     """What the stage will ask for, in its order."""
-    prepared = rollouts.prepare(config, resolve_model(config.model))
+    prepared = rollouts.setup(config)
     return [request for prompt in prepared.prompts for request in prepared.requests(prompt)]
 
 
@@ -170,7 +169,7 @@ def measure_rollouts(folder: Path, num_requests: int, num_pairs: int, use_async:
         def stage() -> Took:
             shutil.rmtree(out, ignore_errors=True)
             took = timed(
-                lambda: rollouts.sample(rollouts.prepare_run(config), start=lambda *_, **__: engine)
+                lambda: rollouts.sample(rollouts.setup(config), start=lambda *_, **__: engine)
             )
             found = column(out, "rollouts", "completion_ids")
             assert not expected or found == expected, "the stage gave other tokens"
@@ -303,7 +302,7 @@ def measure_rewrite(folder: Path, num_requests: int, num_pairs: int) -> None:
     )
     teacher = resolve_model(config.teacher)
     shutil.copytree(drafts, out)
-    prepared = prepare_rewrite(config, rollout_metadata(RoundDir(out)), teacher)
+    prepared = rewrite_setup.setup(config)
     k = prepared.k + prepared.spare
     asked = {
         row["row_id"]: prepared.ask_about(row).prompt_ids
@@ -317,7 +316,7 @@ def measure_rewrite(folder: Path, num_requests: int, num_pairs: int) -> None:
             shutil.rmtree(out)
             shutil.copytree(drafts, out)
             return timed(
-                lambda: rewrite.distill(rewrite.prepare_run(config), start=lambda *_, **__: engine)
+                lambda: rewrite.distill(rewrite_setup.setup(config), start=lambda *_, **__: engine)
             )
 
         stage()

@@ -129,12 +129,13 @@ def rollouts(
     """Sample solutions with the student into OUT/rollouts. Run the command again to resume."""
     from mpd_data.dryrun.rollouts import plan_rollouts
     from mpd_data.dryrun.show import print_plan
-    from mpd_data.rollouts import run_rollouts
+    from mpd_data.rollouts import run_rollouts, setup
 
     config = _with_part(build(RolloutsConfig, options))
     _refuse_overwrite_of_parts(config, overwrite)
     if dry_run:
-        print_plan(plan_rollouts(config, overwrite, limit)[0], as_json)
+        plan = plan_rollouts(setup(config, weights=False, overwrite=overwrite), overwrite, limit)
+        print_plan(plan, as_json)
         return
     if config.parts.ray:
         from mpd_data.parts.ray import rollouts_on_ray as run_rollouts
@@ -206,6 +207,7 @@ def rewrite(
     from mpd_data.dryrun.rewrite import plan_rewrite
     from mpd_data.dryrun.show import print_plan
     from mpd_data.rewrite import run_rewrite
+    from mpd_data.rewrite_setup import setup
     from mpd_data.select.likeliest import choose_rewrites, waiting_rollouts
     from mpd_data.select.refilter import run_refilter
     from mpd_data.store.round import RoundDir
@@ -221,8 +223,11 @@ def rewrite(
     if refilter and limit is not None:
         raise click.UsageError("--refilter filters all rewrites again: it takes no --limit.")
     if dry_run:
-        planned = plan_refilter(config) if refilter else plan_rewrite(config, overwrite, limit)
-        print_plan(planned, as_json)
+        if refilter:
+            plan = plan_refilter(config)
+        else:
+            plan = plan_rewrite(setup(config, weights=False, overwrite=overwrite), overwrite, limit)
+        print_plan(plan, as_json)
         return
     if config.parts.ray:
         from mpd_data.parts.ray import rewrite_on_ray as run_rewrite

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpd_data.checkers.pool import CheckRequest, Verdict
-from mpd_data.common.models import resolve_model
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, StartEngine
 from mpd_data.engines.scores import score_columns
@@ -26,13 +25,12 @@ from mpd_data.engines.start import start_engine
 from mpd_data.prompts.chat import PromptError
 from mpd_data.rewrite_setup import (
     ROLLOUT_COLUMNS,
-    Prepared,
+    RewriteSetup,
     closes_thinking,
-    prepare,
-    rollout_metadata,
+    setup,
 )
 from mpd_data.select.filters import settle
-from mpd_data.select.likeliest import choose_rewrites, choosing_student
+from mpd_data.select.likeliest import choose_rewrites
 from mpd_data.select.second_pass import put_in_place
 from mpd_data.stage import CheckedRun, Outcome, open_round, open_run
 from mpd_data.store.locks import WHOLE
@@ -53,30 +51,18 @@ def run_rewrite(
     """
     config.parts.require_one_process("mpd-gen rewrite")
     if config.choose != "likeliest" or config.parts.part != WHOLE:
-        return distill(prepare_run(config), overwrite, limit)
+        return distill(setup(config), overwrite, limit)
     round_dir = RoundDir(config.shards)
     if is_whole(scratch_of(round_dir)):
         # An earlier choice was killed while its rows replaced the old ones.
         with round_dir.lock("refilter"):
             put_in_place(round_dir, config)
-    outcome = distill(prepare_run(config), overwrite, limit)
+    outcome = distill(setup(config), overwrite, limit)
     return replace(outcome, statuses=choose_rewrites(config))
 
 
-def prepare_run(config: RewriteConfig) -> Prepared:
-    """Call `prepare` with the teacher's weights, which are fetched and hashed."""
-    student = rollout_metadata(RoundDir(config.shards))
-    served = config.engine.served(config.teacher)
-    teacher = resolve_model(
-        config.teacher, config.revision, config.trust_remote_code, served=served
-    )
-    if config.choose == "likeliest":
-        choosing_student(config, student["model"], student["tokenizer"])
-    return prepare(config, student, teacher)
-
-
 def distill(
-    prepared: Prepared,
+    prepared: RewriteSetup,
     overwrite: bool = False,
     limit: int | None = None,
     start: StartEngine = start_engine,
@@ -131,7 +117,7 @@ class RewriteJob:
     """What happens to one rollout: prompt -> (engine) -> rewrite -> (check) for each candidate
     -> filters and choice -> (engine) -> log-probabilities -> rows."""
 
-    def __init__(self, prepared: Prepared, run: CheckedRun) -> None:
+    def __init__(self, prepared: RewriteSetup, run: CheckedRun) -> None:
         self._prepared = prepared
         self._config = prepared.config
         self._run = run

@@ -1,7 +1,4 @@
-"""What a rewrite stage works with, checked without an engine, and what it would do.
-
-The real run and the dry run share this preparation, so that they cannot drift apart.
-"""
+"""Check and prepare a rewrite stage, for the run and for the dry run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,33 +16,24 @@ from mpd_data.config import RewriteConfig
 from mpd_data.engines.start import context_of
 from mpd_data.prompts.chat import ChatFormatter
 from mpd_data.prompts.template import RewriteTemplate, load_template
+from mpd_data.select.likeliest import choosing_student
+from mpd_data.stage import refuse_half_refiltered
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
 from mpd_data.store.shards import read_metadata
 
 # What a rewrite needs of a rollout.
 ROLLOUT_COLUMNS = [
-    "row_id",
-    "prompt_id",
-    "round",
-    "prompt",
-    "prompt_ids",
-    "completion",
-    "completion_ids",
-    "num_completion_tokens",
-    "finish_reason",
-    "problem",
-    "answer",
-    "gold_answer",
-    "is_correct",
+    "row_id", "prompt_id", "round", "prompt", "prompt_ids", "completion", "completion_ids",
+    "num_completion_tokens", "finish_reason", "problem", "answer", "gold_answer", "is_correct",
     "metadata",
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the teacher is asked about a rollout: the rewrite prompt, and the context under which
-    the rewrite would be scored with it."""
+    """The rewrite prompt of a rollout, and the context that its rewrite is scored after with
+    --score-context rewrite."""
 
     text: str
     prompt_ids: list[int]
@@ -53,9 +41,10 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """All that a run settles before it starts an engine. `student` is the rollouts' metadata;
-    `spare`: the teacher's embedding rows beyond the student's."""
+class RewriteSetup:
+    """What a run knows before it starts an engine. A dry run has the same without weights.
+    `student` is the rollouts' metadata; `k` log-probabilities are stored for each token;
+    `vocab_size` is the student's."""
 
     config: RewriteConfig
     student: dict[str, Any]
@@ -72,10 +61,11 @@ class Prepared:
 
     @property
     def spare(self) -> int:
+        """The teacher's embedding rows beyond the student's."""
         return self.teacher.vocab_size - self.vocab_size
 
     def metadata(self) -> dict[str, Any]:
-        """What the stage's shards say of themselves."""
+        """Return the metadata that the stage's shards carry."""
         template, student = self.template, self.student
         return {
             **self.identity,
@@ -96,59 +86,83 @@ class Prepared:
         }
 
     def ask(self, problem: str, draft: str) -> Asked:
-        """Renders the rewrite prompt. Raises PromptError where it cannot be used."""
+        """Render the rewrite prompt. Raises PromptError where it cannot be used."""
         message = self.template.message(problem, draft)
         text, prompt_ids = self.writing.render(message)
         scored = self.scoring.layout(message)
-        # The two differ in their settings at most, and tokenising is the dear part.
+        # Both are often the same text, and tokenising is the slow part.
         return Asked(
             text, prompt_ids, prompt_ids if scored == text else self.scoring.encode(scored)
         )
 
     def ask_about(self, rollout: dict[str, Any]) -> Asked:
-        """The same for a row of rollouts."""
-        # Control tokens that the student sampled would be obeyed in the teacher's prompt.
+        """Render the rewrite prompt of a rollout. Raises PromptError where it cannot be used."""
+        # The teacher would obey control tokens that the student sampled.
         draft = self.tokenizer.decode(rollout["completion_ids"], skip_special_tokens=True)
         return self.ask(rollout["problem"], draft)
 
     def fits(self, asked: Asked) -> bool:
-        """Whether the teacher's context has room for the prompt and the longest rewrite."""
+        """Return whether the teacher's context has room for the prompt and the longest rewrite."""
         return len(asked.prompt_ids) + self.config.sampling.max_tokens <= self.context
 
 
-def prepare(config: RewriteConfig, student: dict[str, Any], teacher: ModelFiles) -> Prepared:
-    """Checks everything that can be checked without an engine. `student`: what the rollouts'
-    shards say of themselves. Raises ConfigError."""
+def setup(
+    config: RewriteConfig,
+    weights: bool = True,
+    overwrite: bool = False,
+    student: dict[str, Any] | None = None,
+    teacher: ModelFiles | None = None,
+) -> RewriteSetup:
+    """Check everything that can be checked without an engine. Raises ConfigError.
+
+    Without `weights`, for a dry run, no weights are fetched or hashed, and the round must have been
+    started with these settings unless `overwrite`, as a run finds when it claims the round.
+    `student` and `teacher` replace what is not made yet: the metadata of rollouts to come, a
+    teacher that is yet to be trained.
+    """
+    code, round_dir = config.trust_remote_code, RoundDir(config.shards)
+    drafts_exist = student is None
+    if student is None:
+        student = rollout_metadata(round_dir)
+    if teacher is None:
+        served = config.engine.served(config.teacher)
+        teacher = resolve_model(config.teacher, config.revision, code, weights, served)
+    if not weights:
+        saved = round_dir.saved_stage("distill")
+        teacher = teacher.as_saved(saved and saved["identity"]["teacher"])
+    if config.choose == "likeliest":
+        if drafts_exist:
+            choosing_student(config, student["model"], student["tokenizer"], weights)
+    elif not weights:
+        refuse_half_refiltered(round_dir)
     template = load_template(config.template)
     if config.num_candidates > 1 and config.sampling.temperature == 0:
         raise ConfigError(
-            f"--num-candidates {config.num_candidates} at --temperature 0 gives the same rewrite so"
-            " many times; give a temperature above 0."
+            f"--num-candidates {config.num_candidates} at --temperature 0 gives"
+            f" {config.num_candidates} times the same rewrite. Give a temperature above 0."
         )
     if not template.asks and (config.score_context == "rewrite" or config.num_candidates > 1):
         raise ConfigError(
-            "--template draft asks for no rewrite: it goes with --score-context problem and one"
+            "--template draft makes no rewrite. Use it with --score-context problem and one"
             " candidate."
         )
-    tokenizer = load_tokenizer(teacher, config.trust_remote_code)
+    tokenizer = load_tokenizer(teacher, code)
     require_same_tokenizer(
         student["tokenizer"], tokenizer, f"the student of {config.shards}", config.teacher
     )
     writing = ChatFormatter(
         tokenizer, config.template_kwargs, thinking=config.thinking, default_thinking=False
     )
-    # ỹ is in the student's format, so the teacher is to take it as its own turn would be in that
-    # mode.
+    # The trace is in the student's format: the teacher scores it as its own turn in that mode.
     scoring = ChatFormatter(
         tokenizer,
         config.score_template_kwargs,
         default_thinking=student["thinking"] is not False,
     )
     context = context_of(teacher, config.engine)
-    # Rows that one model has beyond the other's are padding of the embedding, not tokens.
+    # Embedding rows that one model has beyond the others are padding, not tokens.
     sizes = [student["vocab_size"], teacher.vocab_size]
     if config.student is not None:
-        code = config.trust_remote_code
         trained = resolve_model(config.student, trust_remote_code=code, weights=False)
         require_same_tokenizer(
             student["tokenizer"],
@@ -177,10 +191,12 @@ def prepare(config: RewriteConfig, student: dict[str, Any], teacher: ModelFiles)
         "score_context": config.score_context,
         "score_template_kwargs": config.score_template_kwargs,
         "dtype": config.engine.dtype,
-        # Decides which rows are too_long.
+        # It decides which rows are too_long.
         "max_model_len": context,
     }
-    return Prepared(
+    if not weights and not overwrite:
+        round_dir.check("distill", identity, {})
+    return RewriteSetup(
         config=config,
         student=student,
         template=template,
@@ -197,11 +213,12 @@ def prepare(config: RewriteConfig, student: dict[str, Any], teacher: ModelFiles)
 
 
 def closes_thinking(rollout: dict[str, Any]) -> bool:
-    """Whether a draft has a thinking part."""
+    """Return whether a draft has a thinking part."""
     return "</think>" in rollout["completion"]
 
 
 def rollout_metadata(round_dir: RoundDir) -> dict[str, Any]:
+    """Return the metadata of the round's rollouts. Raise ConfigError where it has none."""
     require_kind(round_dir.path, "round")
     paths = round_dir.shard_paths("rollouts")
     if not paths:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from mpd_data.checkers.builtin import make_checker
-from mpd_data.checkers.formats import Checker
 from mpd_data.checkers.pool import CheckRequest, Verdict
 from mpd_data.common.hashing import canonical_json, content_key
 from mpd_data.common.machine import provenance
@@ -46,8 +45,10 @@ class Request:
     sample_idx: int
 
 
-def read_prompts(config: RolloutsConfig, checker: Checker) -> list[Prompt]:
-    """The prompts that `config` names, their gold answers read as the checker reads them."""
+def read_prompts(config: RolloutsConfig) -> list[Prompt]:
+    """Return all prompts that `config` names, with the answer that the checker reads in each gold
+    answer. Raises ConfigError or DataError."""
+    checker = make_checker(config.checker, config.answer_formats)
     prompts = load_prompts(
         config.prompts,
         config.prompt_column,
@@ -62,30 +63,17 @@ def read_prompts(config: RolloutsConfig, checker: Checker) -> list[Prompt]:
     ]
 
 
-def read_examples(config: RolloutsConfig) -> list[tuple[str, str]]:
-    """Few-shot examples as (user's message, solution)."""
+def _read_examples(config: RolloutsConfig) -> list[tuple[str, str]]:
+    """Return the few-shot examples as (user's message, solution)."""
     if config.examples is None:
         return []
     pairs = load_examples(config.examples, config.prompt_column, config.examples_column)
     return [(fill_prompt(config.prompt_template, problem), solution) for problem, solution in pairs]
 
 
-def make_formatter(
-    config: RolloutsConfig, tokenizer: Any, examples: list[tuple[str, str]]
-) -> ChatFormatter:
-    """How the student's prompts are laid out."""
-    return ChatFormatter(
-        tokenizer,
-        config.template_kwargs,
-        thinking=config.thinking,
-        system_prompt=config.system_prompt,
-        examples=examples,
-    )
-
-
 @dataclass(frozen=True)
-class Prepared:
-    """All that a run settles before it starts an engine."""
+class RolloutSetup:
+    """What a run knows before it starts an engine. A dry run has the same without weights."""
 
     config: RolloutsConfig
     prompts: list[Prompt]
@@ -97,7 +85,7 @@ class Prepared:
     identity: dict[str, Any]
 
     def metadata(self) -> dict[str, Any]:
-        """What the stage's shards say of themselves."""
+        """Return the metadata that the stage's shards carry."""
         return {
             **self.identity,
             "model": {"name": self.config.model, **self.model.identity()},
@@ -108,15 +96,15 @@ class Prepared:
         }
 
     def details(self) -> dict[str, Any]:
-        """What run.json records of the stage beside its identity."""
+        """Return what run.json records of the stage besides its identity."""
         return {
             "config": self.config.model_dump(mode="json", exclude={"parts"}),
             "rows": len(self.prompts) * self.config.num_samples,
         }
 
     def render(self, prompt: Prompt) -> tuple[str, list[int]]:
-        """A prompt's text and ids. Raises PromptError where it cannot be used or leaves no room
-        for its completion."""
+        """Return a prompt's text and token ids. Raises PromptError where it cannot be used or
+        leaves no room for its completion."""
         if prompt.flaw is not None:
             raise PromptError(prompt.flaw)
         text, ids = self.formatter.render(fill_prompt(self.config.prompt_template, prompt.text))
@@ -130,13 +118,13 @@ class Prepared:
 
     @property
     def own_prompts(self) -> list[Prompt]:
-        """The prompts of this process's part. All samples of a prompt are of one part, so that they
-        share the engine's cache of their prompt."""
+        """The prompts of this process's part. All samples of a prompt are in one part and share the
+        engine's cache of it."""
         part = self.config.parts.part
         return [prompt for prompt in self.prompts if part.holds(prompt.id)]
 
     def requests(self, prompt: Prompt) -> list[Request]:
-        """The samples to take of a prompt. Raises PromptError like `render`."""
+        """Return the samples to take of a prompt. Raises PromptError like `render`."""
         text, ids = self.render(prompt)
         return [
             Request(rollout_key(prompt.id, ids, i, self.row_identity), prompt, text, ids, i)
@@ -144,21 +132,39 @@ class Prepared:
         ]
 
 
-def prepare(
-    config: RolloutsConfig, model: ModelFiles, prompts: list[Prompt] | None = None
-) -> Prepared:
-    """Checks everything that can be checked without an engine. `prompts`: all that `config`
-    names, where they have been read before. Raises ConfigError or DataError."""
+def setup(
+    config: RolloutsConfig,
+    weights: bool = True,
+    overwrite: bool = False,
+    model: ModelFiles | None = None,
+    prompts: list[Prompt] | None = None,
+) -> RolloutSetup:
+    """Check everything that can be checked without an engine. Raises ConfigError or DataError.
+
+    Without `weights`, for a dry run, the model's weights are neither fetched nor hashed, and the
+    round must have been started with these settings unless `overwrite`, as a run finds when it
+    claims the round. `model` and `prompts` replace what `config` names: a student that is yet to be
+    trained, prompts that were read before.
+    """
+    code, round_dir = config.trust_remote_code, RoundDir(config.out)
     require_kind(config.out, "round")
-    checker = make_checker(config.checker, config.answer_formats)
-    chosen = choose_prompts(
-        read_prompts(config, checker) if prompts is None else prompts,
-        config.num_prompts,
-        f"{config.seed}/{config.round}",
+    if model is None:
+        served = config.engine.served(config.model)
+        model = resolve_model(config.model, config.revision, code, weights, served)
+    if not weights:
+        saved = round_dir.saved_stage("rollouts")
+        model = model.as_saved(saved and saved["identity"]["model"])
+    prompts = read_prompts(config) if prompts is None else prompts
+    chosen = choose_prompts(prompts, config.num_prompts, f"{config.seed}/{config.round}")
+    tokenizer = load_tokenizer(model, code)
+    examples = _read_examples(config)
+    formatter = ChatFormatter(
+        tokenizer,
+        config.template_kwargs,
+        thinking=config.thinking,
+        system_prompt=config.system_prompt,
+        examples=examples,
     )
-    tokenizer = load_tokenizer(model, config.trust_remote_code)
-    examples = read_examples(config)
-    formatter = make_formatter(config, tokenizer, examples)
     row_identity = {
         "round": config.round,
         "sampling": config.sampling.model_dump(),
@@ -183,7 +189,12 @@ def prepare(
         "tokenizer": tokenizer_hash(tokenizer),
     }
     context = context_of(model, config.engine)
-    return Prepared(config, chosen, model, tokenizer, formatter, context, row_identity, identity)
+    prepared = RolloutSetup(
+        config, chosen, model, tokenizer, formatter, context, row_identity, identity
+    )
+    if not weights and not overwrite:
+        round_dir.check("rollouts", identity, prepared.details())
+    return prepared
 
 
 def run_rollouts(
@@ -196,18 +207,11 @@ def run_rollouts(
     finished before an error are kept, and the next call resumes from there.
     """
     config.parts.require_one_process("mpd-gen rollouts")
-    return sample(prepare_run(config), overwrite, limit)
-
-
-def prepare_run(config: RolloutsConfig) -> Prepared:
-    """`prepare` with the model that will run: its weights are fetched and hashed."""
-    served = config.engine.served(config.model)
-    model = resolve_model(config.model, config.revision, config.trust_remote_code, served=served)
-    return prepare(config, model)
+    return sample(setup(config), overwrite, limit)
 
 
 def sample(
-    prepared: Prepared,
+    prepared: RolloutSetup,
     overwrite: bool = False,
     limit: int | None = None,
     start: StartEngine = start_engine,
@@ -241,7 +245,7 @@ def sample(
 class RolloutJob:
     """What happens to one sample: request -> (engine) -> completion -> (check) -> row."""
 
-    def __init__(self, prepared: Prepared, run: CheckedRun, done: Container[str]) -> None:
+    def __init__(self, prepared: RolloutSetup, run: CheckedRun, done: Container[str]) -> None:
         self._prepared = prepared
         self._config = prepared.config
         self._run = run

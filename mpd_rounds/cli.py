@@ -193,7 +193,7 @@ def cli(
         if seeds is not None:
             folder, settings = out / "seed0", (*overrides, "seed=0")
         planned = plan_pipeline(load_pipeline(pipeline, settings), folder, rates)
-        show_pipeline(planned, as_json, prompts=True)
+        show_pipeline(planned, as_json)
         if seeds is not None:
             click.echo(f"This is the first of {seeds} seeds.", err=True)
         return

@@ -34,12 +34,10 @@ def cli(overwrite: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
     if dry_run:
         from mpd_data.dryrun.show import print_plan
         from mpd_train.dryrun.plan import plan_train
+        from mpd_train.setup import setup
 
-        plan = plan_train(config, overwrite)
+        plan = plan_train(setup(config, weights=False, overwrite=overwrite), overwrite)
         print_plan(plan, as_json)
-        if plan.failing:
-            # The training would fail too: a script must not take the plan for a success.
-            raise click.exceptions.Exit(1)
         return
     from mpd_train.loop import train
 

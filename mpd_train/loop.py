@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from mpd_data.common import signals
 from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.machine import device_name
-from mpd_data.common.models import resolve_model
 from mpd_data.store.locks import folder_lock
 from mpd_data.store.run_record import require_kind
 from mpd_train import checkpoint
@@ -26,13 +25,12 @@ from mpd_train.export import export
 from mpd_train.flops import peak_flops, step_flops
 from mpd_train.loss import Sums, pack_loss, validate
 from mpd_train.metrics import Recorder
-from mpd_train.model.attention import attention
 from mpd_train.model.causal_lm import CausalLM
 from mpd_train.model.device import autocast
 from mpd_train.model.loading import load_models, load_student
 from mpd_train.model.sharding import clip_grad_norm, gather
 from mpd_train.optimizer import learning_rate, make_optimizer
-from mpd_train.setup import Prepared, claim, prepare
+from mpd_train.setup import TrainSetup, claim, setup
 
 
 def train(config: TrainConfig, overwrite: bool = False) -> Path:
@@ -74,16 +72,9 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
 
 
 def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
-    code = config.trust_remote_code
-    student_files = resolve_model(config.student, config.revision, code)
-    teacher_files = None
-    if config.teacher is not None:
-        teacher_files = resolve_model(config.teacher, config.teacher_revision, code)
-    prepared = prepare(config, student_files, teacher_files)
-    device, dtype = prepared.device, prepared.dtype
-    # What follows may refuse the settings too: before the folder is claimed for them.
-    files = [student_files] if teacher_files is None else [student_files, teacher_files]
-    attn_implementation = attention(config, device, dtype, files)
+    prepared = setup(config)
+    device = prepared.device
+    # The folder is claimed after all that may refuse the settings.
     _require_work_for_all(config, ranks)
     packs, held_out = split_packs(prepared.shards, config)
     if ranks.first:
@@ -99,7 +90,13 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
             print(f"{model_folder}: this run has finished; nothing to do.", file=sys.stderr)
         return model_folder
     student, teacher = load_models(
-        config, student_files, teacher_files, device, dtype, attn_implementation, ranks
+        config,
+        prepared.student,
+        prepared.teacher,
+        device,
+        prepared.dtype,
+        prepared.attn_implementation,
+        ranks,
     )
     trainer = Trainer(config, prepared, student, teacher, packs, held_out, done, ranks)
     trainer.run()
@@ -142,7 +139,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        prepared: Prepared,
+        prepared: TrainSetup,
         student: CausalLM,
         teacher: CausalLM | None,
         packs: list[Pack],

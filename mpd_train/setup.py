@@ -1,4 +1,4 @@
-"""Check settings, data and models before a model is loaded, and claim the run's folder."""
+"""Check and prepare a training, for the run and for the dry run, and claim its folder."""
 
 import shutil
 from dataclasses import dataclass
@@ -9,7 +9,12 @@ import torch
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.machine import provenance
-from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer
+from mpd_data.common.models import (
+    ModelFiles,
+    load_tokenizer,
+    require_same_tokenizer,
+    resolve_model,
+)
 from mpd_data.store.run_record import (
     read_record,
     require_kind,
@@ -20,6 +25,7 @@ from mpd_train.config import TrainConfig
 from mpd_train.data.shard_set import ShardSet
 from mpd_train.metrics import load_trackers
 from mpd_train.model import liger
+from mpd_train.model.attention import attention
 from mpd_train.model.causal_lm import CausalLM
 from mpd_train.model.device import choose_device, compute_dtype
 from mpd_train.model.loading import load_student
@@ -32,11 +38,15 @@ _NOT_IDENTITY = {
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What is known before a model is loaded."""
+class TrainSetup:
+    """What a run knows before it loads a model. A dry run has the same without weights."""
 
+    config: TrainConfig
+    student: ModelFiles
+    teacher: ModelFiles | None
     device: torch.device
     dtype: torch.dtype
+    attn_implementation: str | None
     shards: ShardSet
     vocab_size: int
     tracker_modules: dict[str, Any]
@@ -71,15 +81,24 @@ def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, t
     return tracker_modules, device, compute_dtype(device, config.dtype)
 
 
-def check_models(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None) -> None:
-    """Raise ConfigError for a quantised student, and for adapters, to be trained or to be merged,
-    that do not fit their models. Models are loaded without weights."""
+def check_models(
+    config: TrainConfig,
+    student: ModelFiles,
+    teacher: ModelFiles | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str | None:
+    """Return the attention to load both models with (`attention`), from their configurations
+    alone. Raise ConfigError for a quantised student, for adapters, to be trained or to be merged,
+    that do not fit their models, and for attention that these do not have."""
     _require_plain_weights(student)
     meta = torch.device("meta")
     if config.lora.lora_r > 0 or student.adapter is not None:
         load_student(config, student, meta, None)
     if teacher is not None and teacher.adapter is not None:
         CausalLM(teacher, meta, torch.float32, config.trust_remote_code)
+    models = [student] if teacher is None else [student, teacher]
+    return attention(config, device, dtype, models)
 
 
 def _require_plain_weights(student: ModelFiles) -> None:
@@ -96,8 +115,21 @@ def _require_plain_weights(student: ModelFiles) -> None:
         )
 
 
-def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None) -> Prepared:
-    """Check everything that can be checked without weights. Raise ConfigError or DataError."""
+def setup(config: TrainConfig, weights: bool = True, overwrite: bool = False) -> TrainSetup:
+    """Check everything that can be checked without a model. Raise ConfigError or DataError.
+
+    Without `weights`, for a dry run, no weights are fetched or hashed, and the folder must have
+    been started with these settings unless `overwrite`, as a run finds when it claims the folder.
+    """
+    code, resuming_dry = config.trust_remote_code, not weights and not overwrite
+    require_kind(config.out, "training")
+    student = resolve_model(config.student, config.revision, code, weights)
+    teacher = None
+    if config.teacher is not None:
+        teacher = resolve_model(config.teacher, config.teacher_revision, code, weights)
+    if resuming_dry and (saved := read_record(config.out, "training").get("identity")):
+        student = student.as_saved(saved["student"])
+        teacher = teacher and teacher.as_saved(saved["teacher"])
     tracker_modules, device, dtype = check_settings(config)
     shards = ShardSet(config.shards)
     vocab_size = int(shards.metadata["vocab_size"])
@@ -115,11 +147,11 @@ def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None
                     f"{files.name}: has {files.vocab_size} embedding rows, the shards are scored"
                     f" over {vocab_size}. Use the models that the shards were made with."
                 )
-            tokenizer = load_tokenizer(files, config.trust_remote_code)
+            tokenizer = load_tokenizer(files, code)
             require_same_tokenizer(
                 shards.metadata["tokenizer"], tokenizer, str(config.shards[0]), files.name
             )
-    check_models(config, student, teacher)
+    attn_implementation = check_models(config, student, teacher, device, dtype)
     identity = {
         "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
         "shards": shards.identity(),
@@ -128,7 +160,12 @@ def prepare(config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None
         # Increased when the same settings give other packs than before.
         "packing": 2,
     }
-    return Prepared(device, dtype, shards, vocab_size, tracker_modules, identity)
+    if resuming_dry:
+        check_claim(config.out, identity)
+    return TrainSetup(
+        config, student, teacher, device, dtype, attn_implementation, shards, vocab_size,
+        tracker_modules, identity,
+    )  # fmt: skip
 
 
 def check_claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from mpd_train.dryrun.plan import plan_train
 from mpd_train.export import export_checkpoint
 from mpd_train.loop import train
 from mpd_train.model.causal_lm import CausalLM
+from mpd_train.setup import setup
 
 peft = pytest.importorskip("peft")
 
@@ -173,7 +174,7 @@ def from_merged(models, round_dir, tmp_path_factory):
 def test_an_adapter_is_trained_as_the_merged_model(models, from_merged, round_dir, tmp_path):
     """Merged here and merged there, in float32: the same to rounding, and here to the last bit."""
     out = tmp_path / "run"
-    plan = plan_train(config(round_dir, models[0], out))
+    plan = plan_train(setup(config(round_dir, models[0], out), weights=False))
     assert plan.details["parameters"] == plan.details["trained parameters"]
     assert not out.exists()
     train(config(round_dir, models[0], out))
@@ -211,7 +212,7 @@ def test_an_adapter_is_trained_further(models, from_merged, exact_student, round
     told["base_model_name_or_path"] = f"{exact_student}/"
     (adapter / "adapter_config.json").write_text(json.dumps(told))
     settings = config(round_dir, adapter, out, lora=FURTHER)
-    plan = plan_train(settings)
+    plan = plan_train(setup(settings, weights=False))
     factors = load_file(models[0] / "adapter_model.safetensors")
     trained = sum(weight.numel() for weight in factors.values())
     assert plan.details["trained parameters"] == f"{trained:,}"
@@ -271,7 +272,7 @@ def test_adapters_of_another_form_are_not_trained_further(
 ):
     out = tmp_path / "run"
     settings = config(round_dir, models[0], out, lora={**FURTHER, **changed})
-    for start in (plan_train, train):
+    for start in (lambda settings: setup(settings, weights=False), train):
         with pytest.raises(ConfigError, match=f"{has}.*leave out --lora-r: it is then merged"):
             start(settings)
     # Without them it can be begun there.
@@ -308,7 +309,7 @@ def test_a_dry_run_misses_an_adapters_weights(models, round_dir, tmp_path):
     shutil.copytree(models[0], tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"no \*.safetensors here"):
-        plan_train(config(round_dir, tmp_path / "adapter", tmp_path / "run"))
+        setup(config(round_dir, tmp_path / "adapter", tmp_path / "run"), weights=False)
 
 
 def test_a_teacher_that_is_an_adapter_teaches_as_the_merged_one(models, round_dir, tmp_path):

@@ -14,7 +14,7 @@ from mpd_data.config import EngineConfig
 from mpd_data.engines.start import start_engine
 from mpd_train.config import LossConfig, TrainConfig
 from mpd_train.data.batches import Batch
-from mpd_train.dryrun.plan import plan_train_ahead
+from mpd_train.dryrun.plan import RoundAhead, plan_train_ahead
 from mpd_train.loop import train
 from mpd_train.loss import pack_loss
 from mpd_train.model.causal_lm import CausalLM
@@ -201,4 +201,4 @@ def test_the_plan_of_a_round_to_come_refuses_what_the_training_would(tmp_path):
             shards=[tmp_path / "round1"], student=files.name, out=tmp_path / "run", **more
         )
         with pytest.raises(ConfigError, match=message):
-            plan_train_ahead(config, files, "", 10, 100, None, 1000)
+            plan_train_ahead(config, files, RoundAhead("", 10, 1000, 50, 50, None))

@@ -169,7 +169,7 @@ def test_refilter_changes_rules_and_nothing_else(sampled, round_dir, tmp_path):
     (out / ".refilter").mkdir()
     (out / ".refilter" / "complete").touch()
     assert (
-        "killed while its rows were put in place"
+        "killed while its rows replaced the old ones"
         in run("mpd-gen", *several(out, **{"--choose": "all"}), code=1).stderr
     )
 

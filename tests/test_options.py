@@ -90,7 +90,7 @@ TESTS = {
     },
     "tests/test_plan.py": {
         "test_a_budget_that_does_not_hold_is_said": {"mpd-rounds": "--set"},
-        "test_a_finished_round_owes_nothing_and_stays_as_it_is": {
+        "test_a_finished_round_has_nothing_to_do_and_stays_as_it_is": {
             "mpd-gen rewrite": "--dry-run --json",
         },
         "test_a_limited_run_says_what_the_rest_takes": {
@@ -98,7 +98,7 @@ TESTS = {
             "mpd-gen rewrite": "--limit",
         },
         "test_a_new_round_is_planned_and_not_made": {"mpd-gen rollouts": "--dry-run --json"},
-        "test_a_pipeline_is_planned_from_a_round_beside_it": {
+        "test_a_later_round_is_planned_from_the_first": {
             "mpd-rounds": "PIPELINE --out",
         },
         "test_a_pipeline_is_planned_at_given_rates": {"mpd-rounds": "--rate"},

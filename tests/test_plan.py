@@ -17,7 +17,6 @@ from conftest import (
     ROOT,
     STUDENT,
     command,
-    invoke,
     rewrite_arguments,
     rollout_arguments,
     run,
@@ -30,10 +29,12 @@ from test_prompts import OFF, QWEN
 from mpd_data.cli import cli as gen
 from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.machine import device_name
-from mpd_data.dryrun.learned import Learned, learn
 from mpd_data.dryrun.plan import distill_bytes, rollout_bytes
 from mpd_data.store.round import RoundDir
 from mpd_rounds.cli import cli as rounds
+from mpd_rounds.run.layout import Plan
+from mpd_rounds.run.runner import _inputs
+from mpd_rounds.run.steps import load_pipeline
 from mpd_train.cli import cli as train
 
 
@@ -84,16 +85,16 @@ def test_a_new_round_is_planned_and_not_made(round_dir, prompts, tmp_path):
     said = ask("mpd-gen", *arguments)
     assert "first prompt (" in said
     assert "<|im_start|>user\n  | " in said
-    assert re.search("tokens owed, at most +96,000", said)
+    assert re.search("tokens remaining, at most +96,000", said)
     assert "--limit 64" in said
     assert not (tmp_path / "data").exists()
 
 
-def test_a_finished_round_owes_nothing_and_stays_as_it_is(round_dir, prompts, tmp_path):
+def test_a_finished_round_has_nothing_to_do_and_stays_as_it_is(round_dir, prompts, tmp_path):
     before = content(round_dir)
     plan = dry("mpd-gen", *rollout_arguments(prompts, round_dir))
     assert (plan["rows"], plan["committed"], plan["owed"]) == (240, 240, 0)
-    assert plan["tokens_expected"] == 0
+    assert (plan["tokens_expected"], plan["seconds"]) == (0, 0)
     plan = dry("mpd-gen", *rewrite_arguments(round_dir))
     assert (plan["rows"], plan["committed"], plan["owed"]) == (240, 240, 0)
     changed = [*rewrite_arguments(round_dir), "--refilter", "--max-ratio", 0.5]
@@ -136,7 +137,9 @@ def test_what_was_there_with_other_settings_is_refused(round_dir, prompts, tmp_p
     assert "no --limit" in run("mpd-gen", *call, "--limit", 3, code=2).stderr
 
 
-def test_a_torn_shard_is_owed_and_left_where_it_is(round_dir, prompts, tmp_path):
+def test_the_rows_of_a_torn_shard_are_planned_and_it_stays_where_it_is(
+    round_dir, prompts, tmp_path
+):
     out = tmp_path / "round"
     shutil.copytree(round_dir, out)
     torn = out / "rollouts" / "part-00002.parquet"
@@ -145,6 +148,7 @@ def test_a_torn_shard_is_owed_and_left_where_it_is(round_dir, prompts, tmp_path)
     before = content(out)
     plan = dry("mpd-gen", *rollout_arguments(prompts, out))
     assert (plan["committed"], plan["owed"]) == (240 - count, count)
+    assert plan["learned_from"] == f"{out} ({240 - count} rows)"
     assert content(out) == before
 
 
@@ -163,12 +167,30 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path):
     assert "row 1: the prompt contains the control token" in plan["reasons"][0]
     assert "do not fit the context of 1024" in plan["reasons"][1]
     assert plan["reasons"][-1] == "and 3 more"
+    assert plan["refusal"] is None
+    write_jsonl(path, [*control, *long])
+    said = run("mpd-gen", *arguments, "--dry-run", code=1).stdout
+    assert "do not fit the context of 1024" in said
+    assert "* No prompt can be used." in said
     assert not out.exists()
     # The first prompt that is shown is one that is used; hostile text is escaped.
     write_jsonl(path, [{"id": "x", "problem": "coins \x1b[31m ."}])
     said = ask("mpd-gen", *arguments)
     assert "\x1b" not in said
     assert "coins \\x1b[31m ." in said
+
+
+def test_a_rewrite_of_nothing_is_refused_with_the_reason(round_dir, tmp_path):
+    shards = without_rewrites(round_dir, tmp_path / "round")
+    call = [*map(str, rewrite_arguments(shards, **{"--max-model-len": 205})), "--dry-run", "--json"]
+    refused = CliRunner().invoke(gen, call)
+    plan = json.loads(refused.stdout)
+    cut = (rows(round_dir, "rollouts")["finish_reason"] == "length").sum()
+    assert refused.exit_code == 1
+    assert plan["tokens_at_most"] == 0
+    assert f"{240 - cut} too_long (lower --max-tokens, or raise --max-model-len)" in plan["refusal"]
+    assert (f"{cut} draft_truncated (sample" in plan["refusal"]) == (cut > 0)
+    assert dry("mpd-gen", *rewrite_arguments(shards))["refusal"] is None
 
 
 def test_bad_input_is_what_the_real_run_says(prompts, round_dir, tmp_path):
@@ -265,25 +287,17 @@ def test_without_the_limit_the_rest_follows(part, round_dir, prompts, tmp_path):
     assert ours.equals(theirs)
 
 
-def test_a_folder_beside_it_teaches(part, round_dir, prompts, tmp_path):
-    shutil.copytree(part[0], tmp_path / "first")
-    plan = dry("mpd-gen", *rollout_arguments(prompts, tmp_path / "second"))
-    assert plan["learned_from"].startswith(str(tmp_path / "first"))
-    assert plan["seconds"] > 0
-    # Rows that were cut earlier say nothing of longer ones.
-    longer = rollout_arguments(prompts, tmp_path / "third", **{"--max-tokens": 500})
-    assert dry("mpd-gen", *longer)["learned_from"] is None
-
-    def found(name, sampling, tokenizer=None):
-        info = json.loads((part[0] / "run.json").read_text())["stages"]["rollouts"]["identity"]
-        tokenizer = tokenizer or info["tokenizer"]
-        alike = {"sampling": {**info["sampling"], **sampling}}
-        return learn(tmp_path / "second", "rollouts", tokenizer, name, alike)
-
-    assert isinstance(found("another", {}), Learned)
-    assert found(str(STUDENT), {"temperature": 0.5}).rows == 120
-    assert found("another", {"temperature": 0.5}) is None
-    assert found(str(STUDENT), {}, tokenizer="other") is None
+def test_only_own_rows_of_the_same_backend_teach(part, prompts):
+    """Lengths hold for every backend, speeds do not. Rows that --overwrite deletes say nothing."""
+    new = dry("mpd-gen", *rollout_arguments(prompts, part[0].parent / "new"))
+    assert (new["tokens_expected"], new["learned_from"]) == (None, None)
+    call = rollout_arguments(prompts, part[0])
+    own, other = dry("mpd-gen", *call), dry("mpd-gen", *call, "--backend", "transformers")
+    assert other["tokens_expected"] == own["tokens_expected"] > 0
+    assert own["seconds"] > 0
+    assert (other["seconds"], other["device"]) == (None, None)
+    assert "No speed of this backend" in ask("mpd-gen", *call, "--backend", "transformers")[1]
+    assert dry("mpd-gen", *call, "--overwrite")["learned_from"] is None
 
 
 def test_bounds_on_disk_hold(round_dir):
@@ -336,15 +350,21 @@ def test_a_training_is_planned(round_dir, tmp_path):
     size = sum(p.stat().st_size for p in (tmp_path / "one" / "model").iterdir())
     assert plan["disk_bytes"] == pytest.approx(size, rel=0.05)
     assert plan["seconds"] is None
-    assert dry("mpd-train", *call)["owed"] == 0
+    finished = dry("mpd-train", *call)
+    assert (finished["owed"], finished["seconds"]) == (0, 0)
     with pytest.raises(ConfigError, match="started here with other settings"):
         ask("mpd-train", *arguments("one", "--pack-length", 2048))
 
-    plan = dry("mpd-train", *arguments("two", "--pack-length", 1024, "--epochs", 2))
-    assert plan["learned_from"].startswith(str(tmp_path / "one"))
+    # Killed before its end, it has its own speed; another training has none.
+    two = arguments("two", "--pack-length", 1024)
+    shutil.copytree(tmp_path / "one", tmp_path / "two", ignore=shutil.ignore_patterns("model"))
+    plan = dry("mpd-train", *two)
+    assert plan["learned_from"] == f"{tmp_path / 'two'} ({len(lines)} steps)"
     per_token = sum(x["seconds"] for x in lines) / sum(x["tokens"] for x in lines)
     assert plan["seconds"] == pytest.approx(plan["tokens_expected"] * per_token, abs=0.1)
     assert plan["device"] == "cpu"
+    shutil.rmtree(tmp_path / "two")
+    assert dry("mpd-train", *two)["seconds"] is None
 
     lengths = rows(round_dir, "distill").filter(pl.col("status") == "ok")
     lengths = lengths["loss_start"] + lengths["num_rewritten_tokens"]
@@ -354,24 +374,26 @@ def test_a_training_is_planned(round_dir, tmp_path):
     assert refused.exit_code == 1
     assert plan["failing"] == (lengths > 90).sum() > 3
     assert "do not fit --pack-length 90" in plan["reasons"][0]
+    assert plan["refusal"].startswith("Training does not start")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one"]
     (tmp_path / "one" / "run.json").unlink()
     with pytest.raises(ConfigError, match="run.json does not say how they were made"):
         ask("mpd-train", *call)
 
 
-@pytest.mark.parametrize("which", ["--student", "--teacher"])
-def test_a_training_of_a_folder_without_weights_is_refused(round_dir, tmp_path, which):
-    """The plan reads none, and the run would not begin."""
-    bare = tmp_path / "bare"
+def test_a_folder_without_weights_is_refused(prompts, round_dir, tmp_path):
+    """A dry run reads none, and the run would not begin."""
+    bare, out = tmp_path / "bare", tmp_path / "out"
     shutil.copytree(STUDENT, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    models = {"--student": STUDENT, "--teacher": STUDENT, which: bare}
-    call = ["--shards", round_dir, "--out", tmp_path / "out"]
-    call += [word for pair in models.items() for word in pair]
-    with pytest.raises(ConfigError, match=r"bare: no \*\.safetensors here"):
-        ask("mpd-train", *call)
-    with pytest.raises(ConfigError, match=r"bare: no \*\.safetensors here"):
-        invoke(train, *call)
+    new = ["mpd-train", "--shards", round_dir, "--out", out]
+    for call in (
+        ["mpd-gen", *rollout_arguments(prompts, out, **{"--model": bare})],
+        ["mpd-gen", *rewrite_arguments(round_dir, **{"--teacher": bare})],
+        [*new, "--student", bare],
+        [*new, "--student", STUDENT, "--teacher", bare],
+    ):
+        with pytest.raises(ConfigError, match=r"bare: no \*\.safetensors here"):
+            ask(*call)
 
 
 # -- pipelines -------------------------------------------------------------------------------
@@ -390,59 +412,63 @@ def pocket(prompts, tmp_path_factory):
     return path
 
 
-def test_a_pipeline_is_planned_from_a_round_beside_it(pocket, round_dir, tmp_path, monkeypatch):
+def with_first_round(pocket, round_dir, out):
+    """A run of the pipeline that has `round_dir` as its first round, not trained on yet."""
+    shutil.copytree(round_dir, out / "data" / "round1")
+    sampling, rewriting, _ = Plan(load_pipeline(pocket, ()), out).training(1)
+    write_jsonl(out / "finished.jsonl", [
+        {"command": [step.program, *step.command], "inputs": _inputs(step), "exit_code": 0}
+        for step in (sampling, rewriting)
+    ])  # fmt: skip
+
+
+def test_a_later_round_is_planned_from_the_first(pocket, round_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     out = tmp_path / "run"
-    shutil.copytree(round_dir, out / "data" / "round9")
+    with_first_round(pocket, round_dir, out)
     before = content(out)
     found = dry("mpd-rounds", pocket, "--out", out)
     plans = {step["label"]: step["plan"] for step in found["steps"]}
     assert len(plans) == 15
     drafts, rewrites = rows(round_dir, "rollouts"), rows(round_dir, "distill")
     kept = rewrites.filter(pl.col("status") == "ok")
-    for round_ in (1, 2):
-        plan = plans[f"round {round_}: rollouts"]
-        expected = 96 * drafts["num_completion_tokens"].mean()
-        assert plan["tokens_expected"] == pytest.approx(expected, abs=1)
-        plan = plans[f"round {round_}: rewrite"]
-        asked = 96 * (1 - (drafts["finish_reason"] == "length").mean())
-        per_row = rewrites["num_rewritten_tokens"].sum() / 240
-        assert plan["tokens_expected"] == pytest.approx(asked * per_row, rel=0.02)
-        plan = plans[f"round {round_}: train"]
-        assert plan["rows"] == pytest.approx(asked * kept.height / 240, rel=0.02)
-        length = (kept["loss_start"] + kept["num_rewritten_tokens"]).mean()
-        assert plan["tokens_expected"] == pytest.approx(plan["rows"] * length, rel=0.05)
+    assert plans["round 1: rollouts"] is plans["round 1: rewrite"] is None
+    assert plans["round 1: train"]["rows"] == kept.height
+    plan = plans["round 2: rollouts"]
+    expected = 96 * drafts["num_completion_tokens"].mean()
+    assert plan["tokens_expected"] == pytest.approx(expected, abs=1)
+    plan = plans["round 2: rewrite"]
+    asked = 96 * (1 - (drafts["finish_reason"] == "length").mean())
+    per_row = rewrites["num_rewritten_tokens"].sum() / 240
+    assert plan["tokens_expected"] == pytest.approx(asked * per_row, rel=0.02)
+    plan = plans["round 2: train"]
+    assert plan["rows"] == pytest.approx(asked * kept.height / 240, rel=0.02)
+    length = (kept["loss_start"] + kept["num_rewritten_tokens"]).mean()
+    assert plan["tokens_expected"] == pytest.approx(plan["rows"] * length, rel=0.05)
     assert plans["base: evaluate test"]["tokens_expected"] is None
     assert content(out) == before
     table = run("mpd-rounds", pocket, "--out", out, "--dry-run").stdout
     assert "round 2: train" in table
-    assert f"learned from {out}/data/round9" in table
-
-
-def test_a_pipeline_is_planned_with_changed_settings(pocket, tmp_path):
-    sets = ["--set", "rounds=1", "--set", "rollouts.num_prompts=5"]
-    plans = {
-        x["label"]: x["plan"]
-        for x in dry("mpd-rounds", pocket, "--out", tmp_path / "o", *sets)["steps"]
-    }
-    assert len(plans) == 9
-    assert plans["round 1: rollouts"]["rows"] == 20
+    assert f"learned from {out}/data/round1 (240 rows): round 2: rollouts" in table
 
 
 def test_a_pipeline_is_planned_at_given_rates(pocket, round_dir, tmp_path):
     """A rate gives the time of its stage, a bound where the tokens are one, and goes before the
     speed that is recorded."""
-    new = ["mpd-rounds", pocket, "--out", tmp_path / "o", "--set", "rounds=1", "--dry-run"]
+    sets = ["--set", "rounds=1", "--set", "rollouts.num_prompts=5"]
+    new = ["mpd-rounds", pocket, "--out", tmp_path / "o", *sets, "--dry-run"]
     rates = {"rollouts": 1000, "rewrite": 500, "train": 2000}
     given = [x for stage, rate in rates.items() for x in ("--rate", f"{stage}={rate}")]
     plans = {x["label"]: x["plan"] for x in json.loads(run(*new, *given, "--json").stdout)["steps"]}
+    assert len(plans) == 9
+    assert plans["round 1: rollouts"]["rows"] == 20
     for label, plan in plans.items():
         rate = rates.get(label.rpartition(" ")[2], rates["rollouts"])
         assert plan["tokens_expected"] is None
         assert plan["seconds"] == pytest.approx(plan["tokens_at_most"] / rate, abs=0.1), label
     said = run(*new, *given).stdout.splitlines()
     (line,) = [x for x in said if x.startswith("round 1: rewrite")]
-    assert re.search(r"at most (\d+ min )?\d+ s \(500 tokens/s, given\)", line)
+    assert re.search(r"at most \d+:\d\d:\d\d \(500 tokens/s, given\)", line)
     (line,) = [x for x in said if x.startswith("total")]
     assert len(re.findall("at most", line)) == 3
     partly = run(*new, "--rate", "rewrite=500").stdout
@@ -450,12 +476,12 @@ def test_a_pipeline_is_planned_at_given_rates(pocket, round_dir, tmp_path):
     for wrong in ("rewrites=500", "rewrite", "rewrite=fast", "rewrite=0", "rewrite=inf"):
         assert "tokens per second" in run(*new, "--rate", wrong, code=2).stderr
 
-    shutil.copytree(round_dir, tmp_path / "p" / "data" / "round9")
+    with_first_round(pocket, round_dir, tmp_path / "p")
     known = ["mpd-rounds", pocket, "--out", tmp_path / "p", "--rate", "rollouts=7"]
     plans = {x["label"]: x["plan"] for x in dry(*known)["steps"]}
-    plan = plans["round 1: rollouts"]
+    plan = plans["round 2: rollouts"]
     assert plan["seconds"] == pytest.approx(plan["tokens_expected"] / 7, abs=0.1)
-    assert plans["round 1: rewrite"]["device"].startswith("cpu")
+    assert plans["round 2: rewrite"]["device"].startswith("cpu")
 
 
 QWEN_CONFIG = {

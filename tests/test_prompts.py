@@ -250,14 +250,19 @@ def test_examples_are_read_in_order(tmp_path):
         load_examples(bad, "problem", "solution")
 
 
-def test_a_dry_run_needs_no_weights(tmp_path):
+def test_a_dry_run_reads_no_weights_but_looks_for_them(tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((STUDENT / name).read_bytes())
-    files = resolve_model(str(tmp_path), weights=False)
-    assert files.version == "unhashed"
-    assert files.vocab_size == resolve_model(str(STUDENT)).vocab_size
-    with pytest.raises(ConfigError, match="safetensors"):
-        resolve_model(str(tmp_path))
+    for weights in (True, False):
+        with pytest.raises(ConfigError, match=r"no \*\.safetensors here"):
+            resolve_model(str(tmp_path), weights=weights)
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "model.safetensors")  # cannot be read
+    found = resolve_model(str(tmp_path), weights=False)
+    assert found.version == "unhashed"
+    assert found.vocab_size == resolve_model(str(STUDENT)).vocab_size
+    # A server has the weights of what it runs.
+    (tmp_path / "model.safetensors").unlink()
+    assert resolve_model(str(tmp_path), weights=False, served="student").version != "unhashed"
 
 
 LOAD = """

@@ -269,7 +269,7 @@ def test_a_block_that_takes_its_process_along_ends_the_job(job, monkeypatch):
     def die(config):
         raise SystemExit
 
-    monkeypatch.setattr(rollouts, "prepare_run", die)
+    monkeypatch.setattr(rollouts, "setup", die)
     with told(job):
         for _ in range(4):
             with pytest.raises(SystemExit):

@@ -59,6 +59,13 @@ class ModelFiles:
         served = {} if self.served is None else {"served": self.served}
         return {"version": self.version, **served}
 
+    def as_saved(self, saved: Mapping[str, str] | None) -> "ModelFiles":
+        """Return this model under the version of the identity `saved` where its own weights were
+        not hashed: a dry run leaves it to the run to find that they changed."""
+        if self.version != "unhashed" or saved is None:
+            return self
+        return replace(self, version=saved["version"])
+
 
 def has_softcap(config: Any) -> bool:
     """Return whether a model of transformers' `config` caps the scores of its attention, as Gemma 2
@@ -70,7 +77,10 @@ def _version(path: Path, config: str, weights: bool, served: str | None) -> str:
     """Return the version of a folder whose config has the hash `config`."""
     if served is not None:
         return config
-    return _weights_hash(path, config) if weights else "unhashed"
+    if weights:
+        return _weights_hash(path, config)
+    weight_files(path)
+    return "unhashed"
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -101,9 +111,9 @@ def resolve_model(
 ) -> ModelFiles:
     """Return a model's files; download those of a hub id (safetensors, tokenizer, configs).
 
-    Without `weights`, for dry runs, weights are neither fetched nor read: the version of a folder
-    is then "unhashed". `served`: the name under which a server runs the model; its weights are not
-    read either.
+    Without `weights`, for dry runs, weights are neither fetched nor read, but a folder must have
+    some: the version is then "unhashed" for a folder, and the commit for a hub id. `served`: the
+    name under which a server runs the model; its weights are not needed.
 
     Raises ConfigError where `name` is neither a model's or adapter's folder nor a hub id that can
     be downloaded, and where an adapter's base is not available.

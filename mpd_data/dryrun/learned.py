@@ -1,136 +1,84 @@
-"""Learn lengths, sizes and speeds from rows that exist."""
+"""Learn lengths, sizes and speeds from rows that were committed before."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mpd_data.common.errors import DataError
-from mpd_data.common.models import ModelFiles
 from mpd_data.store.round import RoundDir
 
 
 @dataclass(frozen=True)
-class Learned:
-    """What the committed rows of a folder say about those to come. `tokens_per_row` and
-    `bytes_per_token` are means over all rows that were generated; `speed` is run.json's."""
+class Speed:
+    """How long a stage takes on `device`: its engine's start, then every token."""
 
-    folder: Path
-    rows: int
-    tokens_per_row: float
-    bytes_per_token: float
-    identity: Mapping[str, Any]
-    speed: Mapping[str, Any] | None
-    # rollouts: share that hit its length limit; distill: share kept for training, mean tokens of
-    # what was kept
+    seconds_per_token: float
+    device: str
+    start_seconds: float = 0.0
+
+    def seconds(self, tokens: float) -> float:
+        """Return the time of `tokens`, the start included."""
+        return round(tokens * self.seconds_per_token + self.start_seconds, 1)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What committed rows say about rows to come. `tokens_per_row` and `bytes_per_token` are means
+    over the rows that were generated."""
+
+    source: str
+    speed: Speed | None
+    tokens_per_row: float = 0.0
+    bytes_per_token: float = 0.0
+    # Rollouts: the share that reached its length limit.
     truncated: float = 0.0
+    # Rewrites: the share that was kept, and the mean tokens of those.
     kept: float = 0.0
     kept_tokens: float = 0.0
 
-    def has(self, identity: Mapping[str, Any], names: tuple[str, ...]) -> bool:
-        """Whether the rows were made with these settings of `identity`."""
-        return all(self.identity.get(name) == identity[name] for name in names)
-
-    def seconds(self, tokens: float) -> float | None:
-        """Time for so many tokens at the recorded speed, the engine's start included."""
-        if self.speed is None or not tokens:
-            return None
-        per_token = self.speed["seconds"] / self.speed["tokens"]
-        return round(float(tokens * per_token + self.speed["start_seconds"]), 1)
-
-    @property
-    def source(self) -> str:
-        return f"{self.folder} ({self.rows:,} rows)"
-
-    @property
-    def device(self) -> str | None:
-        return None if self.speed is None else f"{self.speed['device']}, {self.speed['backend']}"
-
-
-def siblings(out: Path, marker: str) -> Iterator[Path]:
-    """`out`, then the folders beside it that hold the file `marker`, newest first."""
-    yield out
-    near = [path for path in out.parent.glob(f"*/{marker}") if path.parent != out]
-    for path in sorted(near, key=lambda path: path.stat().st_mtime, reverse=True):
-        yield path.parent
-
 
 def learn(
-    out: Path,
+    round_dir: RoundDir,
     stage: Literal["rollouts", "distill"],
-    tokenizer: str,
-    name: str,
-    alike: Mapping[str, Any],
+    backend: str,
+    paths: list[Path] | None = None,
 ) -> Learned | None:
-    """From the rows of `stage` in `out`, else in the first folder beside it of the same tokenizer
-    (content hash) whose stage was made by a model called `name`, else by one with the settings
-    `alike` (a part of its identity); one with shorter `max_tokens` says nothing of longer rows.
-    None where there is none."""
-    by_settings: Learned | None = None
-    for folder in siblings(out, "run.json"):
-        try:
-            stages = RoundDir(folder).run_info().get("stages", {})
-            if stage not in stages or stages["rollouts"]["identity"]["tokenizer"] != tokenizer:
-                continue
-            entry = stages[stage]
-            config = entry["details"].get("config", {})
-            same_name = name == config.get("model" if stage == "rollouts" else "teacher")
-            same_settings = alike == {key: entry["identity"].get(key) for key in alike}
-            longest = entry["identity"]["sampling"]["max_tokens"]
-            if folder != out and (
-                longest < alike["sampling"]["max_tokens"]
-                or (not same_name and (by_settings or not same_settings))
-            ):
-                continue
-            found = _read(RoundDir(folder), stage, entry)
-        except (DataError, ValueError, KeyError, OSError):
-            # A folder that cannot be read teaches nothing; its own commands say what it lacks.
-            continue
-        if found is not None and (folder == out or same_name):
-            return found
-        by_settings = by_settings or found
-    return by_settings
-
-
-def _read(
-    round_dir: RoundDir, stage: Literal["rollouts", "distill"], entry: Mapping[str, Any]
-) -> Learned | None:
-    size = sum(path.stat().st_size for path in round_dir.shard_paths(stage))
+    """Learn from the sound shards of `stage` (`paths`, if known), None where nothing was generated.
+    The recorded speed counts only for the engine `backend` that it was measured with."""
+    entry = round_dir.saved_stage(stage)
+    if entry is None:
+        return None
+    paths = round_dir.scan_shards(stage).paths if paths is None else paths
+    truncated = 0
     if stage == "rollouts":
-        table = round_dir.table(stage, ["num_completion_tokens", "finish_reason"])
+        table = round_dir.table(stage, ["num_completion_tokens", "finish_reason"], paths)
         tokens = table["num_completion_tokens"]
-        cut = pc.sum(pc.equal(table["finish_reason"], "length")).as_py()
+        truncated = pc.sum(pc.equal(table["finish_reason"], "length")).as_py()
         kept = tokens[:0]
     else:
-        table = round_dir.table(stage, ["num_rewritten_tokens", "status"])
-        unasked = pa.array(["draft_truncated", "too_long"])
-        table = table.filter(pc.invert(pc.is_in(table["status"], unasked)))
+        table = round_dir.table(stage, ["num_rewritten_tokens", "status"], paths)
+        not_generated = pa.array(["draft_truncated", "too_long"])
+        table = table.filter(pc.invert(pc.is_in(table["status"], not_generated)))
         tokens = table["num_rewritten_tokens"]
-        cut = 0
         kept = tokens.filter(pc.equal(table["status"], "ok"))
     total = pc.sum(tokens).as_py()
     if not total:
         return None
-    speed = entry.get("speed")
+    recorded, speed = entry.get("speed"), None
+    if recorded is not None and recorded.get("backend") == backend:
+        speed = Speed(
+            recorded["seconds"] / recorded["tokens"],
+            f"{recorded['device']}, {backend}",
+            recorded["start_seconds"],
+        )
     return Learned(
-        folder=round_dir.path,
-        rows=len(table),
+        source=f"{round_dir.path} ({len(table):,} rows)",
+        speed=speed,
         tokens_per_row=total / len(table),
-        bytes_per_token=size / total,
-        identity=entry["identity"],
-        speed=speed if speed is not None and "backend" in speed else None,
-        truncated=cut / len(table),
+        bytes_per_token=sum(path.stat().st_size for path in paths) / total,
+        truncated=truncated / len(table),
         kept=len(kept) / len(table),
         kept_tokens=pc.mean(kept).as_py() or 0.0,
     )
-
-
-def as_saved(model: ModelFiles, saved: Mapping[str, str] | None) -> ModelFiles:
-    """`model` under the version that an earlier run saved, where a dry run has not hashed its
-    weights: their change is for the real run to find."""
-    if model.version != "unhashed" or saved is None:
-        return model
-    return replace(model, version=saved["version"])

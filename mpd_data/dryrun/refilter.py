@@ -3,10 +3,8 @@
 import itertools
 from collections import Counter
 
-from mpd_data.common.options import arguments
 from mpd_data.config import RewriteConfig
-from mpd_data.dryrun.learned import as_saved
-from mpd_data.dryrun.plan import StagePlan, distill_bytes
+from mpd_data.dryrun.plan import StagePlan, distill_bytes, make_plan
 from mpd_data.engines.start import server_notes
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import candidates, choosing_student
@@ -19,8 +17,8 @@ from mpd_data.store.shards import read_metadata
 
 
 def plan_refilter(config: RewriteConfig) -> StagePlan:
-    """What `run_refilter` would do, found without an engine or weights and without writing
-    anything. Raises what the run would raise before it starts its engine."""
+    """Plan what `run_refilter` would do, without an engine or weights and without writing anything.
+    Raises what the run would raise before it starts its engine."""
     round_dir = RoundDir(config.shards)
     refuse_half_refiltered(round_dir)
     saved = check_refilter(round_dir, config)
@@ -29,7 +27,7 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
     before = Counter(round_dir.count_statuses(paths))
     after: Counter[str] = Counter()
     rollouts = unscored = tokens = waiting = 0
-    # The tails are there where the scores are, and are the smallest of their columns.
+    # A scored row has tails, which are the smallest of its columns.
     rows = round_dir.rows("distill", [*LIGHT, "tail_logprobs"], paths)
     for _, group in itertools.groupby(rows, key=lambda row: row["rollout_id"]):
         rewrites = sorted(group, key=lambda row: row["candidate_idx"])
@@ -39,26 +37,28 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
         else:
             wanted = settle(rewrites, config.filters, config.choose)
             waiting += bool(wanted) and all(row["status"] == "not_chosen" for row in wanted)
-            owed = [row for row in wanted if row["tail_logprobs"] is None]
-            unscored += len(owed)
-            tokens += sum(row["num_rewritten_tokens"] for row in owed)
+            not_scored = [row for row in wanted if row["tail_logprobs"] is None]
+            unscored += len(not_scored)
+            tokens += sum(row["num_rewritten_tokens"] for row in not_scored)
         after.update(row["status"] for row in rewrites)
     metadata = read_metadata(paths[0]) if paths else {}
     if config.choose == "likeliest" and metadata:
         choosing_student(config, metadata["student"], metadata["tokenizer"], weights=False)
     if unscored:
         teacher = _teacher(config, weights=False)
-        _require_teacher(config, as_saved(teacher, saved["teacher"]), metadata)
+        _require_teacher(config, teacher.as_saved(saved["teacher"]), metadata)
     size = sum(path.stat().st_size for path in paths)
     more = distill_bytes(0, 0, tokens, saved["num_logprobs"], metadata.get("vocab_size", 2))
-    return StagePlan(
-        command="mpd-gen rewrite --refilter",
-        out=str(config.shards),
-        settings=arguments(config),
+    is_finished = unchanged and not waiting
+    return make_plan(
+        "mpd-gen rewrite --refilter",
+        config,
+        config.shards,
+        learned=None,
         rows=rollouts,
-        committed=0 if waiting or not unchanged else rollouts,
-        owed=rollouts if waiting or not unchanged else 0,
-        disk_bytes=size + more if waiting or not unchanged else 0,
+        committed=rollouts if is_finished else 0,
+        owed=0 if is_finished else rollouts,
+        disk_bytes=0 if is_finished else size + more,
         details={
             "rewrites to score": unscored,
             "tokens to score": tokens,
@@ -69,6 +69,6 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
                 if before[status] or after[status]
             },
         },
-        notes=["The rules are those of the rewrites that are there."] * (unchanged and not waiting)
+        notes=["The existing rewrites were chosen by these rules."] * is_finished
         + (server_notes(config.engine) if unscored else []),
     )

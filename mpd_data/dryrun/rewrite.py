@@ -5,178 +5,136 @@ from array import array
 from collections import Counter
 from typing import Any
 
-from mpd_data.common.models import resolve_model
-from mpd_data.common.options import arguments
-from mpd_data.config import RewriteConfig
-from mpd_data.dryrun.learned import Learned, as_saved, learn
-from mpd_data.dryrun.plan import Lengths, Shown, StagePlan, distill_bytes
-from mpd_data.dryrun.show import first_reasons
+from mpd_data.dryrun.learned import Learned, learn
+from mpd_data.dryrun.plan import Lengths, Shown, StagePlan, distill_bytes, make_plan
 from mpd_data.engines.start import server_notes
 from mpd_data.prompts.chat import PromptError
-from mpd_data.rewrite_setup import (
-    ROLLOUT_COLUMNS,
-    Prepared,
-    closes_thinking,
-    prepare,
-    rollout_metadata,
-)
-from mpd_data.select.likeliest import choosing_student, waiting_rollouts
-from mpd_data.stage import refuse_half_refiltered
+from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, RewriteSetup, closes_thinking
+from mpd_data.select.likeliest import waiting_rollouts
 from mpd_data.store.keys import KeySet
 from mpd_data.store.round import RoundDir
 
-# What decides how many bytes a rewritten token takes.
-_SIZE = ("num_candidates", "choose", "num_logprobs", "score_context")
-
-
-def prepare_dry(config: RewriteConfig, overwrite: bool = False) -> Prepared:
-    """`prepare` without weights, and whether the round takes these settings."""
-    round_dir = RoundDir(config.shards)
-    student = rollout_metadata(round_dir)
-    teacher = resolve_model(
-        config.teacher,
-        config.revision,
-        config.trust_remote_code,
-        weights=False,
-        served=config.engine.served(config.teacher),
-    )
-    saved = round_dir.saved_stage("distill")
-    if saved is not None and not overwrite:
-        teacher = as_saved(teacher, saved["identity"]["teacher"])
-    if config.choose == "likeliest":
-        choosing_student(config, student["model"], student["tokenizer"], weights=False)
-    else:
-        refuse_half_refiltered(round_dir)
-    prepared = prepare(config, student, teacher)
-    if not overwrite:
-        round_dir.check("distill", prepared.identity, {})
-    return prepared
+# Why the teacher is not asked about a rollout, and what to change.
+_REMEDIES = {
+    "draft_truncated": "sample the drafts with a higher --max-tokens",
+    "too_long": "lower --max-tokens, or raise --max-model-len",
+}
 
 
 def plan_rewrite(
-    config: RewriteConfig, overwrite: bool = False, limit: int | None = None
+    setup: RewriteSetup,
+    overwrite: bool = False,
+    limit: int | None = None,
+    learned: Learned | None = None,
 ) -> StagePlan:
-    """What `run_rewrite` would do, found without an engine or weights and without writing
-    anything. Raises what the run would raise before it starts its engine."""
-    prepared = prepare_dry(config, overwrite)
-    round_dir, part = RoundDir(config.shards), config.parts.part
+    """Plan what `distill` would do, without an engine and without writing anything. `learned`: of
+    other rows, for a round that has none."""
+    config, part = setup.config, setup.config.parts.part
+    round_dir = RoundDir(config.shards)
     done, waiting = KeySet(), 0
     if not overwrite:
         paths = round_dir.scan_shards("distill").paths
         done = round_dir.rewritten(paths)
+        learned = learn(round_dir, "distill", config.engine.backend, paths) or learned
         if config.choose == "likeliest":
             waiting = waiting_rollouts(round_dir, paths)
-    found = round_dir.scan_shards("rollouts")
-    rollouts = found.keys()
+    scan = round_dir.scan_shards("rollouts")
+    rollouts = scan.keys()
     total = part.share(rollouts)
     committed = total - part.share(rollouts - done)
-    owed = asked_about = 0
+    remaining = asked = 0
     first: Shown | None = None
     reasons: list[str] = []
-    unasked: Counter[str] = Counter()
+    not_asked: Counter[str] = Counter()
     lengths = array("i")
     contexts = kept_at_most = 0
-    rows = round_dir.rows("rollouts", ROLLOUT_COLUMNS, found.paths, done)
+    rows = round_dir.rows("rollouts", ROLLOUT_COLUMNS, scan.paths, done)
     own = (rollout for rollout in rows if part.holds(rollout["row_id"]))
     for rollout in itertools.islice(own, limit):
-        owed += 1
+        remaining += 1
         if rollout["finish_reason"] == "length":
-            unasked["draft_truncated"] += 1
+            not_asked["draft_truncated"] += 1
             continue
-        if not prepared.template.asks:
-            asked_about += 1
+        if not setup.template.asks:
+            asked += 1
             contexts += len(rollout["prompt_ids"])
             kept_at_most += rollout["num_completion_tokens"]
             continue
-        prepared.template.layout(closes_thinking(rollout))
+        setup.template.layout(closes_thinking(rollout))
         try:
-            asked = prepared.ask_about(rollout)
+            request = setup.ask_about(rollout)
         except PromptError as error:
             reasons.append(f"rollout {rollout['row_id']}: {error}")
             continue
-        if not prepared.fits(asked):
-            unasked["too_long"] += 1
+        if not setup.fits(request):
+            not_asked["too_long"] += 1
             continue
-        asked_about += 1
-        first = first or Shown("first rewrite prompt", asked.text, len(asked.prompt_ids))
-        lengths.append(len(asked.prompt_ids))
+        asked += 1
+        first = first or Shown("first rewrite prompt", request.text, len(request.prompt_ids))
+        lengths.append(len(request.prompt_ids))
         contexts += len(rollout["prompt_ids"])
         if config.score_context == "rewrite":
-            contexts += len(asked.teacher_prompt_ids)
+            contexts += len(request.teacher_prompt_ids)
         longest = int(config.filters.max_ratio * rollout["num_completion_tokens"])
         kept_at_most += min(longest, config.sampling.max_tokens)
+    refusal = None
+    if remaining and remaining == total and not asked:
+        causes = [f"{n:,} {name} ({_REMEDIES[name]})" for name, n in sorted(not_asked.items())]
+        refusal = f"No rollout can be rewritten. {'; '.join(causes)}".strip()
     return predict(
-        prepared,
-        total=total,
-        owed=owed + waiting,
-        asked=asked_about,
+        setup,
+        learned,
+        asked=asked,
         contexts=contexts,
         kept_at_most=kept_at_most,
+        rows=total,
+        committed=committed - waiting,
+        owed=remaining + waiting,
         shown=[] if first is None else [first],
         prompt_tokens=Lengths.of(lengths),
-        committed=committed - waiting,
-        failing=len(reasons),
-        reasons=first_reasons(reasons),
+        reasons=reasons,
+        refusal=refusal,
         details={
-            **{f"not asked: {status}": n for status, n in sorted(unasked.items())},
+            **{f"not asked: {status}": n for status, n in sorted(not_asked.items())},
             **({"rollouts for the student to choose": waiting} if waiting else {}),
         },
         notes=server_notes(config.engine)
         + [
-            "The student chooses afterwards: its time is not in the plan, and neither is a second"
-            " copy of the rewrites while it does."
+            "The student chooses afterwards. The plan leaves out its time, and the disk of the copy"
+            " of the rewrites that it makes."
         ]
         * (config.choose == "likeliest"),
     )
 
 
 def predict(
-    prepared: Prepared, total: int, owed: int, asked: int, contexts: int, kept_at_most: int,
-    **known: Any,
+    setup: RewriteSetup, learned: Learned | None, asked: int, contexts: int, kept_at_most: int,
+    owed: int, **fields: Any,
 ) -> StagePlan:  # fmt: skip
-    """The plan for `asked` rollouts that the teacher is asked about, of `owed`: tokens, disk and
-    time. `contexts`: tokens of the contexts that are stored with their rewrites; `kept_at_most`:
-    tokens of the longest rewrites that the filter keeps, one for each rollout; `known`: other
-    fields of the plan."""
-    config = prepared.config
-    learned = learn_rewrites(prepared)
+    """Plan the rewrites of `asked` rollouts out of `owed` remaining ones. `contexts`: tokens of the
+    contexts that are stored with their rewrites; `kept_at_most`: tokens of the longest rewrites
+    that the filter keeps, one for each rollout; `fields`: others of the plan."""
+    config = setup.config
     rewrites = asked * config.num_candidates
-    at_most = rewrites * config.sampling.max_tokens if prepared.template.asks else kept_at_most
-    # The student chooses among what is scored.
+    # The student chooses among scored rewrites.
     stored = config.num_candidates if config.choose in ("all", "likeliest") else 1
-    expected = seconds = None
-    kept = kept_at_most * stored
-    if learned is not None:
-        expected = min(round(rewrites * learned.tokens_per_row), at_most)
-        seconds = learned.seconds(expected / config.parts.workers)
-        kept = min(kept, expected)
-    contexts *= config.num_candidates
-    disk = distill_bytes(owed, contexts, kept, prepared.k, prepared.vocab_size)
-    if learned is not None and expected is not None and learned.has(prepared.identity, _SIZE):
-        disk = round(expected * learned.bytes_per_token)
-    return StagePlan(
-        command="mpd-gen rewrite",
-        out=str(config.shards),
-        settings=arguments(config),
-        rows=total,
+    return make_plan(
+        "mpd-gen rewrite",
+        config,
+        config.shards,
+        learned,
+        generated=rewrites,
+        tokens_at_most=rewrites * config.sampling.max_tokens
+        if setup.template.asks
+        else kept_at_most,
+        disk_bytes=distill_bytes(
+            owed,
+            contexts * config.num_candidates,
+            kept_at_most * stored,
+            setup.k,
+            setup.vocab_size,
+        ),
         owed=owed,
-        tokens_expected=expected,
-        tokens_at_most=at_most,
-        disk_bytes=disk,
-        seconds=seconds,
-        device=None if learned is None else learned.device,
-        learned_from=None if learned is None else learned.source,
-        **known,
-    )
-
-
-def learn_rewrites(prepared: Prepared) -> Learned | None:
-    """What rewrites that are there say of those to come."""
-    same = ("sampling", "num_candidates", "choose", "filters", "num_logprobs", "score_context")
-    return learn(
-        prepared.config.shards,
-        "distill",
-        prepared.student["tokenizer"],
-        prepared.config.teacher,
-        {name: prepared.identity[name] for name in same},
+        workers=config.parts.workers,
+        **fields,
     )

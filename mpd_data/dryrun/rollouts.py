@@ -2,118 +2,68 @@
 
 from array import array
 
-from mpd_data.common.models import ModelFiles, resolve_model
-from mpd_data.common.options import arguments
-from mpd_data.config import RolloutsConfig
-from mpd_data.dryrun.learned import Learned, as_saved, learn
-from mpd_data.dryrun.plan import Lengths, Shown, StagePlan, rollout_bytes
-from mpd_data.dryrun.show import first_reasons
+from mpd_data.dryrun.learned import Learned, learn
+from mpd_data.dryrun.plan import Lengths, Shown, StagePlan, make_plan, rollout_bytes
 from mpd_data.engines.start import server_notes
 from mpd_data.prompts.chat import PromptError
-from mpd_data.prompts.reader import Prompt
-from mpd_data.rollouts import Prepared, prepare
+from mpd_data.rollouts import RolloutSetup
 from mpd_data.store.keys import KeySet
 from mpd_data.store.round import RoundDir
 
 
-def prepare_dry(
-    config: RolloutsConfig,
-    overwrite: bool = False,
-    model: ModelFiles | None = None,
-    prompts: list[Prompt] | None = None,
-) -> Prepared:
-    """`prepare` without weights, and whether the round takes these settings. `model` stands in for
-    a student that is not there yet."""
-    if model is None:
-        served = config.engine.served(config.model)
-        model = resolve_model(
-            config.model, config.revision, config.trust_remote_code, weights=False, served=served
-        )
-    round_dir = RoundDir(config.out)
-    saved = round_dir.saved_stage("rollouts")
-    if saved is not None and not overwrite:
-        model = as_saved(model, saved["identity"]["model"])
-    prepared = prepare(config, model, prompts)
-    if not overwrite:
-        round_dir.check("rollouts", prepared.identity, prepared.details())
-    return prepared
-
-
-def learn_rollouts(prepared: Prepared) -> Learned | None:
-    """What rollouts that are there say of those to come."""
-    return learn(
-        prepared.config.out,
-        "rollouts",
-        prepared.identity["tokenizer"],
-        prepared.config.model,
-        {"sampling": prepared.identity["sampling"]},
-    )
-
-
 def plan_rollouts(
-    config: RolloutsConfig,
+    setup: RolloutSetup,
     overwrite: bool = False,
     limit: int | None = None,
-    model: ModelFiles | None = None,
-    prompts: list[Prompt] | None = None,
-) -> tuple[StagePlan, Prepared]:
-    """What `run_rollouts` would do, found without an engine or weights and without writing
-    anything. `model` stands in for a student that is not there yet; `prompts` as for `prepare`.
-
-    Raises what the run would raise before it starts its engine.
-    """
-    prepared = prepare_dry(config, overwrite, model, prompts)
-    model, round_dir = prepared.model, RoundDir(config.out)
+    learned: Learned | None = None,
+) -> StagePlan:
+    """Plan what `sample` would do, without an engine and without writing anything. `learned`: of
+    other rows, for a round that has none."""
+    config, round_dir = setup.config, RoundDir(setup.config.out)
     done = KeySet()
     if not overwrite:
-        done = round_dir.scan_shards("rollouts").keys()
-    rows = committed = owed = prompt_tokens = 0
+        scan = round_dir.scan_shards("rollouts")
+        done = scan.keys()
+        learned = learn(round_dir, "rollouts", config.engine.backend, scan.paths) or learned
+    rows = committed = remaining = prompt_tokens = 0
     first: Shown | None = None
     reasons: list[str] = []
     lengths = array("i")
-    for prompt in prepared.own_prompts:
+    for prompt in setup.own_prompts:
         try:
-            asked = prepared.requests(prompt)
+            requests = setup.requests(prompt)
         except PromptError as error:
             reasons.append(f"{prompt.source}: {error}")
             continue
-        first = first or Shown("first prompt", asked[0].text, len(asked[0].ids))
-        lengths.append(len(asked[0].ids))
-        rows += len(asked)
-        left = sum(request.row_id not in done for request in asked)
-        committed += len(asked) - left
-        now = left if limit is None else min(left, limit - owed)
-        owed += now
-        prompt_tokens += now * len(asked[0].ids)
-    learned = learn_rollouts(prepared)
-    at_most = owed * config.sampling.max_tokens
-    expected = seconds = None
-    disk = rollout_bytes(owed, prompt_tokens, at_most, model.vocab_size)
-    if learned is not None:
-        expected = min(round(owed * learned.tokens_per_row), at_most)
-        disk = round(expected * learned.bytes_per_token)
-        seconds = learned.seconds(expected / config.parts.workers)
-    plan = StagePlan(
-        command="mpd-gen rollouts",
-        out=str(config.out),
-        settings=arguments(config),
+        length = len(requests[0].ids)
+        first = first or Shown("first prompt", requests[0].text, length)
+        lengths.append(length)
+        rows += len(requests)
+        missing = sum(request.row_id not in done for request in requests)
+        committed += len(requests) - missing
+        planned = missing if limit is None else min(missing, limit - remaining)
+        remaining += planned
+        prompt_tokens += planned * length
+    at_most = remaining * config.sampling.max_tokens
+    return make_plan(
+        "mpd-gen rollouts",
+        config,
+        config.out,
+        learned,
+        generated=remaining,
+        tokens_at_most=at_most,
+        disk_bytes=rollout_bytes(remaining, prompt_tokens, at_most, setup.model.vocab_size),
         rows=rows,
         committed=committed,
-        owed=owed,
+        owed=remaining,
+        workers=config.parts.workers,
         shown=[] if first is None else [first],
         prompt_tokens=Lengths.of(lengths),
-        tokens_expected=expected,
-        tokens_at_most=at_most,
-        failing=len(reasons),
-        reasons=first_reasons(reasons),
-        disk_bytes=disk,
-        seconds=seconds,
-        device=None if learned is None else learned.device,
-        learned_from=None if learned is None else learned.source,
+        reasons=reasons,
+        refusal=None if lengths or not reasons else "No prompt can be used.",
         details={
-            "context": prepared.context,
+            "context": setup.context,
             "longest prompt + completion": max(lengths, default=0) + config.sampling.max_tokens,
         },
         notes=server_notes(config.engine),
     )
-    return plan, prepared

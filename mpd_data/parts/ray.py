@@ -27,7 +27,7 @@ from typing import Any
 
 import click
 
-from mpd_data import rewrite, rollouts
+from mpd_data import rewrite, rewrite_setup, rollouts
 from mpd_data.common.errors import ConfigError, MPDError, requires
 from mpd_data.common.models import ModelFiles
 from mpd_data.config import (
@@ -37,8 +37,6 @@ from mpd_data.config import (
     RolloutsConfig,
     SamplingConfig,
 )
-from mpd_data.dryrun import rewrite as dry_rewrite
-from mpd_data.dryrun import rollouts as dry_rollouts
 from mpd_data.engines.protocol import Completion, Engine, Refused, Scores
 from mpd_data.engines.start import start_engine
 from mpd_data.stage import OVERWRITTEN, Outcome
@@ -98,7 +96,7 @@ def rollouts_on_ray(
     share the folder, and MPDError for Ray's own troubles. After an interrupt or a stage's error all
     actors commit what they have first.
     """
-    dry_rollouts.prepare_dry(config, overwrite)
+    rollouts.setup(config, weights=False, overwrite=overwrite)
     round_dir = RoundDir(config.out)
     counts = _run(config, round_dir, "rollouts", overwrite, limit)
     return Outcome(_rows(round_dir, "rollouts"), *counts)
@@ -108,7 +106,7 @@ def rewrite_on_ray(
     config: RewriteConfig, overwrite: bool = False, limit: int | None = None
 ) -> Outcome:
     """`run_rewrite` on a Ray cluster, as `rollouts_on_ray`."""
-    dry_rewrite.prepare_dry(config, overwrite)
+    rewrite_setup.setup(config, weights=False, overwrite=overwrite)
     round_dir = RoundDir(config.shards)
     counts = _run(config, round_dir, "distill", overwrite, limit)
     return Outcome(_rows(round_dir, "distill"), *counts, round_dir.count_statuses())
@@ -293,16 +291,16 @@ class EngineActor:
         if self._prepared is None:
             # Once for all blocks, because it reads all prompts and hashes all weights.
             self._prepared = (
-                rollouts.prepare_run(config)
+                rollouts.setup(config)
                 if isinstance(config, RolloutsConfig)
-                else rewrite.prepare_run(config)
+                else rewrite_setup.setup(config)
             )
         own = config.model_copy(
             update={"parts": PartsConfig(shard_index=part.index, num_shards=part.count)}
         )
         prepared = dataclasses.replace(self._prepared, config=own)
         limit = None if self._job.limits is None else self._job.limits[part.index]
-        if isinstance(prepared, rollouts.Prepared):
+        if isinstance(prepared, rollouts.RolloutSetup):
             return rollouts.sample(prepared, limit=limit, start=self._start)
         return rewrite.distill(prepared, limit=limit, start=self._start)
 

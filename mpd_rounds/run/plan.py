@@ -1,9 +1,9 @@
-"""`mpd-rounds --dry-run`: every stage of every round, before any of them runs.
+"""Plan a whole pipeline without running it: every stage of every round, and the evaluations.
 
-A stage whose inputs are there is planned by its own dry run. What comes after it is planned as far
-as it can be known: the student of a later round has the first one's tokenizer and context, the
-drafts are as long as they may be, and of what the filter keeps nothing is known unless a round is
-there to learn from.
+A stage whose inputs exist is planned by its own dry run. A later stage is planned as far as it can
+be known: the student of a later round has the tokenizer and context of the first, drafts are as
+long as they may be. Lengths, speeds and the share of kept rows are those of the stage's own rows,
+or else of the same stage in the newest earlier round.
 """
 
 import dataclasses
@@ -16,63 +16,42 @@ from typing import Any
 
 import click
 
-from mpd_data.checkers.builtin import make_checker
 from mpd_data.common.models import ModelFiles, resolve_model
 from mpd_data.common.text import plain_lines
 from mpd_data.config import RewriteConfig, RolloutsConfig
-from mpd_data.dryrun.learned import as_saved
-from mpd_data.dryrun.plan import Shown, StagePlan
-from mpd_data.dryrun.rewrite import learn_rewrites, plan_rewrite, predict
-from mpd_data.dryrun.rollouts import learn_rollouts, plan_rollouts
-from mpd_data.dryrun.show import (
-    first_reasons,
-    free_bytes,
-    shown_text,
-    size_text,
-    steps_table,
-    totals,
-)
+from mpd_data.dryrun.learned import Learned, learn
+from mpd_data.dryrun.plan import Lengths, Shown, StagePlan
+from mpd_data.dryrun.rewrite import plan_rewrite, predict
+from mpd_data.dryrun.rollouts import plan_rollouts
+from mpd_data.dryrun.show import free_bytes, shown_text, size_text, steps_table, totals
 from mpd_data.engines.start import server_notes
 from mpd_data.prompts.chat import PromptError
 from mpd_data.prompts.reader import Prompt
-from mpd_data.rewrite_setup import prepare as prepare_rewrite
-from mpd_data.rollouts import Prepared, read_prompts
+from mpd_data.rewrite_setup import setup as rewrite_setup
+from mpd_data.rollouts import RolloutSetup, read_prompts
+from mpd_data.rollouts import setup as rollout_setup
 from mpd_data.store.round import RoundDir
 from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.runner import Finished
 from mpd_rounds.run.steps import Pipeline, Step
 from mpd_train.config import TrainConfig
-from mpd_train.dryrun.plan import plan_train, plan_train_ahead
+from mpd_train.dryrun.plan import RoundAhead, learn_steps, plan_train, plan_train_ahead
+from mpd_train.setup import setup as train_setup
 
-_DRAFT = "(here stands the draft)"
-# What decides which rows a source of prompts gives.
+_DRAFT = "(the draft)"
+# The settings that decide which prompts are read.
 _SOURCE = {
     "prompts", "prompt_column", "id_column", "answer_column", "metadata_columns", "duplicates",
     "checker", "answer_formats",
 }  # fmt: skip
-# What decides which share of rewrites is kept.
-_KEEPING = ("num_candidates", "choose", "filters")
-# The rate that holds for a command.
+# The rate of a command.
 _RATE_OF = {"mpd-gen rollouts": "rollouts", "mpd-gen rewrite": "rewrite", "mpd-train": "train"}
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """What a round that is not there yet hands from one stage to the next, in tokens: the longest
-    and the mean prompt, the longest draft, and the rows, asked rewrites, and longest rewrite of
-    its distillation; `kept` rows and tokens to expect of them, where that is known."""
-
-    tokenizer: str
-    rows: int
-    longest_prompt: int
-    mean_prompt: float
-    longest_rewrite: int
-    kept: tuple[int, int] | None
 
 
 @dataclass
 class PipelinePlan:
-    """Each step with its plan, None where it has finished; the first rendered prompts; notes."""
+    """Each step with its plan, None where it has finished; the first rendered prompts by name;
+    notes."""
 
     out: Path
     steps: list[tuple[str, StagePlan | None]] = field(default_factory=list)
@@ -84,24 +63,28 @@ class PipelinePlan:
         if plan is not None:
             for item in plan.shown:
                 self.shown.setdefault(item.name, item)
-            self.notes += [f"{label}: {note}" for note in (*plan.reasons, *plan.notes)]
+            notes = [*plan.reasons, *([plan.refusal] if plan.refusal else []), *plan.notes]
+            self.notes += [f"{label}: {note}" for note in notes]
+
+    def remaining(self) -> list[StagePlan]:
+        """Return the plans of the steps that have not finished."""
+        return [plan for _, plan in self.steps if plan is not None]
 
     def as_json(self) -> dict[str, Any]:
         steps = [
             {"label": label, "done": plan is None, "plan": None if plan is None else plan.as_json()}
             for label, plan in self.steps
         ]
-        owed = [plan for _, plan in self.steps if plan is not None]
-        total = dict(zip(("tokens", "disk", "time"), totals(owed), strict=True))
+        total = dict(zip(("tokens", "disk", "time"), totals(self.remaining()), strict=True))
         return {"out": str(self.out), "steps": steps, "total": total, "notes": self.notes}
 
 
 def plan_pipeline(
     pipeline: Pipeline, out: Path, rates: Mapping[str, float] | None = None
 ) -> PipelinePlan:
-    """Plans what is not finished of `pipeline` in `out`, and checks all of it. `rates`: tokens per
-    second of a stage (rollouts, rewrite, train), where they are not to be the recorded ones. Raises
-    what a stage would raise before it starts its engine."""
+    """Plan and check the steps of `pipeline` that have not finished in `out`. `rates`: tokens per
+    second of a stage (rollouts, rewrite, train), in place of the recorded ones. Raises what a stage
+    would raise before it starts its engine."""
     planner = _Planner(pipeline, out)
     result = PipelinePlan(out)
     planner.evaluate(result, 0)
@@ -112,22 +95,21 @@ def plan_pipeline(
         (label, None if plan is None else _at_rate(plan, rates or {}))
         for label, plan in result.steps
     ]
-    needed = sum(plan.disk_bytes or 0 for _, plan in result.steps if plan is not None)
+    needed = sum(plan.disk_bytes or 0 for plan in result.remaining())
     if needed > (free := free_bytes(out)):
         result.notes.append(
-            f"{out}: {size_text(free)} of disk are free, all steps may take {size_text(needed)}."
+            f"{out}: all steps may take {size_text(needed)} of disk, {size_text(free)} are free."
         )
     return result
 
 
 def _at_rate(plan: StagePlan, rates: Mapping[str, float]) -> StagePlan:
-    """`plan` with the time that its tokens take at a given rate, where one is given."""
+    """Return `plan` with the time that its tokens take at the rate given for its stage."""
     rate = rates.get(_RATE_OF[plan.command])
-    tokens = plan.tokens_at_most if plan.tokens_expected is None else plan.tokens_expected
-    if rate is None or tokens is None:
+    if rate is None or plan.tokens is None:
         return plan
     device = f"{rate:,.0f} tokens/s, given"
-    return dataclasses.replace(plan, seconds=round(tokens / rate, 1), device=device)
+    return dataclasses.replace(plan, seconds=round(plan.tokens / rate, 1), device=device)
 
 
 class _Planner:
@@ -137,213 +119,202 @@ class _Planner:
         self._commands.all_steps()
         self._finished = Finished(out)
         self._prompts: dict[str, list[Prompt]] = {}
+        # What the newest rows of a stage tell, by the stage's label without its round.
+        self._newest: dict[str, Learned] = {}
+
+    def _learn(self, step: Step) -> Learned | None:
+        """Return what the rows of `step` tell, or else those of the same step in a round before."""
+        config, stage = step.config, step.label.partition(": ")[2]
+        if isinstance(config, TrainConfig):
+            learned = learn_steps(config.out)
+        elif isinstance(config, RewriteConfig):
+            learned = learn(RoundDir(config.shards), "distill", config.engine.backend)
+        else:
+            learned = learn(RoundDir(config.out), "rollouts", config.engine.backend)
+        if learned is not None:
+            self._newest[stage] = learned
+        return self._newest.get(stage)
 
     def evaluate(self, result: PipelinePlan, round_: int) -> None:
+        """Plan the evaluations of the student after `round_` rounds."""
         for step in self._commands.evaluations(round_):
+            learned = self._learn(step)
             done = self._finished.holds(step)
-            result.add(step.label, None if done else self._rollouts(step)[0])
+            result.add(step.label, None if done else self._rollouts(step, learned)[0])
 
     def train(self, result: PipelinePlan, round_: int) -> None:
-        """Rollouts, rewrite and training of a round."""
+        """Plan rollouts, rewrite and training of a round."""
         sampling, rewriting, training = self._commands.training(round_)
-        planned = None if self._finished.holds(sampling) else self._rollouts(sampling)
-        result.add(sampling.label, planned and planned[0])
-        ahead = None
-        if self._finished.holds(rewriting):
-            result.add(rewriting.label, None)
-            rewritten = True
-        elif planned is None or not planned[0].owed:
+        of_drafts, of_rewrites, of_steps = map(self._learn, (sampling, rewriting, training))
+        drafts = None if self._finished.holds(sampling) else self._rollouts(sampling, of_drafts)
+        result.add(sampling.label, drafts and drafts[0])
+        plan = ahead = None
+        if not self._finished.holds(rewriting):
             assert isinstance(rewriting.config, RewriteConfig)
-            plan = plan_rewrite(rewriting.config)
-            result.add(rewriting.label, plan)
-            rewritten = not plan.owed
-            if not rewritten:
+            drafts_exist = drafts is None or not (drafts[0].owed or drafts[0].refusal)
+            if drafts_exist:
+                setup = rewrite_setup(rewriting.config, weights=False)
+                plan = plan_rewrite(setup, learned=of_rewrites)
+            if plan is None or plan.owed:
                 # The training's rows are those of rewrites to come.
-                ahead = self._rewrite(rewriting, *self._rollouts(sampling))[1]
-        else:
-            plan, ahead = self._rewrite(rewriting, *planned)
-            result.add(rewriting.label, plan)
-            rewritten = False
-        if self._finished.holds(training):
-            result.add(training.label, None)
-            return
-        assert isinstance(training.config, TrainConfig)
-        if rewritten:
-            result.add(training.label, plan_train(training.config))
-            return
-        assert ahead is not None
-        result.add(training.label, self._train_ahead(training.config, ahead))
+                drafts = drafts or self._rollouts(sampling, of_drafts)
+                planned, ahead = self._rewrite(rewriting.config, *drafts, of_drafts, of_rewrites)
+                plan = plan or planned
+        result.add(rewriting.label, plan)
+        plan = None
+        if not self._finished.holds(training):
+            assert isinstance(training.config, TrainConfig)
+            if ahead is None:
+                plan = plan_train(train_setup(training.config, weights=False), learned=of_steps)
+            else:
+                plan = self._train(training.config, ahead, of_steps)
+        result.add(training.label, plan)
 
     def _model(
         self, name: str, revision: str | None, code: bool, served: str | None = None
     ) -> ModelFiles:
-        """A model; for a student that is still to be trained, the files of the first."""
+        """Return a model's files: those of the first student for one that is not trained yet."""
         given = (self._pipeline.student, self._pipeline.teacher)
         if name in given or Path(name).is_dir():
             return resolve_model(name, revision, code, weights=False, served=served)
         first = resolve_model(self._pipeline.student, revision, code, weights=False)
         return dataclasses.replace(first, name=name, version="unhashed")
 
-    def _rollouts(self, step: Step) -> tuple[StagePlan, Prepared]:
+    def _rollouts(self, step: Step, learned: Learned | None) -> tuple[StagePlan, RolloutSetup]:
         config = step.config
         assert isinstance(config, RolloutsConfig)
         key = config.model_dump_json(include=_SOURCE)
         if key not in self._prompts:
-            checker = make_checker(config.checker, config.answer_formats)
-            self._prompts[key] = read_prompts(config, checker)
-        model = self._model(config.model, config.revision, config.trust_remote_code)
-        return plan_rollouts(config, model=model, prompts=self._prompts[key])
+            self._prompts[key] = read_prompts(config)
+        served = config.engine.served(config.model)
+        model = self._model(config.model, config.revision, config.trust_remote_code, served)
+        setup = rollout_setup(config, weights=False, model=model, prompts=self._prompts[key])
+        return plan_rollouts(setup, learned=learned), setup
 
     def _rewrite(
-        self, step: Step, rollouts: StagePlan, drafts: Prepared
-    ) -> tuple[StagePlan, Ahead]:
-        """The rewrite of rollouts that are not there yet."""
-        config = step.config
-        assert isinstance(config, RewriteConfig)
+        self,
+        config: RewriteConfig,
+        rollouts: StagePlan,
+        drafts: RolloutSetup,
+        of_drafts: Learned | None,
+        learned: Learned | None,
+    ) -> tuple[StagePlan, RoundAhead]:
+        """Plan the rewrite of rollouts that do not exist yet."""
         served = config.engine.served(config.teacher)
         teacher = self._model(config.teacher, config.revision, config.trust_remote_code, served)
-        round_dir = RoundDir(config.shards)
-        saved = round_dir.saved_stage("distill")
-        if saved is not None:
-            teacher = as_saved(teacher, saved["identity"]["teacher"])
-        prepared = prepare_rewrite(config, drafts.metadata(), teacher)
-        round_dir.check("distill", prepared.identity, {})
-        asks = prepared.template.asks
+        setup = rewrite_setup(config, weights=False, student=drafts.metadata(), teacher=teacher)
+        asks = setup.template.asks
         if asks:
-            prepared.template.layout(bool(drafts.formatter.thinking))
+            setup.template.layout(bool(drafts.formatter.thinking))
         first: Shown | None = None
-        writing: list[int] = []
-        scoring: list[int] = []
+        longest_asked = longest_scored = 0
         reasons: list[str] = []
         for prompt in drafts.prompts if asks else ():
             try:
-                asked = prepared.ask(prompt.text, _DRAFT)
+                request = setup.ask(prompt.text, _DRAFT)
             except PromptError as error:
                 reasons.append(f"{prompt.source}: {error}")
                 continue
-            first = first or Shown("first rewrite prompt", asked.text, len(asked.prompt_ids))
-            writing.append(len(asked.prompt_ids))
-            scoring.append(len(asked.teacher_prompt_ids))
-        longest_prompt = rollouts.prompt_tokens.max if rollouts.prompt_tokens else 0
-        mean_prompt = rollouts.prompt_tokens.mean if rollouts.prompt_tokens else 0.0
+            first = first or Shown("first rewrite prompt", request.text, len(request.prompt_ids))
+            longest_asked = max(longest_asked, len(request.prompt_ids))
+            longest_scored = max(longest_scored, len(request.teacher_prompt_ids))
+        prompts = rollouts.prompt_tokens or Lengths(0.0, 0)
         draft = drafts.config.sampling.max_tokens
         room = config.sampling.max_tokens if asks else draft
-        # A longer one is not kept.
+        # The filter rejects a longer one.
         rewrite = min(room, int(config.filters.max_ratio * draft))
-        longest_asked = max(writing, default=0) + draft + room if asks else 0
-        scored = longest_prompt + rewrite + 1
-        under = "prompt"
+        in_all = longest_asked + draft + room if asks else 0
+        notes = []
+        teachers = f"the teacher's context of {setup.context:,}"
+        if asks:
+            parts = f"rewrite prompt {longest_asked:,} + draft {draft:,} + rewrite {room:,}"
+            dropped = "drafts that do not fit get the status too_long"
+            notes.append(_budget(parts, in_all, teachers, setup.context, dropped))
+        rows = rollouts.rows
+        asked = rows if of_drafts is None else round(rows * (1 - of_drafts.truncated))
+        contexts, parts, context = round(rows * prompts.mean), "prompt", prompts.max
         if config.score_context == "rewrite":
-            scored, under = max(scoring, default=0) + draft + rewrite + 1, "rewrite prompt + draft"
-        notes = [
-            _budget(
-                f"rewrite prompt {max(writing, default=0):,} + draft {draft:,} + rewrite {room:,}",
-                longest_asked,
-                f"the teacher's context of {prepared.context:,}",
-                prepared.context,
-                "drafts that do not fit get the status too_long",
-            ),
-            _budget(
-                f"scoring: {under} + rewrite",
-                scored,
-                f"the teacher's context of {prepared.context:,}",
-                prepared.context,
-                "rewrites that do not fit get the status too_long",
-            ),
-            *server_notes(config.engine),
-        ]
-        if not asks:
-            del notes[0]
-        known = learn_rollouts(drafts)
-        rows = rollouts.rows or 0
-        asked_about = rows if known is None else round(rows * (1 - known.truncated))
-        contexts = round(rows * mean_prompt)
-        if config.score_context == "rewrite":
-            contexts += rows * (max(scoring, default=0) + draft)
+            parts, context = "rewrite prompt + draft", longest_scored + draft
+            contexts += rows * context
+        dropped = "rewrites that do not fit get the status too_long"
+        parts, scored = f"scoring: {parts} + rewrite", context + rewrite + 1
+        notes.append(_budget(parts, scored, teachers, setup.context, dropped))
         plan = predict(
-            prepared,
-            total=rows,
-            owed=rows,
-            asked=asked_about,
+            setup,
+            learned,
+            asked=asked,
             contexts=contexts,
-            kept_at_most=asked_about * rewrite,
+            kept_at_most=asked * rewrite,
+            rows=rows,
             committed=0,
+            owed=rows,
             shown=[] if first is None else [first],
-            failing=len(reasons),
-            reasons=first_reasons(reasons),
-            details={"longest rewrite prompt + draft + rewrite": longest_asked},
-            notes=notes,
+            reasons=reasons,
+            details={"longest rewrite prompt + draft + rewrite": in_all},
+            notes=[*notes, *server_notes(config.engine)],
         )
-        learned = learn_rewrites(prepared)
-        kept = None
-        stored = config.num_candidates if config.choose == "all" else 1
-        # Other rules or another choice keep another share.
-        if learned is not None and learned.kept and learned.has(prepared.identity, _KEEPING):
-            count = min(
-                round(asked_about * config.num_candidates * learned.kept), asked_about * stored
-            )
-            kept = count, round(count * (mean_prompt + learned.kept_tokens))
-        return plan, Ahead(
+        most = asked * (config.num_candidates if config.choose == "all" else 1)
+        expected = None
+        if learned is not None and learned.kept:
+            kept = min(round(asked * config.num_candidates * learned.kept), most)
+            expected = kept, round(kept * (prompts.mean + learned.kept_tokens))
+        return plan, RoundAhead(
             drafts.identity["tokenizer"],
-            asked_about * stored,
-            longest_prompt,
-            mean_prompt,
+            most,
+            round(most * (prompts.mean + rewrite)),
+            prompts.max,
             rewrite,
-            kept,
+            expected,
         )
 
-    def _train_ahead(self, config: TrainConfig, ahead: Ahead) -> StagePlan:
-        longest = ahead.longest_prompt + ahead.longest_rewrite
-        plan = plan_train_ahead(
-            config,
-            self._model(config.student, config.revision, config.trust_remote_code),
-            ahead.tokenizer,
-            ahead.rows,
-            longest,
-            ahead.kept,
-            round(ahead.rows * (ahead.mean_prompt + ahead.longest_rewrite)),
-        )
+    def _train(self, config: TrainConfig, ahead: RoundAhead, learned: Learned | None) -> StagePlan:
+        student = self._model(config.student, config.revision, config.trust_remote_code)
         note = _budget(
             f"prompt {ahead.longest_prompt:,} + rewrite {ahead.longest_rewrite:,}",
-            longest,
+            ahead.longest_prompt + ahead.longest_rewrite,
             f"pack_length {config.pack_length:,}",
             config.pack_length,
-            "training would refuse a row that does not fit",
+            "training does not start with a row that does not fit",
         )
-        return dataclasses.replace(plan, notes=[note])
+        return dataclasses.replace(plan_train_ahead(config, student, ahead, learned), notes=[note])
 
 
 def _budget(parts: str, total: int, limit_name: str, limit: int, otherwise: str) -> str:
-    """One line of the context budget."""
+    """Return one line of the context budget."""
     fits = "fits" if total <= limit else f"OVER by {total - limit:,}: {otherwise}"
     return f"{parts} = {total:,} of {limit_name}: {fits}"
 
 
-def show_pipeline(plan: PipelinePlan, as_json: bool, prompts: bool) -> None:
-    """Prints a pipeline's plan; `prompts`: the first rendered ones too."""
+def show_pipeline(plan: PipelinePlan, as_json: bool) -> None:
+    """Print a pipeline's plan: as JSON or as text. Raises Exit with code 1 where a
+    step would end without a result."""
     if as_json:
         click.echo(json.dumps(plan.as_json(), indent=2))
-        return
-    if prompts:
-        for text in shown_text(list(plan.shown.values())):
-            click.echo(f"{text}\n")
-    click.echo(steps_table(plan.steps))
+    else:
+        click.echo(_text(plan))
+    if any(step.refusal is not None for step in plan.remaining()):
+        raise click.exceptions.Exit(1)
+
+
+def _text(plan: PipelinePlan) -> str:
     lines = list(dict.fromkeys(plan.notes))
     sources: dict[str, list[str]] = {}
     for label, step in plan.steps:
         if step is not None and step.learned_from is not None:
             sources.setdefault(step.learned_from, []).append(label)
-    lines += [f"learned from {source}: {', '.join(of)}" for source, of in sources.items()]
-    owed = [step for _, step in plan.steps if step is not None and step.owed]
-    click.echo("\n" + "\n".join(f"* {plain_lines(line)}" for line in lines))
-    if any(step.tokens_expected is None or step.seconds is None for step in owed):
-        click.echo(
-            '\nWhat says "at most" or "not known" has no rows to learn from. Make a few of the'
-            " first round's, then plan again; the pipeline goes on from them:\n",
+    lines += [f"learned from {source}: {', '.join(labels)}" for source, labels in sources.items()]
+    notes = "\n".join(f"* {plain_lines(line)}" for line in lines)
+    parts = [*shown_text(list(plan.shown.values())), f"{steps_table(plan.steps)}\n\n{notes}"]
+    remaining = [step for step in plan.remaining() if step.owed]
+    if any(step.is_bound or step.seconds is None for step in remaining):
+        parts.append(
+            'Steps with "at most" or "not known" have no rows yet. Make a few rows of the first'
+            " round, then plan again; the pipeline continues from them:"
         )
         few = [
             f"    {step.command} {shlex.join(step.settings)} --limit 64"
             for label, step in plan.steps
             if step is not None and step.command.startswith("mpd-gen") and "evaluate" not in label
         ]
-        click.echo(plain_lines("\n".join(few[:2])))
+        parts.append(plain_lines("\n".join(few[:2])))
+    return "\n\n".join(parts)

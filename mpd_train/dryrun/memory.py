@@ -1,8 +1,8 @@
-"""How much memory a training takes, found without weights, data or a device.
+"""Plan a training's memory without weights, data or a device.
 
-Two optimiser steps run on fake tensors, which have shapes and no contents, while every storage that
-is alive is counted. What the fused loss works in is added from its chunk sizes. Layers that will be
-compiled are not, but keep for the backward pass what compiled ones do.
+Two optimiser steps run on fake tensors, which have shapes and no contents, and every live storage
+is counted. The workspace of the fused loss is added from its chunk sizes. Layers are not compiled,
+but keep for the backward pass what compiled layers keep.
 """
 
 import itertools
@@ -31,15 +31,15 @@ from mpd_train.model.causal_lm import CausalLM, decoder_layers, skeleton
 from mpd_train.model.device import autocast
 from mpd_train.optimizer import make_optimizer
 
-# Operators that compute what is never made again.
+# Operators whose results are kept for the backward pass and never computed again.
 _PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "scaled_dot_product")
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes on one device: the student's weights, its optimiser's moments, the weights of a teacher
-    in the process, and the most that a step takes beside these (activations, gradients, the loss),
-    of which `loss` is what the loss works in."""
+    in the process, and the most that a step takes in addition (activations, gradients, the loss),
+    of which `loss` is the workspace of the loss."""
 
     weights: int
     moments: int
@@ -53,27 +53,27 @@ class MemoryPlan:
 
     def details(self) -> dict[str, str]:
         return {
-            "memory": str(size_text(self.total)),
-            "of it weights and moments": str(size_text(self.weights + self.moments)),
-            "of it the teacher's weights": str(size_text(self.teacher)),
-            "of it a step": str(size_text(self.step)),
-            "of a step the loss": str(size_text(self.loss)),
+            "memory": size_text(self.total),
+            "of it weights and moments": size_text(self.weights + self.moments),
+            "of it the teacher's weights": size_text(self.teacher),
+            "of it a step": size_text(self.step),
+            "of a step the loss": size_text(self.loss),
         }
 
     def advice(self, config: TrainConfig, device: torch.device) -> list[str]:
-        """What to change where the device has less; nothing where it has enough."""
+        """Return what to change if the device has too little memory, else nothing."""
         if device.type == "cuda":
-            there = torch.cuda.get_device_properties(device).total_memory
+            available = torch.cuda.get_device_properties(device).total_memory
         else:
-            there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            there //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            available //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         # The rest is the allocator's, the libraries' and the system's.
-        if self.total <= 0.92 * there:
+        if self.total <= 0.92 * available:
             return []
         ways = []
         if not config.gradient_checkpointing:
             ways.append("--gradient-checkpointing")
-        if self.step > there // 8:
+        if self.step > available // 8:
             ways.append("a lower --pack-length (and more --gradient-accumulation-steps)")
         if config.lora.lora_r == 0:
             ways.append("--lora-r 64")
@@ -82,23 +82,23 @@ class MemoryPlan:
             ways.append(f"{offloaded}the shards' cached top K in place of --teacher")
         ways.append("more devices (torchrun)")
         return [
-            f"{size_text(self.total)} of memory are needed, {size_text(there)} are there. Give"
-            f" {', or '.join(ways)}."
+            f"{size_text(self.total)} of memory are needed, {size_text(available)} are available."
+            f" Give {', or '.join(ways)}."
         ]
 
 
 class _Sketch(CausalLM):
     """A model of fake tensors."""
 
-    def __init__(self, model: Any, alone: bool) -> None:
-        """alone: its attention computes each sequence of a pack by itself."""
-        self.model, self.adapted, self._alone = model, None, alone
+    def __init__(self, model: Any, separate: bool) -> None:
+        """`separate`: its attention computes each sequence of a pack by itself."""
+        self.model, self.adapted, self._separate = model, None, separate
 
     def states(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         size = input_ids.shape[1]
-        # One that does not is told where sequences begin by a mask; given here, it keeps
-        # transformers from looking at positions that have no contents.
-        mask = torch.ones((1, 1, 1 if self._alone else size, size), dtype=torch.bool)
+        # Other attention separates sequences by a mask. A mask given here keeps transformers from
+        # reading positions, which have no contents.
+        mask = torch.ones((1, 1, 1 if self._separate else size, size), dtype=torch.bool)
         output = self.model.base_model(
             input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
         )
@@ -107,20 +107,20 @@ class _Sketch(CausalLM):
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that operators made and that are still alive."""
+    """Counts the bytes of all live storages that operators made."""
 
-    def __init__(self, device: torch.device, there: list[Tensor]) -> None:
-        """`there`: tensors that count elsewhere."""
+    def __init__(self, device: torch.device, counted: list[Tensor]) -> None:
+        """`counted`: tensors that are counted elsewhere."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = self.of_loss = 0
-        # What came out of products since somebody began to collect it, and whatever went in or out.
+        self.now = self.peak = self.loss = 0
+        # Results of products, while they are collected, and the storages that went in or came out.
         self.products: list[Tensor] | None = None
         self.of_products = WeakIdKeyDictionary()
-        # The number of the storage that another was converted from.
+        # For a converted storage, the number of the storage that it was converted from.
         self.converted = WeakIdKeyDictionary()
         self._numbers, self._next = WeakIdKeyDictionary(), itertools.count()
         self._device = device
-        self._known = WeakIdKeyDictionary({x.untyped_storage(): 0 for x in there})
+        self._known = WeakIdKeyDictionary({x.untyped_storage(): 0 for x in counted})
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -143,8 +143,8 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if isinstance(tensor, Tensor):
                     self.of_products[tensor.untyped_storage()] = True
         if func is torch.ops.mpd.linear_kl.default:
-            self.of_loss = workspace_bytes(Inputs(*args), self._device)
-            self.peak = max(self.peak, self.now + self.of_loss)
+            self.loss = workspace_bytes(Inputs(*args), self._device)
+            self.peak = max(self.peak, self.now + self.loss)
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -159,13 +159,13 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _keep_as_compiled(layer: Any, live: _Live) -> None:
-    """Has `layer` keep for its backward pass what torch.compile's partitioner would: what goes into
-    it, and what goes into products and comes out of them. All else it makes again."""
+    """Make `layer` keep for its backward pass what torch.compile's partitioner keeps: its inputs,
+    and the inputs and results of products. Everything else is computed again."""
     forward = layer.forward
 
     def pass_through(*args: Any, **kwargs: Any) -> Any:
         boxes: list[list[Any]] = []
-        # Alive as long as one of the boxes is: until the backward pass has been through the layer.
+        # Lives as long as one of the boxes: until the layer's backward pass is over.
         kept: list[Tensor] = []
         given = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
 
@@ -180,19 +180,19 @@ def _keep_as_compiled(layer: Any, live: _Live) -> None:
         live.products = []
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             output = forward(*args, **kwargs)
-        # The last one's is what the layer gives: its backward pass does not look at it.
+        # The last product is the layer's output, which its backward pass does not read.
         kept += live.products[:-1]
         live.products = None
         firsts: dict[tuple[int, torch.Size, torch.dtype], torch.UntypedStorage] = {}
         for box in boxes:
             x = box[0]
             storage = x.untyped_storage()
-            again = not (x.is_leaf or storage in given or storage in live.of_products)
+            recomputed = not (x.is_leaf or storage in given or storage in live.of_products)
             if storage in live.converted:
-                # Each product converts what goes into it for itself; compiled, once for all.
+                # Each product converts its inputs itself; compiled, one conversion serves all.
                 key = live.converted[storage], x.shape, x.dtype
-                again |= firsts.setdefault(key, storage) is not storage
-            if again:
+                recomputed |= firsts.setdefault(key, storage) is not storage
+            if recomputed:
                 box[0] = x.shape, x.stride(), x.dtype
         return output
 
@@ -210,11 +210,12 @@ def plan_memory(
     dtype: torch.dtype,
     ranks: int = 1,
 ) -> MemoryPlan:
-    """For packs of `shape` tokens and loss tokens, on each of `ranks` devices that share weights,
-    gradients and moments out. Raises ConfigError for adapters that the student cannot take."""
+    """Plan the memory of packs of `shape` (tokens, loss tokens) on each of `ranks` devices that
+    share out weights, gradients and moments. Raises ConfigError for adapters that do not fit the
+    student."""
     models = [student_files] if teacher_files is None else [student_files, teacher_files]
     attn_implementation = attention(config, device, dtype, models)
-    alone = is_short(attn_implementation)
+    separate = is_short(attn_implementation)
     code = config.trust_remote_code
     model, taught = skeleton(student_files, code, torch.float32), None
     if config.lora.lora_r > 0:
@@ -225,25 +226,25 @@ def plan_memory(
     if teacher_files is not None:
         taught = skeleton(teacher_files, code, dtype).requires_grad_(False)
     if attn_implementation == "eager":
-        # The one that keeps each head's square of a pack.
-        for made in (model, taught):
-            if made is not None:
-                made.set_attn_implementation("eager")
-    of_teacher = 0 if taught is None else _bytes_of(taught.parameters())
+        # Eager attention keeps a square of the pack for each head.
+        for each in (model, taught):
+            if each is not None:
+                each.set_attn_implementation("eager")
+    teacher_bytes = 0 if taught is None else _bytes_of(taught.parameters())
     if taught is not None and config.teacher_offload and device.type == "cuda":
-        # The head, and of the layers the one that is in use and the next.
+        # The head, the layer in use and the next layer.
         layers = [_bytes_of(layer.parameters()) for layer in decoder_layers(taught)]
         head = _bytes_of(taught.get_output_embeddings().parameters())
-        of_teacher = head + ranks * 2 * max(layers)
+        teacher_bytes = head + ranks * 2 * max(layers)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        student = _Sketch(_on_cpu(model), alone)
-        teacher = None if taught is None else _Sketch(_on_cpu(taught), alone)
+        student = _Sketch(_on_cpu(model), separate)
+        teacher = None if taught is None else _Sketch(_on_cpu(taught), separate)
         optimizer = make_optimizer(model, config.optimizer)
         batch = _batch(shape, num_logprobs)
-        there = [*model.parameters(), *model.buffers()]
+        counted = [*model.parameters(), *model.buffers()]
         if taught is not None:
-            there += [*taught.parameters(), *taught.buffers()]
-        with _Live(device, there) as live:
+            counted += [*taught.parameters(), *taught.buffers()]
+        with _Live(device, counted) as live:
             if config.compile and not config.gradient_checkpointing:
                 for layer in decoder_layers(model):
                     _keep_as_compiled(layer, live)
@@ -262,18 +263,18 @@ def plan_memory(
     moments = 2 * trained
     step = live.peak - moments
     if ranks > 1:
-        # Head and embedding, put together. That gradients are shared out as soon as a layer's are
-        # whole makes the peak less than this, by how much depends on where it is.
+        # Gathered head and embedding. The real peak is lower, since gradients are shared out layer
+        # by layer; by how much depends on where the peak is.
         step += 2 * _bytes_of([student.head()])
     return MemoryPlan(
-        math.ceil(weights / ranks), math.ceil(moments / ranks), math.ceil(of_teacher / ranks),
-        step, live.of_loss,
+        math.ceil(weights / ranks), math.ceil(moments / ranks), math.ceil(teacher_bytes / ranks),
+        step, live.loss,
     )  # fmt: skip
 
 
 def _on_cpu(model: Any) -> Any:
-    """A model on the meta device as one of fake tensors on a CPU, which autocast knows how to
-    treat. In place."""
+    """Turn a model on the meta device, in place, into one of fake tensors on a CPU, where autocast
+    works."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -284,7 +285,7 @@ def _on_cpu(model: Any) -> Any:
                     empty = torch.empty(x.shape, dtype=x.dtype)
                     is_weight = isinstance(x, torch.nn.Parameter)
                     made[id(x)] = torch.nn.Parameter(empty, x.requires_grad) if is_weight else empty
-                # A tied weight stays one.
+                # A tied weight stays tied.
                 tensors[name] = made[id(x)]
     return model
 

@@ -1,11 +1,9 @@
-"""`mpd-train --dry-run`: what a training would do, found without weights and without writing.
+"""Plan a training without running it: steps, memory, disk, time.
 
-The model is built on torch's meta device, from its configuration alone, to count what is trained;
-time is that of a training whose metrics.jsonl lies in this run's folder or beside it.
+The model is built on torch's meta device, from its configuration alone, to count what is trained.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,41 +15,24 @@ from mpd_data.common.models import (
     load_tokenizer,
     require_same_tokenizer,
     resolve_model,
-    weight_files,
 )
-from mpd_data.common.options import arguments
-from mpd_data.dryrun.learned import as_saved, siblings
-from mpd_data.dryrun.plan import StagePlan
-from mpd_data.dryrun.show import first_reasons, size_text
-from mpd_data.store.run_record import read_record, require_kind
+from mpd_data.dryrun.learned import Learned, Speed
+from mpd_data.dryrun.plan import StagePlan, make_plan
+from mpd_data.dryrun.show import size_text
 from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
 from mpd_train.data.packing import overlong, split_packs
 from mpd_train.distributed import ranks_asked_for
 from mpd_train.dryrun.memory import plan_memory
 from mpd_train.model import lora
-from mpd_train.model.attention import attention
 from mpd_train.model.causal_lm import skeleton
-from mpd_train.setup import check_claim, check_models, check_settings, prepare
-
-# What a token's time depends on beside the model and the machine.
-_PACE = (
-    "pack_length",
-    "gradient_checkpointing",
-    "compile",
-    "liger_kernel",
-    "teacher_offload",
-    "dtype",
-    "lora",
-    "teacher_revision",
-    "gradient_accumulation_steps",
-)
+from mpd_train.setup import TrainSetup, check_models, check_settings
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Parameters of the student, those that are trained, and the bytes that a run leaves on the
-    way (`checkpoint_bytes`, freed at its end) and for good (`export_bytes`)."""
+    """The student's parameters, those that are trained, and the bytes of a run's checkpoints, which
+    are freed at its end, and of its export."""
 
     parameters: int
     trained: int
@@ -66,205 +47,176 @@ class Footprint:
         return {
             "parameters": f"{self.parameters:,}",
             "trained parameters": f"{self.trained:,}",
-            "checkpoints on the way": str(size_text(self.checkpoint_bytes)),
-            "export": str(size_text(self.export_bytes)),
+            "checkpoints on the way": size_text(self.checkpoint_bytes),
+            "export": size_text(self.export_bytes),
         }
 
 
 def footprint(config: TrainConfig, student: ModelFiles, num_steps: int) -> Footprint:
-    """What the run takes on disk. Raises ConfigError for adapters that the student cannot take."""
+    """Return what the run takes on disk. Raises ConfigError for adapters that do not fit the
+    student."""
     model = skeleton(student, config.trust_remote_code, torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     if config.lora.lora_r > 0:
         lora.attach(model, student, config.lora, config.revision, config.seed)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Weights and two moments in float32; a new one is whole before the oldest goes.
-    kept = min(max(num_steps - 1, 0) // config.save_steps, checkpoint.KEEP + 1)
+    # Weights and two moments in float32; a new one is complete before the oldest is deleted.
+    checkpoints = min(max(num_steps - 1, 0) // config.save_steps, checkpoint.KEEP + 1)
     best = 8 * trained if config.validation.early_stopping_patience > 0 else 0
     adapter = 4 * trained if config.lora.lora_r > 0 else 0
     return Footprint(
         parameters,
         trained,
-        kept * 12 * trained + best,
+        checkpoints * 12 * trained + best,
         parameters * _bytes_of_weight(student) + adapter,
     )
 
 
 def _bytes_of_weight(student: ModelFiles) -> int:
-    """Of the precision that the configuration names, in which the student is exported."""
+    """Return the bytes of one exported weight, in the precision that the configuration names."""
     name = student.config.get("dtype") or student.config.get("torch_dtype") or "float32"
     return torch.finfo(getattr(torch, str(name).removeprefix("torch."), torch.float32)).bits // 8
 
 
-def pace(config: TrainConfig) -> dict[str, Any] | None:
-    """`seconds_per_token`, `device` and `folder` of the steps in this run's metrics.jsonl, else of
-    the newest training beside it with the same student, packs and adapters. A round's student is
-    the one before, trained: where the name differs the settings decide. None where there is
-    none."""
-    by_settings: dict[str, Any] | None = None
-    for folder in siblings(config.out, "metrics.jsonl"):
-        try:
-            saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))["details"]
-            steps = list(_steps(folder / "metrics.jsonl"))
-            given = saved["config"]
-            seconds, tokens = sum(s["seconds"] for s in steps), sum(s["tokens"] for s in steps)
-        except (OSError, ValueError, KeyError):
-            # What cannot be read teaches nothing.
-            continue
-        now = config.model_dump(mode="json", include=set(_PACE) | {"teacher"})
-        if not tokens or now != {name: given.get(name) for name in now}:
-            continue
-        found = {
-            "seconds_per_token": seconds / tokens,
-            "device": saved.get("device", "device not recorded"),
-            "folder": f"{folder} ({len(steps):,} steps)",
-        }
-        if folder == config.out or given["student"] == config.student:
-            return found
-        by_settings = by_settings or found
-    return by_settings
+@dataclass(frozen=True)
+class RoundAhead:
+    """What is known of the kept rows of a round that does not exist yet. `tokenizer`: content hash;
+    `rows` and `tokens`: at most; `longest_prompt` and `longest_rewrite`: in tokens; `expected`:
+    rows and tokens to expect, where earlier rows tell."""
+
+    tokenizer: str
+    rows: int
+    tokens: int
+    longest_prompt: int
+    longest_rewrite: int
+    expected: tuple[int, int] | None
+
+
+def learn_steps(out: Path) -> Learned | None:
+    """Return the speed of the steps in a training's metrics.jsonl, None where there are none."""
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return None
+    # A kill may have cut the last line short.
+    records = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
+    steps = [record for record in records if "tokens" in record]
+    if not steps:
+        return None
+    details = json.loads((out / "run.json").read_text(encoding="utf-8"))["details"]
+    seconds = sum(step["seconds"] for step in steps)
+    speed = Speed(
+        seconds / sum(step["tokens"] for step in steps),
+        details.get("device", "device not recorded"),
+    )
+    return Learned(f"{out} ({len(steps):,} steps)", speed)
 
 
 def plan_train_ahead(
-    config: TrainConfig,
-    student: ModelFiles,
-    tokenizer: str,
-    rows: int,
-    longest: int,
-    expected: tuple[int, int] | None,
-    at_most: int,
+    config: TrainConfig, student: ModelFiles, ahead: RoundAhead, learned: Learned | None = None
 ) -> StagePlan:
-    """The same for a round that is not there yet. `tokenizer`: content hash; `rows`: the most
-    that can be kept; `longest`: tokens of the longest row; `expected`: rows and tokens to expect
-    where that is known; `at_most`: tokens of all rows at their longest."""
+    """Plan the training of a round that does not exist yet. Raises ConfigError where the run would
+    raise it whatever the rows are."""
     _, device, dtype = check_settings(config)
-    teacher = None
+    teacher, code = None, config.trust_remote_code
     if config.teacher is not None:
-        code = config.trust_remote_code
         teacher = resolve_model(config.teacher, config.teacher_revision, code, weights=False)
-        require_same_tokenizer(tokenizer, load_tokenizer(teacher, code), student.name, teacher.name)
-    check_models(config, student, teacher)
-    attention(config, device, dtype, [student] if teacher is None else [student, teacher])
+        tokenizer = load_tokenizer(teacher, code)
+        require_same_tokenizer(ahead.tokenizer, tokenizer, student.name, teacher.name)
+    check_models(config, student, teacher, device, dtype)
+    rows, tokens = (ahead.rows, None) if ahead.expected is None else ahead.expected
+    at_most = ahead.tokens * config.epochs
+    tokens = None if tokens is None else tokens * config.epochs
     per_step = config.pack_length * config.gradient_accumulation_steps
-    if config.max_steps is None:
-        at_most *= config.epochs
-        tokens = None if expected is None else expected[1] * config.epochs
-        steps = -(-(at_most if tokens is None else tokens) // per_step)
-    else:
+    steps = -(-(at_most if tokens is None else tokens) // per_step)
+    if config.max_steps is not None:
         steps = config.max_steps
         at_most = tokens = steps * per_step
-    size_of = footprint(config, student, steps)
-    known = pace(config)
-    return StagePlan(
-        command="mpd-train",
-        out=str(config.out),
-        settings=arguments(config),
-        rows=rows if expected is None else expected[0],
+    size = footprint(config, student, steps)
+    return make_plan(
+        "mpd-train",
+        config,
+        config.out,
+        learned,
+        rows=rows,
         committed=0,
-        owed=rows if expected is None else expected[0],
+        owed=rows,
         tokens_expected=tokens,
         tokens_at_most=at_most,
-        disk_bytes=size_of.disk_bytes,
-        seconds=None if known is None or tokens is None else tokens * known["seconds_per_token"],
-        device=None if known is None else known["device"],
-        learned_from=None if known is None else known["folder"],
-        details={"sequence, max": longest, "steps": steps, **size_of.details()},
+        disk_bytes=size.disk_bytes,
+        details={
+            "sequence, max": ahead.longest_prompt + ahead.longest_rewrite,
+            "steps": steps,
+            **size.details(),
+        },
     )
 
 
-def _steps(path: Path) -> Iterator[dict[str, Any]]:
-    # The last line may be torn by a kill.
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        record = json.loads(line)
-        if "tokens" in record:
-            yield record
-
-
-def plan_train(config: TrainConfig, overwrite: bool = False) -> StagePlan:
-    """What `train` would do, found without weights and without writing anything. Raises what the
-    run would raise before it loads a model."""
-    require_kind(config.out, "training")
-    code = config.trust_remote_code
-    student = resolve_model(config.student, config.revision, code, weights=False)
-    teacher = None
-    if config.teacher is not None:
-        teacher = resolve_model(config.teacher, config.teacher_revision, code, weights=False)
-    for files in (student, teacher):
-        # A hub's model, as an adapter's base may be, is fetched by the run.
-        if files is not None and Path(files.name).is_dir():
-            weight_files(files.adapter or files.path)
-    saved = {} if overwrite else read_record(config.out, "training").get("identity", {})
-    if saved:
-        student = as_saved(student, saved["student"])
-        teacher = teacher and as_saved(teacher, saved["teacher"])
-    prepared = prepare(config, student, teacher)
-    if not overwrite:
-        check_claim(config.out, prepared.identity)
-    shards = prepared.shards
+def plan_train(
+    setup: TrainSetup, overwrite: bool = False, learned: Learned | None = None
+) -> StagePlan:
+    """Plan what `train` would do, without a model and without writing anything. `learned`: of
+    another training, for one that has no steps."""
+    config, shards = setup.config, setup.shards
     finished = (config.out / "model").is_dir() and not overwrite
-    committed, owed = (shards.num_rows, 0) if finished else (0, shards.num_rows)
-    details: dict[str, Any] = {"device": str(prepared.device)}
-    reasons = overlong(shards, config.pack_length)
+    steps_done = 0
+    if not overwrite:
+        learned = learn_steps(config.out) or learned
+        steps_done = checkpoint.newest(config.out / "checkpoints")
     lengths = shards.lengths()
-    tokens = seconds = None
-    steps = 0
-    found = pace(config)
-    notes: list[str] = []
+    details: dict[str, Any] = {
+        "sequence, mean": round(sum(lengths) / len(lengths), 1),
+        "sequence, max": max(lengths),
+        "device": str(setup.device),
+    }
+    reasons = overlong(shards, config.pack_length)
+    tokens, steps = None, 0
+    notes = ["This run has finished."] * finished
     if not reasons:
         packs, held_out = split_packs(shards, config)
         size = config.gradient_accumulation_steps
         steps = -(-len(packs) // size)
-        done = 0
-        if not overwrite:
-            done = checkpoint.newest(config.out / "checkpoints")
-        tokens = 0 if finished else sum(pack.num_tokens for pack in packs[done * size :])
+        remaining = [] if finished else packs[steps_done * size :]
+        tokens = sum(pack.num_tokens for pack in remaining)
         total = sum(pack.num_tokens for pack in packs)
-        rows = sum(len(pack.rows) for pack in packs)
+        largest = max(packs, key=lambda pack: pack.num_tokens)
+        memory = plan_memory(
+            config,
+            setup.student,
+            setup.teacher,
+            (largest.num_tokens, max(pack.num_loss_tokens for pack in packs)),
+            int(shards.metadata["num_logprobs"]),
+            setup.vocab_size,
+            setup.device,
+            setup.dtype,
+            ranks_asked_for(),
+        )
         details |= {
             "packs": len(packs),
             "packs filled": f"{total / (len(packs) * config.pack_length):.1%}",
             "steps": steps,
-            "steps done": done,
-            "rows per step, mean": round(rows / steps, 1),
+            "steps done": steps_done,
+            "rows per step, mean": round(sum(len(pack.rows) for pack in packs) / steps, 1),
             "loss tokens": sum(pack.num_loss_tokens for pack in packs),
             "held-out rows": sum(len(pack.rows) for pack in held_out),
+            "tokens per step, mean": round(total / steps),
+            **memory.details(),
         }
-        if found is not None:
-            seconds = round(tokens * found["seconds_per_token"], 1)
-        largest = max(packs, key=lambda pack: pack.num_tokens)
-        memory = plan_memory(
-            config,
-            student,
-            teacher,
-            (largest.num_tokens, max(pack.num_loss_tokens for pack in packs)),
-            int(shards.metadata["num_logprobs"]),
-            prepared.vocab_size,
-            prepared.device,
-            prepared.dtype,
-            ranks_asked_for(),
-        )
-        details |= {"tokens per step, mean": round(total / steps), **memory.details()}
-        notes += memory.advice(config, prepared.device)
-    size_of = footprint(config, student, steps)
-    return StagePlan(
-        command="mpd-train",
-        out=str(config.out),
-        settings=arguments(config),
+        notes += memory.advice(config, setup.device)
+    size_on_disk = footprint(config, setup.student, steps)
+    refusal = f"Training does not start: the longest row has {max(lengths):,} tokens."
+    return make_plan(
+        "mpd-train",
+        config,
+        config.out,
+        learned,
         rows=shards.num_rows,
-        committed=committed,
-        owed=owed,
-        prompt_tokens=None,
+        committed=shards.num_rows if finished else 0,
+        owed=0 if finished else shards.num_rows,
         tokens_expected=tokens,
         tokens_at_most=tokens,
-        failing=len(reasons),
-        reasons=first_reasons(reasons),
-        disk_bytes=0 if finished else size_of.disk_bytes,
-        seconds=seconds,
-        device=None if found is None else found["device"],
-        learned_from=None if found is None else found["folder"],
-        details={"sequence, mean": round(sum(lengths) / len(lengths), 1)}
-        | {"sequence, max": max(lengths), **details, **size_of.details()},
-        notes=notes
-        + ["This run has finished."] * finished
-        + ["The real run refuses to start while a row does not fit."] * bool(reasons),
+        reasons=reasons,
+        refusal=refusal if reasons else None,
+        disk_bytes=0 if finished else size_on_disk.disk_bytes,
+        details=details | size_on_disk.details(),
+        notes=notes,
     )
