@@ -38,7 +38,7 @@ class Strict(BaseModel):
 
     heading: ClassVar[str | None] = None  # of the settings' section in --help
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class EngineConfig(Strict):
@@ -48,53 +48,32 @@ class EngineConfig(Strict):
 
     heading = "Engine"
 
-    backend: Literal["vllm", "transformers", "openai"] = Field(
-        "vllm",
-        description="Engine that runs the model. transformers is slower and needs no vLLM; openai"
-        " is a"
-        " running vLLM server, for models that are too large for this machine.",
-    )
-    base_url: str | None = Field(
-        None,
-        description="URL of the server (openai), as http://HOST:8000. Set MPD_API_KEY or"
-        " OPENAI_API_KEY"
-        " in the environment if the server needs a key.",
-    )
-    served_model: str | None = Field(
-        None,
-        description="Name of the model on the server (openai). Default: its name here.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of weights and activations."
-    )
-    max_model_len: int | None = Field(
-        None, ge=2, description="Longest context, in tokens. Default: the model's own."
-    )
-    max_num_seqs: int = Field(
-        256,
-        ge=1,
-        description="Maximum concurrent sequences (vllm, transformers) or requests (openai).",
-    )
-    max_num_batched_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Maximum tokens per engine step. It bounds the memory of scoring on a GPU:"
-        " tokens x"
-        " vocabulary x 4 bytes, which vLLM's memory profile does not count. Default: vLLM's own;"
-        " 2048 with transformers.",
-    )
-    gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=1, description="Fraction of the GPU's memory for weights and cache (vllm)."
-    )
-    tensor_parallel_size: int = Field(
-        1, ge=1, description="Number of GPUs that each layer is split over (vllm)."
-    )
-    pipeline_parallel_size: int = Field(
-        1, ge=1, description="Number of groups of GPUs that hold successive layers (vllm)."
-    )
-    kv_cache_gib: float = Field(
-        1.0, gt=0, description="Size of the KV cache on a CPU machine, in GiB (vllm)."
-    )
+    backend: Literal["vllm", "transformers", "openai"] = "vllm"
+    """Engine that runs the model. transformers is slower and needs no vLLM; openai is a running
+    vLLM server, for models that are too large for this machine."""
+    base_url: str | None = None
+    """URL of the server (openai), as http://HOST:8000. Set MPD_API_KEY or OPENAI_API_KEY in the
+    environment if the server needs a key."""
+    served_model: str | None = None
+    """Name of the model on the server (openai). Default: its name here."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of weights and activations."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Longest context, in tokens. Default: the model's own."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Maximum concurrent sequences (vllm, transformers) or requests (openai)."""
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    """Maximum tokens per engine step. It bounds the memory of scoring on a GPU: tokens x vocabulary
+    x 4 bytes, which vLLM's memory profile does not count. Default: vLLM's own; 2048 with
+    transformers."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Fraction of the GPU's memory for weights and cache (vllm)."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Number of GPUs that each layer is split over (vllm)."""
+    pipeline_parallel_size: int = Field(1, ge=1)
+    """Number of groups of GPUs that hold successive layers (vllm)."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """Size of the KV cache on a CPU machine, in GiB (vllm)."""
 
     @field_validator("base_url")
     @classmethod
@@ -130,29 +109,21 @@ class SamplingConfig(Strict):
 
     heading = "Sampling"
 
-    temperature: float = Field(
-        1.0, ge=0, le=2, description="Temperature. 0 is greedy: always the most probable token."
-    )
-    top_p: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Sample from the most probable tokens that together have this probability.",
-    )
-    top_k: int = Field(
-        -1, ge=-1, description="Sample from this many most probable tokens. -1: from all."
-    )
-    max_tokens: int = Field(
-        2048, ge=1, description="Longest completion, in tokens. Longer ones are truncated."
-    )
+    temperature: float = Field(1.0, ge=0, le=2)
+    """Temperature. 0 is greedy: always the most probable token."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the most probable tokens that together have this probability."""
+    top_k: int = Field(-1, ge=-1)
+    """Sample from this many most probable tokens. -1: from all."""
+    max_tokens: int = Field(2048, ge=1)
+    """Longest completion, in tokens. Longer ones are truncated."""
 
 
 class RewriteSamplingConfig(SamplingConfig):
     """How one rewrite is sampled. Greedy by default: the teacher's best rewrite is wanted."""
 
-    temperature: float = Field(
-        0.0, ge=0, le=2, description="Temperature. 0 is greedy: always the most probable token."
-    )
+    temperature: float = Field(0.0, ge=0, le=2)
+    """Temperature. 0 is greedy: always the most probable token."""
 
 
 class OutputConfig(Strict):
@@ -160,10 +131,10 @@ class OutputConfig(Strict):
 
     heading = "Shards"
 
-    rows_per_shard: int = Field(1024, ge=1, description="Maximum rows per shard.")
-    seconds_per_shard: float = Field(
-        300.0, gt=0, description="Maximum seconds before a partly filled shard is committed."
-    )
+    rows_per_shard: int = Field(1024, ge=1)
+    """Maximum rows per shard."""
+    seconds_per_shard: float = Field(300.0, gt=0)
+    """Maximum seconds before a partly filled shard is committed."""
 
 
 class PartsConfig(Strict):
@@ -171,31 +142,17 @@ class PartsConfig(Strict):
 
     heading = "Several processes"
 
-    workers: int = Field(
-        1,
-        ge=1,
-        description="Number of processes on this machine that share the work, each with its own"
-        " engine"
-        " and GPUs. With --ray: number of actors on the cluster.",
-    )
-    ray: bool = Field(
-        False,
-        description="Run on a Ray cluster: the one in RAY_ADDRESS, or one on this machine. All"
-        " nodes"
-        " must share the round's folder.",
-    )
-    shard_index: int | None = Field(
-        None,
-        ge=0,
-        description="Number of the part that this process does, from 0. Default: the task's"
-        " position"
-        " in the SLURM job array.",
-    )
-    num_shards: int | None = Field(
-        None,
-        ge=1,
-        description="Total number of parts. Default: the size of the SLURM job array, else 1.",
-    )
+    workers: int = Field(1, ge=1)
+    """Number of processes on this machine that share the work, each with its own engine and GPUs.
+    With --ray: number of actors on the cluster."""
+    ray: bool = False
+    """Run on a Ray cluster: the one in RAY_ADDRESS, or one on this machine. All nodes must share
+    the round's folder."""
+    shard_index: int | None = Field(None, ge=0)
+    """Number of the part that this process does, from 0. Default: the task's position in the SLURM
+    job array."""
+    num_shards: int | None = Field(None, ge=1)
+    """Total number of parts. Default: the size of the SLURM job array, else 1."""
 
     @model_validator(mode="after")
     def _index_of_count(self) -> Self:
@@ -230,13 +187,8 @@ class FailureConfig(Strict):
 
     heading = "Failures"
 
-    max_error_rate: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="Stop when more than this fraction of the requests has failed, counted after 50"
-        " requests.",
-    )
+    max_error_rate: float = Field(0.5, ge=0, le=1)
+    """Stop when more than this fraction of the requests has failed, counted after 50 requests."""
 
 
 class CheckConfig(Strict):
@@ -245,10 +197,10 @@ class CheckConfig(Strict):
 
     heading = "Answer checks"
 
-    checker_timeout: float = Field(
-        5.0, gt=0, description="Seconds after which a check is stopped and counts as failed."
-    )
-    checker_processes: int = Field(2, ge=1, description="Number of processes that check answers.")
+    checker_timeout: float = Field(5.0, gt=0)
+    """Seconds after which a check is stopped and counts as failed."""
+    checker_processes: int = Field(2, ge=1)
+    """Number of processes that check answers."""
 
 
 AnswerFormat = Literal["boxed", "hashes", "tag", "phrase", "bare"]
@@ -260,67 +212,54 @@ class RolloutsConfig(Strict):
 
     heading = "Prompts and answers"
 
-    model: str = Field(description="Student: a model folder or a hub id.")
-    revision: str | None = Field(None, description="Revision of the student on the hub.")
-    prompts: list[str] = Field(
-        min_length=1,
-        description="Prompts: JSONL, CSV or Parquet files, or Hugging Face datasets as"
-        " hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG].",
-    )
-    out: RoundPath = Field(description="Folder of the round.")
-    round: int = Field(0, ge=0, description="Number of the round. It is part of each row's key.")
-    num_samples: int = Field(1, ge=1, description="Number of samples per prompt.")
-    num_prompts: int | None = Field(
-        None,
-        ge=1,
-        description="Number of prompts to use, chosen by hash of round, seed and prompt id."
-        " Default: all.",
-    )
-    prompt_column: str = Field("problem", description="Column with the problem's text.")
-    id_column: str | None = Field(
-        None, description="Column with unique ids. Default: the hash of the text."
-    )
-    answer_column: str | None = Field(None, description="Column with gold answers, if any.")
-    metadata_columns: list[str] = Field(
-        default_factory=list, description="Columns to copy into each row, as JSON in `metadata`."
-    )
-    duplicates: Literal["refuse", "first"] = Field(
-        "refuse", description="Several prompts with one id: refuse them, or keep the first."
-    )
-    prompt_template: str = Field(
-        "{{problem}}", description="The user's message. {{problem}} is replaced by the problem."
-    )
-    system_prompt: str | None = Field(
-        None, description="System message, placed before the user's message."
-    )
-    examples: Path | None = Field(
-        None, description="Few-shot examples, shown as earlier turns: a JSONL, CSV or Parquet file."
-    )
-    examples_column: str = Field("solution", description="Column with the examples' solutions.")
-    thinking: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description="Thinking mode of the student's chat template. auto: on, if the template has a"
-        " switch for it.",
-    )
-    checker: str = Field(
-        "number",
-        description="How an answer is compared with the gold answer: number, math, text, choice,"
-        " reasoning-gym, or your own checker as package.module:Name.",
-    )
-    answer_formats: list[AnswerFormat] = Field(
-        list(ANSWER_FORMATS),
-        min_length=1,
-        description=r"Forms of an answer that are recognised: boxed (\boxed{x}), hashes (#### x),"
-        r" tag"
-        " (<answer>x</answer>), phrase (the answer is x), bare (nothing but x).",
-    )
-    seed: int = Field(0, ge=0, description="Base seed. Each row derives its own seed from its key.")
-    template_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Additional variables for the chat template."
-    )
-    trust_remote_code: bool = Field(
-        False, description="Allow Python code that comes with the model to run."
-    )
+    model: str
+    """Student: a model folder or a hub id."""
+    revision: str | None = None
+    """Revision of the student on the hub."""
+    prompts: list[str] = Field(min_length=1)
+    """Prompts: JSONL, CSV or Parquet files, or Hugging Face datasets as
+    hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG]."""
+    out: RoundPath
+    """Folder of the round."""
+    round: int = Field(0, ge=0)
+    """Number of the round. It is part of each row's key."""
+    num_samples: int = Field(1, ge=1)
+    """Number of samples per prompt."""
+    num_prompts: int | None = Field(None, ge=1)
+    """Number of prompts to use, chosen by hash of round, seed and prompt id. Default: all."""
+    prompt_column: str = "problem"
+    """Column with the problem's text."""
+    id_column: str | None = None
+    """Column with unique ids. Default: the hash of the text."""
+    answer_column: str | None = None
+    """Column with gold answers, if any."""
+    metadata_columns: list[str] = Field(default_factory=list)
+    """Columns to copy into each row, as JSON in `metadata`."""
+    duplicates: Literal["refuse", "first"] = "refuse"
+    """Several prompts with one id: refuse them, or keep the first."""
+    prompt_template: str = "{{problem}}"
+    """The user's message. {{problem}} is replaced by the problem."""
+    system_prompt: str | None = None
+    """System message, placed before the user's message."""
+    examples: Path | None = None
+    """Few-shot examples, shown as earlier turns: a JSONL, CSV or Parquet file."""
+    examples_column: str = "solution"
+    """Column with the examples' solutions."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Thinking mode of the student's chat template. auto: on, if the template has a switch for
+    it."""
+    checker: str = "number"
+    """How an answer is compared with the gold answer: number, math, text, choice, reasoning-gym, or
+    your own checker as package.module:Name."""
+    answer_formats: list[AnswerFormat] = Field(list(ANSWER_FORMATS), min_length=1)
+    """Forms of an answer that are recognised: boxed (\boxed{x}), hashes (#### x), tag
+    (<answer>x</answer>), phrase (the answer is x), bare (nothing but x)."""
+    seed: int = Field(0, ge=0)
+    """Base seed. Each row derives its own seed from its key."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Additional variables for the chat template."""
+    trust_remote_code: bool = False
+    """Allow Python code that comes with the model to run."""
     sampling: SamplingConfig = SamplingConfig()
     checks: CheckConfig = CheckConfig()
     engine: EngineConfig = EngineConfig()
@@ -347,28 +286,19 @@ class FilterConfig(Strict):
 
     heading = "Filters"
 
-    drafts: Literal["any", "correct", "incorrect"] = Field(
-        "any", description="Keep only rewrites of drafts that are correct, or incorrect, or of any."
-    )
-    keep_answer: bool = Field(
-        True, description="Keep only rewrites with the same answer as their draft."
-    )
-    require_correct: bool = Field(
-        True, description="Keep only rewrites with the gold answer, for prompts that have one."
-    )
-    max_ratio: float = Field(
-        1.0,
-        gt=0,
-        description="Longest rewrite to keep, as a multiple of its draft's tokens. 1: not longer"
-        " than"
-        " the draft. Below 1, later rounds keep few rewrites.",
-    )
-    min_ratio: float = Field(
-        0.0, ge=0, description="Shortest rewrite to keep, as a multiple of its draft's tokens."
-    )
-    max_repetition: float = Field(
-        1.0, ge=0, le=1, description="Largest fraction of repeated 4-grams in a rewrite to keep."
-    )
+    drafts: Literal["any", "correct", "incorrect"] = "any"
+    """Keep only rewrites of drafts that are correct, or incorrect, or of any."""
+    keep_answer: bool = True
+    """Keep only rewrites with the same answer as their draft."""
+    require_correct: bool = True
+    """Keep only rewrites with the gold answer, for prompts that have one."""
+    max_ratio: float = Field(1.0, gt=0)
+    """Longest rewrite to keep, as a multiple of its draft's tokens. 1: not longer than the draft.
+    Below 1, later rounds keep few rewrites."""
+    min_ratio: float = Field(0.0, ge=0)
+    """Shortest rewrite to keep, as a multiple of its draft's tokens."""
+    max_repetition: float = Field(1.0, ge=0, le=1)
+    """Largest fraction of repeated 4-grams in a rewrite to keep."""
 
 
 class RewriteConfig(Strict):
@@ -376,56 +306,41 @@ class RewriteConfig(Strict):
 
     heading = "Rewrites and scores"
 
-    teacher: str = Field(description="Teacher: a model folder or a hub id.")
-    revision: str | None = Field(None, description="Revision of the teacher on the hub.")
-    shards: RoundPath = Field(description="Folder of the round, with its rollouts.")
-    student: str | None = Field(
-        None,
-        description="Model that will be trained, if another model sampled the rollouts. Scores are"
-        " over its vocabulary.",
-    )
-    template: str = Field(
-        "tags",
-        description="Rewrite template: a TOML file or a built-in one. tags is for models that"
-        " follow"
-        " instructions well, plain for small models. draft rewrites nothing: the draft itself is"
-        " scored and trained on, which is on-policy distillation.",
-    )
-    num_candidates: int = Field(1, ge=1, description="Number of rewrites per rollout.")
-    choose: Choice = Field(
-        "shortest",
-        description="Which rewrite of a rollout to keep, among those that pass the filters."
-        " likeliest:"
-        " the one with the highest mean log-probability under the student, which runs after the"
-        " teacher.",
-    )
-    score_context: Literal["problem", "rewrite"] = Field(
-        "problem",
-        description="Prompt before the rewrite when the teacher scores it: the student's prompt"
-        " (problem), or the rewrite prompt with the draft (rewrite).",
-    )
-    num_logprobs: int = Field(
-        64, ge=1, description="Number of log-probabilities to store per token (K)."
-    )
-    seed: int = Field(0, ge=0, description="Base seed. Each row derives its own seed from its key.")
-    thinking: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description="Thinking mode of the teacher's chat template when it rewrites. auto: off, if"
-        " the"
-        " template has a switch for it. For scoring it is the student's mode.",
-    )
-    template_kwargs: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Additional variables for the teacher's chat template when it rewrites.",
-    )
-    score_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Additional variables for the teacher's chat template when it scores under the"
-        " rewrite prompt.",
-    )
-    trust_remote_code: bool = Field(
-        False, description="Allow Python code that comes with the model to run."
-    )
+    teacher: str
+    """Teacher: a model folder or a hub id."""
+    revision: str | None = None
+    """Revision of the teacher on the hub."""
+    shards: RoundPath
+    """Folder of the round, with its rollouts."""
+    student: str | None = None
+    """Model that will be trained, if another model sampled the rollouts. Scores are over its
+    vocabulary."""
+    template: str = "tags"
+    """Rewrite template: a TOML file or a built-in one. tags is for models that follow instructions
+    well, plain for small models. draft rewrites nothing: the draft itself is scored and trained on,
+    which is on-policy distillation."""
+    num_candidates: int = Field(1, ge=1)
+    """Number of rewrites per rollout."""
+    choose: Choice = "shortest"
+    """Which rewrite of a rollout to keep, among those that pass the filters. likeliest: the one
+    with the highest mean log-probability under the student, which runs after the teacher."""
+    score_context: Literal["problem", "rewrite"] = "problem"
+    """Prompt before the rewrite when the teacher scores it: the student's prompt (problem), or the
+    rewrite prompt with the draft (rewrite)."""
+    num_logprobs: int = Field(64, ge=1)
+    """Number of log-probabilities to store per token (K)."""
+    seed: int = Field(0, ge=0)
+    """Base seed. Each row derives its own seed from its key."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Thinking mode of the teacher's chat template when it rewrites. auto: off, if the template has
+    a switch for it. For scoring it is the student's mode."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Additional variables for the teacher's chat template when it rewrites."""
+    score_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Additional variables for the teacher's chat template when it scores under the rewrite
+    prompt."""
+    trust_remote_code: bool = False
+    """Allow Python code that comes with the model to run."""
     sampling: RewriteSamplingConfig = RewriteSamplingConfig()
     filters: FilterConfig = FilterConfig()
     checks: CheckConfig = CheckConfig()
@@ -438,58 +353,42 @@ class RewriteConfig(Strict):
 class InitConfig(Strict):
     """Settings of `mpd-gen init`."""
 
-    student: str = Field(description="Student: a model folder or a hub id.")
-    teacher: str = Field(
-        description="Teacher: a model folder or a hub id. It must have the student's tokenizer."
-    )
-    prompts: str = Field(
-        description="Training prompts: a JSONL, CSV or Parquet file, or"
-        " hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG]."
-    )
-    test: str | None = Field(
-        None, description="Held-out prompts. Default: a part of --prompts, if that is a file."
-    )
-    prompt_column: str | None = Field(
-        None, description="Column with the problem's text. Default: the first usual name."
-    )
-    answer_column: str | None = Field(
-        None, description="Column with gold answers. Default: the first usual name, if any."
-    )
-    id_column: str | None = Field(
-        None, description="Column with unique ids. Default: the first usual name, if any."
-    )
-    checker: str | None = Field(
-        None,
-        description="How answers are compared, as for rollouts. Default: the one that fits the gold"
-        " answers.",
-    )
+    student: str
+    """Student: a model folder or a hub id."""
+    teacher: str
+    """Teacher: a model folder or a hub id. It must have the student's tokenizer."""
+    prompts: str
+    """Training prompts: a JSONL, CSV or Parquet file, or
+    hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG]."""
+    test: str | None = None
+    """Held-out prompts. Default: a part of --prompts, if that is a file."""
+    prompt_column: str | None = None
+    """Column with the problem's text. Default: the first usual name."""
+    answer_column: str | None = None
+    """Column with gold answers. Default: the first usual name, if any."""
+    id_column: str | None = None
+    """Column with unique ids. Default: the first usual name, if any."""
+    checker: str | None = None
+    """How answers are compared, as for rollouts. Default: the one that fits the gold answers."""
 
 
 class ContaminationConfig(Strict):
     """Settings of `mpd-gen contamination`."""
 
-    prompts: list[str] = Field(
-        min_length=1,
-        description="Training prompts: JSONL, CSV or Parquet files, or datasets as"
-        " hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG].",
-    )
-    against: list[str] = Field(
-        min_length=1, description="Evaluation prompts, in the same forms. They are kept in memory."
-    )
-    prompt_column: str = Field("problem", description="Column with the problem's text.")
-    id_column: str | None = Field(
-        None, description="Column that names a training prompt in the report. Default: its row."
-    )
-    against_prompt_column: str | None = Field(
-        None, description="Column with the evaluation problem's text. Default: --prompt-column."
-    )
-    against_id_column: str | None = Field(
-        None, description="Column that names an evaluation prompt. Default: its row."
-    )
-    n: int = Field(13, ge=1, description="Number of words in an n-gram.")
-    fail_above: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Exit with 1 if a larger fraction of the evaluation prompts overlaps.",
-    )
+    prompts: list[str] = Field(min_length=1)
+    """Training prompts: JSONL, CSV or Parquet files, or datasets as
+    hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG]."""
+    against: list[str] = Field(min_length=1)
+    """Evaluation prompts, in the same forms. They are kept in memory."""
+    prompt_column: str = "problem"
+    """Column with the problem's text."""
+    id_column: str | None = None
+    """Column that names a training prompt in the report. Default: its row."""
+    against_prompt_column: str | None = None
+    """Column with the evaluation problem's text. Default: --prompt-column."""
+    against_id_column: str | None = None
+    """Column that names an evaluation prompt. Default: its row."""
+    n: int = Field(13, ge=1)
+    """Number of words in an n-gram."""
+    fail_above: float | None = Field(None, ge=0, le=1)
+    """Exit with 1 if a larger fraction of the evaluation prompts overlaps."""
