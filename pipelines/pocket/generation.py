@@ -10,7 +10,6 @@ from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
     PreTrainedTokenizerFast,
     Qwen3ForCausalLM,
 )
@@ -30,58 +29,6 @@ def rewrite_prompt(problem_text: str, draft: str) -> str:
     return prompt.replace("{{problem}}", problem_text).replace("{{draft}}", draft)
 
 
-@torch.inference_mode()
-def _generate_batch(
-    model: Qwen3ForCausalLM,
-    prompts: list[list[int]],
-    temperature: float,
-    generator: torch.Generator,
-    end: int,
-) -> list[list[int]]:
-    """Return one completion of each prompt, both as token ids, from one batch padded on the left.
-
-    Rows that have ended leave the batch every 16 tokens: traces differ in length by a factor of
-    ten, so most of the batch would otherwise wait for the longest row.
-    """
-    width = max(len(ids) for ids in prompts)
-    tokens = torch.tensor([[end] * (width - len(ids)) + ids for ids in prompts])
-    lengths = torch.tensor([len(ids) for ids in prompts])
-    mask = (torch.arange(width) >= width - lengths[:, None]).long()  # [rows, width]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache()
-    completions: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # which completion each row of the batch writes
-    for count in range(1, MAX_NEW_TOKENS + 1):
-        logits = model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]  # [rows, vocabulary]
-        if temperature > 0:
-            probs = torch.softmax(logits / temperature, dim=-1)
-            tokens = torch.multinomial(probs, 1, generator=generator)
-        else:
-            tokens = logits.argmax(-1, keepdim=True)
-        for row, token in zip(rows, tokens[:, 0].tolist(), strict=True):
-            completion = completions[row]
-            if not completion or completion[-1] != end:
-                completion.append(token)
-        positions = positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        if count % 16 == 0:
-            alive = [index for index, row in enumerate(rows) if completions[row][-1] != end]
-            if not alive:
-                break
-            rows = [rows[index] for index in alive]
-            remaining = torch.tensor(alive)
-            tokens, positions, mask = tokens[remaining], positions[remaining], mask[remaining]
-            cache.batch_select_indices(remaining)
-    return completions
-
-
 def generate(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -95,16 +42,25 @@ def generate(
     Temperature 0 is greedy. Prompts of similar length share a batch.
     """
     model.eval()
-    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
     end: int = tokenizer.eos_token_id
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     completions: list[list[int]] = [[] for _ in prompts]
     for begin in tqdm(range(0, len(order), BATCH_SIZE), desc="generate", leave=False):
         batch = order[begin : begin + BATCH_SIZE]
-        chosen = [prompts[index] for index in batch]
-        results = _generate_batch(model, chosen, temperature, generator, end)
-        for index, ids in zip(batch, results, strict=True):
-            completions[index] = ids
+        width = len(prompts[batch[-1]])
+        padding = [width - len(prompts[index]) for index in batch]
+        tokens = torch.tensor([[end] * n + prompts[i] for n, i in zip(padding, batch, strict=True)])
+        results = model.generate(
+            input_ids=tokens,
+            attention_mask=(torch.arange(width) >= torch.tensor(padding)[:, None]).long(),
+            max_new_tokens=MAX_NEW_TOKENS,
+            pad_token_id=end,
+            **(sampling if temperature > 0 else {"do_sample": False}),
+        )
+        for index, ids in zip(batch, results[:, width:].tolist(), strict=True):
+            completions[index] = ids[: ids.index(end) + 1] if end in ids else ids
     return completions
 
 
