@@ -291,8 +291,10 @@ def test_status_is_for_people_too(round_dir, tmp_path, capsys):
     assert "rewrite-0-of-1" in said
     assert "240/240" in said
     assert said.index(str(round_dir)) < said.index(str(other))
-    with pytest.raises(ConfigError, match="no round here"):
+    with pytest.raises(ConfigError, match=f"not a round. The rounds in it: {other}"):
         invoke(cli, "status", tmp_path)
+    with pytest.raises(ConfigError, match="no round here"):
+        round_status(tmp_path)
 
 
 def test_a_hopeless_job_stops_early(tmp_path):
