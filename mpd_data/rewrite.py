@@ -73,32 +73,24 @@ def distill(
     round_dir, part = RoundDir(config.shards), config.parts.part
     with open_round(round_dir, "distill", config, prepared.identity, overwrite) as opened:
         missing = part.share(opened.rollouts - opened.done)
-        count = missing if limit is None else min(limit, missing)
-        if not count:
-            return _outcome(round_dir, 0, 0, missing)
         existing = part.share(opened.rollouts) - missing
-        with open_run(
-            opened,
-            prepared.metadata(),
-            student["checker"],
-            student["answer_formats"],
-            existing + count,
-        ) as run:
-            run.progress.skip(existing)
-            job = RewriteJob(prepared, run)
-            run.work(
-                itertools.islice(job.submissions(), limit),
-                job.take,
-                lambda: start(
-                    prepared.teacher, config.engine, config.trust_remote_code, job.num_logprobs
-                ),
-            )
-        return _outcome(round_dir, run.writer.rows_committed, run.failures.count, missing - count)
-
-
-def _outcome(round_dir: RoundDir, written: int, failed: int, remaining: int) -> Outcome:
-    statuses = round_dir.count_statuses()
-    return Outcome(sum(statuses.values()), written, failed, remaining, statuses)
+        count = missing if limit is None else min(limit, missing)
+        written = failed = 0
+        if count:
+            checker, formats = student["checker"], student["answer_formats"]
+            total = existing + count
+            with open_run(opened, prepared.metadata(), checker, formats, total) as run:
+                run.progress.skip(existing)
+                job = RewriteJob(prepared, run)
+                trust, k = config.trust_remote_code, job.num_logprobs
+                run.work(
+                    itertools.islice(job.submissions(), limit),
+                    job.take,
+                    lambda: start(prepared.teacher, config.engine, trust, k),
+                )
+            written, failed = run.writer.rows_committed, run.failures.count
+        statuses = round_dir.count_statuses()
+        return Outcome(sum(statuses.values()), written, failed, missing - count, statuses)
 
 
 @dataclass

@@ -6,7 +6,7 @@ prompts -> chat template -> token ids -> engine -> check -> rollouts/part-*.parq
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,7 +231,7 @@ def sample(
         with open_run(
             opened, prepared.metadata(), config.checker, config.answer_formats, total
         ) as run:
-            job = RolloutJob(prepared, run, opened.done)
+            job = RolloutJob(prepared, run)
             submissions = job.submissions()
             run.work(
                 itertools.islice(submissions, limit),
@@ -245,11 +245,10 @@ def sample(
 class RolloutJob:
     """What happens to one sample: request -> (engine) -> completion -> (check) -> row."""
 
-    def __init__(self, prepared: RolloutSetup, run: CheckedRun, done: Container[str]) -> None:
+    def __init__(self, prepared: RolloutSetup, run: CheckedRun) -> None:
         self._prepared = prepared
         self._config = prepared.config
         self._run = run
-        self._done = done
         self._requests: dict[str, Request] = {}
 
     def submissions(self) -> Iterator[Callable[[], None]]:
@@ -266,7 +265,7 @@ class RolloutJob:
                 run.failures.add(row_id, prompt.id, f"{prompt.source}: {error}")
                 continue
             for request in requests:
-                if request.row_id in self._done:
+                if request.row_id in run.opened.done:
                     run.progress.skip()
                 else:
                     run.failures.tried += 1
@@ -278,10 +277,9 @@ class RolloutJob:
             self._run.engine.submit_generate(
                 row_id, request.ids, self._config.sampling, seed_of(row_id)
             )
+            self._requests[row_id] = request
         except RequestError as error:
             self._fail(request, str(error))
-            return
-        self._requests[row_id] = request
 
     def _fail(self, request: Request, reason: str) -> None:
         self._run.progress.fail()
@@ -336,8 +334,5 @@ class RolloutJob:
             "check_error": verdict.error,
         }
         self._run.writer.add(row)
-        self._run.progress.update(
-            row["num_completion_tokens"],
-            row["finish_reason"] == "length",
-            self._run.engine.in_flight,
-        )
+        tokens, truncated = row["num_completion_tokens"], row["finish_reason"] == "length"
+        self._run.progress.update(tokens, truncated, self._run.engine.in_flight)
