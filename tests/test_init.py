@@ -48,11 +48,8 @@ def whole(tmp_path_factory):
 
 
 def changed_model(source, out, tokenizer=None, template=None, **config):
-    """A model folder without weights, its configuration and tokenizer changed."""
-    out.mkdir()
-    for file in source.iterdir():
-        if file.suffix != ".safetensors":
-            shutil.copyfile(file, out / file.name)
+    """A model folder, its configuration and tokenizer changed."""
+    shutil.copytree(source, out)
     values = json.loads((out / "config.json").read_text()) | config
     (out / "config.json").write_text(json.dumps(values))
     if tokenizer:
