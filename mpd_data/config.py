@@ -252,7 +252,7 @@ class RolloutsConfig(Strict):
     """How an answer is compared with the gold answer: number, math, text, choice, reasoning-gym, or
     your own checker as package.module:Name."""
     answer_formats: list[AnswerFormat] = Field(list(ANSWER_FORMATS), min_length=1)
-    """Forms of an answer that are recognised: boxed (\boxed{x}), hashes (#### x), tag
+    r"""Forms of an answer that are recognised: boxed (\boxed{x}), hashes (#### x), tag
     (<answer>x</answer>), phrase (the answer is x), bare (nothing but x)."""
     seed: int = Field(0, ge=0)
     """Base seed. Each row derives its own seed from its key."""

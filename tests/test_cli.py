@@ -130,7 +130,7 @@ def test_settings_survive_the_way_to_the_command_line_and_back(model, command, r
 
 
 def test_unknown_settings_get_the_nearest_name():
-    with pytest.raises(ConfigError, match=r"sampling.temprature: unknown.*'temperature'"):
+    with pytest.raises(ConfigError, match=r"sampling.temprature: unknown.*'sampling.temperature'"):
         parse(
             RolloutsConfig,
             {"model": "m", "prompts": ["p"], "out": "o", "sampling": {"temprature": 1}},
@@ -330,6 +330,7 @@ def test_help_has_sections_the_common_options_first():
     first = text.partition("Prompts and answers:")[0]
     assert all(name in first for name in ("--model", "--prompts", "--out", "-n,", "--dry-run"))
     assert "--temperature" not in first
+    assert all(c.isprintable() or c == "\n" for c in text)
     assert "Example:\n    mpd-gen rollouts --model" in text
 
 
