@@ -23,12 +23,7 @@ from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores,
 from mpd_data.engines.scores import score_columns
 from mpd_data.engines.start import start_engine
 from mpd_data.prompts.chat import PromptError
-from mpd_data.rewrite_setup import (
-    ROLLOUT_COLUMNS,
-    RewriteSetup,
-    closes_thinking,
-    setup,
-)
+from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, RewriteSetup, closes_thinking, setup
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import choose_rewrites
 from mpd_data.select.second_pass import put_in_place

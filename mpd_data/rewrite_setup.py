@@ -155,9 +155,7 @@ def setup(
     )
     # The trace is in the student's format: the teacher scores it as its own turn in that mode.
     scoring = ChatFormatter(
-        tokenizer,
-        config.score_template_kwargs,
-        default_thinking=student["thinking"] is not False,
+        tokenizer, config.score_template_kwargs, default_thinking=student["thinking"] is not False
     )
     context = context_of(teacher, config.engine)
     # Embedding rows that one model has beyond the others are padding, not tokens.

@@ -128,11 +128,7 @@ def predict(
         if setup.template.asks
         else kept_at_most,
         disk_bytes=distill_bytes(
-            owed,
-            contexts * config.num_candidates,
-            kept_at_most * stored,
-            setup.k,
-            setup.vocab_size,
+            owed, contexts * config.num_candidates, kept_at_most * stored, setup.k, setup.vocab_size
         ),
         owed=owed,
         workers=config.parts.workers,

@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 
-from mpd_data.common.models import (
-    ModelFiles,
-    load_tokenizer,
-    require_same_tokenizer,
-    resolve_model,
-)
+from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer, resolve_model
 from mpd_data.dryrun.learned import Learned, Speed
 from mpd_data.dryrun.plan import StagePlan, make_plan
 from mpd_data.dryrun.show import size_text
