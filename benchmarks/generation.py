@@ -303,7 +303,7 @@ def measure_rewrite(folder: Path, num_requests: int, num_pairs: int) -> None:
     teacher = resolve_model(config.teacher)
     shutil.copytree(drafts, out)
     prepared = rewrite_setup.setup(config)
-    k = prepared.k + prepared.spare
+    k = prepared.engine_k
     asked = {
         row["row_id"]: prepared.ask_about(row).prompt_ids
         for row in RoundDir(out).rows("rollouts", ROLLOUT_COLUMNS)

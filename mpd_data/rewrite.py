@@ -23,7 +23,7 @@ from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores,
 from mpd_data.engines.scores import score_columns
 from mpd_data.engines.start import start_engine
 from mpd_data.prompts.chat import PromptError
-from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, RewriteSetup, closes_thinking, setup
+from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, RewriteSetup, setup
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import choose_rewrites
 from mpd_data.select.second_pass import put_in_place
@@ -64,7 +64,7 @@ def distill(
 ) -> Outcome:
     """Run the stage that `run_rewrite` has prepared, without the student's choice. `start` is as
     for `rollouts.sample`."""
-    config, student = prepared.config, prepared.student
+    config, student, k = prepared.config, prepared.student, prepared.engine_k
     round_dir, part = RoundDir(config.shards), config.parts.part
     with open_round(round_dir, "distill", config, prepared.identity, overwrite) as opened:
         missing = part.share(opened.rollouts - opened.done)
@@ -77,11 +77,10 @@ def distill(
             with open_run(opened, prepared.metadata(), checker, formats, total) as run:
                 run.progress.skip(existing)
                 job = RewriteJob(prepared, run)
-                trust, k = config.trust_remote_code, job.num_logprobs
                 run.work(
                     itertools.islice(job.submissions(), limit),
                     job.take,
-                    lambda: start(prepared.teacher, config.engine, trust, k),
+                    lambda: start(prepared.teacher, config.engine, config.trust_remote_code, k),
                 )
             written, failed = run.writer.rows_committed, run.failures.count
         statuses = round_dir.count_statuses()
@@ -100,22 +99,22 @@ class Group:
     unscored: set[str] = field(default_factory=set)
 
 
+@dataclass
 class RewriteJob:
     """What happens to one rollout: prompt -> (engine) -> rewrite -> (check) for each candidate
     -> filters and choice -> (engine) -> log-probabilities -> rows."""
 
-    def __init__(self, prepared: RewriteSetup, run: CheckedRun) -> None:
-        self._prepared = prepared
-        self._config = prepared.config
-        self._run = run
-        self._groups: dict[str, Group] = {}
-        self._control_ids = set(prepared.tokenizer.all_special_ids)
-        # The teacher's padding rows may be among its best; `score_columns` drops them.
-        self.num_logprobs = prepared.k + prepared.spare
+    prepared: RewriteSetup
+    run: CheckedRun
+    _groups: dict[str, Group] = field(default_factory=dict)
+
+    @functools.cached_property
+    def _control_ids(self) -> set[int]:
+        return set(self.prepared.tokenizer.all_special_ids)
 
     def submissions(self) -> Iterator[Callable[[], None]]:
         """Yield a call that begins each rollout without rewrites."""
-        opened, part = self._run.opened, self._config.parts.part
+        opened, part = self.run.opened, self.prepared.config.parts.part
         for rollout in opened.round_dir.rows("rollouts", ROLLOUT_COLUMNS, done=opened.done):
             if part.holds(rollout["row_id"]):
                 yield functools.partial(self._begin, rollout)
@@ -124,29 +123,28 @@ class RewriteJob:
 
     def _begin(self, rollout: dict[str, Any]) -> None:
         """Ask the teacher to rewrite a rollout, or finish it when there is nothing to ask."""
-        run, config = self._run, self._config
+        run, config = self.run, self.prepared.config
         rows = {}
         for index in range(config.num_candidates):
-            row_id = distill_key(rollout["row_id"], index, self._prepared.row_identity)
+            row_id = distill_key(rollout["row_id"], index, self.prepared.row_identity)
             rows[row_id] = _new_row(row_id, index, rollout)
         group = Group(rollout, rows)
         if rollout["finish_reason"] == "length":
             self._finish_without_rewrite(group, "draft_truncated")
             return
         run.failures.tried += len(rows)
-        if not self._prepared.template.asks:
+        if not self.prepared.template.asks:
             self._take_draft(group)
             return
         try:
-            asked = self._prepared.ask_about(rollout)
+            asked = self.prepared.ask_about(rollout)
             group.teacher_prompt_ids = asked.teacher_prompt_ids
-            if not self._prepared.fits(asked):
+            if not self.prepared.fits(asked):
                 self._finish_without_rewrite(group, "too_long")
                 return
             for row_id in rows:
-                run.engine.submit_generate(
-                    row_id, asked.prompt_ids, config.sampling, seed_of(row_id)
-                )
+                seed = seed_of(row_id)
+                run.engine.submit_generate(row_id, asked.prompt_ids, config.sampling, seed)
                 group.unjudged.add(row_id)
                 self._groups[row_id] = group
         except (PromptError, RequestError) as error:
@@ -166,7 +164,7 @@ class RewriteJob:
                 self._check(group, row_id, trace)
             return
         if isinstance(result, Scores):
-            group.rows[row_id] |= score_columns(result, self._prepared.k, self._prepared.vocab_size)
+            group.rows[row_id] |= score_columns(result, self.prepared.k, self.prepared.vocab_size)
         else:
             self._fail(group, row_id, f"the engine refused it: {result.message}")
             if row_id in group.unjudged:
@@ -189,7 +187,7 @@ class RewriteJob:
     def _lay_out(self, group: Group, row: dict[str, Any], completion: Completion) -> str | None:
         """Fill the columns of a rewrite. Return its trace: the rewrite in the student's format,
         tokenised here once with its end token. Return None, and set a status, if it has none."""
-        rollout, prepared = group.rollout, self._prepared
+        rollout, prepared = group.rollout, self.prepared
         stopped = completion.finish_reason == "stop"
         visible = completion.token_ids[:-1] if stopped else completion.token_ids
         row["rewrite"] = prepared.tokenizer.decode(visible, skip_special_tokens=False)
@@ -197,7 +195,8 @@ class RewriteJob:
         if not stopped:
             row["status"] = "truncated"
             return None
-        trace = prepared.template.trace_of(row["rewrite"], closes_thinking(rollout))
+        thinks = "</think>" in rollout["completion"]
+        trace = prepared.template.trace_of(row["rewrite"], thinks)
         if trace is None:
             row["status"] = "malformed"
             return None
@@ -211,7 +210,7 @@ class RewriteJob:
             row["status"] = "malformed"
             return None
         row |= _trace_columns(rollout, ids)
-        if self._config.score_context == "rewrite":
+        if self.prepared.config.score_context == "rewrite":
             row["teacher_prompt_ids"] = group.teacher_prompt_ids
         return trace
 
@@ -220,7 +219,7 @@ class RewriteJob:
     def _check(self, group: Group, row_id: str, trace: str) -> None:
         rollout = group.rollout
         metadata = json.loads(rollout["metadata"] or "{}")
-        self._run.check(
+        self.run.check(
             CheckRequest(row_id, trace, rollout["gold_answer"], metadata, rollout["answer"]),
             functools.partial(self._take_verdict, group),
         )
@@ -246,20 +245,20 @@ class RewriteJob:
         if group.unjudged:
             return
         rows = list(group.rows.values())
-        for row in settle(rows, self._config.filters, self._config.choose):
+        for row in settle(rows, self.prepared.config.filters, self.prepared.config.choose):
             start = row["loss_start"]
             context = row["teacher_prompt_ids"] or row["input_ids"][:start]
             targets = row["input_ids"][start:]
             # The engine generates one token after the sequence that it scores.
-            if len(context) + len(targets) + 1 > self._prepared.context:
+            if len(context) + len(targets) + 1 > self.prepared.context:
                 row["status"] = "too_long"
                 continue
             try:
-                self._run.engine.submit_score(row["row_id"], context, targets, self.num_logprobs)
+                k = self.prepared.engine_k
+                self.run.engine.submit_score(row["row_id"], context, targets, k)
+                group.unscored.add(row["row_id"])
             except RequestError as error:
                 self._fail(group, row["row_id"], error)
-                continue
-            group.unscored.add(row["row_id"])
         self._finish_if_complete(group)
 
     # -- writing ----------------------------------------------------------------------
@@ -271,11 +270,11 @@ class RewriteJob:
         for row_id in group.rows:
             self._groups.pop(row_id, None)
         rows = list(group.rows.values())
-        self._run.writer.add(*rows)
-        self._run.progress.update(
+        self.run.writer.add(*rows)
+        self.run.progress.update(
             sum(row["num_rewritten_tokens"] or 0 for row in rows),
             sum(row["status"] == "truncated" for row in rows),
-            self._run.engine.in_flight,
+            self.run.engine.in_flight,
         )
 
     def _finish_without_rewrite(self, group: Group, status: str) -> None:
@@ -289,7 +288,7 @@ class RewriteJob:
         del group.rows[row_id]
         self._groups.pop(row_id, None)
         message = f"rollout {group.rollout['row_id']}: {error}"
-        self._run.failures.add(row_id, group.rollout["prompt_id"], message)
+        self.run.failures.add(row_id, group.rollout["prompt_id"], message)
 
 
 def _new_row(row_id: str, candidate_idx: int, rollout: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mpd_data.engines.start import context_of
 from mpd_data.prompts.chat import ChatFormatter
 from mpd_data.prompts.template import RewriteTemplate, load_template
 from mpd_data.select.likeliest import choosing_student
-from mpd_data.stage import refuse_half_refiltered
+from mpd_data.stage import model_of, refuse_half_refiltered
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
 from mpd_data.store.shards import read_metadata
@@ -60,9 +60,10 @@ class RewriteSetup:
     identity: dict[str, Any]
 
     @property
-    def spare(self) -> int:
-        """The teacher's embedding rows beyond the student's."""
-        return self.teacher.vocab_size - self.vocab_size
+    def engine_k(self) -> int:
+        """How many log-probabilities the engine returns for each token. The teacher's embedding
+        rows beyond the student's may be among them; `score_columns` drops these."""
+        return self.k + self.teacher.vocab_size - self.vocab_size
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata that the stage's shards carry."""
@@ -91,9 +92,8 @@ class RewriteSetup:
         text, prompt_ids = self.writing.render(message)
         scored = self.scoring.layout(message)
         # Both are often the same text, and tokenising is the slow part.
-        return Asked(
-            text, prompt_ids, prompt_ids if scored == text else self.scoring.encode(scored)
-        )
+        scoring_ids = prompt_ids if scored == text else self.scoring.encode(scored)
+        return Asked(text, prompt_ids, scoring_ids)
 
     def ask_about(self, rollout: dict[str, Any]) -> Asked:
         """Render the rewrite prompt of a rollout. Raises PromptError where it cannot be used."""
@@ -123,10 +123,8 @@ def setup(
     code, round_dir = config.trust_remote_code, RoundDir(config.shards)
     drafts_exist = student is None
     if student is None:
-        student = rollout_metadata(round_dir)
-    if teacher is None:
-        served = config.engine.served(config.teacher)
-        teacher = resolve_model(config.teacher, config.revision, code, weights, served)
+        student = _rollout_metadata(round_dir)
+    teacher = teacher or model_of(config, weights)
     if not weights:
         saved = round_dir.saved_stage("distill")
         teacher = teacher.as_saved(saved and saved["identity"]["teacher"])
@@ -147,9 +145,8 @@ def setup(
             " candidate."
         )
     tokenizer = load_tokenizer(teacher, code)
-    require_same_tokenizer(
-        student["tokenizer"], tokenizer, f"the student of {config.shards}", config.teacher
-    )
+    drafted, name = student["tokenizer"], f"the student of {config.shards}"
+    require_same_tokenizer(drafted, tokenizer, name, config.teacher)
     writing = ChatFormatter(
         tokenizer, config.template_kwargs, thinking=config.thinking, default_thinking=False
     )
@@ -162,12 +159,8 @@ def setup(
     sizes = [student["vocab_size"], teacher.vocab_size]
     if config.student is not None:
         trained = resolve_model(config.student, trust_remote_code=code, weights=False)
-        require_same_tokenizer(
-            student["tokenizer"],
-            load_tokenizer(trained, code),
-            f"the sampler of {config.shards}",
-            config.student,
-        )
+        own, name = load_tokenizer(trained, code), f"the sampler of {config.shards}"
+        require_same_tokenizer(drafted, own, name, config.student)
         sizes.append(trained.vocab_size)
     vocab_size = min(sizes)
     k = min(config.num_logprobs, vocab_size)
@@ -195,27 +188,12 @@ def setup(
     if not weights and not overwrite:
         round_dir.check("distill", identity, {})
     return RewriteSetup(
-        config=config,
-        student=student,
-        template=template,
-        teacher=teacher,
-        tokenizer=tokenizer,
-        writing=writing,
-        scoring=scoring,
-        context=context,
-        vocab_size=vocab_size,
-        k=k,
-        row_identity=row_identity,
-        identity=identity,
-    )
+        config, student, template, teacher, tokenizer, writing, scoring, context, vocab_size, k,
+        row_identity, identity,
+    )  # fmt: skip
 
 
-def closes_thinking(rollout: dict[str, Any]) -> bool:
-    """Return whether a draft has a thinking part."""
-    return "</think>" in rollout["completion"]
-
-
-def rollout_metadata(round_dir: RoundDir) -> dict[str, Any]:
+def _rollout_metadata(round_dir: RoundDir) -> dict[str, Any]:
     """Return the metadata of the round's rollouts. Raise ConfigError where it has none."""
     require_kind(round_dir.path, "round")
     paths = round_dir.shard_paths("rollouts")

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from mpd_data.common.models import (
     ModelFiles,
     chat_template_hash,
     load_tokenizer,
-    resolve_model,
     tokenizer_hash,
 )
 from mpd_data.config import RolloutsConfig
@@ -28,7 +27,7 @@ from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores,
 from mpd_data.engines.start import context_of, start_engine
 from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.reader import Prompt, choose_prompts, fill_prompt, load_examples, load_prompts
-from mpd_data.stage import CheckedRun, Outcome, open_round, open_run
+from mpd_data.stage import CheckedRun, Outcome, model_of, open_round, open_run
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
 from mpd_data.store.schema import repetition, rollout_key, seed_of
@@ -50,25 +49,13 @@ def read_prompts(config: RolloutsConfig) -> list[Prompt]:
     answer. Raises ConfigError or DataError."""
     checker = make_checker(config.checker, config.answer_formats)
     prompts = load_prompts(
-        config.prompts,
-        config.prompt_column,
-        config.id_column,
-        config.answer_column,
-        config.metadata_columns,
-        config.duplicates,
-    )
+        config.prompts, config.prompt_column, config.id_column, config.answer_column,
+        config.metadata_columns, config.duplicates,
+    )  # fmt: skip
     return [
         dataclasses.replace(p, answer=None if p.answer is None else checker.gold(p.answer))
         for p in prompts
     ]
-
-
-def _read_examples(config: RolloutsConfig) -> list[tuple[str, str]]:
-    """Return the few-shot examples as (user's message, solution)."""
-    if config.examples is None:
-        return []
-    pairs = load_examples(config.examples, config.prompt_column, config.examples_column)
-    return [(fill_prompt(config.prompt_template, problem), solution) for problem, solution in pairs]
 
 
 @dataclass(frozen=True)
@@ -146,25 +133,23 @@ def setup(
     claims the round. `model` and `prompts` replace what `config` names: a student that is yet to be
     trained, prompts that were read before.
     """
-    code, round_dir = config.trust_remote_code, RoundDir(config.out)
+    round_dir = RoundDir(config.out)
     require_kind(config.out, "round")
-    if model is None:
-        served = config.engine.served(config.model)
-        model = resolve_model(config.model, config.revision, code, weights, served)
+    model = model or model_of(config, weights)
     if not weights:
         saved = round_dir.saved_stage("rollouts")
         model = model.as_saved(saved and saved["identity"]["model"])
     prompts = read_prompts(config) if prompts is None else prompts
     chosen = choose_prompts(prompts, config.num_prompts, f"{config.seed}/{config.round}")
-    tokenizer = load_tokenizer(model, code)
-    examples = _read_examples(config)
+    tokenizer = load_tokenizer(model, config.trust_remote_code)
+    examples: list[tuple[str, str]] = []
+    if config.examples is not None:
+        pairs = load_examples(config.examples, config.prompt_column, config.examples_column)
+        examples = [(fill_prompt(config.prompt_template, user), answer) for user, answer in pairs]
     formatter = ChatFormatter(
-        tokenizer,
-        config.template_kwargs,
-        thinking=config.thinking,
-        system_prompt=config.system_prompt,
-        examples=examples,
-    )
+        tokenizer, config.template_kwargs, config.thinking,
+        system_prompt=config.system_prompt, examples=examples,
+    )  # fmt: skip
     row_identity = {
         "round": config.round,
         "sampling": config.sampling.model_dump(),
@@ -242,25 +227,24 @@ def sample(
         return Outcome(run.progress.done, run.writer.rows_committed, run.failures.count, remaining)
 
 
+@dataclass
 class RolloutJob:
     """What happens to one sample: request -> (engine) -> completion -> (check) -> row."""
 
-    def __init__(self, prepared: RolloutSetup, run: CheckedRun) -> None:
-        self._prepared = prepared
-        self._config = prepared.config
-        self._run = run
-        self._requests: dict[str, Request] = {}
+    prepared: RolloutSetup
+    run: CheckedRun
+    _requests: dict[str, Request] = field(default_factory=dict)
 
     def submissions(self) -> Iterator[Callable[[], None]]:
         """Yield a call that submits each missing sample, prompt by prompt. A prompt is read when
         its turn comes, so memory does not grow with the number of prompts."""
-        run, prepared = self._run, self._prepared
+        run, prepared = self.run, self.prepared
         for prompt in prepared.own_prompts:
             try:
                 requests = prepared.requests(prompt)
             except PromptError as error:
                 row_id = rollout_key(prompt.id, [], 0, prepared.row_identity)
-                run.progress.fail(self._config.num_samples)
+                run.progress.fail(prepared.config.num_samples)
                 run.failures.tried += 1
                 run.failures.add(row_id, prompt.id, f"{prompt.source}: {error}")
                 continue
@@ -272,19 +256,17 @@ class RolloutJob:
                     yield functools.partial(self._submit, request)
 
     def _submit(self, request: Request) -> None:
-        row_id = request.row_id
+        row_id, sampling = request.row_id, self.prepared.config.sampling
         try:
-            self._run.engine.submit_generate(
-                row_id, request.ids, self._config.sampling, seed_of(row_id)
-            )
+            self.run.engine.submit_generate(row_id, request.ids, sampling, seed_of(row_id))
             self._requests[row_id] = request
         except RequestError as error:
             self._fail(request, str(error))
 
     def _fail(self, request: Request, reason: str) -> None:
-        self._run.progress.fail()
+        self.run.progress.fail()
         message = f"{request.prompt.source}: the engine refused it: {reason}"
-        self._run.failures.add(request.row_id, request.prompt.id, message)
+        self.run.failures.add(request.row_id, request.prompt.id, message)
 
     def take(self, result: Completion | Scores | Refused) -> None:
         """Make a row of what the engine finished."""
@@ -296,12 +278,12 @@ class RolloutJob:
         stopped = result.finish_reason == "stop"
         # The loss needs the end token among the ids; people do not need it in the text.
         visible = result.token_ids[:-1] if stopped else result.token_ids
-        completion = self._prepared.tokenizer.decode(visible, skip_special_tokens=False)
+        completion = self.prepared.tokenizer.decode(visible, skip_special_tokens=False)
         prompt = request.prompt
         row = {
             "row_id": request.row_id,
             "prompt_id": prompt.id,
-            "round": self._config.round,
+            "round": self.prepared.config.round,
             "sample_idx": request.sample_idx,
             "prompt": request.text,
             "completion": completion,
@@ -318,7 +300,7 @@ class RolloutJob:
             "seed": seed_of(request.row_id),
         }
         if stopped:
-            self._run.check(
+            self.run.check(
                 CheckRequest(request.row_id, completion, prompt.answer, prompt.metadata, None),
                 functools.partial(self._finish, row),
             )
@@ -328,11 +310,8 @@ class RolloutJob:
             self._finish(row, Verdict(request.row_id, None, correct, None, None))
 
     def _finish(self, row: dict[str, Any], verdict: Verdict) -> None:
-        row |= {
-            "answer": verdict.answer,
-            "is_correct": verdict.is_correct,
-            "check_error": verdict.error,
-        }
-        self._run.writer.add(row)
+        row |= {"answer": verdict.answer, "is_correct": verdict.is_correct}
+        row["check_error"] = verdict.error
+        self.run.writer.add(row)
         tokens, truncated = row["num_completion_tokens"], row["finish_reason"] == "length"
-        self._run.progress.update(tokens, truncated, self._run.engine.in_flight)
+        self.run.progress.update(tokens, truncated, self.run.engine.in_flight)

@@ -17,6 +17,7 @@ from typing import Any
 
 from mpd_data.checkers.pool import CheckPool, CheckRequest, Verdict
 from mpd_data.common.errors import ConfigError, MPDError
+from mpd_data.common.models import ModelFiles, resolve_model
 from mpd_data.config import AnswerFormat, FailureConfig, RewriteConfig, RolloutsConfig
 from mpd_data.engines.protocol import Completion, Engine, Refused, Scores, pump
 from mpd_data.store.keys import KeySet
@@ -34,6 +35,13 @@ OVERWRITTEN: dict[Stage, tuple[Stage, ...]] = {
 }
 # With fewer requests the share of failures means little.
 _MIN_REQUESTS = 50
+
+
+def model_of(config: RolloutsConfig | RewriteConfig, weights: bool = True) -> ModelFiles:
+    """Return the model that a stage runs, as `resolve_model` does."""
+    name = config.model if isinstance(config, RolloutsConfig) else config.teacher
+    served = config.engine.served(name)
+    return resolve_model(name, config.revision, config.trust_remote_code, weights, served)
 
 
 @dataclass(frozen=True)

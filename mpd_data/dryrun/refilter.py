@@ -8,9 +8,9 @@ from mpd_data.dryrun.plan import StagePlan, distill_bytes, make_plan
 from mpd_data.engines.start import server_notes
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import candidates, choosing_student
-from mpd_data.select.refilter import _changed_rules, _require_teacher, _teacher, check_refilter
+from mpd_data.select.refilter import changed_rules, check_refilter, require_teacher
 from mpd_data.select.second_pass import LIGHT
-from mpd_data.stage import refuse_half_refiltered
+from mpd_data.stage import model_of, refuse_half_refiltered
 from mpd_data.store.round import RoundDir
 from mpd_data.store.schema import STATUSES
 from mpd_data.store.shards import read_metadata
@@ -22,7 +22,7 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
     round_dir = RoundDir(config.shards)
     refuse_half_refiltered(round_dir)
     saved = check_refilter(round_dir, config)
-    unchanged = _changed_rules(config, saved) is None
+    unchanged = changed_rules(config, saved) is None
     paths = round_dir.scan_shards("distill").paths
     before = Counter(round_dir.count_statuses(paths))
     after: Counter[str] = Counter()
@@ -45,8 +45,8 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
     if config.choose == "likeliest" and metadata:
         choosing_student(config, metadata["student"], metadata["tokenizer"], weights=False)
     if unscored:
-        teacher = _teacher(config, weights=False)
-        _require_teacher(config, teacher.as_saved(saved["teacher"]), metadata)
+        teacher = model_of(config, weights=False)
+        require_teacher(config, teacher.as_saved(saved["teacher"]), metadata)
     size = sum(path.stat().st_size for path in paths)
     more = distill_bytes(0, 0, tokens, saved["num_logprobs"], metadata.get("vocab_size", 2))
     is_finished = unchanged and not waiting

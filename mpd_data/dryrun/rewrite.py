@@ -9,7 +9,7 @@ from mpd_data.dryrun.learned import Learned, learn
 from mpd_data.dryrun.plan import Lengths, Shown, StagePlan, distill_bytes, make_plan
 from mpd_data.engines.start import server_notes
 from mpd_data.prompts.chat import PromptError
-from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, RewriteSetup, closes_thinking
+from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, RewriteSetup
 from mpd_data.select.likeliest import waiting_rollouts
 from mpd_data.store.keys import KeySet
 from mpd_data.store.round import RoundDir
@@ -60,7 +60,7 @@ def plan_rewrite(
             contexts += len(rollout["prompt_ids"])
             kept_at_most += rollout["num_completion_tokens"]
             continue
-        setup.template.layout(closes_thinking(rollout))
+        setup.template.layout("</think>" in rollout["completion"])
         try:
             request = setup.ask_about(rollout)
         except PromptError as error:

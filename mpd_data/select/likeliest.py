@@ -137,10 +137,6 @@ class _Choice(Pass):
         engine = config.engine.model_copy(update={"max_model_len": context})
         return start_engine(student, engine, config.trust_remote_code, self.k)
 
-    def context_of(self, row: Row) -> list[int]:
-        ids: list[int] = row["input_ids"][: row["loss_start"]].tolist()
-        return ids
-
     def decide(self, wanted: list[Row], scores: Mapping[str, Scores]) -> None:
         """Keep the likeliest; of several, the first. What the student cannot read comes last."""
         means = {row_id: score.target_logprobs.mean() for row_id, score in scores.items()}

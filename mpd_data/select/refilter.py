@@ -10,7 +10,7 @@ from typing import Any
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.hashing import differences
-from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer, resolve_model
+from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import Engine, Scores
 from mpd_data.engines.scores import score_columns
@@ -18,7 +18,7 @@ from mpd_data.engines.start import start_engine
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import choose_by_student, choosing_student
 from mpd_data.select.second_pass import Pass, Row, put_in_place, rework
-from mpd_data.stage import Outcome
+from mpd_data.stage import Outcome, model_of
 from mpd_data.store.round import REFILTERED, RoundDir
 from mpd_data.store.run_record import require_kind
 from mpd_data.store.shards import read_metadata
@@ -35,7 +35,7 @@ def run_refilter(config: RewriteConfig) -> Outcome:
         # An earlier pass may have been killed while its rows replaced the old ones.
         put_in_place(round_dir, config)
         saved = check_refilter(round_dir, config)
-        if (rules := _changed_rules(config, saved)) is not None:
+        if (rules := changed_rules(config, saved)) is not None:
             round_dir.recover("distill")
             metadata = read_metadata(round_dir.shard_paths("distill")[0])
             if config.choose == "likeliest":
@@ -73,18 +73,13 @@ def check_refilter(round_dir: RoundDir, config: RewriteConfig) -> dict[str, Any]
     return identity
 
 
-def _changed_rules(config: RewriteConfig, saved: dict[str, Any]) -> dict[str, Any] | None:
+def changed_rules(config: RewriteConfig, saved: dict[str, Any]) -> dict[str, Any] | None:
     """Return the filters and the choice of `config`, or None if they are the saved ones."""
     rules = {"filters": config.filters.model_dump(), "choose": config.choose}
     return None if rules == {name: saved[name] for name in REFILTERED} else rules
 
 
-def _teacher(config: RewriteConfig, weights: bool = True) -> ModelFiles:
-    served = config.engine.served(config.teacher)
-    return resolve_model(config.teacher, config.revision, config.trust_remote_code, weights, served)
-
-
-def _require_teacher(config: RewriteConfig, teacher: ModelFiles, metadata: dict[str, Any]) -> None:
+def require_teacher(config: RewriteConfig, teacher: ModelFiles, metadata: dict[str, Any]) -> None:
     """Raise ConfigError unless `teacher` made the rewrites, whose metadata is given."""
     if {**teacher.identity(), "name": metadata["teacher"]["name"]} != metadata["teacher"]:
         raise ConfigError(
@@ -106,18 +101,15 @@ class _Refilter(Pass):
 
     def start_engine(self) -> Engine:
         config = self.config
-        teacher = _teacher(config)
-        _require_teacher(config, teacher, self.metadata)
+        teacher = model_of(config)
+        require_teacher(config, teacher, self.metadata)
         # The teacher's padding rows may be among its best; `score_columns` drops them.
         self.k = self.metadata["num_logprobs"] + teacher.vocab_size - self.metadata["vocab_size"]
         return start_engine(teacher, config.engine, config.trust_remote_code, self.k)
 
     def context_of(self, row: Row) -> list[int]:
         ids = row["teacher_prompt_ids"]
-        if ids is None:
-            ids = row["input_ids"][: row["loss_start"]]
-        context: list[int] = ids.tolist()
-        return context
+        return super().context_of(row) if ids is None else ids.tolist()
 
     def decide(self, wanted: list[Row], scores: Mapping[str, Scores]) -> None:
         k, vocab_size = self.metadata["num_logprobs"], self.metadata["vocab_size"]

@@ -71,13 +71,14 @@ class Pass(ABC):
         """Start the engine that scores. Called once, when the first row needs it."""
 
     @abstractmethod
-    def context_of(self, row: Row) -> list[int]:
-        """Return the token ids before the trace that is scored."""
-
-    @abstractmethod
     def decide(self, wanted: list[Row], scores: Mapping[str, Scores]) -> None:
         """Set what follows from the scores, by row_id, of the rows that `judge` returned. A row
         without scores does not fit into the engine's context."""
+
+    def context_of(self, row: Row) -> list[int]:
+        """Return the token ids before the trace that is scored: the student's prompt."""
+        ids: list[int] = row["input_ids"][: row["loss_start"]].tolist()
+        return ids
 
     def submissions(self, rollouts: Iterator[list[Row]]) -> Iterator[Callable[[], None]]:
         """Yield a call that submits each group which needs scores; finish the others."""
@@ -172,14 +173,11 @@ def put_in_place(round_dir: RoundDir, config: RewriteConfig) -> None:
     if scratch.manifest_path("distill").exists():
         scratch.manifest_path("distill").replace(round_dir.manifest_path("distill"))
     info = round_dir.run_info()
+    entry = info["stages"]["distill"]
     identity = scratch.run_info()["stages"]["distill"]["identity"]
     chosen_by = identity.pop(_CHOSEN_BY)
-    info["stages"]["distill"] |= {
-        "identity": identity,
-        "details": info["stages"]["distill"]["details"]
-        | {"config": config.model_dump(mode="json", exclude={"parts"})},
-        _CHOSEN_BY: chosen_by,
-    }
+    details = entry["details"] | {"config": config.model_dump(mode="json", exclude={"parts"})}
+    entry |= {"identity": identity, "details": details, _CHOSEN_BY: chosen_by}
     write_record(round_dir.path, "round", info)
     (scratch.path / "complete").unlink()
     shutil.rmtree(scratch.path)

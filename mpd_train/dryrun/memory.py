@@ -19,17 +19,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mpd_data.common.models import ModelFiles
 from mpd_data.dryrun.show import size_text
 from mpd_train.config import TrainConfig
 from mpd_train.data.batches import Batch
+from mpd_train.distributed import ranks_asked_for
 from mpd_train.kl.fused import Inputs, workspace_bytes
 from mpd_train.loss import pack_loss
 from mpd_train.model import lora
-from mpd_train.model.attention import attention, is_short
+from mpd_train.model.attention import is_short
 from mpd_train.model.causal_lm import CausalLM, decoder_layers, skeleton
 from mpd_train.model.device import autocast
 from mpd_train.optimizer import make_optimizer
+from mpd_train.setup import TrainSetup
 
 # Operators whose results are kept for the backward pass and never computed again.
 _PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "scaled_dot_product")
@@ -199,51 +200,37 @@ def _keep_as_compiled(layer: Any, live: _Live) -> None:
     layer.forward = pass_through
 
 
-def plan_memory(
-    config: TrainConfig,
-    student_files: ModelFiles,
-    teacher_files: ModelFiles | None,
-    shape: tuple[int, int],
-    num_logprobs: int,
-    vocab_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    ranks: int = 1,
-) -> MemoryPlan:
-    """Plan the memory of packs of `shape` (tokens, loss tokens) on each of `ranks` devices that
-    share out weights, gradients and moments. Raises ConfigError for adapters that do not fit the
-    student."""
-    models = [student_files] if teacher_files is None else [student_files, teacher_files]
-    attn_implementation = attention(config, device, dtype, models)
-    separate = is_short(attn_implementation)
-    code = config.trust_remote_code
-    model, taught = skeleton(student_files, code, torch.float32), None
+def plan_memory(setup: TrainSetup, num_tokens: int, num_loss_tokens: int) -> MemoryPlan:
+    """Plan the memory of packs of `num_tokens` tokens on each of the run's devices, which share out
+    weights, gradients and moments. Raises ConfigError for adapters that do not fit the student."""
+    config, device, dtype, ranks = setup.config, setup.device, setup.dtype, ranks_asked_for()
+    separate, code = is_short(setup.attn_implementation), config.trust_remote_code
+    model = skeleton(setup.student, code, torch.float32)
     if config.lora.lora_r > 0:
-        lora.attach(model, student_files, config.lora, config.revision, config.seed)
+        lora.attach(model, setup.student, config.lora, config.revision, config.seed)
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if teacher_files is not None:
-        taught = skeleton(teacher_files, code, dtype).requires_grad_(False)
-    if attn_implementation == "eager":
+    models, teacher, teacher_bytes = [model], None, 0
+    if setup.teacher is not None:
+        taught = skeleton(setup.teacher, code, dtype).requires_grad_(False)
+        models.append(taught)
+        teacher_bytes = _bytes_of(taught.parameters())
+        if config.teacher_offload and device.type == "cuda":
+            # The head, the layer in use and the next layer.
+            layers = [_bytes_of(layer.parameters()) for layer in decoder_layers(taught)]
+            head = _bytes_of(taught.get_output_embeddings().parameters())
+            teacher_bytes = head + ranks * 2 * max(layers)
+    if setup.attn_implementation == "eager":
         # Eager attention keeps a square of the pack for each head.
-        for each in (model, taught):
-            if each is not None:
-                each.set_attn_implementation("eager")
-    teacher_bytes = 0 if taught is None else _bytes_of(taught.parameters())
-    if taught is not None and config.teacher_offload and device.type == "cuda":
-        # The head, the layer in use and the next layer.
-        layers = [_bytes_of(layer.parameters()) for layer in decoder_layers(taught)]
-        head = _bytes_of(taught.get_output_embeddings().parameters())
-        teacher_bytes = head + ranks * 2 * max(layers)
+        for each in models:
+            each.set_attn_implementation("eager")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        student = _Sketch(_on_cpu(model), separate)
-        teacher = None if taught is None else _Sketch(_on_cpu(taught), separate)
+        student, *teachers = [_Sketch(_on_cpu(each), separate) for each in models]
+        teacher = teachers[0] if teachers else None
         optimizer = make_optimizer(model, config.optimizer)
-        batch = _batch(shape, num_logprobs)
-        counted = [*model.parameters(), *model.buffers()]
-        if taught is not None:
-            counted += [*taught.parameters(), *taught.buffers()]
+        batch = _batch(num_tokens, num_loss_tokens, int(setup.shards.metadata["num_logprobs"]))
+        counted = [x for each in models for x in (*each.parameters(), *each.buffers())]
         with _Live(device, counted) as live:
             if config.compile and not config.gradient_checkpointing:
                 for layer in decoder_layers(model):
@@ -253,14 +240,15 @@ def plan_memory(
                 live.peak = live.now
                 for _ in range(passes):
                     with autocast(torch.device("cpu"), dtype):
-                        loss = pack_loss(student, teacher, batch, vocab_size, config.loss, 1.0).loss
+                        loss = pack_loss(
+                            student, teacher, batch, setup.vocab_size, config.loss, 1.0
+                        ).loss
                     loss.backward()  # type: ignore[no-untyped-call]
                     del loss
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         weights = _bytes_of(model.parameters())
-        trained = _bytes_of(p for p in model.parameters() if p.requires_grad)
-    moments = 2 * trained
+        moments = 2 * _bytes_of(p for p in model.parameters() if p.requires_grad)
     step = live.peak - moments
     if ranks > 1:
         # Gathered head and embedding. The real peak is lower, since gradients are shared out layer
@@ -294,11 +282,10 @@ def _bytes_of(tensors: Any) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _batch(shape: tuple[int, int], num_logprobs: int) -> Batch:
-    tokens, predicted = shape
-    ids = torch.zeros((1, tokens), dtype=torch.int64)
-    positions = torch.zeros(predicted, dtype=torch.int64)
-    logprobs = torch.zeros((predicted, num_logprobs))
+def _batch(num_tokens: int, num_loss_tokens: int, num_logprobs: int) -> Batch:
+    ids = torch.zeros((1, num_tokens), dtype=torch.int64)
+    positions = torch.zeros(num_loss_tokens, dtype=torch.int64)
+    logprobs = torch.zeros((num_loss_tokens, num_logprobs))
     return Batch(
         ids, ids, positions, positions, logprobs.long(), logprobs, logprobs[:, 0],
         ids, ids, positions,

@@ -17,39 +17,18 @@ from mpd_data.dryrun.show import size_text
 from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
 from mpd_train.data.packing import overlong, split_packs
-from mpd_train.distributed import ranks_asked_for
 from mpd_train.dryrun.memory import plan_memory
 from mpd_train.model import lora
 from mpd_train.model.causal_lm import skeleton
 from mpd_train.setup import TrainSetup, check_models, check_settings
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """The student's parameters, those that are trained, and the bytes of a run's checkpoints, which
-    are freed at its end, and of its export."""
-
-    parameters: int
-    trained: int
-    checkpoint_bytes: int
-    export_bytes: int
-
-    @property
-    def disk_bytes(self) -> int:
-        return self.checkpoint_bytes + self.export_bytes
-
-    def details(self) -> dict[str, str]:
-        return {
-            "parameters": f"{self.parameters:,}",
-            "trained parameters": f"{self.trained:,}",
-            "checkpoints on the way": size_text(self.checkpoint_bytes),
-            "export": size_text(self.export_bytes),
-        }
-
-
-def footprint(config: TrainConfig, student: ModelFiles, num_steps: int) -> Footprint:
-    """Return what the run takes on disk. Raises ConfigError for adapters that do not fit the
-    student."""
+def footprint(
+    config: TrainConfig, student: ModelFiles, num_steps: int
+) -> tuple[int, dict[str, str]]:
+    """Return the bytes that the run takes on disk, for its checkpoints, which are freed at its end,
+    and its export; and a plan's details of them. Raises ConfigError for adapters that do not fit
+    the student."""
     model = skeleton(student, config.trust_remote_code, torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     if config.lora.lora_r > 0:
@@ -58,19 +37,18 @@ def footprint(config: TrainConfig, student: ModelFiles, num_steps: int) -> Footp
     # Weights and two moments in float32; a new one is complete before the oldest is deleted.
     checkpoints = min(max(num_steps - 1, 0) // config.save_steps, checkpoint.KEEP + 1)
     best = 8 * trained if config.validation.early_stopping_patience > 0 else 0
-    adapter = 4 * trained if config.lora.lora_r > 0 else 0
-    return Footprint(
-        parameters,
-        trained,
-        checkpoints * 12 * trained + best,
-        parameters * _bytes_of_weight(student) + adapter,
-    )
-
-
-def _bytes_of_weight(student: ModelFiles) -> int:
-    """Return the bytes of one exported weight, in the precision that the configuration names."""
+    checkpoint_bytes = checkpoints * 12 * trained + best
+    # The export has the precision that the configuration names.
     name = student.config.get("dtype") or student.config.get("torch_dtype") or "float32"
-    return torch.finfo(getattr(torch, str(name).removeprefix("torch."), torch.float32)).bits // 8
+    dtype = getattr(torch, str(name).removeprefix("torch."), torch.float32)
+    adapter = 4 * trained if config.lora.lora_r > 0 else 0
+    export_bytes = parameters * torch.finfo(dtype).bits // 8 + adapter
+    return checkpoint_bytes + export_bytes, {
+        "parameters": f"{parameters:,}",
+        "trained parameters": f"{trained:,}",
+        "checkpoints on the way": size_text(checkpoint_bytes),
+        "export": size_text(export_bytes),
+    }
 
 
 @dataclass(frozen=True)
@@ -98,16 +76,13 @@ def learn_steps(out: Path) -> Learned | None:
     if not steps:
         return None
     details = json.loads((out / "run.json").read_text(encoding="utf-8"))["details"]
-    seconds = sum(step["seconds"] for step in steps)
-    speed = Speed(
-        seconds / sum(step["tokens"] for step in steps),
-        details.get("device", "device not recorded"),
-    )
+    pace = sum(step["seconds"] for step in steps) / sum(step["tokens"] for step in steps)
+    speed = Speed(pace, details.get("device", "device not recorded"))
     return Learned(f"{out} ({len(steps):,} steps)", speed)
 
 
 def plan_train_ahead(
-    config: TrainConfig, student: ModelFiles, ahead: RoundAhead, learned: Learned | None = None
+    config: TrainConfig, student: ModelFiles, ahead: RoundAhead, learned: Learned | None
 ) -> StagePlan:
     """Plan the training of a round that does not exist yet. Raises ConfigError where the run would
     raise it whatever the rows are."""
@@ -118,15 +93,17 @@ def plan_train_ahead(
         tokenizer = load_tokenizer(teacher, code)
         require_same_tokenizer(ahead.tokenizer, tokenizer, student.name, teacher.name)
     check_models(config, student, teacher, device, dtype)
-    rows, tokens = (ahead.rows, None) if ahead.expected is None else ahead.expected
+    rows, tokens = ahead.rows, None
     at_most = ahead.tokens * config.epochs
-    tokens = None if tokens is None else tokens * config.epochs
+    if ahead.expected is not None:
+        rows, tokens = ahead.expected[0], ahead.expected[1] * config.epochs
     per_step = config.pack_length * config.gradient_accumulation_steps
     steps = -(-(at_most if tokens is None else tokens) // per_step)
     if config.max_steps is not None:
         steps = config.max_steps
         at_most = tokens = steps * per_step
-    size = footprint(config, student, steps)
+    disk_bytes, sizes = footprint(config, student, steps)
+    longest = ahead.longest_prompt + ahead.longest_rewrite
     return make_plan(
         "mpd-train",
         config,
@@ -137,12 +114,8 @@ def plan_train_ahead(
         owed=rows,
         tokens_expected=tokens,
         tokens_at_most=at_most,
-        disk_bytes=size.disk_bytes,
-        details={
-            "sequence, max": ahead.longest_prompt + ahead.longest_rewrite,
-            "steps": steps,
-            **size.details(),
-        },
+        disk_bytes=disk_bytes,
+        details={"sequence, max": longest, "steps": steps, **sizes},
     )
 
 
@@ -174,17 +147,8 @@ def plan_train(
         tokens = sum(pack.num_tokens for pack in remaining)
         total = sum(pack.num_tokens for pack in packs)
         largest = max(packs, key=lambda pack: pack.num_tokens)
-        memory = plan_memory(
-            config,
-            setup.student,
-            setup.teacher,
-            (largest.num_tokens, max(pack.num_loss_tokens for pack in packs)),
-            int(shards.metadata["num_logprobs"]),
-            setup.vocab_size,
-            setup.device,
-            setup.dtype,
-            ranks_asked_for(),
-        )
+        most_loss_tokens = max(pack.num_loss_tokens for pack in packs)
+        memory = plan_memory(setup, largest.num_tokens, most_loss_tokens)
         details |= {
             "packs": len(packs),
             "packs filled": f"{total / (len(packs) * config.pack_length):.1%}",
@@ -197,7 +161,7 @@ def plan_train(
             **memory.details(),
         }
         notes += memory.advice(config, setup.device)
-    size_on_disk = footprint(config, setup.student, steps)
+    disk_bytes, sizes = footprint(config, setup.student, steps)
     refusal = f"Training does not start: the longest row has {max(lengths):,} tokens."
     return make_plan(
         "mpd-train",
@@ -211,7 +175,7 @@ def plan_train(
         tokens_at_most=tokens,
         reasons=reasons,
         refusal=refusal if reasons else None,
-        disk_bytes=0 if finished else size_on_disk.disk_bytes,
-        details=details | size_on_disk.details(),
+        disk_bytes=0 if finished else disk_bytes,
+        details=details | sizes,
         notes=notes,
     )
