@@ -271,11 +271,9 @@ class RewriteJob:
             self._groups.pop(row_id, None)
         rows = list(group.rows.values())
         self.run.writer.add(*rows)
-        self.run.progress.update(
-            sum(row["num_rewritten_tokens"] or 0 for row in rows),
-            sum(row["status"] == "truncated" for row in rows),
-            self.run.engine.in_flight,
-        )
+        tokens = sum(row["num_rewritten_tokens"] or 0 for row in rows)
+        truncated = sum(row["status"] == "truncated" for row in rows)
+        self.run.progress.update(tokens, truncated, self.run.engine.in_flight)
 
     def _finish_without_rewrite(self, group: Group, status: str) -> None:
         """Write one row for a rollout that gets no rewrite, whatever --num-candidates is."""

@@ -16,12 +16,7 @@ from mpd_data.checkers.builtin import make_checker
 from mpd_data.checkers.pool import CheckRequest, Verdict
 from mpd_data.common.hashing import canonical_json, content_key
 from mpd_data.common.machine import provenance
-from mpd_data.common.models import (
-    ModelFiles,
-    chat_template_hash,
-    load_tokenizer,
-    tokenizer_hash,
-)
+from mpd_data.common.models import ModelFiles, chat_template_hash, load_tokenizer, tokenizer_hash
 from mpd_data.config import RolloutsConfig
 from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, StartEngine
 from mpd_data.engines.start import context_of, start_engine
@@ -89,8 +84,15 @@ class RolloutSetup:
             "rows": len(self.prompts) * self.config.num_samples,
         }
 
-    def render(self, prompt: Prompt) -> tuple[str, list[int]]:
-        """Return a prompt's text and token ids. Raises PromptError where it cannot be used or
+    @property
+    def own_prompts(self) -> list[Prompt]:
+        """The prompts of this process's part. All samples of a prompt are in one part and share the
+        engine's cache of it."""
+        part = self.config.parts.part
+        return [prompt for prompt in self.prompts if part.holds(prompt.id)]
+
+    def requests(self, prompt: Prompt) -> list[Request]:
+        """Return the samples to take of a prompt. Raises PromptError where it cannot be used or
         leaves no room for its completion."""
         if prompt.flaw is not None:
             raise PromptError(prompt.flaw)
@@ -101,18 +103,6 @@ class RolloutSetup:
                 f"{len(ids)} prompt tokens and {room} for the completion do not fit the context of"
                 f" {self.context}; lower --max-tokens or raise --max-model-len"
             )
-        return text, ids
-
-    @property
-    def own_prompts(self) -> list[Prompt]:
-        """The prompts of this process's part. All samples of a prompt are in one part and share the
-        engine's cache of it."""
-        part = self.config.parts.part
-        return [prompt for prompt in self.prompts if part.holds(prompt.id)]
-
-    def requests(self, prompt: Prompt) -> list[Request]:
-        """Return the samples to take of a prompt. Raises PromptError like `render`."""
-        text, ids = self.render(prompt)
         return [
             Request(rollout_key(prompt.id, ids, i, self.row_identity), prompt, text, ids, i)
             for i in range(self.config.num_samples)

@@ -18,10 +18,6 @@ class Speed:
     device: str
     start_seconds: float = 0.0
 
-    def seconds(self, tokens: float) -> float:
-        """Return the time of `tokens`, the start included."""
-        return round(tokens * self.seconds_per_token + self.start_seconds, 1)
-
 
 @dataclass(frozen=True)
 class Learned:
@@ -68,11 +64,8 @@ def learn(
         return None
     recorded, speed = entry.get("speed"), None
     if recorded is not None and recorded.get("backend") == backend:
-        speed = Speed(
-            recorded["seconds"] / recorded["tokens"],
-            f"{recorded['device']}, {backend}",
-            recorded["start_seconds"],
-        )
+        pace, device = recorded["seconds"] / recorded["tokens"], f"{recorded['device']}, {backend}"
+        speed = Speed(pace, device, recorded["start_seconds"])
     return Learned(
         source=f"{round_dir.path} ({len(table):,} rows)",
         speed=speed,

@@ -6,7 +6,7 @@ figures are upper bounds, and the time is not known. Nothing here writes, and no
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,6 @@ class StagePlan:
         """Whether tokens, disk and time are upper bounds."""
         return self.tokens_expected is None and self.tokens_at_most is not None
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def make_plan(
     command: str,
@@ -111,11 +108,9 @@ def make_plan(
         tokens_expected = min(round(generated * learned.tokens_per_row), tokens_at_most)
         disk_bytes = round(tokens_expected * learned.bytes_per_token)
     speed = None if learned is None else learned.speed
-    seconds = None
-    if not owed:
-        seconds = 0.0
-    elif speed is not None and tokens_expected is not None:
-        seconds = speed.seconds(tokens_expected / workers)
+    seconds = None if owed else 0.0
+    if owed and speed is not None and tokens_expected is not None:
+        seconds = tokens_expected / workers * speed.seconds_per_token + speed.start_seconds
     more = len(reasons) - _NAMED
     return StagePlan(
         command=command,
@@ -127,7 +122,7 @@ def make_plan(
         failing=len(reasons),
         reasons=[*reasons[:_NAMED], *([f"and {more:,} more"] if more > 0 else [])],
         disk_bytes=disk_bytes,
-        seconds=seconds,
+        seconds=seconds and round(seconds, 1),
         device=None if speed is None else speed.device,
         learned_from=None if learned is None else learned.source,
         **fields,

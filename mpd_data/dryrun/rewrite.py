@@ -42,12 +42,11 @@ def plan_rewrite(
     rollouts = scan.keys()
     total = part.share(rollouts)
     committed = total - part.share(rollouts - done)
-    remaining = asked = 0
-    first: Shown | None = None
+    remaining = asked = contexts = kept_at_most = 0
+    shown: list[Shown] = []
     reasons: list[str] = []
     not_asked: Counter[str] = Counter()
     lengths = array("i")
-    contexts = kept_at_most = 0
     rows = round_dir.rows("rollouts", ROLLOUT_COLUMNS, scan.paths, done)
     own = (rollout for rollout in rows if part.holds(rollout["row_id"]))
     for rollout in itertools.islice(own, limit):
@@ -70,7 +69,7 @@ def plan_rewrite(
             not_asked["too_long"] += 1
             continue
         asked += 1
-        first = first or Shown("first rewrite prompt", request.text, len(request.prompt_ids))
+        shown = shown or [Shown("first rewrite prompt", request.text, len(request.prompt_ids))]
         lengths.append(len(request.prompt_ids))
         contexts += len(rollout["prompt_ids"])
         if config.score_context == "rewrite":
@@ -90,7 +89,7 @@ def plan_rewrite(
         rows=total,
         committed=committed - waiting,
         owed=remaining + waiting,
-        shown=[] if first is None else [first],
+        shown=shown,
         prompt_tokens=Lengths.of(lengths),
         reasons=reasons,
         refusal=refusal,
@@ -114,22 +113,21 @@ def predict(
     """Plan the rewrites of `asked` rollouts out of `owed` remaining ones. `contexts`: tokens of the
     contexts that are stored with their rewrites; `kept_at_most`: tokens of the longest rewrites
     that the filter keeps, one for each rollout; `fields`: others of the plan."""
-    config = setup.config
+    config, at_most = setup.config, kept_at_most
     rewrites = asked * config.num_candidates
     # The student chooses among scored rewrites.
     stored = config.num_candidates if config.choose in ("all", "likeliest") else 1
+    if setup.template.asks:
+        at_most = rewrites * config.sampling.max_tokens
+    contexts *= config.num_candidates
     return make_plan(
         "mpd-gen rewrite",
         config,
         config.shards,
         learned,
         generated=rewrites,
-        tokens_at_most=rewrites * config.sampling.max_tokens
-        if setup.template.asks
-        else kept_at_most,
-        disk_bytes=distill_bytes(
-            owed, contexts * config.num_candidates, kept_at_most * stored, setup.k, setup.vocab_size
-        ),
+        tokens_at_most=at_most,
+        disk_bytes=distill_bytes(owed, contexts, kept_at_most * stored, setup.k, setup.vocab_size),
         owed=owed,
         workers=config.parts.workers,
         **fields,

@@ -26,7 +26,7 @@ def plan_rollouts(
         done = scan.keys()
         learned = learn(round_dir, "rollouts", config.engine.backend, scan.paths) or learned
     rows = committed = remaining = prompt_tokens = 0
-    first: Shown | None = None
+    shown: list[Shown] = []
     reasons: list[str] = []
     lengths = array("i")
     for prompt in setup.own_prompts:
@@ -36,7 +36,7 @@ def plan_rollouts(
             reasons.append(f"{prompt.source}: {error}")
             continue
         length = len(requests[0].ids)
-        first = first or Shown("first prompt", requests[0].text, length)
+        shown = shown or [Shown("first prompt", requests[0].text, length)]
         lengths.append(length)
         rows += len(requests)
         missing = sum(request.row_id not in done for request in requests)
@@ -57,7 +57,7 @@ def plan_rollouts(
         committed=committed,
         owed=remaining,
         workers=config.parts.workers,
-        shown=[] if first is None else [first],
+        shown=shown,
         prompt_tokens=Lengths.of(lengths),
         reasons=reasons,
         refusal=None if lengths or not reasons else "No prompt can be used.",

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -116,18 +117,14 @@ def all_notes(plan: StagePlan) -> list[str]:
 
 def steps_table(steps: list[tuple[str, StagePlan | None]]) -> str:
     """Return one line for each step (None: finished before), and the totals."""
-    lines = []
+    lines: list[list[str | None]] = []
     for label, plan in steps:
         if plan is None:
-            cells: list[str | None] = ["done", None, None, None]
-        else:
-            cells = [
-                f"{plan.owed:,}",
-                _text(plan, plan.tokens, "{:,}".format),
-                _text(plan, plan.disk_bytes, size_text),
-                _time_text(plan),
-            ]
-        lines.append([label, *cells])
+            lines.append([label, "done", None, None, None])
+            continue
+        tokens = _text(plan, plan.tokens, "{:,}".format)
+        disk = _text(plan, plan.disk_bytes, size_text)
+        lines.append([label, f"{plan.owed:,}", tokens, disk, _time_text(plan)])
     lines.append(["total", None, *totals([plan for _, plan in steps if plan is not None])])
     names = ["step", "rows", "tokens", "disk", "time"]
     return format_table([dict(zip(names, line, strict=True)) for line in lines])
@@ -156,6 +153,6 @@ def totals(plans: list[StagePlan]) -> list[str]:
 def print_plan(plan: StagePlan, as_json: bool) -> None:
     """Print a stage's plan, as JSON or as text. Raise Exit with code 1 where the run would end
     without a result, so that a script does not go on."""
-    click.echo(json.dumps(plan.as_json(), indent=2) if as_json else show(plan))
+    click.echo(json.dumps(asdict(plan), indent=2) if as_json else show(plan))
     if plan.refusal is not None:
         raise click.exceptions.Exit(1)

@@ -1,5 +1,6 @@
 """What `mpd-gen init` detects: prompt columns, gold answers, both models' limits, token budget."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -64,9 +65,6 @@ class PromptSet:
     num_repeated: int
     rejected_ids: str | None
 
-    def golds(self) -> list[str]:
-        return [p.answer for p in self.prompts if p.answer is not None]
-
 
 def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) -> PromptSet:
     """Return the prompts of `source`. Test prompts use the columns of `train` if they have them.
@@ -96,22 +94,17 @@ def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) ->
                 return matching[0]
         return None
 
-    problem = choose(
-        "--prompt-column", config.prompt_column, train.problem if train else None, _PROBLEMS
-    )
+    problem = choose("--prompt-column", config.prompt_column, train and train.problem, _PROBLEMS)
     if problem is None:
         raise ConfigError(
             f"{source}: none of the columns {_names(columns)} has a usual name for problems"
             f" ({', '.join(name for names in _PROBLEMS for name in names)}). Name the"
             " column with --prompt-column."
         )
-    answer = choose(
-        "--answer-column", config.answer_column, train.answer if train else None, _ANSWERS
-    )
+    answer = choose("--answer-column", config.answer_column, train and train.answer, _ANSWERS)
     named_id = None if train is not None else config.id_column
-    id_ = choose("--id-column", named_id, train.id if train else None, _IDS)
-    rejected = None
-    rows = 0
+    id_ = choose("--id-column", named_id, train and train.id, _IDS)
+    rejected, rows = None, 0
     texts: dict[Any, Any] = {}
     for _, row in read_rows(source, [c for c in (problem, id_) if c]):
         rows += 1
@@ -137,25 +130,21 @@ def _names(columns: list[str]) -> str:
 
 def held_out(texts: list[str]) -> set[str]:
     """Return the problems (as `same` writes them) to hold out for the test: 5% of those in `texts`,
-    chosen by hash, at least 20 and at most 500, never more than half.
-
-    Raises ConfigError if there are fewer than two problems.
-    """
+    chosen by hash, at least 20 and at most 500, never more than half."""
     distinct = sorted({same(text) for text in texts}, key=content_key)
     count = min(max(round(_HELD_OUT_SHARE * len(distinct)), _HELD_OUT_LEAST), _HELD_OUT_MOST)
-    count = min(count, len(distinct) // 2)
-    if count == 0:
-        raise ConfigError("only one problem, which cannot be split. Name test prompts with --test.")
-    return set(distinct[:count])
+    return set(distinct[: min(count, len(distinct) // 2)])
 
 
 def split(whole: PromptSet, folder: Path) -> tuple[PromptSet, PromptSet, dict[str, str]]:
     """Split one file. Return its training and test prompts, and the content of both new files by
-    name; all columns are kept."""
-    try:
-        test_problems = held_out([p.text for p in whole.prompts])
-    except ConfigError as error:
-        raise ConfigError(f"{whole.source}: {error}") from error
+    name; all columns are kept. Raises ConfigError if there are fewer than two problems."""
+    test_problems = held_out([p.text for p in whole.prompts])
+    if not test_problems:
+        raise ConfigError(
+            f"{whole.source}: only one problem, which cannot be split. Name test prompts with"
+            " --test."
+        )
     lines: dict[bool, list[str]] = {False: [], True: []}
     for number, row in read_rows(whole.source, None):
         where = f"{whole.source}, row {number}"
@@ -173,27 +162,24 @@ def split(whole: PromptSet, folder: Path) -> tuple[PromptSet, PromptSet, dict[st
     return side("train.jsonl", False), side("test.jsonl", True), files
 
 
-@dataclass(frozen=True)
-class CheckerChoice:
-    name: str
-    why: str
-
-
 _MATHS = re.compile(r"[\\^=+*/\d]")
 
 
-def choose_checker(given: str | None, train: PromptSet, test: PromptSet) -> CheckerChoice:
-    golds = train.golds() or test.golds()
+def choose_checker(given: str | None, train: PromptSet, test: PromptSet) -> tuple[str, str]:
+    """Return the checker for the gold answers, and why it was chosen."""
     if given is not None:
-        return CheckerChoice(given, "Chosen with --checker.")
+        return given, "Chosen with --checker."
+    golds: list[str] = []
+    for side in (train, test):
+        golds = golds or [p.answer for p in side.prompts if p.answer is not None]
     if not golds:
-        return CheckerChoice("text", "Without gold answers it compares drafts with their rewrites.")
+        return "text", "Without gold answers it compares drafts with their rewrites."
     # Cells may hold whole solutions; the answer marked in them counts.
     number, maths, choice = NumberChecker(), MathChecker(), ChoiceChecker()
     if all(number.read_bare(number.gold(gold).strip()) is not None for gold in golds):
-        return CheckerChoice("number", "All gold answers are plain numbers.")
+        return "number", "All gold answers are plain numbers."
     if all(choice.read_bare(choice.gold(gold).strip()) is not None for gold in golds):
-        return CheckerChoice("choice", "All gold answers are single letters from A to J.")
+        return "choice", "All gold answers are single letters from A to J."
     answers = [maths.gold(gold).strip() for gold in golds]
     mathematical = sum(
         _MATHS.search(a) is not None and ("\\" in a or maths.read_bare(a) is not None)
@@ -201,44 +187,48 @@ def choose_checker(given: str | None, train: PromptSet, test: PromptSet) -> Chec
     )
     # A few answers in words are usual among mathematics; `math` compares those as text.
     if mathematical < 0.9 * len(answers):
-        return CheckerChoice("text", "The gold answers are words, or of several kinds.")
+        return "text", "The gold answers are words, or of several kinds."
+    why = "The gold answers look like mathematics."
     if importlib.util.find_spec("math_verify") is None:
-        return CheckerChoice(
-            "text",
-            "The gold answers look like mathematics. The checker `math` is better for them; it"
-            f" needs math-verify ({pip_install('checkers')}).",
-        )
-    return CheckerChoice("math", "The gold answers look like mathematics.")
+        needed = f"it needs math-verify ({pip_install('checkers')})"
+        return "text", f"{why} The checker `math` is better for them; {needed}."
+    return "math", why
 
 
 # -- models -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Approximate number of weights, and bytes of float32 cache per token, from a model's config.
-    None if the config lacks the usual fields."""
+class Model:
+    """A model that is looked at. `switch`: the variable by which its chat `template` turns thinking
+    on and off. `weights`: their approximate number; `cache_bytes`: bytes of float32 cache per
+    token; both None if its config lacks the usual fields."""
 
+    files: ModelFiles
+    tokenizer: Any
+    template: str
+    switch: str | None
     weights: int | None
     cache_bytes: int | None
 
     @classmethod
-    def of(cls, model: ModelFiles) -> "Shape":
-        config = model.text_config
-        try:
+    def of(cls, files: ModelFiles, tokenizer: Any) -> "Model":
+        ChatFormatter(tokenizer)  # refuses one without a chat template
+        template = tokenizer.get_chat_template()
+        config, weights, cache_bytes = files.text_config, None, None
+        with contextlib.suppress(KeyError, TypeError, ValueError):
             width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
             heads = int(config["num_attention_heads"])
             groups = int(config.get("num_key_value_heads") or heads)
             head = int(config.get("head_dim") or width // heads)
             experts = config.get("num_experts") or config.get("num_local_experts")
             inner = int(config.get("moe_intermediate_size") or config["intermediate_size"])
-        except (KeyError, TypeError, ValueError):
-            return cls(None, None)
-        attention = 2 * width * head * (heads + groups)
-        forward = 3 * width * inner * int(experts or 1)
-        embeddings = model.vocab_size * width * (1 if config.get("tie_word_embeddings") else 2)
-        cache = 2 * layers * groups * head * 4
-        return cls(embeddings + layers * (attention + forward), cache)
+            attention = 2 * width * head * (heads + groups)
+            forward = 3 * width * inner * int(experts or 1)
+            embeddings = files.vocab_size * width * (1 if config.get("tie_word_embeddings") else 2)
+            weights = embeddings + layers * (attention + forward)
+            cache_bytes = 2 * layers * groups * head * 4
+        return cls(files, tokenizer, template, thinking_switch(template), weights, cache_bytes)
 
 
 @dataclass(frozen=True)
@@ -246,14 +236,8 @@ class Models:
     """Both models, and the settings chosen for them. `spells_instructions`: whether the tokenizer
     can spell the built-in instructions."""
 
-    student: ModelFiles
-    teacher: ModelFiles
-    student_shape: Shape
-    teacher_shape: Shape
-    student_tokenizer: Any
-    teacher_tokenizer: Any
-    student_switch: str | None
-    teacher_switch: str | None
+    student: Model
+    teacher: Model
     student_sampling: dict[str, Any]
     template: str
     why_template: str
@@ -261,60 +245,41 @@ class Models:
     spells_instructions: bool
     gpus: list[str]
 
+    @property
+    def self_taught(self) -> bool:
+        return self.student.files.name == self.teacher.files.name
+
 
 def look_at_models(config: InitConfig) -> Models:
-    student = resolve_model(config.student, weights=False)
-    teacher = resolve_model(config.teacher, weights=False)
-    student_tokenizer, teacher_tokenizer = load_tokenizer(student), load_tokenizer(teacher)
-    require_same_tokenizer(
-        tokenizer_hash(student_tokenizer), teacher_tokenizer, config.student, config.teacher
-    )
-    switches, templates = [], []
-    for tokenizer in (student_tokenizer, teacher_tokenizer):
-        ChatFormatter(tokenizer)  # refuses one without a chat template
-        templates.append(tokenizer.get_chat_template())
-        switches.append(thinking_switch(templates[-1]))
+    """Return what both models are. Raises ConfigError for models that cannot be used together."""
+    names = (config.student, config.teacher)
+    files = [resolve_model(name, weights=False) for name in names]
+    tokenizers = [load_tokenizer(each) for each in files]
+    require_same_tokenizer(tokenizer_hash(tokenizers[0]), tokenizers[1], *names)
+    student, teacher = map(Model.of, files, tokenizers)
     thinks = (
-        switches[0] is not None
-        or "</think>" in templates[0]
-        or "</think>" in student_tokenizer.get_vocab()
+        student.switch is not None
+        or "</think>" in student.template
+        or "</think>" in student.tokenizer.get_vocab()
     )
-    shape = Shape.of(teacher)
-    size = "of unknown size" if shape.weights is None else f"of about {_billions(shape.weights)}"
-    if shape.weights is None or shape.weights >= _SMALL:
+    weights = teacher.weights
+    if weights is None or weights >= _SMALL:
+        size = "of unknown size" if weights is None else f"of about {_billions(weights)}"
         template, why = "tags", f"`tags`, for a teacher {size} weights."
     elif thinks:
         template = "tags"
         why = (
-            f"The teacher is small ({_billions(shape.weights)} weights), but `plain` has no layout"
+            f"The teacher is small ({_billions(weights)} weights), but `plain` has no layout"
             " for a student that thinks. Look at the statuses; if many rewrites are malformed,"
             " write a template of your own."
         )
     else:
         template = "plain"
-        why = f"`plain`, for a small teacher ({_billions(shape.weights)} weights, by its config)."
-    spells_instructions = _spells(student_tokenizer, _BOXED)
-    return Models(
-        student=student,
-        teacher=teacher,
-        student_shape=Shape.of(student),
-        teacher_shape=shape,
-        student_tokenizer=student_tokenizer,
-        teacher_tokenizer=teacher_tokenizer,
-        student_switch=switches[0],
-        teacher_switch=switches[1],
-        student_sampling=_own_sampling(student),
-        template=template,
-        why_template=why,
-        prompt_template=_BOXED if spells_instructions else "{{problem}}",
-        spells_instructions=spells_instructions,
-        gpus=gpus(),
-    )
-
-
-def _spells(tokenizer: Any, text: str) -> bool:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return "".join(tokenizer.decode(ids).split()) == "".join(text.split())
+        why = f"`plain`, for a small teacher ({_billions(weights)} weights, by its config)."
+    ids = student.tokenizer(_BOXED, add_special_tokens=False)["input_ids"]
+    spells = "".join(student.tokenizer.decode(ids).split()) == "".join(_BOXED.split())
+    prompt_template, sampling = _BOXED if spells else "{{problem}}", _own_sampling(student.files)
+    return Models(student, teacher, sampling, template, why, prompt_template, spells, gpus())
 
 
 def _billions(count: int) -> str:
@@ -324,8 +289,7 @@ def _billions(count: int) -> str:
 def _own_sampling(model: ModelFiles) -> dict[str, Any]:
     """Return the sampling settings of the model's generation_config.json that exist here too."""
     try:
-        text = (model.path / "generation_config.json").read_text(encoding="utf-8")
-        saved = json.loads(text)
+        saved = json.loads((model.path / "generation_config.json").read_text(encoding="utf-8"))
         sampling = {"temperature": float(saved.get("temperature") or 1.0)}
         if saved.get("top_p") is not None:
             sampling["top_p"] = float(saved["top_p"])
@@ -360,8 +324,8 @@ class Budget:
 def plan_budget(models: Models, prompts: list[Prompt]) -> Budget:
     """Divide both contexts. Raises ConfigError if the longest prompt leaves no room."""
     asking = load_template(models.template)
-    students = ChatFormatter(models.student_tokenizer)
-    teachers = ChatFormatter(models.teacher_tokenizer, default_thinking=False)
+    students = ChatFormatter(models.student.tokenizer)
+    teachers = ChatFormatter(models.teacher.tokenizer, default_thinking=False)
     prompt, rewrite_prompt, longest = 0, 0, ""
     for candidate in sorted(prompts, key=lambda p: len(p.text.encode()), reverse=True)[:_MEASURED]:
         try:
@@ -378,7 +342,8 @@ def plan_budget(models: Models, prompts: list[Prompt]) -> Budget:
             " empty, or contain control tokens."
         )
     cap = max(_GPU_CONTEXT if models.gpus else _CPU_CONTEXT, 4 * rewrite_prompt)
-    student, teacher = min(models.student.context, cap), min(models.teacher.context, cap)
+    student = min(models.student.files.context, cap)
+    teacher = min(models.teacher.files.context, cap)
     spare = teacher // 20
     room = teacher - rewrite_prompt - spare
     draft = _round_down(min(student - prompt, room * _DRAFT // (_DRAFT + _REWRITE)))

@@ -25,7 +25,6 @@ from mpd_data.common.text import plain
 from mpd_data.config import InitConfig
 from mpd_data.init.detect import (
     Budget,
-    CheckerChoice,
     Models,
     PromptSet,
     choose_checker,
@@ -67,31 +66,19 @@ def run_init(folder: Path, config: InitConfig) -> list[str]:
     else:
         test = read_prompt_set(config.test, config, train)
     models = look_at_models(config)
-    checker = choose_checker(config.checker, train, test)
+    checker, why_checker = choose_checker(config.checker, train, test)
     budget = plan_budget(models, [*train.prompts, *test.prompts])
-    self_taught = config.student == config.teacher
     files["pipeline.toml"] = _render(
-        folder=folder,
-        config=config,
-        train=train,
-        test=test,
-        models=models,
-        checker=checker,
-        budget=budget,
-        self_taught=self_taught,
-    )
+        folder, config, models, train=train, test=test, budget=budget,
+        checker=checker, why_checker=why_checker,
+    )  # fmt: skip
     _write(folder, files)
-    notes = _notes(train, test, models, checker, budget, self_taught)
+    notes = _notes(train, test, models, f"{checker}. {why_checker}", budget)
     return [plain(line) for line in notes]
 
 
 def _notes(
-    train: PromptSet,
-    test: PromptSet,
-    models: Models,
-    checker: CheckerChoice,
-    budget: Budget,
-    self_taught: bool,
+    train: PromptSet, test: PromptSet, models: Models, checker: str, budget: Budget
 ) -> list[str]:
     """Return what was detected, and what to look at, in lines."""
     lines = []
@@ -114,13 +101,13 @@ def _notes(
             " them says little. Remove them from one side."
         )
     lines += [
-        f"checker: {checker.name}. {checker.why}",
+        f"checker: {checker}",
         f"rewrite template: {models.template}. {models.why_template}",
         f"tokens: longest prompt {budget.prompt:,}, drafts up to {budget.draft:,}, rewrites up to"
         f" {budget.rewrite:,}",
         f"machine: {', '.join(models.gpus) or 'no GPU found'}",
     ]
-    if self_taught and models.template != "plain":
+    if models.self_taught and models.template != "plain":
         lines.append(
             'the student is its own teacher: with score_context = "problem" it learns nothing. Set'
             ' "rewrite", with a template whose turn is the trace.'
@@ -143,7 +130,7 @@ def _render(folder: Path, config: InitConfig, models: Models, **values: Any) -> 
         lstrip_blocks=True,
     )
     environment.filters["toml"] = lambda value: Markup(toml_value(value))
-    weights = models.teacher_shape.weights
+    weights = models.teacher.weights
     is_small = weights is not None and weights < 100_000_000
     pipeline, out = (shlex.quote(str(folder / name)) for name in ("pipeline.toml", "out"))
     text = environment.get_template("pipeline.toml.j2").render(

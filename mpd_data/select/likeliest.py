@@ -111,8 +111,7 @@ def choose_by_student(round_dir: RoundDir, config: RewriteConfig) -> None:
             f" {earlier['version'][:12]}, now {student.version[:12]}). Give that one as --student,"
             " or choose all again: --refilter --choose first, then --refilter --choose likeliest."
         )
-    work = _Choice(config, metadata, student)
-    rework(round_dir, work, entry["identity"], chosen_by=student.identity())
+    rework(round_dir, _Choice(config, metadata, student), entry["identity"], student.identity())
 
 
 @dataclass

@@ -201,12 +201,10 @@ def _groups(round_dir: RoundDir, done: KeySet) -> Iterator[list[Row]]:
                 for batch in file.iter_batches(ROWS_PER_GROUP):
                     for index, row in enumerate(batch.select(LIGHT).to_pylist()):
                         for name in _HEAVY:
-                            cell = batch.column(name)[index]
-                            row[name] = (
-                                cell.values.to_numpy(zero_copy_only=False)
-                                if cell.is_valid
-                                else None
-                            )
+                            values = batch.column(name)[index].values
+                            if values is not None:
+                                values = values.to_numpy(zero_copy_only=False)
+                            row[name] = values
                         yield row
 
     for rollout_id, group in itertools.groupby(rows(), key=lambda row: row["rollout_id"]):

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class PipelinePlan:
 
     def as_json(self) -> dict[str, Any]:
         steps = [
-            {"label": label, "done": plan is None, "plan": None if plan is None else plan.as_json()}
+            {"label": label, "done": plan is None, "plan": plan and asdict(plan)}
             for label, plan in self.steps
         ]
         total = dict(zip(("tokens", "disk", "time"), totals(self.remaining()), strict=True))
@@ -91,10 +91,8 @@ def plan_pipeline(
     for round_ in range(1, pipeline.rounds + 1):
         planner.train(result, round_)
         planner.evaluate(result, round_)
-    result.steps = [
-        (label, None if plan is None else _at_rate(plan, rates or {}))
-        for label, plan in result.steps
-    ]
+    if rates:
+        result.steps = [(label, plan and _at_rate(plan, rates)) for label, plan in result.steps]
     needed = sum(plan.disk_bytes or 0 for plan in result.remaining())
     if needed > (free := free_bytes(out)):
         result.notes.append(
@@ -170,15 +168,15 @@ class _Planner:
                 plan = self._train(training.config, ahead, of_steps)
         result.add(training.label, plan)
 
-    def _model(
-        self, name: str, revision: str | None, code: bool, served: str | None = None
-    ) -> ModelFiles:
-        """Return a model's files: those of the first student for one that is not trained yet."""
-        given = (self._pipeline.student, self._pipeline.teacher)
-        if name in given or Path(name).is_dir():
-            return resolve_model(name, revision, code, weights=False, served=served)
-        first = resolve_model(self._pipeline.student, revision, code, weights=False)
-        return dataclasses.replace(first, name=name, version="unhashed")
+    def _ahead(
+        self, name: str, config: RolloutsConfig | RewriteConfig | TrainConfig
+    ) -> ModelFiles | None:
+        """Return the files of the first student for a model that is not trained yet, else None."""
+        first = self._pipeline.student
+        if name in (first, self._pipeline.teacher) or Path(name).is_dir():
+            return None
+        files = resolve_model(first, config.revision, config.trust_remote_code, weights=False)
+        return dataclasses.replace(files, name=name, version="unhashed")
 
     def _rollouts(self, step: Step, learned: Learned | None) -> tuple[StagePlan, RolloutSetup]:
         config = step.config
@@ -186,27 +184,21 @@ class _Planner:
         key = config.model_dump_json(include=_SOURCE)
         if key not in self._prompts:
             self._prompts[key] = read_prompts(config)
-        served = config.engine.served(config.model)
-        model = self._model(config.model, config.revision, config.trust_remote_code, served)
+        model = self._ahead(config.model, config)
         setup = rollout_setup(config, weights=False, model=model, prompts=self._prompts[key])
         return plan_rollouts(setup, learned=learned), setup
 
     def _rewrite(
-        self,
-        config: RewriteConfig,
-        rollouts: StagePlan,
-        drafts: RolloutSetup,
-        of_drafts: Learned | None,
-        learned: Learned | None,
-    ) -> tuple[StagePlan, RoundAhead]:
+        self, config: RewriteConfig, rollouts: StagePlan, drafts: RolloutSetup,
+        of_drafts: Learned | None, learned: Learned | None,
+    ) -> tuple[StagePlan, RoundAhead]:  # fmt: skip
         """Plan the rewrite of rollouts that do not exist yet."""
-        served = config.engine.served(config.teacher)
-        teacher = self._model(config.teacher, config.revision, config.trust_remote_code, served)
+        teacher = self._ahead(config.teacher, config)
         setup = rewrite_setup(config, weights=False, student=drafts.metadata(), teacher=teacher)
         asks = setup.template.asks
         if asks:
             setup.template.layout(bool(drafts.formatter.thinking))
-        first: Shown | None = None
+        shown: list[Shown] = []
         longest_asked = longest_scored = 0
         reasons: list[str] = []
         for prompt in drafts.prompts if asks else ():
@@ -215,8 +207,9 @@ class _Planner:
             except PromptError as error:
                 reasons.append(f"{prompt.source}: {error}")
                 continue
-            first = first or Shown("first rewrite prompt", request.text, len(request.prompt_ids))
-            longest_asked = max(longest_asked, len(request.prompt_ids))
+            length = len(request.prompt_ids)
+            shown = shown or [Shown("first rewrite prompt", request.text, length)]
+            longest_asked = max(longest_asked, length)
             longest_scored = max(longest_scored, len(request.teacher_prompt_ids))
         prompts = rollouts.prompt_tokens or Lengths(0.0, 0)
         draft = drafts.config.sampling.max_tokens
@@ -248,7 +241,7 @@ class _Planner:
             rows=rows,
             committed=0,
             owed=rows,
-            shown=[] if first is None else [first],
+            shown=shown,
             reasons=reasons,
             details={"longest rewrite prompt + draft + rewrite": in_all},
             notes=[*notes, *server_notes(config.engine)],
@@ -258,24 +251,17 @@ class _Planner:
         if learned is not None and learned.kept:
             kept = min(round(asked * config.num_candidates * learned.kept), most)
             expected = kept, round(kept * (prompts.mean + learned.kept_tokens))
-        return plan, RoundAhead(
-            drafts.identity["tokenizer"],
-            most,
-            round(most * (prompts.mean + rewrite)),
-            prompts.max,
-            rewrite,
-            expected,
-        )
+        tokenizer, tokens = drafts.identity["tokenizer"], round(most * (prompts.mean + rewrite))
+        return plan, RoundAhead(tokenizer, most, tokens, prompts.max, rewrite, expected)
 
     def _train(self, config: TrainConfig, ahead: RoundAhead, learned: Learned | None) -> StagePlan:
-        student = self._model(config.student, config.revision, config.trust_remote_code)
-        note = _budget(
-            f"prompt {ahead.longest_prompt:,} + rewrite {ahead.longest_rewrite:,}",
-            ahead.longest_prompt + ahead.longest_rewrite,
-            f"pack_length {config.pack_length:,}",
-            config.pack_length,
-            "training does not start with a row that does not fit",
+        student = self._ahead(config.student, config) or resolve_model(
+            config.student, config.revision, config.trust_remote_code, weights=False
         )
+        prompt, rewrite, room = ahead.longest_prompt, ahead.longest_rewrite, config.pack_length
+        parts, limit = f"prompt {prompt:,} + rewrite {rewrite:,}", f"pack_length {room:,}"
+        dropped = "training does not start with a row that does not fit"
+        note = _budget(parts, prompt + rewrite, limit, room, dropped)
         return dataclasses.replace(plan_train_ahead(config, student, ahead, learned), notes=[note])
 
 
@@ -286,12 +272,9 @@ def _budget(parts: str, total: int, limit_name: str, limit: int, otherwise: str)
 
 
 def show_pipeline(plan: PipelinePlan, as_json: bool) -> None:
-    """Print a pipeline's plan: as JSON or as text. Raises Exit with code 1 where a
-    step would end without a result."""
-    if as_json:
-        click.echo(json.dumps(plan.as_json(), indent=2))
-    else:
-        click.echo(_text(plan))
+    """Print a pipeline's plan: as JSON or as text. Raises Exit with code 1 where a step would end
+    without a result."""
+    click.echo(json.dumps(plan.as_json(), indent=2) if as_json else _text(plan))
     if any(step.refusal is not None for step in plan.remaining()):
         raise click.exceptions.Exit(1)
 

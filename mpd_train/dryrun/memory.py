@@ -132,10 +132,8 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._add(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)
         if func is torch.ops.aten._to_copy.default:
-            source = args[0].untyped_storage()
-            if source not in self._numbers:
-                self._numbers[source] = next(self._next)
-            self.converted[result.untyped_storage()] = self._numbers[source]
+            number = self._numbers.setdefault(args[0].untyped_storage(), next(self._next))
+            self.converted[result.untyped_storage()] = number
         if any(part in str(func) for part in _PRODUCTS):
             outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
             if self.products is not None:
@@ -211,7 +209,7 @@ def plan_memory(setup: TrainSetup, num_tokens: int, num_loss_tokens: int) -> Mem
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    models, teacher, teacher_bytes = [model], None, 0
+    models, teacher_bytes = [model], 0
     if setup.teacher is not None:
         taught = skeleton(setup.teacher, code, dtype).requires_grad_(False)
         models.append(taught)
