@@ -123,7 +123,14 @@ def setup(
     code, round_dir = config.trust_remote_code, RoundDir(config.shards)
     drafts_exist = student is None
     if student is None:
-        student = _rollout_metadata(round_dir)
+        require_kind(round_dir.path, "round")
+        paths = round_dir.shard_paths("rollouts")
+        if not paths:
+            raise ConfigError(
+                f"{round_dir.path}: no rollouts here (rollouts/part-*.parquet). Run mpd-gen"
+                " rollouts with this folder as --out first."
+            )
+        student = read_metadata(paths[0])
     teacher = teacher or model_of(config, weights)
     if not weights:
         saved = round_dir.saved_stage("distill")
@@ -191,15 +198,3 @@ def setup(
         config, student, template, teacher, tokenizer, writing, scoring, context, vocab_size, k,
         row_identity, identity,
     )  # fmt: skip
-
-
-def _rollout_metadata(round_dir: RoundDir) -> dict[str, Any]:
-    """Return the metadata of the round's rollouts. Raise ConfigError where it has none."""
-    require_kind(round_dir.path, "round")
-    paths = round_dir.shard_paths("rollouts")
-    if not paths:
-        raise ConfigError(
-            f"{round_dir.path}: no rollouts here (rollouts/part-*.parquet). Run mpd-gen rollouts"
-            " with this folder as --out first."
-        )
-    return read_metadata(paths[0])

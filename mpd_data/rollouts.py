@@ -196,16 +196,13 @@ def sample(
     `start` returns the engine, which is closed at the end. To keep one for the next call, return
     an engine whose `close` does nothing.
     """
-    config = prepared.config
-    with open_round(
-        RoundDir(config.out), "rollouts", config, prepared.identity, overwrite, prepared.details()
-    ) as opened:
+    config, identity, details = prepared.config, prepared.identity, prepared.details()
+    round_dir, metadata = RoundDir(config.out), prepared.metadata()
+    with open_round(round_dir, "rollouts", config, identity, overwrite, details) as opened:
         total = len(prepared.own_prompts) * config.num_samples
         if limit is not None:
             total = min(total, len(opened.done) + limit)
-        with open_run(
-            opened, prepared.metadata(), config.checker, config.answer_formats, total
-        ) as run:
+        with open_run(opened, metadata, config.checker, config.answer_formats, total) as run:
             job = RolloutJob(prepared, run)
             submissions = job.submissions()
             run.work(

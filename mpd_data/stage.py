@@ -105,7 +105,6 @@ class Failures:
 class OpenRound:
     """A round that this process has locked for its part of a stage.
 
-    config: the settings of this run.
     done: keys of the rollouts that exist (stage "rollouts"), or of the rollouts that have rewrites
     ("distill").
     rollouts: keys of all rollouts to rewrite; empty where the stage does not read them.

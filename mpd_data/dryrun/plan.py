@@ -87,20 +87,11 @@ class StagePlan:
 
 
 def make_plan(
-    command: str,
-    config: BaseModel,
-    out: Path,
-    learned: Learned | None,
-    *,
-    generated: int | None = None,
-    tokens_at_most: int | None = None,
-    tokens_expected: int | None = None,
-    disk_bytes: int,
-    owed: int,
-    workers: int = 1,
-    reasons: Sequence[str] = (),
-    **fields: Any,
-) -> StagePlan:
+    command: str, config: BaseModel, out: Path, learned: Learned | None, *,
+    generated: int | None = None, tokens_at_most: int | None = None,
+    tokens_expected: int | None = None, disk_bytes: int, owed: int, workers: int = 1,
+    reasons: Sequence[str] = (), **fields: Any,
+) -> StagePlan:  # fmt: skip
     """Build the plan of `command`. `generated` rows are expected to be like the `learned` ones;
     without these `tokens_at_most` and `disk_bytes` stay bounds. `tokens_expected`: where they are
     known exactly. `workers` share the tokens. `fields`: the others of StagePlan."""
@@ -129,14 +120,14 @@ def make_plan(
     )
 
 
-def id_bytes(vocab_size: int) -> float:
+def _id_bytes(vocab_size: int) -> float:
     """Return the bytes of a token id where all ids are equally likely, the worst case."""
     return math.log2(vocab_size) / 8
 
 
 def rollout_bytes(rows: int, prompt_tokens: int, tokens: int, vocab_size: int) -> int:
     """Return an upper bound for rollouts: `prompt_tokens` and completion `tokens` of all rows."""
-    ids = (prompt_tokens + tokens) * id_bytes(vocab_size)
+    ids = (prompt_tokens + tokens) * _id_bytes(vocab_size)
     return int(ids + tokens * _TEXT_BYTES_PER_TOKEN + rows * _BYTES_PER_ROW)
 
 
@@ -144,6 +135,5 @@ def distill_bytes(rows: int, context_tokens: int, tokens: int, k: int, vocab_siz
     """Return an upper bound for rewrites. `context_tokens`: the student's prompts, and the rewrite
     prompts where they are stored; `tokens`: rewritten ones, kept with `k` log-probabilities
     each."""
-    ids = (context_tokens + tokens) * id_bytes(vocab_size)
-    entries = tokens * (k * (id_bytes(vocab_size) + _LOGPROB_BYTES) + _LOGPROB_BYTES)
-    return int(ids + entries + tokens * _TEXT_BYTES_PER_TOKEN + rows * _BYTES_PER_ROW)
+    entries = tokens * (k * (_id_bytes(vocab_size) + _LOGPROB_BYTES) + _LOGPROB_BYTES)
+    return rollout_bytes(rows, context_tokens, tokens, vocab_size) + int(entries)

@@ -125,12 +125,13 @@ def steps_table(steps: list[tuple[str, StagePlan | None]]) -> str:
         tokens = _text(plan, plan.tokens, "{:,}".format)
         disk = _text(plan, plan.disk_bytes, size_text)
         lines.append([label, f"{plan.owed:,}", tokens, disk, _time_text(plan)])
-    lines.append(["total", None, *totals([plan for _, plan in steps if plan is not None])])
-    names = ["step", "rows", "tokens", "disk", "time"]
+    total = totals([plan for _, plan in steps if plan is not None])
+    lines.append(["total", None, *total.values()])
+    names = ["step", "rows", *total]
     return format_table([dict(zip(names, line, strict=True)) for line in lines])
 
 
-def totals(plans: list[StagePlan]) -> list[str]:
+def totals(plans: list[StagePlan]) -> dict[str, str]:
     """Return tokens, disk and time of all plans: "at most" where a part is a bound, "and more"
     where a part is not known."""
 
@@ -143,11 +144,11 @@ def totals(plans: list[StagePlan]) -> list[str]:
         bound = any(plan.is_bound and value(plan) for plan in plans)
         return f"{'at most ' if bound else ''}{form(sum(known))}"
 
-    return [
-        total(lambda plan: plan.tokens, "{:,}".format),
-        total(lambda plan: plan.disk_bytes, size_text),
-        total(lambda plan: plan.seconds, time_text),
-    ]
+    return {
+        "tokens": total(lambda plan: plan.tokens, "{:,}".format),
+        "disk": total(lambda plan: plan.disk_bytes, size_text),
+        "time": total(lambda plan: plan.seconds, time_text),
+    }
 
 
 def print_plan(plan: StagePlan, as_json: bool) -> None:

@@ -75,7 +75,7 @@ class PipelinePlan:
             {"label": label, "done": plan is None, "plan": plan and asdict(plan)}
             for label, plan in self.steps
         ]
-        total = dict(zip(("tokens", "disk", "time"), totals(self.remaining()), strict=True))
+        total = totals(self.remaining())
         return {"out": str(self.out), "steps": steps, "total": total, "notes": self.notes}
 
 
@@ -216,10 +216,9 @@ class _Planner:
         room = config.sampling.max_tokens if asks else draft
         # The filter rejects a longer one.
         rewrite = min(room, int(config.filters.max_ratio * draft))
-        in_all = longest_asked + draft + room if asks else 0
-        notes = []
-        teachers = f"the teacher's context of {setup.context:,}"
+        notes, in_all, teachers = [], 0, f"the teacher's context of {setup.context:,}"
         if asks:
+            in_all = longest_asked + draft + room
             parts = f"rewrite prompt {longest_asked:,} + draft {draft:,} + rewrite {room:,}"
             dropped = "drafts that do not fit get the status too_long"
             notes.append(_budget(parts, in_all, teachers, setup.context, dropped))

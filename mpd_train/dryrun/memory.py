@@ -127,15 +127,17 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
+        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        for storage in (x.untyped_storage() for x in outputs):
+            if storage not in self._known:
+                self._known[storage] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._remove, storage.nbytes())
         self.peak = max(self.peak, self.now)
         if func is torch.ops.aten._to_copy.default:
             number = self._numbers.setdefault(args[0].untyped_storage(), next(self._next))
             self.converted[result.untyped_storage()] = number
         if any(part in str(func) for part in _PRODUCTS):
-            outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
             if self.products is not None:
                 self.products += outputs
             for tensor in [*tree_leaves(args), *outputs]:
@@ -145,13 +147,6 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.loss = workspace_bytes(Inputs(*args), self._device)
             self.peak = max(self.peak, self.now + self.loss)
         return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self._known:
-            size = storage.nbytes()
-            self._known[storage] = size
-            self.now += size
-            weakref.finalize(storage, self._remove, size)
 
     def _remove(self, size: int) -> None:
         self.now -= size

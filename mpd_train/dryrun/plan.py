@@ -23,12 +23,12 @@ from mpd_train.model.causal_lm import skeleton
 from mpd_train.setup import TrainSetup, check_models, check_settings
 
 
-def footprint(
-    config: TrainConfig, student: ModelFiles, num_steps: int
-) -> tuple[int, dict[str, str]]:
-    """Return the bytes that the run takes on disk, for its checkpoints, which are freed at its end,
-    and its export; and a plan's details of them. Raises ConfigError for adapters that do not fit
-    the student."""
+def _plan(
+    config: TrainConfig, student: ModelFiles, learned: Learned | None, rows: int, num_steps: int,
+    details: dict[str, Any], finished: bool = False, **fields: Any,
+) -> StagePlan:  # fmt: skip
+    """Plan a training of `num_steps`, with the disk that it takes for checkpoints, which are freed
+    at its end, and for its export. Raises ConfigError for adapters that do not fit the student."""
     model = skeleton(student, config.trust_remote_code, torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     if config.lora.lora_r > 0:
@@ -43,12 +43,24 @@ def footprint(
     dtype = getattr(torch, str(name).removeprefix("torch."), torch.float32)
     adapter = 4 * trained if config.lora.lora_r > 0 else 0
     export_bytes = parameters * torch.finfo(dtype).bits // 8 + adapter
-    return checkpoint_bytes + export_bytes, {
+    sizes = {
         "parameters": f"{parameters:,}",
         "trained parameters": f"{trained:,}",
         "checkpoints on the way": size_text(checkpoint_bytes),
         "export": size_text(export_bytes),
     }
+    return make_plan(
+        "mpd-train",
+        config,
+        config.out,
+        learned,
+        rows=rows,
+        committed=rows if finished else 0,
+        owed=0 if finished else rows,
+        disk_bytes=0 if finished else checkpoint_bytes + export_bytes,
+        details=details | sizes,
+        **fields,
+    )
 
 
 @dataclass(frozen=True)
@@ -102,21 +114,11 @@ def plan_train_ahead(
     if config.max_steps is not None:
         steps = config.max_steps
         at_most = tokens = steps * per_step
-    disk_bytes, sizes = footprint(config, student, steps)
-    longest = ahead.longest_prompt + ahead.longest_rewrite
-    return make_plan(
-        "mpd-train",
-        config,
-        config.out,
-        learned,
-        rows=rows,
-        committed=0,
-        owed=rows,
-        tokens_expected=tokens,
-        tokens_at_most=at_most,
-        disk_bytes=disk_bytes,
-        details={"sequence, max": longest, "steps": steps, **sizes},
-    )
+    details = {"sequence, max": ahead.longest_prompt + ahead.longest_rewrite, "steps": steps}
+    return _plan(
+        config, student, learned, rows, steps, details,
+        tokens_expected=tokens, tokens_at_most=at_most,
+    )  # fmt: skip
 
 
 def plan_train(
@@ -161,21 +163,9 @@ def plan_train(
             **memory.details(),
         }
         notes += memory.advice(config, setup.device)
-    disk_bytes, sizes = footprint(config, setup.student, steps)
     refusal = f"Training does not start: the longest row has {max(lengths):,} tokens."
-    return make_plan(
-        "mpd-train",
-        config,
-        config.out,
-        learned,
-        rows=shards.num_rows,
-        committed=shards.num_rows if finished else 0,
-        owed=0 if finished else shards.num_rows,
-        tokens_expected=tokens,
-        tokens_at_most=tokens,
-        reasons=reasons,
-        refusal=refusal if reasons else None,
-        disk_bytes=0 if finished else disk_bytes,
-        details=details | sizes,
-        notes=notes,
-    )
+    return _plan(
+        config, setup.student, learned, shards.num_rows, steps, details, finished,
+        tokens_expected=tokens, tokens_at_most=tokens, reasons=reasons,
+        refusal=refusal if reasons else None, notes=notes,
+    )  # fmt: skip
