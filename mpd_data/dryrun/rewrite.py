@@ -76,7 +76,12 @@ def plan_rewrite(
             contexts += len(request.teacher_prompt_ids)
         longest = int(config.filters.max_ratio * rollout["num_completion_tokens"])
         kept_at_most += min(longest, config.sampling.max_tokens)
-    refusal = None
+    notes, refusal = server_notes(config.engine), None
+    if config.choose == "likeliest":
+        notes.append(
+            "The student chooses afterwards. The plan leaves out its time, and the disk of the copy"
+            " of the rewrites that it makes."
+        )
     if remaining and remaining == total and not asked:
         causes = [f"{n:,} {name} ({_REMEDIES[name]})" for name, n in sorted(not_asked.items())]
         refusal = f"No rollout can be rewritten. {'; '.join(causes)}".strip()
@@ -97,12 +102,7 @@ def plan_rewrite(
             **{f"not asked: {status}": n for status, n in sorted(not_asked.items())},
             **({"rollouts for the student to choose": waiting} if waiting else {}),
         },
-        notes=server_notes(config.engine)
-        + [
-            "The student chooses afterwards. The plan leaves out its time, and the disk of the copy"
-            " of the rewrites that it makes."
-        ]
-        * (config.choose == "likeliest"),
+        notes=notes,
     )
 
 

@@ -73,8 +73,9 @@ def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) ->
     """
     columns = columns_of(source)
 
-    def choose(option: str, given: str | None, before: str | None, usual: Any) -> str | None:
+    def choose(option: str, role: str, given: str | None, usual: Any) -> str | None:
         if train is not None:
+            before: str | None = getattr(train, role)
             given = before if before in columns else None
         if given is not None:
             if given not in columns:
@@ -94,16 +95,16 @@ def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) ->
                 return matching[0]
         return None
 
-    problem = choose("--prompt-column", config.prompt_column, train and train.problem, _PROBLEMS)
+    problem = choose("--prompt-column", "problem", config.prompt_column, _PROBLEMS)
     if problem is None:
         raise ConfigError(
             f"{source}: none of the columns {_names(columns)} has a usual name for problems"
             f" ({', '.join(name for names in _PROBLEMS for name in names)}). Name the"
             " column with --prompt-column."
         )
-    answer = choose("--answer-column", config.answer_column, train and train.answer, _ANSWERS)
+    answer = choose("--answer-column", "answer", config.answer_column, _ANSWERS)
     named_id = None if train is not None else config.id_column
-    id_ = choose("--id-column", named_id, train and train.id, _IDS)
+    id_ = choose("--id-column", "id", named_id, _IDS)
     rejected, rows = None, 0
     texts: dict[Any, Any] = {}
     for _, row in read_rows(source, [c for c in (problem, id_) if c]):

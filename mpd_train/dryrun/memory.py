@@ -135,8 +135,10 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 weakref.finalize(storage, self._remove, storage.nbytes())
         self.peak = max(self.peak, self.now)
         if func is torch.ops.aten._to_copy.default:
-            number = self._numbers.setdefault(args[0].untyped_storage(), next(self._next))
-            self.converted[result.untyped_storage()] = number
+            source = args[0].untyped_storage()
+            if source not in self._numbers:
+                self._numbers[source] = next(self._next)
+            self.converted[result.untyped_storage()] = self._numbers[source]
         if any(part in str(func) for part in _PRODUCTS):
             if self.products is not None:
                 self.products += outputs
