@@ -9,18 +9,8 @@ import torch
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.machine import provenance
-from mpd_data.common.models import (
-    ModelFiles,
-    load_tokenizer,
-    require_same_tokenizer,
-    resolve_model,
-)
-from mpd_data.store.run_record import (
-    read_record,
-    require_kind,
-    require_same_settings,
-    write_record,
-)
+from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer, resolve_model
+from mpd_data.store.run_record import read_record, require_kind, require_same_settings, write_record
 from mpd_train.config import TrainConfig
 from mpd_train.data.shard_set import ShardSet
 from mpd_train.metrics import load_trackers
