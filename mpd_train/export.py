@@ -136,12 +136,8 @@ def _write_model(student: CausalLM, folder: Path) -> None:
         for file in student.files.tokenizer_path.iterdir():
             # Everything but weights and config: tokenizer, chat template, generation config.
             described = file.suffix in (".json", ".jinja", ".model", ".txt")
-            if (
-                described
-                and not file.name.endswith(".index.json")
-                and file.name != "adapter_config.json"
-                and not (staging / file.name).exists()
-            ):
+            of_weights = file.name.endswith(".index.json") or file.name == "adapter_config.json"
+            if described and not of_weights and not (staging / file.name).exists():
                 shutil.copyfile(file, staging / file.name)
 
 

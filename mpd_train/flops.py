@@ -1,7 +1,6 @@
 """Count a training step's FLOPs, for the share of the device's peak that it reaches (MFU)."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,8 +31,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((peak for part, peak in _PEAKS.items() if part in name), None)
 
 
-@dataclass(frozen=True)
-class StepFlops:
+class StepFlops(NamedTuple):
     """FLOPs of a training step's matrix products: for each token, each loss token, and each pair
     of a token and one that it attends to. Recomputed activations and elementwise work do not count:
     the convention of MFU (arXiv:2204.02311, appendix B)."""
@@ -57,16 +55,10 @@ def step_flops(student: CausalLM, teacher: CausalLM | None) -> StepFlops | None:
     mixture of experts, whose tokens do not all go through all weights. Each token is taken to
     attend to all before it in its sequence, and the teacher's sequences to be the student's."""
     ours = _model_flops(student, True)
-    if ours is None or teacher is None:
-        return ours
-    theirs = _model_flops(teacher, False)
-    if theirs is None:
+    theirs = StepFlops(0, 0, 0) if teacher is None else _model_flops(teacher, False)
+    if ours is None or theirs is None:
         return None
-    return StepFlops(
-        ours.per_token + theirs.per_token,
-        ours.per_loss_token + theirs.per_loss_token,
-        ours.per_pair + theirs.per_pair,
-    )
+    return StepFlops(*map(sum, zip(ours, theirs, strict=True)))
 
 
 def _model_flops(model: CausalLM, trained: bool) -> StepFlops | None:

@@ -31,14 +31,9 @@ class CausalLM:
     softcap: float | None = None
 
     def __init__(
-        self,
-        files: ModelFiles,
-        device: torch.device,
-        weights_dtype: torch.dtype,
-        trust_remote_code: bool,
-        attn_implementation: str | None = None,
-        merged: bool = True,
-    ) -> None:
+        self, files: ModelFiles, device: torch.device, weights_dtype: torch.dtype,
+        trust_remote_code: bool, attn_implementation: str | None = None, merged: bool = True,
+    ) -> None:  # fmt: skip
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
