@@ -9,17 +9,9 @@ from mpd_train.model.causal_lm import CausalLM
 # FLOP/s of dense bfloat16 products with float32 sums, from NVIDIA's data sheets, by a part of the
 # device's name; the first that fits counts.
 _PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12,
+    "A100": 312e12, "A800": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12,
+}  # fmt: skip
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

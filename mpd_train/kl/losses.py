@@ -40,24 +40,12 @@ class KLOutput:
 
 
 def sparse_kl(
-    hidden: Tensor,
-    weight: Tensor,
-    topk_ids: Tensor,
-    topk_logprobs: Tensor,
-    tail_logprobs: Tensor,
-    *,
-    normalizer: float | Tensor,
-    bias: Tensor | None = None,
-    divergence: Divergence = Divergence(),
-    temperature: float = 1.0,
-    weights: Tensor | None = None,
-    divergence_clip: float | None = None,
-    labels: Tensor | None = None,
-    ce_weight: float = 0.0,
-    softcap: float | None = None,
-    backend: Backend | None = None,
-    chunk_size: int | None = None,
-) -> KLOutput:
+    hidden: Tensor, weight: Tensor, topk_ids: Tensor, topk_logprobs: Tensor, tail_logprobs: Tensor,
+    *, normalizer: float | Tensor, bias: Tensor | None = None,
+    divergence: Divergence = Divergence(), temperature: float = 1.0, weights: Tensor | None = None,
+    divergence_clip: float | None = None, labels: Tensor | None = None, ce_weight: float = 0.0,
+    softcap: float | None = None, backend: Backend | None = None, chunk_size: int | None = None,
+) -> KLOutput:  # fmt: skip
     """Return the divergence from a teacher known by its top K and the mass outside them.
 
     hidden [n, H] student states; weight [V, H], bias [V] student head; topk_ids int [n, K];
@@ -118,25 +106,13 @@ def sparse_kl(
 
 
 def dense_kl(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    normalizer: float | Tensor,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    divergence: Divergence = Divergence(),
-    temperature: float = 1.0,
-    weights: Tensor | None = None,
-    divergence_clip: float | None = None,
-    labels: Tensor | None = None,
-    ce_weight: float = 0.0,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    backend: Backend | None = None,
-    chunk_size: int | None = None,
-) -> KLOutput:
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
+    *, normalizer: float | Tensor, bias: Tensor | None = None, teacher_bias: Tensor | None = None,
+    divergence: Divergence = Divergence(), temperature: float = 1.0, weights: Tensor | None = None,
+    divergence_clip: float | None = None, labels: Tensor | None = None, ce_weight: float = 0.0,
+    softcap: float | None = None, teacher_softcap: float | None = None,
+    backend: Backend | None = None, chunk_size: int | None = None,
+) -> KLOutput:  # fmt: skip
     """Return the divergence from a teacher over the full vocabulary, given its states and head.
 
     hidden [n, H], weight [V, H], bias [V]; teacher_hidden [n, Ht], teacher_weight [V, Ht],
