@@ -52,13 +52,9 @@ class Progress:
 
 
 def save(
-    folder: Path,
-    step: int,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, progress: Progress,
     ranks: Ranks,
-) -> None:
+) -> None:  # fmt: skip
     """Commit the state after `step` optimiser steps and delete all but the newest two. Raise
     OSError if it cannot be written."""
     state = {"step": step, **asdict(progress)}

@@ -122,7 +122,12 @@ def _resolve_student(
 def _write_model(student: CausalLM, folder: Path) -> None:
     """Write the student as a model folder for transformers and vLLM: safetensors in the dtype that
     it was loaded from, with its tokenizer, chat template and generation config."""
-    dtype = getattr(torch, _original_dtype(student.files))
+    from safetensors import safe_open
+
+    first_file = min(student.files.path.glob("*.safetensors"))
+    with safe_open(str(first_file), framework="pt") as weights:
+        stored = weights.get_slice(next(iter(weights.keys()))).get_dtype()
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32)
     # Parameters name a tied weight once, state_dict twice: converted separately, both copies would
     # be written.
     state = {name: p.detach().to(dtype) for name, p in student.model.named_parameters()}
@@ -136,18 +141,6 @@ def _write_model(student: CausalLM, folder: Path) -> None:
         for file in student.files.tokenizer_path.iterdir():
             # Everything but weights and config: tokenizer, chat template, generation config.
             described = file.suffix in (".json", ".jinja", ".model", ".txt")
-            if (
-                described
-                and not file.name.endswith(".index.json")
-                and file.name != "adapter_config.json"
-                and not (staging / file.name).exists()
-            ):
+            of_weights = file.name.endswith(".index.json") or file.name == "adapter_config.json"
+            if described and not of_weights and not (staging / file.name).exists():
                 shutil.copyfile(file, staging / file.name)
-
-
-def _original_dtype(files: ModelFiles) -> str:
-    from safetensors import safe_open
-
-    with safe_open(str(sorted(files.path.glob("*.safetensors"))[0]), framework="pt") as weights:
-        name: str = weights.get_slice(next(iter(weights.keys()))).get_dtype()
-    return {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(name, "float32")

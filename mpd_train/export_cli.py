@@ -8,9 +8,7 @@ from mpd_data.common.command import CONTEXT, Command, example, run_command
 
 
 @click.command(
-    cls=Command,
-    context_settings=CONTEXT,
-    epilog=example("mpd-export runs/round1 --out tried"),
+    cls=Command, context_settings=CONTEXT, epilog=example("mpd-export runs/round1 --out tried")
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option(

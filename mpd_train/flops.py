@@ -1,7 +1,6 @@
 """Count a training step's FLOPs, for the share of the device's peak that it reaches (MFU)."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,17 +9,9 @@ from mpd_train.model.causal_lm import CausalLM
 # FLOP/s of dense bfloat16 products with float32 sums, from NVIDIA's data sheets, by a part of the
 # device's name; the first that fits counts.
 _PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12,
+    "A100": 312e12, "A800": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12,
+}  # fmt: skip
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -32,8 +23,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((peak for part, peak in _PEAKS.items() if part in name), None)
 
 
-@dataclass(frozen=True)
-class StepFlops:
+class StepFlops(NamedTuple):
     """FLOPs of a training step's matrix products: for each token, each loss token, and each pair
     of a token and one that it attends to. Recomputed activations and elementwise work do not count:
     the convention of MFU (arXiv:2204.02311, appendix B)."""
@@ -57,16 +47,10 @@ def step_flops(student: CausalLM, teacher: CausalLM | None) -> StepFlops | None:
     mixture of experts, whose tokens do not all go through all weights. Each token is taken to
     attend to all before it in its sequence, and the teacher's sequences to be the student's."""
     ours = _model_flops(student, True)
-    if ours is None or teacher is None:
-        return ours
-    theirs = _model_flops(teacher, False)
-    if theirs is None:
+    theirs = StepFlops(0, 0, 0) if teacher is None else _model_flops(teacher, False)
+    if ours is None or theirs is None:
         return None
-    return StepFlops(
-        ours.per_token + theirs.per_token,
-        ours.per_loss_token + theirs.per_loss_token,
-        ours.per_pair + theirs.per_pair,
-    )
+    return StepFlops(*map(sum, zip(ours, theirs, strict=True)))
 
 
 def _model_flops(model: CausalLM, trained: bool) -> StepFlops | None:

@@ -19,7 +19,7 @@ from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
 from mpd_train.data.batches import Batch, Loader
 from mpd_train.data.packing import split_packs
-from mpd_train.data.shard_set import Pack, ShardSet
+from mpd_train.data.shard_set import Pack
 from mpd_train.distributed import Ranks, ranks
 from mpd_train.export import export
 from mpd_train.flops import peak_flops, step_flops
@@ -75,7 +75,13 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     prepared = setup(config)
     device = prepared.device
     # The folder is claimed after all that may refuse the settings.
-    _require_work_for_all(config, ranks)
+    size = config.gradient_accumulation_steps
+    if size < ranks.size:
+        raise ConfigError(
+            f"--gradient-accumulation-steps {size} is the number of packs in an optimiser step, of"
+            f" all processes together; with {ranks.size} processes some would have nothing to do."
+            f" Give {ranks.size} or a multiple of it."
+        )
     packs, held_out = split_packs(prepared.shards, config)
     if ranks.first:
         name = "cpu" if device.type == "cpu" else device_name()
@@ -90,15 +96,10 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
             print(f"{model_folder}: this run has finished; nothing to do.", file=sys.stderr)
         return model_folder
     student, teacher = load_models(
-        config,
-        prepared.student,
-        prepared.teacher,
-        device,
-        prepared.dtype,
-        prepared.attn_implementation,
-        ranks,
-    )
-    trainer = Trainer(config, prepared, student, teacher, packs, held_out, done, ranks)
+        config, prepared.student, prepared.teacher, device, prepared.dtype,
+        prepared.attn_implementation, ranks,
+    )  # fmt: skip
+    trainer = Trainer(prepared, student, teacher, packs, held_out, done, ranks)
     trainer.run()
     if config.validation.early_stopping_patience > 0:
         checkpoint.load_best(config.out / "checkpoints", trainer.progress, student.model)
@@ -106,17 +107,6 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     del trainer
     _export(config, student, ranks)
     return model_folder
-
-
-def _require_work_for_all(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise ConfigError where a step has fewer packs than there are processes."""
-    size = config.gradient_accumulation_steps
-    if size < ranks.size:
-        raise ConfigError(
-            f"--gradient-accumulation-steps {size} is the number of packs in an optimiser step, of"
-            f" all processes together; with {ranks.size} processes some would have nothing to do."
-            f" Give {ranks.size} or a multiple of it."
-        )
 
 
 def _steps_done(out: Path, ranks: Ranks) -> int | None:
@@ -137,16 +127,10 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        prepared: TrainSetup,
-        student: CausalLM,
-        teacher: CausalLM | None,
-        packs: list[Pack],
-        held_out: list[Pack],
-        done: int,
-        ranks: Ranks,
-    ) -> None:
+        self, prepared: TrainSetup, student: CausalLM, teacher: CausalLM | None, packs: list[Pack],
+        held_out: list[Pack], done: int, ranks: Ranks,
+    ) -> None:  # fmt: skip
+        config = prepared.config
         self.config, self.student, self.teacher = config, student, teacher
         self.shards, self.vocab_size = prepared.shards, prepared.vocab_size
         self.device, self.dtype, self.ranks = prepared.device, prepared.dtype, ranks
@@ -223,11 +207,9 @@ class Trainer:
         if self.recorder is not None:
             seconds = time.perf_counter() - begun
             record |= {
-                "grad_norm": norm,
-                "learning_rate": rate,
-                "loss_tokens": loss_tokens,
+                "grad_norm": norm, "learning_rate": rate, "loss_tokens": loss_tokens,
                 "tokens": sum(pack.num_tokens for pack in packs),
-            }
+            }  # fmt: skip
             if self.flops is not None and self.peak is not None:
                 flops = self.flops.total(loss_tokens, self.shards.lengths_of(packs))
                 record["mfu"] = flops / (seconds * self.peak * ranks.size)
@@ -248,9 +230,8 @@ class Trainer:
                 " Check the round with mpd-gen validate."
             )
         if self.recorder is not None:
-            self.recorder.write(
-                {"step": done, "validation_loss": value, "validation_tokens": tokens}
-            )
+            record = {"step": done, "validation_loss": value, "validation_tokens": tokens}
+            self.recorder.write(record)
         if self.progress.best is None or value < self.progress.best:
             self.progress = checkpoint.Progress(value, done)
             if self.config.validation.early_stopping_patience > 0:
@@ -267,16 +248,23 @@ class Trainer:
             )  # fmt: skip
 
     def _diverged(self, step: int, loss: float, norm: float, batches: list[Batch]) -> MPDError:
-        """Save the step's batches; return the error that says so."""
-        folder = _save_batches(self.config.out, step + 1, batches, self.ranks)
+        """Save this process's batches of the step, a file for each pack; return the error that
+        says so, and names the first 20 of its rows: FILE:ROW_GROUP:ROW."""
+        folder = self.config.out / "failed" / f"step-{step + 1:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, batch in enumerate(batches):
+            tensors = {name: x.cpu().contiguous() for name, x in vars(batch).items()}
+            save_file(tensors, folder / f"rank-{self.ranks.rank}-pack-{index}.safetensors")
+        groups = self.shards.groups
+        places = [(groups[g], r) for pack in self.steps[step] for g, r in pack.rows][:20]
+        rows = ", ".join(f"{group.path.name}:{group.index}:{row}" for group, row in places)
         # Until every process has saved its own: torchrun ends the others when one exits.
         self.ranks.wait()
         return MPDError(
             f"step {step + 1}: loss {loss}, gradient norm {norm}; expected at most --max-loss"
             f" {self.config.max_loss:g} and finite gradients. Its batches are in {folder}, from"
-            f" these rows: {_rows_of(self.shards, self.steps[step])}. The last checkpoint is from"
-            " before it. Check the round with mpd-gen validate; for a lower --learning-rate give"
-            " another --out or --overwrite."
+            f" these rows: {rows}. The last checkpoint is from before it. Check the round with"
+            " mpd-gen validate; for a lower --learning-rate give another --out or --overwrite."
         )
 
 
@@ -296,19 +284,3 @@ def _delete_checkpoints(out: Path) -> None:
     """Weights and moments: three times the model's size each."""
     if (out / "checkpoints").exists():
         shutil.rmtree(out / "checkpoints")
-
-
-def _save_batches(out: Path, step: int, batches: list[Batch], ranks: Ranks) -> Path:
-    """Write this process's batches of a step that diverged, a file for each pack."""
-    folder = out / "failed" / f"step-{step:06d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, batch in enumerate(batches):
-        tensors = {name: x.cpu().contiguous() for name, x in vars(batch).items()}
-        save_file(tensors, folder / f"rank-{ranks.rank}-pack-{index}.safetensors")
-    return folder
-
-
-def _rows_of(shards: ShardSet, packs: list[Pack]) -> str:
-    """Name the first 20 rows of the packs: FILE:ROW_GROUP:ROW."""
-    places = [(shards.groups[g], r) for pack in packs for g, r in pack.rows]
-    return ", ".join(f"{group.path.name}:{group.index}:{row}" for group, row in places[:20])

@@ -15,13 +15,9 @@ from mpd_train.model.device import autocast
 
 
 def pack_loss(
-    student: CausalLM,
-    teacher: CausalLM | None,
-    batch: Batch,
-    vocab_size: int,
-    loss: LossConfig,
+    student: CausalLM, teacher: CausalLM | None, batch: Batch, vocab_size: int, loss: LossConfig,
     normalizer: float,
-) -> KLOutput:
+) -> KLOutput:  # fmt: skip
     """Return the loss of one pack, from the cached top K or from `teacher`'s full vocabulary. Only
     the states that predict a loss token are multiplied with the head."""
     states = student.states(batch.input_ids, batch.position_ids)[0, batch.loss_positions]
@@ -63,25 +59,26 @@ class Sums:
 
     def __init__(self, loss: LossConfig) -> None:
         self._loss = loss
+        self._names: list[str] = []
         self._sums: Tensor | None = None
 
     def add(self, output: KLOutput, batch: Batch) -> None:
-        clip = self._loss.divergence_clip
-        sums = torch.stack(
-            [
-                output.loss.detach().double(),
-                output.per_token.double().sum(),
-                output.student_entropy.double().sum(),
-                output.teacher_entropy.double().sum(),
-                output.topk_mass.double().sum(),
-                batch.tail_logprobs.double().exp().sum(),
-                output.agreement.double().sum(),
-                output.cross_entropy.double().sum(),
-                (output.per_token > (torch.inf if clip is None else clip)).double().sum(),
-            ]
-        )
+        parts = {
+            "kl": output.per_token,
+            "student_entropy": output.student_entropy,
+            "teacher_entropy": output.teacher_entropy,
+            "topk_mass": output.topk_mass,
+            "teacher_tail_mass": batch.tail_logprobs.double().exp(),
+            "agreement": output.agreement,
+        }
+        if self._loss.ce_weight > 0:
+            parts["cross_entropy"] = output.cross_entropy
+        if self._loss.divergence_clip is not None:
+            parts["clipped"] = output.per_token > self._loss.divergence_clip
+        self._names = list(parts)
+        sums = [output.loss.detach().double(), *(x.double().sum() for x in parts.values())]
         # Added on the device: reading a number would wait for it.
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._sums = torch.stack(sums) + (0.0 if self._sums is None else self._sums)
 
     def per_token(self, num_tokens: int, ranks: Ranks) -> dict[str, float]:
         """Return the `loss`, a sum, and means over `num_tokens`, the loss tokens of all processes.
@@ -91,28 +88,14 @@ class Sums:
         `clipped`: share of tokens above the clip, if there is one."""
         assert self._sums is not None
         loss, *sums = ranks.sum(self._sums.tolist())
-        names = [
-            "kl", "student_entropy", "teacher_entropy", "topk_mass", "teacher_tail_mass",
-            "agreement", "cross_entropy", "clipped",
-        ]  # fmt: skip
-        record = {name: value / num_tokens for name, value in zip(names, sums, strict=True)}
-        if self._loss.ce_weight == 0:
-            del record["cross_entropy"]
-        if self._loss.divergence_clip is None:
-            del record["clipped"]
+        record = {name: x / num_tokens for name, x in zip(self._names, sums, strict=True)}
         return {"loss": loss, **record}
 
 
 def validate(
-    student: CausalLM,
-    teacher: CausalLM | None,
-    loader: Loader,
-    packs: list[Pack],
-    vocab_size: int,
-    loss: LossConfig,
-    dtype: torch.dtype,
-    ranks: Ranks,
-) -> tuple[float, int]:
+    student: CausalLM, teacher: CausalLM | None, loader: Loader, packs: list[Pack],
+    vocab_size: int, loss: LossConfig, dtype: torch.dtype, ranks: Ranks,
+) -> tuple[float, int]:  # fmt: skip
     """Return the mean loss over the packs' loss tokens, and their number: divergence without a
     clip, and cross-entropy mixed as in training; no gradients, dropout off."""
     tokens = sum(pack.num_loss_tokens for pack in packs)

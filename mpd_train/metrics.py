@@ -83,16 +83,12 @@ class Recorder:
     def step(self, step: int, record: dict[str, float], seconds: float, waited: float) -> None:
         """Record an optimiser step that took `seconds`, of which it `waited` for data."""
         pace = record["tokens"] / seconds
-        self.write(
-            {
-                "step": step,
-                **record,
-                "seconds": round(seconds, 4),
-                "data_seconds": round(waited, 4),
-                "tokens_per_second": round(pace, 1),
-                "peak_memory_gib": round(peak_memory() / 2**30, 3),
-            }
-        )
+        self.write({
+            "step": step, **record,
+            "seconds": round(seconds, 4), "data_seconds": round(waited, 4),
+            "tokens_per_second": round(pace, 1),
+            "peak_memory_gib": round(peak_memory() / 2**30, 3),
+        })  # fmt: skip
         self._text = f"loss {record['loss']:.4f}, {pace:,.0f} tok/s"
         self._meter.advance()
         self._meter.show(self._text)

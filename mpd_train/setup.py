@@ -9,18 +9,8 @@ import torch
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.machine import provenance
-from mpd_data.common.models import (
-    ModelFiles,
-    load_tokenizer,
-    require_same_tokenizer,
-    resolve_model,
-)
-from mpd_data.store.run_record import (
-    read_record,
-    require_kind,
-    require_same_settings,
-    write_record,
-)
+from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer, resolve_model
+from mpd_data.store.run_record import read_record, require_kind, require_same_settings, write_record
 from mpd_train.config import TrainConfig
 from mpd_train.data.shard_set import ShardSet
 from mpd_train.metrics import load_trackers
@@ -82,16 +72,22 @@ def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, t
 
 
 def check_models(
-    config: TrainConfig,
-    student: ModelFiles,
-    teacher: ModelFiles | None,
-    device: torch.device,
+    config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None, device: torch.device,
     dtype: torch.dtype,
-) -> str | None:
+) -> str | None:  # fmt: skip
     """Return the attention to load both models with (`attention`), from their configurations
     alone. Raise ConfigError for a quantised student, for adapters, to be trained or to be merged,
     that do not fit their models, and for attention that these do not have."""
-    _require_plain_weights(student)
+    name = "quantization_config"
+    # A model of several modalities may have it for the text alone.
+    quantised = student.config.get(name) or student.text_config.get(name)
+    # Adapters on a quantised base are refused in lora.py.
+    if quantised is not None and student.adapter is None:
+        raise ConfigError(
+            f"{student.name}: a quantised model ({quantised.get('quant_method', 'unknown')}), whose"
+            " weights are too coarse to be trained. Give the model that it was made from, and"
+            " quantise the trained one."
+        )
     meta = torch.device("meta")
     if config.lora.lora_r > 0 or student.adapter is not None:
         load_student(config, student, meta, None)
@@ -99,20 +95,6 @@ def check_models(
         CausalLM(teacher, meta, torch.float32, config.trust_remote_code)
     models = [student] if teacher is None else [student, teacher]
     return attention(config, device, dtype, models)
-
-
-def _require_plain_weights(student: ModelFiles) -> None:
-    """Raise ConfigError for a quantised student. Adapters on a quantised base are refused in
-    lora.py."""
-    name = "quantization_config"
-    # A model of several modalities may have it for the text alone.
-    quantised = student.config.get(name) or student.text_config.get(name)
-    if quantised is not None and student.adapter is None:
-        raise ConfigError(
-            f"{student.name}: a quantised model ({quantised.get('quant_method', 'unknown')}), whose"
-            " weights are too coarse to be trained. Give the model that it was made from, and"
-            " quantise the trained one."
-        )
 
 
 def setup(config: TrainConfig, weights: bool = True, overwrite: bool = False) -> TrainSetup:
@@ -171,17 +153,13 @@ def setup(config: TrainConfig, weights: bool = True, overwrite: bool = False) ->
 def check_claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Return what run.json holds of the training in `out`, {} where it is new. Raises ConfigError
     where it began with other settings."""
-    require_kind(out, "training")
     saved = read_record(out, "training")
-    require_same_settings(
-        out,
-        "mpd-train",
-        saved.get("identity"),
-        identity,
+    remedy = (
         "For other settings give another --out, or run mpd-train with --overwrite, which deletes"
-        " what this training has written.",
-        any((out / name).exists() for name in ("model", "checkpoints")),
+        " what this training has written."
     )
+    has_results = any((out / name).exists() for name in ("model", "checkpoints"))
+    require_same_settings(out, "mpd-train", saved.get("identity"), identity, remedy, has_results)
     return saved
 
 

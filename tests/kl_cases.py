@@ -36,6 +36,16 @@ else:
 of_targets = pytest.mark.parametrize("target", TARGETS, ids=str)
 of_kinds = pytest.mark.parametrize("kind", KINDS)
 of_divergences = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+
+
+def of_kinds_and_targets(test):
+    return of_kinds(of_targets(test))
+
+
+def of_all(test):
+    return of_divergences(of_kinds_and_targets(test))
+
+
 STUDENT = ("hidden", "weight", "bias")
 DENSE = ("teacher_hidden", "teacher_weight")
 SPARSE = ("topk_ids", "topk_logprobs", "tail_logprobs")
@@ -106,6 +116,11 @@ def run(kind, data, dtype, target, backward=True, within=contextlib.nullcontext,
 
 def reference(kind, data, **options):
     return run(kind, data, torch.float64, ("reference", "cpu"), **options)
+
+
+def both(kind, data, dtype, target, **options):
+    """What `target` gives in `dtype`, and the reference."""
+    return run(kind, data, dtype, target, **options), reference(kind, data, **options)
 
 
 def relative(found, exact):

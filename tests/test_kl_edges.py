@@ -77,8 +77,7 @@ def test_edges(target, kind, divergence, edge, ce_weight):
         data["labels"] = torch.arange(len(data["hidden"]))
     options = {"divergence": divergence, "ce_weight": ce_weight}
     dtype, tolerance = (torch.float32, 3e-5) if target[0] == "triton" else (torch.float64, 1e-12)
-    found = cases.run(kind, data, dtype, target, **options)
-    expected = cases.reference(kind, data, **options)
+    found, expected = cases.both(kind, data, dtype, target, **options)
     for x in found[1:]:
         assert x.isfinite().all()
     if edge == "large_logits":
@@ -88,8 +87,7 @@ def test_edges(target, kind, divergence, edge, ce_weight):
     cases.assert_close(found, expected, tolerance)
 
 
-@cases.of_kinds
-@cases.of_targets
+@cases.of_kinds_and_targets
 def test_large_logits_in_float32(target, kind):
     data = large(cases.make())
     for divergence in DIVERGENCES:
@@ -98,8 +96,7 @@ def test_large_logits_in_float32(target, kind):
             assert x.isfinite().all(), divergence
 
 
-@cases.of_kinds
-@cases.of_targets
+@cases.of_kinds_and_targets
 def test_all_masked_gives_a_connected_zero(target, kind):
     data = cases.make() | {"weights": torch.zeros(N)}
     out, dh, dw = cases.run(kind, data, torch.float32, target)
@@ -119,8 +116,7 @@ def test_no_rows_give_a_connected_zero(target):
         assert dw.abs().max() == 0
 
 
-@cases.of_kinds
-@cases.of_targets
+@cases.of_kinds_and_targets
 def test_nan_and_nonsense_in_a_masked_row_stay_there(target, kind):
     data = cases.with_labels(cases.make())
     data["weights"] = torch.ones(N)
@@ -140,9 +136,7 @@ def test_nan_and_nonsense_in_a_masked_row_stay_there(target, kind):
 
 
 @pytest.mark.parametrize("whose", ["hidden", "teacher_hidden"])
-@cases.of_divergences
-@cases.of_kinds
-@cases.of_targets
+@cases.of_all
 def test_a_nan_reaches_the_loss(target, kind, divergence, whose):
     """Of a model that has broken. A GPU's maximum of it and a number is the number."""
     data = cases.make()

@@ -11,9 +11,7 @@ from mpd_train.kl import Divergence
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@cases.of_divergences
-@cases.of_kinds
-@cases.of_targets
+@cases.of_all
 def test_equals_reference(target, kind, divergence, mix):
     data, options = cases.mixed(mix, kind, cases.make())
     dtype, tolerance = cases.exact(target)
@@ -25,8 +23,7 @@ def test_equals_reference(target, kind, divergence, mix):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 64, None])
-@cases.of_kinds
-@cases.of_targets
+@cases.of_kinds_and_targets
 def test_chunks_do_not_matter(target, kind, chunk_size):
     data = cases.make()
     dtype, tolerance = cases.exact(target)
@@ -34,8 +31,7 @@ def test_chunks_do_not_matter(target, kind, chunk_size):
     cases.assert_close(found, cases.reference(kind, data), tolerance)
 
 
-@cases.of_kinds
-@cases.of_targets
+@cases.of_kinds_and_targets
 def test_accumulated_parts_are_the_whole(target, kind):
     data = cases.with_labels(cases.make())
     options = {"ce_weight": 0.2, "divergence": Divergence("jsd")}
@@ -86,8 +82,7 @@ def test_more_ids_than_a_program_of_triton_holds(target):
     cases.assert_close(cases.run("sparse", data, torch.float32, target), expected, 2e-5)
 
 
-@cases.of_kinds
-@cases.of_targets
+@cases.of_kinds_and_targets
 def test_rows_without_weight_and_strides_do_not_matter(target, kind):
     """Where all rows have weight they are taken as they lie, and else copied out."""
     data = cases.with_labels(cases.make())
@@ -127,9 +122,7 @@ def test_rows_without_weight_and_strides_do_not_matter(target, kind):
         assert cases.relative(view.grad, want) < 1e-6
 
 
-@cases.of_divergences
-@cases.of_kinds
-@cases.of_targets
+@cases.of_all
 def test_a_constant_added_to_the_logits_does_not_matter(target, kind, divergence):
     data = cases.make()
     zero = torch.zeros(V, dtype=torch.float64)
@@ -139,9 +132,7 @@ def test_a_constant_added_to_the_logits_does_not_matter(target, kind, divergence
                  [x if i == 0 else x.cpu() for i, x in enumerate(plain)], 3e-5)  # fmt: skip
 
 
-@cases.of_divergences
-@cases.of_kinds
-@cases.of_targets
+@cases.of_all
 def test_zero_where_teacher_is_student(target, kind, divergence):
     out, dh, dw = cases.run(kind, cases.make(gap=0.0), torch.float32, target, divergence=divergence)
     assert out.per_token.abs().max() <= 1e-5
@@ -152,9 +143,7 @@ def test_zero_where_teacher_is_student(target, kind, divergence):
     assert other.per_token.min() > 1e-4
 
 
-@cases.of_divergences
-@cases.of_kinds
-@cases.of_targets
+@cases.of_all
 def test_never_negative(target, kind, divergence):
     for seed in range(3):
         out, *_ = cases.run(
@@ -163,8 +152,7 @@ def test_never_negative(target, kind, divergence):
         assert out.per_token.min() >= -1e-6
 
 
-@cases.of_kinds
-@cases.of_targets
+@cases.of_kinds_and_targets
 def test_a_token_above_the_clip_gets_no_gradient(target, kind):
     data = cases.make()
     clip = cases.clip_of(kind, data)
@@ -176,9 +164,7 @@ def test_a_token_above_the_clip_gets_no_gradient(target, kind):
     assert out.cross_entropy.abs().max() == 0
 
 
-@cases.of_divergences
-@cases.of_kinds
-@cases.of_targets
+@cases.of_all
 def test_the_squared_temperature_keeps_the_gradient(target, kind, divergence):
     """Far above the logits' spread the divergence falls with the square of the temperature."""
     norms = []
@@ -205,8 +191,7 @@ def test_a_divergence_ignores_what_is_not_its(target):
     assert torch.equal(plain[0].loss, other[0].loss)
 
 
-@cases.of_kinds
-@cases.of_targets
+@cases.of_kinds_and_targets
 def test_agreement_is_about_one_token(target, kind):
     """And not about its place in a block: the interpreter's has 512."""
     data = cases.make(n=4)

@@ -9,27 +9,21 @@ from kl_cases import LONG, H, N, V
 
 
 @pytest.mark.parametrize("gap", [3.0, 0.3, 0.03])
-@cases.of_divergences
-@cases.of_kinds
-@cases.of_targets
+@cases.of_all
 def test_float32_error(target, kind, divergence, gap):
     data = cases.make(gap=gap)
-    expected = cases.reference(kind, data, divergence=divergence)
-    found = cases.run(kind, data, torch.float32, target, divergence=divergence)
+    found, expected = cases.both(kind, data, torch.float32, target, divergence=divergence)
     # Logits of 10 have errors of 1e-6, which count against a gap as small as 0.03.
     cases.assert_close(found, expected, 2e-5 if gap > 0.1 else 1e-3)
 
 
 @pytest.mark.parametrize("gap", [3.0, 0.3, 0.03])
-@cases.of_divergences
-@cases.of_kinds
-@cases.of_targets
+@cases.of_all
 def test_bfloat16_inputs_keep_float32_logits(target, kind, divergence, gap):
     """Half a percent in the gradients; logits in bfloat16 put them off by more than their size
     where student and teacher nearly agree."""
     data = rounded(cases.make(gap=gap, std=8.0, dtype=torch.bfloat16))
-    expected = cases.reference(kind, data, divergence=divergence)
-    found = cases.run(kind, data, torch.bfloat16, target, divergence=divergence)
+    found, expected = cases.both(kind, data, torch.bfloat16, target, divergence=divergence)
     cases.assert_gradients_close(found, expected, cases.half_a_percent(target))
 
 
@@ -45,8 +39,7 @@ def rounded(data):
 def test_rows_of_several_blocks_in_bfloat16(target, kind, divergence):
     """Triton writes a sparse teacher's gradient over the logits that it is made from."""
     data = rounded(cases.make(gap=0.3, std=8.0, vocab=LONG, dtype=torch.bfloat16))
-    expected = cases.reference(kind, data, divergence=divergence)
-    found = cases.run(kind, data, torch.bfloat16, target, divergence=divergence)
+    found, expected = cases.both(kind, data, torch.bfloat16, target, divergence=divergence)
     cases.assert_gradients_close(found, expected, cases.half_a_percent(target))
 
 
@@ -70,8 +63,7 @@ def test_cross_entropy_of_a_sure_student_in_bfloat16(target, kind, sure, tempera
     # Half of the labels are to be in the tail: none take their places.
     data = without_every_other_label(data)
     options = {"ce_weight": 0.5, "temperature": temperature}
-    expected = cases.reference(kind, data, **options)
-    found = cases.run(kind, data, torch.bfloat16, target, **options)
+    found, expected = cases.both(kind, data, torch.bfloat16, target, **options)
     cases.assert_gradients_close(found, expected, cases.half_a_percent(target))
 
 

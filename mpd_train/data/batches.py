@@ -1,6 +1,6 @@
 """Read packs ahead and put them on the device."""
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -89,10 +89,7 @@ class Loader:
 def load_pack(shards: ShardSet, pack: Pack) -> Batch:
     """Read a pack's rows and concatenate them to one batch. Raise DataError for a broken row."""
     k = shards.metadata["num_logprobs"]
-    ids: list[npt.NDArray[np.int32]] = []
-    teacher_ids: list[npt.NDArray[np.int32]] = []
-    loss_positions, teacher_positions, labels = [], [], []
-    topk_ids, topk_logprobs, tails = [], [], []
+    parts: defaultdict[str, list[npt.NDArray[Any]]] = defaultdict(list)
     start, teacher_start = 0, 0
     for group, row in pack.rows:
         kept_before = int(np.count_nonzero(shards.groups[group].num_loss_tokens[:row]))
@@ -113,31 +110,29 @@ def load_pack(shards: ShardSet, pack: Pack) -> Batch:
                 " Check the round with `mpd-gen validate`."
             )
         context = values.get("teacher_prompt_ids", sequence[:first])
-        ids.append(sequence)
-        labels.append(sequence[first:])
-        teacher_ids.append(np.concatenate([context, sequence[first:]]))
-        # The state at position i predicts the token at i + 1.
-        loss_positions.append(start + np.arange(first, len(sequence)) - 1)
-        teacher_positions.append(teacher_start + len(context) + np.arange(num_loss) - 1)
-        topk_ids.append(values["topk_ids"].reshape(num_loss, k))
-        topk_logprobs.append(values["topk_logprobs"].reshape(num_loss, k))
-        tails.append(values["tail_logprobs"])
+        taught = np.concatenate([context, sequence[first:]])
+        of_row = {
+            "input_ids": sequence,
+            "position_ids": np.arange(len(sequence)),
+            # The state at position i predicts the token at i + 1.
+            "loss_positions": start + np.arange(first, len(sequence)) - 1,
+            "labels": sequence[first:],
+            "topk_ids": values["topk_ids"].reshape(num_loss, k),
+            "topk_logprobs": values["topk_logprobs"].reshape(num_loss, k),
+            "tail_logprobs": values["tail_logprobs"],
+            "teacher_input_ids": taught,
+            "teacher_position_ids": np.arange(len(taught)),
+            "teacher_loss_positions": teacher_start + len(context) + np.arange(num_loss) - 1,
+        }
+        for name, part in of_row.items():
+            parts[name].append(part)
         start += len(sequence)
-        teacher_start += len(teacher_ids[-1])
+        teacher_start += len(taught)
 
-    return Batch(
-        input_ids=_int64(np.concatenate(ids))[None],
-        position_ids=_int64(np.concatenate([np.arange(len(s)) for s in ids]))[None],
-        loss_positions=_int64(np.concatenate(loss_positions)),
-        labels=_int64(np.concatenate(labels)),
-        topk_ids=_int64(np.concatenate(topk_ids)),
-        topk_logprobs=torch.from_numpy(np.concatenate(topk_logprobs).astype(np.float32)),
-        tail_logprobs=torch.from_numpy(np.concatenate(tails).astype(np.float32)),
-        teacher_input_ids=_int64(np.concatenate(teacher_ids))[None],
-        teacher_position_ids=_int64(np.concatenate([np.arange(len(s)) for s in teacher_ids]))[None],
-        teacher_loss_positions=_int64(np.concatenate(teacher_positions)),
-    )
-
-
-def _int64(values: npt.NDArray[Any]) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64))
+    tensors = {}
+    for name, arrays in parts.items():
+        dtype = np.float32 if name.endswith("logprobs") else np.int64
+        tensors[name] = torch.from_numpy(np.concatenate(arrays).astype(dtype))
+        if name.endswith(("input_ids", "position_ids")):
+            tensors[name] = tensors[name][None]
+    return Batch(**tensors)

@@ -38,12 +38,9 @@ def split_packs(shards: ShardSet, config: TrainConfig) -> tuple[list[Pack], list
 
 
 def make_packs(
-    shards: ShardSet,
-    pack_length: int,
-    seed: int,
-    epoch: int,
+    shards: ShardSet, pack_length: int, seed: int, epoch: int,
     places: tuple[float, float] = (0.0, 1.0),
-) -> list[Pack]:
+) -> list[Pack]:  # fmt: skip
     """Return the packs of one epoch: at most `pack_length` tokens each, every kept row whose
     prompt's place is in `places` (from, below) in exactly one.
 

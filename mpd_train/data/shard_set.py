@@ -9,6 +9,7 @@ start at 0 in each, and attention stays inside a run of consecutive positions.
 """
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,13 +86,11 @@ class ShardSet:
         self.groups = [group for part in read_all(_groups_of, self.files) for group in part]
         self.num_rows = sum(int((g.num_loss_tokens > 0).sum()) for g in self.groups)
         if self.num_rows == 0:
-            counts: dict[str, int] = {}
-            for file in self.files:
-                for status in pq.read_table(file, columns=["status"]).column("status").to_pylist():
-                    counts[status] = counts.get(status, 0) + 1
+            tables = (pq.read_table(file, columns=["status"]) for file in self.files)
+            counts = Counter(status for table in tables for status in table["status"].to_pylist())
             raise ConfigError(
                 f"{', '.join(map(str, paths))}: no kept rewrite to train on; rows by status:"
-                f" {counts}. See `mpd-gen stats`."
+                f" {dict(counts)}. See `mpd-gen stats`."
             )
         self._cache: dict[int, dict[str, pa.ChunkedArray]] = {}
 
@@ -101,7 +100,13 @@ class ShardSet:
             path: {shard.name: shard.sha256 for shard in RoundDir(path).manifest("distill")}
             for path in {file.parent.parent for file in self.files}
         }
-        return [_committed_hash(file, manifests[file.parent.parent]) for file in self.files]
+        for file in self.files:
+            if file.name not in manifests[file.parent.parent]:
+                raise ConfigError(
+                    f"{file}: not in its round's manifest. Was it copied alone? Copy the whole"
+                    " round, or run mpd-gen rewrite on it, which indexes it."
+                )
+        return [manifests[file.parent.parent][file.name] for file in self.files]
 
     def lengths(self) -> list[int]:
         """Return the tokens of each kept row, prompt and rewrite."""
@@ -149,16 +154,6 @@ def _shards_of(path: Path) -> list[Path]:
             " folder of a round on which mpd-gen rewrite ran."
         )
     return files
-
-
-def _committed_hash(path: Path, manifest: dict[str, str]) -> str:
-    """sha256 of a shard, from its round's manifest (name -> sha256)."""
-    if path.name in manifest:
-        return manifest[path.name]
-    raise ConfigError(
-        f"{path}: not in its round's manifest. Was it copied alone? Copy the whole round, or run"
-        " mpd-gen rewrite on it, which indexes it."
-    )
 
 
 def _groups_of(path: Path) -> list[_Group]:

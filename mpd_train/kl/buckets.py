@@ -2,7 +2,7 @@
 ids and the logsumexp of the rest, so all but that softmax is computed over K + 1 buckets.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from mpd_train.kl.objective import Objective
 from mpd_train.kl.types import TopK
 
 
-@dataclass(frozen=True)
-class Tail:
+class Tail(NamedTuple):
     """Over the logits y [c, V] outside the K ids: `peak` max y, `total` sum exp(y - peak), `moment`
     sum exp(y - peak) (y - peak); each [c, 1]. `peak` is finite, `total` 0 where all are -inf."""
 
@@ -25,34 +24,23 @@ class Tail:
         return self.peak + self.total.log()
 
 
-@dataclass(frozen=True)
-class _Exponentials:
-    """A softmax between its two uses: exp(y - peak) [c, V]."""
-
-    tail: Tail
-    values: Tensor
-
-
-def _softmax(logits: Tensor, temperature: float) -> _Exponentials:
-    """Overwrite `logits` at temperature 1."""
+def _softmax(logits: Tensor, temperature: float) -> tuple[Tail, Tensor]:
+    """Return the sums over the logits and exp(y - peak) [c, V]. Overwrite `logits` at
+    temperature 1."""
     y = logits if temperature == 1 else logits / temperature
     # With no finite logit (every id is in the top K) the peak must still be finite.
     peak = y.amax(1, keepdim=True).clamp_(min=torch.finfo(y.dtype).min)
     exponentials = y.sub_(peak).exp()
     # Below this the exponential is 0, and 0 times -inf would be a NaN.
     moment = y.clamp_(min=-1e4).mul_(exponentials).sum(1, keepdim=True)
-    return _Exponentials(Tail(peak, exponentials.sum(1, keepdim=True), moment), exponentials)
+    return Tail(peak, exponentials.sum(1, keepdim=True), moment), exponentials
 
 
 def over_buckets(
-    logits: Tensor,
-    teacher: TopK,
-    labels: Tensor | None,
-    factors: Tensor,
-    objective: Objective,
+    logits: Tensor, teacher: TopK, labels: Tensor | None, factors: Tensor, objective: Objective,
     out: Tensor,
-) -> Tensor:
-    """`fused.Kernels.sparse`."""
+) -> Tensor:  # fmt: skip
+    """See `fused.Kernel`."""
     temperature, ce_weight = objective.temperature, objective.ce_weight
     inverse = 1 / temperature
     label_logits = None if labels is None else logits.gather(1, labels[:, None])
@@ -65,8 +53,7 @@ def over_buckets(
     top = logits.gather(1, index).masked_fill_(~valid, -torch.inf)
     # The tail's own logsumexp, rather than log(1 - top mass), which cancels.
     logits.scatter_(1, index, -torch.inf)
-    rest = _softmax(logits, temperature)
-    tail = rest.tail
+    tail, exponentials = _softmax(logits, temperature)
 
     log_q = torch.cat([top * inverse, tail.logsumexp], 1)
     log_q = log_q - log_q.logsumexp(1, keepdim=True)
@@ -79,8 +66,10 @@ def over_buckets(
     # Cross-entropy is of the student at temperature 1.
     cross_entropy = torch.zeros_like(value)
     if label_logits is not None:
-        plain = rest if temperature == 1 else _softmax(logits, 1.0)
-        log_total = torch.logaddexp(plain.tail.logsumexp, top.logsumexp(1, keepdim=True))
+        plain_tail, plain_exponentials = tail, exponentials
+        if temperature != 1:
+            plain_tail, plain_exponentials = _softmax(logits, 1.0)
+        log_total = torch.logaddexp(plain_tail.logsumexp, top.logsumexp(1, keepdim=True))
         cross_entropy = (log_total - label_logits)[:, 0]
     if ce_weight > 0:
         assert labels is not None
@@ -94,10 +83,10 @@ def over_buckets(
 
     # A tail token's share of the tail's gradient is its share of the tail's mass.
     tail_factors = torch.where(tail.total > 0, tail_gradient * factors / tail.total, 0.0)
-    torch.mul(rest.values, tail_factors, out=out)
+    torch.mul(exponentials, tail_factors, out=out)
     if ce_weight > 0 and temperature != 1:
-        plain_factors = ce_weight * factors * (plain.tail.peak - log_total).exp()
-        out.add_((plain.values * plain_factors).to(out.dtype))
+        plain_factors = ce_weight * factors * (plain_tail.peak - log_total).exp()
+        out.add_((plain_exponentials * plain_factors).to(out.dtype))
     top_gradient = torch.where(valid, top_gradient, top_gradient[:, :1])
     out.scatter_(1, index, (top_gradient * factors).to(out.dtype))
     if ce_weight > 0:
@@ -113,17 +102,11 @@ def over_buckets(
 
     best = log_p[:, :-1].argmax(1, keepdim=True)
     highest = torch.maximum(top.amax(1, keepdim=True) * inverse, tail.peak)
-    return torch.stack(
-        [
-            value,
-            cross_entropy,
-            _tail_entropy(tail, log_q[:, -1]) + entropy(log_q[:, :-1]),
-            entropy(log_p),
-            q[:, :-1].sum(1),
-            (top.gather(1, best) * inverse >= highest)[:, 0].to(q.dtype),
-        ],
-        1,
-    )
+    agreement = (top.gather(1, best) * inverse >= highest)[:, 0].to(q.dtype)
+    student_entropy = _tail_entropy(tail, log_q[:, -1]) + entropy(log_q[:, :-1])
+    topk_mass = q[:, :-1].sum(1)
+    columns = [value, cross_entropy, student_entropy, entropy(log_p), topk_mass, agreement]
+    return torch.stack(columns, 1)
 
 
 def _teacher_buckets(teacher: TopK, valid: Tensor, vocab_size: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from mpd_train.kl import torch_kernels
 from mpd_train.kl.divergence import Divergence, Name
 from mpd_train.kl.objective import Objective
 from mpd_train.kl.types import NUM_METRICS, Head, TopK, accumulation_dtype
@@ -34,18 +35,14 @@ _LEAST_BYTES = 16 << 20
 _VOCAB_BLOCK = 8192
 
 
-class Kernels(Protocol):
-    """The elementwise part, for rows of one chunk. `logits` [c, V] float32 or float64 are used up.
-    Writes the gradient of the summed loss, times `factors` [c, 1], to `out` [c, V], which may share
-    the logits' memory (see `_in_place`), and returns the metrics [c, NUM_METRICS]."""
+class Kernel(Protocol):
+    """The elementwise part, for rows of one chunk. `logits` [c, V] float32 or float64 are used up;
+    `teacher`: its records, or its logits [c, V]. Writes the gradient of the summed loss, times
+    `factors` [c, 1], to `out` [c, V], which may share the logits' memory (see `_in_place`), and
+    returns the metrics [c, NUM_METRICS]."""
 
-    def sparse(
-        self, logits: Tensor, teacher: TopK, labels: Tensor | None, factors: Tensor,
-        objective: Objective, out: Tensor,
-    ) -> Tensor: ...  # fmt: skip
-
-    def dense(
-        self, logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, factors: Tensor,
+    def __call__(
+        self, logits: Tensor, teacher: TopK | Tensor, labels: Tensor | None, factors: Tensor,
         objective: Objective, out: Tensor,
     ) -> Tensor: ...  # fmt: skip
 
@@ -123,43 +120,22 @@ _SCHEMA = """(
 
 
 def loss(
-    student: Head,
-    teacher: TopK | Head,
-    labels: Tensor | None,
-    factors: Tensor,
-    objective: Objective,
-    backend: str,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+    student: Head, teacher: TopK | Head, labels: Tensor | None, factors: Tensor,
+    objective: Objective, backend: str, chunk_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the sum of factors [n] x the tokens' losses, a scalar, and their metrics
     [n, NUM_METRICS]. chunk_size 0: by the device and the vocabulary."""
-    parts = (student.hidden, student.weight, student.bias)
-    enabled = torch.is_grad_enabled()
     none = (None, None, None)
-    sparse: tuple[Tensor | None, Tensor | None, Tensor | None] = none
-    dense: tuple[Tensor | None, Tensor | None, Tensor | None] = none
-    if isinstance(teacher, TopK):
-        sparse = (teacher.ids, teacher.logprobs, teacher.tail)
-    else:
-        dense = (teacher.hidden, teacher.weight, teacher.bias)
-    inputs = Inputs(
-        *parts,
-        *sparse,
-        *dense,
-        labels=labels,
-        factors=factors,
-        needs_grad=[enabled and x is not None and x.requires_grad for x in parts],
-        divergence=objective.divergence.name,
-        parameter=objective.divergence.parameter,
-        temperature=objective.temperature,
-        clip=objective.clip,
-        ce_weight=objective.ce_weight,
-        softcap=objective.softcap,
-        teacher_softcap=objective.teacher_softcap,
-        backend=backend,
-        chunk_size=chunk_size,
-    )
-    total, metrics, *_ = linear_kl(*inputs)
+    enabled = torch.is_grad_enabled()
+    total, metrics, *_ = linear_kl(
+        *student,
+        *(teacher if isinstance(teacher, TopK) else none),
+        *(none if isinstance(teacher, TopK) else teacher),
+        labels, factors, [enabled and x is not None and x.requires_grad for x in student],
+        objective.divergence.name, objective.divergence.parameter, objective.temperature,
+        objective.clip, objective.ce_weight, objective.softcap, objective.teacher_softcap,
+        backend, chunk_size,
+    )  # fmt: skip
     return total, metrics
 
 
@@ -243,11 +219,16 @@ def _flops(*shapes: Any, **_: Any) -> int:
 
 
 def _forward(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Raise ValueError for ids or labels that a row with weight may not have."""
     hidden, factors, objective = inputs.hidden, inputs.factors, inputs.objective
     vocab_size = inputs.weight.shape[0]
-    chunks = _Chunks.of(inputs)
-    count = chunks.count
-    written = (False, True, False) if chunks.rows is not None else (True, True, False)
+    count = _check(factors, inputs.teacher, inputs.labels, vocab_size)
+    # Rows without weight leave before the product: a NaN there must not reach the head's
+    # gradient, and multiplying it by zero would not stop it. Where all have some, nothing is
+    # copied.
+    weighted = None if count == len(hidden) else factors.nonzero().squeeze(1)
+    chunks = _Chunks(_in_the_states_dtype(inputs), weighted)
+    written = (weighted is None, True, False)
     gradients = [
         # Rows that are left out have a gradient of 0; what is summed over rows the first chunk
         # writes: filling a head's gradient and reading it once is time that can be measured.
@@ -270,7 +251,7 @@ def _forward(inputs: Inputs) -> tuple[Tensor, ...]:
         states = hidden[rows]
         gradient = chunks.logit_gradient(states, start, logit_rows, metrics)
         if to_hidden:
-            d_hidden[rows] = _times_head(gradient, chunks.student.weight).to(hidden.dtype)
+            d_hidden[rows] = _times_head(gradient, chunks.inputs.weight).to(hidden.dtype)
         if to_weight:
             _add_outer(d_weight, gradient, states, start == 0)
         if to_bias:
@@ -282,39 +263,26 @@ def _forward(inputs: Inputs) -> tuple[Tensor, ...]:
     return (losses * factors[rows]).sum(), metrics, d_hidden, d_weight, d_bias
 
 
+def _in_the_states_dtype(inputs: Inputs) -> Inputs:
+    """Return `inputs` with the heads in their states' dtypes, and with a backend for its ids."""
+    backend, taught = inputs.backend, inputs.teacher_weight
+    if backend == "triton" and inputs.topk_ids is not None:
+        from mpd_train.kl.triton_kernels import MOST_IDS
+
+        backend = "triton" if inputs.topk_ids.shape[1] <= MOST_IDS else "torch"
+    if taught is not None and inputs.teacher_hidden is not None:
+        taught = taught.to(inputs.teacher_hidden.dtype)
+    weight = inputs.weight.to(inputs.hidden.dtype)
+    return inputs._replace(weight=weight, teacher_weight=taught, backend=backend)
+
+
 @dataclass(frozen=True)
 class _Chunks:
-    """The `count` rows with weight of a call, whose logits exist some rows at a time. `rows`: their
+    """The rows with weight of a call, whose logits exist some rows at a time. `rows`: their
     indices, None where all rows have weight. Heads are in their states' dtype."""
 
-    student: Head
-    teacher: TopK | Head
-    labels: Tensor | None
-    factors: Tensor
-    objective: Objective
-    backend: str
-    count: int
+    inputs: Inputs
     rows: Tensor | None
-
-    @classmethod
-    def of(cls, inputs: Inputs) -> "_Chunks":
-        """Raise ValueError for ids or labels that a row with weight may not have."""
-        hidden, weight, teacher = inputs.hidden, inputs.weight, inputs.teacher
-        backend = inputs.backend
-        if backend == "triton" and isinstance(teacher, TopK) and not _fits_triton(teacher):
-            backend = "torch"
-        count = _check(inputs.factors, teacher, inputs.labels, weight.shape[0])
-        # Rows without weight leave before the product: a NaN there must not reach the head's
-        # gradient, and multiplying it by zero would not stop it. Where all have some, nothing is
-        # copied.
-        rows = None if count == len(hidden) else inputs.factors.nonzero().squeeze(1)
-        if isinstance(teacher, Head):
-            short = teacher.weight.to(teacher.hidden.dtype)
-            teacher = Head(teacher.hidden, short, teacher.bias)
-        student = Head(hidden, weight.to(hidden.dtype), inputs.bias)
-        return cls(
-            student, teacher, inputs.labels, inputs.factors, inputs.objective, backend, count, rows
-        )
 
     def picked(self, first: int, last: int) -> Tensor | slice:
         """The rows of the batch that are the ones with weight from `first` to below `last`."""
@@ -326,12 +294,12 @@ class _Chunks:
         """Return the loss' gradient [c, V] with respect to the logits of `states` [c, H], the rows
         from `start` on, in the states' dtype or wider; fill in their rows of `metrics`
         [n, NUM_METRICS]. `logit_rows` of them have logits at a time."""
-        weight, bias = self.student.weight, self.student.bias
+        weight, bias, backend = self.inputs.weight, self.inputs.bias, self.inputs.backend
         count, vocab_size = len(states), len(weight)
         whole = None
-        if _in_place(self.backend, isinstance(self.teacher, TopK), states):
+        if _in_place(backend, self.inputs.topk_ids is not None, states):
             gradient = whole = _logits(states, weight, bias)
-            if self.backend == "triton" and states.dtype != whole.dtype:
+            if backend == "triton" and states.dtype != whole.dtype:
                 # Each row of it at the start of the row of logits that it is made from.
                 gradient = whole.view(states.dtype)[:, :vocab_size]
         else:
@@ -347,15 +315,13 @@ class _Chunks:
         return gradient
 
     def _write_gradient(self, logits: Tensor, rows: Tensor | slice, out: Tensor) -> Tensor:
-        """As `Kernels`, for the batch's `rows`."""
-        kernels = _kernels(self.backend)
-        labels = None if self.labels is None else self.labels[rows]
-        factors, objective = self.factors[rows, None], self.objective
-        teacher = self.teacher.take(rows)
-        if isinstance(teacher, TopK):
-            return kernels.sparse(logits, teacher, labels, factors, objective, out)
-        taught = _logits(teacher.hidden, teacher.weight, teacher.bias).to(logits.dtype)
-        return kernels.dense(logits, taught, labels, factors, objective, out)
+        """As `Kernel`, for the batch's `rows`."""
+        labels = None if self.inputs.labels is None else self.inputs.labels[rows]
+        factors, objective = self.inputs.factors[rows, None], self.inputs.objective
+        teacher: TopK | Head | Tensor = self.inputs.teacher.take(rows)
+        if isinstance(teacher, Head):
+            teacher = _logits(*teacher).to(logits.dtype)
+        return _kernel(self.inputs.backend)(logits, teacher, labels, factors, objective, out)
 
 
 def workspace_bytes(inputs: Inputs, device: torch.device) -> int:
@@ -430,20 +396,12 @@ def _check(factors: Tensor, teacher: TopK | Head, labels: Tensor | None, vocab_s
     return int(count)
 
 
-def _fits_triton(teacher: TopK) -> bool:
-    from mpd_train.kl.triton_kernels import MOST_IDS
-
-    return teacher.ids.shape[1] <= MOST_IDS
-
-
-def _kernels(backend: str) -> Kernels:
+def _kernel(backend: str) -> Kernel:
     if backend == "triton":
         from mpd_train.kl import triton_kernels
 
-        return triton_kernels
-    from mpd_train.kl import torch_kernels
-
-    return torch_kernels
+        return triton_kernels.write_gradient
+    return torch_kernels.write_gradient
 
 
 def _is_exact(x: Tensor) -> bool:

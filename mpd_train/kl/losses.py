@@ -40,24 +40,12 @@ class KLOutput:
 
 
 def sparse_kl(
-    hidden: Tensor,
-    weight: Tensor,
-    topk_ids: Tensor,
-    topk_logprobs: Tensor,
-    tail_logprobs: Tensor,
-    *,
-    normalizer: float | Tensor,
-    bias: Tensor | None = None,
-    divergence: Divergence = Divergence(),
-    temperature: float = 1.0,
-    weights: Tensor | None = None,
-    divergence_clip: float | None = None,
-    labels: Tensor | None = None,
-    ce_weight: float = 0.0,
-    softcap: float | None = None,
-    backend: Backend | None = None,
-    chunk_size: int | None = None,
-) -> KLOutput:
+    hidden: Tensor, weight: Tensor, topk_ids: Tensor, topk_logprobs: Tensor, tail_logprobs: Tensor,
+    *, normalizer: float | Tensor, bias: Tensor | None = None,
+    divergence: Divergence = Divergence(), temperature: float = 1.0, weights: Tensor | None = None,
+    divergence_clip: float | None = None, labels: Tensor | None = None, ce_weight: float = 0.0,
+    softcap: float | None = None, backend: Backend | None = None, chunk_size: int | None = None,
+) -> KLOutput:  # fmt: skip
     """Return the divergence from a teacher known by its top K and the mass outside them.
 
     hidden [n, H] student states; weight [V, H], bias [V] student head; topk_ids int [n, K];
@@ -99,8 +87,13 @@ def sparse_kl(
     or outside the vocabulary, a ce_weight outside [0, 1] or without labels, a divergence_clip,
     temperature or cap that is not above 0; RuntimeError on backward(create_graph=True).
     """
-    _require_ids(topk_ids, weight.shape[0])
+    if topk_ids.dim() != 2 or topk_ids.is_floating_point():
+        raise ValueError(
+            f"topk_ids {tuple(topk_ids.shape)} {topk_ids.dtype}; expected integers [n, K]"
+        )
     n, k = topk_ids.shape
+    if not 0 < k <= weight.shape[0]:
+        raise ValueError(f"K = {k} with a vocabulary of {weight.shape[0]}")
     if topk_logprobs.shape != (n, k) or tail_logprobs.shape != (n,) or hidden.shape[0] != n:
         raise ValueError(
             f"teacher shapes {tuple(topk_ids.shape)}, {tuple(topk_logprobs.shape)},"
@@ -113,25 +106,13 @@ def sparse_kl(
 
 
 def dense_kl(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    normalizer: float | Tensor,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    divergence: Divergence = Divergence(),
-    temperature: float = 1.0,
-    weights: Tensor | None = None,
-    divergence_clip: float | None = None,
-    labels: Tensor | None = None,
-    ce_weight: float = 0.0,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    backend: Backend | None = None,
-    chunk_size: int | None = None,
-) -> KLOutput:
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
+    *, normalizer: float | Tensor, bias: Tensor | None = None, teacher_bias: Tensor | None = None,
+    divergence: Divergence = Divergence(), temperature: float = 1.0, weights: Tensor | None = None,
+    divergence_clip: float | None = None, labels: Tensor | None = None, ce_weight: float = 0.0,
+    softcap: float | None = None, teacher_softcap: float | None = None,
+    backend: Backend | None = None, chunk_size: int | None = None,
+) -> KLOutput:  # fmt: skip
     """Return the divergence from a teacher over the full vocabulary, given its states and head.
 
     hidden [n, H], weight [V, H], bias [V]; teacher_hidden [n, Ht], teacher_weight [V, Ht],
@@ -162,15 +143,10 @@ def dense_kl(
 
 
 def _apply(
-    student: Head,
-    teacher: TopK | Head,
-    labels: Tensor | None,
-    weights: Tensor | None,
-    normalizer: float | Tensor,
-    objective: Objective,
-    backend: Backend | None,
+    student: Head, teacher: TopK | Head, labels: Tensor | None, weights: Tensor | None,
+    normalizer: float | Tensor, objective: Objective, backend: Backend | None,
     chunk_size: int | None,
-) -> KLOutput:
+) -> KLOutput:  # fmt: skip
     hidden = student.hidden
     n = hidden.shape[0]
     if hidden.dtype not in _DTYPES:
@@ -224,13 +200,6 @@ def _require_head(whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | Non
         raise ValueError(
             f"{whose}bias {tuple(bias.shape)} does not fit {weight.shape[0]} head rows"
         )
-
-
-def _require_ids(ids: Tensor, vocab_size: int) -> None:
-    if ids.dim() != 2 or ids.is_floating_point():
-        raise ValueError(f"topk_ids {tuple(ids.shape)} {ids.dtype}; expected integers [n, K]")
-    if not 0 < ids.shape[1] <= vocab_size:
-        raise ValueError(f"K = {ids.shape[1]} with a vocabulary of {vocab_size}")
 
 
 def gathered(weight: Tensor) -> Tensor:

@@ -14,29 +14,20 @@ from mpd_train.kl.types import NUM_METRICS, Head, TopK
 
 
 def loss(
-    student: Head,
-    teacher: TopK | Head,
-    labels: Tensor | None,
-    factors: Tensor,
+    student: Head, teacher: TopK | Head, labels: Tensor | None, factors: Tensor,
     objective: Objective,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Like `fused.loss`, in float64 for all inputs."""
     rows = factors.nonzero().squeeze(1)
     factors, n = factors.double()[rows], len(factors)
-    z = student.hidden[rows].double() @ student.weight.double().T
-    if student.bias is not None:
-        z = z + student.bias.double()
-    z = objective.capped(z, objective.softcap)
+    z = _logits(student.take(rows), objective.softcap)
     q = whole = (z / objective.temperature).softmax(-1)
     if isinstance(teacher, TopK):
         p, q = _buckets(teacher.take(rows), q)
         teacher_best = teacher.ids[rows].long().gather(1, p[:, :-1].argmax(1, keepdim=True))[:, 0]
         topk_mass = q[:, :-1].sum(1)
     else:
-        t = teacher.hidden[rows].double() @ teacher.weight.double().T
-        if teacher.bias is not None:
-            t = t + teacher.bias.double()
-        t = objective.capped(t, objective.teacher_softcap)
+        t = _logits(teacher.take(rows), objective.teacher_softcap)
         p = (t / objective.temperature).softmax(-1)
         teacher_best = p.argmax(1)
         topk_mass = torch.ones_like(p[:, 0])
@@ -47,17 +38,16 @@ def loss(
     if labels is not None:
         cross_entropy = torch.nn.functional.cross_entropy(z, labels[rows], reduction="none")
         losses = losses + objective.ce_weight * cross_entropy
-    columns = [
-        value,
-        cross_entropy,
-        entropy(whole),
-        entropy(p),
-        topk_mass,
-        (z.argmax(1) == teacher_best).double(),
-    ]
+    agreement = (z.argmax(1) == teacher_best).double()
+    columns = [value, cross_entropy, _entropy(whole), _entropy(p), topk_mass, agreement]
     metrics = torch.zeros((n, NUM_METRICS), dtype=torch.float64, device=z.device)
     metrics[rows] = torch.stack(columns, 1).detach()
     return (losses * factors).sum(), metrics
+
+
+def _logits(head: Head, softcap: float | None) -> Tensor:
+    z = head.hidden.double() @ head.weight.double().T
+    return Objective.capped(z if head.bias is None else z + head.bias.double(), softcap)
 
 
 def _buckets(teacher: TopK, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +66,7 @@ def _buckets(teacher: TopK, q: Tensor) -> tuple[Tensor, Tensor]:
     return p / p.sum(1, keepdim=True), q
 
 
-def entropy(p: Tensor) -> Tensor:
+def _entropy(p: Tensor) -> Tensor:
     """[n, B] -> [n], nats."""
     terms: Tensor = torch.special.entr(p)
     return terms.sum(-1)

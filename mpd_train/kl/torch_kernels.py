@@ -4,9 +4,6 @@ It works on a few rows at a time: a dozen passes over rows that fit in a core's 
 three over memory, and the temporaries stay small.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,78 +15,37 @@ from mpd_train.kl.types import TopK
 _TILE_BYTES = {"cpu": 512 << 10, "cuda": 128 << 20}
 
 
-def sparse(
-    logits: Tensor,
-    teacher: TopK,
-    labels: Tensor | None,
-    factors: Tensor,
-    objective: Objective,
-    out: Tensor,
-) -> Tensor:
-    """See `fused.Kernels`."""
-    return _by_tiles(over_buckets, logits, teacher.take, labels, factors, objective, out)
-
-
-def dense(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor | None,
-    factors: Tensor,
-    objective: Objective,
-    out: Tensor,
-) -> Tensor:
-    """See `fused.Kernels`."""
-
-    def teacher_rows(rows: slice) -> Tensor:
-        return objective.capped(teacher_logits[rows], objective.teacher_softcap)
-
-    return _by_tiles(_dense, logits, teacher_rows, labels, factors, objective, out)
-
-
-def _by_tiles(
-    kernel: Callable[[Tensor, Any, Tensor | None, Tensor, Objective, Tensor], Tensor],
-    logits: Tensor,
-    teacher_rows: Callable[[slice], TopK | Tensor],
-    labels: Tensor | None,
-    factors: Tensor,
-    objective: Objective,
-    out: Tensor,
-) -> Tensor:
-    """Run `kernel`, which knows nothing of the student's cap, on a few rows at a time."""
-    metrics = []
-    for rows in _tiles(logits):
-        z, slope = _capped(logits[rows], objective)
+def write_gradient(
+    logits: Tensor, teacher: TopK | Tensor, labels: Tensor | None, factors: Tensor,
+    objective: Objective, out: Tensor,
+) -> Tensor:  # fmt: skip
+    """See `fused.Kernel`."""
+    count, vocab_size = logits.shape
+    tile_bytes = _TILE_BYTES.get(logits.device.type, _TILE_BYTES["cuda"])
+    size = max(1, tile_bytes // (vocab_size * logits.element_size()))
+    softcap, metrics = objective.softcap, []
+    for first in range(0, count, size):
+        rows = slice(first, first + size)
+        # The functions for a tile know nothing of caps.
+        z, slope = objective.capped(logits[rows], softcap), None
+        if softcap is not None:
+            slope = 1 - torch.tanh(logits[rows] / softcap).square()
         tile_labels = None if labels is None else labels[rows]
-        teacher = teacher_rows(rows)
-        metrics.append(kernel(z, teacher, tile_labels, factors[rows], objective, out[rows]))
+        rest = tile_labels, factors[rows], objective, out[rows]
+        if isinstance(teacher, TopK):
+            metrics.append(over_buckets(z, teacher.take(rows), *rest))
+        else:
+            t = objective.capped(teacher[rows], objective.teacher_softcap)
+            metrics.append(_over_vocabulary(z, t, *rest))
         if slope is not None:
             out[rows].mul_(slope)
     return torch.cat(metrics)
 
 
-def _capped(logits: Tensor, objective: Objective) -> tuple[Tensor, Tensor | None]:
-    """Return the student's logits after its cap, and the cap's derivative."""
-    softcap = objective.softcap
-    if softcap is None:
-        return logits, None
-    return objective.capped(logits, softcap), 1 - torch.tanh(logits / softcap).square()
-
-
-def _tiles(logits: Tensor) -> list[slice]:
-    count, vocab_size = logits.shape
-    tile_bytes = _TILE_BYTES.get(logits.device.type, _TILE_BYTES["cuda"])
-    size = max(1, tile_bytes // (vocab_size * logits.element_size()))
-    return [slice(first, first + size) for first in range(0, count, size)]
-
-
-def _dense(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor | None,
-    factors: Tensor,
-    objective: Objective,
-    out: Tensor,
-) -> Tensor:
+def _over_vocabulary(
+    logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, factors: Tensor,
+    objective: Objective, out: Tensor,
+) -> Tensor:  # fmt: skip
     best = teacher_logits.argmax(1, keepdim=True)
     agreement = logits.gather(1, best) >= logits.amax(1, keepdim=True)
     cross_entropy = torch.zeros_like(logits[:, 0])
@@ -105,14 +61,6 @@ def _dense(
             pull = torch.full_like(cross_entropy[:, None], -objective.ce_weight)
             gradient.scatter_add_(1, labels[:, None], pull)
     torch.mul(gradient, factors, out=out)
-    return torch.stack(
-        [
-            value,
-            cross_entropy,
-            entropy(log_q),
-            entropy(log_p),
-            torch.ones_like(value),
-            agreement[:, 0].to(value.dtype),
-        ],
-        1,
-    )
+    topk_mass, agrees = torch.ones_like(value), agreement[:, 0].to(value.dtype)
+    columns = [value, cross_entropy, entropy(log_q), entropy(log_p), topk_mass, agrees]
+    return torch.stack(columns, 1)

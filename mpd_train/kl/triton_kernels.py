@@ -42,44 +42,28 @@ _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _FAR = tl.constexpr(1e4)
 
 
-def sparse(
-    logits: Tensor,
-    teacher: TopK,
-    labels: Tensor | None,
-    factors: Tensor,
-    objective: Objective,
-    out: Tensor,
-) -> Tensor:
-    """See `fused.Kernels`. For up to MOST_IDS ids in a row."""
-    count, vocab_size = logits.shape
-    k = teacher.ids.shape[1]
-    metrics = logits.new_empty((count, NUM_METRICS))
-    _sparse[(count,)](
-        logits, teacher.ids.contiguous(), teacher.logprobs.contiguous(), teacher.tail.contiguous(),
-        logits if labels is None else labels.contiguous(), factors, out, metrics,
-        vocab_size, out.stride(0), k, math.inf if objective.clip is None else objective.clip,
-        **_constants(objective, labels), BUCKETS=triton.next_power_of_2(k + 1),
-        **_SPARSE.all_kwargs(),
-    )  # fmt: skip
-    return metrics
-
-
-def dense(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor | None,
-    factors: Tensor,
-    objective: Objective,
-    out: Tensor,
-) -> Tensor:
-    """See `fused.Kernels`."""
+def write_gradient(
+    logits: Tensor, teacher: TopK | Tensor, labels: Tensor | None, factors: Tensor,
+    objective: Objective, out: Tensor,
+) -> Tensor:  # fmt: skip
+    """See `fused.Kernel`. For up to MOST_IDS ids in a row."""
     count, vocab_size = logits.shape
     metrics = logits.new_empty((count, NUM_METRICS))
-    _dense[(count,)](
-        logits, teacher_logits, logits if labels is None else labels.contiguous(), factors, out,
-        metrics, vocab_size, out.stride(0), math.inf if objective.clip is None else objective.clip,
-        **_constants(objective, labels),
-    )  # fmt: skip
+    labelled = logits if labels is None else labels.contiguous()
+    clip = math.inf if objective.clip is None else objective.clip
+    constants = _constants(objective, labels)
+    if isinstance(teacher, TopK):
+        k = teacher.ids.shape[1]
+        _sparse[(count,)](
+            logits, *(x.contiguous() for x in teacher), labelled, factors, out, metrics,
+            vocab_size, out.stride(0), k, clip, **constants,
+            BUCKETS=triton.next_power_of_2(k + 1), **_SPARSE.all_kwargs(),
+        )  # fmt: skip
+    else:
+        _dense[(count,)](
+            logits, teacher, labelled, factors, out, metrics, vocab_size, out.stride(0), clip,
+            **constants,
+        )  # fmt: skip
     return metrics
 
 

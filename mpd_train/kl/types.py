@@ -1,6 +1,6 @@
 """The values that the losses and their kernels exchange."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +9,7 @@ from torch import Tensor
 NUM_METRICS = 6
 
 
-@dataclass(frozen=True)
-class TopK:
+class TopK(NamedTuple):
     """A teacher known by its top K and tail: ids [n, K] (-1: none), logprobs [n, K], tail [n]."""
 
     ids: Tensor
@@ -21,8 +20,7 @@ class TopK:
         return TopK(self.ids[rows], self.logprobs[rows], self.tail[rows])
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """Logits [n, V] before they are computed, of the student or of a dense teacher: hidden [n, H],
     weight [V, H], bias [V]."""
 

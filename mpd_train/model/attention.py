@@ -87,33 +87,19 @@ def _register() -> None:
 
 
 def _varlen(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Tensor | None, dropout: float = 0.0, scaling: float | None = None,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """Compute attention with transformers' signature: query [1, heads, T, width], key and value
     with the same number of heads or a divisor of it. Without boundaries there is one sequence.
     Return [1, T, heads, width]."""
     from torch.nn.attention.varlen import varlen_attn
 
     length = query.shape[2]
-    if (
-        dropout > 0
-        or softcap is not None
-        or s_aux is not None
-        or attention_mask is not None
-        or value.shape[-1] != query.shape[-1]
-    ):
+    unsupported = dropout > 0 or any(x is not None for x in (softcap, s_aux, attention_mask))
+    if unsupported or value.shape[-1] != query.shape[-1]:
         raise ConfigError(
             f"{type(module).__name__}: uses attention features that varlen does not support"
             " (dropout, a soft cap, sinks, a mask, or values of another width). Give"

@@ -31,14 +31,9 @@ class CausalLM:
     softcap: float | None = None
 
     def __init__(
-        self,
-        files: ModelFiles,
-        device: torch.device,
-        weights_dtype: torch.dtype,
-        trust_remote_code: bool,
-        attn_implementation: str | None = None,
-        merged: bool = True,
-    ) -> None:
+        self, files: ModelFiles, device: torch.device, weights_dtype: torch.dtype,
+        trust_remote_code: bool, attn_implementation: str | None = None, merged: bool = True,
+    ) -> None:  # fmt: skip
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -68,7 +63,7 @@ class CausalLM:
         if files.adapter is not None and merged:
             lora.merge(self.model, files)
         short = torch.bfloat16 if is_short(attn_implementation) else torch.float32
-        with autocast(device, short):
+        with torch.no_grad(), autocast(device, short):
             self._find_head(device)
             self._require_separate_sequences(device)
 
@@ -79,11 +74,8 @@ class CausalLM:
         ids = torch.arange(1, 9, device=device)[None]
         self.model.eval()
         bias = self.bias()
-        if bias is not None:
-            bias = bias.detach()
-        with torch.no_grad():
-            expected = self.model(input_ids=ids).logits.float()
-            product = (self.states(ids, None) @ self.head().T).float()
+        expected = self.model(input_ids=ids).logits.float()
+        product = (self.states(ids, None) @ self.head().T).float()
         if not expected.isfinite().all():
             raise ConfigError(
                 f"{self.files.name}: its logits are not finite; the weights are broken."
@@ -119,9 +111,8 @@ class CausalLM:
         sequences, and it would silently train across sequences."""
         a, b = torch.arange(2, 7, device=device)[None], torch.arange(3, 10, device=device)[None]
         positions = torch.cat([torch.arange(5), torch.arange(7)])[None].to(device)
-        with torch.no_grad():
-            packed = self.states(torch.cat([a, b], 1), positions)[:, 5:].float()
-            alone = self.states(b, None).float()
+        packed = self.states(torch.cat([a, b], 1), positions)[:, 5:].float()
+        alone = self.states(b, None).float()
         if not torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max())):
             raise ConfigError(
                 f"{self.files.name}: sequences packed into one see each other in this architecture."

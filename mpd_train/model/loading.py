@@ -1,6 +1,7 @@
 """Load the student and the teacher, whole or sharded, and compile their layers."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,41 +15,30 @@ from mpd_train.model.sharding import load_sharded
 
 
 def load_models(
-    config: TrainConfig,
-    student_files: ModelFiles,
-    teacher_files: ModelFiles | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    attn_implementation: str | None,
-    ranks: Ranks,
-) -> tuple[CausalLM, CausalLM | None]:
+    config: TrainConfig, student_files: ModelFiles, teacher_files: ModelFiles | None,
+    device: torch.device, dtype: torch.dtype, attn_implementation: str | None, ranks: Ranks,
+) -> tuple[CausalLM, CausalLM | None]:  # fmt: skip
     """Return the student in float32, ready to be trained, and the teacher in `dtype`, if there is
     one: on `device`, or sharded over all devices. Raise ConfigError for a model that cannot be
     loaded."""
 
-    def load_student_on(place: torch.device, attn: str | None) -> CausalLM:
-        student = load_student(config, student_files, place, attn)
-        if config.compile:
-            compile_layers(student.model)
-        return student
-
-    def load_teacher_on(place: torch.device, attn: str | None) -> CausalLM:
-        assert teacher_files is not None
-        teacher = CausalLM(teacher_files, place, dtype, config.trust_remote_code, attn)
-        if config.compile:
-            compile_layers(teacher.model)
-        return teacher
-
-    def load(load_on: Any, offload: bool = False) -> CausalLM:
-        if ranks.size == 1 and not offload:
-            model: CausalLM = load_on(device, attn_implementation)
+    def load(
+        make: Callable[[torch.device, str | None], CausalLM], offload: bool = False
+    ) -> CausalLM:
+        def make_on(place: torch.device, attn: str | None = None) -> CausalLM:
+            model = make(place, attn)
+            if config.compile:
+                compile_layers(model.model)
             return model
-        model = load_sharded(lambda place: load_on(place, None), device, ranks, offload)
+
+        if ranks.size == 1 and not offload:
+            return make_on(device, attn_implementation)
+        model = load_sharded(make_on, device, ranks, offload)
         if attn_implementation is not None:
             model.model.set_attn_implementation(attn_implementation)
         return model
 
-    student = load(load_student_on)
+    student = load(lambda place, attn: load_student(config, student_files, place, attn))
     student.model.train()
     if config.activation_offload:
         student.kept = functools.partial(
@@ -58,7 +48,11 @@ def load_models(
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     teacher = None
     if teacher_files is not None:
-        teacher = load(load_teacher_on, config.teacher_offload)
+        code = config.trust_remote_code
+        teacher = load(
+            lambda place, attn: CausalLM(teacher_files, place, dtype, code, attn),
+            config.teacher_offload,
+        )
         teacher.model.requires_grad_(False)
     if config.liger_kernel:
         # Not before all are loaded: sharded models are read, and tried out, on a CPU.

@@ -37,9 +37,8 @@ def attach(
     peft = _peft("--lora-r")
     targets = config.lora_target_modules
     if "all-linear" not in targets:
-        layers = [layer for layer, _ in model.named_modules()]
         for target in targets:
-            if not any(_ends_with(layer, target) for layer in layers):
+            if not _layers(model, [target]):
                 raise ConfigError(
                     f"--lora-target-modules {target}: {files.name} has no layer of that"
                     " name. Give the last parts of layers' names, as q_proj, or all-linear."
@@ -201,8 +200,8 @@ def _put(model: Any, settings: Any) -> tuple[Any, bool]:
 def _layers(model: Any, targets: Any) -> set[str]:
     """Return the layers of `model`, which has no adapters, that peft would give one."""
     if targets != "all-linear":
-        names = (name for name, _ in model.named_modules())
-        return {name for name in names if any(_ends_with(name, target) for target in targets)}
+        ends = tuple(f".{target}" for target in targets)
+        return {name for name, _ in model.named_modules() if f".{name}".endswith(ends)}
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
@@ -211,10 +210,6 @@ def _layers(model: Any, targets: Any) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     }
-
-
-def _ends_with(layer: str, target: str) -> bool:
-    return layer == target or layer.endswith(f".{target}")
 
 
 def _last_parts(layers: set[str]) -> str:

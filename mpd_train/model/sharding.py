@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from mpd_data.common.errors import ConfigError, MPDError
 from mpd_train.distributed import Ranks
@@ -84,7 +84,7 @@ def gather(model: Any, like: Any, ranks: Ranks) -> None:
     weights, buffers = dict(like.named_parameters()), dict(like.named_buffers())
     with torch.no_grad():
         for name, part in model.named_parameters():
-            weight = whole(part)
+            weight = gathered(part.detach())
             if ranks.first:
                 weights[name].copy_(weight)
         for name, buffer in model.named_buffers():
@@ -123,11 +123,6 @@ def shard(model: Any, device: torch.device, ranks: Ranks, offload: bool) -> None
     head.weight = model.get_input_embeddings().weight
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """Return the full parameter, the same for all processes; all of them have to call this."""
-    return gathered(parameter.detach())
-
-
 def clip_grad_norm(model: nn.Module, largest: float) -> float:
     """Scale the gradients down to a norm of at most `largest`; return the norm before."""
-    return float(whole(nn.utils.clip_grad_norm_(model.parameters(), largest)))
+    return float(gathered(nn.utils.clip_grad_norm_(model.parameters(), largest).detach()))
