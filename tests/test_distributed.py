@@ -13,15 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import (
-    STUDENT,
-    TEACHER,
-    environment,
-    invoke,
-    run,
-    saved_weights,
-    tied_student,
-)
+from conftest import STUDENT, TEACHER, environment, invoke, run, saved_weights, tied_student
 from safetensors.torch import load_file, save_file
 
 from mpd_data.common.errors import DataError

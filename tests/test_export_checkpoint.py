@@ -132,11 +132,7 @@ def interrupted(round_dir, tmp_path_factory):
         save_steps=4,
         dtype="float32",
         optimizer={"learning_rate": 1e-3},
-        validation={
-            "validation_fraction": 0.2,
-            "eval_steps": 2,
-            "early_stopping_patience": 9,
-        },
+        validation={"validation_fraction": 0.2, "eval_steps": 2, "early_stopping_patience": 9},
     )
     save = checkpoint.save
 

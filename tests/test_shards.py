@@ -84,10 +84,7 @@ def test_all_null_columns_keep_their_type(tmp_path):
 
 def test_a_shard_closes_by_age(tmp_path):
     round_dir = RoundDir(tmp_path / "r")
-    with (
-        round_dir.lock(),
-        ShardWriter(round_dir, "rollouts", {}, seconds_per_shard=0.05) as writer,
-    ):
+    with round_dir.lock(), ShardWriter(round_dir, "rollouts", {}, seconds_per_shard=0.05) as writer:
         writer.add(rollout_row(0))
         time.sleep(0.06)
         writer.add(rollout_row(1))
@@ -437,8 +434,7 @@ def test_sigkill_at_random_moments(tmp_path):
     kills = 0
     for _ in range(25):
         process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(WRITER), tmp_path / "r"],
-            stdout=subprocess.PIPE,
+            [sys.executable, "-c", textwrap.dedent(WRITER), tmp_path / "r"], stdout=subprocess.PIPE
         )
         assert process.stdout is not None
         process.stdout.readline()
