@@ -117,14 +117,10 @@ def interrupted(round_dir, tmp_path_factory):
     """A run with a step's checkpoint and the best one's, on a student that lies beside it."""
     folder = tmp_path_factory.mktemp("interrupted")
     shutil.copytree(STUDENT, folder / "student")
-    settings = {"save_steps": 4, "optimizer": {"learning_rate": 1e-3}}
     validation = {"validation_fraction": 0.2, "eval_steps": 2, "early_stopping_patience": 9}
+    settings = {"save_steps": 4, "optimizer": {"learning_rate": 1e-3}, "validation": validation}
     with until_a_checkpoint():
-        train(
-            train_config(
-                round_dir, folder / "student", folder / "run", validation=validation, **settings
-            )
-        )
+        train(train_config(round_dir, folder / "student", folder / "run", **settings))
     return folder
 
 
