@@ -6,9 +6,12 @@ If MPD_TEST_DATA names a folder with prompts and a round, they are used (see ign
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from contextlib import closing
+import textwrap
+import time
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import polars as pl
@@ -40,18 +43,43 @@ def environment():
     return {**os.environ, **switches}
 
 
-def run(program, *arguments, code=0):
-    """Run a real command and return its output. Fail unless it exits with `code`."""
-    done = subprocess.run(
-        command(program, *arguments),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def finish(words, code=0, env=None):
+    """Run a program and return its output. Fail unless it exits with `code`."""
+    words, env = [str(word) for word in words], env or environment()
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def run(program, *arguments, code=0):
+    """Run a real command and return its output. Fail unless it exits with `code`."""
+    return finish(command(program, *arguments), code)
+
+
+def python(source, *arguments, code=0, env=None):
+    """Run Python source in a process of its own, as `finish` does."""
+    return finish([sys.executable, "-c", textwrap.dedent(source), *arguments], code, env)
+
+
+def started(program, *arguments, until, stderr=subprocess.DEVNULL, env=None):
+    """Start a real command and return its process as soon as `until()` is true."""
+    words, env = command(program, *arguments), env or environment()
+    process = subprocess.Popen(words, cwd=ROOT, env=env, stderr=stderr, text=True)
+    while not until():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    return process
+
+
+def killed(program, *arguments, until):
+    """Start a real command and kill it as soon as `until()` is true."""
+    process = started(program, *arguments, until=until)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it finished before it could be killed"
+
+
+def num_shards(out, stage="rollouts"):
+    return len(list((out / stage).glob("part-*.parquet")))
 
 
 def invoke(command, *arguments):
@@ -96,14 +124,7 @@ def prompts(tmp_path_factory):
     """A JSONL file of 60 held-out problems, made by the shipped script."""
     if "MPD_TEST_DATA" in os.environ:
         return Path(os.environ["MPD_TEST_DATA"]) / "validation.jsonl"
-    folder = tmp_path_factory.mktemp("prompts")
-    sizes = ["--train", "0", "--validation", "60", "--test", "0", "--ood", "0"]
-    subprocess.run(
-        [sys.executable, "-m", "pipelines.pocket.prompts", "--out", str(folder), *sizes],
-        cwd=ROOT,
-        check=True,
-    )
-    return folder / "validation.jsonl"
+    return make_prompts(tmp_path_factory.mktemp("prompts"))
 
 
 @pytest.fixture(scope="session")
@@ -116,12 +137,33 @@ def round_dir(prompts, tmp_path_factory):
     return out
 
 
+def make_prompts(folder):
+    sizes = ["--train", "0", "--validation", "60", "--test", "0", "--ood", "0"]
+    finish([sys.executable, "-m", "pipelines.pocket.prompts", "--out", folder, *sizes])
+    return folder / "validation.jsonl"
+
+
 def make_round(prompts, out):
     run("mpd-gen", *rollout_arguments(prompts, out), "--rows-per-shard", 100)
     run("mpd-gen", *rewrite_arguments(out), "--rows-per-shard", 100)
 
 
-def rows(round_dir, stage):
+def small_pocket(prompts, folder):
+    """Write the pocket pipeline with 24 of `prompts` in each part."""
+    text = (ROOT / "pipelines" / "pocket" / "pipeline.toml").read_text()
+    for split in ("train", "test", "ood"):
+        text = text.replace(f"data/pocket/{split}.jsonl", str(prompts))
+    for size in ("320", "1000", "500"):
+        text = text.replace(f"num_prompts = {size}", "num_prompts = 24")
+    path = folder / "small.toml"
+    path.write_text(text)
+    return path
+
+
+SCORES = ("topk_ids", "topk_logprobs", "tail_logprobs")
+
+
+def rows(round_dir, stage="rollouts"):
     """Return all rows of a stage in the order of their keys."""
     return pl.read_parquet(round_dir / stage / "*.parquet").sort("row_id")
 
@@ -146,14 +188,98 @@ def edit_rows(round_dir, stage, change):
         pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
 
 
+def assert_near(ours, theirs):
+    """Scores of the same rewrites differ in the last bit of float32 with the batch they were in."""
+    ours, theirs = (frame["topk_logprobs"].explode().cast(pl.Float64) for frame in (ours, theirs))
+    assert len(ours) == len(theirs)
+    assert (ours - theirs).filter(theirs > -10).abs().max() < 2e-2
+
+
+def model_with(folder, model, suffix):
+    """Copy `model` and append `suffix` to its chat template."""
+    shutil.copytree(model, folder)
+    with (folder / "chat_template.jinja").open("a") as file:
+        file.write(suffix)
+    return folder
+
+
+def other_tokenizer(folder):
+    """Copy the student and exchange two tokens of its vocabulary."""
+    path = shutil.copytree(STUDENT, folder) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    a, b = list(vocab)[40:42]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    path.write_text(json.dumps(content))
+    return folder
+
+
+def train_config(shards, student, out, **changed):
+    from mpd_train.config import TrainConfig
+
+    settings = {"student": str(student), "out": out, "pack_length": 600, "dtype": "float32"}
+    return TrainConfig(shards=[shards], **{**settings, **changed})
+
+
+@contextmanager
+def until_a_checkpoint():
+    """Interrupt the training inside, after its first checkpoint."""
+    from mpd_train import checkpoint
+
+    save = checkpoint.save
+
+    def save_and_stop(*given):
+        save(*given)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save", save_and_stop)
+        yield
+
+
+def metrics_lines(out):
+    """Return the lines of a training's metrics.jsonl; none before it has begun."""
+    path = out / "metrics.jsonl"
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def metrics(out):
+    return [json.loads(line) for line in metrics_lines(out)]
+
+
+def losses(out):
+    return [record["loss"] for record in metrics(out) if "loss" in record]
+
+
+def weights(out):
+    """Return the weights that a training or mpd-export wrote."""
+    from safetensors.torch import load_file
+
+    return load_file(out / "model" / "model.safetensors")
+
+
+def logits(model):
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.arange(4, 60)[None]).logits
+
+
+def drained(engine):
+    """Return the results of an engine by key, when it has finished all requests."""
+    found = {}
+    while engine.in_flight:
+        found |= {result.key: result for result in engine.step()}
+    return found
+
+
 @pytest.fixture(scope="session")
 def exact_student(tmp_path_factory):
     """The pocket student in float32, so that its exports are not rounded."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    folder = tmp_path_factory.mktemp("student") / "student"
-    shutil.copytree(STUDENT, folder)
+    folder = shutil.copytree(STUDENT, tmp_path_factory.mktemp("student") / "student")
     AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32).save_pretrained(folder)
     return folder
 

@@ -10,7 +10,6 @@ run with nothing ignored, and must pass.
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -52,6 +51,7 @@ def main():
     )
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPD_IGNORED": ""}
     import sitecustomize  # noqa: F401  # before anything else is imported
+    from conftest import make_prompts, make_round
     from test_options import EXERCISED
 
     begin = " ".join(sys.argv[1:])
@@ -62,7 +62,8 @@ def main():
         if "MPD_TEST_DATA" in os.environ:
             made = Path(os.environ["MPD_TEST_DATA"])
         else:
-            make_data(made)
+            made.mkdir()
+            make_round(make_prompts(made), made / "round1")
         os.environ["MPD_TEST_DATA"] = str(data)
         shutil.copytree(made, data)
         tests = sorted({test for tests in chosen.values() for test in tests})
@@ -82,17 +83,6 @@ def main():
                 print(f"        {test}: {(failure or 'passes')[:100]}", flush=True)
     print(f"{len(chosen)} options, {caught} caught")
     return 0 if caught == len(chosen) else 1
-
-
-def make_data(folder):
-    """Prompts and a round, once for all runs."""
-    from conftest import make_round
-
-    sizes = ["--train", "0", "--validation", "60", "--test", "0", "--ood", "0"]
-    folder.mkdir()
-    made = [sys.executable, "-m", "pipelines.pocket.prompts", "--out", str(folder), *sizes]
-    subprocess.run(made, check=True)
-    make_round(folder / "validation.jsonl", folder / "round1")
 
 
 if __name__ == "__main__":

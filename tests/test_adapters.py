@@ -4,10 +4,20 @@ further; a quantised one runs as it is."""
 import json
 import shutil
 
-import polars as pl
 import pytest
 import torch
-from conftest import STUDENT, TEACHER, with_adapter
+from conftest import (
+    STUDENT,
+    TEACHER,
+    drained,
+    logits,
+    losses,
+    rows,
+    train_config,
+    until_a_checkpoint,
+    weights,
+    with_adapter,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,8 +26,6 @@ from mpd_data.common.models import resolve_model
 from mpd_data.config import EngineConfig, RolloutsConfig, SamplingConfig
 from mpd_data.engines.start import start_engine
 from mpd_data.rollouts import run_rollouts
-from mpd_train import checkpoint
-from mpd_train.config import TrainConfig
 from mpd_train.dryrun.plan import plan_train
 from mpd_train.export import export_checkpoint
 from mpd_train.loop import train
@@ -54,8 +62,7 @@ def sampled(model, prompts, out, backend):
         "engine": {**ENGINE, "backend": backend},
     }
     run_rollouts(RolloutsConfig(**settings))
-    frame = pl.read_parquet(out / "rollouts" / "*.parquet")
-    return dict(frame.select("prompt_id", "completion_ids").iter_rows())
+    return dict(rows(out).select("prompt_id", "completion_ids").iter_rows())
 
 
 @pytest.mark.parametrize("backend", ["vllm", "transformers"])
@@ -75,8 +82,7 @@ def test_adapter_and_base_both_name_the_model(models, exact_student, tmp_path):
     assert whole.path == exact_student
     assert whole.version.startswith(resolve_model(str(exact_student)).version)
     assert resolve_model(str(adapter), weights=False).version == "unhashed"
-    moved = tmp_path / "adapter"
-    shutil.copytree(adapter, moved)
+    moved = shutil.copytree(adapter, tmp_path / "adapter")
     shutil.copytree(exact_student, tmp_path / "base")
     settings = json.loads((moved / "adapter_config.json").read_text())
 
@@ -96,8 +102,7 @@ def test_adapter_and_base_both_name_the_model(models, exact_student, tmp_path):
 
 
 def test_an_adapter_with_a_tokenizer_is_asked_in_its_words(models, tmp_path):
-    moved = tmp_path / "adapter"
-    shutil.copytree(models[0], moved)
+    moved = shutil.copytree(models[0], tmp_path / "adapter")
     for file in STUDENT.glob("*token*"):
         shutil.copy(file, moved)
     assert resolve_model(str(moved)).tokenizer_path == moved
@@ -116,8 +121,7 @@ def test_what_vllm_would_leave_out_of_an_adapter_is_refused(
     models, tmp_path, changed, weights, message
 ):
     """The last of them it would run without, and say nothing."""
-    adapter = tmp_path / "adapter"
-    shutil.copytree(models[0], adapter)
+    adapter = shutil.copytree(models[0], tmp_path / "adapter")
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, **changed}))
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -132,30 +136,8 @@ FURTHER = {"lora_r": 6, "lora_alpha": 9, "lora_target_modules": ["q_proj", "down
 
 
 def config(round_dir, student, out, **changed):
-    settings = {
-        "shards": [round_dir],
-        "student": str(student),
-        "out": out,
-        "pack_length": 600,
-        "max_steps": 6,
-        "save_steps": 3,
-        "dtype": "float32",
-        "optimizer": {"learning_rate": 1e-3},
-    }
-    return TrainConfig(**{**settings, **changed})
-
-
-def losses(out):
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(out):
-    return load_file(out / "model" / "model.safetensors")
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(torch.arange(4, 60)[None]).logits
+    settings = {"max_steps": 6, "save_steps": 3, "optimizer": {"learning_rate": 1e-3}, **changed}
+    return train_config(round_dir, student, out, **settings)
 
 
 def as_peft_merges(base, adapter):
@@ -192,8 +174,7 @@ def test_an_adapter_is_trained_as_the_merged_model(models, from_merged, round_di
 
 
 def test_an_adapters_own_tokenizer_is_the_exports(models, round_dir, tmp_path):
-    adapter = tmp_path / "adapter"
-    shutil.copytree(models[0], adapter)
+    adapter = shutil.copytree(models[0], tmp_path / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(STUDENT)
     tokenizer.chat_template += "{# the adapter's #}"
     tokenizer.save_pretrained(adapter)
@@ -217,16 +198,8 @@ def test_an_adapter_is_trained_further(models, from_merged, exact_student, round
     trained = sum(weight.numel() for weight in factors.values())
     assert plan.details["trained parameters"] == f"{trained:,}"
 
-    save = checkpoint.save
-
-    def stopped(*given):
-        save(*given)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings)
+    with until_a_checkpoint():
+        train(settings)
     # The first step's is that of the model as it was, whatever its parts.
     assert losses(out)[0] == pytest.approx(losses(from_merged)[0], rel=1e-5)
     assert losses(out)[1] != pytest.approx(losses(from_merged)[1], rel=1e-4)
@@ -293,8 +266,7 @@ def test_an_embedding_beside_the_adapter_is_merged_and_not_trained_further(
     models, round_dir, tmp_path
 ):
     """peft leaves one there that was trained whole; out/adapter would be without it."""
-    adapter = tmp_path / "adapter"
-    shutil.copytree(models[0], adapter)
+    adapter = shutil.copytree(models[0], tmp_path / "adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")
     embedding = torch.randn(165, 128)
     tensors["base_model.model.model.embed_tokens.weight"] = embedding
@@ -349,8 +321,7 @@ def test_what_cannot_be_merged_is_refused(
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory):
     """The student with eight-bit weights and activations, in the layout of compressed-tensors."""
-    quantised = tmp_path_factory.mktemp("quantised") / "w8a8"
-    shutil.copytree(STUDENT, quantised)
+    quantised = shutil.copytree(STUDENT, tmp_path_factory.mktemp("quantised") / "w8a8")
     tensors = {}
     for name, weight in load_file(STUDENT / "model.safetensors").items():
         tensors[name] = weight
@@ -399,10 +370,7 @@ def test_a_quantised_checkpoint_runs_as_it_is(quantised):
 
     for model in (STUDENT, quantised):
         engine = start(model, "bfloat16")
-        completions[model] = {}
-        while engine.in_flight:
-            results = engine.step()
-            completions[model] |= {result.key: result.token_ids[:10] for result in results}
+        completions[model] = {key: x.token_ids[:10] for key, x in drained(engine).items()}
         layers = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
         methods = {
             type(m.quant_method).__name__ for m in layers.modules() if hasattr(m, "quant_method")

@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 from click.testing import CliRunner
@@ -12,11 +10,13 @@ from conftest import (
     ROOT,
     STUDENT,
     command,
-    environment,
+    finish,
     invoke,
+    python,
     rewrite_arguments,
     rollout_arguments,
     run,
+    write_jsonl,
 )
 
 from mpd_data.cli import cli
@@ -37,8 +37,13 @@ HEAVY = {"torch", "vllm", "transformers", "ray"}
 def modules_after(code):
     """Heavy modules that a fresh interpreter has loaded after `code`."""
     probe = f"{code}\nimport sys; print(*sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
-    return HEAVY & set(done.stdout.splitlines()[-1].split())
+    return HEAVY & set(python(probe).stdout.splitlines()[-1].split())
+
+
+def running(module, words):
+    """Return code that runs a command, which succeeds."""
+    call = f"try: cli.main({words!r})\nexcept SystemExit as e: assert not e.code"
+    return f"from {module} import cli\n{call}"
 
 
 @pytest.mark.parametrize(
@@ -56,30 +61,15 @@ def modules_after(code):
     ],
 )
 def test_help_loads_nothing_heavy(module, arguments_):
-    code = (
-        f"from {module} import cli\n"
-        "try: cli.main([*%r])\nexcept SystemExit as e: assert e.code == 0" % arguments_
-    )
-    assert modules_after(code) == set()
+    assert modules_after(running(module, arguments_)) == set()
 
 
-@pytest.mark.parametrize("name", ["stats", "validate"])
-def test_inspection_loads_nothing_heavy(round_dir, name):
-    code = (
-        "from mpd_data.cli import cli\n"
-        f"try: cli.main([{name!r}, {str(round_dir)!r}])\nexcept SystemExit as e: assert not e.code"
-    )
-    assert modules_after(code) == set()
-
-
-def test_a_contamination_check_loads_nothing_heavy(prompts):
-    paths = ["--prompts", str(prompts), "--against", str(prompts)]
-    code = (
-        "from mpd_data.cli import cli\n"
-        f"try: cli.main(['contamination', *{paths!r}])\n"
-        "except SystemExit as e: assert not e.code"
-    )
-    assert modules_after(code) == set()
+@pytest.mark.parametrize("name", ["stats", "validate", "contamination"])
+def test_inspection_loads_nothing_heavy(round_dir, prompts, name):
+    words = [name, str(round_dir)]
+    if name == "contamination":
+        words = [name, "--prompts", str(prompts), "--against", str(prompts)]
+    assert modules_after(running("mpd_data.cli", words)) == set()
 
 
 def test_import_weights():
@@ -130,18 +120,11 @@ def test_settings_survive_the_way_to_the_command_line_and_back(model, command, r
 
 
 def test_unknown_settings_get_the_nearest_name():
+    values = {"model": "m", "prompts": ["p"], "out": "o"}
     with pytest.raises(ConfigError, match=r"sampling.temprature: unknown.*'sampling.temperature'"):
-        parse(
-            RolloutsConfig,
-            {"model": "m", "prompts": ["p"], "out": "o", "sampling": {"temprature": 1}},
-            "x.toml",
-        )
+        parse(RolloutsConfig, values | {"sampling": {"temprature": 1}}, "x.toml")
     with pytest.raises(ConfigError, match="num_samples: .*found 'four'"):
-        parse(
-            RolloutsConfig,
-            {"model": "m", "prompts": ["p"], "out": "o", "num_samples": "four"},
-            "x.toml",
-        )
+        parse(RolloutsConfig, values | {"num_samples": "four"}, "x.toml")
 
 
 def test_unknown_values_in_a_toml_get_the_nearest_name():
@@ -170,9 +153,16 @@ def test_tables_show_hostile_text_and_obey_none_of_it():
 
 @pytest.mark.parametrize("missing", ["torch", "transformers", "huggingface_hub"])
 def test_a_missing_extra_is_a_message(tmp_path, missing):
-    prompts = tmp_path / "p.jsonl"
-    prompts.write_text('{"problem": "a"}\n')
-    arguments_ = ["rollouts", "--model", "some/model", "--prompts", str(prompts), "--out", "x"]
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"problem": "a"}])
+    arguments_ = [
+        "rollouts",
+        "--model",
+        "some/model",
+        "--prompts",
+        str(prompts),
+        "--out",
+        str(tmp_path / "x"),
+    ]
     arguments_ += ["--max-tokens", "20"]
     code = (
         f"import sys; sys.modules[{missing!r}] = None; sys.argv[1:] = {arguments_!r}\n"
@@ -180,10 +170,7 @@ def test_a_missing_extra_is_a_message(tmp_path, missing):
     )
     if missing != "huggingface_hub":
         code = code.replace("some/model", str(STUDENT))
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert done.returncode == 1
+    done = python(code, code=1)
     assert "is not installed" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -197,8 +184,7 @@ def test_env_names_versions_and_loads_nothing_heavy():
     assert found["torch"].startswith("2.")
     assert found["python"].startswith("3.")
     assert "polars" in run("mpd-gen", "env").stdout
-    code = "from mpd_data.cli import cli\ntry: cli.main(['env'])\nexcept SystemExit: pass"
-    assert modules_after(code) == set()
+    assert modules_after(running("mpd_data.cli", ["env"])) == set()
 
 
 @pytest.mark.parametrize("program", ["mpd-train", "mpd-rounds"])
@@ -248,18 +234,14 @@ def test_each_command_refuses_a_folder_of_another_kind(kind, name, old, tmp_path
     out.mkdir()
     recipe = ROOT / "pipelines" / "pocket"
     dry, anew = ["--dry-run"], ["--overwrite"]
+    training = ["--shards", out, "--out", out, "--student", STUDENT]
     commands = [
         ("round", cli, rollout_arguments(recipe / "x.jsonl", out), [[], dry, anew, dry + anew]),
         ("round", cli, rewrite_arguments(out), [[], dry, anew, dry + anew, ["--refilter"]]),
         ("round", cli, ["status", out], [[]]),
         ("round", cli, ["stats", out], [[]]),
         ("round", cli, ["validate", out], [[]]),
-        (
-            "training",
-            train_cli,
-            ["--shards", out, "--out", out, "--student", STUDENT],
-            [[], dry, anew, dry + anew],
-        ),
+        ("training", train_cli, training, [[], dry, anew, dry + anew]),
         ("training", export_cli, [out, "--out", tmp_path / "exported"], [[]]),
         ("pipeline", rounds_cli, [recipe / "pipeline.toml", "--out", out], [[], dry]),
         ("study", study_cli, [recipe / "study.toml", "--out", out], [[], dry]),
@@ -336,9 +318,7 @@ def test_help_has_sections_the_common_options_first():
 
 def test_a_pipe_that_closes_early_is_no_error(round_dir):
     words = shlex.join(command("mpd-gen", "stats", round_dir))
-    done = subprocess.run(
-        ["bash", "-c", f"{words} | head -n 1"], env=environment(), capture_output=True, text=True
-    )
+    done = finish(["bash", "-c", f"{words} | head -n 1"])
     assert (done.stdout, done.stderr) == ("rollouts\n", "")
 
 

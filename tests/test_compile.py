@@ -1,13 +1,20 @@
 """Compiled layers: the same losses, and few compilations for packs of any length."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, STUDENT, TEACHER, command, environment, run
+from conftest import (
+    STUDENT,
+    TEACHER,
+    command,
+    environment,
+    finish,
+    metrics,
+    python,
+    run,
+    train_config,
+)
 
-from mpd_train.config import TrainConfig
 from mpd_train.loop import train
 
 # In a process of its own: what other tests' engines do to torch.compile stays out of the count.
@@ -21,16 +28,8 @@ print(json.dumps([counters["stats"]["unique_graphs"], list(counters["graph_break
 """
 
 
-def records(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def config(round_dir, out, **changed):
-    settings = {
-        "shards": [round_dir], "student": str(STUDENT), "out": out, "pack_length": 600,
-        "dtype": "float32", "optimizer": {"learning_rate": 5e-4},
-    }  # fmt: skip
-    return TrainConfig(**{**settings, **changed})
+    return train_config(round_dir, STUDENT, out, optimizer={"learning_rate": 5e-4}, **changed)
 
 
 @pytest.mark.parametrize(
@@ -48,11 +47,8 @@ def test_compiled_layers_give_the_same_losses(round_dir, tmp_path, settings, gra
     frozen embeddings)."""
     train(config(round_dir, tmp_path / "plain", **settings))
     asked = config(round_dir, tmp_path / "compiled", compile=True, **settings)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED, asked.model_dump_json()],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    plain, compiled = records(tmp_path / "plain"), records(tmp_path / "compiled")
+    done = python(COMPILED, asked.model_dump_json())
+    plain, compiled = metrics(tmp_path / "plain"), metrics(tmp_path / "compiled")
     assert len(compiled) == len(plain)
     for mine, other in zip(compiled, plain, strict=True):
         for name in ("loss", "validation_loss", "grad_norm"):
@@ -66,11 +62,7 @@ def test_a_run_goes_on_without_it(round_dir, tmp_path):
     """It is no part of what a run is: a machine without a compiler takes it over."""
     arguments = ["--shards", round_dir, "--student", STUDENT, "--out", tmp_path / "run"]
     bare = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    refused = subprocess.run(
-        command("mpd-train", *arguments, "--compile"),
-        env=environment() | bare, capture_output=True, text=True,
-    )  # fmt: skip
-    assert refused.returncode == 1
+    refused = finish(command("mpd-train", *arguments, "--compile"), 1, environment() | bare)
     assert "error: --compile: " in refused.stderr
     assert "Go on without it" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -1,6 +1,5 @@
 """Several processes under torchrun: what a step is made of does not depend on how many do it."""
 
-import json
 import os
 import re
 import shutil
@@ -14,13 +13,18 @@ import pytest
 import torch
 import transformers
 from conftest import (
+    ROOT,
     STUDENT,
     TEACHER,
     environment,
+    finish,
     invoke,
+    metrics,
+    metrics_lines,
     run,
     saved_weights,
     tied_student,
+    weights,
 )
 from safetensors.torch import load_file, save_file
 
@@ -28,8 +32,6 @@ from mpd_data.common.errors import DataError
 from mpd_data.store.locks import is_held
 from mpd_train import checkpoint
 from mpd_train.export_cli import cli as export
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def settings(round_dir, out, **changed):
@@ -54,12 +56,7 @@ def torchrun(size, arguments, program=("-m", "mpd_train.cli")):
 
 
 def with_ranks(size, arguments, code=0, *switches, **told):
-    process = subprocess.run(
-        [*torchrun(size, arguments), *switches],
-        env=environment() | told, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == code, process.stderr
-    return process.stderr
+    return finish([*torchrun(size, arguments), *switches], code, environment() | told).stderr
 
 
 def alone(arguments):
@@ -70,7 +67,7 @@ def killed_after(steps, size, arguments, out):
     """Several processes that train, killed after so many steps of theirs."""
     launch = torchrun(size, arguments)
     process = subprocess.Popen(launch, env=environment(), stderr=subprocess.DEVNULL)
-    while not (out / "metrics.jsonl").exists() or len(lines(out)) < steps:
+    while len(metrics_lines(out)) < steps:
         assert process.poll() is None
         time.sleep(0.01)
     # torchrun gives each a session of its own, and they would go on without it.
@@ -82,17 +79,9 @@ def killed_after(steps, size, arguments, out):
         time.sleep(0.01)
 
 
-def lines(out):
-    return (out / "metrics.jsonl").read_text().splitlines()
-
-
-def records(out):
-    return [json.loads(line) for line in lines(out)]
-
-
 def assert_same(found, expected, student=STUDENT):
     """The same curve to rounding, and the same weights."""
-    ours, theirs = records(found), records(expected)
+    ours, theirs = metrics(found), metrics(expected)
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         for name in ("loss", "grad_norm", "kl", "student_entropy", "agreement", "validation_loss"):
@@ -100,12 +89,19 @@ def assert_same(found, expected, student=STUDENT):
                 assert mine[name] == pytest.approx(other[name], rel=2e-4, abs=1e-5), name
         assert mine.get("loss_tokens") == other.get("loss_tokens")
         assert mine.get("tokens") == other.get("tokens")
-    a, b = (load_file(out / "model" / "model.safetensors") for out in (found, expected))
+    a, b = weights(found), weights(expected)
     assert a.keys() == b.keys()
     start = load_file(student / "model.safetensors")
     for name, weight in b.items():
         moved = (weight.float() - start[name].float()).norm()
         assert (a[name].float() - weight.float()).norm() <= 0.02 * moved + 1e-6, name
+
+
+def alone_and_together(round_dir, folder, more, student=STUDENT):
+    """Train the same with one process and with two."""
+    alone(settings(round_dir, folder / "one", **more))
+    with_ranks(2, settings(round_dir, folder / "two", **more))
+    assert_same(folder / "two", folder / "one", student)
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +128,7 @@ def test_a_crash_while_python_ends_does_not_fail_a_finished_training(round_dir, 
     )
     out = tmp_path / "run"
     launch = torchrun(2, settings(round_dir, out, **{"--max-steps": 1}), [str(program)])
-    done = subprocess.run(launch, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("wrote ") == 2
+    assert finish(launch).stderr.count("wrote ") == 2
     assert (out / "model" / "model.safetensors").exists()
 
 
@@ -142,10 +136,10 @@ def test_killed_and_resumed_with_another_number_of_processes(one, round_dir, tmp
     """No example twice and none missed: the steps are those of an undisturbed run."""
     out = tmp_path / "run"
     arguments = settings(round_dir, out)
-    total = len(records(one))
+    total = len(metrics_lines(one))
     for size, after in ((2, 3), (4, 7)):
         killed_after(after, size, arguments, out)
-        assert after <= len(lines(out)) < total
+        assert after <= len(metrics_lines(out)) < total
     alone(arguments)
     assert_same(out, one)
 
@@ -179,9 +173,7 @@ def test_adapters_a_teacher_and_validation(round_dir, tmp_path):
         "--lora-r": 4, "--teacher": TEACHER, "--validation-fraction": 0.25, "--eval-steps": 2,
         "--early-stopping-patience": 8, "--epochs": 1,
     }  # fmt: skip
-    alone(settings(round_dir, tmp_path / "one", **more))
-    with_ranks(2, settings(round_dir, tmp_path / "two", **more))
-    assert_same(tmp_path / "two", tmp_path / "one")
+    alone_and_together(round_dir, tmp_path, more)
     a, b = (load_file(tmp_path / x / "adapter/adapter_model.safetensors") for x in ("one", "two"))
     assert a.keys() == b.keys()
     for name, weight in a.items():
@@ -194,9 +186,7 @@ def test_a_student_that_is_an_adapter(round_dir, tmp_path, more):
     first = {"--lora-r": 4, "--max-steps": 3, "--learning-rate": 3e-3}
     alone(settings(round_dir, tmp_path / "first", **first))
     more = {**more, "--student": tmp_path / "first" / "adapter", "--epochs": 1}
-    alone(settings(round_dir, tmp_path / "one", **more))
-    with_ranks(2, settings(round_dir, tmp_path / "two", **more))
-    assert_same(tmp_path / "two", tmp_path / "one")
+    alone_and_together(round_dir, tmp_path, more)
     assert (tmp_path / "two" / "adapter").exists() == ("--lora-r" in more)
 
 
@@ -226,13 +216,7 @@ def test_the_shipped_job_script_trains_with_a_process_for_each_gpu(round_dir, tm
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     slurm = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "PATH": path}
     script = ROOT / "pipelines" / "slurm" / "mpd-train.sbatch"
-    done = subprocess.run(
-        ["bash", script, *words(arguments)],
-        env=environment() | slurm,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = finish(["bash", script, *words(arguments)], env=environment() | slurm)
     assert "on 2 x cpu" in done.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
@@ -240,9 +224,7 @@ def test_the_shipped_job_script_trains_with_a_process_for_each_gpu(round_dir, tm
 def test_a_tied_head_is_trained_from_both_its_ends(round_dir, tmp_path):
     tied = tied_student(tmp_path / "tied", "float32")
     more = {"--student": tied, "--epochs": 1}
-    alone(settings(round_dir, tmp_path / "one", **more))
-    with_ranks(2, settings(round_dir, tmp_path / "two", **more))
-    assert_same(tmp_path / "two", tmp_path / "one", tied)
+    alone_and_together(round_dir, tmp_path, more, tied)
 
 
 def made(family, folder, **changed):
@@ -264,9 +246,7 @@ def test_a_scaled_head_and_one_with_a_bias_are_sharded(round_dir, tmp_path, fami
     """The first process alone reads weights; all need what it learns from them."""
     student = made(family, tmp_path / "student", **changed)
     more = {"--student": student, "--epochs": 1, "--learning-rate": 3e-3}
-    alone(settings(round_dir, tmp_path / "one", **more))
-    with_ranks(2, settings(round_dir, tmp_path / "two", **more))
-    assert_same(tmp_path / "two", tmp_path / "one", student)
+    alone_and_together(round_dir, tmp_path, more, student)
 
 
 def test_an_output_bias_beside_a_tied_head_is_refused_in_parts(round_dir, tmp_path):
@@ -289,11 +269,10 @@ def test_compiled_layers_are_sharded(one, round_dir, tmp_path):
 
 def test_a_model_that_cannot_be_loaded_is_said_once(round_dir, tmp_path):
     """The first process reads it; the others do not wait for ever."""
-    broken = tmp_path / "broken"
-    shutil.copytree(STUDENT, broken)
-    weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"] *= float("inf")
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    broken = shutil.copytree(STUDENT, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"] *= float("inf")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     said = with_ranks(2, settings(round_dir, tmp_path / "run", **{"--student": broken}), code=1)
     assert said.count("error: " + str(broken) + ": its logits are not finite") == 1
     assert said.count("error: the first process could not load a model; its error says why") == 1

@@ -2,16 +2,14 @@
 
 import copy
 
-import polars as pl
 import pytest
 import torch
-from conftest import STUDENT, tied_student
+from conftest import STUDENT, rows, tied_student, train_config
 from nursery import Nursery
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpd_train import loop
-from mpd_train.config import TrainConfig
 from mpd_train.loop import train
 
 MAX_TOKENS = 120
@@ -51,12 +49,8 @@ def exported(request, precision, round_dir, exact_student, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_export", seen)
-        train(
-            TrainConfig(
-                shards=[round_dir], student=str(start), out=folder / "run", pack_length=600,
-                dtype="float32", **{"optimizer": {"learning_rate": 5e-4}, **settings},
-            )
-        )  # fmt: skip
+        settings = {"optimizer": {"learning_rate": 5e-4}, **settings}
+        train(train_config(round_dir, start, folder / "run", **settings))
     return start, folder / "run" / "model", live[0]
 
 
@@ -71,9 +65,9 @@ def continued(exported, nursery, prompts, tmp_path_factory):
             "--num-prompts", NUM_PROMPTS, "--dtype", "float32",
         ]
     )  # fmt: skip
-    rows = pl.read_parquet(out / "rollouts" / "*.parquet")
-    assert len(rows) == NUM_PROMPTS
-    return list(zip(rows["prompt_ids"].to_list(), rows["completion_ids"].to_list(), strict=True))
+    pairs = rows(out).select("prompt_ids", "completion_ids").rows()
+    assert len(pairs) == NUM_PROMPTS
+    return pairs
 
 
 def as_transformers(folder, prompt_ids):

@@ -3,18 +3,26 @@
 import json
 import shutil
 import signal
-import subprocess
-import time
 
 import pytest
 import torch
-from conftest import STUDENT, command, environment, invoke, run, saved_weights
+from conftest import (
+    STUDENT,
+    invoke,
+    logits,
+    metrics_lines,
+    run,
+    saved_weights,
+    started,
+    train_config,
+    until_a_checkpoint,
+    weights,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpd_data.common.errors import ConfigError, DataError
-from mpd_train import checkpoint, loop
-from mpd_train.config import TrainConfig
+from mpd_train import checkpoint
 from mpd_train.export_cli import cli
 from mpd_train.loop import train
 
@@ -28,13 +36,7 @@ def arguments(round_dir, student, out, *more):
 
 def stopped_after(steps, words, out):
     """A training that has done so many steps and stands still."""
-    process = subprocess.Popen(
-        command("mpd-train", *words), env=environment(), stderr=subprocess.DEVNULL
-    )
-    metrics = out / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = started("mpd-train", *words, until=lambda: len(metrics_lines(out)) >= steps)
     process.send_signal(signal.SIGSTOP)
     return process
 
@@ -45,15 +47,6 @@ def files_of(folder):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def weights(out):
-    return load_file(out / "model" / "model.safetensors")
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(torch.arange(4, 60)[None]).logits
 
 
 @pytest.fixture(scope="module")
@@ -124,30 +117,10 @@ def interrupted(round_dir, tmp_path_factory):
     """A run with a step's checkpoint and the best one's, on a student that lies beside it."""
     folder = tmp_path_factory.mktemp("interrupted")
     shutil.copytree(STUDENT, folder / "student")
-    config = TrainConfig(
-        shards=[round_dir],
-        student=str(folder / "student"),
-        out=folder / "run",
-        pack_length=600,
-        save_steps=4,
-        dtype="float32",
-        optimizer={"learning_rate": 1e-3},
-        validation={
-            "validation_fraction": 0.2,
-            "eval_steps": 2,
-            "early_stopping_patience": 9,
-        },
-    )
-    save = checkpoint.save
-
-    def stopped(*given):
-        save(*given)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.checkpoint, "save", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    validation = {"validation_fraction": 0.2, "eval_steps": 2, "early_stopping_patience": 9}
+    settings = {"save_steps": 4, "optimizer": {"learning_rate": 1e-3}, "validation": validation}
+    with until_a_checkpoint():
+        train(train_config(round_dir, folder / "student", folder / "run", **settings))
     return folder
 
 
@@ -200,8 +173,7 @@ def test_what_is_no_checkpoint_is_said(interrupted, undisturbed, tmp_path):
     refused(STUDENT, "not a checkpoint. Expected a folder such as")
     refused(undisturbed, f"has finished.* is in {undisturbed / 'model'}")
     (saved,) = checkpoint.checkpoints(interrupted / "run" / "checkpoints")
-    alone = tmp_path / "elsewhere" / "checkpoints" / saved.name
-    shutil.copytree(saved, alone)
+    alone = shutil.copytree(saved, tmp_path / "elsewhere" / "checkpoints" / saved.name)
     refused(alone, "run.json: not there")
     (tmp_path / "elsewhere" / "run.json").write_text('{"identity": {}}')
     refused(alone, "expected the settings and the student that mpd-train records", DataError)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import STUDENT
+from conftest import STUDENT, drained
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import resolve_model
@@ -120,7 +120,7 @@ def test_the_engine_scores_what_is_trained(tmp_path, family):
     engine = start_engine(resolve_model(str(tmp_path / "model")), settings, max_logprobs=K)
     ids = list(range(3, 60))
     engine.submit_score("one", ids[:20], ids[20:], K)
-    (scores,) = drained(engine)
+    scores = drained(engine)["one"]
     engine.close()
     attention = "eager" if family == "Gemma2" else None
     files = model.files
@@ -132,13 +132,6 @@ def test_the_engine_scores_what_is_trained(tmp_path, family):
     exact = logits.log_softmax(-1).topk(K, dim=1)
     assert (torch.from_numpy(scores.topk_logprobs) - exact.values).abs().max() <= 1e-4
     assert (torch.from_numpy(scores.topk_ids) == exact.indices).all()
-
-
-def drained(engine):
-    found = []
-    while engine.in_flight:
-        found += engine.step()
-    return found
 
 
 def test_an_attention_that_is_refused_claims_no_folder(tmp_path, round_dir):

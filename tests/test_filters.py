@@ -2,22 +2,22 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import time
+from functools import partial
 
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from conftest import (
+    SCORES,
     STUDENT,
-    command,
-    environment,
+    killed,
+    num_shards,
     rewrite_arguments,
     rollout_arguments,
     run,
     without_rewrites,
 )
+from conftest import rows as stage_rows
 
 from mpd_data.config import FilterConfig
 from mpd_data.select.filters import settle, status_of
@@ -32,8 +32,7 @@ PASSES = {
 }
 
 
-def rows(round_dir):
-    return pl.read_parquet(round_dir / "distill" / "*.parquet").sort("row_id")
+rows = partial(stage_rows, stage="distill")
 
 
 @pytest.mark.parametrize(
@@ -95,8 +94,7 @@ def several(out, **changed):
 
 
 def copy(round_dir, tmp_path):
-    shutil.copytree(round_dir, tmp_path / "round1")
-    return tmp_path / "round1"
+    return shutil.copytree(round_dir, tmp_path / "round1")
 
 
 def test_several_rewrites_per_rollout(sampled):
@@ -135,22 +133,13 @@ def test_refilter_scores_what_it_newly_admits(round_dir, sampled, tmp_path):
     strict = {"--choose": "all", "--max-ratio": 0.5}
     run("mpd-gen", *several(out, **strict), "--overwrite")
     first = rows(out).filter(pl.col("status") == "ok").height
-    process = subprocess.Popen(
-        command("mpd-gen", *several(out, **{"--choose": "all"}), "--refilter"),
-        env=environment(),
-        stderr=subprocess.DEVNULL,
-    )
-    while not list((out / ".refilter").glob("distill/part-*.parquet")):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    run("mpd-gen", *several(out, **{"--choose": "all"}), "--refilter")
+    loose = ["mpd-gen", *several(out, **{"--choose": "all"}), "--refilter"]
+    killed(*loose, until=lambda: num_shards(out / ".refilter", "distill"))
+    run(*loose)
     run("mpd-gen", "validate", out)
     ours, theirs = rows(out), rows(sampled)
     assert first < ours.filter(pl.col("status") == "ok").height
-    exact = [c for c in ours.columns if c not in ("topk_ids", "topk_logprobs", "tail_logprobs")]
-    assert ours.select(exact).equals(theirs.select(exact))
+    assert ours.drop(SCORES).equals(theirs.drop(SCORES))
     ids = [frame.filter(pl.col("status") == "ok")["topk_ids"] for frame in (ours, theirs)]
     assert [a[0] for a in ids[0]] == [b[0] for b in ids[1]]
     assert not (out / ".refilter").exists()
@@ -168,10 +157,8 @@ def test_refilter_changes_rules_and_nothing_else(sampled, round_dir, tmp_path):
     assert "a temperature above 0" in run("mpd-gen", *greedy, code=1).stderr
     (out / ".refilter").mkdir()
     (out / ".refilter" / "complete").touch()
-    assert (
-        "killed while its rows replaced the old ones"
-        in run("mpd-gen", *several(out, **{"--choose": "all"}), code=1).stderr
-    )
+    said = run("mpd-gen", *several(out, **{"--choose": "all"}), code=1).stderr
+    assert "killed while its rows replaced the old ones" in said
 
 
 def test_refilter_down_to_nothing_is_a_clear_stop(sampled, tmp_path):
@@ -269,14 +256,7 @@ def test_a_choice_survives_a_kill_and_is_made_once(sampled, all_kept, likeliest,
     --refilter of a round with --choose all makes the same choice."""
     out = without_rewrites(sampled, tmp_path / "round1")
     asked = varied(out, **{"--choose": "likeliest", "--rows-per-shard": 5})
-    process = subprocess.Popen(
-        command("mpd-gen", *asked), env=environment(), stderr=subprocess.DEVNULL
-    )
-    while not list((out / ".refilter").glob("distill/part-*.parquet")):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed("mpd-gen", *asked, until=lambda: num_shards(out / ".refilter", "distill"))
     chosen = {file.stat().st_ino for file in (out / ".refilter").glob("distill/part-*.parquet")}
     plan = run("mpd-gen", *asked, "--dry-run").stdout
     assert "rollouts for the student to choose" in plan
@@ -334,8 +314,7 @@ def test_parts_leave_the_choice_for_later(sampled, likeliest, tmp_path):
 
 
 def test_a_student_that_cannot_choose_is_said_before_the_teacher_works(sampled, tmp_path):
-    gone = tmp_path / "student"
-    shutil.copytree(STUDENT, gone)
+    gone = shutil.copytree(STUDENT, tmp_path / "student")
     out = without_rewrites(sampled, tmp_path / "round1")
     for file in (out / "rollouts").glob("*.parquet"):
         table = pq.read_table(file)

@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 
 import polars as pl
 import pyarrow as pa
@@ -12,15 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import (
+    SCORES,
     STUDENT,
     TEACHER,
-    command,
+    assert_near,
     edit_rows,
-    environment,
+    killed,
+    model_with,
+    num_shards,
     rewrite_arguments,
     rollout_arguments,
     rows,
     run,
+    started,
     write_jsonl,
 )
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -37,16 +40,8 @@ from mpd_data.store.shards import read_metadata
 
 def killed_and_resumed(arguments, out, stage, kills):
     """Runs the command, killing it after so many shards each time; then lets it finish."""
-    folder = out / stage
     for shards in kills:
-        process = subprocess.Popen(
-            command("mpd-gen", *arguments), env=environment(), stderr=subprocess.DEVNULL
-        )
-        while len(list(folder.glob("part-*.parquet"))) < shards:
-            assert process.poll() is None, "it finished before it could be killed"
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        killed("mpd-gen", *arguments, until=lambda n=shards: num_shards(out, stage) >= n)
     return run("mpd-gen", *arguments)
 
 
@@ -122,13 +117,8 @@ def test_rewrites_survive_sigkill(round_dir, prompts, tmp_path):
     arguments = [*rewrite_arguments(out), "--rows-per-shard", 10]
     killed_and_resumed(arguments, out, "distill", kills=[1, 8])
     ours, theirs = rows(out, "distill"), rows(round_dir, "distill")
-    exact = [c for c in ours.columns if c not in ("topk_ids", "topk_logprobs", "tail_logprobs")]
-    assert ours.select(exact).equals(theirs.select(exact))
-    # Float32 sums differ in their last bit with the batch they were made in.
-    difference = (ours["topk_logprobs"].explode() - theirs["topk_logprobs"].explode()).cast(
-        pl.Float64
-    )
-    assert difference.filter(ours["topk_logprobs"].explode() > -10).abs().max() < 2e-2
+    assert ours.drop(SCORES).equals(theirs.drop(SCORES))
+    assert_near(ours, theirs)
     run("mpd-gen", "validate", out)
     assert "0 rows new" in run("mpd-gen", *arguments).stderr
 
@@ -136,12 +126,8 @@ def test_rewrites_survive_sigkill(round_dir, prompts, tmp_path):
 def test_an_interrupt_exits_130_and_the_rest_follows(round_dir, prompts, tmp_path):
     out = tmp_path / "round1"
     arguments = [*rollout_arguments(prompts, out), "--rows-per-shard", 10]
-    process = subprocess.Popen(
-        command("mpd-gen", *arguments), env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    while len(list((out / "rollouts").glob("part-*.parquet"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.005)
+    two = {"until": lambda: num_shards(out) >= 2, "stderr": subprocess.PIPE}
+    process = started("mpd-gen", *arguments, **two)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130
@@ -151,10 +137,8 @@ def test_an_interrupt_exits_130_and_the_rest_follows(round_dir, prompts, tmp_pat
 
 
 def test_thinking_that_the_chat_template_opens_is_not_opened_twice(prompts, tmp_path):
-    student = tmp_path / "student"
-    shutil.copytree(STUDENT, student)
-    with (student / "chat_template.jinja").open("a") as file:
-        file.write("{% if add_generation_prompt %}<think>{% endif %}")
+    suffix = "{% if add_generation_prompt %}<think>{% endif %}"
+    student = model_with(tmp_path / "student", STUDENT, suffix)
     out = tmp_path / "r"
     settings = {"--model": student, "--num-prompts": 10, "-n": 2}
     run("mpd-gen", *rollout_arguments(prompts, out, **settings))
@@ -233,12 +217,8 @@ def test_bad_prompts_become_error_rows_and_hurt_no_other(tmp_path):
     )
     with path.open("ab") as file:
         file.write(b'{"id": "bytes", "problem": "shells \xff"}\n')
-    student = tmp_path / "student"
-    shutil.copytree(STUDENT, student)
-    with (student / "chat_template.jinja").open("a") as file:
-        file.write(
-            "{% if 'unlucky' in messages[-1]['content'] %}{{ raise_exception('no') }}{% endif %}"
-        )
+    suffix = "{% if 'unlucky' in messages[-1]['content'] %}{{ raise_exception('no') }}{% endif %}"
+    student = model_with(tmp_path / "student", STUDENT, suffix)
     out = tmp_path / "r"
     arguments = [
         "rollouts", "--model", student, "--prompts", path, "--out", out, "--id-column", "id",
@@ -268,6 +248,7 @@ def test_bad_prompts_become_error_rows_and_hurt_no_other(tmp_path):
         ({"--answer-column": "gold"}, "no column 'gold'"),
         ({"--checker": "maths"}, "checker 'maths': unknown"),
         ({"--num-prompts": 5000}, "only 60 prompts"),
+        ({"--thinking": "on"}, "--thinking"),
         ({"--max-model-len": 999999}, "over the model's context"),
     ],
 )
@@ -279,14 +260,9 @@ def test_bad_input_is_a_message_and_exit_1(prompts, tmp_path, changed, message):
 
 
 def test_usage_errors_exit_2(prompts, tmp_path):
-    assert (
-        "temperature"
-        in run(
-            "mpd-gen", *rollout_arguments(prompts, tmp_path, **{"--temperature": -1}), code=2
-        ).stderr
-    )
-    hot = rollout_arguments(prompts, tmp_path, **{"--temperature": 2.1})
-    assert "--temperature" in run("mpd-gen", *hot, code=2).stderr
+    for temperature in (-1, 2.1):
+        wrong = rollout_arguments(prompts, tmp_path, **{"--temperature": temperature})
+        assert "--temperature" in run("mpd-gen", *wrong, code=2).stderr
     with pytest.raises(ValueError, match="gives the same sample 4 times"):
         RolloutsConfig(
             model="m", prompts=["p"], out="o", num_samples=4, sampling={"temperature": 0}
@@ -297,9 +273,8 @@ def test_usage_errors_exit_2(prompts, tmp_path):
 
 
 def test_changed_settings_are_refused(round_dir, prompts):
-    said = run(
-        "mpd-gen", *rollout_arguments(prompts, round_dir, **{"--temperature": 0.5}), code=1
-    ).stderr
+    cooler = rollout_arguments(prompts, round_dir, **{"--temperature": 0.5})
+    said = run("mpd-gen", *cooler, code=1).stderr
     assert "sampling.temperature: saved 1.0 / now 0.5" in said
     said = run("mpd-gen", *rewrite_arguments(round_dir, **{"--num-logprobs": 8}), code=1).stderr
     assert "num_logprobs: saved 64 / now 8" in said
@@ -313,8 +288,7 @@ def test_rewrites_that_are_all_rejected_are_an_error(prompts, tmp_path):
     """The student cannot rewrite: nothing is kept, and the counts say why."""
     out = tmp_path / "r"
     run("mpd-gen", *rollout_arguments(prompts, out, **{"--num-prompts": 4, "-n": 1}))
-    settings = {"--max-tokens": 2}
-    said = run("mpd-gen", *rewrite_arguments(out, **settings), code=1).stderr
+    said = run("mpd-gen", *rewrite_arguments(out, **{"--max-tokens": 2}), code=1).stderr
     assert "no rewrite was kept" in said
     assert "truncated" in said
 
@@ -356,16 +330,14 @@ def test_a_plot_does_not_parse_its_labels(round_dir, tmp_path):
 
 def test_stats_keep_folders_apart(round_dir, tmp_path):
     """Evaluations share a round number and are not one set of rows."""
-    other = tmp_path / "other"
-    shutil.copytree(round_dir, other)
+    other = shutil.copytree(round_dir, tmp_path / "other")
     tables = round_stats([round_dir, other])
     assert [line["folder"] for line in tables["rollouts"]] == [str(round_dir), str(other)]
     assert [line["samples"] for line in tables["rollouts"]] == [240, 240]
 
 
 def test_stats_of_a_torn_shard_is_a_message(round_dir, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(round_dir, other)
+    other = shutil.copytree(round_dir, tmp_path / "other")
     victim = RoundDir(other).shard_paths("rollouts")[0]
     victim.write_bytes(victim.read_bytes()[:-20])
     said = run("mpd-gen", "stats", other, code=1).stderr
@@ -398,8 +370,7 @@ BREACHES = {
 
 @pytest.mark.parametrize("message", BREACHES)
 def test_validate_finds_each_breach(round_dir, tmp_path, message):
-    other = tmp_path / "r"
-    shutil.copytree(round_dir, other)
+    other = shutil.copytree(round_dir, tmp_path / "r")
     file = RoundDir(other).shard_paths("distill")[0]
     table = pq.read_table(file)
     all_rows = table.to_pylist()
@@ -412,8 +383,7 @@ def test_validate_finds_each_breach(round_dir, tmp_path, message):
 
 def test_validate_judges_each_round_that_it_is_given(round_dir, tmp_path):
     assert f"{round_dir}: sound" in run("mpd-gen", "validate", round_dir).stdout
-    other = tmp_path / "r"
-    shutil.copytree(round_dir, other)
+    other = shutil.copytree(round_dir, tmp_path / "r")
     edit_rows(other, "rollouts", lambda row: row.update(num_completion_tokens=1))
     said = run("mpd-gen", "validate", round_dir, other, code=1)
     assert str(other) in said.stdout
@@ -447,71 +417,15 @@ def test_compare_needs_the_same_prompts(round_dir, prompts, tmp_path):
         compare(round_dir, tmp_path / "r")
 
 
-def test_what_the_student_is_shown_and_what_is_carried_through(prompts, tmp_path):
-    examples = write_jsonl(tmp_path / "e.jsonl", [{"problem": "1 + 1 ?", "done": "answer 2"}])
-    out = tmp_path / "r"
-    settings = {
-        "--num-prompts": 3, "-n": 1, "--system-prompt": "be brief", "--examples": examples,
-        "--examples-column": "done", "--prompt-template": "{{problem}} now !",
-        "--metadata-columns": "id", "--answer-formats": "hashes", "--max-tokens": 250,
-    }  # fmt: skip
-    run("mpd-gen", *rollout_arguments(prompts, out, **settings))
-    frame = rows(out, "rollouts")
-    assert frame.height == 3
-    for row in frame.to_dicts():
-        shown = row["prompt"]
-        order = ["be brief", "1 + 1 ?", "answer 2", row["problem"] + " now !"]
-        places = [shown.index(part) for part in order]
-        assert places == sorted(places)
-        assert json.loads(row["metadata"]) == {"id": row["prompt_id"]}
-        # The model says "answer 7", which is none of the declared formats.
-        assert row["answer"] is None
-        assert row["is_correct"] is False
-        assert 0 <= row["repetition"] < 1
-    said = run("mpd-gen", *rollout_arguments(prompts, out, **{"--thinking": "on"}), code=1).stderr
-    assert "--thinking" in said
-
-
-def test_a_checker_of_ones_own_that_hangs_costs_its_rows_and_nothing_else(prompts, tmp_path):
-    """Its checks are stopped after their time; samples are kept, with the reason."""
-    (tmp_path / "sleepy.py").write_text(
-        "import time\n"
-        "class Sleepy:\n"
-        "    def extract(self, completion): return completion[-1:]\n"
-        "    def equal(self, a, b): time.sleep(60)\n"
-        "    def correct(self, answer, gold, metadata): time.sleep(60)\n"
-        "    def gold(self, text): return text\n"
-    )
-    out = tmp_path / "r"
-    settings = {
-        "--num-prompts": 2, "-n": 1, "--checker": "sleepy:Sleepy", "--checker-timeout": 0.5,
-        "--checker-processes": 1,
-    }  # fmt: skip
-    done = subprocess.run(
-        command("mpd-gen", *rollout_arguments(prompts, out, **settings)),
-        env={**environment(), "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    frame = rows(out, "rollouts").filter(pl.col("finish_reason") == "stop")
-    assert frame.height >= 1
-    assert frame["check_error"].str.contains("timed out").all()
-    assert frame["is_correct"].not_().all()
-
-
 def test_self_correction_markers_are_counted(round_dir, tmp_path):
-    other = tmp_path / "r"
-    shutil.copytree(round_dir, other)
+    other = shutil.copytree(round_dir, tmp_path / "r")
     files = RoundDir(other).shard_paths("rollouts")
     for file in files:
         table = pq.read_table(file)
-        text = "Wait, no. Hmm, let me check: awaiting."
-        column = pa.array([text if file == files[0] else "fine"] * table.num_rows)
+        text = "Wait, no. Hmm, let me check: awaiting." if file == files[0] else "fine"
         index = table.schema.get_field_index("completion")
-        table = table.set_column(index, table.schema.field(index), column)
-        pq.write_table(table, file)
+        column = pa.array([text] * table.num_rows)
+        pq.write_table(table.set_column(index, table.schema.field(index), column), file)
     changed = pq.read_metadata(files[0]).num_rows
     (line,) = round_stats([other])["behaviour"]
     tokens = rows(other, "rollouts")["num_completion_tokens"].sum()

@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import tomllib
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, run, write_jsonl
+from conftest import STUDENT, TEACHER, TEMPLATE, python, run, write_jsonl
 from hub import Hub
 
 from mpd_data.common.errors import ConfigError, DataError, MPDError
@@ -413,26 +411,21 @@ def test_a_dataset_of_the_hub_needs_test_prompts(tmp_path):
     data.mkdir()
     for split in ("train", "test"):
         write_jsonl(data / f"{split}.jsonl", rows(30))
-    code = "import sys; sys.argv[0] = 'mpd-gen'; from mpd_data.cli import main; main()"
+    source = "import sys; sys.argv[0] = 'mpd-gen'; from mpd_data.cli import main; main()"
     url = "hf://owner/sums?split="
     arguments = ["init", tmp_path / "o", "--student", STUDENT, "--teacher", TEACHER]
     arguments += ["--prompts", f"{url}train"]
     with Hub() as hub:
         hub.add("datasets", "owner/sums", data)
 
-        def ask(*more):
-            return subprocess.run(
-                [sys.executable, "-c", code, *map(str, arguments), *more],
-                cwd=ROOT, env=hub.environment(tmp_path / "home"), capture_output=True, text=True,
-                check=False,
-            )  # fmt: skip
+        def ask(*more, code=0):
+            env = hub.environment(tmp_path / "home")
+            return python(source, *arguments, *more, code=code, env=env)
 
-        refused = ask()
-        assert refused.returncode == 1
+        refused = ask(code=1)
         assert "--test, such as another of its splits (train, test)" in refused.stderr
         assert not (tmp_path / "o").exists()
-        done = ask("--test", f"{url}test")
-        assert done.returncode == 0, done.stderr
+        ask("--test", f"{url}test")
     pipeline = load_pipeline(tmp_path / "o" / "pipeline.toml", ())
     assert pipeline.rollouts["prompts"] == [f"{url}train"]
     assert pipeline.evaluation[0].rollouts["prompts"] == [f"{url}test"]

@@ -223,8 +223,7 @@ def test_models_that_cannot_be_used_are_named(tmp_path):
 )
 def test_files_that_contradict_each_other_are_one_message(tmp_path, file, changed):
     """Any exception of the libraries becomes one message; tokenizers raises plain Exception."""
-    folder = tmp_path / "model"
-    shutil.copytree(STUDENT, folder)
+    folder = shutil.copytree(STUDENT, tmp_path / "model")
     content = json.loads((folder / file).read_text()) | changed
     (folder / file).write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"(?s)cannot be loaded \(\w+: .*Check tokenizer.json"):

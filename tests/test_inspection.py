@@ -9,6 +9,7 @@ from statistics import fmean, median, quantiles
 import polars as pl
 import pytest
 from conftest import edit_rows, run
+from conftest import rows as all_rows
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.text import format_histogram
@@ -21,7 +22,7 @@ ODD_FOLDER = f"round[1]{HOSTILE}\n with a name that is longer than its column"
 
 
 def rows(folder):
-    return pl.read_parquet(folder / "rollouts" / "*.parquet").to_dicts()
+    return all_rows(folder).to_dicts()
 
 
 def lengthen(row):
@@ -31,8 +32,7 @@ def lengthen(row):
 @pytest.fixture(scope="module")
 def longer(round_dir, tmp_path_factory):
     """The real round with longer traces, every fifth answer wrong, and some samples fewer."""
-    folder = tmp_path_factory.mktemp("longer") / "new"
-    shutil.copytree(round_dir, folder)
+    folder = shutil.copytree(round_dir, tmp_path_factory.mktemp("longer") / "new")
 
     def change(row):
         lengthen(row)
@@ -47,7 +47,7 @@ def test_lengths_are_those_of_the_samples(round_dir, longer):
     """Of counts of equal lengths the tables are made; here each sample is looked at."""
     tables = round_stats([round_dir, longer])
     for folder in (round_dir, longer):
-        frame = pl.read_parquet(folder / "rollouts" / "*.parquet")
+        frame = all_rows(folder)
         (found,) = [row for row in tables["rollouts"] if row["folder"] == str(folder)]
         (behaviour,) = [row for row in tables["behaviour"] if row["folder"] == str(folder)]
         parts = {
@@ -93,8 +93,7 @@ def test_histograms_count_the_rows_in_the_same_bins(round_dir, longer):
 
 
 def test_a_histogram_fits_a_terminal_and_is_no_markup(round_dir, tmp_path):
-    folder = tmp_path / ODD_FOLDER
-    shutil.copytree(round_dir, folder)
+    folder = shutil.copytree(round_dir, tmp_path / ODD_FOLDER)
     said = run("mpd-gen", "stats", folder).stdout
     assert "\x1b" not in said
     text = said.partition("trace lengths\n")[2].partition("\nbehaviour")[0]
@@ -141,8 +140,7 @@ def test_histograms_of_many_rounds_stay_narrow(count):
 
 
 def test_stats_by_a_metadata_key(round_dir, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(round_dir, other)
+    other = shutil.copytree(round_dir, tmp_path / "other")
     levels = [10, 9, HOSTILE, None]
 
     def change(row):
@@ -184,8 +182,7 @@ def test_a_key_that_no_row_carries_is_an_error(round_dir, tmp_path):
     assert "no rollout has a value of it in its metadata. Did you mean 'family'?" in said
     said = run("mpd-gen", "compare", round_dir, round_dir, "--by", "subject", code=1).stderr
     assert "They carry 'family'." in said
-    bare = tmp_path / "bare"
-    shutil.copytree(round_dir, bare)
+    bare = shutil.copytree(round_dir, tmp_path / "bare")
     edit_rows(bare, "rollouts", lambda row: row.update(metadata=None))
     with pytest.raises(ConfigError, match="with --metadata-columns"):
         round_stats([bare], "family")
@@ -196,19 +193,17 @@ def test_a_key_that_no_row_carries_is_an_error(round_dir, tmp_path):
 
 def test_compare_by_a_metadata_key(round_dir, longer, tmp_path):
     """A group's line is what comparing its problems alone gives."""
-    result = json.loads(
-        run("mpd-gen", "compare", round_dir, longer, "--by", "family", "--json").stdout
-    )
+    asked = ["mpd-gen", "compare", round_dir, longer, "--by", "family"]
+    result = json.loads(run(*asked, "--json").stdout)
     whole = compare(round_dir, longer)
     assert {name: value for name, value in result.items() if name != "groups"} == whole
     assert [group["group"] for group in result["groups"]] == ["shop", "tally"]
     assert sum(group["problems"] for group in result["groups"]) == 60
-    said = run("mpd-gen", "compare", round_dir, longer, "--by", "family").stdout
+    said = run(*asked).stdout
     for group in result["groups"]:
         sides = []
         for side in (round_dir, longer):
-            part = tmp_path / group["group"] / side.name
-            shutil.copytree(side, part)
+            part = shutil.copytree(side, tmp_path / group["group"] / side.name)
             edit_rows(part, "rollouts", lambda row: group["group"] in row["metadata"])  # noqa: B023
             sides.append(part)
         alone = compare(*sides)
@@ -235,8 +230,7 @@ def test_compare_by_a_metadata_key(round_dir, longer, tmp_path):
 
 
 def test_a_problems_group_is_known_from_either_side(round_dir, longer, tmp_path):
-    bare = tmp_path / "bare"
-    shutil.copytree(longer, bare)
+    bare = shutil.copytree(longer, tmp_path / "bare")
     edit_rows(bare, "rollouts", lambda row: row.update(metadata=None))
     both = compare(round_dir, longer, "family")["groups"]
     assert compare(round_dir, bare, "family")["groups"] == both
@@ -262,8 +256,7 @@ def test_one_problem_alone_has_no_interval(round_dir, longer, tmp_path):
 
     sides = []
     for side in (round_dir, longer):
-        sides.append(tmp_path / side.name)
-        shutil.copytree(side, sides[-1])
+        sides.append(shutil.copytree(side, tmp_path / side.name))
         edit_rows(sides[-1], "rollouts", change)
     first, rest = compare(*sides, "family")["groups"]
     assert (first["group"], first["problems"], rest["problems"]) == ("one", 1, 59)

@@ -1,10 +1,7 @@
 """An interrupt that Python loses, since it came in a place that no exception leaves."""
 
-import subprocess
-import sys
-
 import pytest
-from conftest import MODULES, ROOT, STUDENT, environment, rollout_arguments
+from conftest import MODULES, STUDENT, python, rollout_arguments
 
 # A scheduler's signal while an object is being deleted, in the middle of imports.
 PROGRAM = """
@@ -36,12 +33,8 @@ def test_an_interrupt_that_got_lost_is_not_forgotten(round_dir, prompts, tmp_pat
     if program == "mpd-train":
         arguments = ["--shards", round_dir, "--student", STUDENT, "--out", out]
     text = PROGRAM.format(program=MODULES[program], module=module)
-    done = subprocess.run(
-        [sys.executable, "-c", text, *map(str, arguments)], cwd=ROOT, env=environment(),
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = python(text, *arguments, code=130)
     assert "Exception ignored in: <function Dying.__del__" in done.stderr
-    assert done.returncode == 130, done.stderr
     assert "run the same command again" in done.stderr
     assert not list(out.glob("rollouts/*.parquet"))
     assert not (out / "model").exists()

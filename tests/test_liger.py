@@ -1,12 +1,11 @@
 """Liger's kernels around the products: the same numbers, and refusals where they cannot run."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, STUDENT, environment, invoke
+from conftest import STUDENT, environment, invoke, python
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mpd_data.common.errors import ConfigError
@@ -74,12 +73,7 @@ def test_the_kernels_compute_the_same(round_dir):
     """Loss and all gradients of a pack of the two shortest rows. The model's own forward, into
     which Liger would put its loss, stays as it is."""
     pytest.importorskip("liger_kernel")
-    told = environment() | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SAME, STUDENT, round_dir],
-        cwd=ROOT, env=told, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = python(SAME, STUDENT, round_dir, env=environment() | {"TRITON_INTERPRET": "1"})
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["fused"] == pytest.approx(found["plain"], rel=1e-5)
     assert found["error"] < 1e-4

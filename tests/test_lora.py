@@ -2,17 +2,15 @@
 
 import json
 
-import polars as pl
 import pytest
 import torch
-from conftest import loss_on_all
+from conftest import loss_on_all, losses, rows, train_config, until_a_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import resolve_model
-from mpd_train import loop
-from mpd_train.config import LoraConfig, TrainConfig
+from mpd_train.config import LoraConfig
 from mpd_train.data.shard_set import ShardSet
 from mpd_train.loop import train
 from mpd_train.model.causal_lm import CausalLM
@@ -28,21 +26,9 @@ def base(exact_student):
 
 
 def config(round_dir, base, out, **changed):
-    settings = {
-        "shards": [round_dir],
-        "student": str(base),
-        "out": out,
-        "pack_length": 600,
-        "save_steps": 4,
-        "dtype": "float32",
-        "optimizer": {"learning_rate": 3e-3},
-        "lora": {"lora_r": 8},
-    }
-    return TrainConfig(**{**settings, **changed})
-
-
-def losses(out):
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    optimizer = {"learning_rate": 3e-3}
+    settings = {"save_steps": 4, "optimizer": optimizer, "lora": {"lora_r": 8}, **changed}
+    return train_config(round_dir, base, out, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +45,7 @@ def test_merged_generates_what_base_and_adapter_do(trained, base, round_dir):
     assert (settings["r"], settings["lora_alpha"]) == (8, 16)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     merged = AutoModelForCausalLM.from_pretrained(trained / "model", dtype=torch.float32).eval()
-    rollouts = pl.read_parquet(round_dir / "rollouts" / "*.parquet", columns=["prompt_ids"])
-    prompts = rollouts["prompt_ids"].unique(maintain_order=True).to_list()[:8]
+    prompts = rows(round_dir)["prompt_ids"].unique(maintain_order=True).to_list()[:8]
 
     def continued(model, ids):
         ids = torch.tensor([ids])
@@ -126,21 +111,13 @@ def test_adapters_alone_are_trained_and_start_without_effect(base):
     assert torch.equal(student.model(ids).logits, before)
 
 
-def test_an_interrupted_run_gives_the_same_adapter(trained, round_dir, base, tmp_path, monkeypatch):
+def test_an_interrupted_run_gives_the_same_adapter(trained, round_dir, base, tmp_path):
     out = tmp_path / "run"
-    save = loop.checkpoint.save
-
-    def killed(*arguments):
-        save(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop.checkpoint, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with until_a_checkpoint():
         train(config(round_dir, base, out))
     (saved,) = (out / "checkpoints").glob("step-*")
     names = [name for file in saved.glob("*.safetensors") for name in load_file(file)]
     assert names and all("lora_" in name for name in names)
-    monkeypatch.undo()
     train(config(round_dir, base, out))
     assert losses(out) == losses(trained)
     name = "adapter/adapter_model.safetensors"

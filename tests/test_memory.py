@@ -2,18 +2,15 @@
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import STUDENT, environment
+from conftest import ROOT, STUDENT, environment, finish, python
 
 from mpd_train.config import TrainConfig
 from mpd_train.dryrun.memory import MemoryPlan
 
-ROOT = Path(__file__).resolve().parents[1]
 MAKE = "import sys, pathlib, benchmarks.memory as m; f = pathlib.Path(sys.argv[1]);"
 MAKE += "m.make_model(f / 'student', 128, 4); m.make_model(f / 'teacher', 512, 6)"
 
@@ -21,7 +18,7 @@ MAKE += "m.make_model(f / 'student', 128, 4); m.make_model(f / 'teacher', 512, 6
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    subprocess.run([sys.executable, "-c", MAKE, folder], env=within(), check=True)
+    python(MAKE, folder, env=within())
     return folder
 
 
@@ -42,8 +39,8 @@ def within():
     ],
 )
 def test_the_plan_is_within_15_percent_of_the_peak(models, case):
-    command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), case, str(models)]
-    said = subprocess.run(command, env=within(), check=True, stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, ROOT / "benchmarks" / "memory.py", case, models]
+    said = finish(words, env=within())
     found = json.loads(said.stdout.splitlines()[-1])
     assert found["planned"] == pytest.approx(found["measured"], rel=0.15)
 

@@ -5,7 +5,7 @@ import shutil
 
 import polars as pl
 import pytest
-from conftest import ROOT, STUDENT, TEACHER, invoke, rewrite_arguments, run
+from conftest import ROOT, STUDENT, TEACHER, invoke, rewrite_arguments, rows, run
 
 from mpd_data.cli import cli
 from mpd_data.common.errors import ConfigError
@@ -26,9 +26,10 @@ def drafts(round_dir, tmp_path_factory):
 
 
 def test_a_draft_stands_for_its_rewrite_id_for_id(drafts):
-    rollouts = pl.read_parquet(drafts / "rollouts" / "*.parquet")
-    rows = pl.read_parquet(drafts / "distill" / "*.parquet")
-    both = rows.join(rollouts, left_on="rollout_id", right_on="row_id", suffix="_draft")
+    rollouts = rows(drafts)
+    both = rows(drafts, "distill").join(
+        rollouts, left_on="rollout_id", right_on="row_id", suffix="_draft"
+    )
     assert len(both) == len(rollouts)
     stopped = both.filter(pl.col("finish_reason") == "stop")
     assert len(stopped) > 100
@@ -51,19 +52,16 @@ def test_a_draft_stands_for_its_rewrite_id_for_id(drafts):
 
 
 def test_drafts_without_a_filter_are_all_kept(drafts, tmp_path):
-    out = tmp_path / "round1"
-    shutil.copytree(drafts, out)
+    out = shutil.copytree(drafts, tmp_path / "round1")
     rules = ["--refilter", "--no-require-correct"]
     run("mpd-gen", *rewrite_arguments(out, **DRAFT), *rules)
-    statuses = pl.read_parquet(out / "distill" / "*.parquet")["status"].value_counts()
-    assert "incorrect" not in statuses["status"]
+    assert "incorrect" not in rows(out, "distill")["status"].to_list()
 
 
 def test_a_plan_knows_that_drafts_are_not_rewritten(round_dir, capsys):
     invoke(cli, *rewrite_arguments(round_dir, **DRAFT), "--overwrite", "--dry-run", "--json")
     plan = json.loads(capsys.readouterr().out)
-    rollouts = pl.read_parquet(round_dir / "rollouts" / "*.parquet")
-    whole = rollouts.filter(pl.col("finish_reason") == "stop")
+    whole = rows(round_dir).filter(pl.col("finish_reason") == "stop")
     assert plan["tokens_at_most"] == whole["num_completion_tokens"].sum()
 
 

@@ -7,21 +7,23 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import click
 import pytest
 from conftest import (
     ROOT,
-    command,
+    SCORES,
     edit_rows,
     environment,
+    finish,
     invoke,
+    num_shards,
     rewrite_arguments,
     rollout_arguments,
     rows,
     run,
+    started,
     without_rewrites,
     write_jsonl,
 )
@@ -72,8 +74,7 @@ def test_workers_make_the_rows_of_one_process(round_dir, prompts, tmp_path):
     assert {said["state"] for said in writers(out).values()} == {"finished"}
     run("mpd-gen", *rewrite_arguments(out), "--workers", 2)
     ours, theirs = rows(out, "distill"), rows(round_dir, "distill")
-    exact = [c for c in ours.columns if c not in ("topk_ids", "topk_logprobs", "tail_logprobs")]
-    assert ours.select(exact).equals(theirs.select(exact))
+    assert ours.drop(SCORES).equals(theirs.drop(SCORES))
     assert {"rewrite-0-of-2", "rewrite-1-of-2"} < writers(out).keys()
     run("mpd-gen", "validate", out)
     again = run("mpd-gen", *rollout_arguments(prompts, out)).stderr
@@ -101,10 +102,8 @@ def test_one_part_after_another_makes_the_round(round_dir, prompts, tmp_path):
     assert done.equals(rows(round_dir, "rollouts"))
     for index in range(3):
         invoke(cli, *rewrite_arguments(out), "--shard-index", index, *of_three)
-        held = [
-            key for key in done["row_id"] if any(Part(i, 3).holds(key) for i in range(index + 1))
-        ]
-        assert sorted(rows(out, "distill")["rollout_id"]) == sorted(held)
+        held = sorted(key for key in done["row_id"] if held_by(key, index))
+        assert sorted(rows(out, "distill")["rollout_id"]) == held
 
 
 def test_a_dry_run_plans_its_part(prompts, tmp_path, capsys):
@@ -142,12 +141,8 @@ def test_the_shipped_job_script_makes_the_round_task_by_task(round_dir, prompts,
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for task in range(2):
         array = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2"}
-        done = subprocess.run(
-            ["bash", script, *rollout_arguments(prompts, out)],
-            env=environment() | array | {"PATH": path},
-            check=False,
-        )
-        assert done.returncode == 0
+        words = ["bash", script, *rollout_arguments(prompts, out)]
+        finish(words, env=environment() | array | {"PATH": path})
     assert rows(out, "rollouts").equals(rows(round_dir, "rollouts"))
     assert sorted(writers(out)) == ["rollouts-0-of-2", "rollouts-1-of-2"]
 
@@ -239,12 +234,8 @@ def test_gpus_are_shared_out(monkeypatch):
 def test_a_worker_that_is_killed_stops_the_rest_and_loses_nothing(round_dir, prompts, tmp_path):
     out = tmp_path / "r"
     arguments = [*rollout_arguments(prompts, out), "--workers", 2, "--rows-per-shard", 5]
-    process = subprocess.Popen(
-        command("mpd-gen", *arguments), env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    while len(list((out / "rollouts").glob("part-*.parquet"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
+    two = {"until": lambda: num_shards(out) >= 2, "stderr": subprocess.PIPE}
+    process = started("mpd-gen", *arguments, **two)
     first = next(said for name, said in writers(out).items() if name == "rollouts-0-of-2")
     os.kill(first["pid"], signal.SIGKILL)
     _, said = process.communicate()
@@ -259,15 +250,13 @@ def test_a_worker_that_is_killed_stops_the_rest_and_loses_nothing(round_dir, pro
 
 def test_a_scheduler_that_ends_a_job_loses_no_finished_row(prompts, tmp_path):
     out = tmp_path / "r"
-    process = subprocess.Popen(
-        command("mpd-gen", *rollout_arguments(prompts, out), "--rows-per-shard", 200),
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not any(said["rows"] for said in writers_of(out)):
-        assert process.poll() is None
-        time.sleep(0.01)
+
+    def first_row():
+        found = round_status(out)["writers"] if (out / "run.json").exists() else []
+        return any(said["rows"] for said in found)
+
+    arguments = [*rollout_arguments(prompts, out), "--rows-per-shard", 200]
+    process = started("mpd-gen", *arguments, until=first_row, stderr=subprocess.PIPE)
     process.terminate()
     _, said = process.communicate()
     assert process.returncode == 130
@@ -278,10 +267,6 @@ def test_a_scheduler_that_ends_a_job_loses_no_finished_row(prompts, tmp_path):
     assert writer["state"] == "interrupted"
     assert writer["rows"] == status["stages"][0]["rows"] == rows(out, "rollouts").height
     assert status["stages"][0]["asked"] == 240
-
-
-def writers_of(out):
-    return round_status(out)["writers"] if (out / "run.json").exists() else []
 
 
 def test_status_is_for_people_too(round_dir, tmp_path, capsys):

@@ -4,8 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import tomllib
 
 import polars as pl
@@ -17,9 +15,14 @@ from conftest import (
     ROOT,
     STUDENT,
     command,
+    finish,
+    metrics,
+    python,
     rewrite_arguments,
     rollout_arguments,
+    rows,
     run,
+    small_pocket,
     without_rewrites,
     write_jsonl,
 )
@@ -57,10 +60,6 @@ def content(folder):
     """Names, sizes and times of all that lies in a folder."""
     files = (p for p in sorted(folder.rglob("*")))
     return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-
-
-def rows(round_dir, stage):
-    return pl.read_parquet(round_dir / stage / "*.parquet")
 
 
 # -- what is there already -------------------------------------------------------------------
@@ -103,8 +102,8 @@ def test_a_finished_round_has_nothing_to_do_and_stays_as_it_is(round_dir, prompt
     kept = frame.filter((pl.col("status") == "ok") & (pl.col("compression_ratio") <= 0.5)).height
     assert plan["details"]["ok"] == f"{(frame['status'] == 'ok').sum()} -> {kept}"
     assert plan["details"]["rewrites to score"] == 0
-    plan = dry("mpd-gen", *rewrite_arguments(round_dir), "--refilter", "--no-keep-answer",
-               "--no-require-correct")  # fmt: skip
+    looser = ["--refilter", "--no-keep-answer", "--no-require-correct"]
+    plan = dry("mpd-gen", *rewrite_arguments(round_dir), *looser)
     newly = frame.filter(
         pl.col("status").is_in(["answer_changed", "incorrect"]) & (pl.col("compression_ratio") <= 1)
     )
@@ -115,12 +114,10 @@ def test_a_finished_round_has_nothing_to_do_and_stays_as_it_is(round_dir, prompt
 
 def test_what_was_there_with_other_settings_is_refused(round_dir, prompts, tmp_path):
     before = content(round_dir)
+    sampling = rollout_arguments(prompts, round_dir)
     calls = [
-        ([*rollout_arguments(prompts, round_dir), "--temperature", 0.9], "give another --out"),
-        (
-            [*rollout_arguments(prompts, round_dir), "--num-prompts", 2],
-            r"prompts: saved \d+ / now 2\n",
-        ),
+        ([*sampling, "--temperature", 0.9], "give another --out"),
+        ([*sampling, "--num-prompts", 2], r"prompts: saved \d+ / now 2\n"),
         ([*rewrite_arguments(round_dir), "--num-logprobs", 8], "--overwrite"),
         ([*rewrite_arguments(round_dir), "--max-ratio", 0.8], "--refilter: it deletes nothing"),
     ]
@@ -140,8 +137,7 @@ def test_what_was_there_with_other_settings_is_refused(round_dir, prompts, tmp_p
 def test_the_rows_of_a_torn_shard_are_planned_and_it_stays_where_it_is(
     round_dir, prompts, tmp_path
 ):
-    out = tmp_path / "round"
-    shutil.copytree(round_dir, out)
+    out = shutil.copytree(round_dir, tmp_path / "round")
     torn = out / "rollouts" / "part-00002.parquet"
     count = pq.read_metadata(torn).num_rows
     torn.write_bytes(torn.read_bytes()[:-100])
@@ -220,14 +216,7 @@ def test_a_dry_run_starts_no_engine(round_dir, prompts, tmp_path):
     code = "from mpd_data.cli import cli\nimport sys\n"
     for arguments in calls:
         code += f"cli.main({[*map(str, arguments), '--dry-run']!r}, standalone_mode=False)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", code + "print(*sorted(sys.modules))"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
-    loaded = done.stdout.split()
+    loaded = python(code + "print(*sorted(sys.modules))").stdout.split()
     assert "transformers" in loaded
     assert "vllm" not in loaded
 
@@ -278,13 +267,11 @@ def test_a_limited_run_says_what_the_rest_takes(part, round_dir, prompts):
 
 
 def test_without_the_limit_the_rest_follows(part, round_dir, prompts, tmp_path):
-    out = tmp_path / "r"
-    shutil.copytree(part[0], out)
+    out = shutil.copytree(part[0], tmp_path / "r")
     said = run("mpd-gen", *rollout_arguments(prompts, out)).stderr
     assert "240 rollouts, 120 of them new" in said
     assert "remaining" not in said
-    ours, theirs = (rows(folder, "rollouts").sort("row_id") for folder in (out, round_dir))
-    assert ours.equals(theirs)
+    assert rows(out).equals(rows(round_dir))
 
 
 def test_only_own_rows_of_the_same_backend_teach(part, prompts):
@@ -307,9 +294,8 @@ def test_bounds_on_disk_hold(round_dir):
     def size(stage):
         return sum(p.stat().st_size for p in (round_dir / stage).iterdir())
 
-    bound = rollout_bytes(
-        240, student["num_prompt_tokens"].sum(), student["num_completion_tokens"].sum(), 165
-    )
+    tokens = [student[f"num_{part}_tokens"].sum() for part in ("prompt", "completion")]
+    bound = rollout_bytes(240, *tokens, 165)
     assert 1 < bound / size("rollouts") < 2
     kept = distill.filter(pl.col("status") == "ok")
     contexts = kept["loss_start"].sum() + kept["teacher_prompt_ids"].list.len().sum()
@@ -343,7 +329,7 @@ def test_a_training_is_planned(round_dir, tmp_path):
     plan = dry("mpd-train", *call)
     assert list(tmp_path.iterdir()) == []
     run("mpd-train", *call)
-    lines = [json.loads(x) for x in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(tmp_path / "one")
     assert plan["details"]["steps"] == len(lines)
     assert plan["tokens_expected"] == sum(line["tokens"] for line in lines)
     assert plan["details"]["loss tokens"] == sum(line["loss_tokens"] for line in lines)
@@ -401,15 +387,7 @@ def test_a_folder_without_weights_is_refused(prompts, round_dir, tmp_path):
 
 @pytest.fixture(scope="module")
 def pocket(prompts, tmp_path_factory):
-    """The pocket pipeline, on the fixtures' prompts."""
-    text = (ROOT / "pipelines" / "pocket" / "pipeline.toml").read_text()
-    for name in ("train", "test", "ood"):
-        text = text.replace(f"data/pocket/{name}.jsonl", str(prompts))
-    for size in ("320", "1000", "500"):
-        text = text.replace(f"num_prompts = {size}", "num_prompts = 24")
-    path = tmp_path_factory.mktemp("pocket") / "small.toml"
-    path.write_text(text)
-    return path
+    return small_pocket(prompts, tmp_path_factory.mktemp("pocket"))
 
 
 def with_first_round(pocket, round_dir, out):
@@ -485,18 +463,11 @@ def test_a_pipeline_is_planned_at_given_rates(pocket, round_dir, tmp_path):
 
 
 QWEN_CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "attention_bias": False,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "max_position_embeddings": 40960,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 151936,
-}
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False,
+    "head_dim": 128, "hidden_act": "silu", "max_position_embeddings": 40960,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_theta": 1000000,
+    "torch_dtype": "bfloat16", "vocab_size": 151936,
+}  # fmt: skip
 QWEN_SIZES = {
     "Qwen/Qwen3-1.7B": {
         "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
@@ -562,15 +533,8 @@ def qwen_hub(tmp_path_factory):
 
 def test_the_qwen3_pipeline_is_sound_in_every_stage(qwen_hub, tmp_path):
     command_ = command("mpd-rounds", "pipelines/qwen3-1.7b/pipeline.toml", "--out")
-    done = subprocess.run(
-        [*command_, tmp_path / "run", "--dry-run", "--json"],
-        cwd=ROOT,
-        env=qwen_hub.environment(tmp_path / "home"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    words = [*command_, tmp_path / "run", "--dry-run", "--json"]
+    done = finish(words, env=qwen_hub.environment(tmp_path / "home"))
     found = json.loads(done.stdout)
     plans = {step["label"]: step["plan"] for step in found["steps"]}
     assert len(plans) == 4 + 3 * (3 + 4)
@@ -608,15 +572,8 @@ def test_the_qwen3_evaluations_are_checked_as_its_page_says(qwen_hub, tmp_path):
     page = (ROOT / "docs" / "qwen3.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```\n(train=.*?)```", page, re.DOTALL)
     program = shlex.join(command("mpd-gen"))
-    done = subprocess.run(
-        ["bash", "-euc", block.replace("mpd-gen", program)],
-        cwd=ROOT,
-        env=qwen_hub.environment(tmp_path / "home"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    words = ["bash", "-euc", block.replace("mpd-gen", program)]
+    done = finish(words, env=qwen_hub.environment(tmp_path / "home"))
     counts = re.findall(r"^ +2,100 +(\d+) +0 +0 +0.0%", done.stdout, re.MULTILINE)
     assert counts == ["20", "20", "30", "30"]
     pipeline = tomllib.loads((ROOT / "pipelines/qwen3-1.7b/pipeline.toml").read_text())

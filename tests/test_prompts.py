@@ -3,14 +3,13 @@
 import datetime
 import json
 import re
-import subprocess
 import sys
 from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, STUDENT, write_jsonl
+from conftest import STUDENT, python, write_jsonl
 from hub import Hub
 
 from mpd_data.common.errors import ConfigError, DataError
@@ -94,13 +93,8 @@ def test_metadata_is_json(tmp_path):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "p.parquet")
     columns = ["n", "day", "x", "l", "money"]
     (prompt,) = load_prompts([tmp_path / "p.parquet"], "problem", metadata_columns=columns)
-    assert prompt.metadata == {
-        "n": 3,
-        "day": "2024-05-01",
-        "x": None,
-        "l": [{"d": "2024-05-01"}],
-        "money": "1.50",
-    }
+    day = "2024-05-01"
+    assert prompt.metadata == {"n": 3, "day": day, "x": None, "l": [{"d": day}], "money": "1.50"}
     json.dumps(prompt.metadata, allow_nan=False)
     with pytest.raises(DataError, match="no column 'dya'; .*Did you mean 'day'"):
         load_prompts([tmp_path / "p.parquet"], "problem", metadata_columns=["dya"])
@@ -194,14 +188,8 @@ def test_system_prompt_and_examples_come_first_in_order(qwen):
     examples = [("1 + 1", "<think>x</think>2"), ("2 + 2", "4")]
     formatter = ChatFormatter(qwen, system_prompt="Be brief.", examples=examples)
     text, ids = formatter.render("3 + 3")
-    turns = [
-        ("system", "Be brief."),
-        ("user", "1 + 1"),
-        ("assistant", "2"),
-        ("user", "2 + 2"),
-        ("assistant", "4"),
-        ("user", "3 + 3"),
-    ]
+    turns = [("system", "Be brief."), ("user", "1 + 1"), ("assistant", "2")]
+    turns += [("user", "2 + 2"), ("assistant", "4"), ("user", "3 + 3")]
     expected = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
     assert text == expected + "<|im_start|>assistant\n"
     assert ids == qwen(text, add_special_tokens=False)["input_ids"]
@@ -286,15 +274,7 @@ print(json.dumps(results))
 
 def ask(hub, home, *calls, **environment):
     """Return the results of the calls, made in a process whose only hub is `hub`."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, json.dumps(calls)],
-        cwd=ROOT,
-        env={**hub.environment(home), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = python(LOAD, json.dumps(calls), env=hub.environment(home) | environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +13,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from browser import HOW, find_browser
-from conftest import STUDENT, TEACHER, edit_rows, invoke, run, write_jsonl
+from conftest import STUDENT, TEACHER, edit_rows, invoke, losses, python, rows, run, write_jsonl
 from playwright.sync_api import sync_playwright
 
 from mpd_data.common.errors import ConfigError, DataError
@@ -87,8 +85,7 @@ def copied(made, tmp_path):
 @pytest.fixture(scope="module")
 def longer(made, tmp_path_factory):
     """The run with a second round, which is the first one's rows again with other lengths."""
-    folder = tmp_path_factory.mktemp("longer") / "run"
-    shutil.copytree(made, folder)
+    folder = shutil.copytree(made, tmp_path_factory.mktemp("longer") / "run")
     for place, one, two in (
         ("data", "round1", "round2"),
         ("train", "round1", "round2"),
@@ -144,20 +141,14 @@ def table(text, caption):
     return {row[0]: dict(zip(cells[0][1:], row[1:], strict=True)) for row in cells[2:]}
 
 
-def rows(folder, stage):
-    return pl.read_parquet(folder / stage / "*.parquet")
-
-
 def test_figures_are_those_of_the_rows(made, tmp_path):
     text = report(made, tmp_path)["report.md"]
     rollouts, distill = (rows(made / "data" / "round1", s) for s in ("rollouts", "distill"))
     kept = distill.filter(pl.col("status") == "ok")
     assert 0 < kept.height < distill.height
 
-    left = {
-        name: cells["round 1"]
-        for name, cells in table(text, "What is left after each stage").items()
-    }
+    left = table(text, "What is left after each stage")
+    left = {name: cells["round 1"] for name, cells in left.items()}
     assert left["prompts"] == str(rollouts["prompt_id"].n_unique())
     whole = rollouts.filter(pl.col("finish_reason") == "stop").height
     answered = distill["rewrite"].is_not_null().sum()
@@ -194,13 +185,10 @@ def test_figures_are_those_of_the_rows(made, tmp_path):
             "95%": str(values[int(0.95 * (len(values) - 1) + 0.5)]),
             "longest": str(values[-1]),
         }
-    metrics = [
-        json.loads(x) for x in (made / "train/round1/metrics.jsonl").read_text().splitlines()
-    ]
-    losses = [record["loss"] for record in metrics if "loss" in record]
+    course = losses(made / "train" / "round1")
     trained = table(text, "Trainings")["round 1"]
-    assert trained["steps"] == str(len(losses))
-    assert trained["loss"] == f"{losses[0]:.4g} → {losses[-1]:.4g}"
+    assert trained["steps"] == str(len(course))
+    assert trained["loss"] == f"{course[0]:.4g} → {course[-1]:.4g}"
     assert "→" in trained["validation loss"]
 
 
@@ -220,8 +208,7 @@ def test_no_engine_is_loaded(made, tmp_path):
         "write_report([Path(sys.argv[1])], Path(sys.argv[2]))\n"
         "print(*{'torch', 'transformers', 'vllm'} & set(sys.modules))"
     )
-    command = [sys.executable, "-c", code, str(made), str(tmp_path)]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "\n"
+    assert python(code, made, tmp_path).stdout == "\n"
 
 
 def test_token_lists_are_not_read(copied, tmp_path):
@@ -247,8 +234,7 @@ def test_token_lists_are_not_read(copied, tmp_path):
 
 
 def test_hostile_text_stays_text(longer, tmp_path, browser):
-    folder = tmp_path / f"{HOSTILE.replace('/', '')}"
-    shutil.copytree(longer, folder)
+    folder = shutil.copytree(longer, tmp_path / f"{HOSTILE.replace('/', '')}")
 
     def spoil(row):
         for name in ("problem", "completion", "rewrite", "gold_answer"):
@@ -321,9 +307,8 @@ def test_the_page_in_a_browser(longer, tmp_path, browser, width, scheme):
     assert all(min(numbers) > 4 for numbers in plots)
     # Text keeps its contrast in either scheme (WCAG AA).
     assert tab.evaluate(CONTRASTS) == []
-    levels = [
-        int(tag[1]) for tag, _ in Page(tmp_path / "report.html").tags if re.match(r"h\d", tag)
-    ]
+    tags = [tag for tag, _ in Page(tmp_path / "report.html").tags]
+    levels = [int(tag[1]) for tag in tags if re.match(r"h\d", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(b <= a + 1 for a, b in pairwise(levels))
@@ -365,14 +350,10 @@ def test_the_page_on_paper(longer, tmp_path, browser):
     # As wide as A4 without its margins: nothing is cut off, and nothing left to scroll to.
     tab.set_viewport_size({"width": 688, "height": 900})
     assert tab.evaluate("document.documentElement.scrollWidth") <= 688
-    assert (
-        tab.evaluate(
-            """[...document.querySelectorAll('table, pre, .trace-text')].filter(e =>
-             e.getBoundingClientRect().right > 689 || e.scrollHeight > e.clientHeight + 1)
-           .map(e => e.textContent.slice(0, 60))"""
-        )
-        == []
-    )
+    cut = """[...document.querySelectorAll('table, pre, .trace-text')].filter(e =>
+        e.getBoundingClientRect().right > 689 || e.scrollHeight > e.clientHeight + 1)
+        .map(e => e.textContent.slice(0, 60))"""
+    assert tab.evaluate(cut) == []
     printed = tab.pdf(format="A4")
     assert printed.startswith(b"%PDF")
     assert len(re.findall(rb"/Type\s*/Page\b", printed)) >= 3
@@ -495,18 +476,19 @@ def test_damaged_files_are_named(copied, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def licences(text):
+    return {part: cells["licence"] for part, cells in table(text, "Licences").items()}
+
+
 def test_the_data_card(made, copied, tmp_path):
     text = report(made, tmp_path / "before")["data_card.md"]
-    licences = table(text, "Licences")
-    assert {part: of["licence"] for part, of in licences.items()} == dict.fromkeys(
-        ("sampled by", "rewritten and scored by", "prompts"), "not declared"
-    )
+    parts = ("sampled by", "rewritten and scored by", "prompts")
+    assert licences(text) == dict.fromkeys(parts, "not declared")
     # The same prompts are trained on and measured with here.
     found = table(text, "Evaluation prompts among the training prompts")["test"]
     assert found["evaluation prompts"] == "12"
-    train, test = (rows(made / place, "rollouts")["prompt_id"].unique() for place in
-                   ("data/round1", "eval/base-test"))  # fmt: skip
-    assert int(found["the same"]) >= len(set(train) & set(test)) > 0
+    train, test = (set(rows(made / x)["prompt_id"]) for x in ("data/round1", "eval/base-test"))
+    assert int(found["the same"]) >= len(train & test) > 0
     models = text.partition("**Models**")[2]
     metadata = json.loads(
         pq.read_metadata(next((made / "data/round1/distill").glob("*.parquet"))).metadata[b"mpd"]
@@ -530,10 +512,8 @@ def test_the_data_card(made, copied, tmp_path):
     settings = json.loads((copied / "pipeline.json").read_text())
     settings["licenses"] = {"prompts": "CC-BY-4.0", "student": None, "teacher": None}
     (copied / "pipeline.json").write_text(json.dumps(settings))
-    licences = table(report(copied, tmp_path / "after")["data_card.md"], "Licences")
-    assert {part: of["licence"] for part, of in licences.items()} == {
-        "sampled by": "mit", "rewritten and scored by": "not declared", "prompts": "CC-BY-4.0"
-    }  # fmt: skip
+    text = report(copied, tmp_path / "after")["data_card.md"]
+    assert licences(text) == dict(zip(parts, ("mit", "not declared", "CC-BY-4.0"), strict=True))
 
 
 def test_a_pipeline_declares_licences(prompts, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, STUDENT, command, environment, run, with_adapter
+from conftest import ROOT, STUDENT, command, environment, run, small_pocket, with_adapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -28,13 +28,8 @@ POCKET = ROOT / "pipelines" / "pocket" / "pipeline.toml"
 @pytest.fixture(scope="module")
 def small(prompts, tmp_path_factory):
     """The pocket pipeline on a handful of prompts."""
-    text = POCKET.read_text()
-    for name in ("train", "test", "ood"):
-        text = text.replace(f"data/pocket/{name}.jsonl", str(prompts))
-    for size in ("320", "1000", "500"):
-        text = text.replace(f"num_prompts = {size}", "num_prompts = 24")
-    path = tmp_path_factory.mktemp("pipeline") / "small.toml"
-    path.write_text(text.replace("5e-4", "2e-3"))
+    path = small_pocket(prompts, tmp_path_factory.mktemp("pipeline"))
+    path.write_text(path.read_text().replace("5e-4", "2e-3"))
     values = tomllib.loads(path.read_text())
     assert values["rollouts"]["num_prompts"] == 24
     return path
@@ -44,12 +39,9 @@ def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
     out = tmp_path / "run"
     arguments = [small, "--out", out, "--set", "rounds=2"]
     process = subprocess.Popen(
-        command("mpd-rounds", *arguments),
-        env=environment(),
-        cwd=ROOT,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+        command("mpd-rounds", *arguments), env=environment(), cwd=ROOT,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
     while not (out / "data" / "round1" / "distill").exists():
         assert process.poll() is None
         time.sleep(0.05)

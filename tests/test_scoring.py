@@ -9,7 +9,16 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import STUDENT, TEACHER, TEMPLATE, rewrite_arguments, run
+from conftest import (
+    STUDENT,
+    TEACHER,
+    TEMPLATE,
+    drained,
+    rewrite_arguments,
+    rows,
+    run,
+    without_rewrites,
+)
 from transformers import AutoModelForCausalLM
 
 from mpd_data.common.models import load_tokenizer, resolve_model
@@ -43,23 +52,14 @@ def logprobs_of(model, ids, start):
 
 
 def kept(round_dir):
-    return (
-        pl.scan_parquet(round_dir / "distill" / "*.parquet")
-        .filter(pl.col("status") == "ok")
-        .sort("row_id")
-        .collect()
-        .to_dicts()
-    )
+    return rows(round_dir, "distill").filter(pl.col("status") == "ok").to_dicts()
 
 
 def test_engine_scores_equal_transformers(teacher_engine, teacher, round_dir):
     row = kept(round_dir)[0]
     context, target = row["teacher_prompt_ids"], row["input_ids"][row["loss_start"] :]
     teacher_engine.submit_score("a", context, target, 64)
-    results = []
-    while teacher_engine.in_flight:
-        results += teacher_engine.step()
-    (scores,) = results
+    scores = drained(teacher_engine)["a"]
     assert isinstance(scores, Scores)
     exact = logprobs_of(teacher, context + target, len(context))
     at = torch.arange(len(target))
@@ -101,9 +101,7 @@ def test_the_teacher_knows_where_a_rewrite_ends(round_dir):
 
 def test_rewrite_prompt_is_the_templates(round_dir):
     tokenizer = load_tokenizer(resolve_model(str(TEACHER)))
-    rollouts = {
-        r["row_id"]: r for r in pl.read_parquet(round_dir / "rollouts" / "*.parquet").to_dicts()
-    }
+    rollouts = {row["row_id"]: row for row in rows(round_dir).to_dicts()}
     for row in kept(round_dir)[:5]:
         rollout = rollouts[row["rollout_id"]]
         message = load_template(TEMPLATE).message(rollout["problem"], rollout["completion"])
@@ -115,16 +113,11 @@ def test_rewrite_prompt_is_the_templates(round_dir):
 
 def test_problem_context_scores_the_students_prompt(round_dir, teacher, tmp_path):
     """The same rewrites, scored the paper's way."""
-    import shutil
-
-    other = tmp_path / "round1"
-    shutil.copytree(round_dir, other, ignore=shutil.ignore_patterns("distill*"))
-    (other / "distill.manifest.jsonl").unlink(missing_ok=True)
-    settings = {"--score-context": "problem"}
-    run("mpd-gen", *rewrite_arguments(other, **settings), "--overwrite")
-    rows = kept(other)
-    assert [r["input_ids"] for r in rows] == [r["input_ids"] for r in kept(round_dir)]
-    row = rows[3]
+    other = without_rewrites(round_dir, tmp_path / "round1")
+    run("mpd-gen", *rewrite_arguments(other, **{"--score-context": "problem"}))
+    found = kept(other)
+    assert [r["input_ids"] for r in found] == [r["input_ids"] for r in kept(round_dir)]
+    row = found[3]
     assert row["teacher_prompt_ids"] is None
     exact = logprobs_of(teacher, row["input_ids"], row["loss_start"])
     ids = torch.tensor(row["topk_ids"]).view(len(exact), -1)
@@ -143,10 +136,7 @@ def test_rows_do_not_depend_on_order_or_company(teacher_engine):
     def sample(order):
         for i in order:
             teacher_engine.submit_generate(str(i), ids[i], sampling, 1000 + i)
-        found = {}
-        while teacher_engine.in_flight:
-            found.update({r.key: r.token_ids for r in teacher_engine.step()})
-        return found
+        return {key: result.token_ids for key, result in drained(teacher_engine).items()}
 
     together, backwards = sample(range(10)), sample(reversed(range(10)))
     assert together == backwards
@@ -159,10 +149,7 @@ def test_an_over_long_request_is_refused_alone(teacher_engine):
     teacher_engine.submit_generate("short", [1, 5, 6], sampling, 0)
     with pytest.raises(RequestError):
         teacher_engine.submit_generate("long", [5] * 5000, sampling, 0)
-    results = []
-    while teacher_engine.in_flight:
-        results += teacher_engine.step()
-    assert [r.key for r in results] == ["short"]
+    assert drained(teacher_engine).keys() == {"short"}
 
 
 def test_tail_of_peaked_distributions_is_never_zero_or_positive():

@@ -12,6 +12,7 @@ import time
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from conftest import python
 
 from mpd_data.common.errors import ConfigError, DataError, MPDError
 from mpd_data.inspect.validate import validate_round
@@ -26,26 +27,12 @@ def error_row(i):
 
 def rollout_row(i, tokens=5):
     return {
-        "row_id": f"{i:032x}",
-        "prompt_id": str(i),
-        "round": 1,
-        "sample_idx": 0,
-        "prompt": "p",
-        "completion": "c",
-        "prompt_ids": [1, 2],
-        "completion_ids": list(range(tokens)),
-        "num_prompt_tokens": 2,
-        "num_completion_tokens": tokens,
-        "finish_reason": "stop",
-        "problem": "p",
-        "answer": None,
-        "gold_answer": None,
-        "is_correct": None,
-        "check_error": None,
-        "repetition": 0.0,
-        "metadata": None,
-        "seed": i,
-    }
+        "row_id": f"{i:032x}", "prompt_id": str(i), "round": 1, "sample_idx": 0, "prompt": "p",
+        "completion": "c", "prompt_ids": [1, 2], "completion_ids": list(range(tokens)),
+        "num_prompt_tokens": 2, "num_completion_tokens": tokens, "finish_reason": "stop",
+        "problem": "p", "answer": None, "gold_answer": None, "is_correct": None,
+        "check_error": None, "repetition": 0.0, "metadata": None, "seed": i,
+    }  # fmt: skip
 
 
 def write(path, rows, **options):
@@ -65,11 +52,8 @@ def test_rows_come_back_and_polars_reads_the_folder(tmp_path):
     assert round_dir.keys("rollouts") == {f"{i:032x}" for i in range(650)}
     assert pl.scan_parquet(tmp_path / "r" / "rollouts").select(pl.len()).collect().item() == 650
     first = round_dir.shard_paths("rollouts")[0]
-    assert [shard.row_groups for shard in round_dir.manifest("rollouts")] == [
-        [256, 44],
-        [256, 44],
-        [50],
-    ]
+    groups = [shard.row_groups for shard in round_dir.manifest("rollouts")]
+    assert groups == [[256, 44], [256, 44], [50]]
     assert read_metadata(first)["stage"] == "rollouts"
     assert validate_round(tmp_path / "r") == []
 
@@ -84,10 +68,7 @@ def test_all_null_columns_keep_their_type(tmp_path):
 
 def test_a_shard_closes_by_age(tmp_path):
     round_dir = RoundDir(tmp_path / "r")
-    with (
-        round_dir.lock(),
-        ShardWriter(round_dir, "rollouts", {}, seconds_per_shard=0.05) as writer,
-    ):
+    with round_dir.lock(), ShardWriter(round_dir, "rollouts", {}, seconds_per_shard=0.05) as writer:
         writer.add(rollout_row(0))
         time.sleep(0.06)
         writer.add(rollout_row(1))
@@ -177,10 +158,8 @@ def test_append_after_a_torn_line_starts_a_new_one(tmp_path):
     with round_dir.manifest_path("rollouts").open("ab") as file:
         file.write(b'{"name":"part-0')
     write(tmp_path / "r", [rollout_row(1)])
-    assert [shard.name for shard in round_dir.manifest("rollouts")] == [
-        "part-00000.parquet",
-        "part-00001.parquet",
-    ]
+    names = [shard.name for shard in round_dir.manifest("rollouts")]
+    assert names == ["part-00000.parquet", "part-00001.parquet"]
 
 
 def test_a_second_writer_is_refused(tmp_path):
@@ -188,11 +167,9 @@ def test_a_second_writer_is_refused(tmp_path):
     code = "from pathlib import Path; from mpd_data.store.round import RoundDir; import sys\n"
     code += "with RoundDir(Path(sys.argv[1])).lock(): pass"
     with round_dir.lock():
-        other = subprocess.run(
-            [sys.executable, "-c", code, tmp_path / "r"], capture_output=True, text=True
-        )
+        other = python(code, tmp_path / "r", code=1)
     assert "another process is writing here" in other.stderr
-    assert subprocess.run([sys.executable, "-c", code, tmp_path / "r"]).returncode == 0
+    python(code, tmp_path / "r")
 
 
 def test_other_settings_are_refused_with_a_list(tmp_path):
@@ -242,13 +219,7 @@ def test_a_full_disk_loses_nothing_committed(tmp_path):
                 yield rollout_row(i, tokens=2000 + i)
         write(Path(sys.argv[1]), rows(), rows_per_shard=100)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), tmp_path / "r", "4096"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "writing a shard failed" in done.stderr
+    assert "writing a shard failed" in python(code, tmp_path / "r", 4096, code=1).stderr
     round_dir = RoundDir(tmp_path / "r")
     with round_dir.lock():
         assert len(round_dir.recover("rollouts")) == 200
@@ -437,16 +408,14 @@ def test_sigkill_at_random_moments(tmp_path):
     kills = 0
     for _ in range(25):
         process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(WRITER), tmp_path / "r"],
-            stdout=subprocess.PIPE,
+            [sys.executable, "-c", textwrap.dedent(WRITER), tmp_path / "r"], stdout=subprocess.PIPE
         )
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(rng.uniform(0, 0.15))
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(WRITER), tmp_path / "r"])
-    assert done.returncode == 0
+    python(WRITER, tmp_path / "r")
     assert kills >= 3
     round_dir = RoundDir(tmp_path / "r")
     assert round_dir.keys("rollouts") == {f"{i:032x}" for i in range(700)}

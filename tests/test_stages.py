@@ -5,13 +5,23 @@ The stages run in this process: vLLM is loaded once, and an engine then starts i
 
 import json
 import shutil
-import subprocess
 import sys
 
 import polars as pl
 import pytest
 import torch
-from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, invoke, rewrite_arguments, rows, write_jsonl
+from conftest import (
+    STUDENT,
+    TEACHER,
+    TEMPLATE,
+    invoke,
+    model_with,
+    other_tokenizer,
+    python,
+    rewrite_arguments,
+    rows,
+    write_jsonl,
+)
 from hub import Hub
 from transformers import AutoModelForCausalLM
 
@@ -30,41 +40,22 @@ ENGINE = {"dtype": "float32", "max_num_seqs": 16, "kv_cache_gib": 0.25}
 
 def sampled(prompts, out, **changed):
     """Sample rollouts of four problems and return them."""
-    settings = {
-        "model": str(STUDENT),
-        "prompts": [str(prompts)],
-        "out": out,
-        "num_prompts": 4,
-        "id_column": "id",
-        "answer_column": "answer",
-        "sampling": {"max_tokens": 250},
-        "engine": ENGINE,
-    }
-    run_rollouts(RolloutsConfig(**{**settings, **changed}))
+    settings = {"num_prompts": 4, "sampling": {"max_tokens": 250}, "engine": ENGINE}
+    settings |= {"model": str(STUDENT), "id_column": "id", "answer_column": "answer"}
+    run_rollouts(RolloutsConfig(prompts=[str(prompts)], out=out, **{**settings, **changed}))
     return rows(out, "rollouts")
 
 
 def rewritten(drafts, out, **changed):
     """Rewrite the rollouts of a copy of `drafts` and return the rewrites."""
     shutil.copytree(drafts, out)
-    settings = {
-        "teacher": str(TEACHER),
-        "shards": out,
-        "template": str(TEMPLATE),
-        "score_context": "rewrite",
-        "sampling": {"max_tokens": 200},
-        "engine": ENGINE,
-    }
-    run_rewrite(RewriteConfig(**{**settings, **changed}))
+    run_rewrite(rewriting(out, template=str(TEMPLATE), **changed))
     return rows(out, "distill")
 
 
-def model_with(folder, model, suffix):
-    """Copy `model` and append `suffix` to its chat template."""
-    shutil.copytree(model, folder)
-    with (folder / "chat_template.jinja").open("a") as file:
-        file.write(suffix)
-    return str(folder)
+def rewriting(out, **changed):
+    settings = {"score_context": "rewrite", "sampling": {"max_tokens": 200}, "engine": ENGINE}
+    return RewriteConfig(shards=out, **{"teacher": str(TEACHER), **settings, **changed})
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +93,8 @@ def test_rollouts_take_what_they_are_told(tmp_path):
     ]
     file = write_jsonl(tmp_path / "p.jsonl", [*problems, problems[0] | {"text": "again"}])
     examples = write_jsonl(tmp_path / "e.jsonl", [{"text": "1 + 1 ?", "done": "answer 2"}])
-    student = model_with(
-        tmp_path / "student",
-        STUDENT,
-        "{{ word }}{% if enable_thinking %}thinks{% else %}says{% endif %}",
-    )
+    suffix = "{{ word }}{% if enable_thinking %}thinks{% else %}says{% endif %}"
+    student = str(model_with(tmp_path / "student", STUDENT, suffix))
     out = tmp_path / "r"
     frame = sampled(
         file,
@@ -153,6 +141,8 @@ def test_answers_are_read_in_the_declared_formats_only(prompts, tmp_path, format
     ended = frame.filter(pl.col("finish_reason") == "stop")
     assert ended.height > 1
     assert ended["answer"].is_not_null().to_list() == [found] * ended.height
+    assert found or set(ended["is_correct"]) == {False}
+    assert ended["repetition"].is_between(0, 1, closed="left").all()
 
 
 @pytest.fixture(scope="module")
@@ -183,17 +173,12 @@ def test_greedy_by_each_of_three_ways(prompts, tmp_path, greedy, sampling):
 def test_the_seed_decides_prompts_and_samples(prompts, tmp_path):
     found = [sampled(prompts, tmp_path / str(seed), seed=seed) for seed in (0, 1)]
     assert set(found[0]["prompt_id"]) != set(found[1]["prompt_id"])
-    found = [
-        sampled(prompts, tmp_path / f"all{seed}", seed=seed, num_prompts=60, sampling=SHORT)
-        for seed in (0, 1)
-    ]
+    more = {"num_prompts": 60, "sampling": {"max_tokens": 20}}
+    found = [sampled(prompts, tmp_path / f"all{seed}", seed=seed, **more) for seed in (0, 1)]
     assert not set(found[0]["row_id"]) & set(found[1]["row_id"])
     both = found[0].join(found[1], on="prompt_id")
     assert both.height == 60
     assert (both["completion_ids"] != both["completion_ids_right"]).sum() > 30
-
-
-SHORT = {"max_tokens": 20}
 
 
 def test_shards_close_by_age(prompts, tmp_path):
@@ -254,6 +239,7 @@ def test_checks_have_their_processes_and_their_time(prompts, tmp_path, own_check
     ended = frame.filter(pl.col("finish_reason") == "stop")
     assert ended.height >= 4
     assert set(ended["check_error"]) == {"timed out after 0.25 s"}
+    assert ended["is_correct"].not_().all()
     assert len(list(started.iterdir())) >= 3
 
     own_checker("quick", workers=0, seconds=0)
@@ -292,18 +278,10 @@ def test_overwrite_of_rollouts(tmp_path):
 
 
 def test_rewrites_take_what_they_are_told(drafts, tmp_path):
-    teacher = model_with(
-        tmp_path / "teacher", TEACHER, "{% if word is defined %}{{ word }}{% endif %}"
-    )
-    out = tmp_path / "r"
-    frame = rewritten(
-        drafts,
-        out,
-        teacher=teacher,
-        num_logprobs=8,
-        score_template_kwargs={"word": "shells"},
-        output={"rows_per_shard": 5},
-    )
+    suffix = "{% if word is defined %}{{ word }}{% endif %}"
+    out, teacher = tmp_path / "r", str(model_with(tmp_path / "teacher", TEACHER, suffix))
+    told = {"score_template_kwargs": {"word": "shells"}, "output": {"rows_per_shard": 5}}
+    frame = rewritten(drafts, out, teacher=teacher, num_logprobs=8, **told)
     assert [shard.rows for shard in RoundDir(out).manifest("distill")] == [5, 5, 2]
     kept = frame.filter(pl.col("status") == "ok")
     assert kept.height > 3
@@ -318,11 +296,10 @@ def test_rewrites_take_what_they_are_told(drafts, tmp_path):
 
 def test_the_teachers_template_has_its_own_settings(drafts, tmp_path):
     suffix = "{% if refuse is defined %}{{ raise_exception(refuse) }}{% endif %}"
-    teacher = model_with(tmp_path / "teacher", TEACHER, suffix)
-    settings = {"teacher": teacher, "template_kwargs": {"refuse": "never so"}}
+    teacher = str(model_with(tmp_path / "teacher", TEACHER, suffix))
     shutil.copytree(drafts, tmp_path / "r")
     arguments = rewrite_arguments(tmp_path / "r", **{"--teacher": teacher})
-    arguments += ["--template-kwargs", json.dumps(settings["template_kwargs"])]
+    arguments += ["--template-kwargs", json.dumps({"refuse": "never so"})]
     with pytest.raises(MPDError, match="no rewrite was kept"):
         invoke(cli, *arguments)
     messages = rows(tmp_path / "r", "errors")["message"]
@@ -333,18 +310,11 @@ def test_the_teachers_template_has_its_own_settings(drafts, tmp_path):
 def test_the_teacher_thinks_when_told(drafts, tmp_path):
     """By default it does not think, and this teacher fails then."""
     suffix = "{% if not enable_thinking %}{{ raise_exception('no') }}{% endif %}"
-    teacher = model_with(tmp_path / "teacher", TEACHER, suffix)
+    teacher = str(model_with(tmp_path / "teacher", TEACHER, suffix))
     frame = rewritten(drafts, tmp_path / "r", teacher=teacher, thinking="on")
     assert frame.height == 12
     # Rows of both modes never mix.
-    other = RewriteConfig(
-        teacher=teacher,
-        shards=tmp_path / "r",
-        template=str(TEMPLATE),
-        score_context="rewrite",
-        sampling={"max_tokens": 200},
-        engine=ENGINE,
-    )
+    other = rewriting(tmp_path / "r", teacher=teacher, template=str(TEMPLATE))
     with pytest.raises(ConfigError, match="thinking: saved True / now False"):
         run_rewrite(other)
 
@@ -380,17 +350,8 @@ def test_rewrites_are_cut_at_their_limit(drafts, tmp_path):
 
 def test_candidates_their_choice_and_their_seed(drafts, tmp_path):
     sampling = {"max_tokens": 200, "temperature": 1}
-    found = [
-        rewritten(
-            drafts,
-            tmp_path / str(seed),
-            num_candidates=3,
-            choose="all",
-            seed=seed,
-            sampling=sampling,
-        )
-        for seed in (0, 1)
-    ]
+    told = {"num_candidates": 3, "choose": "all", "sampling": sampling}
+    found = [rewritten(drafts, tmp_path / str(seed), seed=seed, **told) for seed in (0, 1)]
     for frame in found:
         assert frame.group_by("rollout_id").len()["len"].to_list() == [3] * 12
         kept = frame.filter(pl.col("status") == "ok")
@@ -408,11 +369,10 @@ def test_shards_of_rewrites_close_by_age(drafts, tmp_path):
 
 def test_each_rule_rejects_rewrites_of_a_round(round_dir, tmp_path):
     """A rewrite has the status of the first filter that rejects it."""
-    out = tmp_path / "r"
-    shutil.copytree(round_dir, out)
+    out = shutil.copytree(round_dir, tmp_path / "r")
     rules = {"drafts": "correct", "max_ratio": 0.9, "min_ratio": 0.2, "max_repetition": 0.001}
     before = rows(out, "distill").filter(pl.col("status") == "ok")
-    outcome = run_refilter(refiltering(out, filters=rules))
+    outcome = run_refilter(rewriting(out, filters=rules))
     assert set(outcome.statuses) > {"draft_rejected", "longer", "too_short", "repetitive"}
     ratio, repeated = pl.col("compression_ratio"), pl.col("repetition")
     kept = before.filter(ratio.is_between(0.2, 0.9) & (repeated <= 0.001)).height
@@ -420,29 +380,16 @@ def test_each_rule_rejects_rewrites_of_a_round(round_dir, tmp_path):
 
 
 def test_rules_that_are_dropped_let_rewrites_in(round_dir, tmp_path):
-    out = tmp_path / "r"
-    shutil.copytree(round_dir, out)
-    run_refilter(refiltering(out, filters={"keep_answer": False, "require_correct": False}))
+    out = shutil.copytree(round_dir, tmp_path / "r")
+    run_refilter(rewriting(out, filters={"keep_answer": False, "require_correct": False}))
     kept = rows(out, "distill").filter(pl.col("status") == "ok")
     assert kept["topk_ids"].null_count() == 0
     assert kept.filter(pl.col("keeps_answer").not_()).height > 10
     assert kept.filter(pl.col("keeps_answer") & pl.col("is_correct").not_()).height > 0
 
 
-def refiltering(out, **changed):
-    settings = {
-        "teacher": str(TEACHER),
-        "shards": out,
-        "score_context": "rewrite",
-        "sampling": {"max_tokens": 200},
-        "engine": ENGINE,
-    }
-    return RewriteConfig(**{**settings, **changed})
-
-
 def test_overwrite_of_rewrites(drafts, tmp_path):
-    out = tmp_path / "r"
-    shutil.copytree(drafts, out)
+    out = shutil.copytree(drafts, tmp_path / "r")
     arguments = rewrite_arguments(out, **{"--num-logprobs": 4})
     assert invoke(cli, *arguments) == 0
     changed = rewrite_arguments(out, **{"--num-logprobs": 5})
@@ -540,13 +487,7 @@ for settings in json.loads(sys.argv[1]):
 
 def test_models_are_had_in_the_revision_that_is_asked_for(round_dir, tmp_path):
     """Revision `other` of these models has another tokenizer, which the commands refuse."""
-    other = tmp_path / "other"
-    shutil.copytree(STUDENT, other)
-    content = json.loads((other / "tokenizer.json").read_text())
-    vocab = content["model"]["vocab"]
-    a, b = list(vocab)[40:42]
-    vocab[a], vocab[b] = vocab[b], vocab[a]
-    (other / "tokenizer.json").write_text(json.dumps(content))
+    other = other_tokenizer(tmp_path / "other")
     rollouts = {
         "model": "pocket/student",
         "revision": "other",
@@ -570,15 +511,7 @@ def test_models_are_had_in_the_revision_that_is_asked_for(round_dir, tmp_path):
             commit = hub.add("models", f"pocket/{name}", other, "other")
             if name == "student":
                 asked = commit
-        done = subprocess.run(
-            [sys.executable, "-c", RUN, json.dumps(calls)],
-            cwd=ROOT,
-            env=hub.environment(tmp_path / "home"),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert done.returncode == 0, done.stderr
+        done = python(RUN, json.dumps(calls), env=hub.environment(tmp_path / "home"))
     said = done.stdout.splitlines()
     assert said[0] == "done"
     (shard,) = RoundDir(tmp_path / "r").shard_paths("errors")

@@ -220,8 +220,7 @@ def test_figures_are_those_of_the_folders(done, file):
 
 
 def test_a_study_goes_on_with_what_is_missing(done, file, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(done[0], out)
+    out = shutil.copytree(done[0], tmp_path / "out")
     # Folders are named relative to where the study is run: the copy is another study's.
     moved = (out / "finished.jsonl").read_text().replace(str(done[0]), str(out))
     (out / "finished.jsonl").write_text(moved)
@@ -305,8 +304,7 @@ def test_the_folders_do_not_say_where_the_study_lies(file, tmp_path):
 
 
 def test_a_setting_that_fails_stops_no_other(done, file, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(done[0], out)
+    out = shutil.copytree(done[0], tmp_path / "out")
     # No rewrite is a hundredth of its draft.
     nothing = "set={'train.loss.divergence'='reverse_kl','rewrite.filters.max_ratio'=0.01}"
     overrides = ["seeds=[0]", f"group.0.setting.1.{nothing}"]
@@ -319,8 +317,7 @@ def test_a_setting_that_fails_stops_no_other(done, file, tmp_path):
 
 
 def test_a_round_with_other_rollouts_than_it_began_with_is_refused(done, file, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(done[0], out)
+    out = shutil.copytree(done[0], tmp_path / "out")
     (rollouts,) = (out / "stages").glob("rollouts-*")
     manifest = rollouts / "rollouts.manifest.jsonl"
     manifest.write_text(manifest.read_text().replace('"sha256":"', '"sha256":"f', 1))

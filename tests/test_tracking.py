@@ -2,30 +2,22 @@
 
 import json
 import sqlite3
-import subprocess
 import sys
 from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
-from conftest import STUDENT, environment
+from conftest import STUDENT, environment, metrics, python, train_config
 
 from mpd_data.common.errors import ConfigError
-from mpd_train.config import TrainConfig
 from mpd_train.loop import train
 from mpd_train.metrics import Trackers
 
 
 def config(round_dir, out, tracker):
-    return TrainConfig(
-        shards=[round_dir],
-        student=str(STUDENT),
-        out=out,
-        pack_length=2000,
-        dtype="float32",
-        report_to=[tracker],
-        validation={"validation_fraction": 0.25, "eval_steps": 2},
-    )
+    settings = {"report_to": [tracker], "pack_length": 2000}
+    settings |= {"validation": {"validation_fraction": 0.25, "eval_steps": 2}}
+    return train_config(round_dir, STUDENT, out, **settings)
 
 
 def test_tensorboard_holds_the_metrics(round_dir, tmp_path):
@@ -34,7 +26,7 @@ def test_tensorboard_holds_the_metrics(round_dir, tmp_path):
     train(config(round_dir, out, "tensorboard"))
     events = accumulator.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    records = metrics(out)
     for name in ("loss", "kl", "grad_norm", "validation_loss"):
         written = [(r["step"], r[name]) for r in records if name in r]
         read = [(e.step, e.value) for e in events.Scalars(name)]
@@ -50,16 +42,11 @@ def test_trackio_holds_the_metrics(round_dir, tmp_path):
     options = config(round_dir, out, "trackio").model_dump(mode="json")
     program = "import sys, json; from mpd_train.config import TrainConfig;"
     program += "from mpd_train.loop import train; train(TrainConfig(**json.loads(sys.argv[1])))"
-    done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(options)],
-        env=environment() | {"TRACKIO_DIR": str(there)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    python(program, json.dumps(options), env=environment() | {"TRACKIO_DIR": str(there)})
+    records = metrics(out)
     with closing(sqlite3.connect(there / "mpd.db")) as database:
-        found = database.execute(
-            "select run_name, step, metrics from metrics order by id"
-        ).fetchall()
+        asked = "select run_name, step, metrics from metrics order by id"
+        found = database.execute(asked).fetchall()
     assert {name for name, *_ in found} == {"run"}
     assert [json.loads(values) | {"step": step} for _, step, values in found] == records
 

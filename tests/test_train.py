@@ -3,9 +3,8 @@
 import json
 import resource
 import shutil
-import signal
 import subprocess
-import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,11 +14,19 @@ from conftest import (
     STUDENT,
     TEACHER,
     command,
+    edit_rows,
     environment,
+    killed,
     loss_on_all,
+    losses,
+    metrics,
+    metrics_lines,
+    other_tokenizer,
     rewrite_arguments,
     run,
     tied_student,
+    train_config,
+    weights,
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -29,7 +36,7 @@ from mpd_data.common.models import load_tokenizer, resolve_model
 from mpd_data.store.locks import folder_lock
 from mpd_data.store.round import RoundDir
 from mpd_train import checkpoint
-from mpd_train.config import LossConfig, OptimizerConfig, TrainConfig
+from mpd_train.config import LossConfig, OptimizerConfig
 from mpd_train.data.batches import load_pack
 from mpd_train.data.packing import make_packs
 from mpd_train.data.shard_set import ShardSet
@@ -63,8 +70,7 @@ def self_round(round_dir, tmp_path_factory):
     """The round's rollouts rewritten by the teacher and scored, under the problem prompt."""
     out = tmp_path_factory.mktemp("self") / "round1"
     shutil.copytree(round_dir, out, ignore=shutil.ignore_patterns("distill*"))
-    settings = {"--score-context": "problem"}
-    run("mpd-gen", *rewrite_arguments(out, **settings), "--overwrite")
+    run("mpd-gen", *rewrite_arguments(out, **{"--score-context": "problem"}), "--overwrite")
     return out
 
 
@@ -102,7 +108,7 @@ def test_a_batch_holds_what_the_shard_says(shards, round_dir):
 # -- the loss through the whole path --------------------------------------------------------
 
 
-def losses(student, teacher, shards, loss, num_packs=None):
+def loss_of(student, teacher, shards, loss, num_packs=None):
     total = 0.0
     packs = make_packs(shards, 2000, 0, 0)[:num_packs]
     normalizer = float(sum(p.num_loss_tokens for p in packs))
@@ -118,13 +124,13 @@ def losses(student, teacher, shards, loss, num_packs=None):
 
 def test_student_equal_to_teacher_gives_zero_from_cached_records(self_round, teacher):
     """Engine -> shard -> packing -> loss, every step at once."""
-    loss, per_token = losses(teacher, None, ShardSet([self_round]), LossConfig())
+    loss, per_token = loss_of(teacher, None, ShardSet([self_round]), LossConfig())
     assert 0 <= loss < 5e-4
     assert per_token.min() > -1e-6
 
 
 def test_student_equal_to_teacher_gives_zero_with_the_full_vocabulary(self_round, teacher):
-    loss, _ = losses(teacher, teacher, ShardSet([self_round]), LossConfig())
+    loss, _ = loss_of(teacher, teacher, ShardSet([self_round]), LossConfig())
     assert abs(loss) < 1e-5
 
 
@@ -132,7 +138,7 @@ def test_a_shift_by_one_would_not_be_zero(self_round, teacher):
     """That the two tests above can fail."""
     shards = ShardSet([self_round])
     batch = load_pack(shards, make_packs(shards, 2000, 0, 0)[0])
-    shifted = batch.__class__(**{**batch.__dict__, "loss_positions": batch.loss_positions + 1})
+    shifted = replace(batch, loss_positions=batch.loss_positions + 1)
     n = float(len(batch.loss_positions))
     vocab = shards.metadata["vocab_size"]
     assert pack_loss(teacher, None, shifted, vocab, LossConfig(), n).loss > 0.1
@@ -146,31 +152,28 @@ def test_a_shift_of_the_teacher_alone_would_not_be_zero(round_dir, student, teac
     vocab, n = shards.metadata["vocab_size"], float(len(batch.loss_positions))
     right = pack_loss(student, teacher, batch, vocab, LossConfig(), n).loss
     cached = pack_loss(student, None, batch, vocab, LossConfig(), n).loss
-    moved = {"teacher_loss_positions": batch.teacher_loss_positions - 1}
-    shifted = batch.__class__(**{**batch.__dict__, **moved})
+    shifted = replace(batch, teacher_loss_positions=batch.teacher_loss_positions - 1)
     assert abs(right - cached) < 0.02 * cached
     assert pack_loss(student, teacher, shifted, vocab, LossConfig(), n).loss > 2 * right
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_cached_loss_bounds_the_dense_one(shards, student, teacher, name):
-    cached, _ = losses(student, None, shards, LossConfig(divergence=name), num_packs=3)
-    dense, _ = losses(student, teacher, shards, LossConfig(divergence=name), num_packs=3)
+    cached, _ = loss_of(student, None, shards, LossConfig(divergence=name), num_packs=3)
+    dense, _ = loss_of(student, teacher, shards, LossConfig(divergence=name), num_packs=3)
     assert cached <= dense * 1.002 + 1e-4
     assert cached >= 0.9 * dense - 1e-4
 
 
 def test_dense_equals_cached_at_full_k(round_dir, student, teacher, tmp_path):
-    out = tmp_path / "round1"
-    shutil.copytree(round_dir, out, ignore=shutil.ignore_patterns("distill*"))
+    out = shutil.copytree(round_dir, tmp_path / "round1", ignore=shutil.ignore_patterns("distill*"))
     vocab = student.head().shape[0]
-    settings = {"--num-logprobs": vocab}
-    run("mpd-gen", *rewrite_arguments(out, **settings), "--overwrite")
+    run("mpd-gen", *rewrite_arguments(out, **{"--num-logprobs": vocab}), "--overwrite")
     run("mpd-gen", "validate", out)
     shards = ShardSet([out])
     assert shards.metadata["num_logprobs"] == vocab
-    cached, _ = losses(student, None, shards, LossConfig())
-    dense, _ = losses(student, teacher, shards, LossConfig())
+    cached, _ = loss_of(student, None, shards, LossConfig())
+    dense, _ = loss_of(student, teacher, shards, LossConfig())
     assert abs(cached - dense) < 1e-3 * dense
     with pytest.raises(ConfigError, match=f"num_logprobs: saved 64 / now {vocab}"):
         ShardSet([round_dir, out])
@@ -215,21 +218,15 @@ def test_loss_and_gradients_do_not_depend_on_packing(shards, student):
 
 
 def config(shards, out, **changed):
-    settings = {
-        "shards": [shards],
-        "student": str(STUDENT),
-        "out": out,
-        "pack_length": 600,
-        "epochs": 2,
-        "save_steps": 4,
-        "dtype": "float32",
-        "optimizer": {"learning_rate": 5e-4},
-    }
-    return TrainConfig(**{**settings, **changed})
+    settings = {"epochs": 2, "save_steps": 4, "optimizer": {"learning_rate": 5e-4}}
+    return train_config(shards, changed.pop("student", STUDENT), out, **{**settings, **changed})
 
 
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def as_arguments(shards, out):
+    return [
+        "--shards", shards, "--student", STUDENT, "--out", out, "--pack-length", 600,
+        "--epochs", 2, "--save-steps", 4, "--dtype", "float32", "--learning-rate", 5e-4,
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -252,32 +249,17 @@ def test_training_lowers_the_loss_and_is_recorded(trained, round_dir):
 
 def test_sigkill_and_resume_give_the_same_curve_and_weights(trained, round_dir, tmp_path):
     out = tmp_path / "run"
-    arguments = [
-        "--shards", round_dir, "--student", STUDENT, "--out", out, "--pack-length", 600,
-        "--epochs", 2, "--save-steps", 4, "--dtype", "float32", "--learning-rate", 5e-4,
-    ]  # fmt: skip
+    arguments = as_arguments(round_dir, out)
     for after in (6, 13):
-        process = subprocess.Popen(
-            command("mpd-train", *arguments), env=environment(), stderr=subprocess.DEVNULL
-        )
-        while not (out / "metrics.jsonl").exists() or len(metrics_lines(out)) < after:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        killed("mpd-train", *arguments, until=lambda: len(metrics_lines(out)) >= after)  # noqa: B023
         assert not (out / "model").exists()
     resumed = run("mpd-train", *arguments)
     assert "resuming after step" in resumed.stderr
-    assert [r["loss"] for r in metrics(out)] == [r["loss"] for r in metrics(trained)]
-    ours = load_file(out / "model" / "model.safetensors")
-    theirs = load_file(trained / "model" / "model.safetensors")
+    assert losses(out) == losses(trained)
+    ours, theirs = weights(out), weights(trained)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     again = run("mpd-train", *arguments)
     assert "has finished" in again.stderr
-
-
-def metrics_lines(out):
-    return (out / "metrics.jsonl").read_text().splitlines()
 
 
 def test_other_settings_do_not_resume(trained, round_dir):
@@ -309,21 +291,6 @@ def test_a_checkpoint_holds_weights_and_moments(tmp_path, shards, round_dir):
     assert {p.suffix for p in found[-1].iterdir()} == {".safetensors", ".json"}
 
 
-def test_bfloat16_training_follows_float32(round_dir, trained, tmp_path):
-    train(config(round_dir, tmp_path / "run", dtype="bfloat16"))
-    low = np.array([r["loss"] for r in metrics(tmp_path / "run")])
-    high = np.array([r["loss"] for r in metrics(trained)])[: len(low)]
-    assert not np.array_equal(low, high)
-    assert np.abs(low / high - 1).max() < 0.1
-
-
-def test_gradient_checkpointing_changes_nothing(round_dir, trained, tmp_path):
-    train(config(round_dir, tmp_path / "run", epochs=1, gradient_checkpointing=True))
-    found = [r["loss"] for r in metrics(tmp_path / "run")]
-    # The schedule of one epoch is another one after the first steps; the first loss is not.
-    assert found[0] == pytest.approx(metrics(trained)[0]["loss"], rel=1e-5)
-
-
 def test_a_second_trainer_is_refused(round_dir, tmp_path):
     with folder_lock(tmp_path / "run"), pytest.raises(ConfigError, match="another process"):
         train(config(round_dir, tmp_path / "run"))
@@ -334,10 +301,10 @@ def test_tied_embeddings_are_trained_and_exported_once(round_dir, tmp_path):
     tied = tied_student(tmp_path / "tied", "bfloat16")
     assert "lm_head.weight" not in load_file(tied / "model.safetensors")
     train(config(round_dir, tmp_path / "run", student=str(tied), epochs=1, save_steps=2))
-    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
-    assert "lm_head.weight" not in weights
+    found = weights(tmp_path / "run")
+    assert "lm_head.weight" not in found
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"])
+    assert torch.equal(model.lm_head.weight, found["model.embed_tokens.weight"])
     before = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
     assert not torch.equal(before, model.lm_head.weight)
     records = metrics(tmp_path / "run")
@@ -347,15 +314,8 @@ def test_tied_embeddings_are_trained_and_exported_once(round_dir, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_each_divergence_trains(round_dir, tmp_path, name):
     train(config(round_dir, tmp_path / "run", epochs=1, loss={"divergence": name}))
-    values = [r["loss"] for r in metrics(tmp_path / "run")]
+    values = losses(tmp_path / "run")
     assert np.mean(values[-3:]) < np.mean(values[:3])
-
-
-def test_training_with_a_teacher_in_the_process(round_dir, trained, tmp_path):
-    train(config(round_dir, tmp_path / "run", epochs=1, teacher=str(TEACHER)))
-    dense = [r["loss"] for r in metrics(tmp_path / "run")]
-    cached = [r["loss"] for r in metrics(trained)]
-    assert abs(dense[0] - cached[0]) < 0.02 * cached[0]
 
 
 def test_cross_entropy_alone_is_plain_fine_tuning(round_dir, student, shards):
@@ -418,21 +378,15 @@ def test_shards_that_do_not_fit_together_are_refused(round_dir, self_round, tmp_
 
 
 def test_a_round_without_kept_rewrites_is_refused(round_dir, tmp_path):
-    out = tmp_path / "round1"
-    shutil.copytree(round_dir, out)
-    for file in RoundDir(out).shard_paths("distill"):
-        table = pq.read_table(file)
-        status = table.schema.get_field_index("status")
-        rejected = ["longer"] * table.num_rows
-        pq.write_table(table.set_column(status, table.schema.field(status), [rejected]), file)
+    out = shutil.copytree(round_dir, tmp_path / "round1")
+    edit_rows(out, "distill", lambda row: row.update(status="longer"))
     with pytest.raises(ConfigError, match="no kept rewrite.*'longer'"):
         ShardSet([out])
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed"])
 def test_a_damaged_shard_is_named(round_dir, tmp_path, damage):
-    out = tmp_path / "round1"
-    shutil.copytree(round_dir, out)
+    out = shutil.copytree(round_dir, tmp_path / "round1")
     victim = RoundDir(out).shard_paths("distill")[0]
     content = bytearray(victim.read_bytes())
     if damage == "truncated":
@@ -452,14 +406,7 @@ def test_a_damaged_shard_is_named(round_dir, tmp_path, damage):
 
 
 def test_another_tokenizer_is_refused(round_dir, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(STUDENT, other)
-    path = other / "tokenizer.json"
-    content = json.loads(path.read_text())
-    vocab = content["model"]["vocab"]
-    a, b = list(vocab)[40:42]
-    vocab[a], vocab[b] = vocab[b], vocab[a]
-    path.write_text(json.dumps(content))
+    other = other_tokenizer(tmp_path / "other")
     with pytest.raises(ConfigError, match="different tokenizers"):
         train(config(round_dir, tmp_path / "run", student=str(other)))
     refused = run("mpd-gen", *rewrite_arguments(round_dir, **{"--teacher": other}), code=1)
@@ -482,10 +429,7 @@ def test_a_nan_loss_stops_with_the_rows_named(round_dir, tmp_path):
 def test_a_checkpoint_that_cannot_be_written_is_one_message(round_dir, trained, tmp_path):
     """The kernel refuses files above a size, as a full disk would; the rest follows."""
     out = tmp_path / "run"
-    arguments = [
-        "--shards", round_dir, "--student", STUDENT, "--out", out, "--pack-length", 600,
-        "--epochs", 2, "--save-steps", 4, "--dtype", "float32", "--learning-rate", 5e-4,
-    ]  # fmt: skip
+    arguments = as_arguments(round_dir, out)
     limit = 2 << 20
     stopped = subprocess.run(
         command("mpd-train", *arguments), env=environment(), capture_output=True, text=True,
@@ -496,7 +440,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_message(round_dir, trained, 
     assert "Traceback" not in stopped.stderr
     assert not checkpoint.checkpoints(out / "checkpoints")
     run("mpd-train", *arguments)
-    assert [r["loss"] for r in metrics(out)] == [r["loss"] for r in metrics(trained)]
+    assert losses(out) == losses(trained)
 
 
 def test_a_loss_out_of_bounds_stops(round_dir, trained, tmp_path):
@@ -506,18 +450,16 @@ def test_a_loss_out_of_bounds_stops(round_dir, trained, tmp_path):
 
 
 def test_broken_weights_are_refused(tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(STUDENT, broken)
-    weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"] = weights["model.norm.weight"] * float("inf")
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    broken = shutil.copytree(STUDENT, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * float("inf")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="not finite"):
         CausalLM(resolve_model(str(broken)), CPU, torch.float32, False)
 
 
 def test_code_that_ships_with_a_model_is_not_run(tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(STUDENT, folder)
+    folder = shutil.copytree(STUDENT, tmp_path / "model")
     (folder / "hostile.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     config_ = json.loads((folder / "config.json").read_text())
     config_["auto_map"] = {"AutoModelForCausalLM": "hostile.Model", "AutoConfig": "hostile.C"}

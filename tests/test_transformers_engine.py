@@ -1,14 +1,12 @@
 """The second engine: the same protocol, scores equal to vLLM's, samples equal in law."""
 
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import ROOT, STUDENT, environment, rewrite_arguments, rollout_arguments, run
+from conftest import STUDENT, drained, python, rewrite_arguments, rollout_arguments, rows, run
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from mpd_data.common.errors import ConfigError
@@ -39,18 +37,10 @@ def model():
 @pytest.fixture(scope="module")
 def prompt_ids(round_dir):
     """Prompts of unlike lengths, and one made long by a second problem."""
-    frame = pl.read_parquet(round_dir / "rollouts" / "*.parquet").sort("row_id")
-    problems = frame["problem"].unique(maintain_order=True).to_list()
+    problems = rows(round_dir)["problem"].unique(maintain_order=True).to_list()
     formatter = ChatFormatter(load_tokenizer(resolve_model(str(STUDENT))))
     found = [formatter.render(problem)[1] for problem in problems[:20]]
     return [*found, formatter.render(" ".join(problems[:2]))[1]]
-
-
-def drained(engine):
-    found = {}
-    while engine.in_flight:
-        found.update({result.key: result for result in engine.step()})
-    return found
 
 
 def sample(engine, prompt_ids, indices, sampling, seed=100):
@@ -183,16 +173,14 @@ def test_settings_of_vllm_alone_are_refused():
 
 
 def test_no_vllm_is_needed(prompts, tmp_path):
-    arguments = rollout_arguments(
-        prompts, tmp_path / "r", **{"--backend": "transformers", "--num-prompts": 2, "-n": 2}
-    )
+    settings = {"--backend": "transformers", "--num-prompts": 2, "-n": 2}
+    arguments = rollout_arguments(prompts, tmp_path / "r", **settings)
     code = (
         f"import sys; sys.modules['vllm'] = None; sys.argv[1:] = {arguments!r}\n"
         "from mpd_data.cli import main; main()"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True)
-    frame = pl.read_parquet(tmp_path / "r" / "rollouts" / "*.parquet")
-    assert frame["row_id"].n_unique() == 4
+    python(code)
+    assert rows(tmp_path / "r")["row_id"].n_unique() == 4
     (shard,) = RoundDir(tmp_path / "r").shard_paths("rollouts")
     assert read_metadata(shard)["backend"] == "transformers"
 
@@ -205,9 +193,7 @@ def test_a_round_of_its_own_equals_vllms(round_dir, prompts, tmp_path):
     out, vllm = tmp_path / "transformers", tmp_path / "vllm"
     run("mpd-gen", *rollout_arguments(prompts, out, **greedy, **backend))
     run("mpd-gen", *rollout_arguments(prompts, vllm, **greedy))
-    ours, theirs = (
-        pl.read_parquet(folder / "rollouts" / "*.parquet").sort("row_id") for folder in (out, vllm)
-    )
+    ours, theirs = rows(out), rows(vllm)
     same = ours["completion_ids"] == theirs["completion_ids"]
     # A tie within rounding may be broken the other way, rarely.
     assert same.mean() > 0.95
@@ -218,9 +204,7 @@ def test_a_round_of_its_own_equals_vllms(round_dir, prompts, tmp_path):
     run("mpd-gen", *rewrite_arguments(out, **backend))
     run("mpd-gen", "validate", out)
     assert "0 rows new" in run("mpd-gen", *rewrite_arguments(out)).stderr
-    ours, theirs = (
-        pl.read_parquet(folder / "distill" / "*.parquet").sort("row_id") for folder in (out, vllm)
-    )
+    ours, theirs = rows(out, "distill"), rows(vllm, "distill")
     both = ours.join(theirs, on="row_id").filter(
         (pl.col("status") == "ok") & (pl.col("input_ids") == pl.col("input_ids_right"))
     )

@@ -1,18 +1,15 @@
 """Held-out prompts, early stopping and the best weights."""
 
-import json
 from contextlib import closing
 
-import polars as pl
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import STUDENT
-from safetensors.torch import load_file
+from conftest import STUDENT, metrics, train_config, until_a_checkpoint, weights
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import resolve_model
-from mpd_train import loop
-from mpd_train.config import LossConfig, TrainConfig
+from mpd_train.config import LossConfig
 from mpd_train.data.batches import Loader
 from mpd_train.data.packing import split_packs
 from mpd_train.data.shard_set import ShardSet
@@ -24,12 +21,7 @@ from mpd_train.model.causal_lm import CausalLM
 
 def config(round_dir, student, out, **changed):
     settings = {
-        "shards": [round_dir],
-        "student": str(student),
-        "out": out,
-        "pack_length": 600,
         "save_steps": 4,
-        "dtype": "float32",
         # Many more than it will see.
         "epochs": 10,
         # So high that validation soon gets worse.
@@ -38,7 +30,7 @@ def config(round_dir, student, out, **changed):
             "validation_fraction": 0.25, "eval_steps": 3, "early_stopping_patience": 2,
         },
     }  # fmt: skip
-    return TrainConfig(**{**settings, **changed})
+    return train_config(round_dir, student, out, **{**settings, **changed})
 
 
 def settings(fraction=0.25, **changed):
@@ -48,19 +40,15 @@ def settings(fraction=0.25, **changed):
 
 
 def lines(out):
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = metrics(out)
     return [r for r in found if "loss" in r], [r for r in found if "validation_loss" in r]
 
 
 def prompts_of(shards, packs):
-    columns = {}
-    for path in {group.path for group in shards.groups}:
-        ids = pl.read_parquet(path, columns=["prompt_id"])["prompt_id"].to_list()
-        offset = 0
-        for i, group in enumerate(shards.groups):
-            if group.path == path:
-                columns[i] = ids[offset : offset + len(group.place)]
-                offset += len(group.place)
+    columns = [
+        pq.ParquetFile(group.path).read_row_group(group.index)["prompt_id"].to_pylist()
+        for group in shards.groups
+    ]
     return {columns[g][r] for pack in packs for g, r in pack.rows}
 
 
@@ -117,26 +105,15 @@ def test_stops_and_exports_the_best(stopped, round_dir):
 
 
 def test_resumed_stops_at_the_same_step_with_the_same_weights(
-    stopped, round_dir, exact_student, tmp_path, monkeypatch
+    stopped, round_dir, exact_student, tmp_path
 ):
     out = tmp_path / "run"
-    save = loop.checkpoint.save
-    calls = []
-
-    def killed(*arguments):
-        save(*arguments)
-        calls.append(1)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop.checkpoint, "save", killed)
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
+        with until_a_checkpoint():
             train(config(round_dir, exact_student, out))
-    monkeypatch.undo()
     train(config(round_dir, exact_student, out))
     ours, theirs = lines(out), lines(stopped)
     assert [r["loss"] for r in ours[0]] == [r["loss"] for r in theirs[0]]
     assert ours[1] == theirs[1]
-    name = "model/model.safetensors"
-    expected = load_file(stopped / name)
-    assert all(torch.equal(w, expected[n]) for n, w in load_file(out / name).items())
+    expected = weights(stopped)
+    assert all(torch.equal(w, expected[n]) for n, w in weights(out).items())
