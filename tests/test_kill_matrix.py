@@ -50,7 +50,7 @@ SHARD_SIZES = (1, 2, 3, 7)
 SEQUENCES = (4, 8, 16)
 FOLDERS = {"rollouts": "rollouts", "rewrite": "distill"}
 # Functions in which a writer's thread is killed.
-COMMIT = ("_commit_staged", "commit_file", "describe", "fsync_directory", "short_lock")
+COMMIT = ("_commit_staged", "commit_file", "describe", "fsync_directory", "short_lock", "_hold")
 APPEND = ("append_manifest",)
 
 

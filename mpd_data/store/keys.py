@@ -1,7 +1,6 @@
 """Sets of row keys that take 16 bytes a key: ten million are 160 MB, not 1.5 GB of strings.
 
-A key is 32 hex digits (hashing.content_key), so 16 bytes. The keys are sorted in one numpy array;
-looking one up is a binary search.
+A key is 32 hex digits (hashing.content_key). A set is one sorted numpy array.
 """
 
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -12,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 _DIGITS = 32
-# The value of each hex digit as hashing.content_key writes it, 16 for every other byte.
+# The value of each hex digit, 16 for every other byte.
 _VALUES = np.full(256, 16, np.uint8)
 _VALUES[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
 
@@ -20,10 +19,8 @@ Packed = npt.NDArray[np.bytes_]
 
 
 def pack(column: pa.ChunkedArray | pa.Array) -> Packed:
-    """Return 16 bytes for each key of a string column [n]; S16 [n], in its order.
-
-    Raises ValueError, which names the first value that is not 32 lower-case hex digits.
-    """
+    """Return 16 bytes for each key of a string column [n]; S16 [n], in its order. Raises
+    ValueError, which names the first value that is not 32 lower-case hex digits."""
     column = column.cast(pa.string())
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     return np.concatenate([np.empty(0, "S16"), *map(_pack_chunk, chunks)])
@@ -70,8 +67,8 @@ class KeySet(Set[str]):
         """Return which of `keys` [n] are in the set; bool [n]."""
         if not len(self._keys):
             return np.zeros(len(keys), bool)
-        at = np.searchsorted(self._keys, keys)
-        is_here: npt.NDArray[np.bool_] = self._keys[np.minimum(at, len(self._keys) - 1)] == keys
+        at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        is_here: npt.NDArray[np.bool_] = self._keys[at] == keys
         return is_here
 
     def __contains__(self, key: object) -> bool:
@@ -93,9 +90,6 @@ class KeySet(Set[str]):
         known = other if isinstance(other, KeySet) else KeySet(filter(_is_key, other))
         rest._keys = self._keys[~known.holds(self._keys)]
         return rest
-
-    def __repr__(self) -> str:
-        return f"KeySet of {len(self):,} keys"
 
 
 def twice(parts: Sequence[Packed]) -> list[tuple[int, int]]:

@@ -95,41 +95,43 @@ def is_held(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold it for one writing process.
-
-    Raises ConfigError where another process holds it or it cannot be written.
-    """
-    path = folder / ".lock"
+def _hold(path: Path, seconds: float, refusal: MPDError) -> Iterator[None]:
+    """Hold the lock at `path`; raise `refusal` where another process holds it for `seconds`."""
     fd = _open(path)
     try:
-        if not _take(fd, path, _TEST_SECONDS):
-            raise ConfigError(
-                f"{folder}: another process is writing here. Wait for it, or give another --out."
-            )
+        if not _take(fd, path, seconds):
+            raise refusal
         yield
     finally:
         os.close(fd)
+
+
+def _busy(folder: Path, who: str = "", hint: str = "") -> ConfigError:
+    return ConfigError(
+        f"{folder}: another process is writing here{who}. Wait for it, or give another --out.{hint}"
+    )
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Make `folder` and hold it for one writing process. Raises ConfigError where another process
+    holds it or it cannot be written."""
+    with _hold(folder / ".lock", _TEST_SECONDS, _busy(folder)):
+        yield
 
 
 @contextlib.contextmanager
 def short_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for a change that its other writers must see whole; wait for them.
-
-    Raises ConfigError where the folder cannot be written, MPDError where another process holds it
-    for too long.
-    """
+    """Hold `folder` for a change that its other writers must see whole; wait for them. Raises
+    ConfigError where the folder cannot be written, MPDError where another process holds it for too
+    long."""
     path = folder / ".lock"
-    fd = _open(path)
-    try:
-        if not _take(fd, path, _SHORT_LOCK_SECONDS):
-            raise MPDError(
-                f"{path}: held by another process for {_SHORT_LOCK_SECONDS:.0f} s. Is one stopped"
-                " (Ctrl-Z) or its node unreachable? End it, then run the same command again."
-            )
+    refusal = MPDError(
+        f"{path}: held by another process for {_SHORT_LOCK_SECONDS:.0f} s. Is one stopped"
+        " (Ctrl-Z) or its node unreachable? End it, then run the same command again."
+    )
+    with _hold(path, _SHORT_LOCK_SECONDS, refusal):
         yield
-    finally:
-        os.close(fd)
 
 
 def part_lock_path(folder: Path, label: str, part: Part) -> Path:
@@ -138,40 +140,26 @@ def part_lock_path(folder: Path, label: str, part: Part) -> Path:
 
 
 @contextlib.contextmanager
-def part_lock(
-    folder: Path, label: str, part: Part, when_alone: Callable[[], None]
-) -> Iterator[None]:
+def part_lock(folder: Path, label: str, part: Part, if_alone: Callable[[], None]) -> Iterator[None]:
     """Make `folder` and hold `part` of the work `label` in it, next to other parts of the same
-    division of the same work alone. Where no other process writes, half-written files belong to
-    nobody: `when_alone` is called, before any other process can begin.
+    division of the same work alone. `if_alone` is called where no other process writes, before
+    any can begin: half-written files belong to nobody then.
 
     Raises ConfigError where another process is in the way or the folder cannot be written.
     """
     own = part_lock_path(folder, label, part)
     with contextlib.ExitStack() as stack:
         with short_lock(folder):
-            writing = [path for path in _others(own) if is_held(path)]
+            others = [path for path in own.parent.glob("*") if path != own]
+            writing = [path for path in others if is_held(path)]
             sibling = re.compile(rf"{re.escape(label)}-\d+-of-{part.count}")
             stranger = next((p.name for p in writing if not sibling.fullmatch(p.name)), None)
             if stranger is not None:
-                raise ConfigError(
-                    f"{folder}: another process is writing here ({stranger}). Wait for it, or give"
-                    " another --out. Parts of one stage may run side by side where all have the"
-                    " same --num-shards."
-                )
-            fd = _open(own)
-            stack.callback(os.close, fd)
-            if not _take(fd, own, _TEST_SECONDS):
-                raise ConfigError(
-                    f"{folder}: another process is writing here ({own.name}). Wait for it, or give"
-                    " another --out."
-                )
+                hint = " Parts of one stage run side by side if all have the same --num-shards."
+                raise _busy(folder, f" ({stranger})", hint)
+            stack.enter_context(_hold(own, _TEST_SECONDS, _busy(folder, f" ({own.name})")))
             if not writing:
-                for dead in _others(own):
+                for dead in others:
                     dead.unlink()
-                when_alone()
+                if_alone()
         yield
-
-
-def _others(own: Path) -> list[Path]:
-    return [path for path in own.parent.glob("*") if path != own]

@@ -18,11 +18,9 @@ def _line(shard: Shard) -> str:
 
 
 def read_manifest(path: Path) -> list[Shard]:
-    """Return the shards that a manifest lists; [] where there is none.
-
-    An unterminated last line (a kill during the append) counts as absent. Raises DataError for any
-    other line that is malformed.
-    """
+    """Return the shards that a manifest lists; [] where there is none. An unterminated last line (a
+    kill during the append) counts as absent. Raises DataError for any other line that is
+    malformed."""
     if not path.exists():
         return []
     shards = []
@@ -45,8 +43,7 @@ def append_manifest(path: Path, shard: Shard) -> None:
     try:
         size = os.fstat(fd).st_size
         if size and os.pread(fd, 1, size - 1) != b"\n":
-            whole = os.pread(fd, size, 0).rfind(b"\n") + 1
-            os.ftruncate(fd, whole)
+            os.ftruncate(fd, os.pread(fd, size, 0).rfind(b"\n") + 1)
         if os.write(fd, line) < len(line):
             raise OSError(errno.ENOSPC, "the manifest line was not written whole")
         os.fsync(fd)

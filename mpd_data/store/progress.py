@@ -7,7 +7,6 @@ import socket
 import time
 from collections import deque
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from mpd_data.common.errors import MPDError
@@ -19,21 +18,14 @@ _SECONDS_PER_STATUS = 2.0
 
 
 class Progress:
-    """Count finished rows and tokens; show rate (recent and overall), requests in flight,
-    truncation and time left on stderr, and keep them in the file `status`. A context manager: the
-    way it is left tells how the stage ended.
-
-    `total`: rows that will exist at the end, those from before this run included (see `skip`).
-    """
+    """Count finished rows and tokens; show them and what follows from them on stderr and in the
+    file `status`. A context manager: the way it is left tells how the stage ended. `total`: rows
+    that will exist at the end, those from before this run included (see `skip`)."""
 
     def __init__(self, label: str, total: int, status: Path) -> None:
         self._meter = Meter(label, total, "row")
         self._status = status
-        self._rows = 0
-        self._failed = 0
-        self._tokens = 0
-        self._truncated = 0
-        self._in_flight = 0
+        self._rows = self._failed = self._tokens = self._truncated = self._in_flight = 0
         self._started = time.time()
         self._begun = self._last_status = time.monotonic()
         self._start_seconds = 0.0
@@ -81,8 +73,7 @@ class Progress:
         self.tick()
 
     def tick(self) -> None:
-        """Show progress, and write the status file if it is old; call it also while no row
-        finishes."""
+        """Show progress and renew an old status file; call it also while no row finishes."""
         self._meter.show(self._text(), self._seconds_left())
         if time.monotonic() - self._last_status >= _SECONDS_PER_STATUS:
             self._write("running")
@@ -118,7 +109,7 @@ class Progress:
         self._last_status = time.monotonic()
         recent, lifetime = self._speeds()
         left = self._seconds_left()
-        value = {
+        report = {
             "state": state,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -137,7 +128,7 @@ class Progress:
         try:
             # Useful only while it is fresh, so it is not worth an fsync.
             with atomic_file(self._status, durable=False) as file:
-                file.write(json.dumps(value) + "\n")
+                file.write(json.dumps(report) + "\n")
         except OSError as error:
             raise MPDError(
                 f"{self._status}: cannot be written: {error.strerror}. Every row committed before"
@@ -147,12 +138,7 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._meter.close(self._text())
         self._in_flight = 0
         if kind is None:

@@ -17,21 +17,14 @@ from mpd_data.common.errors import DataError
 from mpd_data.store.keys import KeySet, Packed
 from mpd_data.store.locks import WHOLE, Part, part_lock, short_lock
 from mpd_data.store.manifest import read_manifest, write_manifest
-from mpd_data.store.run_record import (
-    read_record,
-    require_kind,
-    require_same_settings,
-    write_record,
-)
+from mpd_data.store.run_record import read_record, require_kind, require_same_settings, write_record
 from mpd_data.store.schema import SCHEMA_VERSION, SCHEMAS, Stage
 from mpd_data.store.shards import (
-    PARQUET_ERRORS,
-    ROWS_PER_GROUP,
     Shard,
     describe,
-    open_shard,
     pack_keys,
     read_all,
+    read_batches,
     read_columns,
     read_keys,
     unique_keys,
@@ -112,8 +105,7 @@ class RoundDir:
             saved = self.check(stage, identity, details)
             if saved is not None and saved["details"] == details:
                 return
-            info = self.run_info()
-            info["schema_version"] = SCHEMA_VERSION
+            info = {**self.run_info(), "schema_version": SCHEMA_VERSION}
             entry = {**(saved or {}), "identity": dict(identity), "details": dict(details)}
             info.setdefault("stages", {})[stage] = entry
             write_record(self.path, "round", info)
@@ -121,11 +113,8 @@ class RoundDir:
     def check(
         self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        """Return `saved_stage`.
-
-        Raises ConfigError where the stage ran here with another identity: rows of two settings
-        never belong in one round.
-        """
+        """Return `saved_stage`. Raises ConfigError where the stage ran here with another identity:
+        rows of two settings never belong in one round."""
         saved = self.saved_stage(stage)
         old = saved or {"identity": None, "details": {}}
         counts = {}
@@ -148,15 +137,11 @@ class RoundDir:
     def record_speed(self, stage: Stage, speed: Mapping[str, Any]) -> None:
         """Record in run.json how fast `stage` was: rows, tokens, seconds, device, backend. A run
         with fewer rows on the same device does not replace the record of the one before."""
-        same = ("device", "backend")
         with short_lock(self.path):
             info = self.run_info()
-            saved = info["stages"][stage].get("speed")
-            if (
-                saved
-                and saved["rows"] > speed["rows"]
-                and all(saved.get(name) == speed[name] for name in same)
-            ):
+            saved = info["stages"][stage].get("speed", {})
+            is_same = all(saved.get(name) == speed[name] for name in ("device", "backend"))
+            if is_same and saved["rows"] > speed["rows"]:
                 return
             info["stages"][stage]["speed"] = dict(speed)
             write_record(self.path, "round", info)
@@ -179,13 +164,10 @@ class RoundDir:
         if info:
             write_record(self.path, "round", info)
 
-    # -- the lock -----------------------------------------------------------------------
-
     @contextlib.contextmanager
     def lock(self, label: str = "round", part: Part = WHOLE) -> Iterator[None]:
-        """Hold `part` of the work `label` on this round for one writing process; the kernel drops
-        it if the process dies. Raises ConfigError where another process is in the way, and for the
-        folder of something other than a round."""
+        """Hold `part` of the work `label` on this round for one writing process. Raises ConfigError
+        where another process is in the way, and for the folder of something other than a round."""
         require_kind(self.path, "round")
 
         def clear() -> None:
@@ -220,12 +202,9 @@ class RoundDir:
 
     def unindexed(self, stage: Stage) -> list[Path]:
         """Return the shards that the manifest does not list, or lists with another size."""
-        indexed = self._indexed(stage)
-        return [
-            path
-            for path in self.shard_paths(stage)
-            if path.name not in indexed or indexed[path.name].bytes != path.stat().st_size
-        ]
+        sizes = {name: shard.bytes for name, shard in self._indexed(stage).items()}
+        paths = self.shard_paths(stage)
+        return [path for path in paths if sizes.get(path.name) != path.stat().st_size]
 
     def scan_shards(self, stage: Stage) -> ShardScan:
         """Look at every shard by footer, size and key column; change nothing. A shard that the
@@ -254,18 +233,16 @@ class RoundDir:
         for path, sound in zip(paths, read_all(look, paths), strict=True):
             if sound is None:
                 scan.torn.append(path)
-                continue
-            scan.shards.append(sound[0])
-            scan.paths.append(path)
-            scan.packed.append(sound[1])
+            else:
+                scan.shards.append(sound[0])
+                scan.paths.append(path)
+                scan.packed.append(sound[1])
         return scan
 
     def reconcile(self, stage: Stage) -> ShardScan:
-        """Bring manifest and folder together; call it with the lock held, under a `short_lock`.
-
-        A shard that the manifest does not list is added. A torn one goes to `.quarantine/`, and its
-        rows are missing again. A line without its file is dropped.
-        """
+        """Bring manifest and folder together; call it with the lock held, under a `short_lock`. A
+        shard that the manifest does not list is added. A torn one goes to `.quarantine/`, and its
+        rows are missing again. A line without its file is dropped."""
         scan = self.scan_shards(stage)
         for path in scan.torn:
             quarantine = self.path / ".quarantine"
@@ -280,9 +257,8 @@ class RoundDir:
         with short_lock(self.path):
             scan = self.reconcile(stage)
         for path in scan.torn:
-            print(
-                f"{path}: torn; moved to .quarantine, its rows are missing again", file=sys.stderr
-            )
+            message = "torn; moved to .quarantine, its rows are missing again"
+            print(f"{path}: {message}", file=sys.stderr)
         # Of the shards that were whole then: without hard links, the next of another part may have
         # its name and not yet its content.
         return scan.keys()
@@ -339,41 +315,26 @@ class RoundDir:
                 if not missing.any():
                     continue
             first = 0
-            with open_shard(path) as file:
-                batches = file.iter_batches(ROWS_PER_GROUP, columns=columns)
-                while True:
-                    try:
-                        batch = next(batches, None)
-                    except PARQUET_ERRORS as error:
-                        raise DataError(
-                            f"{path}: damaged ({error}). Move it out of its folder and run the"
-                            " stage that wrote it again: it makes the missing rows anew."
-                        ) from error
-                    if batch is None:
-                        break
-                    rows = batch
-                    if missing is not None:
-                        rows = batch.take(np.flatnonzero(missing[first : first + len(batch)]))
-                    first += len(batch)
-                    yield from rows.to_pylist()
+            for batch in read_batches(path, columns):
+                rows = batch
+                if missing is not None:
+                    rows = batch.take(np.flatnonzero(missing[first : first + len(batch)]))
+                first += len(batch)
+                yield from rows.to_pylist()
 
 
 def _remedy(stage: Stage, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
     """Return what a user can do who wants other settings for `stage` than it was begun with."""
+    command, place = "mpd-gen rewrite", ""
     if stage == "rollouts":
-        return (
-            "For other settings give another --out, or delete what this stage has written: run"
-            " mpd-gen rollouts with --overwrite."
-        )
-    if all(saved.get(name) == identity[name] for name in identity if name not in REFILTERED):
+        command, place = "mpd-gen rollouts", " give another --out, or"
+    elif all(saved.get(name) == identity[name] for name in identity if name not in REFILTERED):
         return (
             "To apply changed filters and choice to the rewrites that exist, run mpd-gen rewrite"
             " with --refilter: it deletes nothing."
         )
-    return (
-        "For other settings delete what this stage has written: run mpd-gen rewrite with"
-        " --overwrite."
-    )
+    other = f"For other settings{place} delete what this stage has written:"
+    return f"{other} run {command} with --overwrite."
 
 
 def scratch_of(round_dir: RoundDir) -> RoundDir:

@@ -15,33 +15,24 @@ from mpd_data.common.hashing import differences
 
 Kind = Literal["round", "training", "pipeline", "study"]
 
-_FILES: dict[Kind, str] = {
-    "round": "run.json",
-    "training": "run.json",
-    "pipeline": "pipeline.json",
-    "study": "settings.json",
-}
-_NAMES: dict[Kind, str] = {
-    "round": "a round",
-    "training": "a training",
-    "pipeline": "a pipeline run",
-    "study": "a study",
-}
-_READERS: dict[Kind, str] = {
-    "round": "mpd-gen stats shows it.",
-    "training": "mpd-train resumes it, mpd-report draws its report.",
-    "pipeline": "mpd-rounds resumes it, mpd-report draws its report; its rounds are in data/ and"
-    " eval/, its trainings in train/.",
-    "study": "mpd-study resumes it; its rounds and trainings are in stages/.",
-}
+# The file of each kind, its name in messages, and who reads it.
+_KINDS: dict[Kind, tuple[str, str, str]] = {
+    "round": ("run.json", "a round", "mpd-gen stats shows it."),
+    "training": ("run.json", "a training", "mpd-train resumes it, mpd-report draws its report."),
+    "pipeline": (
+        "pipeline.json", "a pipeline run", "mpd-rounds resumes it, mpd-report draws its report; its"
+        " rounds are in data/ and eval/, its trainings in train/.",
+    ),
+    "study": (
+        "settings.json", "a study", "mpd-study resumes it; its rounds and trainings are in stages/."
+    ),
+}  # fmt: skip
 
 
 def read_record(folder: Path, kind: Kind = "round") -> dict[str, Any]:
-    """Return what the file of a folder of `kind` holds; {} where there is none.
-
-    Raises DataError where it is not a JSON object.
-    """
-    path = folder / _FILES[kind]
+    """Return what the file of a folder of `kind` holds; {} where there is none. Raises DataError
+    where it is not a JSON object."""
+    path = folder / _KINDS[kind][0]
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -55,7 +46,7 @@ def read_record(folder: Path, kind: Kind = "round") -> dict[str, Any]:
 
 def write_record(folder: Path, kind: Kind, record: Mapping[str, Any]) -> None:
     """Replace the file of a folder of `kind` by `record` and its kind."""
-    write_json_atomic(folder / _FILES[kind], {"kind": kind, **record})
+    write_json_atomic(folder / _KINDS[kind][0], {"kind": kind, **record})
 
 
 def kind_of(folder: Path) -> Kind | None:
@@ -77,9 +68,8 @@ def require_kind(folder: Path, kind: Kind) -> None:
     """Raise ConfigError where `folder` is of another kind, naming the command that reads it."""
     actual = kind_of(folder)
     if actual not in (None, kind):
-        raise ConfigError(
-            f"{folder}: the folder of {_NAMES[actual]}, not of {_NAMES[kind]}. {_READERS[actual]}"
-        )
+        _, name, readers = _KINDS[actual]
+        raise ConfigError(f"{folder}: the folder of {name}, not of {_KINDS[kind][1]}. {readers}")
 
 
 def require_same_settings(
@@ -92,10 +82,8 @@ def require_same_settings(
     counts: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
     """Raise ConfigError where `label` began in `folder` with other settings than `settings`.
-
     `saved`: its recorded settings, None where it has none; results without a record are refused
-    too. `remedy`: what the user can do. `counts`: as for `differences`.
-    """
+    too. `remedy`: what the user can do. `counts`: as for `differences`."""
     if saved is None:
         if has_results:
             raise ConfigError(

@@ -18,27 +18,15 @@ FINISH_REASONS = ("stop", "length")
 # A rewrite has the first status that applies, in this order. `draft_truncated`: the rollout hit its
 # length limit, so it has no answer to keep and the teacher is not asked.
 STATUSES = (
-    "draft_truncated",
-    "too_long",
-    "truncated",
-    "malformed",
-    "check_failed",
-    "draft_rejected",
-    "answer_changed",
-    "longer",
-    "too_short",
-    "repetitive",
-    "incorrect",
-    "not_chosen",
-    "ok",
-)
+    "draft_truncated", "too_long", "truncated", "malformed", "check_failed", "draft_rejected",
+    "answer_changed", "longer", "too_short", "repetitive", "incorrect", "not_chosen", "ok",
+)  # fmt: skip
 
 # Decided while rewriting: no filter can make such a row usable for training.
 UNUSABLE = ("draft_truncated", "too_long", "truncated", "malformed", "check_failed")
 
-# Values from a closed set are plain strings in the file (dictionary-encoded by Parquet):
-# Arrow dictionary types read back from several files become unlike Categoricals in Polars.
-# The sets are enforced on writing and by `validate`.
+# Values from a closed set are plain strings in the file: Arrow dictionary types read back from
+# several files become unlike Categoricals in Polars. Writing and `validate` enforce the sets.
 ENUMS: dict[str, tuple[str, ...]] = {
     "finish_reason": FINISH_REASONS,
     "rewrite_finish_reason": FINISH_REASONS,
@@ -46,96 +34,48 @@ ENUMS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _field(name: str, type_: pa.DataType, nullable: bool = False) -> pa.Field:
-    return pa.field(name, type_, nullable=nullable)
+def _schema(**columns: str) -> pa.Schema:
+    """Return the schema of columns, each given by its type; [] marks lists, ? nullable ones."""
+    fields = []
+    for name, notation in columns.items():
+        type_ = pa.type_for_alias(notation.rstrip("[]?"))
+        fields.append(
+            pa.field(name, pa.list_(type_) if "[]" in notation else type_, "?" in notation)
+        )
+    return pa.schema(fields)
 
 
-_IDS = pa.list_(pa.int32())
-_LOGPROBS = pa.list_(pa.float16())
+ROLLOUT_SCHEMA = _schema(
+    row_id="string", prompt_id="string", round="int32", sample_idx="int32",
+    prompt="string", completion="string", prompt_ids="int32[]", completion_ids="int32[]",
+    num_prompt_tokens="int32", num_completion_tokens="int32", finish_reason="string",
+    problem="string", answer="string?", gold_answer="string?", is_correct="bool?",
+    check_error="string?", repetition="float32", metadata="string?", seed="int64",
+)  # fmt: skip
 
-ROLLOUT_SCHEMA = pa.schema(
-    [
-        _field("row_id", pa.string()),
-        _field("prompt_id", pa.string()),
-        _field("round", pa.int32()),
-        _field("sample_idx", pa.int32()),
-        _field("prompt", pa.string()),
-        _field("completion", pa.string()),
-        _field("prompt_ids", _IDS),
-        _field("completion_ids", _IDS),
-        _field("num_prompt_tokens", pa.int32()),
-        _field("num_completion_tokens", pa.int32()),
-        _field("finish_reason", pa.string()),
-        _field("problem", pa.string()),
-        _field("answer", pa.string(), nullable=True),
-        _field("gold_answer", pa.string(), nullable=True),
-        _field("is_correct", pa.bool_(), nullable=True),
-        _field("check_error", pa.string(), nullable=True),
-        _field("repetition", pa.float32()),
-        _field("metadata", pa.string(), nullable=True),
-        _field("seed", pa.int64()),
-    ]
-)
+DISTILL_SCHEMA = _schema(
+    row_id="string", rollout_id="string", prompt_id="string", round="int32", candidate_idx="int32",
+    status="string", rewrite="string?", rewrite_finish_reason="string?", rewrite_answer="string?",
+    keeps_answer="bool?", is_correct="bool?", check_error="string?", draft_is_correct="bool?",
+    repetition="float32?", num_original_tokens="int32", num_rewritten_tokens="int32?",
+    compression_ratio="float32?", loss_start="int32?", input_ids="int32[]?",
+    teacher_prompt_ids="int32[]?", topk_ids="int32[]?", topk_logprobs="float16[]?",
+    tail_logprobs="float16[]?",
+)  # fmt: skip
 
-DISTILL_SCHEMA = pa.schema(
-    [
-        _field("row_id", pa.string()),
-        _field("rollout_id", pa.string()),
-        _field("prompt_id", pa.string()),
-        _field("round", pa.int32()),
-        _field("candidate_idx", pa.int32()),
-        _field("status", pa.string()),
-        _field("rewrite", pa.string(), nullable=True),
-        _field("rewrite_finish_reason", pa.string(), nullable=True),
-        _field("rewrite_answer", pa.string(), nullable=True),
-        _field("keeps_answer", pa.bool_(), nullable=True),
-        _field("is_correct", pa.bool_(), nullable=True),
-        _field("check_error", pa.string(), nullable=True),
-        _field("draft_is_correct", pa.bool_(), nullable=True),
-        _field("repetition", pa.float32(), nullable=True),
-        _field("num_original_tokens", pa.int32()),
-        _field("num_rewritten_tokens", pa.int32(), nullable=True),
-        _field("compression_ratio", pa.float32(), nullable=True),
-        _field("loss_start", pa.int32(), nullable=True),
-        _field("input_ids", _IDS, nullable=True),
-        _field("teacher_prompt_ids", _IDS, nullable=True),
-        _field("topk_ids", _IDS, nullable=True),
-        _field("topk_logprobs", _LOGPROBS, nullable=True),
-        _field("tail_logprobs", _LOGPROBS, nullable=True),
-    ]
-)
-
-ERROR_SCHEMA = pa.schema(
-    [
-        _field("row_id", pa.string()),
-        _field("stage", pa.string()),
-        _field("prompt_id", pa.string()),
-        _field("message", pa.string()),
-    ]
-)
+ERROR_SCHEMA = _schema(row_id="string", stage="string", prompt_id="string", message="string")
 
 SCHEMAS: dict[str, pa.Schema] = {
-    "rollouts": ROLLOUT_SCHEMA,
-    "distill": DISTILL_SCHEMA,
-    "errors": ERROR_SCHEMA,
-}
+    "rollouts": ROLLOUT_SCHEMA, "distill": DISTILL_SCHEMA, "errors": ERROR_SCHEMA,
+}  # fmt: skip
 
 # Metadata in which shards must agree to lie in one folder or to be trained on together.
 SHARED_METADATA = (
-    "tokenizer",
-    "vocab_size",
-    "eos_token_id",
-    "num_logprobs",
-    "score_context",
-    "score_temperature",
-)
+    "tokenizer", "vocab_size", "eos_token_id", "num_logprobs", "score_context", "score_temperature",
+)  # fmt: skip
 
 # The column whose sum the manifest gives as a shard's tokens.
-TOKEN_COLUMN: dict[str, str | None] = {
-    "rollouts": "num_completion_tokens",
-    "distill": "num_rewritten_tokens",
-    "errors": None,
-}
+TOKEN_COLUMN = {"rollouts": "num_completion_tokens", "distill": "num_rewritten_tokens"}
 
 
 def seed_of(row_id: str) -> int:

@@ -12,9 +12,8 @@
 
 The folder is the truth and the manifest an index of it. A file under its final name is
 whole: it is written in `.staging`, fsynced, then *linked* to its name, which never replaces
-another file (writer.py). A killed writer leaves nothing but a staging file. A row's key (`row_id`)
-is the hash of what determines the row: a restart computes the missing rows by set difference,
-whatever the order of its input.
+another file (writer.py). A row's key (`row_id`) is the hash of what determines the row: a restart
+computes the missing rows by set difference, whatever the order of its input.
 """
 
 import json
@@ -41,7 +40,6 @@ _READERS = 8
 
 _T = TypeVar("_T")
 
-
 # What pyarrow raises for damaged bytes, also for a name in a footer that is missing or not UTF-8.
 PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
 
@@ -59,8 +57,7 @@ class Shard:
 
 
 def open_shard(path: Path) -> pq.ParquetFile:
-    """Open a shard by its footer. Raises DataError for a file that is torn or is no Parquet file;
-    reading finds damaged pages."""
+    """Open a shard by its footer. Raises DataError for a file that is torn or no Parquet file."""
     try:
         return pq.ParquetFile(path, page_checksum_verification=True)
     except PARQUET_ERRORS as error:
@@ -71,15 +68,11 @@ def open_shard(path: Path) -> pq.ParquetFile:
         ) from error
 
 
-def _footer(path: Path) -> pq.FileMetaData:
-    with open_shard(path) as file:
-        return file.metadata
-
-
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return a shard's metadata (Parquet key `mpd`): models, settings, versions. Raises DataError
     for a file without it, and for one of another schema version."""
-    raw = (_footer(path).metadata or {}).get(METADATA_KEY)
+    with open_shard(path) as file:
+        raw = (file.metadata.metadata or {}).get(METADATA_KEY)
     if raw is None:
         raise DataError(
             f"{path}: no `mpd` metadata, so this Parquet file was not written by mpd-gen."
@@ -120,6 +113,18 @@ def read_columns(path: Path, names: list[str]) -> pa.Table:
     return table
 
 
+def read_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Yield a shard's rows, ROWS_PER_GROUP at a time. Raises DataError where it is damaged."""
+    with open_shard(path) as file:
+        try:
+            yield from file.iter_batches(ROWS_PER_GROUP, columns=columns)
+        except PARQUET_ERRORS as error:
+            raise DataError(
+                f"{path}: damaged ({error}). Move it out of its folder and run the stage that wrote"
+                " it again: it makes the missing rows anew."
+            ) from error
+
+
 def read_keys(path: Path, name: str = "row_id") -> Packed:
     """Return the keys in a column of a shard; S16 [n]. Raises DataError where there are none."""
     return pack_keys(path, name, read_columns(path, [name])[name])
@@ -151,16 +156,16 @@ def unique_keys(paths: list[Path], packed: list[Packed]) -> KeySet:
 
 def describe(path: Path, stage: Stage) -> Shard:
     """Return the manifest's line of a shard, by reading it. Raises DataError for damaged bytes."""
-    footer = _footer(path)
     read_metadata(path)
-    column = TOKEN_COLUMN[stage]
+    with open_shard(path) as file:
+        footer = file.metadata
+    column = TOKEN_COLUMN.get(stage)
     tokens = 0
-    try:
-        if column is not None:
-            values = pq.read_table(path, columns=[column]).column(column)
-            tokens = pc.sum(values).as_py() or 0
-    except PARQUET_ERRORS as error:
-        raise DataError(f"{path}: column {column!r} cannot be read ({error})") from error
+    if column is not None:
+        try:
+            tokens = pc.sum(pq.read_table(path, columns=[column])[column]).as_py() or 0
+        except PARQUET_ERRORS as error:
+            raise DataError(f"{path}: column {column!r} cannot be read ({error})") from error
     return Shard(
         name=path.name,
         rows=footer.num_rows,

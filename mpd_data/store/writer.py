@@ -33,33 +33,21 @@ from mpd_data.store.shards import ROWS_PER_GROUP, describe
 BYTES_PER_GROUP = 16 << 20
 # The trainer reads rewrites at random. Queries read rollouts from end to end, where each row group
 # costs some 3 us a column: for small groups that is more than reading the values.
-_ROWS_PER_GROUP: dict[Stage, int] = {
-    "rollouts": 256,
-    "distill": ROWS_PER_GROUP,
-    "errors": ROWS_PER_GROUP,
-}
+_ROLLOUTS_PER_GROUP = 256
 # At most this many row groups wait for the disk; then the engine waits too.
 _WAITING_GROUPS = 4
 # Numbers compress better split by byte than by dictionary.
 _SPLIT_COLUMNS = {
-    "prompt_ids",
-    "completion_ids",
-    "input_ids",
-    "teacher_prompt_ids",
-    "topk_ids",
-    "topk_logprobs",
-    "tail_logprobs",
-}
+    "prompt_ids", "completion_ids", "input_ids", "teacher_prompt_ids",
+    "topk_ids", "topk_logprobs", "tail_logprobs",
+}  # fmt: skip
 _DICTIONARY_COLUMNS = {"finish_reason", "rewrite_finish_reason", "status", "prompt", "problem"}
 
 
 def commit_file(staged: Path, folder: Path, hard_links: bool) -> Path:
     """Give a closed, fsynced `staged` file the first free name in `folder`, and return that; never
-    replace a file.
-
-    Without hard links an empty file reserves the name and is then replaced: a kill between the two
-    leaves an empty shard, which the next run quarantines like any torn file.
-    """
+    replace a file. Without hard links an empty file reserves the name and is then replaced: a kill
+    between the two leaves an empty shard, which the next run quarantines like any torn file."""
     taken = [int(p.stem.removeprefix("part-")) for p in folder.glob("part-*.parquet")]
     index = max(taken, default=-1) + 1
     while True:
@@ -134,12 +122,9 @@ class ShardWriter:
         self._round = round_dir
         self._stage: Stage = stage
         self._schema = SCHEMAS[stage]
-        self._rows_per_group = _ROWS_PER_GROUP[stage]
-        self._metadata = {
-            METADATA_KEY: json.dumps(
-                {"schema_version": SCHEMA_VERSION, "stage": stage, **metadata}
-            ).encode()
-        }
+        self._rows_per_group = _ROLLOUTS_PER_GROUP if stage == "rollouts" else ROWS_PER_GROUP
+        text = json.dumps({"schema_version": SCHEMA_VERSION, "stage": stage, **metadata})
+        self._file_schema = self._schema.with_metadata({METADATA_KEY: text.encode()})
         self._rows_per_shard = rows_per_shard
         self._seconds_per_shard = seconds_per_shard
         self._rows: list[dict[str, Any]] = []
@@ -191,11 +176,9 @@ class ShardWriter:
         self.commit_if_due()
 
     def _check(self, row: dict[str, Any]) -> None:
-        if row.keys() != set(self._schema.names):
-            missing, extra = (
-                set(self._schema.names) - row.keys(),
-                row.keys() - set(self._schema.names),
-            )
+        columns = set(self._schema.names)
+        if row.keys() != columns:
+            missing, extra = columns - row.keys(), row.keys() - columns
             raise DataError(f"{self._stage} row: columns missing {missing}, unknown {extra}")
         for name, allowed in ENUMS.items():
             if row.get(name) is not None and row[name] not in allowed:
@@ -264,7 +247,7 @@ class ShardWriter:
         sink = path.open("wb")
         parquet = pq.ParquetWriter(
             sink,
-            self._schema.with_metadata(self._metadata),
+            self._file_schema,
             compression="zstd",
             compression_level=3,
             use_dictionary=[f.name for f in self._schema if f.name in _DICTIONARY_COLUMNS],
@@ -291,18 +274,14 @@ class ShardWriter:
                 if not self._round.is_locked:
                     # An interrupt released the round's lock while this writer was closing: another
                     # process may have begun to make these rows.
-                    raise MPDError(
-                        f"{self._round.path}: the lock was released before the last shard was"
-                        " written."
-                    )
+                    problem = "the lock was released before the last shard was written."
+                    raise MPDError(f"{self._round.path}: {problem}")
                 # The link commits the rows, whatever happens to the manifest afterwards.
                 self._staged = None
                 final = commit_file(staged.path, folder, self._hard_links)
                 self.rows_committed += shard.rows
-                append_manifest(
-                    self._round.manifest_path(self._stage),
-                    dataclasses.replace(shard, name=final.name),
-                )
+                shard = dataclasses.replace(shard, name=final.name)
+                append_manifest(self._round.manifest_path(self._stage), shard)
         except BaseException:
             self._break()
             raise
