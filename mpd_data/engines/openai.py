@@ -42,6 +42,7 @@ _PROBED_IDS = 256
 _LOST = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
 _BUSY = (429, 502, 503, 504)
 _REFUSED = (400, 413, 422)
+_SCORING = {"max_tokens": 1, "temperature": 0.0}
 # JSON has no -inf; vLLM writes this.
 _NO_PROBABILITY = -9999.0
 
@@ -70,7 +71,7 @@ class OpenAIEngine:
         self._key = _api_key()
         tokenizer = load_tokenizer(model, trust_remote_code)
         self._end_ids = end_tokens(model, tokenizer, trust_remote_code)
-        self._in_flight = 0
+        self.in_flight = 0
         self._finished: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._warned = False
@@ -98,26 +99,22 @@ class OpenAIEngine:
 
     # -- the protocol -------------------------------------------------------------------
 
-    @property
-    def in_flight(self) -> int:
-        return self._in_flight
-
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
     ) -> None:
         require_room(prompt_ids, self.max_model_len)
-        self._submit(self._generate(key, prompt_ids, sampling, seed))
+        self._submit(key, self._generate(key, prompt_ids, sampling, seed))
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
         require_room(context_ids + target_ids, self.max_model_len)
-        self._submit(self._score(key, context_ids, target_ids, k))
+        self._submit(key, self._score(key, context_ids, target_ids, k))
 
     def step(self) -> list[Result]:
         results: list[Result] = []
         with contextlib.suppress(queue.Empty):
             item = self._finished.get(timeout=_SECONDS_PER_STEP)
             while True:
-                self._in_flight -= 1
+                self.in_flight -= 1
                 if isinstance(item, BaseException):
                     self._failure = self._failure or item
                 else:
@@ -146,13 +143,16 @@ class OpenAIEngine:
     def _start(self, work: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def _submit(self, work: Coroutine[Any, Any, Result]) -> None:
-        self._in_flight += 1
-        self._start(work).add_done_callback(self._deliver)
+    def _submit(self, key: str, work: Coroutine[Any, Any, Result]) -> None:
+        def deliver(future: concurrent.futures.Future[Result]) -> None:
+            if future.cancelled():
+                return
+            error = future.exception()
+            is_refusal = isinstance(error, RequestError)
+            self._finished.put(Refused(key, str(error)) if is_refusal else error or future.result())
 
-    def _deliver(self, future: concurrent.futures.Future[Result]) -> None:
-        if not future.cancelled():
-            self._finished.put(future.exception() or future.result())
+        self.in_flight += 1
+        self._start(work).add_done_callback(deliver)
 
     async def _generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
@@ -166,17 +166,13 @@ class OpenAIEngine:
             "seed": seed,
             "return_token_ids": True,
             "skip_special_tokens": False,
-            # A server takes its defaults from the model's generation config, which are not the
-            # stage's settings.
+            # A server's defaults come from the model's generation config.
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
         }
-        try:
-            choice = await self._complete(prompt_ids, settings)
-        except RequestError as error:
-            return Refused(key, str(error))
+        choice = await self._complete(prompt_ids, settings)
         token_ids, reason = self._token_ids(choice), choice.get("finish_reason")
         if reason not in ("stop", "length"):
             raise EngineError(f"{self._url}: request {key} ended by {reason!r}")
@@ -197,11 +193,8 @@ class OpenAIEngine:
     async def _score(
         self, key: str, context_ids: list[int], target_ids: list[int], k: int
     ) -> Result:
-        settings = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
-        try:
-            choice = await self._complete(context_ids + target_ids, settings)
-        except RequestError as error:
-            return Refused(key, str(error))
+        settings = {**_SCORING, "prompt_logprobs": k}
+        choice = await self._complete(context_ids + target_ids, settings)
         return self._scores(key, choice, len(context_ids), target_ids, k)
 
     async def _complete(
@@ -222,10 +215,10 @@ class OpenAIEngine:
         request, EngineError for everything else."""
         begun: float | None = None
         wait = _FIRST_WAIT
+        method = "GET" if body is None else "POST"
         while True:
             cause: Exception | None = None
             try:
-                method = "GET" if body is None else "POST"
                 async with self._client.stream(method, path, json=body) as response, self._reading:
                     content = await response.aread()
                 if response.status_code == 200:
@@ -238,9 +231,7 @@ class OpenAIEngine:
                     raise _StatusError(response.status_code, f"{self._url}{path}: {reason}")
             except _LOST as error:
                 cause, reason = error, self._without_key(f"{type(error).__name__}: {error}")
-            except ValueError as error:
-                if isinstance(error, RequestError):
-                    raise
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise self._unexpected(path, "no JSON") from error
             now = time.monotonic()
             begun = begun or now
@@ -330,13 +321,15 @@ class OpenAIEngine:
         """Find the model on the server and try what the stages will need. Raises EngineError."""
         try:
             await self._find_model()
-            text, ids = _probe(tokenizer)
+            # A text of tokens from all over the vocabulary.
+            size = len(tokenizer)
+            some = list(range(0, size, max(1, size // _PROBED_IDS)))
+            text = tokenizer.decode(some, skip_special_tokens=False)
+            ids = tokenizer.encode(text, add_special_tokens=False)
             await self._compare_tokenizer(text, ids)
             await self._try_scoring(ids[:8])
         except RequestError as error:
-            raise EngineError(
-                f"{self._url}: the server refuses a first request: {error}"
-            ) from error
+            raise EngineError(f"{self._url}: refuses a first request: {error}") from error
 
     async def _find_model(self) -> None:
         """Choose the model of that name, or the one that was loaded by it. Raises EngineError."""
@@ -379,12 +372,7 @@ class OpenAIEngine:
 
     async def _try_scoring(self, ids: list[int]) -> None:
         k = self._max_logprobs
-        settings = {
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "return_token_ids": True,
-            "prompt_logprobs": k,
-        }
+        settings = {**_SCORING, "prompt_logprobs": k, "return_token_ids": True}
         try:
             choice = await self._complete(ids, settings, patient=False)
         except RequestError as error:
@@ -407,31 +395,17 @@ class _StatusError(EngineError):
 def _api_key() -> str | None:
     """Return the API key of the environment, None without one. Raises EngineError for a bad one."""
     for name in _KEYS:
-        key = os.environ.get(name)
-        if not key:
-            continue
-        # httpx's own error would show the header's value, which is the key.
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            raise EngineError(f"{name}: has spaces or other characters that no key has.")
-        return key
+        if key := os.environ.get(name):
+            # httpx's own error would show the header's value, which is the key.
+            if not (key.isascii() and key.isprintable()) or " " in key:
+                raise EngineError(f"{name}: has spaces or other characters that no key has.")
+            return key
     return None
-
-
-def _probe(tokenizer: Any) -> tuple[str, list[int]]:
-    """Return a text of tokens from all over the vocabulary, and its ids."""
-    size = len(tokenizer)
-    some = list(range(0, size, max(1, size // _PROBED_IDS)))
-    text = tokenizer.decode(some, skip_special_tokens=False)
-    return text, tokenizer.encode(text, add_special_tokens=False)
 
 
 def _keep_alive() -> list[tuple[int, int, int]]:
     """Return socket options with which TCP notices within two minutes that a machine is gone."""
-    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-    if hasattr(socket, "TCP_KEEPIDLE"):
-        options += [
-            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-        ]
-    return options
+    wanted = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+    tcp = [(getattr(socket, name, None), value) for name, value in wanted]  # not on all systems
+    options = [(socket.IPPROTO_TCP, name, value) for name, value in tcp if name is not None]
+    return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *options]

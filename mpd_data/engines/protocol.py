@@ -18,6 +18,9 @@ from mpd_data.common import signals
 from mpd_data.common.models import ModelFiles
 from mpd_data.config import EngineConfig, SamplingConfig
 
+Int32s = npt.NDArray[np.int32]
+Float32s = npt.NDArray[np.float32]
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -40,9 +43,9 @@ class Scores:
     """
 
     key: str
-    topk_ids: npt.NDArray[np.int32]
-    topk_logprobs: npt.NDArray[np.float32]
-    target_logprobs: npt.NDArray[np.float32]
+    topk_ids: Int32s
+    topk_logprobs: Float32s
+    target_logprobs: Float32s
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,8 @@ def pump(
         signals.check()
         while not exhausted and max(engine.in_flight, side.in_flight) < engine.max_in_flight:
             submit = next(source, None)
-            if submit is None:
-                exhausted = True
-            else:
+            exhausted = submit is None
+            if submit is not None:
                 submit()
         if engine.in_flight:
             yield from engine.step()

@@ -5,12 +5,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpd_data.engines.protocol import Scores
+from mpd_data.engines.protocol import Float32s, Int32s, Scores
 
 
-def tail_logprobs(
-    topk_logprobs: npt.NDArray[np.float32], vocab_size: int
-) -> npt.NDArray[np.float64]:
+def tail_logprobs(topk_logprobs: Float32s, vocab_size: int) -> npt.NDArray[np.float64]:
     """Return the log of the mass outside the top K, [n, K] -> [n]; -inf where K is the whole
     vocabulary.
 
@@ -31,8 +29,8 @@ def tail_logprobs(
 
 
 def drop_padding(
-    ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32], k: int, vocab_size: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    ids: Int32s, logprobs: Float32s, k: int, vocab_size: int
+) -> tuple[Int32s, Float32s]:
     """Return the k best of [n, K] ids below `vocab_size`, most probable first, and their
     log-probabilities, renormalised by the mass of the padding rows that are dropped. K must exceed
     k by at least the number of padding rows."""
@@ -49,13 +47,11 @@ def as_float16(logprobs: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
     """Round to float16; values below its lowest finite one become that one, -inf stays."""
     lowest = float(np.finfo(np.float16).min)
     bounded = np.where(np.isneginf(logprobs), -np.inf, np.maximum(logprobs, lowest))
-    rounded: npt.NDArray[np.float16] = bounded.astype(np.float16)
-    return rounded
+    return bounded.astype(np.float16)
 
 
 def score_columns(scores: Scores, k: int, vocab_size: int) -> dict[str, Any]:
-    """Return a distill row's log-probability columns: the k best ids below `vocab_size`, and the
-    tail."""
+    """Return a distill row's score columns: the k best ids below `vocab_size`, and the tail."""
     ids, logprobs = drop_padding(scores.topk_ids, scores.topk_logprobs, k, vocab_size)
     return {
         "topk_ids": ids.reshape(-1),

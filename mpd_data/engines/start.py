@@ -7,13 +7,9 @@ from mpd_data.engines.protocol import Engine
 
 # Settings that a server was started with, so that they cannot be given here.
 _SERVER_SETTINGS = (
-    "dtype",
-    "max_num_batched_tokens",
-    "gpu_memory_utilization",
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-    "kv_cache_gib",
-)
+    "dtype", "max_num_batched_tokens", "gpu_memory_utilization",
+    "tensor_parallel_size", "pipeline_parallel_size", "kv_cache_gib",
+)  # fmt: skip
 
 
 def context_of(model: ModelFiles, config: EngineConfig) -> int:
@@ -35,14 +31,11 @@ def context_of(model: ModelFiles, config: EngineConfig) -> int:
 
 
 def _check_server_settings(config: EngineConfig) -> None:
-    """Raise ConfigError for settings that need a server where there is none, and for settings that
-    the server decides."""
     if config.backend != "openai":
         for name in ("base_url", "served_model"):
             if getattr(config, name) is not None:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} needs --backend openai: add that option."
-                )
+                option = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{option} needs --backend openai: add that option.")
         return
     if config.base_url is None:
         raise ConfigError(
@@ -65,10 +58,7 @@ def server_notes(config: EngineConfig) -> list[str]:
 
 
 def start_engine(
-    model: ModelFiles,
-    config: EngineConfig,
-    trust_remote_code: bool = False,
-    max_logprobs: int = 1,
+    model: ModelFiles, config: EngineConfig, trust_remote_code: bool = False, max_logprobs: int = 1
 ) -> Engine:
     """Return the engine that `config` names, with `model` loaded. `max_logprobs`: the largest K of
     its scores. Raises EngineError where it cannot start, ConfigError like `context_of`."""

@@ -8,7 +8,7 @@ requests, so that no row waits for the slowest one.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,8 +49,7 @@ class _Row:
         return self.prompt_ids + self.completion_ids
 
 
-@dataclass(frozen=True)
-class _ToScore:
+class _ToScore(NamedTuple):
     key: str
     ids: list[int]
     num_targets: int
@@ -80,16 +79,13 @@ class TransformersEngine:
                 self._model = _adapted(self._model, model)
             self._model.to(self._device).eval()
         except (OSError, ValueError, RuntimeError) as error:
-            raise EngineError(
-                f"{model.name}: transformers cannot load this model: {error}"
-            ) from error
+            raise EngineError(f"{model.name}: transformers cannot load it: {error}") from error
         self.max_model_len = context
         self.max_in_flight = 2 * config.max_num_seqs
         self._max_num_seqs = config.max_num_seqs
         self._batched_tokens = config.max_num_batched_tokens or _BATCHED_TOKENS
-        self._stop_ids = end_tokens(
-            model, load_tokenizer(model, trust_remote_code), trust_remote_code
-        )
+        tokenizer = load_tokenizer(model, trust_remote_code)
+        self._stop_ids = end_tokens(model, tokenizer, trust_remote_code)
         # The model's own defaults (a repetition penalty, say) are not the stage's settings.
         self._model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=self._stop_ids, pad_token_id=self._stop_ids[0]
@@ -116,24 +112,20 @@ class TransformersEngine:
         try:
             with torch.inference_mode():
                 # Scores first: they are short work, and complete rows that wait for them.
-                results: list[Completion | Scores] = [*self._score_all()]
-                if self._rows:
-                    results += self._generate()
+                return [*self._score_all(), *(self._generate() if self._rows else ())]
         except RuntimeError as error:  # out of memory is one
             raise EngineError(
                 f"the engine died: {error}. Finished rows are committed; run the same command again"
                 " to go on. If it dies again, lower --max-num-seqs (where it dies while scoring,"
                 " --max-num-batched-tokens)."
             ) from error
-        return results
 
     # -- generation ---------------------------------------------------------------------
 
-    def _generate(self) -> list[Completion | Scores]:
+    def _generate(self) -> list[Completion]:
         """Advance the oldest rows until half of them have finished, and return those."""
         sampling = self._rows[0].sampling
-        same = [row for row in self._rows if row.sampling == sampling]
-        rows = same[: self._max_num_seqs]
+        rows = [row for row in self._rows if row.sampling == sampling][: self._max_num_seqs]
         ids, mask = self._left_padded([row.ids for row in rows])
         rest = [row.limit - len(row.completion_ids) for row in rows]
         output = self._model.generate(
@@ -143,7 +135,7 @@ class TransformersEngine:
             logits_processor=[_SeededSampler(rows, sampling, ids.shape[1])],
             stopping_criteria=[_HalfDone(rest, self._stop_ids, ids.shape[1])],
         )
-        results: list[Completion | Scores] = []
+        results = []
         for row, tokens, room in zip(rows, output[:, ids.shape[1] :].tolist(), rest, strict=True):
             new = tokens[:room]
             stops = [i for i, token in enumerate(new) if token in self._stop_ids]
@@ -179,15 +171,14 @@ class TransformersEngine:
         return results
 
     def _score(self, batch: list[_ToScore]) -> list[Scores]:
-        """Run the sequences through the model in blocks of positions, so that at most
-        `max_num_batched_tokens` positions have logits at a time."""
+        """Run the sequences through the model in blocks, which bounds the positions with logits."""
         ids, mask = self._left_padded([request.ids for request in batch])
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         length = ids.shape[1]
         # The state at a position predicts the next token; padding is on the left, so that the
         # targets of all rows end together.
         start = length - 1 - max(request.num_targets for request in batch)
-        k = max(request.k for request in batch)
+        most = max(request.k for request in batch)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         width = max(1, self._batched_tokens // len(batch))
         cache = None
@@ -205,31 +196,27 @@ class TransformersEngine:
             cache = output.past_key_values
             if wanted > 0:
                 logprobs_btv = output.logits.float().log_softmax(-1)
-                best = logprobs_btv.topk(k, dim=-1)
+                best = logprobs_btv.topk(most, dim=-1)
                 targets = ids[:, last - wanted + 1 : last + 1, None]
                 of_targets = logprobs_btv.gather(-1, targets)[..., 0]
                 parts.append((best.indices.int().cpu(), best.values.cpu(), of_targets.cpu()))
         topk_ids, topk_logprobs, logprobs = (
             torch.cat(column, 1).numpy() for column in zip(*parts, strict=True)
         )
-        return [
-            Scores(
-                request.key,
-                topk_ids[i, -request.num_targets :, : request.k],
-                topk_logprobs[i, -request.num_targets :, : request.k],
-                logprobs[i, -request.num_targets :],
-            )
-            for i, request in enumerate(batch)
-        ]
+        results = []
+        for i, (key, _, n, k) in enumerate(batch):
+            best = topk_ids[i, -n:, :k], topk_logprobs[i, -n:, :k]
+            results.append(Scores(key, *best, logprobs[i, -n:]))
+        return results
 
     def close(self) -> None:
         del self._model
 
 
 def _adapted(base: Any, model: ModelFiles) -> Any:
-    """Return `base` with the adapter in its layers, in the precision of `base`."""
     with requires("lora", f"{model.name}: an adapter"):
         from peft import PeftModel
+    # In the precision of `base`.
     adapted = PeftModel.from_pretrained(base, str(model.adapter), autocast_adapter_dtype=False)
     return adapted.get_base_model()
 
@@ -240,8 +227,7 @@ class _SeededSampler(LogitsProcessor):  # type: ignore[misc]  # transformers is 
     position determine (Philox). All other tokens get -inf."""
 
     def __init__(self, rows: list[_Row], sampling: SamplingConfig, width: int) -> None:
-        self._seeds = [row.seed for row in rows]
-        self._begun = [len(row.completion_ids) for row in rows]
+        self._seeds = [(row.seed, len(row.completion_ids)) for row in rows]
         self._temperature = sampling.temperature
         self._width = width
         self._filters: list[LogitsProcessor] = []
@@ -258,10 +244,7 @@ class _SeededSampler(LogitsProcessor):  # type: ignore[misc]  # transformers is 
         for keep in self._filters:
             scores = keep(input_ids, scores)
         new = input_ids.shape[1] - self._width
-        numbers = [
-            _uniform(seed, begun + new)
-            for seed, begun in zip(self._seeds, self._begun, strict=True)
-        ]
+        numbers = [_uniform(seed, begun + new) for seed, begun in self._seeds]
         # float64: in float32 the sum over a large vocabulary loses the rare tokens.
         cumulative = scores.softmax(-1).double().cumsum(-1)
         at = torch.tensor(numbers, dtype=torch.float64, device=scores.device)[:, None]
@@ -286,9 +269,7 @@ class _HalfDone(StoppingCriteria):  # type: ignore[misc]  # transformers is unty
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """input_ids [B, T] -> bool [B], true where a row is to end."""
-        last = input_ids[:, -1].cpu()
-        self._ended |= torch.isin(last, self._stop_ids)
+        self._ended |= torch.isin(input_ids[:, -1].cpu(), self._stop_ids)
         self._ended |= self._rest <= input_ids.shape[1] - self._width
-        if 2 * int(self._ended.sum()) >= len(self._ended):
-            return torch.ones_like(self._ended).to(input_ids.device)
-        return self._ended.to(input_ids.device)
+        is_half = 2 * int(self._ended.sum()) >= len(self._ended)
+        return (torch.ones_like(self._ended) if is_half else self._ended).to(input_ids.device)

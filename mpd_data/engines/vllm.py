@@ -48,38 +48,36 @@ class VLLMEngine:
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         on_cpu = not torch.cuda.is_available()
         prepare_environment(on_cpu)
-        if on_cpu and config.pipeline_parallel_size > 1:
-            # It starts, and its second part dies at the first step (vLLM 0.32).
-            raise EngineError(
-                f"--pipeline-parallel-size {config.pipeline_parallel_size}: vLLM runs pipelines on"
-                " GPUs only. Leave it out here."
-            )
         if on_cpu:
-            # The engine runs eagerly here. One small function of scoring would be compiled, which
-            # takes a minute on a fresh machine.
+            if config.pipeline_parallel_size > 1:
+                # It starts, and its second part dies at the first step (vLLM 0.32).
+                raise EngineError(
+                    f"--pipeline-parallel-size {config.pipeline_parallel_size}: vLLM runs pipelines"
+                    " on GPUs only. Leave it out here."
+                )
+            # Compiling one small function of scoring takes a minute on a fresh machine.
             torch._dynamo.config.disable = True
             # It warns about missing Triton, which a CPU machine does not need.
             logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
             if "OMP_NUM_THREADS" not in os.environ:
-                # A second thread that shares its core with others makes small models many times
-                # slower. Set the variable for a large model on an idle machine.
+                # Threads that share cores with others make small models many times slower. Set the
+                # variable for a large model on an idle machine.
                 os.environ["OMP_NUM_THREADS"] = "1"
                 torch.set_num_threads(1)
-        first = "vllm" not in sys.modules
+        is_first = "vllm" not in sys.modules
         with requires("gpu", "--backend vllm"):
             from vllm import LLM
             from vllm.exceptions import VLLMError
-        if first:
-            # The imports leave a million objects that live as long as the process, and vLLM
-            # collects garbage seven times from its start to its end, a third of a second each
-            # without this. Done once: later it could keep a closed engine alive.
+        if is_first:
+            # vLLM collects garbage seven times, a third of a second each with the million objects
+            # of its imports. Done once: later it could keep a closed engine alive.
             gc.freeze()
 
         self.max_model_len = context
         self.max_in_flight = 2 * config.max_num_seqs
         settings: dict[str, Any] = {
             "dtype": config.dtype,
-            "max_model_len": self.max_model_len,
+            "max_model_len": context,
             "max_num_seqs": config.max_num_seqs,
             "max_logprobs": max_logprobs,
             "tokenizer": str(model.tokenizer_path),
@@ -97,10 +95,8 @@ class VLLMEngine:
                 "kv_cache_memory_bytes": int(config.kv_cache_gib * (1 << 30)),
                 # A seed with chunked prefill kills the CPU engine (no generator offsets there).
                 "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(config.max_num_batched_tokens or 4096, context),
             }
-            settings["max_num_batched_tokens"] = max(
-                config.max_num_batched_tokens or 4096, self.max_model_len
-            )
         else:
             settings["gpu_memory_utilization"] = config.gpu_memory_utilization
         if model.adapter is not None:
@@ -112,13 +108,11 @@ class VLLMEngine:
                 llm = LLM(str(model.path), **settings)
             self._adapter = None if model.adapter is None else _load(llm, model.adapter)
         except (VLLMError, ValueError, RuntimeError, OSError) as error:
-            raise EngineError(
-                f"{model.name}: vLLM cannot start with this model: {error}"
-            ) from error
+            raise EngineError(f"{model.name}: vLLM cannot start with it: {error}") from error
         self.llm = llm
         self._engine = llm.llm_engine
         _wake_when_dead(self._engine.engine_core)
-        model_config = llm.llm_engine.model_config
+        model_config = self._engine.model_config
         float32_quantised = model_config.quantization and model_config.dtype == torch.float32
         self._advice = _NO_FLOAT32 if float32_quantised else _LESS_MEMORY
         self._open: dict[str, tuple[str, int, int]] = {}
@@ -181,11 +175,11 @@ class VLLMEngine:
             key, start, k = self._open.pop(output.request_id)
             if k:
                 results.append(_scores(key, output.prompt_logprobs, start, k))
-            else:
-                sample = output.outputs[0]
-                if sample.finish_reason not in ("stop", "length"):
-                    raise EngineError(f"request {key} ended by {sample.finish_reason!r}")
-                results.append(Completion(key, list(sample.token_ids), sample.finish_reason))
+                continue
+            sample = output.outputs[0]
+            if sample.finish_reason not in ("stop", "length"):
+                raise EngineError(f"request {key} ended by {sample.finish_reason!r}")
+            results.append(Completion(key, list(sample.token_ids), sample.finish_reason))
         return results
 
     def close(self) -> None:
@@ -212,9 +206,8 @@ def _died(error: Exception, advice: str) -> EngineError:
 
 
 def _wake_when_dead(client: Any) -> None:
-    """Make `step` end when the engine's process is killed, by the kernel for lack of memory, say.
-    vLLM's client would wait for its next output for ever. Does nothing where the engine is in this
-    process."""
+    """Make `step` end when the engine's process is killed, by the kernel for lack of memory, say;
+    vLLM's client would wait for ever. Does nothing where the engine is in this process."""
     outputs = getattr(client, "outputs_queue", None)
     manager = getattr(getattr(client, "resources", None), "engine_manager", None)
     if outputs is None or manager is None:
@@ -260,15 +253,12 @@ def _rank(model: ModelFiles) -> int:
         rank = next((rank for rank in _RANKS if rank >= largest), _RANKS[-1])
         settings.validate_legal(LoRAConfig(max_lora_rank=rank))
     except (ValueError, TypeError) as error:
-        raise EngineError(
-            f"{model.name}: vLLM cannot run this adapter: {error} {_MERGE}"
-        ) from error
+        raise EngineError(f"{model.name}: vLLM cannot run it: {error} {_MERGE}") from error
     return rank
 
 
 def _load(llm: Any, adapter: Path) -> Any:
-    """Load the adapter and return the object that names it in a request. Raises RuntimeError where
-    it does not fit."""
+    """Load the adapter; return its name for requests. Raises RuntimeError where it does not fit."""
     from vllm.lora.request import LoRARequest
 
     request = LoRARequest("adapter", 1, str(adapter))
