@@ -12,6 +12,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,7 @@ class NumberChecker(Checker):
         text = _delatex(text[: MAX_ANSWER + 1])
         named = _NAMED.match(text)
         number = _PLAIN.match(text, named.end() if named else 0)
-        if number is None or _UNIT.match(text, number.end()) is None:
-            return None
-        return number[0]
+        return number[0] if number and _UNIT.match(text, number.end()) else None
 
     def read_bare(self, text: str) -> str | None:
         bare = text.removesuffix(".")
@@ -66,12 +65,9 @@ class NumberChecker(Checker):
 
     def _value(self, text: str) -> Fraction | None:
         number = self.read(text)
-        if number is None:
-            return None
-        try:
-            return Fraction(re.sub(r"[\s,$]", "", number))
-        except ZeroDivisionError:
-            return None
+        with suppress(ZeroDivisionError):
+            return None if number is None else Fraction(re.sub(r"[\s,$]", "", number))
+        return None
 
 
 # Parsing evaluates, and evaluating these would only reach the time limit.
@@ -136,13 +132,9 @@ class MathChecker(Checker):
         for text in (right, left):
             # In prose, its search for plain expressions would pick out a single number.
             plain = [] if re.search(r"[A-Za-z_]", text) else [ExprExtractionConfig()]
-            configs = [LatexExtractionConfig(), *plain]
-            parsed.append(parse(_as_latex(text), configs, parsing_timeout=None))
+            latex = text if re.search(r"(?<!\\)\$", text) else f"${text}$"
+            parsed.append(parse(latex, [LatexExtractionConfig(), *plain], parsing_timeout=None))
         return all(parsed) and bool(verify(*parsed, timeout_seconds=None))
-
-
-def _as_latex(text: str) -> str:
-    return text if re.search(r"(?<!\\)\$", text) else f"${text}$"
 
 
 _QUOTES = " \t\r\n.,;:!?\"'`\u201c\u201d\u2018\u2019\u00ab\u00bb()[]{}*_"
@@ -209,8 +201,7 @@ class ReasoningGymChecker(Checker):
         return answer.strip() == gold.strip()
 
     def correct(self, answer: str, gold: str, metadata: Mapping[str, Any]) -> bool:
-        """Score the answer. Raise ValueError if the metadata's `source_dataset` is missing or
-        unknown."""
+        """Score the answer. Raise ValueError if its `source_dataset` is missing or unknown."""
         inner = metadata.get("metadata", metadata)  # if the column `metadata` was carried
         if "source_dataset" not in metadata:
             metadata = json.loads(inner) if isinstance(inner, str) else inner
@@ -254,10 +245,8 @@ class _Adapter(Checker):
 
 
 def make_checker(name: str, formats: Sequence[AnswerFormat] = ANSWER_FORMATS) -> Checker:
-    """Return the built-in checker `name`, or a user's own, named as `package.module:Name`.
-
-    Raise ConfigError if it does not exist or cannot be used.
-    """
+    """Return the built-in checker `name`, or a user's own, named as `package.module:Name`. Raise
+    ConfigError if it does not exist or cannot be used."""
     if ":" in name:
         return _own_checker(name, formats)
     if name not in CHECKERS:
@@ -279,12 +268,10 @@ def _own_checker(name: str, formats: Sequence[AnswerFormat]) -> Checker:
     if "" not in sys.path and here not in sys.path:
         sys.path.append(here)  # console scripts do not look in the working folder
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-        checker = factory()
+        checker = getattr(importlib.import_module(module_name), attribute)()
     except Exception as error:  # a user's code may raise anything
-        raise ConfigError(
-            f"checker {name!r} cannot be created: {type(error).__name__}: {error}"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"checker {name!r} cannot be created: {reason}") from error
     missing = [m for m in ("extract", "equal") if not callable(getattr(checker, m, None))]
     if missing:
         raise ConfigError(

@@ -11,10 +11,8 @@ MAX_ANSWER = 2000
 
 
 def final_part(completion: str) -> str | None:
-    """Return the text after the last </think>, or all of a text without thinking tags.
-
-    Return None if thinking was opened and never closed.
-    """
+    """Return the text after the last </think>, or all of a text without thinking tags; None if
+    thinking was opened and never closed."""
     _, closed, after = completion.rpartition("</think>")
     if closed:
         return after
@@ -71,26 +69,20 @@ def _tag(text: str) -> Iterator[str]:
 def _phrase(text: str) -> Iterator[str]:
     for start in reversed([match.end() for match in _PHRASE.finditer(text)]):
         line = text[start : start + MAX_ANSWER + 1].partition("\n")[0]
-        end = _SENTENCE_END.search(line)
-        answer = line[: end.start()] if end else line
+        answer = _SENTENCE_END.split(line, maxsplit=1)[0]
         if len(answer) <= MAX_ANSWER:
             yield answer.strip().strip("*_")
 
 
 _MARKED: dict[AnswerFormat, Callable[[str], Iterator[str]]] = {
-    "boxed": _boxed,
-    "hashes": _hashes,
-    "tag": _tag,
-    "phrase": _phrase,
-}
+    "boxed": _boxed, "hashes": _hashes, "tag": _tag, "phrase": _phrase,
+}  # fmt: skip
 
 
 class Checker:
-    """Extracts answers from completions and compares them.
-
-    A subclass defines at least `equal`. It may define `read`, which accepts or refuses a text as
-    an answer. Extracting must not raise; if comparing raises, the check counts as failed.
-    """
+    """Extracts answers from completions and compares them. A subclass defines at least `equal`. It
+    may define `read`, which accepts or refuses a text as an answer. Extracting must not raise; if
+    comparing raises, the check counts as failed."""
 
     def __init__(self, formats: Sequence[AnswerFormat] = ANSWER_FORMATS):
         self.formats = tuple(formats)

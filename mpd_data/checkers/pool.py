@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from mpd_data.checkers.builtin import make_checker
 from mpd_data.checkers.formats import Checker
@@ -45,12 +45,9 @@ class CheckRequest:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of a check.
-
-    `is_correct` is None without a gold answer, `keeps_answer` without a draft's answer. Both are
-    False if no answer was found. `error` says why a check failed; then `is_correct` is False and
-    `keeps_answer` None.
-    """
+    """The result of a check: `is_correct` is None without a gold answer, `keeps_answer` without a
+    draft's answer. Both are False if no answer was found. `error` says why a check failed; then
+    `is_correct` is False and `keeps_answer` None."""
 
     key: str
     answer: str | None
@@ -59,8 +56,7 @@ class Verdict:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class _Task:
+class _Task(NamedTuple):
     request: CheckRequest
     line: bytes  # the message for the worker
 
@@ -108,10 +104,8 @@ class _Worker:
     def _send(self, line: bytes) -> None:
         """Write to the worker. That one has died shows later, by the end of its output."""
         assert self.process.stdin is not None
-        data = memoryview(line)
         with suppress(BrokenPipeError):
-            while data:
-                data = data[self.process.stdin.write(data) :]
+            _write(self.process.stdin.fileno(), line)
 
     def lines(self) -> list[dict[str, Any]] | None:
         """Return the complete messages that have arrived; None if the worker has ended."""
@@ -135,12 +129,14 @@ def _line(message: Mapping[str, Any]) -> bytes:
     return json.dumps(message, default=str).encode() + b"\n"
 
 
-class CheckPool:
-    """A context manager that checks completions in `processes` workers.
+def _write(fd: int, line: bytes) -> None:
+    while line:
+        line = line[os.write(fd, line) :]
 
-    Each check may take `timeout` seconds. Raises ConfigError if the checker cannot be created, here
-    or in a worker.
-    """
+
+class CheckPool:
+    """A context manager that checks completions in `processes` workers, each within `timeout`
+    seconds. Raises ConfigError if the checker cannot be created, here or in a worker."""
 
     def __init__(
         self, checker: str, formats: Sequence[AnswerFormat], timeout: float, processes: int
@@ -170,23 +166,12 @@ class CheckPool:
 
     def submit(self, request: CheckRequest) -> None:
         """Queue a check. If it fails, its verdict says so."""
-        line = _line(
-            {
-                "completion": request.completion,
-                "gold": request.gold,
-                "metadata": dict(request.metadata),
-                "draft_answer": request.draft_answer,
-            }
-        )
-        self._queue.append(_Task(request, line))
+        self._queue.append(_Task(request, _line(vars(request))))
         self._hand_out()
 
     def ready(self, wait: float = 0.0) -> list[Verdict]:
-        """Return the verdicts of finished checks, in the order in which they finished.
-
-        Wait up to `wait` seconds for the first. Raise ConfigError if a worker cannot create the
-        checker.
-        """
+        """Return the verdicts of finished checks, in the order in which they finished. Wait up to
+        `wait` seconds for the first. Raise ConfigError if a worker cannot create the checker."""
         until = time.monotonic() + wait
         while True:
             now = time.monotonic()
@@ -246,9 +231,8 @@ class CheckPool:
                 continue
             self._remove(worker)
             if not worker.tasks:
-                raise ConfigError(
-                    f"checker {self._checker!r}: not ready after {START_SECONDS:g} s."
-                )
+                reason = f"not ready after {START_SECONDS:g} s."
+                raise ConfigError(f"checker {self._checker!r}: {reason}")
             self._ended(worker, f"timed out after {self._timeout:g} s")
 
     def _died(self, worker: _Worker) -> None:
@@ -288,15 +272,12 @@ def _work() -> None:
     requests = os.fdopen(os.dup(0), "rb")
     replies = os.dup(1)
     os.dup2(2, 1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     with suppress(ValueError, OSError):  # a lower limit is set, or the system has no limits
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
 
     def reply(message: Mapping[str, Any]) -> None:
-        data = memoryview(json.dumps(message).encode() + b"\n")
-        while data:
-            data = data[os.write(replies, data) :]
+        _write(replies, json.dumps(message).encode() + b"\n")
 
     settings = json.loads(requests.readline())
     try:

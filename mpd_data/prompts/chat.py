@@ -22,8 +22,8 @@ def thinking_switch(template: str) -> str | None:
         parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
         variables = meta.find_undeclared_variables(parsed)
     except TemplateSyntaxError:
-        # The template uses tags of transformers, such as {% generation %}. Look for the bare name
-        # in its code, but not in its prose or strings and not as the field of a message.
+        # It uses tags of transformers, such as {% generation %}. Look for the bare name in its
+        # code, but not in its prose or strings and not as the field of a message.
         code = " ".join(re.findall(r"\{[{%].*?[%}]\}", template, re.DOTALL))
         code = re.sub(r"'[^']*'|\"[^\"]*\"", "''", code)
         variables = set(re.findall(r"(?<![\w.])\w+(?!\w|\s*=[^=])", code))
@@ -55,22 +55,16 @@ class ChatFormatter:
             )
         self._tokenizer = tokenizer
         self._kwargs = dict(template_kwargs or {})
-        self._thinking = self._resolve_thinking(thinking, default_thinking)
+        # Whether the template turns thinking on; None if it has no switch.
+        self.thinking = self._resolve_thinking(thinking, default_thinking)
         self._control = [
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         ]
-        self._before: list[dict[str, str]] = []
-        if system_prompt is not None:
-            self._before.append({"role": "system", "content": system_prompt})
+        before = [("system", system_prompt)] if system_prompt is not None else []
         for user, assistant in examples:
-            self._before.append({"role": "user", "content": user})
-            self._before.append({"role": "assistant", "content": assistant})
+            before += [("user", user), ("assistant", assistant)]
+        self._before = [{"role": role, "content": content} for role, content in before]
         self._check_turns_before()
-
-    @property
-    def thinking(self) -> bool | None:
-        """Whether the template turns thinking on; None if it has no switch."""
-        return self._thinking
 
     def _resolve_thinking(self, thinking: str, default: bool) -> bool | None:
         try:
@@ -92,12 +86,11 @@ class ChatFormatter:
                 " settings. Give only one of them."
             )
         value = self._kwargs[switch]
-        if not isinstance(value, bool):
-            raise ConfigError(
-                f"{self._name}: the template's setting {switch} is {value!r}, expected true or"
-                " false."
-            )
-        return value
+        if isinstance(value, bool):
+            return value
+        raise ConfigError(
+            f"{self._name}: the template's setting {switch} is {value!r}, expected true or false."
+        )
 
     def _check_turns_before(self) -> None:
         """Raise ConfigError for a system prompt or example that would fail with every prompt."""
@@ -151,11 +144,9 @@ class ChatFormatter:
         return text
 
     def render(self, content: str) -> tuple[str, list[int]]:
-        """Return the prompt's text and its token ids, up to where the model's turn begins.
-
-        Raise PromptError if `content` is empty or contains a control token of the model, or if the
-        template fails.
-        """
+        """Return the prompt's text and its token ids, up to where the model's turn begins. Raise
+        PromptError if `content` is empty or contains a control token of the model, or if the
+        template fails."""
         text = self.layout(content)
         return text, self.encode(text)
 

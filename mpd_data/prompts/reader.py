@@ -15,17 +15,15 @@ from mpd_data.common.hashing import content_key
 from mpd_data.prompts.sources import read_rows
 from mpd_data.prompts.template import fill
 
+Example = tuple[str, str]
 _NOT_UNICODE = "holds bytes that are not UTF-8, or half a character"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem to solve.
-
-    `text` is the problem, `answer` the gold answer if there is one, and `metadata` the carried
-    columns in JSON types. Messages name the prompt by `source`. `flaw` says why the row cannot be
-    used; `text` and `answer` are then escaped so that they can be shown.
-    """
+    """One problem to solve. `text` is the problem, `answer` the gold answer if there is one, and
+    `metadata` the carried columns in JSON types. Messages name the prompt by `source`. `flaw` says
+    why the row cannot be used; `text` and `answer` are then escaped so that they can be shown."""
 
     id: str
     text: str
@@ -36,12 +34,9 @@ class Prompt:
 
 
 def read_prompts(
-    paths: Iterable[str | Path],
-    prompt_column: str,
-    id_column: str | None = None,
-    answer_column: str | None = None,
-    metadata_columns: Sequence[str] = (),
-) -> Iterator[Prompt]:
+    paths: Iterable[str | Path], prompt_column: str, id_column: str | None = None,
+    answer_column: str | None = None, metadata_columns: Sequence[str] = (),
+) -> Iterator[Prompt]:  # fmt: skip
     """Yield the prompts of *.jsonl, *.csv and *.parquet files and of hf:// datasets, row by row.
 
     Repeated ids are not removed. Without `id_column` the id of a prompt is the hash of its text.
@@ -62,9 +57,8 @@ def read_prompts(
             answer = None
             if answer_column is not None and row[answer_column] is not None:
                 answer = _text(row, answer_column, source, "--answer-column", numbers=True)
-            if id_column is None:
-                identifier = content_key(text)
-            else:
+            identifier = content_key(text)
+            if id_column is not None:
                 identifier = _text(row, id_column, source, "--id-column", numbers=True)
             metadata = {c: as_json(row[c], f"{source}: column {c!r}") for c in metadata_columns}
             empty = False
@@ -77,18 +71,12 @@ def read_prompts(
 
 
 def load_prompts(
-    paths: Iterable[str | Path],
-    prompt_column: str,
-    id_column: str | None = None,
-    answer_column: str | None = None,
-    metadata_columns: Sequence[str] = (),
+    paths: Iterable[str | Path], prompt_column: str, id_column: str | None = None,
+    answer_column: str | None = None, metadata_columns: Sequence[str] = (),
     duplicates: Literal["refuse", "first"] = "refuse",
-) -> list[Prompt]:
-    """Return what `read_prompts` yields, each id once.
-
-    With `duplicates` "first", later rows of an id are left out; otherwise they raise DataError.
-    Raise what `read_prompts` raises.
-    """
+) -> list[Prompt]:  # fmt: skip
+    """Return what `read_prompts` yields, each id once. With `duplicates` "first", later rows of an
+    id are left out; otherwise they raise DataError. Raise what `read_prompts` raises."""
     prompts: dict[str, Prompt] = {}
     for prompt in read_prompts(paths, prompt_column, id_column, answer_column, metadata_columns):
         earlier = prompts.setdefault(prompt.id, prompt)
@@ -101,14 +89,10 @@ def load_prompts(
     return list(prompts.values())
 
 
-def load_examples(
-    path: str | Path, prompt_column: str, examples_column: str
-) -> list[tuple[str, str]]:
-    """Return few-shot examples as (problem, solution), in the file's order.
-
-    Raise DataError or ConfigError as `load_prompts` does.
-    """
-    examples: list[tuple[str, str]] = []
+def load_examples(path: str | Path, prompt_column: str, examples_column: str) -> list[Example]:
+    """Return few-shot examples as (problem, solution), in the file's order. Raise DataError or
+    ConfigError as `load_prompts` does."""
+    examples: list[Example] = []
     for number, row in read_rows(path, list(dict.fromkeys([prompt_column, examples_column]))):
         source = f"{path}, row {number}"
         problem = _text(row, prompt_column, source, "--prompt-column")
@@ -119,22 +103,16 @@ def load_examples(
 
 
 def fill_prompt(template: str, problem: str) -> str:
-    """Return the user's message: `template` with the problem in place of {{problem}}.
-
-    A {{name}} in the problem is not replaced. Raise ConfigError if `template` lacks {{problem}} or
-    uses another {{name}}.
-    """
+    """Return the user's message: `template` with the problem in place of {{problem}}. A {{name}} in
+    the problem is not replaced. Raise ConfigError if `template` lacks {{problem}} or uses another
+    {{name}}."""
     names = set(re.findall(r"\{\{(\w+)\}\}", template))
     if "problem" not in names:
-        raise ConfigError(
-            f"--prompt-template {template!r}: lacks {{{{problem}}}}. Put it where the problem"
-            " belongs."
-        )
-    if names != {"problem"}:
-        raise ConfigError(
-            f"--prompt-template {template!r}: uses {sorted(names - {'problem'})}; it can use only"
-            " {{problem}}."
-        )
+        problem = "lacks {{problem}}. Put it where the problem belongs."
+        raise ConfigError(f"--prompt-template {template!r}: {problem}")
+    if other := sorted(names - {"problem"}):
+        problem = f"uses {other}; it can use only {{{{problem}}}}."
+        raise ConfigError(f"--prompt-template {template!r}: {problem}")
     return fill(template, {"problem": problem})
 
 
@@ -175,21 +153,17 @@ def _is_unicode(text: str) -> bool:
 
 
 def as_json(value: Any, where: str) -> Any:
-    """Return `value` in JSON types: None for NaN, text for what JSON lacks (dates, decimals).
-
-    Raise DataError, which begins with `where`, for bytes and text that are not UTF-8.
-    """
+    """Return `value` in JSON types: None for NaN, text for what JSON lacks (dates, decimals). Raise
+    DataError, which begins with `where`, for bytes and text that are not UTF-8."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{where} holds bytes, not text. Leave the column out.") from error
-    if value is None or isinstance(value, bool | int):
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, int | None) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    if isinstance(value, float):
-        if math.isnan(value):
-            return None
-        return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
         return {as_json(str(k), where): as_json(v, where) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -201,11 +175,9 @@ def as_json(value: Any, where: str) -> Any:
 
 
 def choose_prompts(prompts: list[Prompt], count: int | None, key: str) -> list[Prompt]:
-    """Return a pseudo-random choice of `count` prompts, or all of them if `count` is None.
-
-    The choice does not depend on the order of the prompts. Each `key` (round and seed) gives
-    another choice. Raise ConfigError if there are fewer than `count` prompts.
-    """
+    """Return a pseudo-random choice of `count` prompts, or all of them if `count` is None. The
+    choice does not depend on the order of the prompts. Each `key` (round and seed) gives another
+    choice. Raise ConfigError if there are fewer than `count` prompts."""
     if count is None:
         return prompts
     if count > len(prompts):

@@ -39,25 +39,17 @@ def read_rows(source: str | Path, columns: list[str] | None) -> Rows:
         return _hub_rows(source, columns)
     path = Path(source)
     if not path.is_file():
-        raise ConfigError(
-            f"{path}: no such file. Expected a JSONL, CSV or Parquet file, or {_FORM}."
-        )
-    readers = {
-        ".parquet": _parquet_rows,
-        ".jsonl": _jsonl_rows,
-        ".json": _jsonl_rows,
-        ".csv": _csv_rows,
-    }
-    if path.suffix not in readers:
+        raise ConfigError(f"{path}: no such file. Expected JSONL, CSV or Parquet, or {_FORM}.")
+    readers = {"parquet": _parquet_rows, "jsonl": _json_rows, "json": _json_rows, "csv": _csv_rows}
+    reader = readers.get(path.suffix[1:])
+    if reader is None:
         raise ConfigError(f"{path}: prompts are read from *.jsonl, *.csv and *.parquet files.")
-    return readers[path.suffix](path, columns)
+    return reader(path, columns)
 
 
 def columns_of(source: str | Path) -> list[str]:
-    """Return the names of a source's columns; those of a JSONL file are its first row's.
-
-    Raise DataError or ConfigError as `read_rows` does, and ConfigError for a source without rows.
-    """
+    """Return the names of a source's columns; those of a JSONL file are its first row's. Raise
+    DataError or ConfigError as `read_rows` does, and ConfigError for a source without rows."""
     for _, row in read_rows(source, None):
         return list(row)
     raise ConfigError(f"{source}: no prompts. Expected at least one row.")
@@ -65,13 +57,12 @@ def columns_of(source: str | Path) -> list[str]:
 
 def _require(where: object, columns: Iterable[str], found: list[str]) -> None:
     for column in columns:
-        if column in found:
-            continue
-        raise DataError(
-            f"{where}: no column {column!r}; found {', '.join(map(repr, found)) or 'none'}."
-            f"{did_you_mean(column, found)} Name the columns with --prompt-column, --id-column,"
-            " --answer-column, --metadata-columns and --examples-column."
-        )
+        if column not in found:
+            raise DataError(
+                f"{where}: no column {column!r}; found {', '.join(map(repr, found)) or 'none'}."
+                f"{did_you_mean(column, found)} Name the columns with --prompt-column, --id-column,"
+                " --answer-column, --metadata-columns and --examples-column."
+            )
 
 
 def _parquet_rows(path: Path, columns: list[str] | None) -> Rows:
@@ -84,18 +75,14 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Rows:
         number = 0
         try:
             for batch in file.iter_batches(4096, columns=columns):
-                for row in _rows_of(batch):
+                names = batch.schema.names
+                for cells in zip(*map(_cells, batch.columns), strict=True):
                     number += 1
-                    yield number, row
+                    yield number, dict(zip(names, cells, strict=True))
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(
                 f"{path}, after row {number}: damaged Parquet file ({error}). Make it again."
             ) from error
-
-
-def _rows_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    names, columns = batch.schema.names, [_cells(column) for column in batch.columns]
-    return [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def _cells(column: pa.Array) -> list[Any]:
@@ -107,27 +94,25 @@ def _cells(column: pa.Array) -> list[Any]:
     return [None if value is None else value.decode("utf-8", _KEEP) for value in raw]
 
 
-def _jsonl_rows(path: Path, columns: list[str] | None) -> Rows:
+def _json_rows(path: Path, columns: list[str] | None) -> Rows:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            place = f"{path}, row {number}"
             try:
                 row = json.loads(line.decode("utf-8", _KEEP))
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, row {number}: not a JSON object ({error}).") from error
+                raise DataError(f"{place}: not a JSON object ({error}).") from error
             if not isinstance(row, dict):
-                raise DataError(
-                    f"{path}, row {number}: found {type(row).__name__}, expected an object."
-                )
-            _require(f"{path}, row {number}", columns or (), list(row))
+                raise DataError(f"{place}: found {type(row).__name__}, expected an object.")
+            _require(place, columns or (), list(row))
             yield number, row
 
 
 def _csv_rows(path: Path, columns: list[str] | None) -> Rows:
     """Yield cells as text; an empty one is None, since CSV has no other way to omit a value."""
-    # Python's default limit, 128 KiB a cell, would refuse files with long solutions.
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, would refuse long solutions
     number = 0
     with path.open("rb") as file:
         lines = (
@@ -141,11 +126,9 @@ def _csv_rows(path: Path, columns: list[str] | None) -> Rows:
             columns = header if columns is None else columns
             _require(path, columns, header)
             for column in columns:
-                if header.count(column) > 1:
-                    raise DataError(
-                        f"{path}: the header names {column!r} {header.count(column)} times. Rename"
-                        " all but one."
-                    )
+                if (count := header.count(column)) > 1:
+                    problem = f"the header names {column!r} {count} times. Rename all but one."
+                    raise DataError(f"{path}: {problem}")
             for cells in reader:
                 if not cells:  # a blank line
                     continue
@@ -182,34 +165,28 @@ class HubSource:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", repo) is None or (at and not revision):
             raise ConfigError(f"{url}: expected {_FORM}, found the name {place!r}.")
         given: dict[str, str] = {}
-        known = ("split", "config")
         for key, value in parse_qsl(query, keep_blank_values=True):
-            if key not in known:
-                hint = did_you_mean(key, known) or " There are 'split' and 'config'."
+            if key not in ("split", "config"):
+                hint = did_you_mean(key, ("split", "config")) or " There are 'split' and 'config'."
                 raise ConfigError(f"{url}: no setting {key!r}.{hint} Expected {_FORM}.")
             if key in given or not value:
                 raise ConfigError(f"{url}: give {key!r} once, with a value. Expected {_FORM}.")
             given[key] = value
         return cls(repo, revision or None, given.get("split"), given.get("config"))
 
+    @property
+    def place(self) -> str:
+        """The address, with a prefix that stops `datasets` from using a local OWNER/NAME."""
+        return f"hf://datasets/{self.repo}"
+
 
 def _datasets(url: str) -> tuple[Any, tuple[type[Exception], ...]]:
     """The package `datasets`, and the errors by which it says that something is not to be had."""
     with requires("hub", f"{url}: reading a dataset of the hub"):
         import datasets
-    failures = (
-        datasets.exceptions.DatasetsError,
-        *hub_failures(),
-        pa.ArrowInvalid,
-        ValueError,
-        RuntimeError,  # for repositories that are scripts, which are never run here
-    )
-    return datasets, failures
-
-
-def _place(source: HubSource) -> str:
-    """Return the address with a prefix that stops `datasets` from using a local OWNER/NAME."""
-    return f"hf://datasets/{source.repo}"
+    # RuntimeError: for repositories that are scripts, which are never run here.
+    others = (*hub_failures(), pa.ArrowInvalid, ValueError, RuntimeError)
+    return datasets, (datasets.exceptions.DatasetsError, *others)
 
 
 def hub_splits(url: str) -> list[str]:
@@ -218,7 +195,7 @@ def hub_splits(url: str) -> list[str]:
     datasets, failures = _datasets(url)
     try:
         names: list[str] = datasets.get_dataset_split_names(
-            _place(source), source.config, revision=source.revision
+            source.place, source.config, revision=source.revision
         )
     except failures as error:
         raise ConfigError(
@@ -236,7 +213,7 @@ def _hub_rows(url: str, columns: list[str] | None) -> Rows:
         raise ConfigError(f"{url}: names no split; expected {_FORM}. The splits are {splits}.")
     try:
         data = datasets.load_dataset(
-            _place(source), source.config, split=source.split, revision=source.revision
+            source.place, source.config, split=source.split, revision=source.revision
         )
     except failures as error:
         hint = _split_hint(url, error)

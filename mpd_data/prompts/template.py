@@ -15,10 +15,8 @@ from mpd_data.common.errors import ConfigError, did_you_mean
 from mpd_data.common.hashing import content_key
 from mpd_data.config import Strict
 
-BUILT_IN = {
-    "tags": Path(__file__).parent / "templates" / "tags.toml",
-    "plain": Path(__file__).parent / "templates" / "plain.toml",
-}
+_FOLDER = Path(__file__).parent / "templates"
+BUILT_IN = {name: _FOLDER / f"{name}.toml" for name in ("tags", "plain")}
 
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
@@ -54,10 +52,8 @@ class RewriteTemplate(Strict):
 
     def trace_of(self, rewrite: str, thinks: bool) -> str | None:
         """Return the teacher's output in the layout of a student's trace, without the end token.
-
         Return None if the output is not in the template's format. `thinks` says whether the draft
-        has a thinking part. Raise ConfigError if the template has no layout for such drafts.
-        """
+        has a thinking part. Raise ConfigError if the template has no layout for such drafts."""
         match = re.fullmatch(self.output, rewrite, re.DOTALL)
         if match is None:
             return None
@@ -65,10 +61,8 @@ class RewriteTemplate(Strict):
         return fill(self.layout(thinks), parts)
 
     def layout(self, thinks: bool) -> str:
-        """Return the trace's layout for drafts with or without a thinking part.
-
-        Raise ConfigError if the template has none.
-        """
+        """Return the trace's layout for drafts with or without a thinking part. Raise ConfigError
+        if the template has none."""
         layout = self.trace if thinks else self.plain_trace or self.trace
         if layout is None:
             raise ConfigError(
@@ -82,10 +76,8 @@ DRAFT = RewriteTemplate(name="draft", version=1, output="")
 
 
 def load_template(name: str) -> RewriteTemplate:
-    """Read and check a template: a built-in one by its name, or a file by its path.
-
-    Raise ConfigError that names what is wrong.
-    """
+    """Read and check a template: a built-in one by its name, or a file by its path. Raise
+    ConfigError that names what is wrong."""
     if name == DRAFT.name:
         return DRAFT
     path = BUILT_IN.get(name, Path(name))
@@ -95,9 +87,7 @@ def load_template(name: str) -> RewriteTemplate:
     except OSError as error:
         built_in = [*BUILT_IN, DRAFT.name]
         hint = did_you_mean(name, built_in) or f" The built-in ones are {', '.join(built_in)}."
-        raise ConfigError(
-            f"{path}: no template that can be read ({error.strerror}).{hint}"
-        ) from error
+        raise ConfigError(f"{path}: no template to read ({error.strerror}).{hint}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError, TypeError) as error:
         raise ConfigError(f"{path}: not a rewrite template: {error}") from error
     except re.error as error:
@@ -109,11 +99,8 @@ def load_template(name: str) -> RewriteTemplate:
         ("trace", template.trace or "", groups),
         ("plain_trace", template.plain_trace or "", groups),
     ):
-        unknown = set(_PLACEHOLDER.findall(text)) - known
-        if unknown:
-            raise ConfigError(
-                f"{path}: `{field}` uses {sorted(unknown)}; it can use {sorted(known)}."
-            )
+        if unknown := sorted(set(_PLACEHOLDER.findall(text)) - known):
+            raise ConfigError(f"{path}: `{field}` uses {unknown}; it can use {sorted(known)}.")
     if "{{draft}}" not in (template.prompt or ""):
         raise ConfigError(f"{path}: `prompt` never shows the teacher the {{{{draft}}}}.")
     return template
