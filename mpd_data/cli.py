@@ -174,13 +174,11 @@ def _quality(config: RolloutsConfig) -> str:
 
 @cli.command(
     epilog=example(
-        "mpd-gen rewrite --teacher Qwen/Qwen3-8B --shards data/round1 --max-tokens 8000 --limit 64",
+        "mpd-gen rewrite --teacher Qwen/Qwen3-8B --shards data/round1 --max-tokens 8000 --limit 64"
     )
 )
 @config_options(
-    RewriteConfig,
-    also={"backend": "--engine"},
-    common=("template", "num_candidates", "max_tokens"),
+    RewriteConfig, also={"backend": "--engine"}, common=("template", "num_candidates", "max_tokens")
 )
 @_OVERWRITE
 @_LIMIT
@@ -194,12 +192,7 @@ def _quality(config: RolloutsConfig) -> str:
     " newly kept are scored.",
 )
 def rewrite(
-    overwrite: bool,
-    limit: int | None,
-    dry_run: bool,
-    as_json: bool,
-    refilter: bool,
-    **options: Any,
+    overwrite: bool, limit: int | None, dry_run: bool, as_json: bool, refilter: bool, **options: Any
 ) -> None:
     """Rewrite a round with the teacher. Rewrites that pass the filters are scored and stored in
     SHARDS/distill. Run the command again to resume."""

@@ -44,9 +44,7 @@ def _interval(draws: npt.NDArray[np.float64]) -> list[float]:
     return [float(x) for x in np.quantile(draws, [0.025, 0.975])]
 
 
-def _resampled_means(
-    columns: list[npt.NDArray[np.float64]],
-) -> list[npt.NDArray[np.float64]]:
+def _resampled_means(columns: list[npt.NDArray[np.float64]]) -> list[npt.NDArray[np.float64]]:
     """Return the means of each column over RESAMPLES bootstrap samples of its rows. All columns use
     the same rows."""
     n = len(columns[0])

@@ -116,13 +116,7 @@ def with_group(rollouts: pl.LazyFrame, name: str) -> pl.LazyFrame:
 def light(rollouts: pl.LazyFrame, folders: pl.Enum) -> pl.LazyFrame:
     """Read the columns that the tables need into memory, once for all tables. The column `group` is
     kept if `rollouts` has it."""
-    wanted = [
-        "round",
-        "is_correct",
-        "num_completion_tokens",
-        "repetition",
-        "group",
-    ]
+    wanted = ["round", "is_correct", "num_completion_tokens", "repetition", "group"]
     columns = set(rollouts.collect_schema().names())
     rows = rollouts.select(
         *(name for name in wanted if name in columns),
@@ -203,12 +197,7 @@ def pass_at(prompts: pl.DataFrame) -> list[dict[str, Any]]:
                 if n >= k
             )
             rows.append(
-                {
-                    "folder": folder,
-                    "k": k,
-                    "pass_at_k": sum(chances) / prompts,
-                    "prompts": prompts,
-                }
+                {"folder": folder, "k": k, "pass_at_k": sum(chances) / prompts, "prompts": prompts}
             )
             k *= 2
     return rows

@@ -302,8 +302,7 @@ class _Rows:
         )
         whole = (np.stack([start, n, inputs, tops, logs, tails])[:, rows] >= 0).all(axis=0)
         self._say(
-            rows[~whole],
-            "scored or kept (ok), but ids, counts or log-probabilities are missing.",
+            rows[~whole], "scored or kept (ok), but ids, counts or log-probabilities are missing."
         )
         rows = rows[whole]
         right = (inputs == start + n) & (n > 0)

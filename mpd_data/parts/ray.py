@@ -30,13 +30,7 @@ import click
 from mpd_data import rewrite, rewrite_setup, rollouts
 from mpd_data.common.errors import ConfigError, MPDError, requires
 from mpd_data.common.models import ModelFiles
-from mpd_data.config import (
-    EngineConfig,
-    PartsConfig,
-    RewriteConfig,
-    RolloutsConfig,
-    SamplingConfig,
-)
+from mpd_data.config import EngineConfig, PartsConfig, RewriteConfig, RolloutsConfig, SamplingConfig
 from mpd_data.engines.protocol import Completion, Engine, Refused, Scores
 from mpd_data.engines.start import start_engine
 from mpd_data.stage import OVERWRITTEN, Outcome
