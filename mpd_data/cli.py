@@ -140,17 +140,13 @@ def rollouts(
     if config.parts.ray:
         from mpd_data.parts.ray import rollouts_on_ray as run_rollouts
     elif config.parts.workers > 1:
-        code = run_workers("rollouts", config, limit)
+        failed = run_workers("rollouts", config, limit)
         click.echo(f"{config.out}: all workers finished{_quality(config)}", err=True)
-        _finish_workers(code)
+        _exit_if_failed("some" if failed else 0)
         return
     outcome = run_rollouts(config, overwrite, limit)
-    _finish(
-        f"{config.out}: {outcome.total:,} rollouts, {outcome.written:,} of them new"
-        f"{_quality(config)}",
-        outcome.failed,
-        outcome.remaining,
-    )
+    summary = f"{config.out}: {outcome.total:,} rollouts, {outcome.written:,} of them new"
+    _finish(f"{summary}{_quality(config)}", outcome.failed, outcome.remaining)
 
 
 def _quality(config: RolloutsConfig) -> str:
@@ -188,8 +184,7 @@ def _quality(config: RolloutsConfig) -> str:
     "--refilter",
     is_flag=True,
     help="Apply changed filters or another --choose to the existing rewrites. Only rewrites that"
-    " are"
-    " newly kept are scored.",
+    " are newly kept are scored.",
 )
 def rewrite(
     overwrite: bool, limit: int | None, dry_run: bool, as_json: bool, refilter: bool, **options: Any
@@ -225,10 +220,10 @@ def rewrite(
     if config.parts.ray:
         from mpd_data.parts.ray import rewrite_on_ray as run_rewrite
     elif config.parts.workers > 1:
-        code = run_workers("rewrite", config, limit)
+        failed = run_workers("rewrite", config, limit)
         if config.choose == "likeliest" and config.parts.num_shards is None:
             choose_rewrites(config)
-        _finish_workers(code)
+        _exit_if_failed("some" if failed else 0)
         return
     outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite, limit)
     counts = ", ".join(f"{n:,} {status}" for status, n in sorted(outcome.statuses.items()))
@@ -259,11 +254,8 @@ def rewrite(
             " without --num-shards/--workers.",
             err=True,
         )
-    _finish(
-        f"{config.shards}: {counts}; {outcome.written:,} rows new",
-        outcome.failed,
-        outcome.remaining,
-    )
+    summary = f"{config.shards}: {counts}; {outcome.written:,} rows new"
+    _finish(summary, outcome.failed, outcome.remaining)
 
 
 def _with_part(config: Any) -> Any:
@@ -287,18 +279,16 @@ def _refuse_overwrite_of_parts(config: Any, overwrite: bool) -> None:
         )
 
 
-def _finish_workers(code: int) -> None:
-    if code == EXIT_FAILED_ROWS:
-        click.echo("some rows failed; see errors/*.parquet (column message).", err=True)
-        raise click.exceptions.Exit(code)
-
-
-def _finish(summary: str, failed: int, owed: int) -> None:
+def _finish(summary: str, failed: int, remaining: int) -> None:
     click.echo(summary, err=True)
-    if owed:
-        click.echo(f"{owed:,} remaining; run without --limit for the rest.", err=True)
-    if failed:
-        click.echo(f"{failed} rows failed; see errors/*.parquet (column message).", err=True)
+    if remaining:
+        click.echo(f"{remaining:,} remaining; run without --limit for the rest.", err=True)
+    _exit_if_failed(failed)
+
+
+def _exit_if_failed(rows: int | str) -> None:
+    if rows:
+        click.echo(f"{rows} rows failed; see errors/*.parquet (column message).", err=True)
         raise click.exceptions.Exit(EXIT_FAILED_ROWS)
 
 
@@ -310,11 +300,8 @@ def status(rounds: tuple[Path, ...], as_json: bool) -> None:
     from mpd_data.inspect.status import round_status, show_status
 
     statuses = {str(path): round_status(path) for path in rounds}
-    if as_json:
-        click.echo(json.dumps(statuses, indent=2))
-        return
     text = [f"{plain(path)}\n{show_status(status)}" for path, status in statuses.items()]
-    click.echo("\n\n".join(text))
+    click.echo(json.dumps(statuses, indent=2) if as_json else "\n\n".join(text))
 
 
 @cli.command(epilog=example("mpd-gen stats data/round1 data/round2 --by family --plot lengths.png"))
@@ -332,15 +319,12 @@ def stats(rounds: tuple[Path, ...], as_json: bool, by: str | None, plot: Path | 
     from mpd_data.inspect.stats import plot_lengths, round_stats
 
     tables = round_stats(list(rounds), by)
-    if as_json:
-        click.echo(json.dumps(tables, indent=2))
-    else:
-        parts = []
-        for name, rows in tables.items():
-            title = f"by {plain(by)}" if name == "groups" else name.replace("_", " ")
-            text = format_histogram(rows) if name == "trace_lengths" else format_table(rows)
-            parts.append(f"{title}\n{text}")
-        click.echo("\n\n".join(parts))
+    parts = []
+    for name, rows in tables.items():
+        title = f"by {plain(by)}" if name == "groups" else name.replace("_", " ")
+        text = format_histogram(rows) if name == "trace_lengths" else format_table(rows)
+        parts.append(f"{title}\n{text}")
+    click.echo(json.dumps(tables, indent=2) if as_json else "\n\n".join(parts))
     if plot is not None:
         plot_lengths({str(path): path for path in rounds}, plot)
         click.echo(f"wrote {plot}", err=True)
@@ -356,13 +340,7 @@ def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
     from mpd_data.inspect import compare as comparison
 
     result = comparison.compare(base, new, by)
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-        return
-    click.echo(comparison.table({"base": result["base"], "new": result["new"]}))
-    click.echo(comparison.verdict(result))
-    if by is not None:
-        click.echo(f"\nby {plain(by)}\n{comparison.groups_table(result['groups'])}")
+    click.echo(json.dumps(result, indent=2) if as_json else comparison.show(result, by))
 
 
 @cli.command(epilog=example("mpd-gen validate data/round*"))
@@ -400,10 +378,8 @@ def contamination(as_json: bool, **options: Any) -> None:
         pairs(config.against, column, config.against_id_column),
         config.n,
     )
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(result), indent=2))
-    else:
-        click.echo(check.show(result))
+    as_dict = dataclasses.asdict(result)
+    click.echo(json.dumps(as_dict, indent=2) if as_json else check.show(result))
     if config.fail_above is not None and result.share > config.fail_above:
         raise MPDError(
             f"{result.overlapping:,} of {result.num_evaluation:,} evaluation prompts overlap with"
@@ -419,11 +395,9 @@ def env(as_json: bool) -> None:
     from mpd_data.common.machine import environment
 
     versions = environment()
-    if as_json:
-        click.echo(json.dumps(versions, indent=2))
-    else:
-        width = max(map(len, versions))
-        click.echo("\n".join(f"{name.ljust(width)}  {value}" for name, value in versions.items()))
+    width = max(map(len, versions))
+    lines = [f"{name.ljust(width)}  {value}" for name, value in versions.items()]
+    click.echo(json.dumps(versions, indent=2) if as_json else "\n".join(lines))
 
 
 def main() -> None:
