@@ -131,8 +131,7 @@ def rollouts(
     from mpd_data.dryrun.show import print_plan
     from mpd_data.rollouts import run_rollouts, setup
 
-    config = _with_part(build(RolloutsConfig, options))
-    _refuse_overwrite_of_parts(config, overwrite)
+    config = _with_part(build(RolloutsConfig, options), overwrite)
     if dry_run:
         plan = plan_rollouts(setup(config, weights=False, overwrite=overwrite), overwrite, limit)
         print_plan(plan, as_json)
@@ -150,8 +149,7 @@ def rollouts(
 
 
 def _quality(config: RolloutsConfig) -> str:
-    """Return the end of a message: how many rollouts of the round are correct, lack an answer or
-    are truncated."""
+    """Return the end of a message: which fractions are correct, lack an answer, are truncated."""
     from mpd_data.inspect.stats import outcome_rates
 
     if is_worker():
@@ -202,10 +200,9 @@ def rewrite(
 
     config = build(RewriteConfig, options)
     if not refilter:
-        config = _with_part(config)
+        config = _with_part(config, overwrite)
     elif config.parts != PartsConfig():
         raise click.UsageError("--refilter works on a whole round: it takes no parts or workers.")
-    _refuse_overwrite_of_parts(config, overwrite)
     if refilter and overwrite:
         raise click.UsageError("--refilter keeps the rewrites, --overwrite deletes them: give one.")
     if refilter and limit is not None:
@@ -258,25 +255,22 @@ def rewrite(
     _finish(summary, outcome.failed, outcome.remaining)
 
 
-def _with_part(config: Any) -> Any:
-    """Return `config` with this task's part of the SLURM job array, unless it names a part."""
+def _with_part(config: Any, overwrite: bool) -> Any:
+    """Return `config` with this task's part of the SLURM job array, unless it names a part. Raises
+    click.UsageError if `overwrite` would delete the rows of other parts."""
     parts = config.parts
-    if parts.ray or parts.num_shards is not None or (task := slurm_part()) is None:
-        return config
-    index, count = task
-    click.echo(f"SLURM job array: part {index} of {count} (--shard-index, --num-shards)", err=True)
-    own = parts.model_copy(update={"shard_index": index, "num_shards": count})
-    return config.model_copy(update={"parts": own})
-
-
-def _refuse_overwrite_of_parts(config: Any, overwrite: bool) -> None:
-    if config.parts.ray:
-        return  # one command starts all actors, and deletes before it starts them
-    if overwrite and (config.parts.workers > 1 or config.parts.part != WHOLE):
+    if parts.ray:
+        return config  # one command starts all actors, and deletes before it starts them
+    if parts.num_shards is None and (task := slurm_part()) is not None:
+        part = "part {} of {}".format(*task)
+        click.echo(f"SLURM job array: {part} (--shard-index, --num-shards)", err=True)
+        parts = parts.model_copy(update={"shard_index": task[0], "num_shards": task[1]})
+    if overwrite and (parts.workers > 1 or parts.part != WHOLE):
         raise click.UsageError(
             "--overwrite deletes the rows of all parts. Run the command once with --overwrite"
             " --limit 1 and without --workers and --num-shards, then start the parts."
         )
+    return config.model_copy(update={"parts": parts})
 
 
 def _finish(summary: str, failed: int, remaining: int) -> None:

@@ -64,10 +64,8 @@ def format_histogram(rows: list[dict[str, Any]]) -> str:
     fit = -(-len(folders) // blocks)
     width = min((_COLUMNS - margin) // fit - 7, _WIDEST_BAR)
     tallest = max(row["share"] for row in rows)
-    columns = [
-        _bars(folder, [row for row in rows if row["folder"] == folder], width, tallest)
-        for folder in folders
-    ]
+    by_folder = {name: [row for row in rows if row["folder"] == name] for name in folders}
+    columns = [_bars(name, its_bins, width, tallest) for name, its_bins in by_folder.items()]
     lines = []
     for first in range(0, len(columns), fit):
         block = zip(labels, *columns[first : first + fit], strict=True)
@@ -84,9 +82,8 @@ def _bars(folder: str, bins: list[dict[str, Any]], width: int, tallest: float) -
     reached = list(accumulate(row["samples"] for row in bins))
     median = next(i for i, samples in enumerate(reached) if 2 * samples >= reached[-1])
     for index, row in enumerate(bins):
-        share = (
-            "" if not row["samples"] else "<1%" if row["share"] < 0.005 else f"{row['share']:.0%}"
-        )
+        share = "<1%" if row["share"] < 0.005 else f"{row['share']:.0%}"
+        share = share if row["samples"] else ""
         eighths = max(round(8 * width * row["share"] / tallest), row["samples"] > 0)
         bar = "█" * (eighths // 8) + _EIGHTHS[eighths % 8]
         cells.append(f"{share:>4}{'*' if index == median else ' '}{bar}")

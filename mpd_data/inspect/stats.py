@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from polars import selectors
 
 from mpd_data.common.errors import ConfigError, DataError, did_you_mean
 from mpd_data.store.round import RoundDir
@@ -108,10 +109,9 @@ def with_group(rollouts: pl.LazyFrame, name: str) -> pl.LazyFrame:
 def light(rollouts: pl.LazyFrame, folders: pl.Enum) -> pl.LazyFrame:
     """Read the columns that the tables need into memory, once for all tables. The column `group` is
     kept if `rollouts` has it."""
-    wanted = ["round", "is_correct", "num_completion_tokens", "repetition", "group"]
-    columns = set(rollouts.collect_schema().names())
+    kept = ("round", "is_correct", "num_completion_tokens", "repetition", "group")
     rows = rollouts.select(
-        *(name for name in wanted if name in columns),
+        selectors.by_name(kept, require_all=False),
         # Numbers group faster than text. Among ten million prompts, two have the same hash once in
         # 300,000 rounds.
         pl.col("prompt_id").hash().alias("prompt"),
@@ -145,17 +145,11 @@ def _lengths() -> list[pl.Expr]:
     """Return mean, quantiles (without interpolation) and maximum over rows of `of_lengths`."""
     tokens, samples = pl.col("tokens"), pl.col("samples")
     before = samples.cum_sum() - samples
-    return [
-        _mean_tokens().alias("mean_tokens"),
-        *(
-            tokens.filter(before <= (q * (samples.sum() - 1) + 0.5).floor())
-            .last()
-            .cast(pl.Float64)
-            .alias(f"p{round(q * 100)}")
-            for q in QUANTILES
-        ),
-        tokens.max().alias("max"),
-    ]
+    quantiles = []
+    for q in QUANTILES:
+        up_to = tokens.filter(before <= (q * (samples.sum() - 1) + 0.5).floor())
+        quantiles.append(up_to.last().cast(pl.Float64).alias(f"p{round(q * 100)}"))
+    return [_mean_tokens().alias("mean_tokens"), *quantiles, tokens.max().alias("max")]
 
 
 def of_prompts(rollouts: pl.LazyFrame) -> pl.DataFrame:

@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -91,9 +92,7 @@ def rollouts_on_ray(
     actors commit what they have first.
     """
     rollouts.setup(config, weights=False, overwrite=overwrite)
-    round_dir = RoundDir(config.out)
-    counts = _run(config, round_dir, "rollouts", overwrite, limit)
-    return Outcome(_rows(round_dir, "rollouts"), *counts)
+    return _run(config, RoundDir(config.out), "rollouts", overwrite, limit)
 
 
 def rewrite_on_ray(
@@ -102,15 +101,12 @@ def rewrite_on_ray(
     """`run_rewrite` on a Ray cluster, as `rollouts_on_ray`."""
     rewrite_setup.setup(config, weights=False, overwrite=overwrite)
     round_dir = RoundDir(config.shards)
-    counts = _run(config, round_dir, "distill", overwrite, limit)
-    return Outcome(_rows(round_dir, "distill"), *counts, round_dir.count_statuses())
+    outcome = _run(config, round_dir, "distill", overwrite, limit)
+    return dataclasses.replace(outcome, statuses=round_dir.count_statuses())
 
 
 def _rows(round_dir: RoundDir, stage: Stage) -> int:
     return sum(shard.rows for shard in round_dir.manifest(stage))
-
-
-# -- the command ----------------------------------------------------------------------
 
 
 def _run(
@@ -119,8 +115,7 @@ def _run(
     stage: Stage,
     overwrite: bool,
     limit: int | None,
-) -> tuple[int, int, int]:
-    """(rows written, requests that failed, what a limit left over)."""
+) -> Outcome:
     with requires("ray", "--ray (on every node of the cluster)"):
         import ray
         from ray.exceptions import RayError
@@ -133,21 +128,17 @@ def _run(
         with round_dir.lock(job.label):
             round_dir.discard(*OVERWRITTEN[stage])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(_ENVIRONMENT) and not name.endswith(_SECRETS)
+    }
     with ExitStack() as held:
         held.enter_context(round_dir.lock(job.label, job.command))
         round_dir.recover(stage)
         before = _rows(round_dir, stage)
         try:
-            ray.init(
-                logging_level=logging.ERROR,
-                runtime_env={
-                    "env_vars": {
-                        name: value
-                        for name, value in os.environ.items()
-                        if name.startswith(_ENVIRONMENT) and not name.endswith(_SECRETS)
-                    }
-                },
-            )
+            ray.init(logging_level=logging.ERROR, runtime_env={"env_vars": variables})
             with _stopping(held) as stop:
                 failed, remaining = _take_results(job, stop)
         except (RayError, ConnectionError) as error:
@@ -158,7 +149,8 @@ def _run(
         finally:
             ray.shutdown()
     # What a dead node had committed is in no actor's count.
-    return _rows(round_dir, stage) - before, failed, remaining
+    total = _rows(round_dir, stage)
+    return Outcome(total, total - before, failed, remaining)
 
 
 @contextmanager
@@ -190,7 +182,7 @@ def _stopping(held: ExitStack) -> Iterator[Callable[[], None]]:
 
 
 def _take_results(job: Job, stop: Callable[[], None]) -> tuple[int, int]:
-    """Has the blocks done; (rows that failed, what remains). Raises the first error as
+    """Wait for all blocks. Return rows that failed and what remains. Raises the first error as
     MPDError when all actors have stopped."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -203,9 +195,7 @@ def _take_results(job: Job, stop: Callable[[], None]) -> tuple[int, int]:
     context.execution_no_progress_timeout_s = -1
     context.issue_detectors_config.detectors = []
     engine = job.config.engine
-    gpus = 0
-    if engine.backend != "openai" and "GPU" in ray.cluster_resources():
-        gpus = engine.num_gpus
+    needs_gpus = engine.backend != "openai" and "GPU" in ray.cluster_resources()
     # Items instead of a range: tasks would read the range, and the actors leave no CPU for tasks.
     items = ray.data.from_items(list(range(job.blocks)), override_num_blocks=job.blocks)
     results = items.map_batches(
@@ -215,28 +205,22 @@ def _take_results(job: Job, stop: Callable[[], None]) -> tuple[int, int]:
         # One block at a time: an idle actor cannot take a block that waits at a busy one.
         compute=ActorPoolStrategy(size=job.config.parts.workers, max_tasks_in_flight_per_actor=1),
         num_cpus=1,
-        num_gpus=gpus or None,
+        num_gpus=engine.num_gpus if needs_gpus else None,
     )
-    error, written, failed, remaining = None, 0, 0, 0
+    error, counts = None, Counter[str]()
     batches = results.iter_batches(batch_size=1, prefetch_batches=0)
     for done, batch in enumerate(batches, start=1):
-        said = json.loads(str(batch["said"][0]))
-        if error is None and said["error"] is not None:
-            error = said["error"]
+        result = json.loads(str(batch["result"][0]))
+        block_error = result.pop("error")
+        if error is None and block_error is not None:
+            error = block_error
             stop()
-        written += said["written"]
-        failed += said["failed"]
-        remaining += said["remaining"]
-        click.echo(
-            f"{job.label}: {done} of {job.blocks} blocks, {written} rows new, {failed} failed",
-            err=True,
-        )
+        counts.update(result)
+        rows = f"{counts['written']} rows new, {counts['failed']} failed"
+        click.echo(f"{job.label}: {done} of {job.blocks} blocks, {rows}", err=True)
     if error is not None:
         raise MPDError(error)
-    return failed, remaining
-
-
-# -- the actors -----------------------------------------------------------------------
+    return counts["failed"], counts["remaining"]
 
 
 class EngineActor:
@@ -252,19 +236,19 @@ class EngineActor:
             os.chdir(job.cwd)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """What came of the block in `batch`, as JSON. Errors with a message are in it: Ray would
-        wrap them in its own, and this way all actors can stop in order."""
+        """Return the result of the block in `batch`, as JSON. Errors with a message are in it: Ray
+        would wrap them in its own, and this way all actors can stop in order."""
         block = int(batch["item"][0])
-        said: dict[str, Any] = {"written": 0, "failed": 0, "remaining": 0, "error": None}
+        result: dict[str, Any] = {"error": None}
         try:
             outcome = self._do(block)
-            said |= {name: getattr(outcome, name) for name in ("written", "failed", "remaining")}
+            result |= {name: getattr(outcome, name) for name in ("written", "failed", "remaining")}
         except KeyboardInterrupt:
             self._drop_engine()
         except MPDError as error:
             self._drop_engine()
-            said["error"] = f"{error} (block {block}, on {socket.gethostname()})"
-        return {"said": [json.dumps(said)]}
+            result["error"] = f"{error} (block {block}, on {socket.gethostname()})"
+        return {"result": [json.dumps(result)]}
 
     def _do(self, block: int) -> Outcome:
         job = self._job
@@ -289,10 +273,10 @@ class EngineActor:
                 if isinstance(config, RolloutsConfig)
                 else rewrite_setup.setup(config)
             )
-        own = config.model_copy(
-            update={"parts": PartsConfig(shard_index=part.index, num_shards=part.count)}
+        own = PartsConfig(shard_index=part.index, num_shards=part.count)
+        prepared = dataclasses.replace(
+            self._prepared, config=config.model_copy(update={"parts": own})
         )
-        prepared = dataclasses.replace(self._prepared, config=own)
         limit = None if self._job.limits is None else self._job.limits[part.index]
         if isinstance(prepared, rollouts.RolloutSetup):
             return rollouts.sample(prepared, limit=limit, start=self._start)
@@ -328,8 +312,8 @@ class EngineActor:
 
     def _drop_engine(self) -> None:
         """Close the engine: after an interrupted block it holds requests that nobody waits for."""
-        if self._engine is not None:
-            engine, self._engine = self._engine, None
+        engine, self._engine = self._engine, None
+        if engine is not None:
             engine.close()
 
 
