@@ -25,13 +25,7 @@ from mpd_data.config import (
     RewriteConfig,
     RolloutsConfig,
 )
-from mpd_data.parts.workers import (
-    EXIT_FAILED_ROWS,
-    end_with_parent,
-    is_worker,
-    run_workers,
-    slurm_part,
-)
+from mpd_data.parts import workers
 from mpd_data.store.locks import WHOLE
 
 _OVERWRITE = click.option(
@@ -139,7 +133,7 @@ def rollouts(
     if config.parts.ray:
         from mpd_data.parts.ray import rollouts_on_ray as run_rollouts
     elif config.parts.workers > 1:
-        failed = run_workers("rollouts", config, limit)
+        failed = workers.run_workers("rollouts", config, limit)
         click.echo(f"{config.out}: all workers finished{_quality(config)}", err=True)
         _exit_if_failed("some" if failed else 0)
         return
@@ -152,7 +146,7 @@ def _quality(config: RolloutsConfig) -> str:
     """Return the end of a message: which fractions are correct, lack an answer, are truncated."""
     from mpd_data.inspect.stats import outcome_rates
 
-    if is_worker():
+    if workers.is_worker():
         return ""  # the command that started the workers says it once
     rates = outcome_rates(config.out)
     names = {"accuracy": "correct", "no_answer": "without an answer", "truncated": "truncated"}
@@ -217,7 +211,7 @@ def rewrite(
     if config.parts.ray:
         from mpd_data.parts.ray import rewrite_on_ray as run_rewrite
     elif config.parts.workers > 1:
-        failed = run_workers("rewrite", config, limit)
+        failed = workers.run_workers("rewrite", config, limit)
         if config.choose == "likeliest" and config.parts.num_shards is None:
             choose_rewrites(config)
         _exit_if_failed("some" if failed else 0)
@@ -225,7 +219,7 @@ def rewrite(
     outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite, limit)
     counts = ", ".join(f"{n:,} {status}" for status, n in sorted(outcome.statuses.items()))
     waiting = 0
-    if config.choose == "likeliest" and not is_worker():
+    if config.choose == "likeliest" and not workers.is_worker():
         round_dir = RoundDir(config.shards)
         waiting = waiting_rollouts(round_dir, round_dir.scan_shards("distill").paths)
     # If this part keeps nothing, another part may still keep something.
@@ -261,7 +255,7 @@ def _with_part(config: Any, overwrite: bool) -> Any:
     parts = config.parts
     if parts.ray:
         return config  # one command starts all actors, and deletes before it starts them
-    if parts.num_shards is None and (task := slurm_part()) is not None:
+    if parts.num_shards is None and (task := workers.slurm_part()) is not None:
         part = "part {} of {}".format(*task)
         click.echo(f"SLURM job array: {part} (--shard-index, --num-shards)", err=True)
         parts = parts.model_copy(update={"shard_index": task[0], "num_shards": task[1]})
@@ -283,7 +277,7 @@ def _finish(summary: str, failed: int, remaining: int) -> None:
 def _exit_if_failed(rows: int | str) -> None:
     if rows:
         click.echo(f"{rows} rows failed; see errors/*.parquet (column message).", err=True)
-        raise click.exceptions.Exit(EXIT_FAILED_ROWS)
+        raise click.exceptions.Exit(workers.EXIT_FAILED_ROWS)
 
 
 @cli.command(epilog=example("mpd-gen status data/round1"))
@@ -395,7 +389,7 @@ def env(as_json: bool) -> None:
 
 
 def main() -> None:
-    end_with_parent()
+    workers.end_with_parent()
     run_command(cli)
 
 

@@ -29,23 +29,15 @@ def plain_lines(text: str) -> str:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Return rows with the same keys as aligned columns, numbers aligned to the right."""
-    names = list(rows[0])
-    header = [plain(name) for name in names]
-    cells = [[plain(row[name]) for name in names] for row in rows]
-    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
-    right = [
-        all(isinstance(row[name], int | float) or row[name] is None for row in rows)
-        for name in names
-    ]
-    lines = [
-        "  ".join(
-            text.rjust(width) if to_right else text.ljust(width)
-            for text, width, to_right in zip(line, widths, right, strict=True)
-        ).rstrip()
-        for line in [header, *cells]
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    columns = []
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        head, *cells = (plain(value) for value in (name, *values))
+        width = max(map(len, (head, *cells)))
+        is_number = all(isinstance(value, int | float | None) for value in values)
+        lines = [head, "-" * width, *cells]
+        columns.append([x.rjust(width) if is_number else x.ljust(width) for x in lines])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def format_histogram(rows: list[dict[str, Any]]) -> str:

@@ -28,16 +28,13 @@ _SEED = 0
 def per_problem(path: Path) -> pl.DataFrame:
     """Return `samples`, mean `accuracy` and mean `tokens` of each prompt, sorted by its id. Raises
     ConfigError if there are no rollouts."""
-    problems = (
-        scan_round(path)
-        .group_by("prompt_id")
-        .agg(
-            pl.len().alias("samples"),
-            pl.col("is_correct").cast(pl.Float64).mean().alias("accuracy"),
-            pl.col("num_completion_tokens").cast(pl.Float64).mean().alias("tokens"),
-        )
+    samples = scan_round(path).group_by("prompt_id")
+    means = samples.agg(
+        pl.len().alias("samples"),
+        pl.col("is_correct").cast(pl.Float64).mean().alias("accuracy"),
+        pl.col("num_completion_tokens").cast(pl.Float64).mean().alias("tokens"),
     )
-    return collect(problems.sort("prompt_id"))
+    return collect(means.sort("prompt_id"))
 
 
 def _interval(draws: npt.NDArray[np.float64]) -> list[float]:

@@ -282,10 +282,8 @@ class _Rows:
         """Check rows with log-probabilities, all tokens of all rows at once."""
         k, vocab = metadata["num_logprobs"], metadata["vocab_size"]
         start, n = self._numbers("loss_start"), self._numbers("num_rewritten_tokens")
-        inputs, tops, logs, tails = (
-            self._numbers(name)
-            for name in ("input_ids", "topk_ids", "topk_logprobs", "tail_logprobs")
-        )
+        lists = ("input_ids", "topk_ids", "topk_logprobs", "tail_logprobs")
+        inputs, tops, logs, tails = map(self._numbers, lists)
         whole = (np.stack([start, n, inputs, tops, logs, tails])[:, rows] >= 0).all(axis=0)
         self._say(
             rows[~whole], "scored or kept (ok), but ids, counts or log-probabilities are missing."

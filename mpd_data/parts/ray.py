@@ -31,7 +31,7 @@ import click
 from mpd_data import rewrite, rewrite_setup, rollouts
 from mpd_data.common.errors import ConfigError, MPDError, requires
 from mpd_data.common.models import ModelFiles
-from mpd_data.config import EngineConfig, PartsConfig, RewriteConfig, RolloutsConfig, SamplingConfig
+from mpd_data.config import EngineConfig, PartsConfig, RewriteConfig, RolloutsConfig
 from mpd_data.engines.protocol import Completion, Engine, Refused, Scores
 from mpd_data.engines.start import start_engine
 from mpd_data.stage import OVERWRITTEN, Outcome
@@ -349,18 +349,12 @@ class _Lent:
         self._looked = 0.0
         self.max_model_len = engine.max_model_len
         self.max_in_flight = engine.max_in_flight
+        self.submit_generate = engine.submit_generate
+        self.submit_score = engine.submit_score
 
     @property
     def in_flight(self) -> int:
         return self._engine.in_flight
-
-    def submit_generate(
-        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
-    ) -> None:
-        self._engine.submit_generate(key, prompt_ids, sampling, seed)
-
-    def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
-        self._engine.submit_score(key, context_ids, target_ids, k)
 
     def step(self) -> Sequence[Completion | Scores | Refused]:
         if time.monotonic() - self._looked > _SECONDS_PER_LOOK:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from threading import Thread
 
 import click
@@ -128,13 +129,9 @@ def _wait(processes: list[subprocess.Popen[str]]) -> list[int]:
     codes: dict[int, int] = {}
     while len(codes) < len(processes):
         for i, process in enumerate(processes):
-            if i in codes:
-                continue
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 codes[i] = process.wait(0.1)
-            except subprocess.TimeoutExpired:
-                continue
-            if codes[i] not in (0, EXIT_FAILED_ROWS):
+            if codes.get(i, 0) not in (0, EXIT_FAILED_ROWS):
                 raise MPDError(
                     f"worker {i} ended with exit code {codes[i]}; its message is above. Finished"
                     " rows are committed: fix the cause and run the same command again."
