@@ -204,10 +204,8 @@ def hub_failures() -> tuple[type[Exception], ...]:
     failures: list[type[Exception]] = [HfHubHTTPError, HFValidationError, LocalEntryNotFoundError]
     # Version 1 uses httpx, version 2 httpx2, and neither catches their errors.
     for client in ("httpx", "httpx2"):
-        try:
+        with contextlib.suppress(ImportError):
             failures.append(importlib.import_module(client).HTTPError)
-        except ImportError:
-            continue
     return (*failures, OSError)
 
 

@@ -148,15 +148,11 @@ def build(model: type[Model], options: dict[str, Any]) -> Model:
     """Return the model from a command's parsed options. Raises click.UsageError for bad values."""
     values: dict[str, Any] = {}
     names = set()
-    for section, name, annotation, _, _ in _fields(model):
+    for section, name, *_ in _fields(model):
         names.add(name)
-        value = options[name]
-        if value is None:
-            continue
-        if get_origin(_plain(annotation)) is list:
-            value = list(value)
-        target = values if section is None else values.setdefault(section, {})
-        target[name] = value
+        if options[name] is not None:
+            target = values if section is None else values.setdefault(section, {})
+            target[name] = options[name]
     try:
         return model(**values)
     except ValidationError as error:

@@ -59,14 +59,14 @@ _SECRETS = ("TOKEN", "KEY")
 @dataclass(frozen=True)
 class Job:
     """What every actor gets. `folder` is the round's, `cwd` the base of other relative paths.
-    `limits` has the maximum number of rows of each block, None for no limit; a block that is run
-    again has its limit again."""
+    The blocks share `limit`, the maximum number of rows; one that is run again has its share again.
+    """
 
     config: RolloutsConfig | RewriteConfig
     folder: Path
     cwd: str
     blocks: int
-    limits: list[int] | None
+    limit: int | None
 
     @property
     def label(self) -> str:
@@ -120,10 +120,7 @@ def _run(
         import ray
         from ray.exceptions import RayError
     blocks = config.parts.workers * BLOCKS_PER_ACTOR
-    limits = None
-    if limit is not None:
-        limits = [limit // blocks + (block < limit % blocks) for block in range(blocks)]
-    job = Job(config, round_dir.path.absolute(), str(Path.cwd()), blocks, limits)
+    job = Job(config, round_dir.path.absolute(), str(Path.cwd()), blocks, limit)
     if overwrite:
         with round_dir.lock(job.label):
             round_dir.discard(*OVERWRITTEN[stage])
@@ -277,7 +274,9 @@ class EngineActor:
         prepared = dataclasses.replace(
             self._prepared, config=config.model_copy(update={"parts": own})
         )
-        limit = None if self._job.limits is None else self._job.limits[part.index]
+        limit = self._job.limit
+        if limit is not None:
+            limit = limit // part.count + (part.index < limit % part.count)
         if isinstance(prepared, rollouts.RolloutSetup):
             return rollouts.sample(prepared, limit=limit, start=self._start)
         return rewrite.distill(prepared, limit=limit, start=self._start)
