@@ -236,7 +236,7 @@ class EngineActor:
         """Return the result of the block in `batch`, as JSON. Errors with a message are in it: Ray
         would wrap them in its own, and this way all actors can stop in order."""
         block = int(batch["item"][0])
-        result: dict[str, Any] = {"error": None}
+        result: dict[str, Any] = {"written": 0, "failed": 0, "remaining": 0, "error": None}
         try:
             outcome = self._do(block)
             result |= {name: getattr(outcome, name) for name in ("written", "failed", "remaining")}
