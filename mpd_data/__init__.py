@@ -35,28 +35,11 @@ if typing.TYPE_CHECKING:
     from mpd_data.stage import Outcome
 
 __all__ = [
-    "CheckConfig",
-    "Checker",
-    "ConfigError",
-    "DataError",
-    "EngineConfig",
-    "EngineError",
-    "FailureConfig",
-    "FilterConfig",
-    "MPDError",
-    "Outcome",
-    "OutputConfig",
-    "PartsConfig",
-    "RewriteConfig",
-    "RewriteSamplingConfig",
-    "RolloutsConfig",
-    "SamplingConfig",
-    "compare",
-    "round_stats",
-    "run_rewrite",
-    "run_rollouts",
-    "scan_round",
-]
+    "CheckConfig", "Checker", "ConfigError", "DataError", "EngineConfig", "EngineError",
+    "FailureConfig", "FilterConfig", "MPDError", "Outcome", "OutputConfig", "PartsConfig",
+    "RewriteConfig", "RewriteSamplingConfig", "RolloutsConfig", "SamplingConfig", "compare",
+    "round_stats", "run_rewrite", "run_rollouts", "scan_round",
+]  # fmt: skip
 
 _MODULES = {
     "Checker": "checkers.formats",

@@ -25,13 +25,7 @@ from mpd_data.config import (
     RewriteConfig,
     RolloutsConfig,
 )
-from mpd_data.parts.workers import (
-    EXIT_FAILED_ROWS,
-    end_with_parent,
-    is_worker,
-    run_workers,
-    slurm_part,
-)
+from mpd_data.parts import workers
 from mpd_data.store.locks import WHOLE
 
 _OVERWRITE = click.option(
@@ -131,8 +125,7 @@ def rollouts(
     from mpd_data.dryrun.show import print_plan
     from mpd_data.rollouts import run_rollouts, setup
 
-    config = _with_part(build(RolloutsConfig, options))
-    _refuse_overwrite_of_parts(config, overwrite)
+    config = _with_part(build(RolloutsConfig, options), overwrite)
     if dry_run:
         plan = plan_rollouts(setup(config, weights=False, overwrite=overwrite), overwrite, limit)
         print_plan(plan, as_json)
@@ -140,25 +133,20 @@ def rollouts(
     if config.parts.ray:
         from mpd_data.parts.ray import rollouts_on_ray as run_rollouts
     elif config.parts.workers > 1:
-        code = run_workers("rollouts", config, limit)
+        failed = workers.run_workers("rollouts", config, limit)
         click.echo(f"{config.out}: all workers finished{_quality(config)}", err=True)
-        _finish_workers(code)
+        _exit_if_failed("some" if failed else 0)
         return
     outcome = run_rollouts(config, overwrite, limit)
-    _finish(
-        f"{config.out}: {outcome.total:,} rollouts, {outcome.written:,} of them new"
-        f"{_quality(config)}",
-        outcome.failed,
-        outcome.remaining,
-    )
+    summary = f"{config.out}: {outcome.total:,} rollouts, {outcome.written:,} of them new"
+    _finish(f"{summary}{_quality(config)}", outcome.failed, outcome.remaining)
 
 
 def _quality(config: RolloutsConfig) -> str:
-    """Return the end of a message: how many rollouts of the round are correct, lack an answer or
-    are truncated."""
+    """Return the end of a message: which fractions are correct, lack an answer, are truncated."""
     from mpd_data.inspect.stats import outcome_rates
 
-    if is_worker():
+    if workers.is_worker():
         return ""  # the command that started the workers says it once
     rates = outcome_rates(config.out)
     names = {"accuracy": "correct", "no_answer": "without an answer", "truncated": "truncated"}
@@ -174,13 +162,11 @@ def _quality(config: RolloutsConfig) -> str:
 
 @cli.command(
     epilog=example(
-        "mpd-gen rewrite --teacher Qwen/Qwen3-8B --shards data/round1 --max-tokens 8000 --limit 64",
+        "mpd-gen rewrite --teacher Qwen/Qwen3-8B --shards data/round1 --max-tokens 8000 --limit 64"
     )
 )
 @config_options(
-    RewriteConfig,
-    also={"backend": "--engine"},
-    common=("template", "num_candidates", "max_tokens"),
+    RewriteConfig, also={"backend": "--engine"}, common=("template", "num_candidates", "max_tokens")
 )
 @_OVERWRITE
 @_LIMIT
@@ -190,16 +176,10 @@ def _quality(config: RolloutsConfig) -> str:
     "--refilter",
     is_flag=True,
     help="Apply changed filters or another --choose to the existing rewrites. Only rewrites that"
-    " are"
-    " newly kept are scored.",
+    " are newly kept are scored.",
 )
 def rewrite(
-    overwrite: bool,
-    limit: int | None,
-    dry_run: bool,
-    as_json: bool,
-    refilter: bool,
-    **options: Any,
+    overwrite: bool, limit: int | None, dry_run: bool, as_json: bool, refilter: bool, **options: Any
 ) -> None:
     """Rewrite a round with the teacher. Rewrites that pass the filters are scored and stored in
     SHARDS/distill. Run the command again to resume."""
@@ -214,10 +194,9 @@ def rewrite(
 
     config = build(RewriteConfig, options)
     if not refilter:
-        config = _with_part(config)
+        config = _with_part(config, overwrite)
     elif config.parts != PartsConfig():
         raise click.UsageError("--refilter works on a whole round: it takes no parts or workers.")
-    _refuse_overwrite_of_parts(config, overwrite)
     if refilter and overwrite:
         raise click.UsageError("--refilter keeps the rewrites, --overwrite deletes them: give one.")
     if refilter and limit is not None:
@@ -232,15 +211,15 @@ def rewrite(
     if config.parts.ray:
         from mpd_data.parts.ray import rewrite_on_ray as run_rewrite
     elif config.parts.workers > 1:
-        code = run_workers("rewrite", config, limit)
+        failed = workers.run_workers("rewrite", config, limit)
         if config.choose == "likeliest" and config.parts.num_shards is None:
             choose_rewrites(config)
-        _finish_workers(code)
+        _exit_if_failed("some" if failed else 0)
         return
     outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite, limit)
     counts = ", ".join(f"{n:,} {status}" for status, n in sorted(outcome.statuses.items()))
     waiting = 0
-    if config.choose == "likeliest" and not is_worker():
+    if config.choose == "likeliest" and not workers.is_worker():
         round_dir = RoundDir(config.shards)
         waiting = waiting_rollouts(round_dir, round_dir.scan_shards("distill").paths)
     # If this part keeps nothing, another part may still keep something.
@@ -266,47 +245,39 @@ def rewrite(
             " without --num-shards/--workers.",
             err=True,
         )
-    _finish(
-        f"{config.shards}: {counts}; {outcome.written:,} rows new",
-        outcome.failed,
-        outcome.remaining,
-    )
+    summary = f"{config.shards}: {counts}; {outcome.written:,} rows new"
+    _finish(summary, outcome.failed, outcome.remaining)
 
 
-def _with_part(config: Any) -> Any:
-    """Return `config` with this task's part of the SLURM job array, unless it names a part."""
+def _with_part(config: Any, overwrite: bool) -> Any:
+    """Return `config` with this task's part of the SLURM job array, unless it names a part. Raises
+    click.UsageError if `overwrite` would delete the rows of other parts."""
     parts = config.parts
-    if parts.ray or parts.num_shards is not None or (task := slurm_part()) is None:
-        return config
-    index, count = task
-    click.echo(f"SLURM job array: part {index} of {count} (--shard-index, --num-shards)", err=True)
-    own = parts.model_copy(update={"shard_index": index, "num_shards": count})
-    return config.model_copy(update={"parts": own})
-
-
-def _refuse_overwrite_of_parts(config: Any, overwrite: bool) -> None:
-    if config.parts.ray:
-        return  # one command starts all actors, and deletes before it starts them
-    if overwrite and (config.parts.workers > 1 or config.parts.part != WHOLE):
+    if parts.ray:
+        return config  # one command starts all actors, and deletes before it starts them
+    if parts.num_shards is None and (task := workers.slurm_part()) is not None:
+        part = "part {} of {}".format(*task)
+        click.echo(f"SLURM job array: {part} (--shard-index, --num-shards)", err=True)
+        parts = parts.model_copy(update={"shard_index": task[0], "num_shards": task[1]})
+    if overwrite and (parts.workers > 1 or parts.part != WHOLE):
         raise click.UsageError(
             "--overwrite deletes the rows of all parts. Run the command once with --overwrite"
             " --limit 1 and without --workers and --num-shards, then start the parts."
         )
+    return config.model_copy(update={"parts": parts})
 
 
-def _finish_workers(code: int) -> None:
-    if code == EXIT_FAILED_ROWS:
-        click.echo("some rows failed; see errors/*.parquet (column message).", err=True)
-        raise click.exceptions.Exit(code)
-
-
-def _finish(summary: str, failed: int, owed: int) -> None:
+def _finish(summary: str, failed: int, remaining: int) -> None:
     click.echo(summary, err=True)
-    if owed:
-        click.echo(f"{owed:,} remaining; run without --limit for the rest.", err=True)
-    if failed:
-        click.echo(f"{failed} rows failed; see errors/*.parquet (column message).", err=True)
-        raise click.exceptions.Exit(EXIT_FAILED_ROWS)
+    if remaining:
+        click.echo(f"{remaining:,} remaining; run without --limit for the rest.", err=True)
+    _exit_if_failed(failed)
+
+
+def _exit_if_failed(rows: int | str) -> None:
+    if rows:
+        click.echo(f"{rows} rows failed; see errors/*.parquet (column message).", err=True)
+        raise click.exceptions.Exit(workers.EXIT_FAILED_ROWS)
 
 
 @cli.command(epilog=example("mpd-gen status data/round1"))
@@ -317,11 +288,8 @@ def status(rounds: tuple[Path, ...], as_json: bool) -> None:
     from mpd_data.inspect.status import round_status, show_status
 
     statuses = {str(path): round_status(path) for path in rounds}
-    if as_json:
-        click.echo(json.dumps(statuses, indent=2))
-        return
     text = [f"{plain(path)}\n{show_status(status)}" for path, status in statuses.items()]
-    click.echo("\n\n".join(text))
+    click.echo(json.dumps(statuses, indent=2) if as_json else "\n\n".join(text))
 
 
 @cli.command(epilog=example("mpd-gen stats data/round1 data/round2 --by family --plot lengths.png"))
@@ -339,15 +307,12 @@ def stats(rounds: tuple[Path, ...], as_json: bool, by: str | None, plot: Path | 
     from mpd_data.inspect.stats import plot_lengths, round_stats
 
     tables = round_stats(list(rounds), by)
-    if as_json:
-        click.echo(json.dumps(tables, indent=2))
-    else:
-        parts = []
-        for name, rows in tables.items():
-            title = f"by {plain(by)}" if name == "groups" else name.replace("_", " ")
-            text = format_histogram(rows) if name == "trace_lengths" else format_table(rows)
-            parts.append(f"{title}\n{text}")
-        click.echo("\n\n".join(parts))
+    parts = []
+    for name, rows in tables.items():
+        title = f"by {plain(by)}" if name == "groups" else name.replace("_", " ")
+        text = format_histogram(rows) if name == "trace_lengths" else format_table(rows)
+        parts.append(f"{title}\n{text}")
+    click.echo(json.dumps(tables, indent=2) if as_json else "\n\n".join(parts))
     if plot is not None:
         plot_lengths({str(path): path for path in rounds}, plot)
         click.echo(f"wrote {plot}", err=True)
@@ -363,13 +328,7 @@ def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
     from mpd_data.inspect import compare as comparison
 
     result = comparison.compare(base, new, by)
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-        return
-    click.echo(comparison.table({"base": result["base"], "new": result["new"]}))
-    click.echo(comparison.verdict(result))
-    if by is not None:
-        click.echo(f"\nby {plain(by)}\n{comparison.groups_table(result['groups'])}")
+    click.echo(json.dumps(result, indent=2) if as_json else comparison.show(result, by))
 
 
 @cli.command(epilog=example("mpd-gen validate data/round*"))
@@ -407,10 +366,8 @@ def contamination(as_json: bool, **options: Any) -> None:
         pairs(config.against, column, config.against_id_column),
         config.n,
     )
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(result), indent=2))
-    else:
-        click.echo(check.show(result))
+    as_dict = dataclasses.asdict(result)
+    click.echo(json.dumps(as_dict, indent=2) if as_json else check.show(result))
     if config.fail_above is not None and result.share > config.fail_above:
         raise MPDError(
             f"{result.overlapping:,} of {result.num_evaluation:,} evaluation prompts overlap with"
@@ -426,15 +383,13 @@ def env(as_json: bool) -> None:
     from mpd_data.common.machine import environment
 
     versions = environment()
-    if as_json:
-        click.echo(json.dumps(versions, indent=2))
-    else:
-        width = max(map(len, versions))
-        click.echo("\n".join(f"{name.ljust(width)}  {value}" for name, value in versions.items()))
+    width = max(map(len, versions))
+    lines = [f"{name.ljust(width)}  {value}" for name, value in versions.items()]
+    click.echo(json.dumps(versions, indent=2) if as_json else "\n".join(lines))
 
 
 def main() -> None:
-    end_with_parent()
+    workers.end_with_parent()
     run_command(cli)
 
 

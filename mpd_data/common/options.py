@@ -124,8 +124,8 @@ def config_options(
                     owner = model if section is None else model.model_fields[section].annotation
                     settings["section"] = getattr(owner, "heading", None)
             if plain is bool:
-                flags[0] = f"{flags[0]}/--no-{name.replace('_', '-')}" if default else flags[0]
-                settings |= {"is_flag": True}
+                flags[0] += f"/{_flag(f'no_{name}')}" if default else ""
+                settings["is_flag"] = True
             elif get_origin(plain) is Literal:
                 settings["type"] = _Choice(get_args(plain))
             elif get_origin(plain) is list:
@@ -133,7 +133,7 @@ def config_options(
                 if get_origin(item) is Literal:
                     item = _Choice(get_args(item))
                 settings["type"] = click.Path(path_type=Path) if item is Path else item
-                settings |= {"many": True, "callback": _expanded if name in paths else None}
+                settings |= {"multiple": True, "callback": _expanded if name in paths else None}
             elif get_origin(plain) is dict:
                 settings |= {"callback": _json_object, "metavar": "JSON", "default": None}
             else:
@@ -148,15 +148,11 @@ def build(model: type[Model], options: dict[str, Any]) -> Model:
     """Return the model from a command's parsed options. Raises click.UsageError for bad values."""
     values: dict[str, Any] = {}
     names = set()
-    for section, name, annotation, _, _ in _fields(model):
+    for section, name, *_ in _fields(model):
         names.add(name)
-        value = options[name]
-        if value is None:
-            continue
-        if get_origin(_plain(annotation)) is list:
-            value = list(value)
-        target = values if section is None else values.setdefault(section, {})
-        target[name] = value
+        if options[name] is not None:
+            target = values if section is None else values.setdefault(section, {})
+            target[name] = options[name]
     try:
         return model(**values)
     except ValidationError as error:
@@ -243,12 +239,8 @@ def arguments(config: BaseModel) -> list[str]:
             continue
         flag = _flag(name)
         if _plain(annotation) is bool:
-            result.append(flag if value else f"--no-{name.replace('_', '-')}")
-        elif isinstance(value, list):
-            for item in value:
-                result += [flag, str(item)]
-        elif isinstance(value, dict):
-            result += [flag, json.dumps(value)]
-        else:
-            result += [flag, str(value)]
+            result.append(flag if value else _flag(f"no_{name}"))
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            result += [flag, json.dumps(item) if isinstance(item, dict) else str(item)]
     return result

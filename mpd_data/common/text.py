@@ -29,23 +29,15 @@ def plain_lines(text: str) -> str:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Return rows with the same keys as aligned columns, numbers aligned to the right."""
-    names = list(rows[0])
-    header = [plain(name) for name in names]
-    cells = [[plain(row[name]) for name in names] for row in rows]
-    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
-    right = [
-        all(isinstance(row[name], int | float) or row[name] is None for row in rows)
-        for name in names
-    ]
-    lines = [
-        "  ".join(
-            text.rjust(width) if to_right else text.ljust(width)
-            for text, width, to_right in zip(line, widths, right, strict=True)
-        ).rstrip()
-        for line in [header, *cells]
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    columns = []
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        head, *cells = (plain(value) for value in (name, *values))
+        width = max(map(len, (head, *cells)))
+        is_number = all(isinstance(value, int | float | None) for value in values)
+        lines = [head, "-" * width, *cells]
+        columns.append([x.rjust(width) if is_number else x.ljust(width) for x in lines])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def format_histogram(rows: list[dict[str, Any]]) -> str:
@@ -64,10 +56,8 @@ def format_histogram(rows: list[dict[str, Any]]) -> str:
     fit = -(-len(folders) // blocks)
     width = min((_COLUMNS - margin) // fit - 7, _WIDEST_BAR)
     tallest = max(row["share"] for row in rows)
-    columns = [
-        _bars(folder, [row for row in rows if row["folder"] == folder], width, tallest)
-        for folder in folders
-    ]
+    by_folder = {name: [row for row in rows if row["folder"] == name] for name in folders}
+    columns = [_bars(name, its_bins, width, tallest) for name, its_bins in by_folder.items()]
     lines = []
     for first in range(0, len(columns), fit):
         block = zip(labels, *columns[first : first + fit], strict=True)
@@ -84,9 +74,8 @@ def _bars(folder: str, bins: list[dict[str, Any]], width: int, tallest: float) -
     reached = list(accumulate(row["samples"] for row in bins))
     median = next(i for i, samples in enumerate(reached) if 2 * samples >= reached[-1])
     for index, row in enumerate(bins):
-        share = (
-            "" if not row["samples"] else "<1%" if row["share"] < 0.005 else f"{row['share']:.0%}"
-        )
+        share = "<1%" if row["share"] < 0.005 else f"{row['share']:.0%}"
+        share = share if row["samples"] else ""
         eighths = max(round(8 * width * row["share"] / tallest), row["samples"] > 0)
         bar = "█" * (eighths // 8) + _EIGHTHS[eighths % 8]
         cells.append(f"{share:>4}{'*' if index == median else ' '}{bar}")

@@ -13,7 +13,7 @@ import polars as pl
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.hashing import differences
-from mpd_data.common.text import format_table
+from mpd_data.common.text import format_table, plain
 from mpd_data.inspect.stats import GROUP_ORDER, collect, scan, scan_round, with_group
 from mpd_data.store.round import RoundDir
 from mpd_data.store.shards import read_metadata
@@ -28,25 +28,20 @@ _SEED = 0
 def per_problem(path: Path) -> pl.DataFrame:
     """Return `samples`, mean `accuracy` and mean `tokens` of each prompt, sorted by its id. Raises
     ConfigError if there are no rollouts."""
-    return collect(
-        scan_round(path)
-        .group_by("prompt_id")
-        .agg(
-            pl.len().alias("samples"),
-            pl.col("is_correct").cast(pl.Float64).mean().alias("accuracy"),
-            pl.col("num_completion_tokens").cast(pl.Float64).mean().alias("tokens"),
-        )
-        .sort("prompt_id")
+    samples = scan_round(path).group_by("prompt_id")
+    means = samples.agg(
+        pl.len().alias("samples"),
+        pl.col("is_correct").cast(pl.Float64).mean().alias("accuracy"),
+        pl.col("num_completion_tokens").cast(pl.Float64).mean().alias("tokens"),
     )
+    return collect(means.sort("prompt_id"))
 
 
 def _interval(draws: npt.NDArray[np.float64]) -> list[float]:
     return [float(x) for x in np.quantile(draws, [0.025, 0.975])]
 
 
-def _resampled_means(
-    columns: list[npt.NDArray[np.float64]],
-) -> list[npt.NDArray[np.float64]]:
+def _resampled_means(columns: list[npt.NDArray[np.float64]]) -> list[npt.NDArray[np.float64]]:
     """Return the means of each column over RESAMPLES bootstrap samples of its rows. All columns use
     the same rows."""
     n = len(columns[0])
@@ -66,26 +61,22 @@ def evaluate(path: Path) -> dict[str, Any]:
     problems, median tokens, and the truncated fraction. Accuracy is None if a prompt has no gold
     answer."""
     problems = per_problem(path)
-    whole = collect(
-        scan_round(path).select(
-            pl.col("num_completion_tokens").median().alias("median"),
-            (pl.col("finish_reason") == "length").mean().alias("truncated"),
-            pl.col("num_completion_tokens").mean().alias("tokens"),
-        )
-    )
+    lengths = pl.col("num_completion_tokens")
+    truncated = (pl.col("finish_reason") == "length").mean()
+    whole = scan_round(path).select(lengths.mean(), truncated, median=lengths.median())
+    mean_tokens, truncated_fraction, median_tokens = collect(whole).row(0)
     graded = problems["accuracy"].null_count() == 0
-    tokens, *accuracy = _resampled_means(
-        [problems[c].to_numpy() for c in (["tokens", "accuracy"] if graded else ["tokens"])]
-    )
+    columns = ["tokens", "accuracy"] if graded else ["tokens"]
+    tokens, *accuracy = _resampled_means([problems[name].to_numpy() for name in columns])
     return {
         "problems": problems.height,
         "samples": int(problems["samples"].sum()),
         "accuracy": float(problems["accuracy"].to_numpy().mean()) if graded else None,
         "accuracy_interval": _interval(accuracy[0]) if graded else None,
-        "mean_tokens": float(whole["tokens"].item()),
+        "mean_tokens": mean_tokens,
         "mean_tokens_interval": _interval(tokens),
-        "median_tokens": float(whole["median"].item()),
-        "truncated": float(whole["truncated"].item()),
+        "median_tokens": median_tokens,
+        "truncated": truncated_fraction,
     }
 
 
@@ -145,12 +136,9 @@ def _by_group(
     value is taken from either side."""
     rows = scan([base, new], "rollouts")
     assert rows is not None
-    values = collect(
-        with_group(rows, by)
-        .group_by("prompt_id")
-        .agg(pl.col("group").drop_nulls().unique().sort())
-        .sort("prompt_id")
-    )
+    of_prompt = with_group(rows, by).group_by("prompt_id")
+    groups_of_prompt = of_prompt.agg(pl.col("group").drop_nulls().unique().sort())
+    values = collect(groups_of_prompt.sort("prompt_id"))
     for prompt_id, both in values.filter(pl.col("group").list.len() > 1).iter_rows():
         raise ConfigError(
             f"--by {by!r}: prompt {prompt_id!r} has {both[0]!r} on one side and {both[1]!r} on"
@@ -161,15 +149,8 @@ def _by_group(
     for value in values["group"].unique().to_frame().sort(*GROUP_ORDER, nulls_last=True)["group"]:
         chosen = values["group"].eq_missing(value)
         sides = [side.filter(chosen) for side in (left, right)]
-        groups.append(
-            {
-                "group": value,
-                "problems": sides[0].height,
-                "base": _means(sides[0]),
-                "new": _means(sides[1]),
-                **paired(*sides),
-            }
-        )
+        means = {"base": _means(sides[0]), "new": _means(sides[1])}
+        groups.append({"group": value, "problems": sides[0].height, **means, **paired(*sides)})
     return groups
 
 
@@ -184,19 +165,20 @@ def _means(problems: pl.DataFrame) -> dict[str, float | None]:
 
 def _unlike_settings(base: Path, new: Path) -> list[str]:
     """Return how the sampling of the two differs; the reader judges whether it matters."""
-    settings = []
-    for path in (base, new):
-        metadata = read_metadata(RoundDir(path).shard_paths("rollouts")[0])
-        names = ("sampling", "num_samples", "template_kwargs", "checker")
-        settings.append({name: metadata.get(name) for name in names})
-    return differences(settings[0], settings[1])
+    sides = (read_metadata(RoundDir(path).shard_paths("rollouts")[0]) for path in (base, new))
+    names = ("sampling", "num_samples", "template_kwargs", "checker")
+    saved, now = ({name: side.get(name) for name in names} for side in sides)
+    return differences(saved, now)
 
 
-def _percent(value: float | None, interval: list[float] | None) -> str:
-    if value is None:
-        return "-"
-    bounds = "" if interval is None else f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-    return f"{100 * value:.1f}%{bounds}"
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def _estimate(result: dict[str, Any], name: str) -> str:
+    interval = result[f"{name}_interval"]
+    bounds = "" if interval is None else " [{:.1f}, {:.1f}]".format(*(100 * x for x in interval))
+    return f"{_percent(result[name])}{bounds}"
 
 
 def table(sides: dict[str, dict[str, Any]]) -> str:
@@ -205,7 +187,7 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
         [
             {
                 "": label,
-                "accuracy [95%]": _percent(side["accuracy"], side["accuracy_interval"]),
+                "accuracy [95%]": _estimate(side, "accuracy"),
                 "mean tokens [95%]": "{:.1f} [{:.1f}, {:.1f}]".format(
                     side["mean_tokens"], *side["mean_tokens_interval"]
                 ),
@@ -222,31 +204,30 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
 def side_by_side(result: dict[str, Any]) -> dict[str, str]:
     """Return the cells of a line: base and new of a `compare` or of one of its groups, with their
     paired differences (accuracy in points)."""
-    base, new = result["base"], result["new"]
+    sides = (result["base"], result["new"])
     return {
-        "accuracy": " -> ".join(_percent(side["accuracy"], None) for side in (base, new)),
-        "difference [95%]": _percent(
-            result["accuracy_difference"], result["accuracy_difference_interval"]
-        ),
-        "tokens": " -> ".join(f"{side['mean_tokens']:,.1f}" for side in (base, new)),
-        "saved [95%]": _percent(result["token_reduction"], result["token_reduction_interval"]),
+        "accuracy": " -> ".join(_percent(side["accuracy"]) for side in sides),
+        "difference [95%]": _estimate(result, "accuracy_difference"),
+        "tokens": " -> ".join(f"{side['mean_tokens']:,.1f}" for side in sides),
+        "saved [95%]": _estimate(result, "token_reduction"),
     }
 
 
-def groups_table(groups: list[dict[str, Any]]) -> str:
-    """Return the `groups` of `compare` as a table, one line per value."""
-    return format_table(
-        [
-            {"group": group["group"], "problems": group["problems"], **side_by_side(group)}
-            for group in groups
-        ]
-    )
+def show(result: dict[str, Any], by: str | None) -> str:
+    """Return the tables and the verdict of `compare`."""
+    text = f"{table({side: result[side] for side in ('base', 'new')})}\n{verdict(result)}"
+    if by is None:
+        return text
+    lines = [
+        {"group": group["group"], "problems": group["problems"], **side_by_side(group)}
+        for group in result["groups"]
+    ]
+    return f"{text}\n\nby {plain(by)}\n{format_table(lines)}"
 
 
 def verdict(result: dict[str, Any]) -> str:
     """Return the paired differences of `compare` in a sentence, with what limits them."""
-    saved = _percent(result["token_reduction"], result["token_reduction_interval"])
-    gain = _percent(result["accuracy_difference"], result["accuracy_difference_interval"])
+    saved, gain = _estimate(result, "token_reduction"), _estimate(result, "accuracy_difference")
     line = f"tokens saved {saved}, accuracy difference in points {gain} (paired bootstrap)"
     problems = result["base"]["problems"]
     if problems < MIN_PROBLEMS:

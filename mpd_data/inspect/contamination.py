@@ -12,7 +12,7 @@ import string
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -151,24 +151,21 @@ class _Index:
             self.best[number] = Match(self.ids[number], train_id, share, ngram)
 
     def _shared(self, texts: list[list[str]]) -> Iterator[tuple[int, dict[int, set[int]]]]:
-        """Yield, for each training text that shares n-grams, (its row, {evaluation prompt: places
-        in that prompt where shared n-grams begin})."""
+        """Yield, for each training text that may share n-grams, (its row, {evaluation prompt:
+        places in that prompt where shared n-grams begin})."""
         hashes, rows, places = _ngram_hashes(texts, self.n)
         left = np.searchsorted(self._hashes, hashes)
         hits = np.flatnonzero(self._hashes[np.minimum(left, len(self._hashes) - 1)] == hashes)
         right = np.searchsorted(self._hashes, hashes[hits], side="right")
-        row, shared = -1, dict[int, set[int]]()
-        for hit, end in zip(hits.tolist(), right.tolist(), strict=True):
-            if rows[hit] != row:
-                if shared:
-                    yield row, shared
-                row, shared = int(rows[hit]), {}
-            ngram = texts[row][places[hit] : places[hit] + self.n]
-            for at in range(left[hit], end):
-                number, place = int(self._owner[at]), int(self._place[at])
-                if self._texts[number][place : place + self.n] == ngram:
-                    shared.setdefault(number, set()).add(place)
-        if shared:
+        found = zip(hits.tolist(), right.tolist(), strict=True)
+        for row, hits_of_row in groupby(found, key=lambda pair: int(rows[pair[0]])):
+            shared: dict[int, set[int]] = {}
+            for hit, end in hits_of_row:
+                ngram = texts[row][places[hit] : places[hit] + self.n]
+                for at in range(left[hit], end):
+                    number, place = int(self._owner[at]), int(self._place[at])
+                    if self._texts[number][place : place + self.n] == ngram:
+                        shared.setdefault(number, set()).add(place)
             yield row, shared
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from polars import selectors
 
 from mpd_data.common.errors import ConfigError, DataError, did_you_mean
 from mpd_data.store.round import RoundDir
@@ -41,15 +42,9 @@ GROUP_ORDER = (pl.col("group").cast(pl.Float64, strict=False), pl.col("group"))
 # Words with which a trace corrects itself. Shorter traces that lose all of them may have lost the
 # habit of checking, too.
 MARKERS = (
-    "wait",
-    "hmm",
-    "actually",
-    "alternatively",
-    "let me check",
-    "let me re",
-    "double-check",
+    "wait", "hmm", "actually", "alternatively", "let me check", "let me re", "double-check",
     "on second thought",
-)
+)  # fmt: skip
 # ASCII word boundaries are a fifth faster than Unicode ones.
 _MARKED = rf"(?i-u:\b(?:{'|'.join(MARKERS)}))"
 
@@ -105,27 +100,18 @@ def with_group(rollouts: pl.LazyFrame, name: str) -> pl.LazyFrame:
         return grouped
     objects = collect(rollouts.select(pl.col("metadata").drop_nulls().unique())).to_series()
     carried = sorted({key for text in objects for key in json.loads(text)} - {name})
-    hint = did_you_mean(name, carried)
-    if not hint and carried:
-        hint = f" They carry {', '.join(map(repr, carried))}."
-    elif not carried:
-        hint = " Copy columns into the metadata with --metadata-columns of mpd-gen rollouts."
+    hint = " Copy columns into the metadata with --metadata-columns of mpd-gen rollouts."
+    if carried:
+        hint = did_you_mean(name, carried) or f" They carry {', '.join(map(repr, carried))}."
     raise ConfigError(f"--by {name!r}: no rollout has a value of it in its metadata.{hint}")
 
 
 def light(rollouts: pl.LazyFrame, folders: pl.Enum) -> pl.LazyFrame:
     """Read the columns that the tables need into memory, once for all tables. The column `group` is
     kept if `rollouts` has it."""
-    wanted = [
-        "round",
-        "is_correct",
-        "num_completion_tokens",
-        "repetition",
-        "group",
-    ]
-    columns = set(rollouts.collect_schema().names())
+    kept = ("round", "is_correct", "num_completion_tokens", "repetition", "group")
     rows = rollouts.select(
-        *(name for name in wanted if name in columns),
+        selectors.by_name(kept, require_all=False),
         # Numbers group faster than text. Among ten million prompts, two have the same hash once in
         # 300,000 rounds.
         pl.col("prompt_id").hash().alias("prompt"),
@@ -142,10 +128,9 @@ def light(rollouts: pl.LazyFrame, folders: pl.Enum) -> pl.LazyFrame:
 def of_lengths(rollouts: pl.LazyFrame) -> pl.DataFrame:
     """Count the `samples` of `light` rollouts by folder, finish reason, correctness and `tokens`,
     shortest first: few rows, from which all statistics of lengths follow."""
-    groups = rollouts.group_by(
-        "folder", "finish_reason", "is_correct", tokens=pl.col("num_completion_tokens")
-    )
-    return collect(groups.agg(pl.len().alias("samples"))).sort("tokens")
+    tokens = pl.col("num_completion_tokens").alias("tokens")
+    groups = rollouts.group_by("folder", "finish_reason", "is_correct", tokens)
+    return collect(groups.len("samples")).sort("tokens")
 
 
 def _mean_tokens(where: pl.Expr | None = None) -> pl.Expr:
@@ -160,17 +145,11 @@ def _lengths() -> list[pl.Expr]:
     """Return mean, quantiles (without interpolation) and maximum over rows of `of_lengths`."""
     tokens, samples = pl.col("tokens"), pl.col("samples")
     before = samples.cum_sum() - samples
-    return [
-        _mean_tokens().alias("mean_tokens"),
-        *(
-            tokens.filter(before <= (q * (samples.sum() - 1) + 0.5).floor())
-            .last()
-            .cast(pl.Float64)
-            .alias(f"p{round(q * 100)}")
-            for q in QUANTILES
-        ),
-        tokens.max().alias("max"),
-    ]
+    quantiles = []
+    for q in QUANTILES:
+        up_to = tokens.filter(before <= (q * (samples.sum() - 1) + 0.5).floor())
+        quantiles.append(up_to.last().cast(pl.Float64).alias(f"p{round(q * 100)}"))
+    return [_mean_tokens().alias("mean_tokens"), *quantiles, tokens.max().alias("max")]
 
 
 def of_prompts(rollouts: pl.LazyFrame) -> pl.DataFrame:
@@ -184,32 +163,17 @@ def pass_at(prompts: pl.DataFrame) -> list[dict[str, Any]]:
     """Return pass@k by folder, for powers of two up to the samples per prompt: the probability that
     one of k samples is correct. The estimate 1 - C(n - c, k) / C(n, k) is unbiased
     (arXiv:2107.03374); it is averaged over prompts with a gold answer and at least k samples."""
-    counts = (
-        prompts.filter(pl.col("n") > 0)
-        # Prompts with the same n and c have the same estimate.
-        .group_by("folder", "n", "c")
-        .agg(pl.len().alias("prompts"))
-        .sort("folder", "n", "c")
-    )
+    # Prompts with the same n and c have the same estimate.
+    counts = prompts.filter(pl.col("n") > 0).group_by("folder", "n", "c").len().sort(pl.all())
     rows: list[dict[str, Any]] = []
     for (folder,), group in counts.group_by("folder", maintain_order=True):
-        kinds = list(group.select("n", "c", "prompts").iter_rows())
         k = 1
-        while k <= max(n for n, _, _ in kinds):
-            prompts = sum(count for n, _, count in kinds if n >= k)
-            chances = (
-                count * (1 - math.comb(n - c, k) / math.comb(n, k))
-                for n, c, count in kinds
-                if n >= k
+        while kinds := group.filter(pl.col("n") >= k).drop("folder").rows():
+            total = sum(count for _, _, count in kinds)
+            correct = sum(
+                count * (1 - math.comb(n - c, k) / math.comb(n, k)) for n, c, count in kinds
             )
-            rows.append(
-                {
-                    "folder": folder,
-                    "k": k,
-                    "pass_at_k": sum(chances) / prompts,
-                    "prompts": prompts,
-                }
-            )
+            rows.append({"folder": folder, "k": k, "pass_at_k": correct / total, "prompts": total})
             k *= 2
     return rows
 
@@ -227,12 +191,8 @@ def trace_lengths(lengths: pl.DataFrame, p99: dict[str, int]) -> list[dict[str, 
     )
     last = longest // width
     of_bin = (pl.col("tokens") // width).clip(upper_bound=last).alias("bin")
-    counts = {
-        (folder, index): samples
-        for folder, index, samples in lengths.group_by("folder", of_bin)
-        .agg(pl.col("samples").sum())
-        .iter_rows()
-    }
+    bins = lengths.group_by("folder", of_bin).agg(pl.col("samples").sum())
+    counts = {(folder, index): samples for folder, index, samples in bins.rows()}
     rows: list[dict[str, Any]] = []
     for folder in p99:
         samples = [counts.get((folder, index), 0) for index in range(last + 1)]
@@ -274,9 +234,8 @@ def round_stats(
     folders = pl.Enum(list(dict.fromkeys(map(str, paths))))
     tables: dict[str, list[dict[str, Any]]] = {}
     if rollouts is not None:
-        tables |= _rollout_tables(
-            light(rollouts if by is None else with_group(rollouts, by), folders)
-        )
+        grouped = rollouts if by is None else with_group(rollouts, by)
+        tables |= _rollout_tables(light(grouped, folders))
     elif by is not None:
         raise ConfigError(f"--by {by!r}: no rollouts here, and only they have metadata.")
     if distill is not None:
@@ -287,18 +246,15 @@ def round_stats(
 def _rollout_tables(rollouts: pl.LazyFrame) -> dict[str, list[dict[str, Any]]]:
     """Return the tables of `round_stats` about `light` rollouts."""
     prompts, lengths = of_prompts(rollouts), of_lengths(rollouts)
-    by_folder = collect(
-        rollouts.group_by("folder").agg(
-            pl.col("round").first(),
-            pl.len().alias("samples"),
-            *RATES,
-            pl.col("check_failed").mean(),
-            pl.col("repetition").mean().alias("repetition"),
-            (1000 * pl.col("markers").mean() / pl.col("num_completion_tokens").mean()).alias(
-                "markers_per_1k"
-            ),
-        )
-    ).sort("round", "folder")
+    tokens, markers = pl.col("num_completion_tokens"), pl.col("markers")
+    rates = rollouts.group_by("folder").agg(
+        pl.col("round").first(),
+        pl.len().alias("samples"),
+        *RATES,
+        pl.col("check_failed", "repetition").mean(),
+        markers_per_1k=1000 * markers.mean() / tokens.mean(),
+    )
+    by_folder = collect(rates).sort("round", "folder")
     of_folder = lengths.group_by("folder").agg(
         *_lengths(),
         _mean_tokens(pl.col("is_correct")).alias("right_tokens"),
@@ -306,22 +262,16 @@ def _rollout_tables(rollouts: pl.LazyFrame) -> dict[str, list[dict[str, Any]]]:
     )
     for more in (prompts.group_by("folder").len("prompts"), of_folder):
         by_folder = by_folder.join(more, on="folder", maintain_order="left")
-    first = ["folder", "round"]
+    first = ["folder", "round", "prompts"]
+    p99 = {folder: int(tokens) for folder, tokens in by_folder.select("folder", "p99").rows()}
+    kinds = ("folder", "finish_reason", "is_correct")
+    of_kind = lengths.group_by(kinds).agg(pl.col("samples").sum(), *_lengths())
     tables = {
-        "rollouts": by_folder.select(
-            *first, "prompts", pl.exclude(*first, "prompts", *BEHAVIOUR)
-        ).to_dicts()
+        "rollouts": by_folder.select(*first, pl.exclude(*first, *BEHAVIOUR)).to_dicts(),
+        "trace_lengths": trace_lengths(lengths, p99),
+        "behaviour": by_folder.select("folder", "round", *BEHAVIOUR).to_dicts(),
+        "rollouts_by": of_kind.sort(kinds).to_dicts(),
     }
-    tables["trace_lengths"] = trace_lengths(
-        lengths, {row["folder"]: int(row["p99"]) for row in tables["rollouts"]}
-    )
-    tables["behaviour"] = by_folder.select(*first, *BEHAVIOUR).to_dicts()
-    tables["rollouts_by"] = (
-        lengths.group_by("folder", "finish_reason", "is_correct")
-        .agg(pl.col("samples").sum(), *_lengths())
-        .sort("folder", "finish_reason", "is_correct")
-        .to_dicts()
-    )
     if passes := pass_at(prompts):
         tables["pass_at_k"] = passes
     if "group" in rollouts.collect_schema().names():
@@ -354,7 +304,7 @@ def _rewrites_by_status(distill: pl.LazyFrame, folders: pl.Enum) -> list[dict[st
         pl.len().alias("rows"),
         pl.col("num_original_tokens").mean().alias("mean_original"),
         pl.col("num_rewritten_tokens").mean().alias("mean_rewritten"),
-        pl.col("repetition").mean().alias("repetition"),
+        pl.col("repetition").mean(),
         pl.col("compression_ratio").mean().alias("mean_ratio"),
         pl.col("compression_ratio").quantile(0.5, "nearest").alias("median_ratio"),
     )
@@ -393,23 +343,18 @@ def plot_lengths(series: dict[str, Path], out: Path) -> None:
     colours = plt.get_cmap("viridis")
     for i, (label, values) in enumerate(lengths.items()):
         colour = colours(0.9 * i / max(len(lengths) - 1, 1))
-        # `parse_math` off: labels are data and may hold dollar signs.
-        axes.hist(
-            values,
-            bins=60,
-            range=(0, longest),
-            density=True,
-            histtype="stepfilled",
-            alpha=0.35,
-            color=colour,
-        )
-        axes.hist(values, bins=60, range=(0, longest), density=True, histtype="step", color=colour)
+        for style, alpha in (("stepfilled", 0.35), ("step", 1)):
+            axes.hist(
+                values, bins=60, range=(0, longest), density=True, histtype=style, alpha=alpha,
+                color=colour,
+            )  # fmt: skip
         axes.axvline(values.mean(), color=colour, linestyle="--", linewidth=1)
         axes.plot([], [], color=colour, linewidth=6, label=f"{label}: mean {values.mean():.1f}")
     axes.set_xlabel("trace tokens (dashed: mean)")
     axes.set_ylabel("density")
     axes.spines[["top", "right"]].set_visible(False)
     for text in axes.legend(frameon=False).get_texts():
+        # Labels are data and may hold dollar signs.
         text.set_parse_math(False)
     try:
         figure.savefig(out, dpi=150)

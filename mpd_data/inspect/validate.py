@@ -1,5 +1,6 @@
 """`mpd-gen validate`: check every shard and row of a round. Nothing is changed."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,10 +42,10 @@ def validate_round(path: Path) -> list[str]:
     rollouts = _Prompts()
     for stage in stages:
         problems += _check_manifest(round_dir, stage)
-        keys = _Keys()
+        keys: list[_Keys] = []
         first: dict[str, Any] | None = None
         for file in sorted(round_dir.folder(stage).iterdir()):
-            if not (file.name.startswith("part-") and file.suffix == ".parquet"):
+            if not file.match("part-*.parquet"):
                 problems.append(
                     f"{file}: a shard folder may hold only part-*.parquet; move this file out."
                 )
@@ -67,7 +68,7 @@ def validate_round(path: Path) -> list[str]:
                     problems += _check_rows(file, shard, stage, metadata, rollouts, keys)
             except DataError as error:
                 problems.append(f"{file}: cannot be read: {error}")
-        problems += keys.doubled()
+        problems += _doubled(keys)
     return problems
 
 
@@ -89,27 +90,20 @@ def _check_manifest(round_dir: RoundDir, stage: Stage) -> list[str]:
     return problems
 
 
-class _Keys:
-    """The keys of a stage's rows, and the rows that hold them."""
+# The keys of some rows of a shard: the file, the index of the first row, the keys.
+_Keys = tuple[Path, int, Packed]
 
-    def __init__(self) -> None:
-        self._places: list[tuple[Path, int]] = []
-        self._packed: list[Packed] = []
 
-    def add(self, file: Path, first: int, keys: Packed) -> None:
-        """Add the `keys` of rows of `file`, which begin at row `first`."""
-        self._places.append((file, first))
-        self._packed.append(keys)
-
-    def doubled(self) -> list[str]:
-        if len(KeySet.of(self._packed)) == sum(map(len, self._packed)):
-            return []
-        problems = []
-        for part, index in twice(self._packed):
-            file, first = self._places[part]
-            key = next(iter(KeySet.of([self._packed[part][index : index + 1]])))
-            problems.append(f"{file}, row {first + index} ({key}): this key is in the round twice.")
-        return problems
+def _doubled(keys: list[_Keys]) -> list[str]:
+    packed = [part for _, _, part in keys]
+    if len(KeySet.of(packed)) == sum(map(len, packed)):
+        return []
+    problems = []
+    for part, index in twice(packed):
+        file, first, its_keys = keys[part]
+        key = next(iter(KeySet.of([its_keys[index : index + 1]])))
+        problems.append(f"{file}, row {first + index} ({key}): this key is in the round twice.")
+    return problems
 
 
 class _Prompts:
@@ -119,7 +113,6 @@ class _Prompts:
     def __init__(self) -> None:
         self._packed: list[Packed] = []
         self._numbers: list[npt.NDArray[np.int64]] = []
-        self._sorted: tuple[Packed, npt.NDArray[np.int64]] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._packed)
@@ -130,13 +123,15 @@ class _Prompts:
 
     def find(self, keys: Packed) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
         """Return whether each rollout of `keys` [n] exists, and its number (arbitrary if not)."""
-        if self._sorted is None:
-            packed, numbers = np.concatenate(self._packed), np.concatenate(self._numbers)
-            order = np.argsort(packed)
-            self._sorted = packed[order], numbers[order]
         packed, numbers = self._sorted
         at = np.minimum(np.searchsorted(packed, keys), len(packed) - 1)
         return packed[at] == keys, numbers[at]
+
+    @functools.cached_property
+    def _sorted(self) -> tuple[Packed, npt.NDArray[np.int64]]:
+        packed = np.concatenate(self._packed)
+        order = np.argsort(packed)
+        return packed[order], np.concatenate(self._numbers)[order]
 
 
 def _number(ids: npt.NDArray[np.int32]) -> int:
@@ -150,7 +145,7 @@ def _check_rows(
     stage: Stage,
     metadata: dict[str, Any],
     rollouts: _Prompts,
-    keys: _Keys,
+    keys: list[_Keys],
 ) -> list[str]:
     """Return the problems of one shard's rows. Its keys are added to `keys`, its prompts to
     `rollouts`."""
@@ -172,7 +167,7 @@ def _check_rows(
         elif stage == "distill":
             rows.distill(metadata, rollouts)
         if packed is not None:
-            keys.add(file, first, packed)
+            keys.append((file, first, packed))
         problems += rows.problems()
         first += rows.count
     return problems
@@ -218,22 +213,15 @@ class _Rows:
             self._problems[int(index)].append(text)
 
     def _numbers(self, name: str) -> npt.NDArray[Any]:
-        """Return a column of numbers [rows], with -1 for null."""
-        values: npt.NDArray[Any] = self._table.column(name).fill_null(-1).to_numpy()
-        return values
-
-    def _lengths(self, name: str) -> npt.NDArray[Any]:
-        """Return the lengths of a column's lists [rows], with -1 for null."""
-        values: npt.NDArray[Any] = (
-            pc.list_value_length(self._table.column(name)).fill_null(-1).to_numpy()
-        )
-        return values
+        """Return a column of numbers, or the lengths of its lists [rows], with -1 for null."""
+        column = self._table.column(name)
+        if pa.types.is_list(column.type):
+            column = pc.list_value_length(column)
+        return np.asarray(column.fill_null(-1))
 
     def _flat(self, name: str, rows: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
         """Return the concatenated lists of these rows."""
-        values = pc.list_flatten(self._table.column(name).take(pa.array(rows)))
-        flat: npt.NDArray[Any] = values.to_numpy()
-        return flat
+        return np.asarray(pc.list_flatten(self._table.column(name).take(pa.array(rows))))
 
     def packed(self, name: str) -> Packed | None:
         """Return a column of keys. If they are not keys, record a problem and return None."""
@@ -251,7 +239,7 @@ class _Rows:
                 self._say(index, f"{name} is {column[index].as_py()!r}, not in {ENUMS[name]}.")
 
     def prompts(self) -> npt.NDArray[np.int64]:
-        lengths = np.maximum(self._lengths("prompt_ids"), 0)
+        lengths = np.maximum(self._numbers("prompt_ids"), 0)
         ids = self._flat("prompt_ids", np.arange(self.count))
         ends = np.cumsum(lengths)
         return np.array(
@@ -259,17 +247,15 @@ class _Rows:
         )
 
     def rollouts(self) -> None:
-        for ids, count in (
-            ("prompt_ids", "num_prompt_tokens"),
-            ("completion_ids", "num_completion_tokens"),
-        ):
-            lengths, counts = self._lengths(ids), self._numbers(count)
+        for text in ("prompt", "completion"):
+            ids, count = f"{text}_ids", f"num_{text}_tokens"
+            lengths, counts = self._numbers(ids), self._numbers(count)
             for index in np.flatnonzero(lengths != counts):
                 self._say(index, f"{ids} has {lengths[index]} ids, {count} is {counts[index]}.")
 
     def distill(self, metadata: dict[str, Any], rollouts: _Prompts) -> None:
         statuses = self._table.column("status")
-        has_scores = self._lengths("topk_ids") >= 0
+        has_scores = self._numbers("topk_ids") >= 0
         exists = np.ones(self.count, bool)
         numbers = None
         origins = self.packed("rollout_id")
@@ -296,14 +282,11 @@ class _Rows:
         """Check rows with log-probabilities, all tokens of all rows at once."""
         k, vocab = metadata["num_logprobs"], metadata["vocab_size"]
         start, n = self._numbers("loss_start"), self._numbers("num_rewritten_tokens")
-        inputs, tops, logs, tails = (
-            self._lengths(name)
-            for name in ("input_ids", "topk_ids", "topk_logprobs", "tail_logprobs")
-        )
+        lists = ("input_ids", "topk_ids", "topk_logprobs", "tail_logprobs")
+        inputs, tops, logs, tails = map(self._numbers, lists)
         whole = (np.stack([start, n, inputs, tops, logs, tails])[:, rows] >= 0).all(axis=0)
         self._say(
-            rows[~whole],
-            "scored or kept (ok), but ids, counts or log-probabilities are missing.",
+            rows[~whole], "scored or kept (ok), but ids, counts or log-probabilities are missing."
         )
         rows = rows[whole]
         right = (inputs == start + n) & (n > 0)
@@ -333,7 +316,7 @@ class _Rows:
         for i, end in zip(rows, last, strict=True):
             if end != metadata["eos_token_id"]:
                 self._say(i, f"ends with id {end}, not the end token.")
-        context = self._lengths("teacher_prompt_ids") >= 0
+        context = self._numbers("teacher_prompt_ids") >= 0
         self._say(
             rows[context[rows] != (metadata["score_context"] == "rewrite")],
             f"teacher_prompt_ids contradict {metadata['score_context']!r} scoring.",

@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -30,13 +31,7 @@ import click
 from mpd_data import rewrite, rewrite_setup, rollouts
 from mpd_data.common.errors import ConfigError, MPDError, requires
 from mpd_data.common.models import ModelFiles
-from mpd_data.config import (
-    EngineConfig,
-    PartsConfig,
-    RewriteConfig,
-    RolloutsConfig,
-    SamplingConfig,
-)
+from mpd_data.config import EngineConfig, PartsConfig, RewriteConfig, RolloutsConfig
 from mpd_data.engines.protocol import Completion, Engine, Refused, Scores
 from mpd_data.engines.start import start_engine
 from mpd_data.stage import OVERWRITTEN, Outcome
@@ -64,14 +59,14 @@ _SECRETS = ("TOKEN", "KEY")
 @dataclass(frozen=True)
 class Job:
     """What every actor gets. `folder` is the round's, `cwd` the base of other relative paths.
-    `limits` has the maximum number of rows of each block, None for no limit; a block that is run
-    again has its limit again."""
+    The blocks share `limit`, the maximum number of rows; one that is run again has its share again.
+    """
 
     config: RolloutsConfig | RewriteConfig
     folder: Path
     cwd: str
     blocks: int
-    limits: list[int] | None
+    limit: int | None
 
     @property
     def label(self) -> str:
@@ -97,9 +92,7 @@ def rollouts_on_ray(
     actors commit what they have first.
     """
     rollouts.setup(config, weights=False, overwrite=overwrite)
-    round_dir = RoundDir(config.out)
-    counts = _run(config, round_dir, "rollouts", overwrite, limit)
-    return Outcome(_rows(round_dir, "rollouts"), *counts)
+    return _run(config, RoundDir(config.out), "rollouts", overwrite, limit)
 
 
 def rewrite_on_ray(
@@ -108,15 +101,12 @@ def rewrite_on_ray(
     """`run_rewrite` on a Ray cluster, as `rollouts_on_ray`."""
     rewrite_setup.setup(config, weights=False, overwrite=overwrite)
     round_dir = RoundDir(config.shards)
-    counts = _run(config, round_dir, "distill", overwrite, limit)
-    return Outcome(_rows(round_dir, "distill"), *counts, round_dir.count_statuses())
+    outcome = _run(config, round_dir, "distill", overwrite, limit)
+    return dataclasses.replace(outcome, statuses=round_dir.count_statuses())
 
 
 def _rows(round_dir: RoundDir, stage: Stage) -> int:
     return sum(shard.rows for shard in round_dir.manifest(stage))
-
-
-# -- the command ----------------------------------------------------------------------
 
 
 def _run(
@@ -125,35 +115,27 @@ def _run(
     stage: Stage,
     overwrite: bool,
     limit: int | None,
-) -> tuple[int, int, int]:
-    """(rows written, requests that failed, what a limit left over)."""
+) -> Outcome:
     with requires("ray", "--ray (on every node of the cluster)"):
         import ray
         from ray.exceptions import RayError
     blocks = config.parts.workers * BLOCKS_PER_ACTOR
-    limits = None
-    if limit is not None:
-        limits = [limit // blocks + (block < limit % blocks) for block in range(blocks)]
-    job = Job(config, round_dir.path.absolute(), str(Path.cwd()), blocks, limits)
+    job = Job(config, round_dir.path.absolute(), str(Path.cwd()), blocks, limit)
     if overwrite:
         with round_dir.lock(job.label):
             round_dir.discard(*OVERWRITTEN[stage])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(_ENVIRONMENT) and not name.endswith(_SECRETS)
+    }
     with ExitStack() as held:
         held.enter_context(round_dir.lock(job.label, job.command))
         round_dir.recover(stage)
         before = _rows(round_dir, stage)
         try:
-            ray.init(
-                logging_level=logging.ERROR,
-                runtime_env={
-                    "env_vars": {
-                        name: value
-                        for name, value in os.environ.items()
-                        if name.startswith(_ENVIRONMENT) and not name.endswith(_SECRETS)
-                    }
-                },
-            )
+            ray.init(logging_level=logging.ERROR, runtime_env={"env_vars": variables})
             with _stopping(held) as stop:
                 failed, remaining = _take_results(job, stop)
         except (RayError, ConnectionError) as error:
@@ -164,7 +146,8 @@ def _run(
         finally:
             ray.shutdown()
     # What a dead node had committed is in no actor's count.
-    return _rows(round_dir, stage) - before, failed, remaining
+    total = _rows(round_dir, stage)
+    return Outcome(total, total - before, failed, remaining)
 
 
 @contextmanager
@@ -196,7 +179,7 @@ def _stopping(held: ExitStack) -> Iterator[Callable[[], None]]:
 
 
 def _take_results(job: Job, stop: Callable[[], None]) -> tuple[int, int]:
-    """Has the blocks done; (rows that failed, what remains). Raises the first error as
+    """Wait for all blocks. Return rows that failed and what remains. Raises the first error as
     MPDError when all actors have stopped."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -209,9 +192,7 @@ def _take_results(job: Job, stop: Callable[[], None]) -> tuple[int, int]:
     context.execution_no_progress_timeout_s = -1
     context.issue_detectors_config.detectors = []
     engine = job.config.engine
-    gpus = 0
-    if engine.backend != "openai" and "GPU" in ray.cluster_resources():
-        gpus = engine.num_gpus
+    needs_gpus = engine.backend != "openai" and "GPU" in ray.cluster_resources()
     # Items instead of a range: tasks would read the range, and the actors leave no CPU for tasks.
     items = ray.data.from_items(list(range(job.blocks)), override_num_blocks=job.blocks)
     results = items.map_batches(
@@ -221,28 +202,22 @@ def _take_results(job: Job, stop: Callable[[], None]) -> tuple[int, int]:
         # One block at a time: an idle actor cannot take a block that waits at a busy one.
         compute=ActorPoolStrategy(size=job.config.parts.workers, max_tasks_in_flight_per_actor=1),
         num_cpus=1,
-        num_gpus=gpus or None,
+        num_gpus=engine.num_gpus if needs_gpus else None,
     )
-    error, written, failed, remaining = None, 0, 0, 0
+    error, counts = None, Counter[str]()
     batches = results.iter_batches(batch_size=1, prefetch_batches=0)
     for done, batch in enumerate(batches, start=1):
-        said = json.loads(str(batch["said"][0]))
-        if error is None and said["error"] is not None:
-            error = said["error"]
+        result = json.loads(str(batch["result"][0]))
+        block_error = result.pop("error")
+        if error is None and block_error is not None:
+            error = block_error
             stop()
-        written += said["written"]
-        failed += said["failed"]
-        remaining += said["remaining"]
-        click.echo(
-            f"{job.label}: {done} of {job.blocks} blocks, {written} rows new, {failed} failed",
-            err=True,
-        )
+        counts.update(result)
+        rows = f"{counts['written']} rows new, {counts['failed']} failed"
+        click.echo(f"{job.label}: {done} of {job.blocks} blocks, {rows}", err=True)
     if error is not None:
         raise MPDError(error)
-    return failed, remaining
-
-
-# -- the actors -----------------------------------------------------------------------
+    return counts["failed"], counts["remaining"]
 
 
 class EngineActor:
@@ -258,19 +233,19 @@ class EngineActor:
             os.chdir(job.cwd)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """What came of the block in `batch`, as JSON. Errors with a message are in it: Ray would
-        wrap them in its own, and this way all actors can stop in order."""
+        """Return the result of the block in `batch`, as JSON. Errors with a message are in it: Ray
+        would wrap them in its own, and this way all actors can stop in order."""
         block = int(batch["item"][0])
-        said: dict[str, Any] = {"written": 0, "failed": 0, "remaining": 0, "error": None}
+        result: dict[str, Any] = {"written": 0, "failed": 0, "remaining": 0, "error": None}
         try:
             outcome = self._do(block)
-            said |= {name: getattr(outcome, name) for name in ("written", "failed", "remaining")}
+            result |= {name: getattr(outcome, name) for name in ("written", "failed", "remaining")}
         except KeyboardInterrupt:
             self._drop_engine()
         except MPDError as error:
             self._drop_engine()
-            said["error"] = f"{error} (block {block}, on {socket.gethostname()})"
-        return {"said": [json.dumps(said)]}
+            result["error"] = f"{error} (block {block}, on {socket.gethostname()})"
+        return {"result": [json.dumps(result)]}
 
     def _do(self, block: int) -> Outcome:
         job = self._job
@@ -295,11 +270,13 @@ class EngineActor:
                 if isinstance(config, RolloutsConfig)
                 else rewrite_setup.setup(config)
             )
-        own = config.model_copy(
-            update={"parts": PartsConfig(shard_index=part.index, num_shards=part.count)}
+        own = PartsConfig(shard_index=part.index, num_shards=part.count)
+        prepared = dataclasses.replace(
+            self._prepared, config=config.model_copy(update={"parts": own})
         )
-        prepared = dataclasses.replace(self._prepared, config=own)
-        limit = None if self._job.limits is None else self._job.limits[part.index]
+        limit = self._job.limit
+        if limit is not None:
+            limit = limit // part.count + (part.index < limit % part.count)
         if isinstance(prepared, rollouts.RolloutSetup):
             return rollouts.sample(prepared, limit=limit, start=self._start)
         return rewrite.distill(prepared, limit=limit, start=self._start)
@@ -334,8 +311,8 @@ class EngineActor:
 
     def _drop_engine(self) -> None:
         """Close the engine: after an interrupted block it holds requests that nobody waits for."""
-        if self._engine is not None:
-            engine, self._engine = self._engine, None
+        engine, self._engine = self._engine, None
+        if engine is not None:
             engine.close()
 
 
@@ -371,18 +348,12 @@ class _Lent:
         self._looked = 0.0
         self.max_model_len = engine.max_model_len
         self.max_in_flight = engine.max_in_flight
+        self.submit_generate = engine.submit_generate
+        self.submit_score = engine.submit_score
 
     @property
     def in_flight(self) -> int:
         return self._engine.in_flight
-
-    def submit_generate(
-        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
-    ) -> None:
-        self._engine.submit_generate(key, prompt_ids, sampling, seed)
-
-    def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
-        self._engine.submit_score(key, context_ids, target_ids, k)
 
     def step(self) -> Sequence[Completion | Scores | Refused]:
         if time.monotonic() - self._looked > _SECONDS_PER_LOOK:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from threading import Thread
 
 import click
@@ -41,18 +42,14 @@ def slurm_part() -> tuple[int, int] | None:
     return index, count
 
 
-def _devices() -> list[str]:
-    """Return the GPUs that CUDA_VISIBLE_DEVICES may name; [] on a CPU machine."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [device.strip() for device in visible.split(",") if device.strip()]
-    return [str(index) for index in range(len(gpus("index")))]
-
-
 def _shares(workers: int, gpus_each: int) -> list[str | None]:
     """Return CUDA_VISIBLE_DEVICES of each worker; None leaves it as it is, on a CPU machine. Raises
     ConfigError for too few GPUs."""
-    devices = _devices()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        devices = [str(index) for index in range(len(gpus("index")))]
+    else:
+        devices = [device.strip() for device in visible.split(",") if device.strip()]
     if not devices:
         return [None] * workers
     if workers * gpus_each > len(devices):
@@ -64,11 +61,8 @@ def _shares(workers: int, gpus_each: int) -> list[str | None]:
     return [",".join(devices[i * gpus_each : (i + 1) * gpus_each]) for i in range(workers)]
 
 
-def run_workers(
-    command: str, config: RolloutsConfig | RewriteConfig, limit: int | None = None
-) -> int:
-    """Run `mpd-gen COMMAND` in `config.parts.workers` processes. Return the exit code, 0 or 3 (some
-    rows failed).
+def run_workers(command: str, config: RolloutsConfig | RewriteConfig, limit: int | None) -> bool:
+    """Run `mpd-gen COMMAND` in `config.parts.workers` processes. Return whether rows failed.
 
     Raises MPDError if a worker fails. The others are then interrupted and commit their finished
     rows.
@@ -79,44 +73,34 @@ def run_workers(
     try:
         shares = _shares(workers, config.engine.num_gpus)
         for i, devices in enumerate(shares):
-            own = config.model_copy(
-                update={
-                    "parts": PartsConfig(
-                        shard_index=part.index * workers + i, num_shards=part.count * workers
-                    )
-                }
-            )
-            words = [command, *arguments(own)]
+            own = PartsConfig(shard_index=part.index * workers + i, num_shards=part.count * workers)
+            words = [command, *arguments(config.model_copy(update={"parts": own}))]
             if limit is not None:
                 share = limit // workers + (i < limit % workers)
                 if not share:
                     continue
                 words += ["--limit", str(share)]
+            share_of_gpus = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
             process = subprocess.Popen(
                 [sys.executable, "-m", "mpd_data.cli", *words],
-                env={
-                    **os.environ,
-                    _WORKER: "1",
-                    **({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}),
-                },
-                stdin=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
+                env={**os.environ, _WORKER: "1", **share_of_gpus},
+                stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
                 # An interrupt at the terminal must reach them once, from this process.
                 start_new_session=True,
-            )
+            )  # fmt: skip
             processes.append(process)
             printers.append(Thread(target=_print_lines, args=(i, process), daemon=True))
             printers[-1].start()
         codes = _wait(processes)
     finally:
-        _interrupt(processes)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
         for process in processes:
             process.wait()
         for printer in printers:
             printer.join()
-    return EXIT_FAILED_ROWS if EXIT_FAILED_ROWS in codes else 0
+    return EXIT_FAILED_ROWS in codes
 
 
 def is_worker() -> bool:
@@ -145,24 +129,14 @@ def _wait(processes: list[subprocess.Popen[str]]) -> list[int]:
     codes: dict[int, int] = {}
     while len(codes) < len(processes):
         for i, process in enumerate(processes):
-            if i in codes:
-                continue
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 codes[i] = process.wait(0.1)
-            except subprocess.TimeoutExpired:
-                continue
-            if codes[i] not in (0, EXIT_FAILED_ROWS):
+            if codes.get(i, 0) not in (0, EXIT_FAILED_ROWS):
                 raise MPDError(
                     f"worker {i} ended with exit code {codes[i]}; its message is above. Finished"
                     " rows are committed: fix the cause and run the same command again."
                 )
     return list(codes.values())
-
-
-def _interrupt(processes: list[subprocess.Popen[str]]) -> None:
-    for process in processes:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
 
 
 def _print_lines(number: int, process: subprocess.Popen[str]) -> None:
