@@ -224,10 +224,7 @@ def answers_lost(base: Path, last: Path, name: str) -> Lost | None:
             Example(
                 rows[0]["problem"],
                 rows[0]["gold_answer"],
-                [
-                    _whole("base", rows[0], EXCERPT_WORDS),
-                    _whole(name, rows[1], EXCERPT_WORDS),
-                ],
+                [_whole("base", rows[0], EXCERPT_WORDS), _whole(name, rows[1], EXCERPT_WORDS)],
             )
         )
     lost, won = ((falls["fall"] * sign > 0).sum() for sign in (1, -1))

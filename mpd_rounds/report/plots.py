@@ -205,10 +205,7 @@ def _label(axes: Any, named: list[tuple[str, Point, str]], size: tuple[float, fl
         )
 
 
-def lengths(
-    title: str,
-    panels: dict[str, dict[str, tuple[LengthCounts, Histogram]]],
-) -> str:
+def lengths(title: str, panels: dict[str, dict[str, tuple[LengthCounts, Histogram]]]) -> str:
     """Return distributions of trace lengths in panels, one above the other on one axis. The first
     of two in a panel is grey. Lines mark mean and median, a triangle the 95th percentile."""
     rows = len(panels)

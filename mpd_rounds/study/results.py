@@ -338,10 +338,7 @@ def plot(title: str, settings: list[dict[str, Any]], out: Path) -> None:
             x[-1],
             y[-1],
             xerr=[[max(x[-1] - at_x[0], 0)], [max(at_x[1] - x[-1], 0)]],
-            yerr=[
-                [max(y[-1] - y[0] - 100 * low, 0)],
-                [max(100 * high - (y[-1] - y[0]), 0)],
-            ],
+            yerr=[[max(y[-1] - y[0] - 100 * low, 0)], [max(100 * high - (y[-1] - y[0]), 0)]],
             fmt="o",
             color=colour,
             markersize=6,

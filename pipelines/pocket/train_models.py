@@ -21,12 +21,7 @@ import click
 import torch
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from pipelines.pocket.generation import Sample, load, rewrite_prompt, sample
 from pipelines.pocket.tokenizer import END, MAX_LENGTH, build_tokenizer, prompt_ids
@@ -117,9 +112,7 @@ def solving(tokenizer: PreTrainedTokenizerFast, rng: random.Random, slip_rate: f
 
 
 def rewriting(
-    tokenizer: PreTrainedTokenizerFast,
-    rng: random.Random,
-    student_drafts: list[Sample],
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, student_drafts: list[Sample]
 ) -> Draw:
     source = problems(rng, FAMILIES, "pretrain")
 
