@@ -31,34 +31,29 @@ from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.runner import Runner
 from mpd_rounds.run.steps import Pipeline, load_pipeline
 
+_DIFFERENCES = (
+    "token_reduction", "token_reduction_interval", "accuracy_difference",
+    "accuracy_difference_interval",
+)  # fmt: skip
+
 
 def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
     """Return the figures of a finished pipeline: the first evaluation set for the base and every
     round, and the comparison of the last round with the base on every set."""
-    headline, *_ = [chosen.name for chosen in pipeline.evaluation]
+    names = [chosen.name for chosen in pipeline.evaluation]
     last = pipeline.rounds
     sets = {
-        chosen.name: comparison.compare(
-            plan.evaluation(0, chosen.name), plan.evaluation(last, chosen.name)
-        )
-        for chosen in pipeline.evaluation
+        name: comparison.compare(plan.evaluation(0, name), plan.evaluation(last, name))
+        for name in names
     }
-    rounds = [comparison.evaluate(plan.evaluation(r, headline)) for r in range(1, last + 1)]
+    rounds = [comparison.evaluate(plan.evaluation(r, names[0])) for r in range(1, last + 1)]
     return {
         "pipeline": pipeline.name,
         "seed": pipeline.seed,
-        "base": sets[headline]["base"],
+        "base": sets[names[0]]["base"],
         "rounds": rounds,
         "final": rounds[-1],
-        **{
-            name: sets[headline][name]
-            for name in (
-                "token_reduction",
-                "token_reduction_interval",
-                "accuracy_difference",
-                "accuracy_difference_interval",
-            )
-        },
+        **{name: sets[names[0]][name] for name in _DIFFERENCES},
         "sets": sets,
     }
 
@@ -108,16 +103,6 @@ def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
     lengths |= {f"round {r}": plan.evaluation(r, headline) for r in range(1, pipeline.rounds + 1)}
     plot_lengths(lengths, out / "lengths.png")
     return summary
-
-
-def _seeds_table(summaries: list[dict[str, Any]]) -> str:
-    return format_table(
-        [
-            {"seed": str(summary["seed"]), "set": name, **comparison.side_by_side(result)}
-            for summary in summaries
-            for name, result in summary["sets"].items()
-        ]
-    )
 
 
 def _rates(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
@@ -189,29 +174,31 @@ def cli(
         from mpd_rounds.run.plan import plan_pipeline, show_pipeline
 
         # The first seed stands for all: each other seed takes as much again.
-        folder, settings = out, overrides
         if seeds is not None:
-            folder, settings = out / "seed0", (*overrides, "seed=0")
-        planned = plan_pipeline(load_pipeline(pipeline, settings), folder, rates)
-        show_pipeline(planned, as_json)
+            out, overrides = out / "seed0", (*overrides, "seed=0")
+        show_pipeline(plan_pipeline(load_pipeline(pipeline, overrides), out, rates), as_json)
         if seeds is not None:
             click.echo(f"This is the first of {seeds} seeds.", err=True)
         return
     if seeds is None:
-        summary = run_pipeline(load_pipeline(pipeline, overrides), out)
-        show(summary)
+        show(summary := run_pipeline(load_pipeline(pipeline, overrides), out))
         click.echo(f"wrote {out / 'summary.json'} and {out / 'lengths.png'}", err=True)
         click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
         if summary["failed_rows"]:
             click.echo(f"some rows failed; see {out}/*/*/errors/*.parquet", err=True)
             raise click.exceptions.Exit(EXIT_FAILED_ROWS)
         return
-    summaries = []
-    for seed in range(seeds):
-        chosen = load_pipeline(pipeline, (*overrides, f"seed={seed}"))
-        summaries.append(run_pipeline(chosen, out / f"seed{seed}"))
+    summaries = [
+        run_pipeline(load_pipeline(pipeline, (*overrides, f"seed={n}")), out / f"seed{n}")
+        for n in range(seeds)
+    ]
     write_json_atomic(out / "seeds.json", summaries)
-    click.echo(f"\n{_seeds_table(summaries)}")
+    rows = [
+        {"seed": str(summary["seed"]), "set": name, **comparison.side_by_side(result)}
+        for summary in summaries
+        for name, result in summary["sets"].items()
+    ]
+    click.echo(f"\n{format_table(rows)}")
     click.echo(f"wrote {out / 'seeds.json'}", err=True)
     click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
 

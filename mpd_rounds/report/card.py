@@ -8,11 +8,11 @@ from typing import Any
 import polars as pl
 
 from mpd_data.inspect.contamination import check_contamination
-from mpd_data.inspect.stats import collect, scan
+from mpd_data.inspect.stats import collect, scan_round
 from mpd_data.store.round import RoundDir
 from mpd_rounds.report.document import Block, Code, Paragraph, Table
 from mpd_rounds.report.queries import Funnel
-from mpd_rounds.report.run import Run, shard_metadata, stage_info
+from mpd_rounds.report.run import Run, rollouts_info, round_name, shard_metadata
 
 NOT_DECLARED = "not declared"
 _MATCHES = 10  # pairs of similar prompts listed per evaluation set
@@ -22,13 +22,13 @@ _LICENSE = re.compile(r"^license(?:_name)?:[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 
 def data_card(run: Run, funnels: dict[int, Funnel]) -> Iterator[Block]:
     """Yield the data card of a run of mpd-rounds."""
-    distilled = {n: folder for n, folder in run.rounds.items() if funnels[n].statuses}
+    distilled = {n: folder for n, folder in run.rounds.items() if funnels[n].rewrites}
     if not distilled:
         yield Paragraph("There are no rewrites yet, so there is no data to describe.")
         return
     metadata = {n: shard_metadata(folder, "distill") for n, folder in distilled.items()}
     kept = sum(funnels[n].kept for n in distilled)
-    rows = sum(sum(funnels[n].statuses.values()) for n in distilled)
+    rows = sum(funnels[n].rewrites for n in distilled)
     yield Paragraph(
         f"{rows:,} rewrites from {len(distilled)} round{'s' * (len(distilled) > 1)}, {kept:,} of"
         f" them kept. A row is {_made(metadata)}. A kept row has the"
@@ -66,29 +66,26 @@ def _loading(path: Path) -> str:
     )
 
 
+def _kept(folder: Path) -> pl.LazyFrame:
+    return scan_round(folder, "distill").filter(pl.col("status") == "ok")
+
+
 def _counts(distilled: dict[int, Path], funnels: dict[int, Funnel]) -> Table:
     rows = []
     for number, folder in distilled.items():
-        frame = scan([folder], "distill")
-        assert frame is not None
         tokens = collect(
-            frame.filter(pl.col("status") == "ok").select(
-                pl.col("num_rewritten_tokens").cast(pl.Int64).sum()
-            )
+            _kept(folder).select(pl.col("num_rewritten_tokens").cast(pl.Int64).sum())
         ).item()
         size = sum(f.stat().st_size for f in RoundDir(folder).shard_paths("distill"))
         funnel = funnels[number]
-        rewrites = sum(funnel.statuses.values())
-        cells = (funnel.prompts, funnel.rollouts, rewrites, funnel.kept, tokens)
-        rows.append([f"round {number}", *(f"{n:,}" for n in cells), f"{size / 1e6:,.1f}"])
+        cells = (funnel.prompts, funnel.rollouts, funnel.rewrites, funnel.kept, tokens)
+        rows.append([round_name(number), *(f"{n:,}" for n in cells), f"{size / 1e6:,.1f}"])
     head = ["", "prompts", "rollouts", "rewrites", "kept", "kept tokens", "MB"]
     return Table("Counts", head, rows)
 
 
 def _sources(run: Run, distilled: dict[int, Path]) -> Table:
-    rows = []
-    for number, folder in distilled.items():
-        rows.append([f"round {number}", *_source(folder)])
+    rows = [[round_name(n), *_source(folder)] for n, folder in distilled.items()]
     for name, folders in run.evaluations.items():
         rows.append([f"evaluation {name}", *_source(folders[min(folders)])])
     head = ["used by", "files or data sets", "columns", "prompts' hash"]
@@ -97,7 +94,7 @@ def _sources(run: Run, distilled: dict[int, Path]) -> Table:
 
 
 def _source(folder: Path) -> list[str]:
-    info = stage_info(folder, "rollouts")
+    info = rollouts_info(folder)
     config = info.get("details", {}).get("config", {})
     names = (config.get(name) for name in ("prompt_column", "answer_column", "id_column"))
     columns = [str(name) for name in (*names, *config.get("metadata_columns", [])) if name]
@@ -125,9 +122,8 @@ def _licenses(run: Run, metadata: dict[int, dict[str, Any]]) -> Table:
             rows.append([did, name, own, "the model's README.md"])
         else:
             rows.append([did, name, NOT_DECLARED, ""])
-    prompts = str(declared.get("prompts", NOT_DECLARED))
     by = "the pipeline's [licenses]" if "prompts" in declared else ""
-    rows.append(["prompts", "", prompts, by])
+    rows.append(["prompts", "", str(declared.get("prompts", NOT_DECLARED)), by])
     note = (
         "Licences are as declared; nothing was checked. A model's licence decides whether its"
         " output may be used to train another model."
@@ -147,22 +143,16 @@ def license_of(model: Path) -> str | None:
 
 
 def _models(metadata: dict[int, dict[str, Any]]) -> Table:
-    rows = []
-    for number, shard in metadata.items():
-        for part, did in _PARTS.items():
-            model = shard[part]
-            rows.append([f"round {number}", did, str(model["name"]), str(model["version"])])
+    rows = [
+        [round_name(n), did, str(shard[part]["name"]), str(shard[part]["version"])]
+        for n, shard in metadata.items()
+        for part, did in _PARTS.items()
+    ]
     note = "A version is the hub's commit, or a hash of config and weights."
     return Table("Models", ["", "part", "name", "version"], rows, left=4, note=note)
 
 
 def _templates(metadata: dict[int, dict[str, Any]]) -> Table:
-    def line(name: str, shard: dict[str, Any]) -> str:
-        value = shard.get(name)
-        if name == "template" and isinstance(value, dict):
-            return f"{value.get('name')}, version {value.get('version')}, {value.get('hash')}"
-        return _shown(value)
-
     names = {
         "template": "rewrite template",
         "chat_template": "teacher's chat template",
@@ -172,34 +162,36 @@ def _templates(metadata: dict[int, dict[str, Any]]) -> Table:
         "score_context": "score context",
         "score_temperature": "score temperature",
     }
-    return _by_round("Templates and scoring", names, metadata, line)
+    values = {
+        n: {label: shard.get(name) for name, label in names.items()}
+        for n, shard in metadata.items()
+    }
+    return _by_round("Templates and scoring", values)
 
 
 def _filters(metadata: dict[int, dict[str, Any]]) -> Table:
     """Return a table of the settings that decide which rewrites are kept."""
-
-    def line(name: str, shard: dict[str, Any]) -> str:
-        return _shown(shard.get("filters", {}).get(name, shard.get(name)))
-
     names = sorted({name for shard in metadata.values() for name in shard.get("filters", {})})
-    labels = {name: name for name in (*names, "num_candidates", "choose")}
-    return _by_round("Filters", labels, metadata, line)
+    names += ["num_candidates", "choose"]
+    values = {
+        n: {name: shard.get("filters", {}).get(name, shard.get(name)) for name in names}
+        for n, shard in metadata.items()
+    }
+    return _by_round("Filters", values)
 
 
-def _by_round(
-    caption: str, names: dict[str, str], metadata: dict[int, dict[str, Any]], line: Any
-) -> Table:
+def _by_round(caption: str, values: dict[int, dict[str, Any]]) -> Table:
     """Return a row for each name; one column if all rounds agree, else one for each round."""
-    values = {n: [line(name, shard) for name in names] for n, shard in metadata.items()}
-    columns = list(values.values())
-    same = all(column == columns[0] for column in columns)
-    head = ["", "value"] if same else ["", *(f"round {n}" for n in values)]
-    rows = [[label, *cells] for label, *cells in zip(
-        names.values(), *(columns[:1] if same else columns), strict=True)]  # fmt: skip
+    columns, head = list(values.values()), ["", *map(round_name, values)]
+    if all(column == columns[0] for column in columns):
+        columns, head = columns[:1], ["", "value"]
+    rows = [[name, *(_shown(column[name]) for column in columns)] for name in columns[0]]
     return Table(caption, head, rows, left=len(head))
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, dict):  # a template
+        return f"{value.get('name')}, version {value.get('version')}, {value.get('hash')}"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else str(value)
@@ -208,7 +200,7 @@ def _shown(value: Any) -> str:
 def _content(distilled: dict[int, Path]) -> Iterator[Block]:
     carried: set[str] = set()
     for folder in distilled.values():
-        config = stage_info(folder, "rollouts").get("details", {}).get("config", {})
+        config = rollouts_info(folder).get("details", {}).get("config", {})
         carried |= set(map(str, config.get("metadata_columns", [])))
     named = f" ({', '.join(sorted(carried))})" if carried else ""
     yield Paragraph(
@@ -218,13 +210,9 @@ def _content(distilled: dict[int, Path]) -> Iterator[Block]:
         " agreed to, is not known here. Models wrote the rest. A kept rewrite has passed the"
         " filters above, which compare answers and not the steps that lead to them."
     )
-    frames = [frame for f in distilled.values() if (frame := scan([f], "distill")) is not None]
-    kept = pl.concat(frames).filter(pl.col("status") == "ok")
     graded, right, total = collect(
-        kept.select(
-            pl.col("is_correct").is_not_null().sum().alias("graded"),
-            pl.col("is_correct").sum().alias("right"),
-            pl.len().alias("total"),
+        pl.concat(map(_kept, distilled.values())).select(
+            graded=pl.col("is_correct").count(), right=pl.col("is_correct").sum(), total=pl.len()
         )
     ).row(0)
     yield Paragraph(
@@ -241,10 +229,9 @@ def contamination(run: Run) -> Iterator[Block]:
     # Sets that sample the same prompts in different ways are compared once.
     sets: dict[str, list[str]] = {}
     for name, folders in run.evaluations.items():
-        identity = stage_info(folders[min(folders)], "rollouts").get("identity", {})
+        identity = rollouts_info(folders[min(folders)]).get("identity", {})
         sets.setdefault(str(identity.get("prompts", name)), []).append(name)
     rows, worst = [], []
-    n = 0
     for names in sets.values():
         name, folders = ", ".join(names), run.evaluations[names[0]]
         evaluation = _prompts([folders[min(folders)]])
@@ -256,8 +243,8 @@ def contamination(run: Run) -> Iterator[Block]:
             [name, match.evaluation_id, match.train_id, match.ngram, f"{100 * match.share:.0f}%"]
             for match in result.matches[:_MATCHES]
         ]
-    head = ["set", "training prompts", "evaluation prompts", "the same", f"share a {n}-gram"]
-    head.append("of all")
+    head = ["set", "training prompts", "evaluation prompts", "the same", f"share a {n}-gram",
+            "of all"]  # fmt: skip
     note = (
         f"The same: equal except for spacing and case. A {n}-gram: {n} words in a row, without"
         " punctuation and case. Prompts made from one pattern share some and are not copies."

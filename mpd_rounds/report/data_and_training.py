@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 
 from mpd_rounds.report import plots, queries
 from mpd_rounds.report.document import (
@@ -22,10 +23,10 @@ from mpd_rounds.report.run import round_name
 # -- funnel -------------------------------------------------------------------------------------
 
 _STAGES: dict[str, Callable[[Funnel], int]] = {
-    "rollouts": lambda funnel: funnel.rollouts,
-    "not cut off": lambda funnel: funnel.whole,
-    "rewrites": lambda funnel: funnel.answered,
-    "kept": lambda funnel: funnel.kept,
+    "rollouts": attrgetter("rollouts"),
+    "not cut off": attrgetter("whole"),
+    "rewrites": attrgetter("answered"),
+    "kept": attrgetter("kept"),
 }
 
 _REASONS = {
@@ -49,12 +50,9 @@ def funnel_tables(funnels: dict[int, Funnel]) -> Iterator[Block]:
     if not funnels:
         return
     head = ["", *map(round_name, funnels)]
-    rows: list[list[str | Bar]] = [
-        ["prompts", *(f"{funnel.prompts:,}" for funnel in funnels.values())]
-    ]
+    rows: list[list[str | Bar]] = [["prompts", *(f"{f.prompts:,}" for f in funnels.values())]]
     for stage, count in _STAGES.items():
-        bars = (_bar(count(funnel), funnel.rollouts) for funnel in funnels.values())
-        rows.append([stage, *bars])
+        rows.append([stage, *(_bar(count(f), f.rollouts) for f in funnels.values())])
     ratios = [funnel.ratio for funnel in funnels.values()]
     rows.append(
         ["kept rewrites' length", *(f"{percent(r)} of the draft's" if r else NONE for r in ratios)]
@@ -77,10 +75,7 @@ def funnel_tables(funnels: dict[int, Funnel]) -> Iterator[Block]:
     rows = []
     for status in sorted(totals, key=lambda status: (-totals[status], status)):
         label = f"{status}: {_REASONS[status]}" if status in _REASONS else status
-        bars = (
-            _bar(funnel.statuses.get(status, 0), sum(funnel.statuses.values()))
-            for funnel in funnels.values()
-        )
+        bars = (_bar(f.statuses.get(status, 0), f.rewrites) for f in funnels.values())
         rows.append([label, *bars])
     if rows:
         note = "Shares are of all rewrite rows."
@@ -109,15 +104,12 @@ def training_curves(trainings: dict[str, Training]) -> Iterator[Block]:
         return
     drawn = []
     for names, title in queries.CURVES:
-        rounds = {
-            label: {
-                _SERIES_NAMES.get(name, name): training.columns[name]
-                for name in names
-                if name in training.columns
-            }
-            for label, training in trainings.items()
-        }
-        rounds = {label: series for label, series in rounds.items() if series}
+        rounds: dict[str, dict[str, list[tuple[int, float]]]] = {}
+        for label, training in trainings.items():
+            for name in names:
+                if name in training.columns:
+                    series = rounds.setdefault(label, {})
+                    series[_SERIES_NAMES.get(name, name)] = training.columns[name]
         if rounds:
             ends = "; ".join(
                 f"{label}, {name}: {_value(values[0][1])} to {_value(values[-1][1])}"
@@ -132,15 +124,10 @@ def training_curves(trainings: dict[str, Training]) -> Iterator[Block]:
     yield Plots(drawn, caption)
     rows: list[list[str | Bar]] = []
     for label, training in trainings.items():
-        losses = []
-        for name in ("loss", "kl", "validation_loss"):
-            ends_of_column = training.first_and_last(name)
-            losses.append(
-                NONE if ends_of_column is None else " → ".join(map(_value, ends_of_column))
-            )
-        tokens, seconds = training.total("tokens"), training.total("seconds")
-        pace = number(tokens / seconds if seconds else None)
-        rows.append([label, f"{training.steps:,}", f"{tokens:,.0f}", pace, *losses])
+        columns = map(training.first_and_last, ("loss", "kl", "validation_loss"))
+        losses = [NONE if both is None else " → ".join(map(_value, both)) for both in columns]
+        pace = number(training.tokens / training.seconds if training.seconds else None)
+        rows.append([label, f"{training.steps:,}", f"{training.tokens:,.0f}", pace, *losses])
     head = ["", "steps", "tokens", "tokens/s", "loss", "divergence", "validation loss"]
     yield Table("Trainings", head, rows, note="Losses: of the first and the last step.")
 
@@ -152,7 +139,7 @@ def _value(value: float) -> str:
 def training_tiles(trainings: dict[str, Training]) -> Iterator[Block]:
     """Yield the main results of each training."""
     for training in trainings.values():
-        tokens, seconds = training.total("tokens"), training.total("seconds")
+        tokens, seconds = training.tokens, training.seconds
         tiles = [Tile("Steps", f"{training.steps:,}", f"{tokens:,.0f} tokens")]
         for name, label in (("loss", "Loss"), ("validation_loss", "Validation loss")):
             ends = training.first_and_last(name)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import polars as pl
 
-from mpd_data.inspect.stats import collect, scan
+from mpd_data.inspect.stats import collect, scan, scan_round
 
 REWRITES = 2  # of each round
 PAIRS = 3  # problems before and after
@@ -93,22 +93,20 @@ def shortened(text: str, most: int) -> str:
 
 def kept_rewrites(folder: Path) -> list[Example]:
     """Return the kept rewrites of a round with the smallest keys, and their drafts."""
-    rollouts, distill = scan([folder], "rollouts"), scan([folder], "distill")
-    if rollouts is None or distill is None:
+    distill = scan([folder], "distill")
+    if distill is None:
         return []
-    chosen = collect(
-        distill.filter(pl.col("status") == "ok").select("row_id").bottom_k(REWRITES, by="row_id")
-    )["row_id"]
+    kept = distill.filter(pl.col("status") == "ok")
+    chosen = collect(kept.select("row_id").bottom_k(REWRITES, by="row_id"))["row_id"]
     rewrites = collect(
         distill.filter(pl.col("row_id").is_in(chosen.implode())).select(
             "row_id", "rollout_id", "rewrite", "num_rewritten_tokens", "is_correct"
         )
     ).sort("row_id")
-    drafts = {
-        row["row_id"]: row for row in _texts(rollouts, "row_id", rewrites["rollout_id"]).to_dicts()
-    }
+    texts = _texts(scan_round(folder), "row_id", rewrites["rollout_id"])
+    drafts = {row["row_id"]: row for row in texts.to_dicts()}
     pairs = []
-    for row in rewrites.iter_rows(named=True):
+    for row in rewrites.to_dicts():
         draft = drafts[row["rollout_id"]]
         before, after = word_diff(
             shortened(draft["completion"], MOST_WORDS), shortened(row["rewrite"], MOST_WORDS)
@@ -116,16 +114,11 @@ def kept_rewrites(folder: Path) -> list[Example]:
         tokens = draft["num_completion_tokens"]
         saved = 1 - row["num_rewritten_tokens"] / tokens
         facts = [f"{row['num_rewritten_tokens']:,} tokens", f"{100 * saved:.0f}% fewer"]
-        pairs.append(
-            Example(
-                draft["problem"],
-                draft["gold_answer"],
-                [
-                    Trace("draft", [f"{tokens:,} tokens"], before, draft["is_correct"]),
-                    Trace("kept rewrite", facts, after, row["is_correct"]),
-                ],
-            )
-        )
+        traces = [
+            Trace("draft", [f"{tokens:,} tokens"], before, draft["is_correct"]),
+            Trace("kept rewrite", facts, after, row["is_correct"]),
+        ]
+        pairs.append(Example(draft["problem"], draft["gold_answer"], traces))
     return pairs
 
 
@@ -142,32 +135,24 @@ def _texts(rollouts: pl.LazyFrame, by: str, values: pl.Series) -> pl.DataFrame:
 def before_and_after(base: Path, last: Path, name: str) -> list[Example]:
     """Return the first samples of the base and of the newest model, called `name`, for the held-out
     problems with the base's smallest keys."""
-    left, right = scan([base], "rollouts"), scan([last], "rollouts")
-    assert left is not None and right is not None
-    prompts = collect(
-        left.filter(pl.col("sample_idx") == 0)
-        .select("row_id", "prompt_id")
-        .bottom_k(PAIRS, by="row_id")
-    ).sort("row_id")["prompt_id"]
-    sides = [_first_samples(frame, prompts) for frame in (left, right)]
-    return [
-        _pair(sides[0][prompt], sides[1][prompt], name)
-        for prompt in prompts
-        if prompt in sides[0] and prompt in sides[1]
-    ]
+    firsts = [scan_round(folder).filter(pl.col("sample_idx") == 0) for folder in (base, last)]
+    prompts = collect(firsts[0].select("row_id", "prompt_id").bottom_k(PAIRS, by="row_id")).sort(
+        "row_id"
+    )["prompt_id"]
+    left, right = (_by_prompt(frame, prompts) for frame in firsts)
+    both = [prompt for prompt in prompts if prompt in left and prompt in right]
+    return [_pair(left[prompt], right[prompt], name, MOST_WORDS) for prompt in both]
 
 
-def _first_samples(rollouts: pl.LazyFrame, prompts: pl.Series) -> dict[str, dict[str, Any]]:
-    rows = _texts(rollouts.filter(pl.col("sample_idx") == 0), "prompt_id", prompts)
+def _by_prompt(rollouts: pl.LazyFrame, prompts: pl.Series) -> dict[str, dict[str, Any]]:
+    """Return the row with the smallest key of each of these prompts, with its text."""
+    rows = _texts(rollouts, "prompt_id", prompts).unique("prompt_id", keep="first")
     return {row["prompt_id"]: row for row in rows.to_dicts()}
 
 
-def _pair(base: dict[str, Any], last: dict[str, Any], name: str) -> Example:
-    return Example(
-        base["problem"],
-        base["gold_answer"],
-        [_whole("base", base, MOST_WORDS), _whole(name, last, MOST_WORDS)],
-    )
+def _pair(base: dict[str, Any], last: dict[str, Any], name: str, most: int) -> Example:
+    traces = [_whole("base", base, most), _whole(name, last, most)]
+    return Example(base["problem"], base["gold_answer"], traces)
 
 
 def _whole(title: str, row: dict[str, Any], most: int) -> Trace:
@@ -193,43 +178,26 @@ class Lost:
 
 def answers_lost(base: Path, last: Path, name: str) -> Lost | None:
     """Compare the answers. Return None if no problem has a gold answer on both sides."""
-    frames = [scan([folder], "rollouts") for folder in (base, last)]
+    frames = [scan_round(folder) for folder in (base, last)]
     sides = [
-        collect(frame.group_by("prompt_id").agg(pl.col("is_correct").mean().alias("accuracy")))
+        collect(frame.group_by("prompt_id").agg(accuracy=pl.col("is_correct").mean()))
         for frame in frames
-        if frame is not None
     ]
     both = sides[0].join(sides[1], on="prompt_id", suffix="_last").drop_nulls()
     if both.is_empty():
         return None
-    fall = (pl.col("accuracy") - pl.col("accuracy_last")).alias("fall")
-    falls = both.select("prompt_id", fall)
+    falls = both.select("prompt_id", fall=pl.col("accuracy") - pl.col("accuracy_last"))
     worst = (
         falls.filter(pl.col("fall") > 0)
         # The id decides between equals, so that the choice is always the same.
         .sort("fall", "prompt_id", descending=[True, False])
         .head(WORST)["prompt_id"]
     )
-    examples = []
     left, right = (
-        _texts(frame.filter(pl.col("is_correct") == wanted), "prompt_id", worst)
+        _by_prompt(frame.filter(pl.col("is_correct") == wanted), worst)
         for frame, wanted in zip(frames, (True, False), strict=True)
-        if frame is not None
     )
-    for prompt in worst:
-        rows = [
-            side.filter(pl.col("prompt_id") == prompt).row(0, named=True) for side in (left, right)
-        ]
-        examples.append(
-            Example(
-                rows[0]["problem"],
-                rows[0]["gold_answer"],
-                [
-                    _whole("base", rows[0], EXCERPT_WORDS),
-                    _whole(name, rows[1], EXCERPT_WORDS),
-                ],
-            )
-        )
+    examples = [_pair(left[prompt], right[prompt], name, EXCERPT_WORDS) for prompt in worst]
     lost, won = ((falls["fall"] * sign > 0).sum() for sign in (1, -1))
     return Lost(both.height, int(lost), int(won), examples)
 
@@ -238,15 +206,11 @@ def most(
     folder: Path, column: Literal["num_completion_tokens", "repetition"], name: str
 ) -> list[Example]:
     """Return the rollouts with the largest values of a column, the largest first."""
-    rollouts = scan([folder], "rollouts")
-    assert rollouts is not None
-    chosen = collect(
-        rollouts.select("row_id", column).top_k(WORST, by=[column, "row_id"])
-    )  # the key decides between equals
-    rows = _texts(rollouts, "row_id", chosen["row_id"]).sort(
-        column, "row_id", descending=[True, True]
-    )
+    rollouts = scan_round(folder)
+    order = [column, "row_id"]  # the key decides between equals
+    chosen = collect(rollouts.select(order).top_k(WORST, by=order))
+    rows = _texts(rollouts, "row_id", chosen["row_id"]).sort(order, descending=True)
     return [
         Example(row["problem"], row["gold_answer"], [_whole(name, row, EXCERPT_WORDS)])
-        for row in rows.iter_rows(named=True)
+        for row in rows.to_dicts()
     ]

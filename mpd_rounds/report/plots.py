@@ -13,7 +13,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter, StrMethodFormatter
 
 from mpd_rounds.report.queries import Histogram, LengthCounts
 
@@ -75,9 +78,6 @@ class Point:
 
 def _draw(width: float, height: float, draw: Any) -> str:
     """Return an SVG of `width` by `height` pixels. `draw` gets the figure."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         draw(figure)
@@ -91,12 +91,12 @@ def _for_the_page(svg: str) -> str:
     """Return the `svg` element alone, with the page's colours and font. A hash of its content is
     put before its identifiers, because several plots share one page."""
     svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    # A style would be the page's too.
+    left_out = r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->"
+    svg = re.sub(left_out, "", svg, flags=re.DOTALL)
     width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
     opening = f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
     svg = opening + svg[svg.index(">") + 1 :]
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would be the page's too
     own = hashlib.sha256(svg.encode()).hexdigest()[:8]
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{own}-", svg)
     svg = re.sub(r"font: ([^;\"]*?)([\d.]+px) [^;\"]+", r"font: \1\2 var(--sans)", svg)
@@ -106,15 +106,11 @@ def _for_the_page(svg: str) -> str:
 
 
 def _percent(axis: Any, span: float) -> None:
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(PercentFormatter(1, decimals=0 if span > 0.06 else 1))
 
 
 def _counts(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-
     axis.set_major_locator(MaxNLocator(5, integer=True))
     axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
@@ -129,14 +125,8 @@ def pareto(title: str, lines: dict[str, list[Point]], wide: bool) -> str:
         axes.grid(True)
         named: list[tuple[str, Point, str]] = []
         for (label, points), colour in zip(lines.items(), itertools.cycle(SERIES), strict=False):
-            axes.plot(
-                [p.tokens for p in points],
-                [p.accuracy for p in points],
-                color=colour,
-                linewidth=1.2,
-                alpha=0.5,
-                zorder=2,
-            )
+            x, y = [p.tokens for p in points], [p.accuracy for p in points]
+            axes.plot(x, y, color=colour, linewidth=1.2, alpha=0.5, zorder=2)
             for index, point in enumerate(points):
                 is_base = point.label == "base"
                 shade = BASE_COLOUR if is_base and len(lines) == 1 else colour
@@ -159,16 +149,9 @@ def pareto(title: str, lines: dict[str, list[Point]], wide: bool) -> str:
 def _cross(axes: Any, point: Point, colour: str, hollow: bool) -> None:
     axes.hlines(point.accuracy, *point.tokens_bounds, color=colour, linewidth=1.4, zorder=3)
     axes.vlines(point.tokens, *point.accuracy_bounds, color=colour, linewidth=1.4, zorder=3)
-    axes.plot(
-        point.tokens,
-        point.accuracy,
-        marker="o",
-        markersize=6.5,
-        color=colour,
-        markerfacecolor=PAPER if hollow else colour,
-        markeredgewidth=1.6,
-        zorder=4,
-    )
+    fill = PAPER if hollow else colour
+    axes.plot(point.tokens, point.accuracy, marker="o", markersize=6.5, color=colour,
+              markerfacecolor=fill, markeredgewidth=1.6, zorder=4)  # fmt: skip
 
 
 # Offsets of a label from its point, in pixels; the first free one is used.
@@ -193,22 +176,12 @@ def _label(axes: Any, named: list[tuple[str, Point, str]], size: tuple[float, fl
             ):
                 break
         taken.append(box)
-        axes.annotate(
-            name,
-            (point.tokens, point.accuracy),
-            xytext=(dx, dy),
-            textcoords="offset points",
-            ha="left" if dx > 0 else "right",
-            color=colour,
-            fontweight="bold",
-            zorder=5,
-        )
+        side = "left" if dx > 0 else "right"
+        axes.annotate(name, (point.tokens, point.accuracy), xytext=(dx, dy), ha=side, color=colour,
+                      textcoords="offset points", fontweight="bold", zorder=5)  # fmt: skip
 
 
-def lengths(
-    title: str,
-    panels: dict[str, dict[str, tuple[LengthCounts, Histogram]]],
-) -> str:
+def lengths(title: str, panels: dict[str, dict[str, tuple[LengthCounts, Histogram]]]) -> str:
     """Return distributions of trace lengths in panels, one above the other on one axis. The first
     of two in a panel is grey. Lines mark mean and median, a triangle the 95th percentile."""
     rows = len(panels)
@@ -223,16 +196,13 @@ def lengths(
                 colour = BASE_COLOUR if grey else ACCENT
                 axes.stairs(histogram.shares, histogram.edges, fill=True, color=colour, alpha=0.22)
                 axes.stairs(histogram.shares, histogram.edges, color=colour, linewidth=1.3)
-                axes.vlines(counts.mean, 0, 1.12 * top, color=colour, linewidth=1.3)
-                axes.vlines(counts.quantile(0.5), 0, 1.12 * top, color=colour, linewidth=1.3,
-                            linestyle=(0, (2, 2)))  # fmt: skip
-                edge = histogram.edges[-1]
-                p95 = min(counts.quantile(0.95), edge)
-                axes.plot(p95, 0, marker="^", color=colour, markersize=6, clip_on=False, zorder=5)
-                text = (
-                    f"{'' if alone else name + ': '}mean {counts.mean:,.0f} · median"
-                    f" {counts.quantile(0.5):,} · 95% ≤ {counts.quantile(0.95):,}"
-                )
+                median, p95 = counts.quantile(0.5), counts.quantile(0.95)
+                for x, dashes in ((counts.mean, "solid"), (median, (0, (2, 2)))):
+                    axes.vlines(x, 0, 1.12 * top, color=colour, linewidth=1.3, linestyle=dashes)
+                x = min(p95, histogram.edges[-1])
+                axes.plot(x, 0, marker="^", color=colour, markersize=6, clip_on=False, zorder=5)
+                text = "" if alone else f"{name}: "
+                text += f"mean {counts.mean:,.0f} · median {median:,} · 95% ≤ {p95:,}"
                 axes.text(
                     0.995, 0.97 - 0.2 * place, text, transform=axes.transAxes, ha="right", va="top",
                     color=MUTED if grey else colour, fontsize=10,
@@ -246,31 +216,26 @@ def lengths(
         grid[-1].set_xlabel("tokens per trace (the last bin holds all longer ones)")
         _counts(grid[-1].xaxis)
 
-    series = max(map(len, panels.values()))
-    return _draw(440, 66 + (74 + 14 * series) * rows, draw)
+    return _draw(440, 66 + (74 + 14 * max(map(len, panels.values()))) * rows, draw)
 
 
 def curves(title: str, rounds: dict[str, dict[str, list[tuple[int, float]]]]) -> str:
     """Return a plot of the trainings, rounds one after another. `rounds` has the series of each
     round (name -> points of step and value); each series has its colour."""
-    names = list(dict.fromkeys(name for series in rounds.values() for name in series))
+    names = dict.fromkeys(name for series in rounds.values() for name in series)
+    colours = dict(zip(names, itertools.cycle(SERIES), strict=False))
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         axes.grid(True, axis="y")
         start = 0
-        ends: dict[str, tuple[float, float]] = {}
         for label, series in rounds.items():
-            steps = max((step for points in series.values() for step, _ in points), default=0)
+            steps = max(step for points in series.values() for step, _ in points)
             for name, points in series.items():
                 x, y = thinned(points)
-                colour = SERIES[names.index(name) % len(SERIES)]
-                few = len(points) <= 40
-                axes.plot(
-                    start + x, y, color=colour, linewidth=1.5,
-                    marker="o" if few else None, markersize=2.6,
-                )  # fmt: skip
-                ends[name] = float(start + x[-1]), float(y[-1])
+                marker = "o" if len(points) <= 40 else None
+                axes.plot(start + x, y, color=colours[name], linewidth=1.5, marker=marker,
+                          markersize=2.6)  # fmt: skip
             if len(rounds) > 1:
                 if start:
                     axes.axvline(start + 0.5, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
@@ -280,7 +245,10 @@ def curves(title: str, rounds: dict[str, dict[str, list[tuple[int, float]]]]) ->
                 )  # fmt: skip
             start += steps
         if len(names) > 1:
-            _name_series(axes, names, ends)
+            for name, colour in colours.items():
+                axes.plot([], [], color=colour, linewidth=2.5, label=name)
+            axes.legend(frameon=False, fontsize=10, loc="best", handlelength=1.2, borderaxespad=0.2,
+                        labelcolor=INK)  # fmt: skip
         axes.set_title(title, pad=20 if len(rounds) > 1 else 10)
         axes.set_xlabel("optimiser step")
         axes.set_xlim(0.5 if start < 40 else 0, start + 0.5)
@@ -290,28 +258,13 @@ def curves(title: str, rounds: dict[str, dict[str, list[tuple[int, float]]]]) ->
     return _draw(350, 235, draw)
 
 
-def _name_series(axes: Any, names: list[str], ends: dict[str, tuple[float, float]]) -> None:
-    """Add a legend of the series."""
-    handles = [
-        axes.plot([], [], color=SERIES[i % len(SERIES)], linewidth=2.5, label=name)[0]
-        for i, name in enumerate(names)
-        if name in ends
-    ]
-    legend = axes.legend(handles=handles, frameon=False, fontsize=10, loc="best",
-                         handlelength=1.2, borderaxespad=0.2)  # fmt: skip
-    for text in legend.get_texts():
-        text.set_color(INK)
-
-
 def _numbers(axis: Any, largest: float) -> None:
     """Write tick labels in full. Matplotlib would move a common offset to a corner."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
-
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     if largest >= 1000:
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     elif largest < 1e-3:
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+        axis.set_major_formatter(StrMethodFormatter("{x:.2g}"))
     else:
         axis.set_major_formatter(ScalarFormatter(useOffset=False))
 

@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from mpd_data.store.run_record import read_record
 from mpd_rounds.report.document import Block, Table
-from mpd_rounds.report.run import Run, read_json, read_lines, round_name, shard_metadata
+from mpd_rounds.report.run import Run, read_lines, round_name, shard_metadata
 
 # Settings that come first in the table.
 _FIRST = ("name", "student", "teacher", "rounds", "seed", "licenses")
@@ -20,14 +21,13 @@ def provenance(run: Run) -> Iterator[Block]:
         for n, folder in folders.items():
             metadata[f"{round_name(n)}, evaluate {name}"] = shard_metadata(folder, "rollouts")
     for n, folder in run.trainings.items():
-        metadata[f"{round_name(n)}, train"] = read_json(folder / "run.json").get("details", {})
+        metadata[f"{round_name(n)}, train"] = read_record(folder).get("details", {})
     yield from _versions({label: details for label, details in metadata.items() if details})
     yield from _models_measured(run)
     yield from _times(run)
     if run.settings:
         first = {name: run.settings[name] for name in _FIRST if name in run.settings}
-        rows = [[name, _setting(value)] for name, value in _flat({**first, **run.settings}).items()]
-        yield Table("pipeline.json", ["setting", "value"], rows, left=2)
+        yield _settings("pipeline.json", {**first, **run.settings})
 
 
 def _models_measured(run: Run) -> Iterator[Block]:
@@ -42,13 +42,10 @@ def _models_measured(run: Run) -> Iterator[Block]:
 def _times(run: Run) -> Iterator[Block]:
     """Yield the seconds that each step took the last time it ran."""
     path = run.path / "finished.jsonl"
-    if not path.is_file():
-        return
-    seconds: dict[str, float] = {}
-    for record in read_lines(path, "label", "seconds"):
-        seconds[str(record["label"])] = float(record["seconds"])
-    rows = [[label, f"{taken:,.0f}"] for label, taken in seconds.items()]
-    yield Table("Time of the steps", ["", "seconds"], rows)
+    if path.is_file():
+        seconds = {str(r["label"]): r["seconds"] for r in read_lines(path, "label", "seconds")}
+        rows = [[label, f"{float(taken):,.0f}"] for label, taken in seconds.items()]
+        yield Table("Time of the steps", ["", "seconds"], rows)
 
 
 def _versions(metadata: dict[str, dict[str, Any]]) -> Iterator[Block]:
@@ -59,25 +56,23 @@ def _versions(metadata: dict[str, dict[str, Any]]) -> Iterator[Block]:
         versions = {"commit": commit, **details.get("versions", {})}
         if "backend" in details or "device" in details:
             versions["on"] = details.get("backend") or details.get("device")
-        alike.setdefault(json.dumps(versions), []).append(label)
-    rows = []
-    for versions_text, labels in alike.items():
-        versions = json.loads(versions_text)
         text = ", ".join(f"{name} {version}" for name, version in versions.items())
-        rows.append([", ".join(labels), text])
+        alike.setdefault(text, []).append(label)
+    rows = [[", ".join(labels), text] for text, labels in alike.items()]
     if rows:
         yield Table("Versions", ["stages", "versions"], rows, left=2)
 
 
 def training_provenance(run: Run) -> Iterator[Block]:
-    info = read_json(run.path / "run.json")
+    info = read_record(run.path)
     yield from _versions({run.label: info["details"]})
     identity = {k: v for k, v in info.get("identity", {}).items() if k != "config"}
-    rows = [
-        [name, _setting(value)]
-        for name, value in {**_flat(identity), **_flat(info["details"].get("config", {}))}.items()
-    ]
-    yield Table("run.json", ["setting", "value"], rows, left=2)
+    yield _settings("run.json", _flat(identity) | _flat(info["details"].get("config", {})))
+
+
+def _settings(caption: str, settings: dict[str, Any]) -> Table:
+    rows = [[name, _setting(value)] for name, value in _flat(settings).items()]
+    return Table(caption, ["setting", "value"], rows, left=2)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -97,13 +92,12 @@ def _setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def unlike_settings(runs: list[Run]) -> list[Block]:
-    """Return a table of the settings that differ between the runs, or nothing."""
+def unlike_settings(runs: list[Run]) -> Iterator[Block]:
+    """Yield a table of the settings that differ between the runs, if there are any."""
     flat = [_flat(run.settings) for run in runs]
     names = sorted({name for values in flat for name in values})
     unlike = [n for n in names if len({json.dumps(v.get(n)) for v in flat}) > 1]
-    if not unlike:
-        return []
-    rows = [[n, *(_setting(v.get(n)) for v in flat)] for n in unlike]
-    head = ["setting", *(run.label for run in runs)]
-    return [Table("Settings that differ", head, rows, left=len(head))]
+    if unlike:
+        rows = [[n, *(_setting(v.get(n)) for v in flat)] for n in unlike]
+        head = ["setting", *(run.label for run in runs)]
+        yield Table("Settings that differ", head, rows, left=len(head))

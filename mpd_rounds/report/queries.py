@@ -12,9 +12,9 @@ import polars as pl
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.inspect import compare as comparison
-from mpd_data.inspect.stats import collect, of_lengths, round_stats, scan, trace_lengths
+from mpd_data.inspect.stats import collect, of_lengths, round_stats, scan, scan_round, trace_lengths
 from mpd_data.store.schema import STATUSES
-from mpd_rounds.report.run import BASE, Run, count_rows, read_metrics
+from mpd_rounds.report.run import BASE, Run, count, read_metrics
 
 # The curves of a training, in order: (columns of metrics.jsonl, title).
 CURVES: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -64,11 +64,8 @@ class Histogram:
 
 def histograms(lengths: dict[str, LengthCounts]) -> dict[str, Histogram]:
     """Return the histogram of each distribution, in common bins (those of `mpd-gen stats`)."""
-    frames = [
-        length_counts.counts.with_columns(pl.lit(label).alias("folder"))
-        for label, length_counts in lengths.items()
-    ]
-    p99 = {label: length_counts.quantile(0.99) for label, length_counts in lengths.items()}
+    frames = [own.counts.with_columns(folder=pl.lit(label)) for label, own in lengths.items()]
+    p99 = {label: own.quantile(0.99) for label, own in lengths.items()}
     rows = trace_lengths(pl.concat(frames), p99)
     histograms_by_label = {}
     for label in lengths:
@@ -83,10 +80,8 @@ def histograms(lengths: dict[str, LengthCounts]) -> dict[str, Histogram]:
 
 def rollout_lengths(folder: Path) -> LengthCounts:
     """Return the lengths of the rollouts in a round's folder, which must hold some."""
-    frame = scan([folder], "rollouts")
-    assert frame is not None
-    counts = of_lengths(frame).group_by("tokens").agg(pl.col("samples").sum()).sort("tokens")
-    return LengthCounts(counts)
+    counts = of_lengths(scan_round(folder)).group_by("tokens").agg(pl.col("samples").sum())
+    return LengthCounts(counts.sort("tokens"))
 
 
 def rewrite_lengths(folder: Path) -> LengthCounts | None:
@@ -94,10 +89,8 @@ def rewrite_lengths(folder: Path) -> LengthCounts | None:
     frame = scan([folder], "distill")
     if frame is None:
         return None
-    kept = frame.filter(pl.col("status") == "ok")
-    counts = collect(
-        kept.group_by(tokens=pl.col("num_rewritten_tokens")).agg(pl.len().alias("samples"))
-    ).sort("tokens")
+    kept = frame.filter(pl.col("status") == "ok").group_by(tokens="num_rewritten_tokens")
+    counts = collect(kept.agg(samples=pl.len())).sort("tokens")
     return LengthCounts(counts) if counts.height else None
 
 
@@ -112,21 +105,26 @@ class Funnel:
     rollouts: int
     whole: int
     answered: int
-    kept: int
     statuses: dict[str, int]
     ratio: float | None
     failed: int
 
+    @property
+    def rewrites(self) -> int:
+        return sum(self.statuses.values())
+
+    @property
+    def kept(self) -> int:
+        return self.statuses.get("ok", 0)
+
 
 def funnel(folder: Path) -> Funnel:
     """Return the funnel of a round's folder, which must hold rollouts."""
-    rollouts = scan([folder], "rollouts")
-    assert rollouts is not None
     first = collect(
-        rollouts.select(
-            pl.col("prompt_id").hash().n_unique().alias("prompts"),
-            pl.len().alias("rollouts"),
-            (pl.col("finish_reason") == "stop").sum().alias("whole"),
+        scan_round(folder).select(
+            prompts=pl.col("prompt_id").hash().n_unique(),
+            rollouts=pl.len(),
+            whole=(pl.col("finish_reason") == "stop").sum(),
         )
     ).row(0, named=True)
     statuses: dict[str, int] = {}
@@ -135,25 +133,17 @@ def funnel(folder: Path) -> Funnel:
     if distill is not None:
         rows = collect(
             distill.group_by("status").agg(
-                pl.len().alias("rows"),
-                pl.col("rewrite_finish_reason").is_not_null().sum().alias("answered"),
-                pl.col("compression_ratio").mean().alias("ratio"),
+                rows=pl.len(),
+                answered=pl.col("rewrite_finish_reason").is_not_null().sum(),
+                ratio=pl.col("compression_ratio").mean(),
             )
         )
-        by_status = {row["status"]: row for row in rows.iter_rows(named=True)}
+        by_status = {row["status"]: row for row in rows.to_dicts()}
         statuses = {name: by_status[name]["rows"] for name in STATUSES if name in by_status}
         answered = sum(row["answered"] for row in by_status.values())
         ratio = by_status["ok"]["ratio"] if "ok" in by_status else None
-    return Funnel(
-        prompts=first["prompts"],
-        rollouts=first["rollouts"],
-        whole=first["whole"],
-        answered=answered,
-        kept=statuses.get("ok", 0),
-        statuses=statuses,
-        ratio=ratio,
-        failed=count_rows(folder, "errors"),
-    )
+    failed = count(folder, "errors")
+    return Funnel(**first, answered=answered, statuses=statuses, ratio=ratio, failed=failed)
 
 
 @dataclass(frozen=True)
@@ -221,7 +211,15 @@ class Training:
         points = self.columns.get(name)
         return (points[0][1], points[-1][1]) if points else None
 
-    def total(self, name: str) -> float:
+    @property
+    def tokens(self) -> float:
+        return self._total("tokens")
+
+    @property
+    def seconds(self) -> float:
+        return self._total("seconds")
+
+    def _total(self, name: str) -> float:
         return sum(value for _, value in self.columns.get(name, []))
 
 

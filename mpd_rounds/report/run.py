@@ -16,6 +16,7 @@ from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.text import plain
 from mpd_data.inspect.stats import collect, scan
 from mpd_data.store.round import RoundDir
+from mpd_data.store.run_record import read_record
 from mpd_data.store.schema import Stage
 from mpd_data.store.shards import read_metadata
 
@@ -57,7 +58,7 @@ def open_runs(paths: list[Path]) -> list[Run]:
     folders: list[Path] = []
     for path in paths:
         if not path.is_dir():
-            raise ConfigError(f"{plain(str(path))}: no such folder. Give the OUT of mpd-rounds.")
+            raise ConfigError(f"{path}: no such folder. Give the OUT of mpd-rounds.")
         seeds = sorted(
             (p for p in path.glob("seed*") if p.name[4:].isdigit() and (p / "eval").is_dir()),
             key=lambda p: int(p.name[4:]),
@@ -66,16 +67,15 @@ def open_runs(paths: list[Path]) -> list[Run]:
     resolved = [path.resolve() for path in folders]
     for path in folders:
         if resolved.count(path.resolve()) > 1:
-            raise ConfigError(f"{plain(str(path))}: given twice. Give each run once.")
+            raise ConfigError(f"{path}: given twice. Give each run once.")
     labels = _labels(resolved)
     runs = [_open(path, label) for path, label in zip(folders, labels, strict=True)]
-    if len(runs) > 1:
-        for run in runs:
-            if not run.is_pipeline:
-                raise ConfigError(
-                    f"{plain(str(run.path))}: the folder of a training. Only runs of mpd-rounds can"
-                    " be compared; give a training alone."
-                )
+    for run in runs:
+        if len(runs) > 1 and not run.is_pipeline:
+            raise ConfigError(
+                f"{run.path}: the folder of a training. Only runs of mpd-rounds can be compared;"
+                " give a training alone."
+            )
     return runs
 
 
@@ -95,19 +95,19 @@ def _is_pipeline(path: Path) -> bool:
 def _open(path: Path, label: str) -> Run:
     if _is_pipeline(path):
         return _open_pipeline(path, label)
-    info = read_json(path / "run.json") if (path / "run.json").is_file() else {}
+    info = read_record(path)
     if "stages" in info:
         raise ConfigError(
-            f"{plain(str(path))}: the folder of a round, not of a run. Read it with mpd-gen"
-            " stats, or give the OUT of mpd-rounds that contains it."
+            f"{path}: the folder of a round, not of a run. Read it with mpd-gen stats, or give the"
+            " OUT of mpd-rounds that contains it."
         )
     if "details" in info:
         trainings = {1: path} if (path / "metrics.jsonl").is_file() else {}
         missing = _missing_training("training", path)
         return Run(path, label, False, trainings=trainings, missing=missing)
     raise ConfigError(
-        f"{plain(str(path))}: not a run. Expected the OUT of mpd-rounds (pipeline.json, data/,"
-        " train/, eval/) or of mpd-train (run.json, metrics.jsonl)."
+        f"{path}: not a run. Expected the OUT of mpd-rounds (pipeline.json, data/, train/, eval/)"
+        " or of mpd-train (run.json, metrics.jsonl)."
     )
 
 
@@ -115,14 +115,15 @@ def _open_pipeline(path: Path, label: str) -> Run:
     saved = path / "pipeline.json"
     missing = []
     if saved.is_file():
-        settings = {name: value for name, value in read_json(saved).items() if name != "kind"}
+        settings = read_record(path, "pipeline")
+        settings.pop("kind", None)
         try:
             planned = int(settings["rounds"])
             sets = [str(chosen["name"]) for chosen in settings["evaluation"]]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"{plain(str(saved))}: expected the settings of a pipeline as mpd-rounds writes"
-                f" them, with `rounds` and `evaluation` ({type(error).__name__}: {error})."
+                f"{saved}: expected the settings of a pipeline as mpd-rounds writes them, with"
+                f" `rounds` and `evaluation` ({type(error).__name__}: {error})."
             ) from error
     else:
         settings = {}
@@ -138,7 +139,8 @@ def _open_pipeline(path: Path, label: str) -> Run:
             if not unmeasured:
                 run.evaluations.setdefault(name, {})[number] = folder
             lines += unmeasured
-        if number > BASE and len(lines) == 3 + len(sets) and all(map(_is_ahead, lines)):
+        not_begun = [line for line in lines if line.endswith(_NOT_BEGUN)]
+        if number > BASE and len(not_begun) == 3 + len(sets):
             # Nor has any round after it.
             rest = round_name(number) if number == planned else f"rounds {number} to {planned}"
             missing.append(f"{rest}: not begun")
@@ -148,10 +150,6 @@ def _open_pipeline(path: Path, label: str) -> Run:
 
 
 _NOT_BEGUN = "not begun"
-
-
-def _is_ahead(line: str) -> bool:
-    return line.endswith(_NOT_BEGUN)
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
@@ -164,13 +162,13 @@ def _look_at_round(run: Run, number: int) -> list[str]:
     data, train = run.path / "data" / f"round{number}", run.path / "train" / f"round{number}"
     name = round_name(number)
     lines = _missing_rollouts(f"{name}: rollouts", data)
-    rollouts = count_rows(data, "rollouts")
+    rollouts = count(data, "rollouts")
     if rollouts:
         run.rounds[number] = data
-    rewritten = count_rollouts_rewritten(data)
+    rewritten = count(data, "distill", pl.col("rollout_id").hash().n_unique())
     if rewritten == 0:
         lines.append(f"{name}: rewrite: {_NOT_BEGUN}")
-    elif rewritten + count_rows(data, "errors", "distill") < rollouts:
+    elif rewritten + _count_failed(data, "distill") < rollouts:
         lines.append(f"{name}: rewrite: {rewritten:,} of {rollouts:,} rollouts")
     lines += _missing_training(f"{name}: train", train)
     if (train / "metrics.jsonl").is_file():
@@ -179,12 +177,11 @@ def _look_at_round(run: Run, number: int) -> list[str]:
 
 
 def _missing_rollouts(label: str, folder: Path) -> list[str]:
-    rows = count_rows(folder, "rollouts")
-    details = stage_info(folder, "rollouts").get("details", {})
-    expected = details.get("rows")
+    rows = count(folder, "rollouts")
+    expected = rollouts_info(folder).get("details", {}).get("rows")
     if expected is None:
         return [f"{label}: {_NOT_BEGUN}"] if not rows else []
-    if rows + count_rows(folder, "errors", "rollouts") < expected:
+    if rows + _count_failed(folder, "rollouts") < expected:
         return [f"{label}: {rows:,} of {expected:,} samples"]
     return [] if rows else [f"{label}: all {expected:,} samples failed"]
 
@@ -198,39 +195,20 @@ def _missing_training(label: str, folder: Path) -> list[str]:
     return [f"{label}: {steps:,} steps, not finished"]
 
 
-def count_rows(folder: Path, stage: Stage, failed_in: str | None = None) -> int:
-    """Return the number of rows of a stage in a round's folder; with `failed_in`, of the error rows
-    of that stage."""
+def count(folder: Path, stage: Stage, what: pl.Expr | None = None) -> int:
+    """Return the number of rows of a stage in a round's folder, or the value of `what` over them;
+    0 if there is no row."""
     frame = scan([folder], stage)
     if frame is None:
         return 0
-    if failed_in is not None:
-        frame = frame.filter(pl.col("stage") == failed_in)
-    return int(collect(frame.select(pl.len())).item())
+    return int(collect(frame.select(pl.len() if what is None else what)).item())
 
 
-def count_rollouts_rewritten(folder: Path) -> int:
-    frame = scan([folder], "distill")
-    if frame is None:
-        return 0
-    return int(collect(frame.select(pl.col("rollout_id").hash().n_unique())).item())
+def _count_failed(folder: Path, stage: Stage) -> int:
+    return count(folder, "errors", (pl.col("stage") == stage).sum())
 
 
 # -- files ----------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises DataError if it holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(
-            f"{plain(str(path))}: not JSON ({error}). The file was changed after it was"
-            " written: restore it."
-        ) from error
-    if not isinstance(value, dict):
-        raise DataError(f"{plain(str(path))}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
@@ -250,24 +228,18 @@ def read_lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise DataError(
-                    f"{plain(str(path))}, line {number}: not JSON ({error})."
-                ) from error
+                raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
             if not isinstance(record, dict) or not record.keys() >= set(keys):
                 raise DataError(
-                    f"{plain(str(path))}, line {number}: expected a JSON object with"
-                    f" {', '.join(keys)}, found {plain(line[:80])}"
+                    f"{path}, line {number}: expected a JSON object with {', '.join(keys)}, found"
+                    f" {plain(line[:80])}"
                 )
             yield record
 
 
-def stage_info(folder: Path, stage: str) -> dict[str, Any]:
-    """Return the entry of a stage in run.json; empty if the stage has not run."""
-    path = folder / "run.json"
-    if not path.is_file():
-        return {}
-    saved: dict[str, Any] = read_json(path).get("stages", {}).get(stage, {})
-    return saved
+def rollouts_info(folder: Path) -> dict[str, Any]:
+    """Return what run.json holds of the rollouts in a round's folder; {} if they have not begun."""
+    return RoundDir(folder).saved_stage("rollouts") or {}
 
 
 def shard_metadata(folder: Path, stage: Stage) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from mpd_data.store.run_record import read_record
 from mpd_rounds.report import examples, queries
 from mpd_rounds.report.accuracy import lengths, results
 from mpd_rounds.report.card import data_card
@@ -23,7 +24,7 @@ from mpd_rounds.report.document import (
 )
 from mpd_rounds.report.provenance import provenance, training_provenance, unlike_settings
 from mpd_rounds.report.queries import Evaluation, Funnel, Training
-from mpd_rounds.report.run import BASE, Run, dates, read_json, round_name
+from mpd_rounds.report.run import BASE, Run, dates, round_name
 
 
 def single(run: Run) -> Document:
@@ -46,7 +47,7 @@ def several(runs: list[Run]) -> Document:
     by_run = {run.label: queries.evaluations(run) for run in runs}
     sections = [
         Section("comparison", "Comparison", [*_missing(runs), *results(by_run)]),
-        *_filled({"differences": ("Settings that differ", iter(unlike_settings(runs)))}),
+        *_filled({"differences": ("Settings that differ", unlike_settings(runs))}),
     ]
     for index, run in enumerate(runs):
         funnels = {n: queries.funnel(folder) for n, folder in run.rounds.items()}
@@ -82,17 +83,14 @@ def _filled(
 
 def _training_report(run: Run) -> Document:
     trainings = _trainings(run)
-    sections = [
-        Section("overview", "Overview", [*_missing([run]), *training_tiles(trainings)]),
-        *_filled(
-            {
-                "training": ("Training", training_curves(trainings)),
-                "settings": ("Settings and provenance", training_provenance(run)),
-            }
-        ),
-    ]
-    config = read_json(run.path / "run.json")["details"].get("config", {})
-    return Document(f"Training: {run.label}", f"Student {config.get('student')}", sections)
+    details = {
+        "training": ("Training", training_curves(trainings)),
+        "settings": ("Settings and provenance", training_provenance(run)),
+    }
+    overview = Section("overview", "Overview", [*_missing([run]), *training_tiles(trainings)])
+    config = read_record(run.path)["details"].get("config", {})
+    subtitle = f"Student {config.get('student')}"
+    return Document(f"Training: {run.label}", subtitle, [overview, *_filled(details)])
 
 
 def _trainings(run: Run) -> dict[str, Training]:
@@ -115,8 +113,7 @@ def _subtitle(run: Run) -> str:
         f" {rounds} round{'s' * (rounds != 1)}, seed {run.settings.get('seed')}"
     )
     if (days := dates(run)) is not None:
-        first, last = days
-        text += f", {first}" if first == last else f", {first} to {last}"
+        text += f", {' to '.join(dict.fromkeys(days))}"
     return text
 
 
@@ -147,13 +144,11 @@ def _tiles(run: Run, evaluations: list[Evaluation], funnels: dict[int, Funnel]) 
                 )
                 tiles.append(Tile("Accuracy, points", points(difference, None), interval))
             tokens = f"{number(base.side['mean_tokens'])} → {tokens}"
-            accuracies = [percent(side["accuracy"]) for side in (base.side, last.side)]
-            detail = ""
-            if last.side["accuracy"] is not None:
-                detail = f"accuracy {' → '.join(accuracies)}"
+            accuracies = f"{percent(base.side['accuracy'])} → {percent(last.side['accuracy'])}"
+            detail = "" if last.side["accuracy"] is None else f"accuracy {accuracies}"
         where = f"{first.name}, {round_name(max(first.by_round))}"
         tiles.append(Tile(f"Mean tokens, {where}", tokens, detail))
-    rows = sum(sum(funnel.statuses.values()) for funnel in funnels.values())
+    rows = sum(funnel.rewrites for funnel in funnels.values())
     if rows:
         kept = sum(funnel.kept for funnel in funnels.values())
         tiles.append(Tile("Rewrites kept", percent(kept / rows), f"{kept:,} of {rows:,}"))
@@ -190,8 +185,8 @@ def _before_and_after(run: Run) -> Iterator[Block]:
     ends = _ends(run)
     if ends is None:
         return
-    base, last, name = ends
-    pairs = examples.before_and_after(base, last, name)
+    _, _, name = ends
+    pairs = examples.before_and_after(*ends)
     if pairs:
         intro = (
             f"The same held-out problems ({run.headline}), answered by the base and by {name}: the"
@@ -216,7 +211,7 @@ def _worst(run: Run) -> Iterator[Block]:
                 "The problems with the largest loss: a right sample of the base, a wrong one now."
             )
             yield Examples("Answers lost", intro, lost.examples)
+    intro = f"Of {name}, on {run.headline}."
     longest = examples.most(last, "num_completion_tokens", name)
-    yield Examples("Longest traces", f"Of {name}, on {run.headline}.", longest)
-    repetitive = examples.most(last, "repetition", name)
-    yield Examples("Most repetitive traces", f"Of {name}, on {run.headline}.", repetitive)
+    yield Examples("Longest traces", intro, longest)
+    yield Examples("Most repetitive traces", intro, examples.most(last, "repetition", name))

@@ -1,6 +1,7 @@
 """Where a pipeline run keeps each step's files."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from mpd_rounds.run.steps import (
@@ -13,40 +14,39 @@ from mpd_rounds.run.steps import (
 )
 
 
+@dataclass(frozen=True)
 class Plan:
     """The steps of a pipeline, in order, in a run's folder."""
 
-    def __init__(self, pipeline: Pipeline, out: Path) -> None:
-        self._pipeline = pipeline
-        self._out = out
+    pipeline: Pipeline
+    out: Path
 
     def student(self, round_: int) -> str:
         """Return the model after `round_` rounds."""
         if round_ == 0:
-            return self._pipeline.student
-        return str(self._out / "train" / f"round{round_}" / "model")
+            return self.pipeline.student
+        return str(self.out / "train" / f"round{round_}" / "model")
 
     def evaluation(self, round_: int, name: str) -> Path:
         label = "base" if round_ == 0 else f"round{round_}"
-        return self._out / "eval" / f"{label}-{name}"
+        return self.out / "eval" / f"{label}-{name}"
 
     def training(self, round_: int) -> Iterator[Step]:
         """Yield rollouts, rewrite and train of a round (from 1)."""
-        p, data = self._pipeline, self._out / "data" / f"round{round_}"
+        p, data = self.pipeline, self.out / "data" / f"round{round_}"
         student = self.student(round_ - 1)
         yield rollouts_step(p, student, round_, data)
         yield rewrite_step(p, student, round_, data)
-        yield train_step(p, student, round_, data, self._out / "train" / f"round{round_}")
+        yield train_step(p, student, round_, data, self.out / "train" / f"round{round_}")
 
     def evaluations(self, round_: int) -> Iterator[Step]:
         """Yield the steps that sample held-out prompts from the student after `round_` rounds."""
-        p = self._pipeline
-        for chosen in p.evaluation:
+        for chosen in self.pipeline.evaluation:
             out = self.evaluation(round_, chosen.name)
-            yield evaluation_step(p, chosen, self.student(round_), round_, out)
+            yield evaluation_step(self.pipeline, chosen, self.student(round_), round_, out)
 
     def all_steps(self) -> list[Step]:
         steps = list(self.evaluations(0))
-        for round_ in range(1, self._pipeline.rounds + 1):
+        for round_ in range(1, self.pipeline.rounds + 1):
             steps += [*self.training(round_), *self.evaluations(round_)]
         return steps

@@ -136,108 +136,75 @@ def override(values: dict[str, Any], name: str, value: Any, where: str) -> None:
     target[last] = value
 
 
-def _stage(
-    model: type[BaseModel], p: Pipeline, section: str, given: dict[str, Any], fixed: dict[str, Any]
-) -> Any:
-    """Return a stage's settings: those `given` in a section, and those that the pipeline fixes."""
+_COMMANDS: dict[type[BaseModel], tuple[str, ...]] = {
+    RolloutsConfig: ("mpd-gen", "rollouts"),
+    RewriteConfig: ("mpd-gen", "rewrite"),
+    TrainConfig: ("mpd-train",),
+}
+
+
+def _step(
+    p: Pipeline,
+    label: str,
+    why: str,
+    out: Path,
+    model: type[RolloutsConfig | RewriteConfig | TrainConfig],
+    section: str,
+    given: dict[str, Any],
+    fixed: dict[str, Any],
+) -> Step:
+    """Return a step with the settings `given` in a section and those that the pipeline fixes."""
+    fixed = {**fixed, "seed": p.seed}
     clash = sorted(given.keys() & fixed.keys())
     if clash:
         raise ConfigError(
             f"{p.source}: [{section}]: the pipeline sets {', '.join(clash)}; remove them."
         )
-    return parse(model, {**given, **fixed}, p.source, section)
+    config = parse(model, {**given, **fixed}, p.source, section)
+    program, *command = _COMMANDS[model]
+    return Step(label, why, program, [*command, *arguments(config)], out, config)
 
 
 def rollouts_step(p: Pipeline, student: str, round_: int, out: Path) -> Step:
     """Return the step in which the sampler (`student` or the teacher) fills the round `out`."""
-    rollouts = _stage(
-        RolloutsConfig,
-        p,
-        "rollouts",
-        p.rollouts,
-        {
-            "model": student if p.sampler == "student" else p.teacher,
-            "out": out,
-            "round": round_,
-            "seed": p.seed,
-        },
-    )
-    return Step(
-        f"round {round_}: rollouts",
-        f"{_newest(round_) if p.sampler == 'student' else 'the teacher'} samples solutions",
-        "mpd-gen",
-        ["rollouts", *arguments(rollouts)],
-        out,
-        rollouts,
-    )
+    sampler, name = p.teacher, "the teacher"
+    if p.sampler == "student":
+        sampler, name = student, _newest(round_)
+    label, why = f"round {round_}: rollouts", f"{name} samples solutions"
+    fixed = {"model": sampler, "out": out, "round": round_}
+    return _step(p, label, why, out, RolloutsConfig, "rollouts", p.rollouts, fixed)
 
 
 def rewrite_step(p: Pipeline, student: str, round_: int, shards: Path) -> Step:
     """Return the step in which the rewriter (the teacher or `student`) rewrites a round."""
-    chooses = p.rewrite.get("choose") == "likeliest"
-    rewrite = _stage(
-        RewriteConfig,
-        p,
-        "rewrite",
-        p.rewrite,
-        {
-            "teacher": p.teacher if p.rewriter == "teacher" else student,
-            # Needed for the vocabulary, which never changes, and for the choice, which does.
-            **({} if p.sampler == "student" else {"student": student if chooses else p.student}),
-            "shards": shards,
-            "seed": p.seed,
-        },
-    )
-    return Step(
-        f"round {round_}: rewrite",
-        f"{'the teacher' if p.rewriter == 'teacher' else _newest(round_)} shortens them and scores"
-        " what passes the filter",
-        "mpd-gen",
-        ["rewrite", *arguments(rewrite)],
-        shards / "distill",
-        rewrite,
-    )
+    rewriter, name = p.teacher, "the teacher"
+    if p.rewriter == "student":
+        rewriter, name = student, _newest(round_)
+    fixed: dict[str, Any] = {"teacher": rewriter, "shards": shards}
+    if p.sampler == "teacher":
+        # Needed for the vocabulary, which never changes, and for the choice, which does.
+        fixed["student"] = student if p.rewrite.get("choose") == "likeliest" else p.student
+    label = f"round {round_}: rewrite"
+    why = f"{name} shortens them and scores what passes the filter"
+    return _step(p, label, why, shards / "distill", RewriteConfig, "rewrite", p.rewrite, fixed)
 
 
 def train_step(p: Pipeline, student: str, round_: int, shards: Path, out: Path) -> Step:
     """Return the step in which `student` learns from the round `shards`; it writes `out`/model."""
-    train = _stage(
-        TrainConfig,
-        p,
-        "train",
-        p.train,
-        {"shards": [shards], "student": student, "out": out, "seed": p.seed},
-    )
-    return Step(
-        f"round {round_}: train",
-        f"{_newest(round_)} learns from the kept rewrites",
-        "mpd-train",
-        arguments(train),
-        out / "model",
-        train,
-    )
+    label, why = f"round {round_}: train", f"{_newest(round_)} learns from the kept rewrites"
+    fixed = {"shards": [shards], "student": student, "out": out}
+    return _step(p, label, why, out / "model", TrainConfig, "train", p.train, fixed)
 
 
 def evaluation_step(
     p: Pipeline, chosen: EvaluationSet, student: str, round_: int, out: Path
 ) -> Step:
     """Return the step in which `student`, after `round_` rounds, answers held-out prompts."""
-    rollouts = _stage(
-        RolloutsConfig,
-        p,
-        f"evaluation.{chosen.name}.rollouts",
-        chosen.rollouts,
-        {"model": student, "out": out, "seed": p.seed},
-    )
-    label = "base" if round_ == 0 else f"round {round_}"
-    return Step(
-        f"{label}: evaluate {chosen.name}",
-        "held-out prompts, the same for every round",
-        "mpd-gen",
-        ["rollouts", *arguments(rollouts)],
-        out,
-        rollouts,
-    )
+    label = f"{'base' if round_ == 0 else f'round {round_}'}: evaluate {chosen.name}"
+    why = "held-out prompts, the same for every round"
+    section = f"evaluation.{chosen.name}.rollouts"
+    fixed = {"model": student, "out": out}
+    return _step(p, label, why, out, RolloutsConfig, section, chosen.rollouts, fixed)
 
 
 def _newest(round_: int) -> str:

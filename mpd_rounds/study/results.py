@@ -4,18 +4,21 @@ Intervals are 95%, by paired bootstrap over problems, each with its mean over th
 They hold the trained models fixed. The spread between seeds shows the chance in training.
 """
 
-import json
+import itertools
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import polars as pl
+from matplotlib.figure import Figure
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.files import write_json_atomic
 from mpd_data.config import RewriteConfig
 from mpd_data.inspect.compare import paired, per_problem
-from mpd_data.inspect.stats import collect, round_stats, scan
+from mpd_data.inspect.stats import collect, round_stats, scan_round
+from mpd_rounds.report.run import read_metrics
 from mpd_rounds.study.study import Group, SettingRun, Study, StudyOutcome
 
 # Of the last optimiser step.
@@ -75,19 +78,15 @@ def _setting(group: Group, name: str, runs: list[SettingRun]) -> dict[str, Any]:
     return {"name": name, "costs": [_cost(run) for run in own], "rounds": rounds}
 
 
-def _of_problems(paths: list[Path]) -> pl.DataFrame:
+def _over_seeds(frames: list[pl.DataFrame]) -> pl.DataFrame:
     """Return `per_problem` over all seeds: each problem's mean over the seeds that had it."""
-    frames = [per_problem(path) for path in paths]
     return (
         pl.concat(frames)
         .group_by("prompt_id")
         .agg(
             pl.col("samples").sum(),
             # If one seed lacks the gold answer, the problem has none.
-            pl.when(pl.col("accuracy").is_null().any())
-            .then(None)
-            .otherwise(pl.col("accuracy").mean())
-            .alias("accuracy"),
+            pl.when(pl.col("accuracy").null_count() == 0).then(pl.col("accuracy").mean()),
             pl.col("tokens").mean(),
         )
         .sort("prompt_id")
@@ -104,13 +103,14 @@ def _mean_accuracy(problems: pl.DataFrame) -> float | None:
 def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> dict[str, Any]:
     """Return the figures of one model per seed on one evaluation set, also against the base and the
     reference. Raises ConfigError if they were not sampled on the same problems."""
-    together = _of_problems(paths)
-    rows = scan(paths, "rollouts")
-    assert rows is not None
+    by_seed = [per_problem(path) for path in paths]
+    together = _over_seeds(by_seed)
     tokens = pl.col("num_completion_tokens")
-    whole = collect(
-        rows.select(tokens.median().alias("median"), tokens.quantile(0.95, "nearest").alias("p95"))
-    )
+    median, p95 = collect(
+        pl.concat(map(scan_round, paths)).select(
+            median=tokens.median(), p95=tokens.quantile(0.95, "nearest")
+        )
+    ).row(0)
     stats = [round_stats([path]) for path in paths]
 
     def mean(table: str, column: str) -> float | None:
@@ -120,14 +120,13 @@ def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> di
 
     # pass@k at the largest k; absent without gold answers.
     passes = [tables["pass_at_k"][-1] for tables in stats if "pass_at_k" in tables]
-    by_seed = [per_problem(path) for path in paths]
     result: dict[str, Any] = {
         "accuracy": _mean_accuracy(together),
         "accuracy_by_seed": [_mean_accuracy(frame) for frame in by_seed],
         "mean_tokens": float(np.mean(together["tokens"].to_numpy())),
         "mean_tokens_by_seed": [float(np.mean(frame["tokens"].to_numpy())) for frame in by_seed],
-        "median_tokens": float(whole["median"].item()),
-        "p95_tokens": float(whole["p95"].item()),
+        "median_tokens": float(median),
+        "p95_tokens": float(p95),
         "problems": together.height,
         "samples": int(together["samples"].sum()),
         "k": passes[0]["k"] if passes else None,
@@ -140,7 +139,7 @@ def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> di
         },
     }
     for name, others in (("against_base", bases), ("against_reference", references)):
-        other = _of_problems(others)
+        other = _over_seeds([per_problem(path) for path in others])
         if not other["prompt_id"].equals(together["prompt_id"]):
             raise ConfigError(
                 f"{others[0]} and {paths[0]} (or the seeds after them) do not have the same"
@@ -153,38 +152,33 @@ def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> di
 def _cost(run: SettingRun) -> dict[str, Any]:
     """Return what a run generated, kept and trained on, over all its rounds. Rewrites that were not
     in the template's format are not counted: their tokens are not known."""
-    rollouts, distill = scan(run.shards, "rollouts"), scan(run.shards, "distill")
-    assert rollouts is not None and distill is not None
+    rollouts = pl.concat(scan_round(folder) for folder in run.shards)
+    distill = pl.concat(scan_round(folder, "distill") for folder in run.shards)
     kept = pl.col("status") == "ok"
-    sampled = collect(rollouts.select(pl.col("num_completion_tokens").sum().alias("tokens")))
+    generated = int(collect(rollouts.select(pl.col("num_completion_tokens").sum())).item())
     written = collect(
         distill.select(
-            pl.len().alias("rows"),
-            kept.sum().alias("kept"),
-            pl.col("num_rewritten_tokens").sum().alias("tokens"),
-            (pl.col("rewrite_finish_reason") == "length").sum().alias("cut"),
-            pl.col("compression_ratio").filter(kept).mean().alias("ratio"),
+            rows=pl.len(),
+            kept=kept.sum(),
+            tokens=pl.col("num_rewritten_tokens").sum(),
+            cut=(pl.col("rewrite_finish_reason") == "length").sum(),
+            ratio=pl.col("compression_ratio").filter(kept).mean(),
         )
-    )
+    ).row(0, named=True)
     rewrite = run.pipeline.rewrite
-    generated = int(sampled.item())
     if rewrite.get("template") != "draft":
         limit = RewriteConfig.model_validate(
             {**rewrite, "teacher": run.pipeline.teacher, "shards": run.shards[0]}
         ).sampling.max_tokens
-        generated += int(written["tokens"].item()) + limit * int(written["cut"].item())
-    steps = [
-        json.loads(line)
-        for folder in run.trained
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    steps = [step for step in steps if "loss_tokens" in step]
+        generated += written["tokens"] + limit * written["cut"]
+    metrics = itertools.chain.from_iterable(map(read_metrics, run.trained))
+    steps = [step for step in metrics if "loss_tokens" in step]
     return {
         "seed": run.seed,
         "generated_tokens": generated,
-        "rewrites": int(written["rows"].item()),
-        "kept": int(written["kept"].item()),
-        "kept_ratio": written["ratio"].item(),
+        "rewrites": written["rows"],
+        "kept": written["kept"],
+        "kept_ratio": written["ratio"],
         "steps": len(steps),
         "loss_tokens": sum(step["loss_tokens"] for step in steps),
         **{name: steps[-1][name] for name in _LAST},
@@ -199,31 +193,25 @@ def tables(group: Group, settings: list[dict[str, Any]]) -> list[str]:
     """Return Markdown tables: the settings against base and reference, on all sets, their
     behaviour, and their costs."""
     sets = list(settings[0]["rounds"][0]["sets"])
-    against: list[dict[str, str]] = []
-    others: list[dict[str, str]] = []
-    behaviour: list[dict[str, str]] = []
-    costs: list[dict[str, str]] = []
     bases: list[Any] = []
+    models: list[tuple[str, dict[str, Any]]] = []  # name, figures by evaluation set
     for setting in settings:
         first, last = setting["rounds"][0]["sets"], setting["rounds"][-1]["sets"]
         if first not in bases:
             # Settings that start from another student have another base.
-            label = "base" if not bases else f"base of {setting['name']}"
+            models.append((f"base of {setting['name']}" if bases else "base", first))
             bases.append(first)
-            against.append(_against(label, first[sets[0]]))
-            others.append(_others(label, first))
-            behaviour.append(_behaviour(label, first[sets[0]]))
-        against.append(_against(setting["name"], last[sets[0]]))
-        others.append(_others(setting["name"], last))
-        behaviour.append(_behaviour(setting["name"], last[sets[0]]))
-        costs.append(_costs(setting))
+        models.append((setting["name"], last))
+    against = [_against(name, figures[sets[0]]) for name, figures in models]
+    others = [_others(name, figures) for name, figures in models]
+    behaviour = [_behaviour(name, figures[sets[0]]) for name, figures in models]
     return [
         f"Last round on `{sets[0]}`: mean over seeds (lowest to highest seed). The 95% intervals"
         f" against the base and against `{group.reference}` are paired over problems and hold the"
         f" trained models fixed.\n\n{_markdown(against)}",
         f"All evaluation sets: accuracy / mean tokens.\n\n{_markdown(others)}",
         f"Behaviour on `{sets[0]}`.\n\n{_markdown(behaviour)}",
-        f"Costs, means over seeds.\n\n{_markdown(costs)}",
+        f"Costs, means over seeds.\n\n{_markdown(list(map(_costs, settings)))}",
     ]
 
 
@@ -235,6 +223,10 @@ def _spread(mean: float | None, seeds: list[float | None], form: str, factor: fl
     if len(known) < 2:
         return text
     return f"{text} ({form.format(min(known))} to {form.format(max(known))})"
+
+
+def _number(value: float | None, form: str, factor: float = 1) -> str:
+    return "-" if value is None else form.format(factor * value)
 
 
 def _change(value: float | None, interval: list[float] | None) -> str:
@@ -262,27 +254,23 @@ def _against(name: str, figures: dict[str, Any]) -> dict[str, str]:
 
 def _others(name: str, sets: dict[str, Any]) -> dict[str, str]:
     return {"setting": name} | {
-        chosen: f"{_spread(figures['accuracy'], [0.0], '{:.1f}', 100)}"
-        f" / {figures['mean_tokens']:.1f}"
+        chosen: f"{_number(figures['accuracy'], '{:.1f}', 100)} / {figures['mean_tokens']:.1f}"
         for chosen, figures in sets.items()
     }
 
 
 def _behaviour(name: str, figures: dict[str, Any]) -> dict[str, str]:
-    def number(key: str, form: str, factor: float = 1.0) -> str:
-        return "-" if figures[key] is None else form.format(factor * figures[key])
-
     return {
         "setting": name,
-        f"pass@{figures['k'] or 'k'}, %": number("pass_at_k", "{:.1f}", 100),
-        "median": number("median_tokens", "{:.0f}"),
-        "p95": number("p95_tokens", "{:.0f}"),
-        "tokens, right": number("right_tokens", "{:.1f}"),
-        "tokens, wrong": number("wrong_tokens", "{:.1f}"),
-        "truncated, %": number("truncated", "{:.2f}", 100),
-        "no answer, %": number("no_answer", "{:.2f}", 100),
-        "repetition, %": number("repetition", "{:.1f}", 100),
-        "markers per 1k": number("markers_per_1k", "{:.2f}"),
+        f"pass@{figures['k'] or 'k'}, %": _number(figures["pass_at_k"], "{:.1f}", 100),
+        "median": _number(figures["median_tokens"], "{:.0f}"),
+        "p95": _number(figures["p95_tokens"], "{:.0f}"),
+        "tokens, right": _number(figures["right_tokens"], "{:.1f}"),
+        "tokens, wrong": _number(figures["wrong_tokens"], "{:.1f}"),
+        "truncated, %": _number(figures["truncated"], "{:.2f}", 100),
+        "no answer, %": _number(figures["no_answer"], "{:.2f}", 100),
+        "repetition, %": _number(figures["repetition"], "{:.1f}", 100),
+        "markers per 1k": _number(figures["markers_per_1k"], "{:.2f}"),
     }
 
 
@@ -313,49 +301,40 @@ def plot(title: str, settings: list[dict[str, Any]], out: Path) -> None:
     """Plot accuracy against tokens on the first evaluation set. Each setting is a line from the
     base through its rounds, with the 95% interval of the last round's difference from the base.
     Settings without accuracy or intervals (a single problem) are left out."""
-    import matplotlib
+    # `parse_math` off: labels are data and may hold dollar signs.
+    style = {
+        "svg.hashsalt": "study", "svg.fonttype": "path", "text.parse_math": False,
+        "axes.spines.top": False, "axes.spines.right": False,
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(9, 5.6), layout="constrained")
+        axes = figure.add_subplot()
+        colours = itertools.cycle(matplotlib.colormaps["tab20"].colors)
+        for setting, colour in zip(settings, colours, strict=False):
+            points = [next(iter(r["sets"].values())) for r in setting["rounds"]]
+            change = points[-1]["against_base"]
+            if change["accuracy_difference_interval"] is None:
+                continue
+            x = [p["mean_tokens"] for p in points]
+            y = [100 * p["accuracy"] for p in points]
+            axes.plot(x, y, color=colour, linewidth=1, alpha=0.6)
+            axes.plot(x[1:-1], y[1:-1], "o", color=colour, markersize=3)
+            at_x = [x[0] * (1 - share) for share in reversed(change["token_reduction_interval"])]
+            at_y = [y[0] + 100 * bound for bound in change["accuracy_difference_interval"]]
+            axes.errorbar(
+                x[-1], y[-1], xerr=_errors(x[-1], at_x), yerr=_errors(y[-1], at_y), fmt="o",
+                color=colour, markersize=6, linewidth=1, label=setting["name"],
+            )  # fmt: skip
+            axes.plot(x[0], y[0], "s", color="black", markersize=6)
+        axes.set_xlabel("mean tokens of a trace")
+        axes.set_ylabel("accuracy, %")
+        axes.set_title(f"{title} (squares: before training)", fontsize=11, loc="left")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.savefig(out, metadata={"Date": None})
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    matplotlib.rcParams.update({"svg.hashsalt": "study", "svg.fonttype": "path"})
-    figure, axes = plt.subplots(figsize=(9, 5.6), layout="constrained")
-    colours = plt.get_cmap("tab20").colors
-    for number, setting in enumerate(settings):
-        points = [next(iter(r["sets"].values())) for r in setting["rounds"]]
-        if points[-1]["against_base"]["accuracy_difference_interval"] is None:
-            continue
-        colour = colours[number % len(colours)]
-        x = [p["mean_tokens"] for p in points]
-        y = [100 * p["accuracy"] for p in points]
-        axes.plot(x, y, color=colour, linewidth=1, alpha=0.6)
-        axes.plot(x[1:-1], y[1:-1], "o", color=colour, markersize=3)
-        change, base = points[-1]["against_base"], points[0]
-        low, high = change["accuracy_difference_interval"]
-        saved = change["token_reduction_interval"]
-        at_x = sorted(base["mean_tokens"] * (1 - part) for part in saved)
-        axes.errorbar(
-            x[-1],
-            y[-1],
-            xerr=[[max(x[-1] - at_x[0], 0)], [max(at_x[1] - x[-1], 0)]],
-            yerr=[
-                [max(y[-1] - y[0] - 100 * low, 0)],
-                [max(100 * high - (y[-1] - y[0]), 0)],
-            ],
-            fmt="o",
-            color=colour,
-            markersize=6,
-            linewidth=1,
-            label=setting["name"],
-        )
-        axes.plot(x[0], y[0], "s", color="black", markersize=6)
-    axes.set_xlabel("mean tokens of a trace")
-    axes.set_ylabel("accuracy, %")
-    axes.set_title(f"{title} (squares: before training)", fontsize=11, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    legend = axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    for words in (axes.title, *legend.get_texts()):
-        words.set_parse_math(False)
-    figure.savefig(out, metadata={"Date": None})
-    plt.close(figure)
+def _errors(value: float, interval: list[float]) -> list[list[float]]:
+    """Return how far an interval reaches below and above a value."""
+    low, high = interval
+    return [[max(value - low, 0)], [max(high - value, 0)]]

@@ -9,6 +9,7 @@ or gains a setting, runs only the stages that are missing.
     OUT/GROUP.json             a group's figures; OUT/GROUP.md, OUT/GROUP.svg its tables and plot
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -86,12 +87,9 @@ class Study(SettingsFile):
             raise ValueError("a seed is listed twice")
         return seeds
 
-    def group_of(self, setting: str) -> Group:
-        """Raises KeyError where no group has the setting."""
-        for group in self.group:
-            if any(own.name == setting for own in group.setting):
-                return group
-        raise KeyError(setting)
+    def settings(self) -> dict[str, tuple[Group, Setting]]:
+        """Return each setting with its group, by the setting's name."""
+        return {setting.name: (group, setting) for group in self.group for setting in group.setting}
 
 
 @dataclass
@@ -100,7 +98,6 @@ class SettingRun:
     other; `evaluations`: folders by round (0: the base) and evaluation set; rounds between base and
     last have the first set only."""
 
-    group: str
     setting: str
     seed: int
     pipeline: Pipeline
@@ -125,11 +122,12 @@ def load_study(path: Path, overrides: tuple[str, ...]) -> Study:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"{path}: {twice[0]!r} names more than one setting.")
+    settings = study.settings()
     for group in study.group:
         where = f"{path}: group {group.name!r}: its reference {group.reference!r}"
-        if group.reference not in names:
+        if group.reference not in settings:
             raise ConfigError(f"{where} is no setting of the study.")
-        other = study.group_of(group.reference)
+        other, _ = settings[group.reference]
         if other.evaluation != group.evaluation:
             raise ConfigError(
                 f"{where} is evaluated on {', '.join(other.evaluation)} and this group on"
@@ -144,6 +142,7 @@ class Planner:
     def __init__(self, study: Study, out: Path) -> None:
         require_kind(out, "study")
         self._study = study
+        self._settings = study.settings()
         self._stages = out / "stages"
         self._runs: dict[tuple[str, int], SettingRun] = {}
 
@@ -152,24 +151,20 @@ class Planner:
         known = [group.name for group in self._study.group]
         if unknown := [name for name in groups if name not in known]:
             raise ConfigError(f"no group {unknown[0]!r}; the study has {', '.join(known)}.")
-        chosen = [group for group in self._study.group if not groups or group.name in groups]
-        names = [
-            name
-            for group in chosen
-            for name in (*(setting.name for setting in group.setting), group.reference)
-        ]
-        return [
-            self._run(name, seed, ()) for name in dict.fromkeys(names) for seed in self._study.seeds
-        ]
+        names: dict[str, None] = {}
+        for group in self._study.group:
+            if not groups or group.name in groups:
+                names |= dict.fromkeys(setting.name for setting in group.setting)
+                names.setdefault(group.reference)
+        return [self._run(name, seed, ()) for name in names for seed in self._study.seeds]
 
     def _run(self, name: str, seed: int, through: tuple[str, ...]) -> SettingRun:
         if (name, seed) in self._runs:
             return self._runs[name, seed]
         if name in through:
             raise ConfigError(f"setting {name!r} starts from its own result.")
-        group = self._study.group_of(name)
-        setting = next(own for own in group.setting if own.name == name)
-        where = f"{self._study.source}: group {group.name!r}, setting {setting.name!r}"
+        group, setting = self._settings[name]
+        where = f"{self._study.source}: group {group.name!r}, setting {name!r}"
         values = copy.deepcopy(self._study.pipeline) | {"seed": seed}
         for dotted, value in {**group.set, **setting.set}.items():
             if dotted.partition(".")[0] in _NOT_ITS_OWN:
@@ -178,7 +173,10 @@ class Planner:
         before: list[SettingRun] = []
         for role in ("student", "teacher"):
             if str(values.get(role, "")).startswith(_RESULT_OF):
-                before.append(self._result_of(values[role], seed, (*through, setting.name), where))
+                source = values[role].removeprefix(_RESULT_OF)
+                if source not in self._settings:
+                    raise ConfigError(f"{where}: {values[role]!r} names no setting of the study.")
+                before.append(self._run(source, seed, (*through, name)))
                 values[role] = before[-1].model
         pipeline = Pipeline.from_values(values, where)
         sets = {chosen.name: chosen for chosen in pipeline.evaluation}
@@ -188,35 +186,29 @@ class Planner:
             )
         chosen = [sets[name] for name in group.evaluation]
         pipeline = pipeline.model_copy(update={"evaluation": chosen})
-        run = SettingRun(group.name, setting.name, seed, pipeline)
+        run = SettingRun(name, seed, pipeline)
         for earlier in before:
             run.stages += earlier.stages
         self._lay_out(run)
-        self._runs[setting.name, seed] = run
+        self._runs[name, seed] = run
         return run
 
-    def _result_of(self, name: str, seed: int, through: tuple[str, ...], where: str) -> SettingRun:
-        try:
-            return self._run(name.removeprefix(_RESULT_OF), seed, through)
-        except KeyError:
-            raise ConfigError(f"{where}: {name!r} names no setting of the study.") from None
-
     def _lay_out(self, run: SettingRun) -> None:
-        p, label = run.pipeline, f"{run.setting}, seed {run.seed}"
-        student = p.student
+        p, student = run.pipeline, run.pipeline.student
         self._evaluate(run, student, 0)
         for round_ in range(1, p.rounds + 1):
-            rollouts = self._named(rollouts_step(p, student, round_, _UNNAMED), "out", "rollouts")
-            rewrite = self._named(
-                rewrite_step(p, student, round_, rollouts.out), "shards", "rewrite"
-            )
+            sampling = rollouts_step(p, student, round_, _UNNAMED)
+            rollouts = self._named(run, sampling, "out", "rollouts")
             rewrite = dataclasses.replace(
-                rewrite, reads=(rollouts.out / "rollouts.manifest.jsonl",)
+                self._named(
+                    run, rewrite_step(p, student, round_, rollouts.out), "shards", "rewrite"
+                ),
+                reads=(rollouts.out / "rollouts.manifest.jsonl",),
             )
             shards = rewrite.out.parent
-            train = self._named(train_step(p, student, round_, shards, _UNNAMED), "out", "train")
-            for step in (rollouts, rewrite, train):
-                run.stages.append([dataclasses.replace(step, label=f"{label}, {step.label}")])
+            training = train_step(p, student, round_, shards, _UNNAMED)
+            train = self._named(run, training, "out", "train")
+            run.stages += [[rollouts], [rewrite], [train]]
             run.shards.append(shards)
             run.trained.append(train.out.parent)
             student = run.model
@@ -225,36 +217,28 @@ class Planner:
     def _evaluate(self, run: SettingRun, student: str, round_: int) -> None:
         """Add evaluations of `student`. Rounds between base and last need the first set only."""
         sets = run.pipeline.evaluation
-        between = 0 < round_ < run.pipeline.rounds
-        steps = {
-            chosen.name: self._named(
-                evaluation_step(run.pipeline, chosen, student, round_, _UNNAMED), "out", "evaluate"
-            )
-            for chosen in (sets[:1] if between else sets)
-        }
+        steps = {}
+        for chosen in sets[:1] if 0 < round_ < run.pipeline.rounds else sets:
+            step = evaluation_step(run.pipeline, chosen, student, round_, _UNNAMED)
+            steps[chosen.name] = self._named(run, step, "out", "evaluate")
         run.evaluations[round_] = {name: step.out for name, step in steps.items()}
-        label = f"{run.setting}, seed {run.seed}"
-        run.stages.append(
-            [dataclasses.replace(step, label=f"{label}, {step.label}") for step in steps.values()]
-        )
+        run.stages.append(list(steps.values()))
 
-    def _named(self, step: Step, folder: str, kind: str) -> Step:
-        """Return the step with a folder named by a hash of all its settings, defaults included.
-
-        `folder` is the setting that says where the step writes. The name does not depend on where
-        the study's folder is.
-        """
+    def _named(self, run: SettingRun, step: Step, folder: str, kind: str) -> Step:
+        """Return the step of a run with a folder named by a hash of all its settings, defaults
+        included. `folder` is the setting that says where the step writes. The name does not depend
+        on where the study's folder is."""
         settings = step.config.model_dump(mode="json")
         if folder == "out":
             del settings["out"]
         made = json.dumps([step.program, settings]).replace(f"{self._stages}/", "stages/")
         path = self._stages / f"{kind}-{content_key(made)[:16]}"
-        option = f"--{folder}"
         command = list(step.command)
-        command[command.index(option) + 1] = str(path)
+        command[command.index(f"--{folder}") + 1] = str(path)
         config = step.config.model_copy(update={folder: path})
-        inside = step.out.name if step.out.name in ("distill", "model") else ""
-        return dataclasses.replace(step, command=command, out=path / inside, config=config)
+        out = path / (step.out.name if step.out.name in ("distill", "model") else "")
+        label = f"{run.setting}, seed {run.seed}, {step.label}"
+        return dataclasses.replace(step, label=label, command=command, out=out, config=config)
 
 
 @dataclass(frozen=True)
@@ -333,10 +317,8 @@ def _link_rollouts(rollouts: Path, folder: Path) -> None:
 
 def _link_shard(source: str, target: str) -> str:
     if source.endswith(".parquet"):
-        try:
+        # Where no hard link is possible; another error shows up in the copy.
+        with contextlib.suppress(OSError):
             os.link(source, target)
-        except OSError:
-            # No hard link is possible. Another error shows up in the copy.
-            return shutil.copy2(source, target)
-        return target
+            return target
     return shutil.copy2(source, target)

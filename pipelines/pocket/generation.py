@@ -29,41 +29,6 @@ def rewrite_prompt(problem_text: str, draft: str) -> str:
     return prompt.replace("{{problem}}", problem_text).replace("{{draft}}", draft)
 
 
-def generate(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: list[list[int]],
-    *,
-    temperature: float,
-    seed: int,
-) -> list[list[int]]:
-    """Return one completion of each prompt, as token ids with the end token if there is one.
-
-    Temperature 0 is greedy. Prompts of similar length share a batch.
-    """
-    model.eval()
-    torch.manual_seed(seed)
-    end: int = tokenizer.eos_token_id
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    completions: list[list[int]] = [[] for _ in prompts]
-    for begin in tqdm(range(0, len(order), BATCH_SIZE), desc="generate", leave=False):
-        batch = order[begin : begin + BATCH_SIZE]
-        width = len(prompts[batch[-1]])
-        padding = [width - len(prompts[index]) for index in batch]
-        tokens = torch.tensor([[end] * n + prompts[i] for n, i in zip(padding, batch, strict=True)])
-        results = model.generate(
-            input_ids=tokens,
-            attention_mask=(torch.arange(width) >= torch.tensor(padding)[:, None]).long(),
-            max_new_tokens=MAX_NEW_TOKENS,
-            pad_token_id=end,
-            **(sampling if temperature > 0 else {"do_sample": False}),
-        )
-        for index, ids in zip(batch, results[:, width:].tolist(), strict=True):
-            completions[index] = ids[: ids.index(end) + 1] if end in ids else ids
-    return completions
-
-
 @dataclass(frozen=True)
 class Sample:
     """A completion for one problem, and whether it is correct."""
@@ -94,17 +59,30 @@ def sample(
     temperature: float,
     seed: int = 0,
 ) -> list[Sample]:
-    """Return one completion of each (problem, user message)."""
-    completions = generate(
-        model,
-        tokenizer,
-        [prompt_ids(tokenizer, message) for _, message in messages],
-        temperature=temperature,
-        seed=seed,
-    )
-    samples = []
-    for (problem, _), ids in zip(messages, completions, strict=True):
-        ended = ids[-1] == tokenizer.eos_token_id
-        text = tokenizer.decode(ids[:-1] if ended else ids)
-        samples.append(Sample(problem, text, len(ids), ended))
-    return samples
+    """Return one completion of each (problem, user message). Temperature 0 is greedy. Prompts of
+    similar length share a batch."""
+    model.eval()
+    torch.manual_seed(seed)
+    end: int = tokenizer.eos_token_id
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    prompts = [prompt_ids(tokenizer, message) for _, message in messages]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    samples: dict[int, Sample] = {}
+    for begin in tqdm(range(0, len(order), BATCH_SIZE), desc="generate", leave=False):
+        batch = order[begin : begin + BATCH_SIZE]
+        width = len(prompts[batch[-1]])
+        padding = [width - len(prompts[index]) for index in batch]
+        tokens = torch.tensor([[end] * n + prompts[i] for n, i in zip(padding, batch, strict=True)])
+        results = model.generate(
+            input_ids=tokens,
+            attention_mask=(torch.arange(width) >= torch.tensor(padding)[:, None]).long(),
+            max_new_tokens=MAX_NEW_TOKENS,
+            pad_token_id=end,
+            **(sampling if temperature > 0 else {"do_sample": False}),
+        )
+        for index, ids in zip(batch, results[:, width:].tolist(), strict=True):
+            ended = end in ids
+            length = ids.index(end) if ended else len(ids)
+            text = tokenizer.decode(ids[:length])
+            samples[index] = Sample(messages[index][0], text, length + ended, ended)
+    return [samples[index] for index in range(len(messages))]

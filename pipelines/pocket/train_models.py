@@ -21,12 +21,7 @@ import click
 import torch
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from pipelines.pocket.generation import Sample, load, rewrite_prompt, sample
 from pipelines.pocket.tokenizer import END, MAX_LENGTH, build_tokenizer, prompt_ids
@@ -117,9 +112,7 @@ def solving(tokenizer: PreTrainedTokenizerFast, rng: random.Random, slip_rate: f
 
 
 def rewriting(
-    tokenizer: PreTrainedTokenizerFast,
-    rng: random.Random,
-    student_drafts: list[Sample],
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, student_drafts: list[Sample]
 ) -> Draw:
     source = problems(rng, FAMILIES, "pretrain")
 
@@ -216,14 +209,6 @@ def train(
                 bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 @click.command(help="Train the pocket student and teacher.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("pipelines/pocket/models"))
 @click.option("--only", type=click.Choice(["student", "teacher"]), help="Train one of the two.")
@@ -247,7 +232,11 @@ def main(out: Path, only: str | None, seed: int) -> None:
             draw = evenly(rng, draw, rewriting(tokenizer, rng, drafts))
         log = folder / "train_log.jsonl"
         train(model, recipe, draw, rng, log)
-        save(model, tokenizer, folder)
+        model.generation_config = GenerationConfig(
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        )
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         saved, _ = load(folder)
         solved = solve(saved, tokenizer, rng, "validation", NUM_CHECKED, temperature=0.0)
         row = {

@@ -14,7 +14,7 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Split = Literal["pretrain", "train", "validation", "test"]
@@ -59,10 +59,13 @@ class Step:
 class Problem:
     family: Family
     text: str
-    answer: int
     start: int
     steps: tuple[Step, ...]
     sentences: dict[str, str]  # label -> the sentence of the story that tells the change
+
+    @property
+    def answer(self) -> int:
+        return self.start + sum(s.amount if s.sign == "+" else -s.amount for s in self.steps)
 
 
 def in_order(problem: Problem, work: Work) -> int:
@@ -87,8 +90,7 @@ def total_first(problem: Problem, work: Work) -> int:
     total = work(f"{first.label} {second.label}", first.amount, "+", second.amount)
     for step in others:
         total = work(step.label, total, "+", step.amount)
-    value = problem.start
-    ones = total % 10
+    value, ones = problem.start, total % 10
     if total >= 10:
         value = work("pay", value, "-", total - ones)
     if ones or total == 0:
@@ -128,8 +130,7 @@ def exact(label: str, left: int, sign: Sign, right: int) -> int:
 
 
 def _draw_tally(rng: random.Random) -> Problem:
-    name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    start = rng.randint(8, 45)
+    name, thing, start = rng.choice(NAMES), rng.choice(THINGS), rng.randint(8, 45)
     days = sorted(rng.sample(range(len(DAYS)), rng.randint(3, 5)))
     steps, sentences = [], {}
     for day in (DAYS[index] for index in days):
@@ -140,13 +141,11 @@ def _draw_tally(rng: random.Random) -> Problem:
         sentences[day] = f"on {day} {name} {verb} {amount} ."
     story = " ".join(sentences.values())
     text = f"{name} has {start} {thing} . {story} how many {thing} ?"
-    answer = start + sum(s.amount if s.sign == "+" else -s.amount for s in steps)
-    return Problem("tally", text, answer, start, tuple(steps), sentences)
+    return Problem("tally", text, start, tuple(steps), sentences)
 
 
 def _draw_shop(rng: random.Random) -> Problem:
-    name = rng.choice(NAMES)
-    start = rng.randint(25, 57)
+    name, start = rng.choice(NAMES), rng.randint(25, 57)
     steps, sentences = [], {}
     for goods in rng.sample(GOODS, rng.randint(3, 5)):
         price = rng.randint(2, 9)
@@ -154,13 +153,11 @@ def _draw_shop(rng: random.Random) -> Problem:
         sentences[goods] = f"a {goods} costs {price} ."
     story = " ".join(sentences.values())
     text = f"{name} has {start} coins . {story} {name} buys all . how many coins ?"
-    answer = start - sum(step.amount for step in steps)
-    return Problem("shop", text, answer, start, tuple(steps), sentences)
+    return Problem("shop", text, start, tuple(steps), sentences)
 
 
 def _draw_ride(rng: random.Random) -> Problem:
-    vehicle = rng.choice(VEHICLES)
-    start = rng.randint(8, 45)
+    vehicle, start = rng.choice(VEHICLES), rng.randint(8, 45)
     steps: list[Step] = []
     sentences: dict[str, str] = {}
     for stop in rng.sample(STOPS, rng.randint(2, 3)):
@@ -170,8 +167,7 @@ def _draw_ride(rng: random.Random) -> Problem:
         sentences |= {stop: told, f"{stop} on": told, f"{stop} off": told}
     story = " ".join(dict.fromkeys(sentences.values()))
     text = f"a {vehicle} has {start} riders . {story} how many riders ?"
-    answer = start + sum(s.amount if s.sign == "+" else -s.amount for s in steps)
-    return Problem("ride", text, answer, start, tuple(steps), sentences)
+    return Problem("ride", text, start, tuple(steps), sentences)
 
 
 _DRAW: dict[Family, Callable[[random.Random], Problem]] = {
@@ -266,9 +262,7 @@ class Scribe:
     problem: Problem
     habit: Habit
     slip_rate: float  # chance per line of a wrong result that is not noticed at once
-
-    def __post_init__(self) -> None:
-        self.words: list[str] = []
+    words: list[str] = field(default_factory=list)
 
     def chance(self, share: float) -> bool:
         return self.rng.random() < share

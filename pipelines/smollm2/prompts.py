@@ -24,65 +24,52 @@ _NAMES = {
 }
 _THINGS = ("apples", "books", "pencils", "marbles", "stickers", "cookies", "oranges", "coins")
 
-# (person, things, three numbers) -> the text of a problem; (three numbers) -> its answer
-_Kind = tuple[Callable[[str, str, int, int, int], str], Callable[[int, int, int], int]]
-_KINDS: dict[str, _Kind] = {
+# Text and answer of a problem with the numbers a, b and c.
+_KINDS: dict[str, tuple[str, Callable[[int, int, int], int]]] = {
     "buys": (
-        lambda who, what, a, b, c: (
-            f"{who} has {a} {what}. {who} buys {b} more. How many {what} does {who} have now?"
-        ),
+        "{who} has {a} {what}. {who} buys {b} more. How many {what} does {who} have now?",
         lambda a, b, c: a + b,
     ),
     "gives": (
-        lambda who, what, a, b, c: (
-            f"{who} has {a + b} {what}. {who} gives {b} of them to a friend."
-            f" How many {what} does {who} have left?"
-        ),
+        "{who} has {a_and_b} {what}. {who} gives {b} of them to a friend."
+        " How many {what} does {who} have left?",
         lambda a, b, c: a,
     ),
     "boxes": (
-        lambda who, what, a, b, c: (
-            f"{who} has {c} boxes. Each box {who} has holds {b} {what}."
-            f" How many {what} does {who} have?"
-        ),
+        "{who} has {c} boxes. Each box {who} has holds {b} {what}."
+        " How many {what} does {who} have?",
         lambda a, b, c: c * b,
     ),
     "shares": (
-        lambda who, what, a, b, c: (
-            f"{who} has {c * b} {what}. {who} shares them out among {c} bags."
-            f" How many {what} does {who} put into each bag?"
-        ),
+        "{who} has {c_times_b} {what}. {who} shares them out among {c} bags."
+        " How many {what} does {who} put into each bag?",
         lambda a, b, c: b,
     ),
     "buys and gives": (
-        lambda who, what, a, b, c: (
-            f"{who} has {a} {what}. {who} buys {b + c} more. Then {who} gives {c} to a friend."
-            f" How many {what} does {who} have left?"
-        ),
+        "{who} has {a} {what}. {who} buys {b_and_c} more. Then {who} gives {c} to a friend."
+        " How many {what} does {who} have left?",
         lambda a, b, c: a + b,
     ),
     "boxes and more": (
-        lambda who, what, a, b, c: (
-            f"{who} has {c} boxes. Each box {who} has holds {b} {what}. {who} finds {a} more."
-            f" How many {what} does {who} have in all?"
-        ),
+        "{who} has {c} boxes. Each box {who} has holds {b} {what}. {who} finds {a} more."
+        " How many {what} does {who} have in all?",
         lambda a, b, c: c * b + a,
     ),
     "money": (
-        lambda who, what, a, b, c: (
-            f"{who} buys {b} {what}. {who} pays {c} dollars for each. How many dollars does {who}"
-            " pay?"
-        ),
+        "{who} buys {b} {what}. {who} pays {c} dollars for each. How many dollars does {who} pay?",
         lambda a, b, c: b * c,
     ),
     "two people": (
-        lambda who, what, a, b, c: (
-            f"{who} has {a} {what}. A friend of {who} has {b} more than {who}."
-            f" How many {what} does the friend of {who} have?"
-        ),
+        "{who} has {a} {what}. A friend of {who} has {b} more than {who}."
+        " How many {what} does the friend of {who} have?",
         lambda a, b, c: a + b,
     ),
 }
+
+
+def _filled(text: str, who: str, what: str, a: int, b: int, c: int) -> str:
+    sums = {"a_and_b": a + b, "b_and_c": b + c, "c_times_b": c * b}
+    return text.format(who=who, what=what, a=a, b=b, c=c, **sums)
 
 
 def problems(split: str, count: int) -> list[dict[str, Any]]:
@@ -91,14 +78,17 @@ def problems(split: str, count: int) -> list[dict[str, Any]]:
     groups: list[list[dict[str, Any]]] = []
     for kind, (text, answer) in _KINDS.items():
         # One choice of numbers for each text, so that no two problems of a kind are equal.
-        distinct = sorted({text("", "", a, b, c): (a, b, c) for a, b, c in numbers}.values())
+        distinct = sorted(
+            {_filled(text, "", "", a, b, c): (a, b, c) for a, b, c in numbers}.values()
+        )
         # The order is the same for both splits; every third problem is in the test.
         random.Random(f"smollm2 {kind}").shuffle(distinct)
         rng = random.Random(f"smollm2 {kind} {split}")
         group = []
         for i, (a, b, c) in enumerate(distinct):
             if (i % 3 == 0) == (split == "test"):
-                problem = text(rng.choice(_NAMES[split]), rng.choice(_THINGS), a, b, c)
+                who, what = rng.choice(_NAMES[split]), rng.choice(_THINGS)
+                problem = _filled(text, who, what, a, b, c)
                 group.append({"problem": problem, "answer": str(answer(a, b, c)), "kind": kind})
         groups.append(group)
     mixed = [row for rank in zip(*groups, strict=False) for row in rank][:count]
