@@ -366,8 +366,7 @@ def contamination(as_json: bool, **options: Any) -> None:
         pairs(config.against, column, config.against_id_column),
         config.n,
     )
-    as_dict = dataclasses.asdict(result)
-    click.echo(json.dumps(as_dict, indent=2) if as_json else check.show(result))
+    click.echo(json.dumps(dataclasses.asdict(result), indent=2) if as_json else check.show(result))
     if config.fail_above is not None and result.share > config.fail_above:
         raise MPDError(
             f"{result.overlapping:,} of {result.num_evaluation:,} evaluation prompts overlap with"

@@ -26,14 +26,13 @@ def _fields(model: type[BaseModel]) -> Iterator[tuple[str | None, str, Any, Any,
     """Yield (section, name, annotation, default, help) of each option. The default is
     PydanticUndefined for a required one."""
     for name, info in model.model_fields.items():
-        nested = info.annotation
+        nested, fields = info.annotation, {name: info}
+        section: str | None = None
         if isinstance(nested, type) and issubclass(nested, BaseModel):
-            for inner, inner_info in nested.model_fields.items():
-                default = inner_info.get_default(call_default_factory=True)
-                yield name, inner, inner_info.annotation, default, inner_info.description
-        else:
-            default = info.get_default(call_default_factory=True)
-            yield None, name, info.annotation, default, info.description
+            section, fields = name, nested.model_fields
+        for inner, field in fields.items():
+            default = field.get_default(call_default_factory=True)
+            yield section, inner, field.annotation, default, field.description
 
 
 def _flag(name: str) -> str:

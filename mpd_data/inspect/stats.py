@@ -8,8 +8,8 @@ A notebook can query the shards without this module:
 
 import itertools
 import json
-import math
 from collections.abc import Sequence
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +170,7 @@ def pass_at(prompts: pl.DataFrame) -> list[dict[str, Any]]:
         k = 1
         while kinds := group.filter(pl.col("n") >= k).drop("folder").rows():
             total = sum(count for _, _, count in kinds)
-            correct = sum(
-                count * (1 - math.comb(n - c, k) / math.comb(n, k)) for n, c, count in kinds
-            )
+            correct = sum(count * (1 - comb(n - c, k) / comb(n, k)) for n, c, count in kinds)
             rows.append({"folder": folder, "k": k, "pass_at_k": correct / total, "prompts": total})
             k *= 2
     return rows

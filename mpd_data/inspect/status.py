@@ -61,10 +61,7 @@ def show_status(status: dict[str, list[dict[str, Any]]]) -> str:
     """Return the tables of `round_status`."""
     parts = []
     if status["stages"]:
-        rows = [
-            {**stage, "bytes": tqdm.format_sizeof(stage["bytes"], "B")}
-            for stage in status["stages"]
-        ]
+        rows = [row | {"bytes": tqdm.format_sizeof(row["bytes"], "B")} for row in status["stages"]]
         parts.append(format_table(rows))
     writers = status["writers"]
     if len(writers) > _MANY:
