@@ -11,21 +11,15 @@ from mpd_data.store.round import RoundDir
 
 
 @dataclass(frozen=True)
-class Speed:
-    """How long a stage takes on `device`: its engine's start, then every token."""
-
-    seconds_per_token: float
-    device: str
-    start_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
 class Learned:
-    """What committed rows say about rows to come. `tokens_per_row` and `bytes_per_token` are means
-    over the rows that were generated."""
+    """What committed rows say about rows to come. A stage takes `start_seconds` on `device`, then
+    `seconds_per_token`, None if that was not measured. `tokens_per_row` and `bytes_per_token` are
+    means over the rows that were generated."""
 
     source: str
-    speed: Speed | None
+    seconds_per_token: float | None
+    device: str | None
+    start_seconds: float = 0.0
     tokens_per_row: float = 0.0
     bytes_per_token: float = 0.0
     # Rollouts: the share that reached its length limit.
@@ -62,13 +56,14 @@ def learn(
     total = pc.sum(tokens).as_py()
     if not total:
         return None
-    recorded, speed = entry.get("speed"), None
-    if recorded is not None and recorded.get("backend") == backend:
-        pace, device = recorded["seconds"] / recorded["tokens"], f"{recorded['device']}, {backend}"
-        speed = Speed(pace, device, recorded["start_seconds"])
+    speed, pace, device = entry.get("speed"), None, None
+    if speed is not None and speed.get("backend") == backend:
+        pace, device = speed["seconds"] / speed["tokens"], f"{speed['device']}, {backend}"
     return Learned(
         source=f"{round_dir.path} ({len(table):,} rows)",
-        speed=speed,
+        seconds_per_token=pace,
+        device=device,
+        start_seconds=speed["start_seconds"] if speed else 0.0,
         tokens_per_row=total / len(table),
         bytes_per_token=sum(path.stat().st_size for path in paths) / total,
         truncated=truncated / len(table),

@@ -98,10 +98,10 @@ def make_plan(
     if learned is not None and generated is not None and tokens_at_most is not None:
         tokens_expected = min(round(generated * learned.tokens_per_row), tokens_at_most)
         disk_bytes = round(tokens_expected * learned.bytes_per_token)
-    speed = None if learned is None else learned.speed
+    pace = None if learned is None else learned.seconds_per_token
     seconds = None if owed else 0.0
-    if owed and speed is not None and tokens_expected is not None:
-        seconds = tokens_expected / workers * speed.seconds_per_token + speed.start_seconds
+    if owed and learned is not None and pace is not None and tokens_expected is not None:
+        seconds = tokens_expected / workers * pace + learned.start_seconds
     more = len(reasons) - _NAMED
     return StagePlan(
         command=command,
@@ -114,7 +114,7 @@ def make_plan(
         reasons=[*reasons[:_NAMED], *([f"and {more:,} more"] if more > 0 else [])],
         disk_bytes=disk_bytes,
         seconds=seconds and round(seconds, 1),
-        device=None if speed is None else speed.device,
+        device=None if learned is None else learned.device,
         learned_from=None if learned is None else learned.source,
         **fields,
     )

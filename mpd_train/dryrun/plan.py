@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer, resolve_model
-from mpd_data.dryrun.learned import Learned, Speed
+from mpd_data.dryrun.learned import Learned
 from mpd_data.dryrun.plan import StagePlan, make_plan
 from mpd_data.dryrun.show import size_text
 from mpd_train import checkpoint
@@ -89,8 +89,8 @@ def learn_steps(out: Path) -> Learned | None:
         return None
     details = json.loads((out / "run.json").read_text(encoding="utf-8"))["details"]
     pace = sum(step["seconds"] for step in steps) / sum(step["tokens"] for step in steps)
-    speed = Speed(pace, details.get("device", "device not recorded"))
-    return Learned(f"{out} ({len(steps):,} steps)", speed)
+    device = details.get("device", "device not recorded")
+    return Learned(f"{out} ({len(steps):,} steps)", pace, device)
 
 
 def plan_train_ahead(
