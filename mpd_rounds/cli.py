@@ -98,9 +98,9 @@ def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
     summary = summarize(pipeline, plan)
     summary["failed_rows"] = runner.failed_rows
     write_json_atomic(out / "summary.json", summary)
+    names = ["base", *(f"round {r}" for r in range(1, pipeline.rounds + 1))]
     headline = pipeline.evaluation[0].name
-    lengths = {"base": plan.evaluation(0, headline)}
-    lengths |= {f"round {r}": plan.evaluation(r, headline) for r in range(1, pipeline.rounds + 1)}
+    lengths = {name: plan.evaluation(r, headline) for r, name in enumerate(names)}
     plot_lengths(lengths, out / "lengths.png")
     return summary
 

@@ -77,18 +77,15 @@ def _pareto_points(evaluation: Evaluation) -> list[plots.Point]:
     for n, measured in evaluation.by_round.items():
         side = measured.side
         if side["accuracy"] is not None:
-            tokens, accuracy = side["mean_tokens_interval"], side["accuracy_interval"]
-            point = plots.Point(
-                round_name(n), side["mean_tokens"], tuple(tokens), side["accuracy"], tuple(accuracy)
-            )
-            line.append(point)
+            tokens = side["mean_tokens"], tuple(side["mean_tokens_interval"])
+            accuracy = side["accuracy"], tuple(side["accuracy_interval"])
+            line.append(plots.Point(round_name(n), *tokens, *accuracy))
     return line
 
 
 def _in_words(line: list[plots.Point]) -> str:
-    return "; ".join(
-        f"{p.label} {percent(p.accuracy)} at {number(p.tokens)} mean tokens" for p in line
-    )
+    parts = (f"{p.label} {percent(p.accuracy)} at {number(p.tokens)} mean tokens" for p in line)
+    return "; ".join(parts)
 
 
 def _result_tables(
@@ -99,21 +96,16 @@ def _result_tables(
     rows: list[list[str | Bar]] = []
     for labels, measured in lines:
         side, paired = measured.side, measured.paired or {}
-        difference = points(
-            paired.get("accuracy_difference"), paired.get("accuracy_difference_interval")
-        )
         tokens = map(number, (side["mean_tokens"], *side["mean_tokens_interval"]))
-        rows.append(
-            [
-                *labels,
-                percent(side["accuracy"], side["accuracy_interval"]),
-                difference,
-                "{} [{}, {}]".format(*tokens),
-                percent(paired.get("token_reduction"), paired.get("token_reduction_interval")),
-                f"{side['problems']:,}",
-                f"{side['samples']:,}",
-            ]
-        )
+        rows.append([
+            *labels,
+            percent(side["accuracy"], side["accuracy_interval"]),
+            points(paired.get("accuracy_difference"), paired.get("accuracy_difference_interval")),
+            "{} [{}, {}]".format(*tokens),
+            percent(paired.get("token_reduction"), paired.get("token_reduction_interval")),
+            f"{side['problems']:,}",
+            f"{side['samples']:,}",
+        ])  # fmt: skip
     notes = dict.fromkeys(f"{labels[-1]}: {m.note}." for labels, m in lines if m.note is not None)
     yield Table(
         f"{name}: results",
@@ -126,18 +118,14 @@ def _result_tables(
     rows = []
     for labels, measured in lines:
         behaviour = measured.behaviour
-        rows.append(
-            [
-                *labels,
-                *map(
-                    number, (behaviour[k] for k in ("right_tokens", "wrong_tokens", "p50", "p99"))
-                ),
-                percent(behaviour["truncated"], decimals=2),
-                percent(behaviour["no_answer"], decimals=2),
-                percent(behaviour["repetition"]),
-                number(behaviour["markers_per_1k"]),
-            ]
-        )
+        rows.append([
+            *labels,
+            *(number(behaviour[k]) for k in ("right_tokens", "wrong_tokens", "p50", "p99")),
+            percent(behaviour["truncated"], decimals=2),
+            percent(behaviour["no_answer"], decimals=2),
+            percent(behaviour["repetition"]),
+            number(behaviour["markers_per_1k"]),
+        ])  # fmt: skip
     yield Table(
         f"{name}: behaviour",
         [*heads, "tokens, right", "tokens, wrong", "median", "99%", "cut off", "no answer",
@@ -172,11 +160,11 @@ def lengths(run: Run) -> Iterator[Block]:
     if panels:
         drawn.append(_lengths_plot("Training rounds: drafts and kept rewrites", panels))
     if drawn:
-        yield Plots(
-            drawn,
+        caption = (
             "Share of traces by length; all panels of a plot have the same bins. Lines mark the"
-            " mean (solid) and the median (dashed), the triangle the 95th percentile.",
+            " mean (solid) and the median (dashed), the triangle the 95th percentile."
         )
+        yield Plots(drawn, caption)
         yield Table("Tokens per trace", ["", "traces", "mean", "median", "95%", "longest"], rows)
 
 

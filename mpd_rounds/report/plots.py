@@ -203,10 +203,9 @@ def lengths(title: str, panels: dict[str, dict[str, tuple[LengthCounts, Histogra
                 axes.plot(x, 0, marker="^", color=colour, markersize=6, clip_on=False, zorder=5)
                 text = "" if alone else f"{name}: "
                 text += f"mean {counts.mean:,.0f} · median {median:,} · 95% ≤ {p95:,}"
-                axes.text(
-                    0.995, 0.97 - 0.2 * place, text, transform=axes.transAxes, ha="right", va="top",
-                    color=MUTED if grey else colour, fontsize=10,
-                )  # fmt: skip
+                shade = MUTED if grey else colour
+                axes.text(0.995, 0.97 - 0.2 * place, text, transform=axes.transAxes, ha="right",
+                          va="top", color=shade, fontsize=10)  # fmt: skip
             axes.set_ylabel(label, rotation=0, ha="right", va="center", color=INK)
             axes.set_ylim(0, (1.3 + 0.2 * len(panel)) * top)
             axes.set_yticks([])
@@ -239,10 +238,9 @@ def curves(title: str, rounds: dict[str, dict[str, list[tuple[int, float]]]]) ->
             if len(rounds) > 1:
                 if start:
                     axes.axvline(start + 0.5, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
-                axes.text(
-                    start + 0.5 + steps / 2, 1.0, label, transform=axes.get_xaxis_transform(),
-                    ha="center", va="bottom", color=MUTED, fontsize=10,
-                )  # fmt: skip
+                middle, place = start + 0.5 + steps / 2, axes.get_xaxis_transform()
+                axes.text(middle, 1.0, label, transform=place, ha="center", va="bottom",
+                          color=MUTED, fontsize=10)  # fmt: skip
             start += steps
         if len(names) > 1:
             for name, colour in colours.items():

@@ -182,12 +182,8 @@ def _ends(run: Run) -> tuple[Path, Path, str] | None:
 
 
 def _before_and_after(run: Run) -> Iterator[Block]:
-    ends = _ends(run)
-    if ends is None:
-        return
-    _, _, name = ends
-    pairs = examples.before_and_after(*ends)
-    if pairs:
+    if (ends := _ends(run)) and (pairs := examples.before_and_after(*ends)):
+        _, _, name = ends
         intro = (
             f"The same held-out problems ({run.headline}), answered by the base and by {name}: the"
             " first sample of each. Problems are chosen by the smallest keys, which are hashes."

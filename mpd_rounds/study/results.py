@@ -309,7 +309,7 @@ def plot(title: str, settings: list[dict[str, Any]], out: Path) -> None:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(9, 5.6), layout="constrained")
         axes = figure.add_subplot()
-        colours = itertools.cycle(matplotlib.colormaps["tab20"].colors)
+        colours = itertools.cycle(matplotlib.color_sequences["tab20"])
         for setting, colour in zip(settings, colours, strict=False):
             points = [next(iter(r["sets"].values())) for r in setting["rounds"]]
             change = points[-1]["against_base"]

@@ -12,7 +12,7 @@ student. All problems are from the "pretrain" split.
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,7 +41,7 @@ HEAD_DIM = 32  # the smallest that vLLM's attention on CPU supports
 
 # (token ids, number of prompt tokens): the loss is on the rest, which includes the end token
 Example = tuple[list[int], int]
-Draw = Callable[[], Example]
+Examples = Iterator[Example]
 
 
 @dataclass(frozen=True)
@@ -99,24 +99,18 @@ def encode(tokenizer: PreTrainedTokenizerFast, user: str, assistant: str) -> Exa
     return prompt + tokenizer(f"{assistant} {END}").input_ids, len(prompt)
 
 
-# Each of the next three returns a function that draws one training example.
-def solving(tokenizer: PreTrainedTokenizerFast, rng: random.Random, slip_rate: float) -> Draw:
-    source = problems(rng, FAMILIES, "pretrain")
-
-    def draw() -> Example:
-        problem = next(source)
+# Each of the next three yields training examples without end.
+def solving(tokenizer: PreTrainedTokenizerFast, rng: random.Random, slip_rate: float) -> Examples:
+    for problem in problems(rng, FAMILIES, "pretrain"):
         trace = sample_trace(rng, problem, sample_habit(rng), slip_rate)
-        return encode(tokenizer, problem.text, trace.text)
-
-    return draw
+        yield encode(tokenizer, problem.text, trace.text)
 
 
 def rewriting(
     tokenizer: PreTrainedTokenizerFast, rng: random.Random, student_drafts: list[Sample]
-) -> Draw:
+) -> Examples:
     source = problems(rng, FAMILIES, "pretrain")
-
-    def draw() -> Example:
+    while True:
         if rng.random() < 0.5:
             problem = next(source)
             slip_rate = rng.choice((0.0, 0.02, 0.06))
@@ -125,13 +119,12 @@ def rewriting(
             rollout = rng.choice(student_drafts)
             problem, draft = rollout.problem, rollout.text
         user = rewrite_prompt(problem.text, draft)
-        return encode(tokenizer, user, ideal_rewrite(problem, draft))
-
-    return draw
+        yield encode(tokenizer, user, ideal_rewrite(problem, draft))
 
 
-def evenly(rng: random.Random, first: Draw, second: Draw) -> Draw:
-    return lambda: first() if rng.random() < 0.5 else second()
+def evenly(rng: random.Random, first: Examples, second: Examples) -> Examples:
+    while True:
+        yield next(first if rng.random() < 0.5 else second)
 
 
 def solve(
@@ -164,10 +157,10 @@ def summed_loss(model: Qwen3ForCausalLM, examples: list[Example]) -> torch.Tenso
     return functional.cross_entropy(logits, tokens[:, 1:][scored], reduction="sum")
 
 
-def batches(draw: Draw, rng: random.Random, num_tokens: int) -> Iterator[list[Example]]:
+def batches(examples: Examples, rng: random.Random, num_tokens: int) -> Iterator[list[Example]]:
     """Yield batches of about `num_tokens` without end, each of examples of similar length."""
     while True:
-        pool = sorted((draw() for _ in range(128)), key=lambda example: len(example[0]))
+        pool = sorted(islice(examples, 128), key=lambda example: len(example[0]))
         cut: list[list[Example]] = [[]]
         for example in pool:
             if sum(len(ids) for ids, _ in cut[-1]) >= num_tokens:
@@ -178,7 +171,7 @@ def batches(draw: Draw, rng: random.Random, num_tokens: int) -> Iterator[list[Ex
 
 
 def train(
-    model: Qwen3ForCausalLM, recipe: Recipe, draw: Draw, rng: random.Random, log: Path
+    model: Qwen3ForCausalLM, recipe: Recipe, examples: Examples, rng: random.Random, log: Path
 ) -> None:
     """Train with Muon on the hidden matrices and AdamW on the rest; log every ten steps."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
@@ -187,7 +180,7 @@ def train(
         (torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.01), recipe.muon_lr),
         (torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.95)), recipe.adamw_lr),
     ]
-    source = batches(draw, rng, recipe.tokens_per_step)
+    source = batches(examples, rng, recipe.tokens_per_step)
     begun = time.monotonic()
     with log.open("w", encoding="utf-8") as lines:
         for step in (bar := tqdm(range(recipe.steps), desc=log.parent.name)):
@@ -223,15 +216,15 @@ def main(out: Path, only: str | None, seed: int) -> None:
         torch.manual_seed(seed)
         recipe = STUDENT if role == "student" else TEACHER
         model = build_model(recipe, tokenizer)
-        draw = solving(tokenizer, rng, recipe.slip_rate)
+        examples = solving(tokenizer, rng, recipe.slip_rate)
         if role == "teacher":
             student, _ = load(out / "student")
             grow(student, model)
             rollouts = solve(student, tokenizer, rng, "pretrain", NUM_STUDENT_DRAFTS, 1.0)
             drafts = [rollout for rollout in rollouts if rollout.ended]
-            draw = evenly(rng, draw, rewriting(tokenizer, rng, drafts))
+            examples = evenly(rng, examples, rewriting(tokenizer, rng, drafts))
         log = folder / "train_log.jsonl"
-        train(model, recipe, draw, rng, log)
+        train(model, recipe, examples, rng, log)
         model.generation_config = GenerationConfig(
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
         )

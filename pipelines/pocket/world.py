@@ -14,7 +14,7 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Split = Literal["pretrain", "train", "validation", "test"]
@@ -78,10 +78,8 @@ def in_order(problem: Problem, work: Work) -> int:
 
 def gains_first(problem: Problem, work: Work) -> int:
     """Apply all gains, then all losses, each in the order of the story."""
-    value = problem.start
-    for step in sorted(problem.steps, key=lambda step: step.sign == "-"):
-        value = work(step.label, value, step.sign, step.amount)
-    return value
+    steps = sorted(problem.steps, key=lambda step: step.sign == "-")
+    return in_order(replace(problem, steps=tuple(steps)), work)
 
 
 def total_first(problem: Problem, work: Work) -> int:
@@ -170,11 +168,7 @@ def _draw_ride(rng: random.Random) -> Problem:
     return Problem("ride", text, start, tuple(steps), sentences)
 
 
-_DRAW: dict[Family, Callable[[random.Random], Problem]] = {
-    "tally": _draw_tally,
-    "shop": _draw_shop,
-    "ride": _draw_ride,
-}
+_DRAW = {"tally": _draw_tally, "shop": _draw_shop, "ride": _draw_ride}
 
 
 def sample_problem(rng: random.Random, family: Family) -> Problem:
@@ -348,10 +342,8 @@ def concise_trace(problem: Problem, route: str) -> str:
 
 def route_of(problem: Problem, draft: str) -> str:
     """Return the first route of the problem that a draft announces; `in order` if there is none."""
-    for route in _ANNOUNCEMENT.findall(draft):
-        if route in ROUTES[problem.family]:
-            return str(route)
-    return "in order"
+    announced: list[str] = _ANNOUNCEMENT.findall(draft)
+    return next((route for route in announced if route in ROUTES[problem.family]), "in order")
 
 
 def ideal_rewrite(problem: Problem, draft: str) -> str:
