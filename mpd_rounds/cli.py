@@ -88,7 +88,7 @@ def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
     require_kind(out, "pipeline")
     plan = Plan(pipeline, out)
     check_inputs(pipeline, out)
-    runner = Runner(out, pipeline.environment, len(plan.all_steps()), pipeline.preload)
+    runner = Runner(out, pipeline.environment, len(plan.all_steps()))
     write_record(out, "pipeline", pipeline.model_dump(mode="json"))
     runner.run(list(plan.evaluations(0)), pipeline.parallel_evaluations)
     for round_ in range(1, pipeline.rounds + 1):

@@ -1,7 +1,6 @@
 """Run the steps of a pipeline as processes, and record which are finished."""
 
 import json
-import multiprocessing
 import os
 import shlex
 import signal
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,7 @@ import click
 
 from mpd_data.common import signals
 from mpd_data.common.errors import MPDError
-from mpd_data.common.machine import gpus
 from mpd_data.parts.workers import EXIT_FAILED_ROWS
-from mpd_rounds.run.fork_server import Fork, Forks
 from mpd_rounds.run.steps import Step
 
 _MODULES = {"mpd-gen": "mpd_data.cli", "mpd-train": "mpd_train.cli"}
@@ -57,12 +53,9 @@ class Finished:
 
 
 class Runner:
-    """Runs steps as processes and records the finished ones in OUT/finished.jsonl. `preload`: fork
-    them from a process that has imported their libraries (see fork_server.py)."""
+    """Runs steps as processes and records the finished ones in OUT/finished.jsonl."""
 
-    def __init__(
-        self, out: Path, environment: dict[str, str], total: int, preload: bool = False
-    ) -> None:
+    def __init__(self, out: Path, environment: dict[str, str], total: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self._finished = Finished(out)
         self._path = self._finished.path
@@ -73,8 +66,7 @@ class Runner:
         self._environment.pop("SLURM_ARRAY_TASK_COUNT", None)
         self._total = total
         self._number = 0
-        self._running: set[subprocess.Popen[bytes] | Fork] = set()
-        self._forks = Forks(self._environment) if preload and not gpus() else None
+        self._running: set[subprocess.Popen[str]] = set()
         self._is_ending = False
         self.failed_rows = any(r["exit_code"] == EXIT_FAILED_ROWS for r in self._finished.records)
 
@@ -119,31 +111,22 @@ class Runner:
                 raise
         return failed
 
-    def _start(self, step: Step, stderr: Connection | None) -> subprocess.Popen[bytes] | Fork:
-        module = _MODULES[step.program]
-        if self._forks is not None:
-            return self._forks.start(module, step.command, stderr)
-        return subprocess.Popen(
-            [sys.executable, "-m", module, *step.command],
-            env=self._environment,
-            stderr=None if stderr is None else stderr.fileno(),
-        )
-
     def _run_one(self, step: Step, prefixed: bool) -> None:
         begun = time.monotonic()
-        # Steps that run at the same time report in lines: their progress bars would mix.
-        reader, writer = multiprocessing.Pipe(duplex=False) if prefixed else (None, None)
-        process = self._start(step, writer)
+        process = subprocess.Popen(
+            [sys.executable, "-m", _MODULES[step.program], *step.command],
+            env=self._environment,
+            # Steps that run at the same time report in lines: their progress bars would mix.
+            stderr=subprocess.PIPE if prefixed else None,
+            encoding="utf-8",
+            errors="replace",
+        )
         self._running.add(process)
         if self._is_ending:
             # It was started after the others were terminated.
             process.terminate()
-        if reader is not None and writer is not None:
-            writer.close()
-            with os.fdopen(os.dup(reader.fileno()), encoding="utf-8", errors="replace") as lines:
-                for line in lines:
-                    click.echo(f"    {step.label} | {line.rstrip()}", err=True)
-            reader.close()
+        for line in process.stderr or ():
+            click.echo(f"    {step.label} | {line.rstrip()}", err=True)
         code = process.wait()
         self._running.discard(process)
         if code not in (0, EXIT_FAILED_ROWS):

@@ -60,9 +60,6 @@ class Pipeline(SettingsFile):
     rounds: int = Field(1, ge=1)
     seed: int = 0
     parallel_evaluations: int = Field(1, ge=1)
-    # For short stages on a CPU: fork each from a process that has imported its libraries, which
-    # saves the seconds of importing them.
-    preload: bool = False
     environment: dict[str, str] = Field(default_factory=dict)
     licenses: Licenses = Licenses()
     rollouts: dict[str, Any]

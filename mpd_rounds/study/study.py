@@ -44,7 +44,7 @@ _UNNAMED = Path("out")
 _RESULT_OF = "setting:"
 # What a setting cannot change, because the study sets it for all.
 _NOT_ITS_OWN = (
-    "name", "seed", "environment", "evaluation", "parallel_evaluations", "preload", "licenses",
+    "name", "seed", "environment", "evaluation", "parallel_evaluations", "licenses",
 )  # fmt: skip
 
 
@@ -259,7 +259,7 @@ def run_study(study: Study, out: Path, groups: tuple[str, ...] = ()) -> StudyOut
     runs = Planner(study, out).runs(groups)
     waves = waves_of(runs)
     pipeline = runs[0].pipeline
-    runner = Runner(out, pipeline.environment, sum(map(len, waves)), pipeline.preload)
+    runner = Runner(out, pipeline.environment, sum(map(len, waves)))
     write_record(out, "study", study.model_dump(mode="json"))
     failed: dict[Path, str] = {}
     stopped: dict[tuple[str, int], str] = {}
