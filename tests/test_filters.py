@@ -158,7 +158,7 @@ def test_refilter_changes_rules_and_nothing_else(sampled, round_dir, tmp_path):
     (out / ".refilter").mkdir()
     (out / ".refilter" / "complete").touch()
     said = run("mpd-gen", *several(out, **{"--choose": "all"}), code=1).stderr
-    assert "killed while its rows replaced the old ones" in said
+    assert "killed while its rows were put in place" in said
 
 
 def test_refilter_down_to_nothing_is_a_clear_stop(sampled, tmp_path):
@@ -303,7 +303,7 @@ def test_parts_leave_the_choice_for_later(sampled, likeliest, tmp_path):
     (out / "run.json").write_text(json.dumps(info))
     run("mpd-gen", *asked, "--refilter")
     plan = run("mpd-gen", *asked, "--refilter", "--dry-run").stdout
-    assert "The rules are those of the rewrites that are there." in plan
+    assert "The existing rewrites were chosen by these rules." in plan
     assert kept < rows(out).filter(pl.col("status") == "ok").height
     assert rows(out).select("row_id", "status").equals(rows(likeliest).select("row_id", "status"))
     # Workers of one command are followed by the choice.

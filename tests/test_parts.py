@@ -205,9 +205,9 @@ def test_only_the_other_parts_of_a_division_write_beside_a_part(tmp_path, holder
 def test_parts_cannot_overwrite_or_refilter(prompts, tmp_path):
     part = ["--shard-index", 0, "--num-shards", 2]
     for extra in (part, ["--workers", 2]):
-        with pytest.raises(click.UsageError, match="deletes what all parts"):
+        with pytest.raises(click.UsageError, match="deletes the rows of all parts"):
             invoke(cli, *rollout_arguments(prompts, tmp_path), "--overwrite", *extra)
-        with pytest.raises(click.UsageError, match="deletes what all parts"):
+        with pytest.raises(click.UsageError, match="deletes the rows of all parts"):
             invoke(cli, *rewrite_arguments(tmp_path), "--overwrite", *extra)
         with pytest.raises(click.UsageError, match="no parts or workers"):
             invoke(cli, *rewrite_arguments(tmp_path), "--refilter", *extra)
@@ -225,7 +225,7 @@ def test_gpus_are_shared_out(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 3,GPU-4,5")
     assert _shares(2, 2) == ["2,3", "GPU-4,5"]
     assert _shares(3, 1) == ["2", "3", "GPU-4"]
-    with pytest.raises(ConfigError, match="take 6, and there are 4"):
+    with pytest.raises(ConfigError, match="need 6 GPUs, but this machine has 4"):
         _shares(3, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert _shares(3, 2) == [None, None, None]

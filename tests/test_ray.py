@@ -247,7 +247,7 @@ def test_a_block_waits_for_its_earlier_attempt(job, monkeypatch):
     with told(job), RoundDir(job.folder).lock("rollouts", Part(1, 2)):
         said = do(EngineActor(job), 1)
     assert time.monotonic() - began > 0.5
-    assert "rollouts-1-of-2: an earlier attempt at this block holds it" in said["error"]
+    assert "rollouts-1-of-2: an earlier attempt at this block still holds the lock" in said["error"]
 
 
 def test_a_block_that_takes_its_process_along_ends_the_job(job, monkeypatch):
