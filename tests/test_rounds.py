@@ -19,7 +19,7 @@ from mpd_data.common.errors import ConfigError
 from mpd_data.config import RolloutsConfig
 from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.runner import Finished, Runner, _inputs
-from mpd_rounds.run.steps import Step, load_pipeline, rewrite_step
+from mpd_rounds.run.steps import Step, load_pipeline
 from mpd_rounds.study.study import load_study
 
 POCKET = ROOT / "pipelines" / "pocket" / "pipeline.toml"
@@ -240,7 +240,7 @@ def test_who_chooses_where_the_teacher_samples(small):
     """The student of the round, not the first one, whose vocabulary is the same."""
     for choose, expected in (("shortest", "FIRST"), ("likeliest", "NEWEST")):
         changed = ("sampler='teacher'", "student='FIRST'", f"rewrite.choose='{choose}'")
-        step = rewrite_step(load_pipeline(small, changed), "NEWEST", 2, Path("shards"))
+        step = load_pipeline(small, changed).rewrite_step("NEWEST", 2, Path("shards"))
         assert step.config.student == expected
 
 

@@ -4,14 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpd_rounds.run.steps import (
-    Pipeline,
-    Step,
-    evaluation_step,
-    rewrite_step,
-    rollouts_step,
-    train_step,
-)
+from mpd_rounds.run.steps import Pipeline, Step
 
 
 @dataclass(frozen=True)
@@ -35,15 +28,15 @@ class Plan:
         """Yield rollouts, rewrite and train of a round (from 1)."""
         p, data = self.pipeline, self.out / "data" / f"round{round_}"
         student = self.student(round_ - 1)
-        yield rollouts_step(p, student, round_, data)
-        yield rewrite_step(p, student, round_, data)
-        yield train_step(p, student, round_, data, self.out / "train" / f"round{round_}")
+        yield p.rollouts_step(student, round_, data)
+        yield p.rewrite_step(student, round_, data)
+        yield p.train_step(student, round_, data, self.out / "train" / f"round{round_}")
 
     def evaluations(self, round_: int) -> Iterator[Step]:
         """Yield the steps that sample held-out prompts from the student after `round_` rounds."""
         for chosen in self.pipeline.evaluation:
             out = self.evaluation(round_, chosen.name)
-            yield evaluation_step(self.pipeline, chosen, self.student(round_), round_, out)
+            yield self.pipeline.evaluation_step(chosen, self.student(round_), round_, out)
 
     def all_steps(self) -> list[Step]:
         steps = list(self.evaluations(0))

@@ -45,6 +45,32 @@ class SettingsFile(Strict):
         return settings
 
 
+@dataclass(frozen=True)
+class Step:
+    """One command of the pipeline, with its settings. `out`: the folder it makes; `reads`: input
+    files that its command does not name."""
+
+    label: str
+    why: str
+    program: str
+    command: list[str]
+    out: Path
+    config: RolloutsConfig | RewriteConfig | TrainConfig
+    reads: tuple[Path, ...] = ()
+
+
+_COMMANDS: dict[type[BaseModel], tuple[str, ...]] = {
+    RolloutsConfig: ("mpd-gen", "rollouts"),
+    RewriteConfig: ("mpd-gen", "rewrite"),
+    TrainConfig: ("mpd-train",),
+}
+
+
+def _newest(round_: int) -> str:
+    """Return what the student at the start of a round is called."""
+    return "the base student" if round_ == 1 else f"the student of round {round_ - 1}"
+
+
 class Pipeline(SettingsFile):
     """A pipeline file. Its sections hold the settings of their commands, without those that the
     pipeline sets (models, folders, round number). Paths are relative to the folder in which the
@@ -67,19 +93,63 @@ class Pipeline(SettingsFile):
     train: dict[str, Any] = Field(default_factory=dict)
     evaluation: list[EvaluationSet] = Field(min_length=1)
 
+    def _step(
+        self,
+        label: str,
+        why: str,
+        out: Path,
+        model: type[RolloutsConfig | RewriteConfig | TrainConfig],
+        section: str,
+        given: dict[str, Any],
+        fixed: dict[str, Any],
+    ) -> Step:
+        """Return a step with the settings `given` in a section and the pipeline's own."""
+        fixed = {**fixed, "seed": self.seed}
+        clash = sorted(given.keys() & fixed.keys())
+        if clash:
+            raise ConfigError(
+                f"{self.source}: [{section}]: the pipeline sets {', '.join(clash)}; remove them."
+            )
+        config = parse(model, {**given, **fixed}, self.source, section)
+        program, *command = _COMMANDS[model]
+        return Step(label, why, program, [*command, *arguments(config)], out, config)
 
-@dataclass(frozen=True)
-class Step:
-    """One command of the pipeline, with its settings. `out`: the folder it makes; `reads`: input
-    files that its command does not name."""
+    def rollouts_step(self, student: str, round_: int, out: Path) -> Step:
+        """Return the step in which the sampler (`student` or the teacher) fills the round `out`."""
+        sampler, name = self.teacher, "the teacher"
+        if self.sampler == "student":
+            sampler, name = student, _newest(round_)
+        label, why = f"round {round_}: rollouts", f"{name} samples solutions"
+        fixed = {"model": sampler, "out": out, "round": round_}
+        return self._step(label, why, out, RolloutsConfig, "rollouts", self.rollouts, fixed)
 
-    label: str
-    why: str
-    program: str
-    command: list[str]
-    out: Path
-    config: RolloutsConfig | RewriteConfig | TrainConfig
-    reads: tuple[Path, ...] = ()
+    def rewrite_step(self, student: str, round_: int, shards: Path) -> Step:
+        """Return the step in which the rewriter (the teacher or `student`) rewrites a round."""
+        rewriter, name = self.teacher, "the teacher"
+        if self.rewriter == "student":
+            rewriter, name = student, _newest(round_)
+        fixed: dict[str, Any] = {"teacher": rewriter, "shards": shards}
+        if self.sampler == "teacher":
+            # Needed for the vocabulary, which never changes, and for the choice, which does.
+            newest_chooses = self.rewrite.get("choose") == "likeliest"
+            fixed["student"] = student if newest_chooses else self.student
+        label, out = f"round {round_}: rewrite", shards / "distill"
+        why = f"{name} shortens them and scores what passes the filter"
+        return self._step(label, why, out, RewriteConfig, "rewrite", self.rewrite, fixed)
+
+    def train_step(self, student: str, round_: int, shards: Path, out: Path) -> Step:
+        """Return the step in which `student` learns from `shards`; it writes `out`/model."""
+        label, why = f"round {round_}: train", f"{_newest(round_)} learns from the kept rewrites"
+        fixed = {"shards": [shards], "student": student, "out": out}
+        return self._step(label, why, out / "model", TrainConfig, "train", self.train, fixed)
+
+    def evaluation_step(self, chosen: EvaluationSet, student: str, round_: int, out: Path) -> Step:
+        """Return the step in which `student`, after `round_` rounds, answers held-out prompts."""
+        label = f"{'base' if round_ == 0 else f'round {round_}'}: evaluate {chosen.name}"
+        why = "held-out prompts, the same for every round"
+        section = f"evaluation.{chosen.name}.rollouts"
+        fixed = {"model": student, "out": out}
+        return self._step(label, why, out, RolloutsConfig, section, chosen.rollouts, fixed)
 
 
 def load_pipeline(path: Path, overrides: tuple[str, ...]) -> Pipeline:
@@ -131,79 +201,3 @@ def override(values: dict[str, Any], name: str, value: Any, where: str) -> None:
     if not isinstance(target, dict):
         raise ConfigError(f"{where}: {parents[-1]!r} is a list; give a number in it.")
     target[last] = value
-
-
-_COMMANDS: dict[type[BaseModel], tuple[str, ...]] = {
-    RolloutsConfig: ("mpd-gen", "rollouts"),
-    RewriteConfig: ("mpd-gen", "rewrite"),
-    TrainConfig: ("mpd-train",),
-}
-
-
-def _step(
-    p: Pipeline,
-    label: str,
-    why: str,
-    out: Path,
-    model: type[RolloutsConfig | RewriteConfig | TrainConfig],
-    section: str,
-    given: dict[str, Any],
-    fixed: dict[str, Any],
-) -> Step:
-    """Return a step with the settings `given` in a section and those that the pipeline fixes."""
-    fixed = {**fixed, "seed": p.seed}
-    clash = sorted(given.keys() & fixed.keys())
-    if clash:
-        raise ConfigError(
-            f"{p.source}: [{section}]: the pipeline sets {', '.join(clash)}; remove them."
-        )
-    config = parse(model, {**given, **fixed}, p.source, section)
-    program, *command = _COMMANDS[model]
-    return Step(label, why, program, [*command, *arguments(config)], out, config)
-
-
-def rollouts_step(p: Pipeline, student: str, round_: int, out: Path) -> Step:
-    """Return the step in which the sampler (`student` or the teacher) fills the round `out`."""
-    sampler, name = p.teacher, "the teacher"
-    if p.sampler == "student":
-        sampler, name = student, _newest(round_)
-    label, why = f"round {round_}: rollouts", f"{name} samples solutions"
-    fixed = {"model": sampler, "out": out, "round": round_}
-    return _step(p, label, why, out, RolloutsConfig, "rollouts", p.rollouts, fixed)
-
-
-def rewrite_step(p: Pipeline, student: str, round_: int, shards: Path) -> Step:
-    """Return the step in which the rewriter (the teacher or `student`) rewrites a round."""
-    rewriter, name = p.teacher, "the teacher"
-    if p.rewriter == "student":
-        rewriter, name = student, _newest(round_)
-    fixed: dict[str, Any] = {"teacher": rewriter, "shards": shards}
-    if p.sampler == "teacher":
-        # Needed for the vocabulary, which never changes, and for the choice, which does.
-        fixed["student"] = student if p.rewrite.get("choose") == "likeliest" else p.student
-    label = f"round {round_}: rewrite"
-    why = f"{name} shortens them and scores what passes the filter"
-    return _step(p, label, why, shards / "distill", RewriteConfig, "rewrite", p.rewrite, fixed)
-
-
-def train_step(p: Pipeline, student: str, round_: int, shards: Path, out: Path) -> Step:
-    """Return the step in which `student` learns from the round `shards`; it writes `out`/model."""
-    label, why = f"round {round_}: train", f"{_newest(round_)} learns from the kept rewrites"
-    fixed = {"shards": [shards], "student": student, "out": out}
-    return _step(p, label, why, out / "model", TrainConfig, "train", p.train, fixed)
-
-
-def evaluation_step(
-    p: Pipeline, chosen: EvaluationSet, student: str, round_: int, out: Path
-) -> Step:
-    """Return the step in which `student`, after `round_` rounds, answers held-out prompts."""
-    label = f"{'base' if round_ == 0 else f'round {round_}'}: evaluate {chosen.name}"
-    why = "held-out prompts, the same for every round"
-    section = f"evaluation.{chosen.name}.rollouts"
-    fixed = {"model": student, "out": out}
-    return _step(p, label, why, out, RolloutsConfig, section, chosen.rollouts, fixed)
-
-
-def _newest(round_: int) -> str:
-    """Return what the student at the start of a round is called."""
-    return "the base student" if round_ == 1 else f"the student of round {round_ - 1}"

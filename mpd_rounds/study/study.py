@@ -27,25 +27,13 @@ from mpd_data.config import Strict
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind, write_record
 from mpd_rounds.run.runner import Runner
-from mpd_rounds.run.steps import (
-    Pipeline,
-    SettingsFile,
-    Step,
-    evaluation_step,
-    override,
-    read_settings,
-    rewrite_step,
-    rollouts_step,
-    train_step,
-)
+from mpd_rounds.run.steps import Pipeline, SettingsFile, Step, override, read_settings
 
 _UNNAMED = Path("out")
 # A setting's model may be the last model of another setting with the same seed.
 _RESULT_OF = "setting:"
 # What a setting cannot change, because the study sets it for all.
-_NOT_ITS_OWN = (
-    "name", "seed", "environment", "evaluation", "parallel_evaluations", "licenses",
-)  # fmt: skip
+_NOT_ITS_OWN = ("name", "seed", "environment", "evaluation", "parallel_evaluations", "licenses")
 
 
 class Setting(Strict):
@@ -197,16 +185,14 @@ class Planner:
         p, student = run.pipeline, run.pipeline.student
         self._evaluate(run, student, 0)
         for round_ in range(1, p.rounds + 1):
-            sampling = rollouts_step(p, student, round_, _UNNAMED)
+            sampling = p.rollouts_step(student, round_, _UNNAMED)
             rollouts = self._named(run, sampling, "out", "rollouts")
-            rewrite = dataclasses.replace(
-                self._named(
-                    run, rewrite_step(p, student, round_, rollouts.out), "shards", "rewrite"
-                ),
-                reads=(rollouts.out / "rollouts.manifest.jsonl",),
-            )
+            rewriting = p.rewrite_step(student, round_, rollouts.out)
+            rewrite = self._named(run, rewriting, "shards", "rewrite")
+            manifest = rollouts.out / "rollouts.manifest.jsonl"
+            rewrite = dataclasses.replace(rewrite, reads=(manifest,))
             shards = rewrite.out.parent
-            training = train_step(p, student, round_, shards, _UNNAMED)
+            training = p.train_step(student, round_, shards, _UNNAMED)
             train = self._named(run, training, "out", "train")
             run.stages += [[rollouts], [rewrite], [train]]
             run.shards.append(shards)
@@ -219,7 +205,7 @@ class Planner:
         sets = run.pipeline.evaluation
         steps = {}
         for chosen in sets[:1] if 0 < round_ < run.pipeline.rounds else sets:
-            step = evaluation_step(run.pipeline, chosen, student, round_, _UNNAMED)
+            step = run.pipeline.evaluation_step(chosen, student, round_, _UNNAMED)
             steps[chosen.name] = self._named(run, step, "out", "evaluate")
         run.evaluations[round_] = {name: step.out for name, step in steps.items()}
         run.stages.append(list(steps.values()))
