@@ -4,18 +4,8 @@ from collections.abc import Iterator
 
 from mpd_data.inspect.stats import MARKERS
 from mpd_rounds.report import plots, queries
-from mpd_rounds.report.document import (
-    Bar,
-    Block,
-    Paragraph,
-    Plot,
-    Plots,
-    Table,
-    number,
-    percent,
-    points,
-)
-from mpd_rounds.report.queries import Evaluation, LengthCounts, Measured
+from mpd_rounds.report.document import Block, Paragraph, Plot, Plots, Table, number, percent, points
+from mpd_rounds.report.queries import Evaluations, LengthCounts, Measured
 from mpd_rounds.report.run import Run, round_name
 
 _INTERVALS = (
@@ -30,19 +20,16 @@ _BEHAVIOUR = (
 )
 
 
-# -- accuracy and length ------------------------------------------------------------------------
-
-
-def results(by_run: dict[str, list[Evaluation]]) -> Iterator[Block]:
+def results(by_run: dict[str, Evaluations]) -> Iterator[Block]:
     """Yield a plot of the evaluation sets, and two tables for each set, with all runs in them."""
-    sets: dict[str, dict[str, Evaluation]] = {}
+    sets: dict[str, dict[str, dict[int, Measured]]] = {}  # by set, run and round
     for label, evaluations in by_run.items():
-        for evaluation in evaluations:
-            sets.setdefault(evaluation.name, {})[label] = evaluation
+        for name, by_round in evaluations.items():
+            sets.setdefault(name, {})[label] = by_round
     if not sets:
         return
     several = len(by_run) > 1
-    if drawn := _pareto_plots(sets, several):
+    if drawn := list(_pareto_plots(sets, several)):
         caption = "Accuracy against mean tokens, a panel for each evaluation set. "
         caption += "Each line is a run. " * several
         caption += "The open circle is the base; crosses are 95% intervals."
@@ -52,29 +39,27 @@ def results(by_run: dict[str, list[Evaluation]]) -> Iterator[Block]:
     for index, (name, runs) in enumerate(sets.items()):
         rows = [
             ([label, round_name(n)] if several else [round_name(n)], measured)
-            for label, evaluation in runs.items()
-            for n, measured in evaluation.by_round.items()
+            for label, by_round in runs.items()
+            for n, measured in by_round.items()
         ]
         heads = ["run", "model"] if several else ["model"]
         yield from _result_tables(name, heads, rows, explained=index == 0)
 
 
-def _pareto_plots(sets: dict[str, dict[str, Evaluation]], several: bool) -> list[Plot]:
-    """Return a plot for each set that has accuracy, given the evaluations by set and run."""
-    drawn = []
+def _pareto_plots(sets: dict[str, dict[str, dict[int, Measured]]], several: bool) -> Iterator[Plot]:
+    """Yield a plot for each set that has accuracy. `sets`: results by set, run and round."""
     for name, runs in sets.items():
-        lines = {label: _pareto_points(evaluation) for label, evaluation in runs.items()}
+        lines = {label: _pareto_points(by_round) for label, by_round in runs.items()}
         lines = {label: line for label, line in lines.items() if line}
         if lines:
             texts = [f"{label}: " * several + _in_words(line) for label, line in lines.items()]
             svg = plots.pareto(name, lines, len(sets) == 1)
-            drawn.append(Plot(svg, f"{name}: {'. '.join(texts)}"))
-    return drawn
+            yield Plot(svg, f"{name}: {'. '.join(texts)}")
 
 
-def _pareto_points(evaluation: Evaluation) -> list[plots.Point]:
+def _pareto_points(by_round: dict[int, Measured]) -> list[plots.Point]:
     line = []
-    for n, measured in evaluation.by_round.items():
+    for n, measured in by_round.items():
         side = measured.side
         if side["accuracy"] is not None:
             tokens = side["mean_tokens"], tuple(side["mean_tokens_interval"])
@@ -93,7 +78,7 @@ def _result_tables(
 ) -> Iterator[Block]:
     """Yield results and behaviour on an evaluation set, a line for each model; with `explained`,
     also how to read them."""
-    rows: list[list[str | Bar]] = []
+    rows = []
     for labels, measured in lines:
         side, paired = measured.side, measured.paired or {}
         tokens = map(number, (side["mean_tokens"], *side["mean_tokens_interval"]))

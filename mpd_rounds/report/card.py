@@ -29,9 +29,12 @@ def data_card(run: Run, funnels: dict[int, Funnel]) -> Iterator[Block]:
     metadata = {n: shard_metadata(folder, "distill") for n, folder in distilled.items()}
     kept = sum(funnels[n].kept for n in distilled)
     rows = sum(funnels[n].rewrites for n in distilled)
+    made = "a model's solution, rewritten more concisely"
+    if all(shard["template"]["name"] == "draft" for shard in metadata.values()):
+        made = "a model's solution as it was sampled, scored by a teacher"
     yield Paragraph(
         f"{rows:,} rewrites from {len(distilled)} round{'s' * (len(distilled) > 1)}, {kept:,} of"
-        f" them kept. A row is {_made(metadata)}. A kept row has the"
+        f" them kept. A row is {made}. A kept row has the"
         f" {metadata[max(metadata)]['num_logprobs']} largest log-probabilities of each token, by"
         " the model that scored it. Rejected rows stay in the data, with the reason in the column"
         " status."
@@ -45,25 +48,13 @@ def data_card(run: Run, funnels: dict[int, Funnel]) -> Iterator[Block]:
     yield from _content(distilled)
     yield from contamination(run)
     yield Paragraph("To load it, with Polars:")
-    yield Code(_loading(run.path), "python")
+    pattern = str(run.path / "data" / "round*" / "distill" / "*.parquet")
+    scanned = f"import polars as pl\nkept = pl.scan_parquet({pattern!r})"
+    yield Code(f'{scanned}.filter(pl.col("status") == "ok").collect()', "python")
 
 
 # Names of the models in a shard's metadata -> what they did.
 _PARTS = {"student": "sampled by", "teacher": "rewritten and scored by"}
-
-
-def _made(metadata: dict[int, dict[str, Any]]) -> str:
-    if all(shard["template"]["name"] == "draft" for shard in metadata.values()):
-        return "a model's solution as it was sampled, scored by a teacher"
-    return "a model's solution, rewritten more concisely"
-
-
-def _loading(path: Path) -> str:
-    pattern = str(path / "data" / "round*" / "distill" / "*.parquet")
-    return (
-        f"import polars as pl\nkept = pl.scan_parquet({pattern!r})"
-        '.filter(pl.col("status") == "ok").collect()'
-    )
 
 
 def _kept(folder: Path) -> pl.LazyFrame:

@@ -5,18 +5,7 @@ from collections.abc import Callable, Iterator
 from operator import attrgetter
 
 from mpd_rounds.report import plots, queries
-from mpd_rounds.report.document import (
-    NONE,
-    Bar,
-    Block,
-    Plot,
-    Plots,
-    Table,
-    Tile,
-    Tiles,
-    number,
-    percent,
-)
+from mpd_rounds.report.document import NONE, Bar, Block, Plot, Plots, Table, number, percent
 from mpd_rounds.report.queries import Funnel, Training
 from mpd_rounds.report.run import round_name
 
@@ -112,7 +101,7 @@ def training_curves(trainings: dict[str, Training]) -> Iterator[Block]:
                     series[_SERIES_NAMES.get(name, name)] = training.columns[name]
         if rounds:
             ends = "; ".join(
-                f"{label}, {name}: {_value(values[0][1])} to {_value(values[-1][1])}"
+                f"{label}, {name}: {values[0][1]:.4g} to {values[-1][1]:.4g}"
                 for label, series in rounds.items()
                 for name, values in series.items()
             )
@@ -122,30 +111,11 @@ def training_curves(trainings: dict[str, Training]) -> Iterator[Block]:
     if any(training.steps > plots.MOST_POINTS for training in trainings.values()):
         caption += " In long trainings each point is the mean of neighbouring steps."
     yield Plots(drawn, caption)
-    rows: list[list[str | Bar]] = []
+    rows = []
     for label, training in trainings.items():
         columns = map(training.first_and_last, ("loss", "kl", "validation_loss"))
-        losses = [NONE if both is None else " → ".join(map(_value, both)) for both in columns]
+        losses = [NONE if ends is None else "{:.4g} → {:.4g}".format(*ends) for ends in columns]
         pace = number(training.tokens / training.seconds if training.seconds else None)
         rows.append([label, f"{training.steps:,}", f"{training.tokens:,.0f}", pace, *losses])
     head = ["", "steps", "tokens", "tokens/s", "loss", "divergence", "validation loss"]
     yield Table("Trainings", head, rows, note="Losses: of the first and the last step.")
-
-
-def _value(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def training_tiles(trainings: dict[str, Training]) -> Iterator[Block]:
-    """Yield the main results of each training."""
-    for training in trainings.values():
-        tokens, seconds = training.tokens, training.seconds
-        tiles = [Tile("Steps", f"{training.steps:,}", f"{tokens:,.0f} tokens")]
-        for name, label in (("loss", "Loss"), ("validation_loss", "Validation loss")):
-            ends = training.first_and_last(name)
-            if ends is not None:
-                tiles.append(Tile(label, _value(ends[1]), f"from {_value(ends[0])}"))
-        if seconds:
-            pace = f"{tokens / seconds:,.0f}"
-            tiles.append(Tile("Tokens per second", pace, f"{seconds:,.0f} s of steps"))
-        yield Tiles(tiles)

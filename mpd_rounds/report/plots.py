@@ -105,11 +105,6 @@ def _for_the_page(svg: str) -> str:
     return svg
 
 
-def _percent(axis: Any, span: float) -> None:
-    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axis.set_major_formatter(PercentFormatter(1, decimals=0 if span > 0.06 else 1))
-
-
 def _counts(axis: Any) -> None:
     axis.set_major_locator(MaxNLocator(5, integer=True))
     axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -141,7 +136,8 @@ def pareto(title: str, lines: dict[str, list[Point]], wide: bool) -> str:
         axes.set_ylabel("accuracy")
         _counts(axes.xaxis)
         low, high = axes.get_ylim()
-        _percent(axes.yaxis, high - low)
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if high - low > 0.06 else 1))
 
     return _draw(*size, draw)
 

@@ -158,8 +158,14 @@ class Measured:
     note: str | None = None
 
 
-def measure(folders: dict[int, Path]) -> dict[int, Measured]:
-    """Measure the folders of one evaluation set. Return the results by round."""
+Evaluations = dict[str, dict[int, Measured]]  # by evaluation set and round
+
+
+def evaluations(run: Run) -> Evaluations:
+    return {name: _measure(folders) for name, folders in run.evaluations.items()}
+
+
+def _measure(folders: dict[int, Path]) -> dict[int, Measured]:
     tables = round_stats(list(folders.values()))
     behaviour: dict[str, dict[str, Any]] = {}
     for row in (*tables["rollouts"], *tables["behaviour"]):
@@ -179,22 +185,6 @@ def measure(folders: dict[int, Path]) -> dict[int, Measured]:
         side = comparison.evaluate(folder) if paired is None else paired["new"]
         measured[number] = Measured(side, paired, behaviour[str(folder)], note)
     return measured
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The results on one evaluation set, by round."""
-
-    name: str
-    by_round: dict[int, Measured]
-
-    @property
-    def last(self) -> Measured:
-        return self.by_round[max(self.by_round)]
-
-
-def evaluations(run: Run) -> list[Evaluation]:
-    return [Evaluation(name, measure(folders)) for name, folders in run.evaluations.items()]
 
 
 @dataclass(frozen=True)

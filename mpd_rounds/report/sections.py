@@ -7,7 +7,7 @@ from mpd_data.store.run_record import read_record
 from mpd_rounds.report import examples, queries
 from mpd_rounds.report.accuracy import lengths, results
 from mpd_rounds.report.card import data_card
-from mpd_rounds.report.data_and_training import funnel_tables, training_curves, training_tiles
+from mpd_rounds.report.data_and_training import funnel_tables, training_curves
 from mpd_rounds.report.document import (
     Block,
     Document,
@@ -23,7 +23,7 @@ from mpd_rounds.report.document import (
     points,
 )
 from mpd_rounds.report.provenance import provenance, training_provenance, unlike_settings
-from mpd_rounds.report.queries import Evaluation, Funnel, Training
+from mpd_rounds.report.queries import Evaluations, Funnel, Training
 from mpd_rounds.report.run import BASE, Run, dates, round_name
 
 
@@ -87,7 +87,7 @@ def _training_report(run: Run) -> Document:
         "training": ("Training", training_curves(trainings)),
         "settings": ("Settings and provenance", training_provenance(run)),
     }
-    overview = Section("overview", "Overview", [*_missing([run]), *training_tiles(trainings)])
+    overview = Section("overview", "Overview", [*_missing([run]), *_training_tiles(trainings)])
     config = read_record(run.path)["details"].get("config", {})
     subtitle = f"Student {config.get('student')}"
     return Document(f"Training: {run.label}", subtitle, [overview, *_filled(details)])
@@ -126,12 +126,13 @@ def _missing(runs: list[Run]) -> Iterator[Block]:
         yield Notice(f"{which} complete. The report shows what exists. Missing:", lines)
 
 
-def _tiles(run: Run, evaluations: list[Evaluation], funnels: dict[int, Funnel]) -> Iterator[Block]:
+def _tiles(run: Run, evaluations: Evaluations, funnels: dict[int, Funnel]) -> Iterator[Block]:
     """Yield the main results, on the first evaluation set."""
     tiles = []
-    if evaluations:
-        first = evaluations[0]
-        last, base = first.last, first.by_round.get(BASE)
+    if run.headline is not None:
+        by_round = evaluations[run.headline]
+        newest = max(by_round)
+        last, base = by_round[newest], by_round.get(BASE)
         tokens = number(last.side["mean_tokens"])
         detail = f"accuracy {percent(last.side['accuracy'])}"
         if last.paired is not None and base is not None:
@@ -146,7 +147,7 @@ def _tiles(run: Run, evaluations: list[Evaluation], funnels: dict[int, Funnel]) 
             tokens = f"{number(base.side['mean_tokens'])} → {tokens}"
             accuracies = f"{percent(base.side['accuracy'])} → {percent(last.side['accuracy'])}"
             detail = "" if last.side["accuracy"] is None else f"accuracy {accuracies}"
-        where = f"{first.name}, {round_name(max(first.by_round))}"
+        where = f"{run.headline}, {round_name(newest)}"
         tiles.append(Tile(f"Mean tokens, {where}", tokens, detail))
     rows = sum(funnel.rewrites for funnel in funnels.values())
     if rows:
@@ -156,17 +157,30 @@ def _tiles(run: Run, evaluations: list[Evaluation], funnels: dict[int, Funnel]) 
         yield Tiles(tiles)
 
 
+def _training_tiles(trainings: dict[str, Training]) -> Iterator[Block]:
+    for training in trainings.values():
+        tokens, seconds = training.tokens, training.seconds
+        tiles = [Tile("Steps", f"{training.steps:,}", f"{tokens:,.0f} tokens")]
+        for name, label in (("loss", "Loss"), ("validation_loss", "Validation loss")):
+            ends = training.first_and_last(name)
+            if ends is not None:
+                tiles.append(Tile(label, f"{ends[1]:.4g}", f"from {ends[0]:.4g}"))
+        if seconds:
+            pace = f"{tokens / seconds:,.0f}"
+            tiles.append(Tile("Tokens per second", pace, f"{seconds:,.0f} s of steps"))
+        yield Tiles(tiles)
+
+
 # -- examples -----------------------------------------------------------------------------------
 
 
 def _rewrites(run: Run) -> Iterator[Block]:
-    chosen = {n: examples.kept_rewrites(folder) for n, folder in run.rounds.items()}
     intro = (
         "Kept rewrites, chosen by the smallest keys. Keys are hashes, so the choice is fair. Struck"
         " out: words that the rewrite removed. Marked: words that it added."
     )
-    for n, rewrites in chosen.items():
-        if rewrites:
+    for n, folder in run.rounds.items():
+        if rewrites := examples.kept_rewrites(folder):
             yield Examples(round_name(n).capitalize(), intro, rewrites)
             intro = ""
 
@@ -208,6 +222,5 @@ def _worst(run: Run) -> Iterator[Block]:
             )
             yield Examples("Answers lost", intro, lost.examples)
     intro = f"Of {name}, on {run.headline}."
-    longest = examples.most(last, "num_completion_tokens", name)
-    yield Examples("Longest traces", intro, longest)
+    yield Examples("Longest traces", intro, examples.most(last, "num_completion_tokens", name))
     yield Examples("Most repetitive traces", intro, examples.most(last, "repetition", name))
