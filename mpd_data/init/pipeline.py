@@ -23,16 +23,7 @@ from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.files import atomic_file
 from mpd_data.common.text import plain
 from mpd_data.config import InitConfig
-from mpd_data.init.detect import (
-    Budget,
-    Models,
-    PromptSet,
-    choose_checker,
-    look_at_models,
-    plan_budget,
-    read_prompt_set,
-    split,
-)
+from mpd_data.init import detect
 from mpd_data.prompts.reader import same
 from mpd_data.prompts.sources import HUB, hub_splits
 
@@ -59,30 +50,31 @@ def run_init(folder: Path, config: InitConfig) -> list[str]:
         )
     if config.checker is not None:
         make_checker(config.checker)
-    train = read_prompt_set(config.prompts, config, None)
+    train = detect.read_prompt_set(config.prompts, config, None)
     files: dict[str, str] = {}
     if config.test is None:
-        train, test, files = split(train, folder)
+        train, test, files = detect.split(train, folder)
     else:
-        test = read_prompt_set(config.test, config, train)
-    models = look_at_models(config)
-    checker, why_checker = choose_checker(config.checker, train, test)
-    budget = plan_budget(models, [*train.prompts, *test.prompts])
+        test = detect.read_prompt_set(config.test, config, train)
+    models = detect.look_at_models(config)
+    checker, why_checker = detect.choose_checker(config.checker, train, test)
+    budget = detect.plan_budget(models, [*train.prompts, *test.prompts])
     files["pipeline.toml"] = _render(
         folder, config, models, train=train, test=test, budget=budget,
         checker=checker, why_checker=why_checker,
     )  # fmt: skip
     _write(folder, files)
-    notes = _notes(train, test, models, f"{checker}. {why_checker}", budget)
+    sides = {"training": train, "test": test}
+    notes = _notes(sides, models, f"{checker}. {why_checker}", budget)
     return [plain(line) for line in notes]
 
 
 def _notes(
-    train: PromptSet, test: PromptSet, models: Models, checker: str, budget: Budget
+    sides: dict[str, detect.PromptSet], models: detect.Models, checker: str, budget: detect.Budget
 ) -> list[str]:
     """Return what was detected, and what to look at, in lines."""
     lines = []
-    for name, side in (("training", train), ("test", test)):
+    for name, side in sides.items():
         answers = "none" if side.answer is None else repr(side.answer)
         ids = "hash of the problem" if side.id is None else repr(side.id)
         lines.append(
@@ -94,8 +86,8 @@ def _notes(
                 f"{name}: {side.rejected_ids!r} gives different problems one value, so it is not"
                 " used as the id"
             )
-    overlap = {same(p.text) for p in train.prompts} & {same(p.text) for p in test.prompts}
-    if overlap:
+    train, test = ({same(prompt.text) for prompt in side.prompts} for side in sides.values())
+    if overlap := train & test:
         lines.append(
             f"{len(overlap)} of the test problems are in the training prompts too: accuracy on"
             " them says little. Remove them from one side."
@@ -120,7 +112,7 @@ def _notes(
     return lines
 
 
-def _render(folder: Path, config: InitConfig, models: Models, **values: Any) -> str:
+def _render(folder: Path, config: InitConfig, models: detect.Models, **values: Any) -> str:
     """Return the content of pipeline.toml."""
     environment = Environment(
         loader=PackageLoader("mpd_data", "init"),

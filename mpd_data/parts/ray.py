@@ -262,7 +262,7 @@ class EngineActor:
             return self._do_part(part)
 
     def _do_part(self, part: Part) -> Outcome:
-        config = self._job.config
+        config, limit = self._job.config, self._job.limit
         if self._prepared is None:
             # Once for all blocks, because it reads all prompts and hashes all weights.
             self._prepared = (
@@ -274,7 +274,6 @@ class EngineActor:
         prepared = dataclasses.replace(
             self._prepared, config=config.model_copy(update={"parts": own})
         )
-        limit = self._job.limit
         if limit is not None:
             limit = limit // part.count + (part.index < limit % part.count)
         if isinstance(prepared, rollouts.RolloutSetup):
