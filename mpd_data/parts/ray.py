@@ -265,15 +265,13 @@ class EngineActor:
         config, limit = self._job.config, self._job.limit
         if self._prepared is None:
             # Once for all blocks, because it reads all prompts and hashes all weights.
-            self._prepared = (
-                rollouts.setup(config)
-                if isinstance(config, RolloutsConfig)
-                else rewrite_setup.setup(config)
-            )
+            if isinstance(config, RolloutsConfig):
+                self._prepared = rollouts.setup(config)
+            else:
+                self._prepared = rewrite_setup.setup(config)
         own = PartsConfig(shard_index=part.index, num_shards=part.count)
-        prepared = dataclasses.replace(
-            self._prepared, config=config.model_copy(update={"parts": own})
-        )
+        config = config.model_copy(update={"parts": own})
+        prepared = dataclasses.replace(self._prepared, config=config)
         if limit is not None:
             limit = limit // part.count + (part.index < limit % part.count)
         if isinstance(prepared, rollouts.RolloutSetup):

@@ -67,15 +67,14 @@ def histograms(lengths: dict[str, LengthCounts]) -> dict[str, Histogram]:
     frames = [own.counts.with_columns(folder=pl.lit(label)) for label, own in lengths.items()]
     p99 = {label: own.quantile(0.99) for label, own in lengths.items()}
     rows = trace_lengths(pl.concat(frames), p99)
-    histograms_by_label = {}
+    result = {}
     for label in lengths:
         bins = [row for row in rows if row["folder"] == label]
         edges = [row["from"] for row in bins]
         width = edges[1] - edges[0] if len(edges) > 1 else (bins[0]["below"] or 1)
-        histograms_by_label[label] = Histogram(
-            [*edges, edges[-1] + width], [row["share"] for row in bins]
-        )
-    return histograms_by_label
+        shares = [row["share"] for row in bins]
+        result[label] = Histogram([*edges, edges[-1] + width], shares)
+    return result
 
 
 def rollout_lengths(folder: Path) -> LengthCounts:

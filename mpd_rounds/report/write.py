@@ -35,12 +35,11 @@ def write_report(paths: list[Path], out: Path | None = None) -> list[Path]:
     cards = [section for section in document.sections if section.anchor.endswith("data-card")]
     if cards:
         sections = [
-            replace(card, title=f"Shards of {run.label}", level=2)
-            for card, run in zip(cards, runs, strict=True)
+            replace(section, title=f"Shards of {run.label}", level=2)
+            for section, run in zip(cards, runs, strict=True)
         ]
-        texts["data_card.md"] = render(
-            Document("Data card", document.subtitle, sections), "report.md"
-        )
+        card = Document("Data card", document.subtitle, sections)
+        texts["data_card.md"] = render(card, "report.md")
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         with atomic_file(out / name, errors="backslashreplace") as file:
