@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ from mpd_train.model.causal_lm import CausalLM
 from mpd_train.model.device import autocast
 from mpd_train.model.loading import compile_layers
 from mpd_train.optimizer import make_optimizer
+from mpd_train.setup import TrainSetup
 
 ROOT = Path(__file__).resolve().parents[1]
 POCKET = ROOT / "pipelines" / "pocket" / "models"
@@ -204,10 +206,12 @@ def steps(device: torch.device, small: bool, folder: Path, dense: bool) -> None:
             torch.cuda.empty_cache()
             print(f"{row} | out of memory | | | | | | |", flush=True)
             continue
-        plan = plan_memory(
-            config, student.files, None if teacher is None else teacher.files, (tokens, count), K,
-            vocab, device, dtype,
+        shards: Any = SimpleNamespace(metadata={"num_logprobs": K})  # all that the plan asks them
+        setup = TrainSetup(
+            config, student.files, None if teacher is None else teacher.files, device, dtype, name,
+            shards, vocab, {}, {},
         )  # fmt: skip
+        plan = plan_memory(setup, tokens, count)
         rate = flops.total(count, [sequence] * (tokens // sequence)) / seconds
         there = plan.weights + plan.moments + plan.teacher
         own = peak - there / GIB

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mpd_train.model.causal_lm import CausalLM
 from mpd_train.model.device import autocast
 from mpd_train.model.loading import compile_layers, load_student
 from mpd_train.optimizer import make_optimizer
+from mpd_train.setup import TrainSetup
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, K = 32_768, 64
@@ -84,7 +86,12 @@ def run(name: str, folder: Path) -> None:
     )  # fmt: skip
     dtype, cpu = getattr(torch, changed.get("dtype", "float32")), torch.device("cpu")
     teacher_files = resolve_model(str(folder / "teacher")) if "teacher" in changed else None
-    plan = plan_memory(config, student_files, teacher_files, shape, K, VOCAB, cpu, dtype)
+    shards: Any = SimpleNamespace(metadata={"num_logprobs": K})  # all that the plan asks them
+    setup = TrainSetup(
+        config, student_files, teacher_files, cpu, dtype, config.attn_implementation, shards, VOCAB,
+        {}, {},
+    )  # fmt: skip
+    plan = plan_memory(setup, *shape)
     student = load_student(config, student_files, cpu, config.attn_implementation)
     if config.compile:
         compile_layers(student.model)

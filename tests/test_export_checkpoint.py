@@ -141,7 +141,7 @@ def test_a_student_that_has_moved_is_named(interrupted, tmp_path):
     info = json.loads((moved / "run" / "run.json").read_text())
     info["details"]["config"]["student"] = str(moved / "nowhere")
     (moved / "run" / "run.json").write_text(json.dumps(info))
-    with pytest.raises(ConfigError, match="nowhere: no such folder(?s:.*)its new place with --student"):
+    with pytest.raises(ConfigError, match="nowhere: no such folder(?s:.*)place with --student"):
         invoke(cli, moved / "run", "--out", tmp_path / "out")
     assert list(tmp_path.iterdir()) == [moved]
     invoke(cli, moved / "run", "--out", tmp_path / "out", "--student", interrupted / "student")

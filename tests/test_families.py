@@ -194,4 +194,4 @@ def test_the_plan_of_a_round_to_come_refuses_what_the_training_would(tmp_path):
             shards=[tmp_path / "round1"], student=files.name, out=tmp_path / "run", **more
         )
         with pytest.raises(ConfigError, match=message):
-            plan_train_ahead(config, files, RoundAhead("", 10, 1000, 50, 50, None))
+            plan_train_ahead(config, files, RoundAhead("", 10, 1000, 50, 50, None), None)
