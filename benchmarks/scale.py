@@ -68,17 +68,17 @@ RESUME_ROLLOUTS = """
 round_dir = RoundDir(path)
 with round_dir.lock():
     done, failures = round_dir.recover("rollouts"), round_dir.failures()
-    owed = sum(key not in done for shard in range(shards) for key in hex_keys("row", shard))
-print(len(done), "there,", owed, "owed")
+    remaining = sum(key not in done for shard in range(shards) for key in hex_keys("row", shard))
+print(len(done), "exist,", remaining, "remaining")
 """
 RESUME_REWRITE = """
 round_dir = RoundDir(path)
 with round_dir.lock():
     rollouts, _ = round_dir.recover("rollouts"), round_dir.recover("distill")
     done, failures = round_dir.rewritten(), round_dir.failures()
-    owed = len(rollouts - done)
+    remaining = len(rollouts - done)
     next(round_dir.rows("rollouts", ["row_id", "completion_ids"], done=done))
-print(len(rollouts), "there,", owed, "owed")
+print(len(rollouts), "exist,", remaining, "remaining")
 """
 TRAINING = """
 from mpd_train.config import TrainConfig

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/trainer_cpu.py --peers /tmp/peers/bin/python
 
-(How to make /tmp/peers stands in kl_cpu.py.) Forward KL from a teacher in the process over the
+(kl_cpu.py says how to make /tmp/peers.) Forward KL from a teacher in the process over the
 whole vocabulary of 32,768, random models, rows of 96 to 1,024 tokens whose lengths have a long
 tail. The others pad batches of four; ours packs 2,048 tokens. Each run is a process; they
 take turns. Tokens are the rows' own, not padding; the first two steps do not count. Memory is the

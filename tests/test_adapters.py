@@ -350,7 +350,7 @@ def quantised(tmp_path_factory):
 
 @pytest.mark.parametrize("more", [{}, {"lora": {"lora_r": 4}}], ids=str)
 def test_a_quantised_student_is_refused(round_dir, quantised, tmp_path, more):
-    """transformers would decompress it without a word, and the export say that it is quantised."""
+    """transformers would silently decompress it, and the export say that it is quantised."""
     with pytest.raises(ConfigError, match=r"quantised model \(compressed-tensors\).*was made from"):
         train(config(round_dir, quantised, tmp_path / "run", **more))
     assert not (tmp_path / "run" / "run.json").exists()

@@ -42,7 +42,7 @@ def test_a_cpu_leaves_the_choice_to_transformers_and_refuses_varlen():
 
 
 def test_a_soft_cap_is_not_left_out(tmp_path):
-    """transformers' default leaves it out without a word."""
+    """transformers' default silently leaves it out."""
     cpu = torch.device("cpu")
     gemma2(attn_logit_softcapping=1.0).save_pretrained(tmp_path / "capped")
     gemma2(attn_logit_softcapping=None).save_pretrained(tmp_path / "plain")

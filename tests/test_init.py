@@ -122,7 +122,7 @@ def test_what_cannot_be_told_is_refused_and_leaves_nothing(tmp_path, row, option
 
 
 def test_ids_that_do_not_tell_rows_apart_are_not_taken(tmp_path):
-    """An `id` that counts within each subject is a common trap: the text's hash stands in."""
+    """An `id` that counts within each subject is a common trap: the text's hash is the id then."""
     path = write_jsonl(tmp_path / "p.jsonl", [r | {"id": "1"} for r in rows(6)])
     pipeline, notes = made(tmp_path / "o", prompts=path)
     assert "id_column" not in pipeline.rollouts

@@ -172,7 +172,7 @@ def test_stats_by_a_metadata_key(round_dir, tmp_path):
     said = run("mpd-gen", "stats", other, round_dir, "--by", "a level").stdout
     assert "\x1b" not in said
     lines = said.partition("by a level\n")[2].partition("\n\n")[0].splitlines()
-    # Rows of the round that lacks the key stand beside those of this one that do.
+    # Rows of the round that lacks the key are next to those of this one that do.
     assert [line.split("  ")[0] for line in lines[2:]] == ["9", "10", "\\x1b[31mred", "-", "-"]
     assert [str(round_dir) in line for line in lines[2:]] == [False, False, False, True, False]
 

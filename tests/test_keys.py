@@ -118,11 +118,11 @@ def test_a_restart_holds_no_object_for_each_row(tmp_path):
         tracemalloc.start()
         try:
             found = round_dir.recover("errors")
-            owed = len(found - KeySet(keys[:10]))
+            remaining = len(found - KeySet(keys[:10]))
             held, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-    assert owed == count - 10
+    assert remaining == count - 10
     assert keys[0] in found
     assert held < 20 * count
     assert peak < 64 * count

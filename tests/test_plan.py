@@ -71,7 +71,7 @@ def test_a_new_round_is_planned_and_not_made(round_dir, prompts, tmp_path):
     plan = dry("mpd-gen", *arguments)
     there = rows(round_dir, "rollouts")
     lengths = there["num_prompt_tokens"]
-    assert (plan["rows"], plan["committed"], plan["owed"]) == (240, 0, 240)
+    assert (plan["rows"], plan["committed"], plan["remaining"]) == (240, 0, 240)
     assert plan["prompt_tokens"] == {"mean": round(lengths.mean(), 1), "max": lengths.max()}
     (first,) = plan["shown"]
     (shown,) = there.filter(pl.col("prompt") == first["text"])["num_prompt_tokens"].unique()
@@ -92,10 +92,10 @@ def test_a_new_round_is_planned_and_not_made(round_dir, prompts, tmp_path):
 def test_a_finished_round_has_nothing_to_do_and_stays_as_it_is(round_dir, prompts, tmp_path):
     before = content(round_dir)
     plan = dry("mpd-gen", *rollout_arguments(prompts, round_dir))
-    assert (plan["rows"], plan["committed"], plan["owed"]) == (240, 240, 0)
+    assert (plan["rows"], plan["committed"], plan["remaining"]) == (240, 240, 0)
     assert (plan["tokens_expected"], plan["seconds"]) == (0, 0)
     plan = dry("mpd-gen", *rewrite_arguments(round_dir))
-    assert (plan["rows"], plan["committed"], plan["owed"]) == (240, 240, 0)
+    assert (plan["rows"], plan["committed"], plan["remaining"]) == (240, 240, 0)
     changed = [*rewrite_arguments(round_dir), "--refilter", "--max-ratio", 0.5]
     plan = dry("mpd-gen", *changed)
     frame = rows(round_dir, "distill")
@@ -143,7 +143,7 @@ def test_the_rows_of_a_torn_shard_are_planned_and_it_stays_where_it_is(
     torn.write_bytes(torn.read_bytes()[:-100])
     before = content(out)
     plan = dry("mpd-gen", *rollout_arguments(prompts, out))
-    assert (plan["committed"], plan["owed"]) == (240 - count, count)
+    assert (plan["committed"], plan["remaining"]) == (240 - count, count)
     assert plan["learned_from"] == f"{out} ({240 - count} rows)"
     assert content(out) == before
 
@@ -255,10 +255,10 @@ def test_a_limited_run_says_what_the_rest_takes(part, round_dir, prompts):
         assert speed["device"] == device_name()
         assert speed["start_seconds"] > 0
         plan = dry("mpd-gen", *call)
-        assert (plan["rows"], plan["committed"], plan["owed"]) == (240, 120, 120)
+        assert (plan["rows"], plan["committed"], plan["remaining"]) == (240, 120, 120)
         assert str(folder) in plan["learned_from"]
-        owed = whole.filter(~pl.col(key).is_in(there[key].to_list()))
-        assert plan["tokens_expected"] == pytest.approx(owed[column].sum(), rel=0.25)
+        remaining = whole.filter(~pl.col(key).is_in(there[key].to_list()))
+        assert plan["tokens_expected"] == pytest.approx(remaining[column].sum(), rel=0.25)
         size = sum(p.stat().st_size for p in (round_dir / stage).iterdir())
         assert 2 * plan["disk_bytes"] == pytest.approx(size, rel=0.25)
         seconds = plan["tokens_expected"] * speed["seconds"] / speed["tokens"]
@@ -337,7 +337,7 @@ def test_a_training_is_planned(round_dir, tmp_path):
     assert plan["disk_bytes"] == pytest.approx(size, rel=0.05)
     assert plan["seconds"] is None
     finished = dry("mpd-train", *call)
-    assert (finished["owed"], finished["seconds"]) == (0, 0)
+    assert (finished["remaining"], finished["seconds"]) == (0, 0)
     with pytest.raises(ConfigError, match="started here with other settings"):
         ask("mpd-train", *arguments("one", "--pack-length", 2048))
 

@@ -250,7 +250,7 @@ def test_hostile_text_stays_text(longer, tmp_path, browser):
     (folder / "pipeline.json").write_text(json.dumps(settings))
     out = tmp_path / "out"
     texts = report(folder, out)
-    # Two runs, so that the folder's name stands in the plot.
+    # Two runs, so that the folder's name is in the plot.
     write_report([folder, longer], tmp_path / "both")
     for page in (out / "report.html", tmp_path / "both" / "report.html"):
         found = Page(page)

@@ -301,13 +301,13 @@ def interrupted(path, pairs, at):
     round_dir = RoundDir(path)
     with round_dir.lock():
         done = round_dir.recover("rollouts")
-        owed = [pair for pair in pairs if pair[0]["row_id"] not in done]
+        remaining = [pair for pair in pairs if pair[0]["row_id"] not in done]
         try:
             with ShardWriter(
                 round_dir, "rollouts", {"eos_token_id": 2}, rows_per_shard=4
             ) as writer:
                 sys.settrace(trace)
-                for pair in owed:
+                for pair in remaining:
                     writer.add(*pair)
         except KeyboardInterrupt:
             return True

@@ -321,7 +321,7 @@ def test_bfloat16_computes_in_bfloat16(trained):
 
 
 def test_the_device_is_the_one_given(trained, capfd):
-    """Never the other one without a word."""
+    """Never silently the other one."""
     if torch.cuda.is_available():
         trained(device="cpu")
         assert "steps on cpu" in capfd.readouterr().err

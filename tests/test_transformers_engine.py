@@ -129,7 +129,7 @@ def test_scores_equal_transformers_in_any_batching(model, prompt_ids):
 
 
 def test_a_soft_cap_of_attention_is_not_left_out(tmp_path):
-    """transformers' default attention would, without a word: other scores than vLLM's."""
+    """transformers' default attention would silently give other scores than vLLM's."""
     config = AutoConfig.from_pretrained(STUDENT)
     shutil.copytree(STUDENT, tmp_path / "model")
     torch.manual_seed(0)

@@ -48,7 +48,7 @@ class Shown:
 class StagePlan:
     """What one command would do. None: not known.
 
-    `rows`, `committed` and `owed` (rows remaining) count samples of rollouts, rollouts to rewrite,
+    `rows`, `committed` and `remaining` count samples of rollouts, rollouts to rewrite,
     or kept rows to train on. Tokens are those of remaining completions or rewrites, or the tokens
     to train on. `disk_bytes` is what the remaining rows will take: expected where `tokens_expected`
     is known, at most otherwise. `failing` counts what cannot be used, `reasons` name the first few.
@@ -60,7 +60,7 @@ class StagePlan:
     settings: list[str]
     rows: int
     committed: int
-    owed: int
+    remaining: int
     shown: list[Shown] = field(default_factory=list)
     prompt_tokens: Lengths | None = None
     tokens_expected: int | None = None
@@ -89,7 +89,7 @@ class StagePlan:
 def make_plan(
     command: str, config: BaseModel, out: Path, learned: Learned | None, *,
     generated: int | None = None, tokens_at_most: int | None = None,
-    tokens_expected: int | None = None, disk_bytes: int, owed: int, workers: int = 1,
+    tokens_expected: int | None = None, disk_bytes: int, remaining: int, workers: int = 1,
     reasons: Sequence[str] = (), **fields: Any,
 ) -> StagePlan:  # fmt: skip
     """Build the plan of `command`. `generated` rows are expected to be like the `learned` ones;
@@ -99,15 +99,15 @@ def make_plan(
         tokens_expected = min(round(generated * learned.tokens_per_row), tokens_at_most)
         disk_bytes = round(tokens_expected * learned.bytes_per_token)
     pace = None if learned is None else learned.seconds_per_token
-    seconds = None if owed else 0.0
-    if owed and learned is not None and pace is not None and tokens_expected is not None:
+    seconds = None if remaining else 0.0
+    if remaining and learned is not None and pace is not None and tokens_expected is not None:
         seconds = tokens_expected / workers * pace + learned.start_seconds
     more = len(reasons) - _NAMED
     return StagePlan(
         command=command,
         out=str(out),
         settings=arguments(config),
-        owed=owed,
+        remaining=remaining,
         tokens_expected=tokens_expected,
         tokens_at_most=tokens_at_most,
         failing=len(reasons),

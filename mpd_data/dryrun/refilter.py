@@ -57,7 +57,7 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
         learned=None,
         rows=rollouts,
         committed=rollouts if is_finished else 0,
-        owed=0 if is_finished else rollouts,
+        remaining=0 if is_finished else rollouts,
         disk_bytes=0 if is_finished else size + more,
         details={
             "rewrites to score": unscored,

@@ -93,7 +93,7 @@ def plan_rewrite(
         kept_at_most=kept_at_most,
         rows=total,
         committed=committed - waiting,
-        owed=remaining + waiting,
+        remaining=remaining + waiting,
         shown=shown,
         prompt_tokens=Lengths.of(lengths),
         reasons=reasons,
@@ -108,11 +108,11 @@ def plan_rewrite(
 
 def predict(
     setup: RewriteSetup, learned: Learned | None, asked: int, contexts: int, kept_at_most: int,
-    owed: int, **fields: Any,
+    remaining: int, **fields: Any,
 ) -> StagePlan:  # fmt: skip
-    """Plan the rewrites of `asked` rollouts out of `owed` remaining ones. `contexts`: tokens of the
-    contexts that are stored with their rewrites; `kept_at_most`: tokens of the longest rewrites
-    that the filter keeps, one for each rollout; `fields`: others of the plan."""
+    """Plan the rewrites of `asked` out of `remaining` rollouts. `contexts`: tokens of the contexts
+    that are stored with their rewrites; `kept_at_most`: tokens of the longest rewrites that the
+    filter keeps, one for each rollout; `fields`: others of the plan."""
     config, at_most = setup.config, kept_at_most
     rewrites = asked * config.num_candidates
     # The student chooses among scored rewrites.
@@ -127,8 +127,10 @@ def predict(
         learned,
         generated=rewrites,
         tokens_at_most=at_most,
-        disk_bytes=distill_bytes(owed, contexts, kept_at_most * stored, setup.k, setup.vocab_size),
-        owed=owed,
+        disk_bytes=distill_bytes(
+            remaining, contexts, kept_at_most * stored, setup.k, setup.vocab_size
+        ),
+        remaining=remaining,
         workers=config.parts.workers,
         **fields,
     )

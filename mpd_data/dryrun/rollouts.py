@@ -55,7 +55,7 @@ def plan_rollouts(
         disk_bytes=rollout_bytes(remaining, prompt_tokens, at_most, setup.model.vocab_size),
         rows=rows,
         committed=committed,
-        owed=remaining,
+        remaining=remaining,
         workers=config.parts.workers,
         shown=shown,
         prompt_tokens=Lengths.of(lengths),

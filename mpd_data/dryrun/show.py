@@ -57,7 +57,7 @@ def show(plan: StagePlan) -> str:
     rows: dict[str, Any] = {
         "rows": plan.rows,
         "rows committed": plan.committed,
-        "rows remaining": plan.owed,
+        "rows remaining": plan.remaining,
     }
     if plan.prompt_tokens is not None:
         rows["prompt tokens, mean"] = plan.prompt_tokens.mean
@@ -94,7 +94,7 @@ def shown_text(shown: list[Shown]) -> list[str]:
 def all_notes(plan: StagePlan) -> list[str]:
     """Return the plan's notes, and those that its figures call for."""
     notes = [*plan.reasons, *([plan.refusal] if plan.refusal else []), *plan.notes]
-    if plan.owed and plan.seconds is None and not plan.refusal:
+    if plan.remaining and plan.seconds is None and not plan.refusal:
         if plan.command == "mpd-train":
             notes.append("The time is not known: plan again after the first steps.")
         elif plan.is_bound:
@@ -124,7 +124,7 @@ def steps_table(steps: list[tuple[str, StagePlan | None]]) -> str:
             continue
         tokens = _text(plan, plan.tokens, "{:,}".format)
         disk = _text(plan, plan.disk_bytes, size_text)
-        lines.append([label, f"{plan.owed:,}", tokens, disk, _time_text(plan)])
+        lines.append([label, f"{plan.remaining:,}", tokens, disk, _time_text(plan)])
     total = totals([plan for _, plan in steps if plan is not None])
     lines.append(["total", None, *total.values()])
     names = ["step", "rows", *total]

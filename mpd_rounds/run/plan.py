@@ -149,11 +149,11 @@ class _Planner:
         plan = ahead = None
         if not self._finished.holds(rewriting):
             assert isinstance(rewriting.config, RewriteConfig)
-            drafts_exist = drafts is None or not (drafts[0].owed or drafts[0].refusal)
+            drafts_exist = drafts is None or not (drafts[0].remaining or drafts[0].refusal)
             if drafts_exist:
                 setup = rewrite_setup(rewriting.config, weights=False)
                 plan = plan_rewrite(setup, learned=of_rewrites)
-            if plan is None or plan.owed:
+            if plan is None or plan.remaining:
                 # The training's rows are those of rewrites to come.
                 drafts = drafts or self._rollouts(sampling, of_drafts)
                 planned, ahead = self._rewrite(rewriting.config, *drafts, of_drafts, of_rewrites)
@@ -239,7 +239,7 @@ class _Planner:
             kept_at_most=asked * rewrite,
             rows=rows,
             committed=0,
-            owed=rows,
+            remaining=rows,
             shown=shown,
             reasons=reasons,
             details={"longest rewrite prompt + draft + rewrite": in_all},
@@ -287,7 +287,7 @@ def _text(plan: PipelinePlan) -> str:
     lines += [f"learned from {source}: {', '.join(labels)}" for source, labels in sources.items()]
     notes = "\n".join(f"* {plain_lines(line)}" for line in lines)
     parts = [*shown_text(list(plan.shown.values())), f"{steps_table(plan.steps)}\n\n{notes}"]
-    remaining = [step for step in plan.remaining() if step.owed]
+    remaining = [step for step in plan.remaining() if step.remaining]
     if any(step.is_bound or step.seconds is None for step in remaining):
         parts.append(
             'Steps with "at most" or "not known" have no rows yet. Make a few rows of the first'

@@ -56,7 +56,7 @@ def _plan(
         learned,
         rows=rows,
         committed=rows if finished else 0,
-        owed=0 if finished else rows,
+        remaining=0 if finished else rows,
         disk_bytes=0 if finished else checkpoint_bytes + export_bytes,
         details=details | sizes,
         **fields,
