@@ -1,7 +1,8 @@
 """The shard contract: columns, allowed values, file metadata and row keys.
 
 Other stages, the trainer and Polars users rely on what this file and docs/contract.md state;
-`mpd-gen validate` checks it. A change of meaning raises SCHEMA_VERSION.
+`mpd-gen validate` checks it. A change of the columns or of their meaning raises
+SCHEMA_VERSION.
 """
 
 from collections.abc import Sequence
