@@ -47,9 +47,9 @@ def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    said = run("mpd-rounds", *arguments).stderr
-    assert "done before" in said
-    assert "mpd-train --shards" in said
+    done = run("mpd-rounds", *arguments)
+    assert "done before" in done.stderr
+    assert "mpd-train --shards" in done.stderr
 
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary["rounds"]) == 2
@@ -67,7 +67,7 @@ def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
     assert saved > 0.1
     assert set(summary["sets"]) == {"test", "greedy", "ood"}
     for name, result in summary["sets"].items():
-        (line,) = [line for line in said.splitlines() if re.match(rf"{name}  .* -> .* -> ", line)]
+        (line,) = [x for x in done.stdout.splitlines() if re.match(rf"{name}  .* -> .* -> ", x)]
         for change in ("accuracy_difference", "token_reduction"):
             low, high = (100 * bound for bound in result[f"{change}_interval"])
             assert f"{100 * result[change]:.1f}% [{low:.1f}, {high:.1f}]" in line
