@@ -36,7 +36,7 @@ _CHANGES = ("os.link", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.
 @dataclass
 class Death:
     """Where a child kills itself: at its `at`-th change under `folder`, or before the `at`-th line
-    that its writer's threads run of `functions` of mpd_data/store."""
+    that its writer's threads run of `functions` of mpd_data/store and common/files.py."""
 
     at: int
     folder: str | None = None
@@ -143,10 +143,13 @@ class Nursery:
         return child.said()
 
     def count(self, arguments, *deaths):
-        """Run `mpd-gen ARGUMENTS`. Return how often it reaches the place of each of `deaths`."""
+        """Run `mpd-gen ARGUMENTS`. Return how often it reaches the place of each of `deaths`. Fail
+        where it never does: a function that was renamed would be a death that never comes."""
         child = self.start(arguments, *(replace(death, at=0) for death in deaths))
         assert child.wait() == 0, child.said()
-        return json.loads(child.log.with_suffix(".json").read_text())
+        counts = json.loads(child.log.with_suffix(".json").read_text())
+        assert all(counts), dict(zip(deaths, counts, strict=True))
+        return counts
 
     def _listen(self):
         for line in self._process.stdout:
@@ -185,9 +188,8 @@ def _arm(deaths):
     counters = [_Counter(death) for death in deaths]
     changes = [counter for counter in counters if counter.death["folder"] is not None]
     lines = [counter for counter in counters if counter.death["folder"] is None]
-    store = ROOT / "mpd_data" / "store"
-    ours = tuple(str(store / f"{name}.py") for name in ("writer", "shards", "round", "locks"))
-    ours += (str(ROOT / "mpd_data" / "common" / "files.py"),)
+    ours = {str(path) for path in (ROOT / "mpd_data" / "store").glob("*.py")}
+    ours.add(str(ROOT / "mpd_data" / "common" / "files.py"))
 
     def audit(event, arguments):
         if event == "open":

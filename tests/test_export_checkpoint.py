@@ -174,7 +174,7 @@ def test_what_is_no_checkpoint_is_said(interrupted, undisturbed, tmp_path):
     refused(undisturbed, f"has finished.* is in {undisturbed / 'model'}")
     (saved,) = checkpoint.checkpoints(interrupted / "run" / "checkpoints")
     alone = shutil.copytree(saved, tmp_path / "elsewhere" / "checkpoints" / saved.name)
-    refused(alone, "run.json: not there")
+    refused(alone, "run.json: does not exist")
     (tmp_path / "elsewhere" / "run.json").write_text('{"identity": {}}')
     refused(alone, "expected the settings and the student that mpd-train records", DataError)
     shutil.copy(interrupted / "run" / "run.json", tmp_path / "elsewhere")
