@@ -132,6 +132,12 @@ def prompt_ids(shard: int) -> npt.NDArray[np.int32]:
     return np.repeat(prompts, SAMPLES, axis=0)
 
 
+def as_stage(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
+    """Return a table of `columns` in a stage's schema; the others are null."""
+    rows = len(columns["row_id"])
+    return pa.table({f.name: columns.get(f.name, pa.nulls(rows, f.type)) for f in schema}, schema)
+
+
 def rollouts_table(shard: int, text: bytes) -> pa.Table:
     rng = np.random.default_rng([2, shard])
     rows = ROWS_PER_SHARD
@@ -166,7 +172,7 @@ def rollouts_table(shard: int, text: bytes) -> pa.Table:
         "metadata": [json.dumps({"level": int(n)}) for n in rng.integers(1, 6, rows)],
         "seed": rng.integers(0, 2**48, rows),
     }
-    return pa.table(columns, schema=ROLLOUT_SCHEMA)
+    return as_stage(columns, ROLLOUT_SCHEMA)
 
 
 def distributions(rng: np.random.Generator, n: int, k: int) -> tuple[Any, Any]:
@@ -223,7 +229,7 @@ def distill_table(shard: int) -> pa.Table:
         "topk_logprobs": lists(scored * K, pa.array(logprobs.ravel()), kept),
         "tail_logprobs": lists(scored, pa.array(tails), kept),
     }
-    return pa.table(columns, schema=DISTILL_SCHEMA)
+    return as_stage(columns, DISTILL_SCHEMA)
 
 
 def make_part(folder: Path, shards: range) -> Path:

@@ -285,6 +285,7 @@ class RolloutJob:
             "repetition": repetition(result.token_ids),
             "metadata": canonical_json(prompt.metadata) if prompt.metadata else None,
             "seed": seed_of(request.row_id),
+            "num_thinking_tokens": None,
         }
         if stopped:
             self.run.check(

@@ -11,6 +11,8 @@ import pytest
 from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, rows, run
 from golden import FIELDS
 
+from mpd_data.inspect.stats import scan_round
+
 RECORDED = ROOT / "tests" / "data" / "recorded"
 ENGINE = ("--backend", "transformers", "--dtype", "float32", "--max-tokens", 200)
 ENGINE += ("--rows-per-shard", 3)
@@ -32,8 +34,9 @@ def test_a_recorded_round_is_finished_with_the_same_rows(tmp_path):
     for path, digest in committed.items():
         assert hashlib.sha256(path.read_bytes()).digest() == digest, path.name
     for stage in ("rollouts", "distill"):
-        now, then = rows(folder, stage), rows(RECORDED / "round", stage)
-        assert now.schema == then.schema
+        # The older shards lack columns that were added since.
+        now = scan_round(folder, stage).sort("row_id").collect()
+        then = rows(RECORDED / "round", stage)
         assert now.height == 6
         # Token ids are equal on any CPU. Another CPU changes a probability by about 1e-6, but here
         # each random number is at least 3e-4 away from the one where another token is sampled, and

@@ -15,6 +15,7 @@ import pytest
 from conftest import python
 
 from mpd_data.common.errors import ConfigError, DataError, MPDError
+from mpd_data.inspect.stats import scan_round
 from mpd_data.inspect.validate import validate_round
 from mpd_data.store.round import RoundDir
 from mpd_data.store.shards import read_metadata
@@ -32,6 +33,7 @@ def rollout_row(i, tokens=5):
         "num_prompt_tokens": 2, "num_completion_tokens": tokens, "finish_reason": "stop",
         "problem": "p", "answer": None, "gold_answer": None, "is_correct": None,
         "check_error": None, "repetition": 0.0, "metadata": None, "seed": i,
+        "num_thinking_tokens": None,
     }  # fmt: skip
 
 
@@ -64,6 +66,26 @@ def test_all_null_columns_keep_their_type(tmp_path):
     write(tmp_path / "r", [rollout_row(1) | {"answer": "4", "is_correct": True}])
     frame = pl.scan_parquet(tmp_path / "r" / "rollouts").collect().sort("row_id")
     assert frame["answer"].to_list() == [None, "4"]
+
+
+def test_a_round_begun_before_a_column_was_added_goes_on(tmp_path):
+    """Older shards lack a nullable column; every reader takes it as null, beside new shards."""
+    path, column = tmp_path / "r", "num_thinking_tokens"
+    round_dir = write(path, [rollout_row(0)])
+    (shard,) = round_dir.shard_paths("rollouts")
+    older = pq.read_table(shard).drop_columns([column])
+    pq.write_table(older, shard)
+    round_dir.manifest_path("rollouts").unlink()
+    write(path, [rollout_row(1) | {column: 7}])
+    with round_dir.lock():
+        round_dir.recover("rollouts")
+    assert validate_round(path) == []
+    assert scan_round(path).sort("row_id").collect()[column].to_list() == [None, 7]
+    read = list(round_dir.rows("rollouts", ["row_id", column]))
+    assert [row[column] for row in read] == [None, 7]
+    # A column that cannot be null is no such column.
+    pq.write_table(older.drop_columns(["seed"]), shard)
+    assert any("columns or types" in problem for problem in validate_round(path))
 
 
 def test_a_shard_closes_by_age(tmp_path):

@@ -19,7 +19,7 @@ from polars import selectors
 from mpd_data.common.errors import ConfigError, DataError, did_you_mean
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
-from mpd_data.store.schema import FINISH_REASONS, STATUSES, Stage
+from mpd_data.store.schema import FINISH_REASONS, SCHEMAS, STATUSES, Stage
 from mpd_data.store.shards import read_metadata
 
 # The table `behaviour` of `round_stats`.
@@ -62,7 +62,9 @@ def scan(rounds: list[Path], stage: Stage) -> pl.LazyFrame | None:
         for file in {*files[:1], *round_dir.unindexed(stage)}:
             read_metadata(file)
         if files:
-            frames.append(pl.scan_parquet(files, glob=False).with_columns(folder=pl.lit(str(path))))
+            schema = pl.DataFrame(SCHEMAS[stage].empty_table()).schema
+            frame = pl.scan_parquet(files, glob=False, schema=schema, missing_columns="insert")
+            frames.append(frame.with_columns(folder=pl.lit(str(path))))
     return pl.concat(frames) if frames else None
 
 

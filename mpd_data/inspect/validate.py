@@ -18,7 +18,13 @@ from mpd_data.store.keys import KeySet, Packed, pack, twice
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
 from mpd_data.store.schema import ENUMS, SCHEMAS, SHARED_METADATA, STAGES, UNUSABLE, Stage
-from mpd_data.store.shards import PARQUET_ERRORS, open_shard, read_all, read_metadata
+from mpd_data.store.shards import (
+    PARQUET_ERRORS,
+    open_shard,
+    read_all,
+    read_metadata,
+    with_added_columns,
+)
 
 # float16 rounding lets the stored probabilities sum to slightly more than 1.
 _MASS_SLACK = 5e-3
@@ -53,7 +59,7 @@ def validate_round(path: Path) -> list[str]:
             try:
                 metadata = read_metadata(file)
                 with open_shard(file) as shard:
-                    if not shard.schema_arrow.remove_metadata().equals(SCHEMAS[stage]):
+                    if not _follows(shard.schema_arrow, SCHEMAS[stage]):
                         problems.append(
                             f"{file}: its columns or types are not those of the contract."
                         )
@@ -70,6 +76,12 @@ def validate_round(path: Path) -> list[str]:
                 problems.append(f"{file}: cannot be read: {error}")
         problems += _doubled(keys)
     return problems
+
+
+def _follows(found: pa.Schema, contract: pa.Schema) -> bool:
+    """Return whether a shard has the contract's columns, but for nullable ones that are newer."""
+    expected = [f for f in contract if f.name in found.names or not f.nullable]
+    return bool(found.remove_metadata().equals(pa.schema(expected)))
 
 
 def _check_manifest(round_dir: RoundDir, stage: Stage) -> list[str]:
@@ -154,6 +166,7 @@ def _check_rows(
     for groups in _groups(shard.metadata):
         try:
             table = shard.read_row_groups(groups).combine_chunks()
+            table = with_added_columns(table, file, SCHEMAS[stage].names)
             table.validate(full=True)
         except PARQUET_ERRORS as error:
             raise DataError(f"row groups {groups[0]} to {groups[-1]}: {error}") from error

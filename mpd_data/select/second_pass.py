@@ -27,7 +27,7 @@ from mpd_data.store.progress import Progress
 from mpd_data.store.round import REFILTERED, RoundDir, is_whole, scratch_of
 from mpd_data.store.run_record import write_record
 from mpd_data.store.schema import DISTILL_SCHEMA
-from mpd_data.store.shards import ROWS_PER_GROUP, open_shard, read_metadata
+from mpd_data.store.shards import read_batches, read_metadata
 from mpd_data.store.writer import ShardWriter
 
 # The key in run.json, next to the identity of the rewrites, for the student that chose.
@@ -197,15 +197,14 @@ def _groups(round_dir: RoundDir, done: KeySet) -> Iterator[list[Row]]:
 
     def rows() -> Iterator[Row]:
         for path in round_dir.shard_paths("distill"):
-            with open_shard(path) as file:
-                for batch in file.iter_batches(ROWS_PER_GROUP):
-                    for index, row in enumerate(batch.select(LIGHT).to_pylist()):
-                        for name in _HEAVY:
-                            values = batch.column(name)[index].values
-                            if values is not None:
-                                values = values.to_numpy(zero_copy_only=False)
-                            row[name] = values
-                        yield row
+            for batch in read_batches(path, DISTILL_SCHEMA.names):
+                for index, row in enumerate(batch.select(LIGHT).to_pylist()):
+                    for name in _HEAVY:
+                        values = batch.column(name)[index].values
+                        if values is not None:
+                            values = values.to_numpy(zero_copy_only=False)
+                        row[name] = values
+                    yield row
 
     for rollout_id, group in itertools.groupby(rows(), key=lambda row: row["rollout_id"]):
         if rollout_id not in done:

@@ -1,8 +1,9 @@
 """The shard contract: columns, allowed values, file metadata and row keys.
 
 Other stages, the trainer and Polars users rely on what this file and docs/contract.md state;
-`mpd-gen validate` checks it. A change of the columns or of their meaning raises
-SCHEMA_VERSION.
+`mpd-gen validate` checks it. A changed meaning, or a column that cannot be null, raises
+SCHEMA_VERSION. A new nullable column does not: where older shards lack it, all readers take it as
+null.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ FINISH_REASONS = ("stop", "length")
 # length limit, so it has no answer to keep and the teacher is not asked.
 STATUSES = (
     "draft_truncated", "too_long", "truncated", "malformed", "check_failed", "draft_rejected",
-    "answer_changed", "longer", "too_short", "repetitive", "incorrect", "not_chosen", "ok",
+    "answer_changed", "longer", "too_short", "copied", "repetitive", "incorrect", "unsupported",
+    "not_chosen", "ok",
 )  # fmt: skip
 
 # Decided while rewriting: no filter can make such a row usable for training.
@@ -52,6 +54,7 @@ ROLLOUT_SCHEMA = _schema(
     num_prompt_tokens="int32", num_completion_tokens="int32", finish_reason="string",
     problem="string", answer="string?", gold_answer="string?", is_correct="bool?",
     check_error="string?", repetition="float32", metadata="string?", seed="int64",
+    num_thinking_tokens="int32?",
 )  # fmt: skip
 
 DISTILL_SCHEMA = _schema(
@@ -61,7 +64,9 @@ DISTILL_SCHEMA = _schema(
     repetition="float32?", num_original_tokens="int32", num_rewritten_tokens="int32?",
     compression_ratio="float32?", loss_start="int32?", input_ids="int32[]?",
     teacher_prompt_ids="int32[]?", topk_ids="int32[]?", topk_logprobs="float16[]?",
-    tail_logprobs="float16[]?",
+    tail_logprobs="float16[]?", num_thinking_tokens="int32?", draft_overlap="float32?",
+    pass_rate="float32?", answer_support="float32?", weakest_step="float32?",
+    draft_topk_ids="int32[]?", draft_topk_logprobs="float16[]?", draft_tail_logprobs="float16[]?",
 )  # fmt: skip
 
 ERROR_SCHEMA = _schema(row_id="string", stage="string", prompt_id="string", message="string")

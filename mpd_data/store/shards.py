@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from mpd_data.common.errors import DataError
 from mpd_data.common.files import sha256_of
 from mpd_data.store.keys import KeySet, Packed, pack, twice
-from mpd_data.store.schema import METADATA_KEY, SCHEMA_VERSION, TOKEN_COLUMN, Stage
+from mpd_data.store.schema import METADATA_KEY, SCHEMA_VERSION, SCHEMAS, TOKEN_COLUMN, Stage
 
 # Rewrites: a shuffled reader fetches whole row groups, and small ones keep a random read near
 # 80 ms. Other stages: this many rows become Python objects at a time.
@@ -96,11 +96,23 @@ def read_all(read: Callable[[Path], _T], paths: Iterable[Path]) -> Iterator[_T]:
         yield from pool.map(read, paths)
 
 
+def with_added_columns(
+    rows: pa.RecordBatch | pa.Table, path: Path, names: list[str]
+) -> pa.RecordBatch | pa.Table:
+    """Return the columns `names` of rows of the shard `path`. A nullable column that the shard
+    lacks, because an older version wrote it, is all null. Raises KeyError for another column."""
+    fields = {field.name: field for field in SCHEMAS[path.parent.name]}
+    for name in names:
+        if name not in rows.schema.names and name in fields and fields[name].nullable:
+            rows = rows.append_column(fields[name], pa.nulls(rows.num_rows, fields[name].type))
+    return rows.select(names)
+
+
 def read_columns(path: Path, names: list[str]) -> pa.Table:
     """Return light columns of a shard. Raises DataError where they cannot be read."""
     with open_shard(path) as file:
         try:
-            table = file.read(columns=names, use_threads=False).select(names)
+            table = with_added_columns(file.read(columns=names, use_threads=False), path, names)
             table.validate(full=True)
         except PARQUET_ERRORS as error:
             raise DataError(f"{path}: columns {names} cannot be read ({error})") from error
@@ -117,7 +129,8 @@ def read_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Yield a shard's rows, ROWS_PER_GROUP at a time. Raises DataError where it is damaged."""
     with open_shard(path) as file:
         try:
-            yield from file.iter_batches(ROWS_PER_GROUP, columns=columns)
+            for batch in file.iter_batches(ROWS_PER_GROUP, columns=columns):
+                yield with_added_columns(batch, path, columns)
         except PARQUET_ERRORS as error:
             raise DataError(
                 f"{path}: damaged ({error}). Move it out of its folder and run the stage that wrote"
