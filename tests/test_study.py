@@ -99,12 +99,13 @@ def in_its_first_stages(file, out, parallel):
     changed = {
         "parallel": parallel,
         # Long enough that none is at its end yet.
-        "pipeline.evaluation.0.rollouts.num_samples": 20,
+        "pipeline.evaluation.0.rollouts.num_samples": 8,
     }
     words = [word for name, value in changed.items() for word in ("--set", f"{name}={value}")]
     process = subprocess.Popen(
         command("mpd-study", file, "--out", out, "--group", "loss", *words),
-        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     )  # fmt: skip
     try:
         while len(list(out.glob("stages/evaluate-*/run.json"))) < parallel:
@@ -151,9 +152,13 @@ def test_a_stage_that_is_killed_has_failed(file, tmp_path):
         asked = ["pgrep", "-P", str(process.pid)]
         (stage,) = subprocess.run(asked, capture_output=True, text=True).stdout.split()
         os.kill(int(stage), signal.SIGKILL)
-        said = process.communicate(timeout=900)[1]
+        figures, said = process.communicate(timeout=900)
     assert process.returncode == 1
-    assert "seed 0, base: evaluate held-out ended with exit code -9" in said
+    assert "some settings did not finish" in said
+    assert (
+        "Did not finish: forward, seed 0: forward, seed 0, base: evaluate held-out ended with exit code -9"
+        in figures
+    )
     # The other seed's went on.
     finished = (tmp_path / "out" / "finished.jsonl").read_text()
     assert "seed 1, base" in finished
