@@ -17,7 +17,7 @@ jsd as in GKD (arXiv:2306.13649), the skewed ones as in DistiLLM (arXiv:2402.038
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
@@ -73,9 +73,11 @@ class Divergence:
             log_m = torch.logaddexp(log_p + math.log(a), log_q + math.log1p(-a))
             score = (a - 1) * _times(p, torch.exp(log_q - log_m))
             return _kl(log_p, log_m), score
-        log_m = torch.logaddexp(log_p + math.log1p(-a), log_q + math.log(a))
-        share = _share(log_p - log_q, (1 - a) / a)
-        return _kl(log_q, log_m), -_times(q, share + torch.expm1(-share))
+        if self.name == "skew_reverse_kl":
+            log_m = torch.logaddexp(log_p + math.log1p(-a), log_q + math.log(a))
+            share = _share(log_p - log_q, (1 - a) / a)
+            return _kl(log_q, log_m), -_times(q, share + torch.expm1(-share))
+        assert_never(self.name)
 
 
 def _share(log_ratio: Tensor, odds: float) -> Tensor:

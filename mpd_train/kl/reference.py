@@ -4,6 +4,7 @@ It holds tokens x vocabulary: use it for tests and for inspecting a single batch
 """
 
 import math
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -90,4 +91,6 @@ def divergence_of(divergence: Divergence, p: Tensor, q: Tensor) -> Tensor:
         return divergence.beta * kl(p, m) + (1 - divergence.beta) * kl(q, m)
     if divergence.name == "skew_kl":
         return kl(p, divergence.alpha * p + (1 - divergence.alpha) * q)
-    return kl(q, (1 - divergence.alpha) * p + divergence.alpha * q)
+    if divergence.name == "skew_reverse_kl":
+        return kl(q, (1 - divergence.alpha) * p + divergence.alpha * q)
+    assert_never(divergence.name)

@@ -168,6 +168,7 @@ def _value_and_score(
             value = TEACHER_SHARE * _term(p, m, over_p) + (1 - TEACHER_SHARE) * _term(q, m, over_q)
             score = (TEACHER_SHARE - 1) * tl.where(q > 0, q * share, 0.0)
         else:
+            tl.static_assert(KIND == _SKEW_REVERSE, "no branch for this divergence")
             value, score = _term(q, m, over_q), -tl.where(q > 0, q * _excess(-share), 0.0)
     return value, score
 
