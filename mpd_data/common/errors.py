@@ -32,10 +32,14 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return by_lower[close[0]] if close else None
 
 
+def suggestion(name: str | None) -> str:
+    """Return " Did you mean 'name'?"; "" for None."""
+    return "" if name is None else f" Did you mean {name!r}?"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?", x being the known name nearest to `name`; "" if none is near."""
-    near = nearest(name, known)
-    return "" if near is None else f" Did you mean {near!r}?"
+    """Return the suggestion of the known name nearest to `name`."""
+    return suggestion(nearest(name, known))
 
 
 def pip_install(extra: str) -> str:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from mpd_data.common.command import Option
-from mpd_data.common.errors import ConfigError, did_you_mean, nearest
+from mpd_data.common.errors import ConfigError, did_you_mean, nearest, suggestion
 
 Model = TypeVar("Model", bound=BaseModel)
 _ABBREVIATIONS = {"lr": "learning_rate"}
@@ -80,7 +80,7 @@ class _Choice(click.Choice[str]):
         return str(choice)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the choice. Raises click.BadParameter with a suggestion."""
+        """Return the choice. Raise click.BadParameter with a suggestion."""
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
@@ -144,7 +144,7 @@ def config_options(
 
 
 def build(model: type[Model], options: dict[str, Any]) -> Model:
-    """Return the model from a command's parsed options. Raises click.UsageError for bad values."""
+    """Return the model from a command's parsed options. Raise click.UsageError for bad values."""
     values: dict[str, Any] = {}
     names = set()
     for section, name, *_ in _fields(model):
@@ -166,7 +166,7 @@ def build(model: type[Model], options: dict[str, Any]) -> Model:
 def parse(model: type[Model], values: dict[str, Any], source: str, section: str = "") -> Model:
     """Return the model with the settings of a TOML file or of one `section` of it.
 
-    Raises ConfigError, which names `source`, the dotted path of each bad setting, and for an
+    Raise ConfigError, which names `source`, the dotted path of each bad setting, and for an
     unknown one the setting that was most likely meant.
     """
     prefix = f"{section}." if section else ""
@@ -176,13 +176,13 @@ def parse(model: type[Model], values: dict[str, Any], source: str, section: str 
         lines = []
         for e in error.errors():
             place = prefix + ".".join(map(str, e["loc"]))
-            near = None
+            hint = ""
             if e["type"] == "missing":
                 line = f"{place}: required"
             elif e["type"] == "extra_forbidden":
                 line = f"{place}: unknown setting"
-                near = _meant(model, e["loc"])
-                near = near and prefix + near
+                meant = _meant(model, e["loc"])
+                hint = suggestion(meant and prefix + meant)
             else:
                 line = f"{place}: {e['msg']}"
                 # Messages of our own checks say already what was found.
@@ -192,8 +192,8 @@ def parse(model: type[Model], values: dict[str, Any], source: str, section: str 
                     line += f", found {value}"
                 if e["type"] == "literal_error":
                     # The message spells the values that exist, each in quotes.
-                    near = nearest(str(e["input"]), re.findall("'([^']*)'", e["msg"]))
-            lines.append(line if near is None else f"{line}. Did you mean {near!r}?")
+                    hint = did_you_mean(str(e["input"]), re.findall("'([^']*)'", e["msg"]))
+            lines.append(f"{line}.{hint}" if hint else line)
         raise ConfigError(f"{source}: " + "; ".join(lines)) from error
 
 
