@@ -46,7 +46,7 @@ class _RoundFolder(click.Path):
     """The folder of a round, or the rollouts/ or distill/ in it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Return the round's folder. Raises ConfigError for a folder of several rounds."""
+        """Return the round's folder. Raise ConfigError for a folder of several rounds."""
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         stages = ("rollouts", "distill")
         if path.name in stages and (path.parent / "run.json").is_file():
@@ -250,7 +250,7 @@ def rewrite(
 
 
 def _with_part(config: Any, overwrite: bool) -> Any:
-    """Return `config` with this task's part of the SLURM job array, unless it names a part. Raises
+    """Return `config` with this task's part of the SLURM job array, unless it names a part. Raise
     click.UsageError if `overwrite` would delete the rows of other parts."""
     parts = config.parts
     if parts.ray:

@@ -290,7 +290,7 @@ class RewriteJob:
 
 
 def _new_row(row_id: str, candidate_idx: int, rollout: dict[str, Any]) -> dict[str, Any]:
-    """A distill row before there is a rewrite: what it takes from its rollout, and nulls."""
+    """Return a distill row before its rewrite: what it takes from its rollout, and nulls."""
     return dict.fromkeys(DISTILL_SCHEMA.names) | {
         "row_id": row_id,
         "rollout_id": rollout["row_id"],
@@ -303,7 +303,7 @@ def _new_row(row_id: str, candidate_idx: int, rollout: dict[str, Any]) -> dict[s
 
 
 def _trace_columns(rollout: dict[str, Any], ids: list[int]) -> dict[str, Any]:
-    """The columns of a distill row that follow from its trace `ids`, end token included."""
+    """Return the columns of a distill row that follow from its trace `ids`, end token included."""
     return {
         "num_rewritten_tokens": len(ids),
         "compression_ratio": len(ids) / rollout["num_completion_tokens"],

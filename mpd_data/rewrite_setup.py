@@ -87,7 +87,7 @@ class RewriteSetup:
         }
 
     def ask(self, problem: str, draft: str) -> Asked:
-        """Render the rewrite prompt. Raises PromptError where it cannot be used."""
+        """Render the rewrite prompt. Raise PromptError where it cannot be used."""
         message = self.template.message(problem, draft)
         text, prompt_ids = self.writing.render(message)
         scored = self.scoring.layout(message)
@@ -96,7 +96,7 @@ class RewriteSetup:
         return Asked(text, prompt_ids, scoring_ids)
 
     def ask_about(self, rollout: dict[str, Any]) -> Asked:
-        """Render the rewrite prompt of a rollout. Raises PromptError where it cannot be used."""
+        """Render the rewrite prompt of a rollout. Raise PromptError where it cannot be used."""
         # The teacher would obey control tokens that the student sampled.
         draft = self.tokenizer.decode(rollout["completion_ids"], skip_special_tokens=True)
         return self.ask(rollout["problem"], draft)
@@ -113,7 +113,7 @@ def setup(
     student: dict[str, Any] | None = None,
     teacher: ModelFiles | None = None,
 ) -> RewriteSetup:
-    """Check everything that can be checked without an engine. Raises ConfigError.
+    """Check everything that can be checked without an engine. Raise ConfigError.
 
     Without `weights`, for a dry run, no weights are fetched or hashed, and the round must have been
     started with these settings unless `overwrite`, as a run finds when it claims the round.

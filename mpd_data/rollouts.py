@@ -41,7 +41,7 @@ class Request:
 
 def read_prompts(config: RolloutsConfig) -> list[Prompt]:
     """Return all prompts that `config` names, with the answer that the checker reads in each gold
-    answer. Raises ConfigError or DataError."""
+    answer. Raise ConfigError or DataError."""
     checker = make_checker(config.checker, config.answer_formats)
     prompts = load_prompts(
         config.prompts, config.prompt_column, config.id_column, config.answer_column,
@@ -92,7 +92,7 @@ class RolloutSetup:
         return [prompt for prompt in self.prompts if part.holds(prompt.id)]
 
     def requests(self, prompt: Prompt) -> list[Request]:
-        """Return the samples to take of a prompt. Raises PromptError where it cannot be used or
+        """Return the samples to take of a prompt. Raise PromptError where it cannot be used or
         leaves no room for its completion."""
         if prompt.flaw is not None:
             raise PromptError(prompt.flaw)
@@ -116,7 +116,7 @@ def setup(
     model: ModelFiles | None = None,
     prompts: list[Prompt] | None = None,
 ) -> RolloutSetup:
-    """Check everything that can be checked without an engine. Raises ConfigError or DataError.
+    """Check everything that can be checked without an engine. Raise ConfigError or DataError.
 
     Without `weights`, for a dry run, the model's weights are neither fetched nor hashed, and the
     round must have been started with these settings unless `overwrite`, as a run finds when it

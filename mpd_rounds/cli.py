@@ -72,7 +72,7 @@ def show(summary: dict[str, Any]) -> None:
 
 def check_inputs(pipeline: Pipeline, out: Path) -> None:
     """Check what would otherwise stop the pipeline hours later: both models, with their weights if
-    this machine runs them, and all that a dry run checks. Raises ConfigError or DataError."""
+    this machine runs them, and all that a dry run checks. Raise ConfigError or DataError."""
     from mpd_rounds.run.plan import plan_pipeline
 
     resolve_model(pipeline.student)

@@ -86,7 +86,7 @@ def _find(given: Path) -> tuple[Path, Path]:
 
 
 def _read_run(path: Path) -> tuple[TrainConfig, dict[str, str]]:
-    """A run's settings, and the identity of its student."""
+    """Return a run's settings, and the identity of its student."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         settings, identity = saved["details"]["config"], saved["identity"]["student"]

@@ -216,7 +216,7 @@ class Trainer:
             self.recorder.step(step + 1, record, seconds, waited)
 
     def maybe_validate(self, done: int) -> None:
-        """After each `eval_steps` steps and the last, measure the loss on the held-out packs."""
+        """Measure the loss on the held-out packs, after each `eval_steps` steps and the last."""
         last = done == len(self.steps)
         if not self.held_out or not (last or done % self.config.validation.eval_steps == 0):
             return
@@ -240,7 +240,7 @@ class Trainer:
             self.progress.misses += 1
 
     def maybe_save(self, done: int) -> None:
-        """After each `save_steps` steps but the last, write a checkpoint."""
+        """Write a checkpoint, after each `save_steps` steps but the last."""
         if done % self.config.save_steps == 0 and done < len(self.steps):
             checkpoint.save(
                 self.checkpoints, done, self.student.model, self.optimizer, self.progress,
@@ -281,6 +281,6 @@ def _export(config: TrainConfig, student: CausalLM, ranks: Ranks) -> None:
 
 
 def _delete_checkpoints(out: Path) -> None:
-    """Weights and moments: three times the model's size each."""
+    """Delete them all: weights and moments, three times the model's size each."""
     if (out / "checkpoints").exists():
         shutil.rmtree(out / "checkpoints")

@@ -20,7 +20,7 @@ _PROJECT = "mpd"
 
 
 def load_trackers(names: list[str]) -> dict[str, Any]:
-    """The trackers' modules by name; ConfigError for one that is not installed."""
+    """Return the trackers' modules by name. Raise ConfigError for one that is not installed."""
     modules = {}
     for name in names:
         with requires("trackers", f"--report-to {name}"):

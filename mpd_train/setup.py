@@ -151,7 +151,7 @@ def setup(config: TrainConfig, weights: bool = True, overwrite: bool = False) ->
 
 
 def check_claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Return what run.json holds of the training in `out`, {} where it is new. Raises ConfigError
+    """Return what run.json holds of the training in `out`, {} where it is new. Raise ConfigError
     where it began with other settings."""
     saved = read_record(out, "training")
     remedy = (
@@ -166,7 +166,7 @@ def check_claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
 def claim(
     out: Path, identity: dict[str, Any], config: TrainConfig, device: str, overwrite: bool
 ) -> None:
-    """Record the run's settings and device. Raises ConfigError like `check_claim`."""
+    """Record the run's settings and device. Raise ConfigError like `check_claim`."""
     require_kind(out, "training")
     doomed = out / ".discarded"
     if doomed.exists():

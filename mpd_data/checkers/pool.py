@@ -136,7 +136,7 @@ def _write(fd: int, line: bytes) -> None:
 
 class CheckPool:
     """A context manager that checks completions in `processes` workers, each within `timeout`
-    seconds. Raises ConfigError if the checker cannot be created, here or in a worker."""
+    seconds. Raise ConfigError if the checker cannot be created, here or in a worker."""
 
     def __init__(
         self, checker: str, formats: Sequence[AnswerFormat], timeout: float, processes: int

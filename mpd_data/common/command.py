@@ -38,7 +38,7 @@ class Command(click.Command):
     """A command with help in sections and with options that take several values."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse a command line. Raises click.UsageError with the nearest options to a wrong one."""
+        """Parse a command line. Raise click.UsageError with the nearest options to a wrong one."""
         given = [option for option in self.get_params(ctx) if isinstance(option, click.Option)]
         options = {flag: option for option in given for flag in option.opts}
         try:
@@ -77,7 +77,7 @@ class Group(click.Group):
         return list(self.commands)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Return the command that `args` begin with. Raises click.UsageError if none does."""
+        """Return the command that `args` begin with. Raise click.UsageError if none does."""
         if instead := self._replaced.get(args[0]):
             raise click.UsageError(f"{args[0]!r} no longer exists. Use: {instead}", ctx)
         return super().resolve_command(ctx, args)

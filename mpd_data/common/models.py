@@ -86,7 +86,7 @@ def _version(path: Path, config: str, weights: bool, served: str | None) -> str:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return the weights of a model's or adapter's folder. Raises ConfigError where it has none."""
+    """Return the weights of a model's or adapter's folder. Raise ConfigError where it has none."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ConfigError(
@@ -109,7 +109,7 @@ def resolve_model(
     some: the version is then "unhashed" for a folder, and the commit for a hub id. `served`: the
     name under which a server runs the model; its weights are not needed.
 
-    Raises ConfigError where `name` is neither a model's or adapter's folder nor a hub id that can
+    Raise ConfigError where `name` is neither a model's or adapter's folder nor a hub id that can
     be downloaded, and where an adapter's base is not available.
     """
     path, commit = Path(name), None
@@ -143,7 +143,7 @@ def _expecting(path: Path, wanted: str) -> Iterator[None]:
 
 
 def load_config(model: ModelFiles, trust_remote_code: bool = False) -> Any:
-    """Return transformers' configuration of the model, its family's defaults included. Raises
+    """Return transformers' configuration of the model, its family's defaults included. Raise
     ConfigError where transformers has none."""
     from transformers import AutoConfig
 
@@ -239,7 +239,7 @@ def _download(name: str, revision: str | None, code: bool, weights: bool) -> tup
 
 
 def load_tokenizer(model: ModelFiles, trust_remote_code: bool = False) -> Any:
-    """Return the model's fast tokenizer. Raises ConfigError where it has none."""
+    """Return the model's fast tokenizer. Raise ConfigError where it has none."""
     from transformers import AutoTokenizer
 
     path = str(model.tokenizer_path)

@@ -18,7 +18,7 @@ from mpd_data.store.shards import read_metadata
 
 def plan_refilter(config: RewriteConfig) -> StagePlan:
     """Plan what `run_refilter` would do, without an engine or weights and without writing anything.
-    Raises what the run would raise before it starts its engine."""
+    Raise what the run would raise before it starts its engine."""
     round_dir = RoundDir(config.shards)
     refuse_half_refiltered(round_dir)
     saved = check_refilter(round_dir, config)

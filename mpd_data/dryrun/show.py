@@ -38,7 +38,7 @@ def time_text(seconds: float) -> str:
 
 
 def _text(plan: StagePlan, value: float | None, form: Callable[[Any], str]) -> str | None:
-    """A figure of a plan, marked where it is an upper bound."""
+    """Return a figure of a plan, marked where it is an upper bound."""
     if value is None:
         return None
     return f"at most {form(value)}" if value and plan.is_bound else form(value)

@@ -52,7 +52,7 @@ Result = Completion | Scores | Refused
 
 
 class OpenAIEngine:
-    """A model on a server. Raises EngineError where the server cannot do what the stages need."""
+    """A model on a server. Raise EngineError where the server cannot do what the stages need."""
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class OpenAIEngine:
     async def _complete(
         self, ids: list[int], settings: dict[str, Any], patient: bool = True
     ) -> Any:
-        """Return the one choice in the server's answer. Raises RequestError and EngineError."""
+        """Return the one choice in the server's answer. Raise RequestError and EngineError."""
         body = {"model": self._model, "prompt": ids, **settings}
         async with self._slots:
             answer = await self._ask("/v1/completions", body, patient)
@@ -211,7 +211,7 @@ class OpenAIEngine:
 
     async def _ask(self, path: str, body: Any = None, patient: bool = True) -> Any:
         """Return the JSON of the server's answer to a POST of `body`, or to a GET without one.
-        `patient`: retry a connection that fails. Raises RequestError where the server refuses the
+        `patient`: retry a connection that fails. Raise RequestError where the server refuses the
         request, EngineError for everything else."""
         begun: float | None = None
         wait = _FIRST_WAIT
@@ -318,7 +318,7 @@ class OpenAIEngine:
     # -- the start ----------------------------------------------------------------------
 
     async def _check_server(self, tokenizer: Any) -> None:
-        """Find the model on the server and try what the stages will need. Raises EngineError."""
+        """Find the model on the server and try what the stages will need. Raise EngineError."""
         try:
             await self._find_model()
             # A text of tokens from all over the vocabulary.
@@ -332,7 +332,7 @@ class OpenAIEngine:
             raise EngineError(f"{self._url}: refuses a first request: {error}") from error
 
     async def _find_model(self) -> None:
-        """Choose the model of that name, or the one that was loaded by it. Raises EngineError."""
+        """Choose the model of that name, or the one that was loaded by it. Raise EngineError."""
         answer = await self._ask("/v1/models", patient=False)
         try:
             entries = {entry["id"]: entry for entry in answer["data"]}
@@ -393,7 +393,7 @@ class _StatusError(EngineError):
 
 
 def _api_key() -> str | None:
-    """Return the API key of the environment, None without one. Raises EngineError for a bad one."""
+    """Return the API key of the environment, None without one. Raise EngineError for a bad one."""
     for name in _KEYS:
         if key := os.environ.get(name):
             # httpx's own error would show the header's value, which is the key.

@@ -79,14 +79,14 @@ class Engine(Protocol):
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
     ) -> None:
-        """Submit a request for one continuation. Raises RequestError if refused."""
+        """Submit a request for one continuation. Raise RequestError if refused."""
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
         """Submit a request for the `k` best tokens at each place of `target_ids`, which follow
-        `context_ids`. Raises RequestError if refused."""
+        `context_ids`. Raise RequestError if refused."""
 
     def step(self) -> Sequence[Completion | Scores | Refused]:
-        """Advance all requests and return those that finished. Raises EngineError."""
+        """Advance all requests and return those that finished. Raise EngineError."""
 
     def close(self) -> None:
         """Free what the engine holds. Until then no other engine can start in this process."""
@@ -122,7 +122,7 @@ def pump(
 
     New requests are submitted as results return. The consumer may submit more while iterating, and
     so may `side`; the end comes when none is left. `side.advance` runs after each engine step, also
-    where nothing finished. Raises KeyboardInterrupt where one was lost (`signals.check`).
+    where nothing finished. Raise KeyboardInterrupt where one was lost (`signals.check`).
     """
     source = iter(submissions)
     exhausted = False

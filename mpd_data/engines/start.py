@@ -13,7 +13,7 @@ _SERVER_SETTINGS = (
 
 
 def context_of(model: ModelFiles, config: EngineConfig) -> int:
-    """Return the context in tokens that the engine runs `model` with. Raises ConfigError for
+    """Return the context in tokens that the engine runs `model` with. Raise ConfigError for
     settings that do not fit the model or the engine."""
     if config.max_model_len is not None and config.max_model_len > model.context:
         raise ConfigError(
@@ -61,7 +61,7 @@ def start_engine(
     model: ModelFiles, config: EngineConfig, trust_remote_code: bool = False, max_logprobs: int = 1
 ) -> Engine:
     """Return the engine that `config` names, with `model` loaded. `max_logprobs`: the largest K of
-    its scores. Raises EngineError where it cannot start, ConfigError like `context_of`."""
+    its scores. Raise EngineError where it cannot start, ConfigError like `context_of`."""
     context = context_of(model, config)
     if config.backend == "transformers":
         from mpd_data.engines.transformers import TransformersEngine

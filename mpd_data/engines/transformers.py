@@ -57,7 +57,7 @@ class _ToScore(NamedTuple):
 
 
 class TransformersEngine:
-    """A model in this process, on the GPU if there is one. Raises EngineError where the model
+    """A model in this process, on the GPU if there is one. Raise EngineError where the model
     cannot be loaded."""
 
     def __init__(

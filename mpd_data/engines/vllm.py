@@ -32,7 +32,7 @@ def prepare_environment(on_cpu: bool) -> None:
 
 
 class VLLMEngine:
-    """vLLM behind the protocol. Raises EngineError where it cannot start."""
+    """vLLM behind the protocol. Raise EngineError where it cannot start."""
 
     def __init__(
         self,
@@ -230,7 +230,7 @@ _MERGE = (
 
 
 def _rank(model: ModelFiles) -> int:
-    """Return the rank to make room for. Raises EngineError for an adapter that vLLM would refuse
+    """Return the rank to make room for. Raise EngineError for an adapter that vLLM would refuse
     after its start, or would run only in part."""
     from safetensors import safe_open
     from vllm.config.lora import LoRAConfig
@@ -258,7 +258,7 @@ def _rank(model: ModelFiles) -> int:
 
 
 def _load(llm: Any, adapter: Path) -> Any:
-    """Load the adapter; return its name for requests. Raises RuntimeError where it does not fit."""
+    """Load the adapter; return its name for requests. Raise RuntimeError where it does not fit."""
     from vllm.lora.request import LoRARequest
 
     request = LoRARequest("adapter", 1, str(adapter))

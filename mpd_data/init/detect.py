@@ -69,7 +69,7 @@ class PromptSet:
 def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) -> PromptSet:
     """Return the prompts of `source`. Test prompts use the columns of `train` if they have them.
 
-    Raises ConfigError if the columns are ambiguous or missing, DataError for a bad row.
+    Raise ConfigError if the columns are ambiguous or missing, DataError for a bad row.
     """
     columns = columns_of(source)
 
@@ -139,7 +139,7 @@ def held_out(texts: list[str]) -> set[str]:
 
 def split(whole: PromptSet, folder: Path) -> tuple[PromptSet, PromptSet, dict[str, str]]:
     """Split one file. Return its training and test prompts, and the content of both new files by
-    name; all columns are kept. Raises ConfigError if there are fewer than two problems."""
+    name; all columns are kept. Raise ConfigError if there are fewer than two problems."""
     test_problems = held_out([p.text for p in whole.prompts])
     if not test_problems:
         raise ConfigError(
@@ -252,7 +252,7 @@ class Models:
 
 
 def look_at_models(config: InitConfig) -> Models:
-    """Return what both models are. Raises ConfigError for models that cannot be used together."""
+    """Return what both models are. Raise ConfigError for models that cannot be used together."""
     names = (config.student, config.teacher)
     files = [resolve_model(name, weights=False) for name in names]
     tokenizers = [load_tokenizer(each) for each in files]
@@ -323,7 +323,7 @@ class Budget:
 
 
 def plan_budget(models: Models, prompts: list[Prompt]) -> Budget:
-    """Divide both contexts. Raises ConfigError if the longest prompt leaves no room."""
+    """Divide both contexts. Raise ConfigError if the longest prompt leaves no room."""
     asking = load_template(models.template)
     students = ChatFormatter(models.student.tokenizer)
     teachers = ChatFormatter(models.teacher.tokenizer, default_thinking=False)

@@ -34,7 +34,7 @@ def run_init(folder: Path, config: InitConfig) -> list[str]:
     """Write FOLDER/pipeline.toml, and train.jsonl and test.jsonl where a file is split. Return
     lines that say what was detected.
 
-    Raises ConfigError or DataError for input that makes no pipeline; nothing is written then.
+    Raise ConfigError or DataError for input that makes no pipeline; nothing is written then.
     """
     splits = ["train.jsonl", "test.jsonl"] if config.test is None else []
     for name in ("pipeline.toml", *splits):
@@ -171,7 +171,7 @@ def _wrap_comments(text: str) -> str:
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
-    """Write all files or none; the pipeline comes last. Raises ConfigError, MPDError."""
+    """Write all files or none; the pipeline comes last. Raise ConfigError, MPDError."""
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ _SEED = 0
 
 
 def per_problem(path: Path) -> pl.DataFrame:
-    """Return `samples`, mean `accuracy` and mean `tokens` of each prompt, sorted by its id. Raises
+    """Return `samples`, mean `accuracy` and mean `tokens` of each prompt, sorted by its id. Raise
     ConfigError if there are no rollouts."""
     samples = scan_round(path).group_by("prompt_id")
     means = samples.agg(
@@ -86,7 +86,7 @@ def compare(base: str | Path, new: str | Path, by: str | None = None) -> dict[st
     a single problem). With `by`, a key of the rollouts' metadata, `groups` has the same for the
     problems of each value.
 
-    Raises ConfigError unless both were sampled on the same prompts, and if no rollout has the key
+    Raise ConfigError unless both were sampled on the same prompts, and if no rollout has the key
     `by` or the two sides have different values for one prompt.
     """
     base, new = Path(base), Path(new)

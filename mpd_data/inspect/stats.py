@@ -51,7 +51,7 @@ _MARKED = rf"(?i-u:\b(?:{'|'.join(MARKERS)}))"
 
 def scan(rounds: list[Path], stage: Stage) -> pl.LazyFrame | None:
     """Return the rows of one stage of several rounds, with the round's folder in the column
-    `folder`; None if no round has any. Raises DataError for a torn shard."""
+    `folder`; None if no round has any. Raise DataError for a torn shard."""
     frames = []
     for path in rounds:
         require_kind(path, "round")
@@ -75,7 +75,7 @@ def scan_round(folder: str | Path, stage: Stage = "rollouts") -> pl.LazyFrame:
     lists the columns. The column `folder` is added. Rows that a running stage commits later are not
     in the frame.
 
-    Raises ConfigError where the round has no rows of the stage, DataError for a damaged shard.
+    Raise ConfigError where the round has no rows of the stage, DataError for a damaged shard.
     """
     frame = scan([Path(folder)], stage)
     if frame is None:
@@ -86,7 +86,7 @@ def scan_round(folder: str | Path, stage: Stage = "rollouts") -> pl.LazyFrame:
 
 
 def collect(frame: pl.LazyFrame) -> pl.DataFrame:
-    """Run a query over shards. Raises DataError if their bytes are damaged."""
+    """Run a query over shards. Raise DataError if their bytes are damaged."""
     try:
         return frame.collect(engine="streaming")
     except pl.exceptions.ComputeError as error:
@@ -95,7 +95,7 @@ def collect(frame: pl.LazyFrame) -> pl.DataFrame:
 
 def with_group(rollouts: pl.LazyFrame, name: str) -> pl.LazyFrame:
     """Return `rollouts` with the column `group`: the value of the key `name` in `metadata` as text,
-    or null. Raises ConfigError if no row has the key."""
+    or null. Raise ConfigError if no row has the key."""
     key = f"$[{json.dumps(name, ensure_ascii=False)}]"
     grouped = rollouts.with_columns(group=pl.col("metadata").str.json_path_match(key))
     if collect(grouped.select(pl.col("group").is_not_null().any())).item():
@@ -221,7 +221,7 @@ def round_stats(
     `repetition` the mean fraction of repeated 4-grams, `markers_per_1k` the self-correction MARKERS
     per 1,000 tokens.
 
-    Raises ConfigError if no folder holds a round, or no rollout has the key `by`.
+    Raise ConfigError if no folder holds a round, or no rollout has the key `by`.
     """
     paths = [Path(path) for path in rounds]
     rollouts, distill = scan(paths, "rollouts"), scan(paths, "distill")
@@ -328,7 +328,7 @@ def outcome_rates(folder: Path) -> dict[str, float | None]:
 
 def plot_lengths(series: dict[str, Path], out: Path) -> None:
     """Draw the distribution of completion tokens of each round in `series` (label -> folder) to
-    `out` (PNG, SVG or PDF by its ending). Raises ConfigError."""
+    `out` (PNG, SVG or PDF by its ending). Raise ConfigError."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -24,7 +24,7 @@ def round_status(path: Path) -> dict[str, list[dict[str, Any]]]:
     `writers`, the last report of each process that writes or wrote there. The state of a writer is
     "died" if it reported work and no longer holds its lock.
 
-    Only manifests and status files are read. Raises ConfigError if there is no round.
+    Only manifests and status files are read. Raise ConfigError if there is no round.
     """
     require_kind(path, "round")
     round_dir = RoundDir(path)

@@ -36,7 +36,7 @@ def validate_round(path: Path) -> list[str]:
     """Return every breach of the contract, a line each: file, row, expected, found. Empty if the
     round is sound.
 
-    Memory: a few row groups, and a key and a number for each row of the round. Raises ConfigError
+    Memory: a few row groups, and a key and a number for each row of the round. Raise ConfigError
     if `path` holds no round.
     """
     require_kind(path, "round")

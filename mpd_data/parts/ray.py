@@ -87,7 +87,7 @@ def rollouts_on_ray(
     """`run_rollouts` by `config.parts.workers` actors of a Ray cluster: the one of RAY_ADDRESS, one
     that runs here, or one that is started here for the purpose.
 
-    Raises what `run_rollouts` raises, ConfigError where Ray is not installed or a node does not
+    Raise what `run_rollouts` raises, ConfigError where Ray is not installed or a node does not
     share the folder, and MPDError for Ray's own troubles. After an interrupt or a stage's error all
     actors commit what they have first.
     """
@@ -179,7 +179,7 @@ def _stopping(held: ExitStack) -> Iterator[Callable[[], None]]:
 
 
 def _take_results(job: Job, stop: Callable[[], None]) -> tuple[int, int]:
-    """Wait for all blocks. Return rows that failed and what remains. Raises the first error as
+    """Wait for all blocks. Return rows that failed and what remains. Raise the first error as
     MPDError when all actors have stopped."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -317,7 +317,7 @@ class EngineActor:
 def _counted(file: Path) -> Iterator[None]:
     """Count an attempt that may kill this process. `file` has one byte for each attempt that began
     and did not end; the next process that starts alone in the round deletes it (store/locks.py).
-    Raises MPDError after too many attempts."""
+    Raise MPDError after too many attempts."""
     with file.open("ab") as begun:
         begun.write(b".")
         attempts = begun.tell()

@@ -24,7 +24,7 @@ _is_worker = False
 
 
 def slurm_part() -> tuple[int, int] | None:
-    """Return (index from 0, count) of this task in its SLURM job array; None outside one. Raises
+    """Return (index from 0, count) of this task in its SLURM job array; None outside one. Raise
     ConfigError for an array with gaps."""
     if "SLURM_ARRAY_TASK_COUNT" not in os.environ:
         return None
@@ -43,7 +43,7 @@ def slurm_part() -> tuple[int, int] | None:
 
 
 def _shares(workers: int, gpus_each: int) -> list[str | None]:
-    """Return CUDA_VISIBLE_DEVICES of each worker; None leaves it as it is, on a CPU machine. Raises
+    """Return CUDA_VISIBLE_DEVICES of each worker; None leaves it as it is, on a CPU machine. Raise
     ConfigError for too few GPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -64,7 +64,7 @@ def _shares(workers: int, gpus_each: int) -> list[str | None]:
 def run_workers(command: str, config: RolloutsConfig | RewriteConfig, limit: int | None) -> bool:
     """Run `mpd-gen COMMAND` in `config.parts.workers` processes. Return whether rows failed.
 
-    Raises MPDError if a worker fails. The others are then interrupted and commit their finished
+    Raise MPDError if a worker fails. The others are then interrupted and commit their finished
     rows.
     """
     workers, part = config.parts.workers, config.parts.part
@@ -125,7 +125,7 @@ def end_with_parent() -> None:
 
 
 def _wait(processes: list[subprocess.Popen[str]]) -> list[int]:
-    """Return the exit codes. Raises MPDError as soon as a worker fails."""
+    """Return the exit codes. Raise MPDError as soon as a worker fails."""
     codes: dict[int, int] = {}
     while len(codes) < len(processes):
         for i, process in enumerate(processes):

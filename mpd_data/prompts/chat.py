@@ -35,7 +35,7 @@ class ChatFormatter:
 
     `examples` are earlier turns, (user, assistant). `thinking` sets the template's switch for
     thinking to "on" or "off"; "auto" means `template_kwargs` if they set the switch, otherwise
-    `default_thinking`. Raises ConfigError for settings that the template cannot take.
+    `default_thinking`. Raise ConfigError for settings that the template cannot take.
     """
 
     def __init__(

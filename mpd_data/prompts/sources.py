@@ -181,7 +181,7 @@ class HubSource:
 
 
 def _datasets(url: str) -> tuple[Any, tuple[type[Exception], ...]]:
-    """The package `datasets`, and the errors by which it says that something is not to be had."""
+    """Return the package `datasets`, and the errors by which it says that something is missing."""
     with requires("hub", f"{url}: reading a dataset of the hub"):
         import datasets
     # RuntimeError: for repositories that are scripts, which are never run here.
@@ -228,7 +228,8 @@ def _hub_rows(url: str, columns: list[str] | None) -> Rows:
 
 
 def _split_hint(url: str, error: BaseException) -> str:
-    """What the split of `url` may be a misspelling of, as a sentence, where `error` is about it."""
+    """Return, as a sentence, what the split of `url` may be a misspelling of; "" if `error` is not
+    about it."""
     split = (HubSource.parse(url).split or "").partition("[")[0]  # of train[:100], train
     if split not in str(error):
         return ""  # asking for the splits would only wait for the same failure again

@@ -19,7 +19,7 @@ Packed = npt.NDArray[np.bytes_]
 
 
 def pack(column: pa.ChunkedArray | pa.Array) -> Packed:
-    """Return 16 bytes for each key of a string column [n]; S16 [n], in its order. Raises
+    """Return 16 bytes for each key of a string column [n]; S16 [n], in its order. Raise
     ValueError, which names the first value that is not 32 lower-case hex digits."""
     column = column.cast(pa.string())
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
@@ -49,7 +49,7 @@ class KeySet(Set[str]):
     makes no Python object for each key."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        """Raises ValueError for anything but a key."""
+        """Raise ValueError for anything but a key."""
         self._keys: Packed = np.unique(pack(pa.array(list(keys), pa.string())))
 
     @classmethod

@@ -51,7 +51,7 @@ WHOLE = Part()
 
 
 def _open(path: Path) -> int:
-    """Open `path` for locking; make it where it does not exist. Raises ConfigError."""
+    """Open `path` for locking; make it where it does not exist. Raise ConfigError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -114,7 +114,7 @@ def _busy(folder: Path, who: str = "", hint: str = "") -> ConfigError:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold it for one writing process. Raises ConfigError where another process
+    """Make `folder` and hold it for one writing process. Raise ConfigError where another process
     holds it or it cannot be written."""
     with _hold(folder / ".lock", _TEST_SECONDS, _busy(folder)):
         yield
@@ -122,7 +122,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def short_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for a change that its other writers must see whole; wait for them. Raises
+    """Hold `folder` for a change that its other writers must see whole; wait for them. Raise
     ConfigError where the folder cannot be written, MPDError where another process holds it for too
     long."""
     path = folder / ".lock"
@@ -145,7 +145,7 @@ def part_lock(folder: Path, label: str, part: Part, if_alone: Callable[[], None]
     division of the same work alone. `if_alone` is called where no other process writes, before
     any can begin: half-written files belong to nobody then.
 
-    Raises ConfigError where another process is in the way or the folder cannot be written.
+    Raise ConfigError where another process is in the way or the folder cannot be written.
     """
     own = part_lock_path(folder, label, part)
     with contextlib.ExitStack() as stack:

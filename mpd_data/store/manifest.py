@@ -19,7 +19,7 @@ def _line(shard: Shard) -> str:
 
 def read_manifest(path: Path) -> list[Shard]:
     """Return the shards that a manifest lists; [] where there is none. An unterminated last line (a
-    kill during the append) counts as absent. Raises DataError for any other line that is
+    kill during the append) counts as absent. Raise DataError for any other line that is
     malformed."""
     if not path.exists():
         return []

@@ -45,7 +45,7 @@ class ShardScan:
     torn: list[Path] = field(default_factory=list)
 
     def keys(self) -> KeySet:
-        """Return `row_id` of every sound row. Raises DataError where a key occurs twice."""
+        """Return `row_id` of every sound row. Raise DataError where a key occurs twice."""
         return unique_keys(self.paths, self.packed)
 
 
@@ -71,7 +71,7 @@ class RoundDir:
         return self.path / f"{stage}.manifest.jsonl"
 
     def manifest(self, stage: Stage) -> list[Shard]:
-        """Return the shards that the manifest lists. Raises DataError like `read_manifest`."""
+        """Return the shards that the manifest lists. Raise DataError like `read_manifest`."""
         return read_manifest(self.manifest_path(stage))
 
     @property
@@ -100,7 +100,7 @@ class RoundDir:
 
     def claim(self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any]) -> None:
         """Record in run.json what determines the rows of `stage` (`identity`) and what is good to
-        know about it (`details`). Raises ConfigError like `check`."""
+        know about it (`details`). Raise ConfigError like `check`."""
         with short_lock(self.path):
             saved = self.check(stage, identity, details)
             if saved is not None and saved["details"] == details:
@@ -113,7 +113,7 @@ class RoundDir:
     def check(
         self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        """Return `saved_stage`. Raises ConfigError where the stage ran here with another identity:
+        """Return `saved_stage`. Raise ConfigError where the stage ran here with another identity:
         rows of two settings never belong in one round."""
         saved = self.saved_stage(stage)
         old = saved or {"identity": None, "details": {}}
@@ -166,7 +166,7 @@ class RoundDir:
 
     @contextlib.contextmanager
     def lock(self, label: str = "round", part: Part = WHOLE) -> Iterator[None]:
-        """Hold `part` of the work `label` on this round for one writing process. Raises ConfigError
+        """Hold `part` of the work `label` on this round for one writing process. Raise ConfigError
         where another process is in the way, and for the folder of something other than a round."""
         require_kind(self.path, "round")
 
@@ -276,7 +276,7 @@ class RoundDir:
             return self.shard_paths(stage)
 
     def keys(self, stage: Stage) -> KeySet:
-        """Return `row_id` of every committed row. Raises DataError where a key occurs twice."""
+        """Return `row_id` of every committed row. Raise DataError where a key occurs twice."""
         paths = self.shard_paths(stage)
         return unique_keys(paths, list(read_all(read_keys, paths)))
 

@@ -30,7 +30,7 @@ _KINDS: dict[Kind, tuple[str, str, str]] = {
 
 
 def read_record(folder: Path, kind: Kind = "round") -> dict[str, Any]:
-    """Return what the file of a folder of `kind` holds; {} where there is none. Raises DataError
+    """Return what the file of a folder of `kind` holds; {} where there is none. Raise DataError
     where it is not a JSON object."""
     path = folder / _KINDS[kind][0]
     try:

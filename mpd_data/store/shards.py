@@ -57,7 +57,7 @@ class Shard:
 
 
 def open_shard(path: Path) -> pq.ParquetFile:
-    """Open a shard by its footer. Raises DataError for a file that is torn or no Parquet file."""
+    """Open a shard by its footer. Raise DataError for a file that is torn or no Parquet file."""
     try:
         return pq.ParquetFile(path, page_checksum_verification=True)
     except PARQUET_ERRORS as error:
@@ -69,7 +69,7 @@ def open_shard(path: Path) -> pq.ParquetFile:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return a shard's metadata (Parquet key `mpd`): models, settings, versions. Raises DataError
+    """Return a shard's metadata (Parquet key `mpd`): models, settings, versions. Raise DataError
     for a file without it, and for one of another schema version."""
     with open_shard(path) as file:
         raw = (file.metadata.metadata or {}).get(METADATA_KEY)
@@ -100,7 +100,7 @@ def with_added_columns(
     rows: pa.RecordBatch | pa.Table, path: Path, names: list[str]
 ) -> pa.RecordBatch | pa.Table:
     """Return the columns `names` of rows of the shard `path`. A nullable column that the shard
-    lacks, because an older version wrote it, is all null. Raises KeyError for another column."""
+    lacks, because an older version wrote it, is all null. Raise KeyError for another column."""
     fields = {field.name: field for field in SCHEMAS[path.parent.name]}
     for name in names:
         if name not in rows.schema.names and name in fields and fields[name].nullable:
@@ -109,7 +109,7 @@ def with_added_columns(
 
 
 def read_columns(path: Path, names: list[str]) -> pa.Table:
-    """Return light columns of a shard. Raises DataError where they cannot be read."""
+    """Return light columns of a shard. Raise DataError where they cannot be read."""
     with open_shard(path) as file:
         try:
             table = with_added_columns(file.read(columns=names, use_threads=False), path, names)
@@ -126,7 +126,7 @@ def read_columns(path: Path, names: list[str]) -> pa.Table:
 
 
 def read_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Yield a shard's rows, ROWS_PER_GROUP at a time. Raises DataError where it is damaged."""
+    """Yield a shard's rows, ROWS_PER_GROUP at a time. Raise DataError where it is damaged."""
     with open_shard(path) as file:
         try:
             for batch in file.iter_batches(ROWS_PER_GROUP, columns=columns):
@@ -139,12 +139,12 @@ def read_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
 
 
 def read_keys(path: Path, name: str = "row_id") -> Packed:
-    """Return the keys in a column of a shard; S16 [n]. Raises DataError where there are none."""
+    """Return the keys in a column of a shard; S16 [n]. Raise DataError where there are none."""
     return pack_keys(path, name, read_columns(path, [name])[name])
 
 
 def pack_keys(path: Path, name: str, column: pa.ChunkedArray) -> Packed:
-    """Return the keys in the column `name` of the shard `path`. Raises DataError for other text."""
+    """Return the keys in the column `name` of the shard `path`. Raise DataError for other text."""
     try:
         return pack(column)
     except ValueError as error:
@@ -155,7 +155,7 @@ def pack_keys(path: Path, name: str, column: pa.ChunkedArray) -> Packed:
 
 
 def unique_keys(paths: list[Path], packed: list[Packed]) -> KeySet:
-    """Return the keys of the shards at `paths`. Raises DataError where one occurs twice."""
+    """Return the keys of the shards at `paths`. Raise DataError where one occurs twice."""
     keys = KeySet.of(packed)
     if len(keys) < sum(map(len, packed)):
         part, index = twice(packed)[0]
@@ -168,7 +168,7 @@ def unique_keys(paths: list[Path], packed: list[Packed]) -> KeySet:
 
 
 def describe(path: Path, stage: Stage) -> Shard:
-    """Return the manifest's line of a shard, by reading it. Raises DataError for damaged bytes."""
+    """Return the manifest's line of a shard, by reading it. Raise DataError for damaged bytes."""
     read_metadata(path)
     with open_shard(path) as file:
         footer = file.metadata

@@ -107,7 +107,7 @@ class ShardWriter:
     loses the open Parquet file, so both bound what it can cost. Use as a context manager: leaving
     it, also by an exception, commits the rows that it has.
 
-    Raises MPDError where the disk is full or the folder read-only, from the call that wrote or from
+    Raise MPDError where the disk is full or the folder read-only, from the call that wrote or from
     a later one.
     """
 

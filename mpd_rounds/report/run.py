@@ -52,7 +52,7 @@ def round_name(number: int) -> str:
 def open_runs(paths: list[Path]) -> list[Run]:
     """Open the runs in `paths`. A folder that `mpd-rounds --seeds` made is replaced by its seeds.
 
-    Raises ConfigError for a folder that is no run or is given twice, and for a training among
+    Raise ConfigError for a folder that is no run or is given twice, and for a training among
     several runs.
     """
     folders: list[Path] = []
@@ -212,14 +212,14 @@ def _count_failed(folder: Path, stage: Stage) -> int:
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a training's metrics.jsonl. Raises DataError, as `read_lines`."""
+    """Yield the lines of a training's metrics.jsonl. Raise DataError, as `read_lines`."""
     return read_lines(folder / "metrics.jsonl", "step")
 
 
 def read_lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSONL file. A last line without its end is left out: a kill tears it.
 
-    Raises DataError for any other line that is no JSON object with these keys.
+    Raise DataError for any other line that is no JSON object with these keys.
     """
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):

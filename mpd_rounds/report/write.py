@@ -22,7 +22,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|!~$&])")
 def write_report(paths: list[Path], out: Path | None = None) -> list[Path]:
     """Write the report of the runs at `paths` to `out` (default: RUN/report); return its files.
 
-    Raises ConfigError for a path that is no run, and for several runs without `out`; DataError for
+    Raise ConfigError for a path that is no run, and for several runs without `out`; DataError for
     damaged files.
     """
     if out is None:

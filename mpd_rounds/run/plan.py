@@ -83,7 +83,7 @@ def plan_pipeline(
     pipeline: Pipeline, out: Path, rates: Mapping[str, float] | None = None
 ) -> PipelinePlan:
     """Plan and check the steps of `pipeline` that have not finished in `out`. `rates`: tokens per
-    second of a stage (rollouts, rewrite, train), in place of the recorded ones. Raises what a stage
+    second of a stage (rollouts, rewrite, train), in place of the recorded ones. Raise what a stage
     would raise before it starts its engine."""
     planner = _Planner(pipeline, out)
     result = PipelinePlan(out)
@@ -271,7 +271,7 @@ def _budget(parts: str, total: int, limit_name: str, limit: int, otherwise: str)
 
 
 def show_pipeline(plan: PipelinePlan, as_json: bool) -> None:
-    """Print a pipeline's plan: as JSON or as text. Raises Exit with code 1 where a step would end
+    """Print a pipeline's plan: as JSON or as text. Raise Exit with code 1 where a step would end
     without a result."""
     click.echo(json.dumps(plan.as_json(), indent=2) if as_json else _text(plan))
     if any(step.refusal is not None for step in plan.remaining()):

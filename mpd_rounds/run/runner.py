@@ -47,7 +47,7 @@ class Finished:
         self.records: list[dict[str, Any]] = [json.loads(line) for line in self.whole.splitlines()]
 
     def holds(self, step: Step) -> bool:
-        """Whether `step` has finished with the inputs that exist now."""
+        """Return whether `step` has finished with the inputs that exist now."""
         now = ([step.program, *step.command], _inputs(step))
         return step.out.exists() and any((r["command"], r["inputs"]) == now for r in self.records)
 
@@ -71,7 +71,7 @@ class Runner:
         self.failed_rows = any(r["exit_code"] == EXIT_FAILED_ROWS for r in self._finished.records)
 
     def run(self, steps: list[Step], parallel: int = 1) -> None:
-        """Run `steps`, up to `parallel` at a time. Raises MPDError if one fails."""
+        """Run `steps`, up to `parallel` at a time. Raise MPDError if one fails."""
         for _, error in self.attempt(steps, parallel):
             raise error
 

@@ -39,7 +39,7 @@ class SettingsFile(Strict):
 
     @classmethod
     def from_values(cls, values: dict[str, Any], source: str) -> Self:
-        """Return the settings. Raises ConfigError naming `source` and the setting."""
+        """Return the settings. Raise ConfigError naming `source` and the setting."""
         settings = parse(cls, values, source)
         settings._source = source
         return settings
@@ -153,7 +153,7 @@ class Pipeline(SettingsFile):
 
 
 def load_pipeline(path: Path, overrides: tuple[str, ...]) -> Pipeline:
-    """Read a pipeline file. Raises ConfigError naming the file and the setting."""
+    """Read a pipeline file. Raise ConfigError naming the file and the setting."""
     values = read_settings(path, overrides)
     if "pipeline" in values and "group" in values:
         raise ConfigError(f"{path}: a study, not a pipeline. Run it with mpd-study {path} --out …")
@@ -163,7 +163,7 @@ def load_pipeline(path: Path, overrides: tuple[str, ...]) -> Pipeline:
 def read_settings(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     """Return the content of a TOML file with `overrides`, each `a.b=value` in TOML or plain text.
 
-    Raises ConfigError naming the file and the setting.
+    Raise ConfigError naming the file and the setting.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -184,7 +184,7 @@ def read_settings(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
 
 
 def override(values: dict[str, Any], name: str, value: Any, where: str) -> None:
-    """Set the value of a dotted name in nested settings. Raises ConfigError, which begins with
+    """Set the value of a dotted name in nested settings. Raise ConfigError, which begins with
     `where`, if the name does not fit the settings."""
     target: Any = values
     *parents, last = name.split(".")

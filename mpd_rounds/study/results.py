@@ -102,7 +102,7 @@ def _mean_accuracy(problems: pl.DataFrame) -> float | None:
 
 def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> dict[str, Any]:
     """Return the figures of one model per seed on one evaluation set, also against the base and the
-    reference. Raises ConfigError if they were not sampled on the same problems."""
+    reference. Raise ConfigError if they were not sampled on the same problems."""
     by_seed = [per_problem(path) for path in paths]
     together = _over_seeds(by_seed)
     tokens = pl.col("num_completion_tokens")

@@ -101,7 +101,7 @@ class SettingRun:
 
 
 def load_study(path: Path, overrides: tuple[str, ...]) -> Study:
-    """Read a study file. Raises ConfigError naming the file and what is wrong in it."""
+    """Read a study file. Raise ConfigError naming the file and what is wrong in it."""
     values = read_settings(path, overrides)
     if "rollouts" in values and "group" not in values:
         raise ConfigError(f"{path}: a pipeline, not a study. Run it with mpd-rounds {path}.")
@@ -125,7 +125,7 @@ def load_study(path: Path, overrides: tuple[str, ...]) -> Study:
 
 
 class Planner:
-    """Plans the runs of a study. Raises ConfigError for settings that a stage would refuse."""
+    """Plans the runs of a study. Raise ConfigError for settings that a stage would refuse."""
 
     def __init__(self, study: Study, out: Path) -> None:
         require_kind(out, "study")
@@ -240,7 +240,7 @@ class StudyOutcome:
 def run_study(study: Study, out: Path, groups: tuple[str, ...] = ()) -> StudyOutcome:
     """Run the unfinished stages of a study. A stage that fails stops only the runs that need it.
 
-    Raises ConfigError for settings that a stage would refuse.
+    Raise ConfigError for settings that a stage would refuse.
     """
     runs = Planner(study, out).runs(groups)
     waves = waves_of(runs)
@@ -286,7 +286,7 @@ def _link_rollouts(rollouts: Path, folder: Path) -> None:
     """Give the round in `folder` the rollouts of another: the same shards, as hard links where
     the file system allows it (shards never change), and copies of its other files.
 
-    Raises ConfigError if the round has other rollouts.
+    Raise ConfigError if the round has other rollouts.
     """
     if folder.exists():
         if RoundDir(folder).manifest("rollouts") != RoundDir(rollouts).manifest("rollouts"):

@@ -61,7 +61,7 @@ class _Group:
 class ShardSet:
     """The kept rows of one or several rounds.
 
-    Raises ConfigError if there are no shards, if they do not fit together (another tokenizer, K,
+    Raise ConfigError if there are no shards, if they do not fit together (another tokenizer, K,
     score context or temperature) or if no row was kept; DataError for a file that cannot be read.
     """
 

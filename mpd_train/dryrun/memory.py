@@ -197,7 +197,7 @@ def _keep_as_compiled(layer: Any, live: _Live) -> None:
 
 def plan_memory(setup: TrainSetup, num_tokens: int, num_loss_tokens: int) -> MemoryPlan:
     """Plan the memory of packs of `num_tokens` tokens on each of the run's devices, which share out
-    weights, gradients and moments. Raises ConfigError for adapters that do not fit the student."""
+    weights, gradients and moments. Raise ConfigError for adapters that do not fit the student."""
     config, device, dtype, ranks = setup.config, setup.device, setup.dtype, ranks_asked_for()
     separate, code = is_short(setup.attn_implementation), config.trust_remote_code
     model = skeleton(setup.student, code, torch.float32)

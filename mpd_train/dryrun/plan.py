@@ -28,7 +28,7 @@ def _plan(
     details: dict[str, Any], finished: bool = False, **fields: Any,
 ) -> StagePlan:  # fmt: skip
     """Plan a training of `num_steps`, with the disk that it takes for checkpoints, which are freed
-    at its end, and for its export. Raises ConfigError for adapters that do not fit the student."""
+    at its end, and for its export. Raise ConfigError for adapters that do not fit the student."""
     model = skeleton(student, config.trust_remote_code, torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     if config.lora.lora_r > 0:
@@ -96,7 +96,7 @@ def learn_steps(out: Path) -> Learned | None:
 def plan_train_ahead(
     config: TrainConfig, student: ModelFiles, ahead: RoundAhead, learned: Learned | None
 ) -> StagePlan:
-    """Plan the training of a round that does not exist yet. Raises ConfigError where the run would
+    """Plan the training of a round that does not exist yet. Raise ConfigError where the run would
     raise it whatever the rows are."""
     _, device, dtype = check_settings(config)
     teacher, code = None, config.trust_remote_code

@@ -96,8 +96,8 @@ class Inputs(NamedTuple):
         )  # fmt: skip
 
     def gradients(self) -> list[tuple[Tensor | None, torch.dtype]]:
-        """hidden, weight and bias, None where no gradient is needed, each with its gradient's
-        dtype: the states' own, and for the head the one that it is summed in."""
+        """Return hidden, weight and bias, None where no gradient is needed, each with the dtype of
+        its gradient: the states' own, and for the head the one that it is summed in."""
         exact = accumulation_dtype(self.hidden.dtype)
         parts = (self.hidden, self.weight, self.bias)
         dtypes = (self.hidden.dtype, exact, exact)
@@ -206,7 +206,7 @@ linear_kl.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.mpd.linear_kl)
 def _flops(*shapes: Any, **_: Any) -> int:
-    """Of the matrix products: forward, both gradients and the teacher's, as if all rows had
+    """Count the matrix products: forward, both gradients and the teacher's, as if all rows had
     weight. A tensor comes as its shape."""
     inputs: Any = Inputs(*shapes)
     n, width = map(int, inputs.hidden)
@@ -285,7 +285,7 @@ class _Chunks:
     rows: Tensor | None
 
     def picked(self, first: int, last: int) -> Tensor | slice:
-        """The rows of the batch that are the ones with weight from `first` to below `last`."""
+        """Return the rows of the batch that are those with weight from `first` to below `last`."""
         return slice(first, last) if self.rows is None else self.rows[first:last]
 
     def logit_gradient(

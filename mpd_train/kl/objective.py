@@ -12,7 +12,7 @@ from mpd_train.kl.divergence import Divergence, logit_gradient
 @dataclass(frozen=True)
 class Objective:
     """(1 - ce_weight) temperature^2 min(F, clip) + ce_weight (-log q[label]), per token; logits are
-    softcap tanh(z / softcap) if there is a softcap. Raises ValueError for values out of range."""
+    softcap tanh(z / softcap) if there is a softcap. Raise ValueError for values out of range."""
 
     divergence: Divergence
     temperature: float

@@ -33,5 +33,5 @@ class Head(NamedTuple):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, sums and head gradients for states of `dtype`."""
+    """Return the dtype of logits, sums and head gradients for states of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -54,14 +54,14 @@ def attention(
 
 
 def _flash_has_softcap() -> bool:
-    """Releases of flash-attn without a soft cap would silently leave it out."""
+    """Return whether this flash-attn has soft caps; others would silently leave them out."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
 
     return "softcap" in inspect.signature(flash_attn_varlen_func).parameters
 
 
 def is_short(name: str | None) -> bool:
-    """Whether the implementation computes in bfloat16 only, and each sequence by itself."""
+    """Return whether the implementation computes in bfloat16 only, and each sequence by itself."""
     return name == VARLEN or (name or "").startswith("flash")
 
 

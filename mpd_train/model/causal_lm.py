@@ -24,7 +24,7 @@ class CausalLM:
     `softcap` if it has one (see `mpd_train.kl`). A factor of the family's logits, `logit_scale`, is
     in the states.
 
-    Raises ConfigError for a model that cannot be loaded, or that the loss does not support.
+    Raise ConfigError for a model that cannot be loaded, or that the loss does not support.
     """
 
     logit_scale: float = 1.0

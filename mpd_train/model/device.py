@@ -33,7 +33,7 @@ def compute_dtype(device: torch.device, name: str) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """bfloat16 compute over float32 weights, or plain float32."""
+    """Return the context of bfloat16 compute over float32 weights, or of plain float32."""
     if dtype == torch.float32:
         return nullcontext()
     # Without the cache, which would keep a copy of each weight until the end of the pass.

@@ -70,9 +70,9 @@ def attach(
 
 
 def merge(model: Any, files: ModelFiles) -> None:
-    """Adds the adapter of `files` to the weights of `model`, its base, in place: the result is a
+    """Add the adapter of `files` to the weights of `model`, its base, in place: the result is a
     plain model, all of whose weights can be trained. On the meta device nothing is read or added,
-    and all else is as elsewhere. Raises ConfigError for an adapter that cannot be merged."""
+    and all else is as elsewhere. Raise ConfigError for an adapter that cannot be merged."""
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     adapted, ends_are_free = _read(model, files, _settings_of(model, files), to_train=False)
