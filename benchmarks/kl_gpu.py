@@ -12,7 +12,7 @@ four minutes of an H100.
 """
 
 import argparse
-import importlib.util
+import importlib
 import json
 import platform
 import statistics
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kl_peers import LOSSES, Inputs, inputs
+from benchmarks.kl_peers import GPU_LOSSES, LOSSES, Inputs, inputs
 from mpd_train.kl import Divergence, dense_kl, sparse_kl
 from mpd_train.kl.divergence import NAMES
 
@@ -34,7 +34,12 @@ K = 64
 BAR_TOKENS = 8192
 # Rows of a bare product: more do not make it faster.
 PRODUCT_ROWS = 2048
-MODULES = {"Liger 0.8.5": "liger_kernel", "TRL 1.16": "trl"}
+# What a peer's loss imports, by the loss's name.
+MODULES = {
+    "dense, Liger 0.8.5": "liger_kernel.chunked_loss.jsd_loss",
+    "dense, Liger 0.8.5, float32 logits": "liger_kernel.ops",
+    "dense, TRL 1.16": "trl.kernels.chunked_divergence",
+}
 
 
 def measure(
@@ -150,7 +155,7 @@ def regimes(device: torch.device) -> None:
     found: dict[str, list[str]] = {}
     for gap in (3.0, 0.3, 0.03):
         data = inputs(96, 8192, 256, 1024, K, str(device), std=8.0, gap=gap)
-        for name, step in available(("dense", "sparse")).items():
+        for name, step in available(device, ("dense", "sparse")).items():
             exact, x = data.to(torch.float64), data.to(torch.bfloat16)
             ours(exact, name.split(",")[0], backend="reference")
             step(x)
@@ -163,14 +168,19 @@ def regimes(device: torch.device) -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def available(teachers: tuple[str, ...]) -> dict[str, Callable[[Inputs], Tensor]]:
-    """Of the teachers' losses, those whose package is installed."""
-    return {
-        name: loss
-        for name, loss in LOSSES.items()
-        if name.startswith(teachers)
-        and importlib.util.find_spec(MODULES.get(name.split(", ")[1], "torch")) is not None
-    }
+def available(
+    device: torch.device, teachers: tuple[str, ...]
+) -> dict[str, Callable[[Inputs], Tensor]]:
+    """Of the teachers' losses, those that run on `device` and whose package is installed."""
+    found = {}
+    for name, loss in (LOSSES if device.type == "cpu" else LOSSES | GPU_LOSSES).items():
+        try:
+            importlib.import_module(MODULES.get(name, "torch"))
+        except ImportError:
+            continue
+        if name.startswith(teachers):
+            found[name] = loss
+    return found
 
 
 def losses(device: torch.device, small: bool, turns: int, rows: list[dict[str, Any]]) -> None:
@@ -182,7 +192,7 @@ def losses(device: torch.device, small: bool, turns: int, rows: list[dict[str, A
     for tokens in (64, 128) if small else (4096, 8192, 16_384, 32_768):
         x = inputs(tokens, vocab, width, teacher_width, K, str(device)).to(torch.bfloat16)
         for teacher in ("dense", "sparse"):
-            works = {name: step(x, loss) for name, loss in available((teacher,)).items()}
+            works = {name: step(x, loss) for name, loss in available(device, (teacher,)).items()}
             if teacher == "dense":
                 for divergence in ("reverse_kl", "jsd"):
                     works[f"dense, ours, {divergence}"] = step(

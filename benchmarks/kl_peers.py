@@ -147,6 +147,19 @@ def liger_dense(x: Inputs) -> Tensor:
     return loss
 
 
+def liger_float32_dense(x: Inputs) -> Tensor:
+    """Liger's other loss, `LigerFusedLinearJSD`, with the head's gradient summed in float32. On a
+    GPU its logits are float32 too; it has no form for a CPU."""
+    from liger_kernel.ops import LigerFusedLinearJSDFunction
+
+    beta, ignore_index, temperature = 0.0, -100, 1.0
+    options = None, beta, ignore_index, temperature, torch.float32, None, None
+    models = x.hidden, x.weight, x.teacher_hidden, x.teacher_weight
+    loss: Tensor = LigerFusedLinearJSDFunction.apply(*models, *options)
+    loss.backward()
+    return loss
+
+
 def trl_dense(x: Inputs) -> Tensor:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
@@ -166,3 +179,4 @@ LOSSES: dict[str, Callable[[Inputs], Tensor]] = {
     "sparse, VeOmni's way": veomni_sparse,
     "sparse, ours": ours_sparse,
 }
+GPU_LOSSES = {"dense, Liger 0.8.5, float32 logits": liger_float32_dense}
