@@ -33,7 +33,7 @@ ROLLOUT_COLUMNS = [
 @dataclass(frozen=True)
 class Asked:
     """The rewrite prompt of a rollout, and the context that its rewrite is scored after with
-    --score-context rewrite."""
+    --score-context rewrite or both."""
 
     text: str
     prompt_ids: list[int]
@@ -146,7 +146,7 @@ def setup(
             f"--num-candidates {config.num_candidates} at --temperature 0 gives"
             f" {config.num_candidates} times the same rewrite. Give a temperature above 0."
         )
-    if not template.asks and (config.score_context == "rewrite" or config.num_candidates > 1):
+    if not template.asks and (config.score_context != "problem" or config.num_candidates > 1):
         raise ConfigError(
             "--template draft makes no rewrite. Use it with --score-context problem and one"
             " candidate."

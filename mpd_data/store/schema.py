@@ -80,6 +80,9 @@ SHARED_METADATA = (
     "tokenizer", "vocab_size", "eos_token_id", "num_logprobs", "score_context", "score_temperature",
 )  # fmt: skip
 
+# How the score columns of the context with the draft begin, where rewrites are scored in both.
+WITH_DRAFT = "draft_"
+
 # The column whose sum the manifest gives as a shard's tokens.
 TOKEN_COLUMN = {"rollouts": "num_completion_tokens", "distill": "num_rewritten_tokens"}
 

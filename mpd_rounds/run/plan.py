@@ -225,7 +225,7 @@ class _Planner:
         rows = rollouts.rows
         asked = rows if of_drafts is None else round(rows * (1 - of_drafts.truncated))
         contexts, parts, context = round(rows * prompts.mean), "prompt", prompts.max
-        if config.score_context == "rewrite":
+        if config.score_context != "problem":
             parts, context = "rewrite prompt + draft", longest_scored + draft
             contexts += rows * context
         dropped = "rewrites that do not fit get the status too_long"
