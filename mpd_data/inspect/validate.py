@@ -20,6 +20,7 @@ from mpd_data.store.run_record import require_kind
 from mpd_data.store.schema import (
     ENUMS,
     SCHEMAS,
+    SCORES,
     SHARED_METADATA,
     STAGES,
     UNUSABLE,
@@ -36,8 +37,6 @@ from mpd_data.store.shards import (
 
 # float16 rounding lets the stored probabilities sum to slightly more than 1.
 _MASS_SLACK = 5e-3
-# The columns of a score, without the prefix of a second one.
-_SCORES = ("topk_ids", "topk_logprobs", "tail_logprobs")
 # Row groups are read and checked together up to this size: a whole shard of small rows.
 _BYTES_AT_ONCE = 64 << 20
 
@@ -307,14 +306,14 @@ class _Rows:
         start, n = self._numbers("loss_start"), self._numbers("num_rewritten_tokens")
         inputs = self._numbers("input_ids")
         prefixes = ("", WITH_DRAFT) if score_context == "both" else ("",)
-        lists = [prefix + name for prefix in prefixes for name in _SCORES]
+        lists = [prefix + name for prefix in prefixes for name in SCORES]
         present = [start, n, inputs, *map(self._numbers, lists)]
         whole = (np.stack(present)[:, rows] >= 0).all(axis=0)
         self._say(
             rows[~whole], "scored or kept (ok), but ids, counts or log-probabilities are missing."
         )
         if score_context != "both":
-            second = np.any([self._numbers(WITH_DRAFT + x)[rows] >= 0 for x in _SCORES], axis=0)
+            second = np.any([self._numbers(WITH_DRAFT + x)[rows] >= 0 for x in SCORES], axis=0)
             self._say(rows[second], f"{WITH_DRAFT}* columns contradict {score_context!r} scoring.")
         rows = rows[whole]
         right = (inputs == start + n) & (n > 0)
@@ -351,7 +350,7 @@ class _Rows:
     ) -> None:
         """Check the score columns that begin with `prefix`, in `rows`, where none is null. `n`: the
         rewritten tokens of all rows."""
-        names = [prefix + name for name in _SCORES]
+        names = [prefix + name for name in SCORES]
         tops, logs, tails = map(self._numbers, names)
         right = (tops == n * k) & (logs == n * k) & (tails == n)
         for i in rows[~right[rows]]:

@@ -251,7 +251,9 @@ class _Planner:
             kept = min(round(asked * config.num_candidates * learned.kept), most)
             expected = kept, round(kept * (prompts.mean + learned.kept_tokens))
         tokenizer, tokens = drafts.identity["tokenizer"], round(most * (prompts.mean + rewrite))
-        return plan, RoundAhead(tokenizer, most, tokens, prompts.max, rewrite, expected)
+        return plan, RoundAhead(
+            tokenizer, config.score_context, most, tokens, prompts.max, rewrite, expected
+        )
 
     def _train(self, config: TrainConfig, ahead: RoundAhead, learned: Learned | None) -> StagePlan:
         student = self._ahead(config.student, config) or resolve_model(
