@@ -36,6 +36,9 @@ class LossConfig(Strict):
     divergence_clip: float | None = Field(None, gt=0)
     """Largest divergence of a token, in nats. Tokens above it get no gradient from the divergence;
     the metrics hold their fraction."""
+    entry_clip: float | None = Field(None, gt=0)
+    """Instead of --divergence-clip: largest term of a vocabulary entry in a token's divergence, in
+    nats. Larger terms get no gradient. The sum of the clipped terms may be negative."""
     targets: Literal["problem", "rewrite", "mixed", "masked"] | None = None
     """Which of the teacher's distributions to learn, of rewrites that were scored in both contexts:
     that under the problem or the rewrite prompt; mixed: that under the problem where the draft gave

@@ -34,6 +34,7 @@ def pack_loss(
         "divergence": Divergence(loss.divergence, loss.beta, loss.alpha),
         "temperature": loss.kl_temperature,
         "divergence_clip": loss.divergence_clip,
+        "entry_clip": loss.entry_clip,
         "labels": batch.labels if loss.ce_weight > 0 else None,
         "ce_weight": loss.ce_weight,
     }
@@ -75,8 +76,8 @@ class Sums:
         }
         if self._loss.ce_weight > 0:
             parts["cross_entropy"] = output.cross_entropy
-        if self._loss.divergence_clip is not None:
-            parts["clipped"] = output.per_token > self._loss.divergence_clip
+        if self._loss.divergence_clip is not None or self._loss.entry_clip is not None:
+            parts["clipped"] = output.clipped < output.per_token
         self._names = list(parts)
         of_tokens = [batch.weights, batch.given_away, *parts.values()]
         sums = [output.loss.detach().double(), *(x.double().sum() for x in of_tokens)]
@@ -90,8 +91,8 @@ class Sums:
         `kl`: the divergence before any clip, in nats, like the entropies; `topk_mass`: the
         student's on the teacher's top K; `teacher_tail_mass`: the teacher's outside its top K;
         `agreement`: share of tokens that both rank first; `cross_entropy`, if it is in the loss;
-        `clipped`: share of tokens above the clip, if there is one; `given_away`: share that the
-        draft gave away, of all loss tokens, with mixed and masked targets."""
+        `clipped`: share of tokens that the clip changes, if there is one; `given_away`: share of
+        all loss tokens that the draft gave away, with mixed and masked targets."""
         assert self._sums is not None
         loss, weight, given_away, *sums = ranks.sum(self._sums.tolist())
         # Weights are 0 or 1. Where all are 0, so are the sums.

@@ -64,6 +64,8 @@ def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, t
             " has zero probability outside the top K, so the divergence is infinite. Give another"
             " --divergence, or keep the tail."
         )
+    if config.loss.divergence_clip is not None and config.loss.entry_clip is not None:
+        raise ConfigError("--divergence-clip and --entry-clip are two clips: give one of them.")
     targets = config.loss.targets
     if config.loss.leak_nats is not None and targets not in ("mixed", "masked"):
         raise ConfigError("--leak-nats: give --targets mixed or masked too, which depend on it.")
