@@ -102,7 +102,8 @@ def batch_of(tokens: int, sequence: int, vocab: int, device: torch.device) -> Ba
     tails = torch.full((n,), -1.0, device=device)
     labels = ids[0, chosen + 1]
     return Batch(
-        ids, positions, chosen, labels, top, logprobs, tails, ids, positions, chosen
+        ids, positions, chosen, labels, top, logprobs, tails, ids, positions, chosen,
+        torch.ones(n, device=device), torch.zeros(n, device=device),
     )  # fmt: skip
 
 

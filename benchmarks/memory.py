@@ -72,7 +72,7 @@ def batch_of(tokens: int, predicted: int) -> Batch:
     logprobs = torch.rand(predicted, K + 1, generator=g).log_softmax(1)
     return Batch(
         ids, positions, chosen, ids[0, chosen + 1], top, logprobs[:, :K], logprobs[:, K],
-        ids, positions, chosen,
+        ids, positions, chosen, torch.ones(predicted), torch.zeros(predicted),
     )  # fmt: skip
 
 

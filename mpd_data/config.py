@@ -333,9 +333,10 @@ class RewriteConfig(Strict):
     choose: Choice = "shortest"
     """Which rewrite of a rollout to keep, among those that pass the filters. likeliest: the one
     with the highest mean log-probability under the student, which runs after the teacher."""
-    score_context: Literal["problem", "rewrite"] = "problem"
-    """Prompt before the rewrite when the teacher scores it: the student's prompt (problem), or the
-    rewrite prompt with the draft (rewrite)."""
+    score_context: Literal["problem", "rewrite", "both"] = "problem"
+    """Prompt before the rewrite when the teacher scores it: the student's prompt (problem), the
+    rewrite prompt with the draft (rewrite), or one after the other (both): twice the scoring and
+    nearly twice the disk, and mpd-train --targets chooses."""
     num_logprobs: int = Field(64, ge=1)
     """Number of log-probabilities to store per token (K)."""
     seed: int = Field(0, ge=0)

@@ -20,7 +20,7 @@ from typing import Any
 from mpd_data.checkers.pool import CheckRequest, Verdict
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, StartEngine
-from mpd_data.engines.scores import score_columns
+from mpd_data.engines.scores import score_columns, scoring_contexts
 from mpd_data.engines.start import start_engine
 from mpd_data.prompts.chat import PromptError
 from mpd_data.rewrite_setup import OMISSION, ROLLOUT_COLUMNS, RewriteSetup, setup, thinks
@@ -30,7 +30,14 @@ from mpd_data.select.second_pass import put_in_place
 from mpd_data.stage import CheckedRun, Outcome, open_round, open_run
 from mpd_data.store.locks import WHOLE
 from mpd_data.store.round import RoundDir, is_whole, scratch_of
-from mpd_data.store.schema import DISTILL_SCHEMA, distill_key, overlap, repetition, seed_of
+from mpd_data.store.schema import (
+    DISTILL_SCHEMA,
+    WITH_DRAFT,
+    distill_key,
+    overlap,
+    repetition,
+    seed_of,
+)
 
 
 def run_rewrite(
@@ -90,8 +97,8 @@ def distill(
 @dataclass
 class Group:
     """A rollout and the rows of its rewrites, by row_id. `draft_ids`: the tokens of it that the
-    teacher is shown. `unjudged` rewrites are being generated or checked; `unscored` ones wait for
-    the teacher's log-probabilities."""
+    teacher is shown. `unjudged` rewrites are being generated or checked; `unscored` are the keys of
+    requests for the teacher's log-probabilities."""
 
     rollout: dict[str, Any]
     rows: dict[str, dict[str, Any]]
@@ -115,6 +122,7 @@ class RewriteJob:
 
     prepared: RewriteSetup
     run: CheckedRun
+    # By the key of a request that the engine has: a row's id, for a second score WITH_DRAFT and it.
     _groups: dict[str, Group] = field(default_factory=dict)
 
     @functools.cached_property
@@ -164,7 +172,7 @@ class RewriteJob:
 
     def take(self, result: Completion | Scores | Refused) -> None:
         """Take what the engine finished: a rewrite, its log-probabilities, or a refusal."""
-        row_id, group = result.key, self._groups[result.key]
+        row_id, group = result.key.removeprefix(WITH_DRAFT), self._groups.pop(result.key)
         if isinstance(result, Completion):
             trace = self._lay_out(group, group.rows[row_id], result)
             if trace is None:
@@ -173,13 +181,17 @@ class RewriteJob:
                 self._check(group, row_id, trace)
             return
         if isinstance(result, Scores):
-            group.rows[row_id] |= score_columns(result, self.prepared.k, self.prepared.vocab_size)
+            # A row that was refused in its other context is gone.
+            if row_id in group.rows:
+                prefix = result.key.removesuffix(row_id)
+                k, vocab_size = self.prepared.k, self.prepared.vocab_size
+                group.rows[row_id] |= score_columns(result, k, vocab_size, prefix)
         else:
             self._fail(group, row_id, f"the engine refused it: {result.message}")
             if row_id in group.unjudged:
                 self._judged(group, row_id)
                 return
-        group.unscored.discard(row_id)
+        group.unscored.discard(result.key)
         self._finish_if_complete(group)
 
     def _take_draft(self, group: Group) -> None:
@@ -191,7 +203,6 @@ class RewriteJob:
         row |= {"rewrite": rollout["completion"], "rewrite_finish_reason": "stop"}
         row |= _trace_columns(rollout, rollout["completion_ids"])
         group.unjudged.add(row_id)
-        self._groups[row_id] = group
         self._check(group, row_id, rollout["completion"])
 
     def _lay_out(self, group: Group, row: dict[str, Any], completion: Completion) -> str | None:
@@ -220,7 +231,7 @@ class RewriteJob:
             return None
         row |= _trace_columns(rollout, ids)
         row["draft_overlap"] = overlap(group.draft_ids, ids)
-        if self.prepared.config.score_context == "rewrite":
+        if self.prepared.config.score_context != "problem":
             row["teacher_prompt_ids"] = group.teacher_prompt_ids
         return trace
 
@@ -257,17 +268,18 @@ class RewriteJob:
             return
         rows = list(group.rows.values())
         for row in settle(rows, self.prepared.config.filters, self.prepared.config.choose):
-            start = row["loss_start"]
-            context = row["teacher_prompt_ids"] or row["input_ids"][:start]
-            targets = row["input_ids"][start:]
+            contexts = scoring_contexts(row, self.prepared.config.score_context)
+            targets = row["input_ids"][row["loss_start"] :]
             # The engine generates one token after the sequence that it scores.
-            if len(context) + len(targets) + 1 > self.prepared.context:
+            if max(map(len, contexts.values())) + len(targets) + 1 > self.prepared.context:
                 row["status"] = "too_long"
                 continue
             try:
-                k = self.prepared.engine_k
-                self.run.engine.submit_score(row["row_id"], context, targets, k)
-                group.unscored.add(row["row_id"])
+                for prefix, context in contexts.items():
+                    key = prefix + row["row_id"]
+                    self.run.engine.submit_score(key, context, targets, self.prepared.engine_k)
+                    group.unscored.add(key)
+                    self._groups[key] = group
             except RequestError as error:
                 self._fail(group, row["row_id"], error)
         self._finish_if_complete(group)
@@ -278,8 +290,6 @@ class RewriteJob:
         """Write the rows of a group together once nothing of it waits for scores."""
         if group.unscored:
             return
-        for row_id in group.rows:
-            self._groups.pop(row_id, None)
         rows = list(group.rows.values())
         self.run.writer.add(*rows)
         tokens = sum(row["num_rewritten_tokens"] or 0 for row in rows)
@@ -293,9 +303,9 @@ class RewriteJob:
         self._finish_if_complete(group)
 
     def _fail(self, group: Group, row_id: str, error: Exception | str) -> None:
-        """Move a rewrite from its group to errors/."""
-        del group.rows[row_id]
-        self._groups.pop(row_id, None)
+        """Move a rewrite from its group to errors/, once."""
+        if group.rows.pop(row_id, None) is None:
+            return
         message = f"rollout {group.rollout['row_id']}: {error}"
         self.run.failures.add(row_id, group.rollout["prompt_id"], message)
 

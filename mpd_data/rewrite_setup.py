@@ -46,7 +46,7 @@ OMISSION = "\n[... the middle is left out ...]\n"
 @dataclass(frozen=True)
 class Asked:
     """The rewrite prompt of a rollout, and the context that its rewrite is scored after with
-    --score-context rewrite. `draft_ids`: the tokens of the draft that it shows."""
+    --score-context rewrite or both. `draft_ids`: the tokens of the draft that it shows."""
 
     text: str
     prompt_ids: list[int]
@@ -184,7 +184,7 @@ def setup(
             f" {config.num_candidates} times the same rewrite. Give a temperature above 0."
         )
     if not template.asks and (
-        config.score_context == "rewrite" or config.num_candidates > 1 or config.cut_drafts
+        config.score_context != "problem" or config.num_candidates > 1 or config.cut_drafts
     ):
         raise ConfigError(
             "--template draft makes no rewrite. Use it with --score-context problem, one candidate"

@@ -180,7 +180,8 @@ class Trainer:
             group["lr"] = rate
         # Dropout, where a model has any, is the same after a restart.
         torch.manual_seed((config.seed * 1_000_003 + step) * ranks.size + ranks.rank)
-        # One mean over all loss tokens of the optimiser step, however they are packed.
+        # One mean over all loss tokens of the optimiser step, however they are packed. The sum of
+        # their weights is known after the last pack.
         loss_tokens = sum(pack.num_loss_tokens for pack in packs)
         sums, waited, batches = Sums(config.loss), 0.0, []
         for _ in ranks.share(packs):
@@ -197,9 +198,14 @@ class Trainer:
             output.loss.backward()  # type: ignore[no-untyped-call]
             sums.add(output, batch)
             batches.append(batch)
+        weight, record = sums.per_token(loss_tokens, ranks)
+        scale = loss_tokens / max(weight, 1.0)
+        if scale != 1:
+            for parameter in self.student.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
         norm = clip_grad_norm(self.student.model, config.optimizer.max_grad_norm)
-        record = sums.per_token(loss_tokens, ranks)
-        record["loss"] /= ranks.size
+        record["loss"] *= scale / ranks.size
         if not (record["loss"] <= config.max_loss and math.isfinite(norm)):
             raise self._diverged(step, record["loss"], norm, batches)
         self.optimizer.step()

@@ -64,6 +64,16 @@ def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, t
             " has zero probability outside the top K, so the divergence is infinite. Give another"
             " --divergence, or keep the tail."
         )
+    if config.loss.divergence_clip is not None and config.loss.entry_clip is not None:
+        raise ConfigError("--divergence-clip and --entry-clip are two clips: give one of them.")
+    targets = config.loss.targets
+    if config.loss.leak_nats is not None and targets not in ("mixed", "masked"):
+        raise ConfigError("--leak-nats: give --targets mixed or masked too, which depend on it.")
+    if targets == "mixed" and config.teacher is not None:
+        raise ConfigError(
+            "--targets mixed: with --teacher each token has one distribution, that of the teacher"
+            " in the process. Leave out --teacher, or give --targets masked."
+        )
     tracker_modules = load_trackers(list(config.report_to))
     device = choose_device(config.device)
     if config.liger_kernel:
@@ -113,7 +123,7 @@ def setup(config: TrainConfig, weights: bool = True, overwrite: bool = False) ->
         student = student.as_saved(saved["student"])
         teacher = teacher and teacher.as_saved(saved["teacher"])
     tracker_modules, device, dtype = check_settings(config)
-    shards = ShardSet(config.shards)
+    shards = ShardSet(config.shards, config.loss)
     vocab_size = int(shards.metadata["vocab_size"])
     recorded, temperature = shards.metadata["score_temperature"], config.loss.kl_temperature
     if teacher is None and temperature != recorded:

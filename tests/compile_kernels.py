@@ -18,8 +18,9 @@ from mpd_train.kl.divergence import NAMES, Divergence
 from mpd_train.kl.objective import Objective
 from mpd_train.kl.triton_kernels import _CONFIGS, _SPARSE, MOST_IDS, _constants, _dense, _sparse
 
-_OBJECTIVES = [Objective(Divergence(name), 1.0, None, 0.0) for name in NAMES]
-_OBJECTIVES.append(Objective(Divergence("jsd"), 2.0, 0.5, 0.3, 30.0, 30.0))
+_OBJECTIVES = [Objective(Divergence(name), 1.0, None, None, 0.0) for name in NAMES]
+_OBJECTIVES.append(Objective(Divergence("jsd"), 2.0, 0.5, None, 0.3, 30.0, 30.0))
+_OBJECTIVES.append(Objective(Divergence("reverse_kl"), 1.0, None, 0.5, 0.0))
 _TYPES = {
     "logits": "*fp32", "students": "*fp32", "teachers": "*fp32", "ids": "*i32",
     "logprobs": "*fp16", "tails": "*fp16", "labels": "*i64", "factors": "*fp32", "out": "*bf16",

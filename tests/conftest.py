@@ -137,6 +137,17 @@ def round_dir(prompts, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def both_dir(round_dir, tmp_path_factory):
+    """The same rewrites, scored in both contexts: some when they were made, the rest by a refilter.
+    Never write to it."""
+    out = without_rewrites(round_dir, tmp_path_factory.mktemp("both") / "round1")
+    told = {"--score-context": "both", "--rows-per-shard": 100}
+    run("mpd-gen", *rewrite_arguments(out, **told, **{"--max-ratio": 0.5}))
+    run("mpd-gen", *rewrite_arguments(out, **told), "--refilter")
+    return out
+
+
 def make_prompts(folder):
     sizes = ["--train", "0", "--validation", "60", "--test", "0", "--ood", "0"]
     finish([sys.executable, "-m", "pipelines.pocket.prompts", "--out", folder, *sizes])

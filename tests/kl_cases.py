@@ -159,7 +159,7 @@ def with_labels(data):
 
 MIXES = [
     "plain", "clip", "ce", "ce_alone", "clip_ce", "tempered", "tempered_ce", "biased", "capped",
-    "capped_tempered_ce",
+    "capped_tempered_ce", "entries", "entries_tempered_ce",
 ]  # fmt: skip
 
 
@@ -173,7 +173,9 @@ def mixed(name, kind, data):
     if "tempered" in name:
         options["temperature"] = 2.5
         data = with_records(data, temperature=2.5)
-    if "clip" in name or "tempered_ce" in name:
+    if "entries" in name:
+        options["entry_clip"] = 0.02
+    elif "clip" in name or "tempered_ce" in name:
         options["divergence_clip"] = clip_of(kind, data, **options)
     if "ce" in name:
         data = with_labels(data)

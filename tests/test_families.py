@@ -73,7 +73,7 @@ def test_the_loss_is_that_of_the_models_own_logits(tmp_path, family):
     chosen = positions[:-1]
     batch = Batch(
         ids, positions[None], chosen, ids[0, 1:], top.indices, top.values, tail,
-        ids, positions[None], chosen,
+        ids, positions[None], chosen, torch.ones(29), torch.zeros(29),
     )  # fmt: skip
     weights = [p for p in student.model.parameters() if p.requires_grad]
     for taught in (None, teacher):
@@ -99,7 +99,7 @@ def test_a_student_that_is_its_teacher_learns_nothing(tmp_path, family):
     nothing = torch.zeros(29, 1)
     batch = Batch(
         ids, positions[None], positions[:-1], ids[0, 1:], nothing.long(), nothing, nothing[:, 0],
-        ids, positions[None], positions[:-1],
+        ids, positions[None], positions[:-1], torch.ones(29), torch.zeros(29),
     )  # fmt: skip
     found = pack_loss(student, teacher, batch, VOCAB, LossConfig(), 29.0)
     found.loss.backward()
@@ -194,4 +194,4 @@ def test_the_plan_of_a_round_to_come_refuses_what_the_training_would(tmp_path):
             shards=[tmp_path / "round1"], student=files.name, out=tmp_path / "run", **more
         )
         with pytest.raises(ConfigError, match=message):
-            plan_train_ahead(config, files, RoundAhead("", 10, 1000, 50, 50, None), None)
+            plan_train_ahead(config, files, RoundAhead("", "problem", 10, 1000, 50, 50, None), None)

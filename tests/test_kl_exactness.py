@@ -8,6 +8,7 @@ import torch
 from kl_cases import CPU, CUDA, KINDS, LONG, MIXES, N, V
 
 from mpd_train.kl import Divergence
+from mpd_train.kl.reference import terms_of
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -46,7 +47,9 @@ def test_accumulated_parts_are_the_whole(target, kind):
     assert cases.relative(sum(p[2] for p in parts), whole[2].cpu()) <= 1e-6
 
 
-@pytest.mark.parametrize("mix", ["plain", "clip_ce", "tempered_ce", "capped_tempered_ce"])
+@pytest.mark.parametrize(
+    "mix", ["plain", "clip_ce", "tempered_ce", "capped_tempered_ce", "entries"]
+)
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 @cases.of_targets
@@ -162,6 +165,32 @@ def test_a_token_above_the_clip_gets_no_gradient(target, kind):
     assert (dh[above] == 0).all()
     assert (dh[~above] != 0).any(1).all()
     assert out.cross_entropy.abs().max() == 0
+
+
+@cases.of_all
+def test_clipped_entries_leave_the_negative_ones(target, kind, divergence):
+    """Every term of the plain definition above the clip counts as the clip, and has no gradient."""
+    data, clip = cases.make(n=1), 1e-4
+    data["weight"] = data["teacher_weight"] = torch.eye(V, dtype=torch.float64)
+    g = torch.Generator().manual_seed(1)
+    data["hidden"], data["teacher_hidden"] = torch.randn(2, 1, V, generator=g).double()
+    data = cases.with_records(data, V if kind == "sparse" else 8)
+    out, dh, _ = cases.run(
+        kind, data, torch.float32, target, divergence=divergence, entry_clip=clip, normalizer=1.0
+    )
+    z = data["hidden"].clone().requires_grad_()
+    p, q = data["teacher_hidden"].softmax(1), z.softmax(1)
+    terms = terms_of(divergence, p, q)
+    free = torch.where(terms < clip, terms, 0.0).sum()
+    free.backward()
+    assert 0 < (terms >= clip).sum() < V
+    assert cases.relative(dh, z.grad) < 1e-4
+    expected = free + clip * (terms >= clip).sum()
+    assert out.clipped.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert out.loss.item() == pytest.approx(out.clipped.item())
+    assert out.clipped < out.per_token
+    if divergence.name.endswith("_kl"):
+        assert out.clipped < 0
 
 
 @cases.of_all

@@ -54,7 +54,8 @@ def test_the_operator_is_what_it_declares(kind, dtype):
         *student, None, *([*teacher, *none] if kind == "sparse" else [*none, *teacher, None]),
         labels=None, factors=torch.ones(3, dtype=accumulation_dtype(dtype)),
         needs_grad=[True, True, False], divergence="jsd", parameter=0.5, temperature=1.0, clip=None,
-        ce_weight=0.0, softcap=None, teacher_softcap=9.0, backend="torch", chunk_size=2,
+        entry_clip=0.01, ce_weight=0.0, softcap=None, teacher_softcap=9.0, backend="torch",
+        chunk_size=2,
     )  # fmt: skip
     torch.library.opcheck(linear_kl, inputs)
     schema = torch.ops.mpd.linear_kl.default._schema

@@ -35,6 +35,8 @@ def test_settings_that_make_no_sense_are_refused(kind):
         ({}, {"ce_weight": 0.3}, "needs labels"),
         ({"labels": labels}, {"ce_weight": 1.5}, "within"),
         ({}, {"divergence_clip": 0.0}, "above 0"),
+        ({}, {"entry_clip": 0.0}, "above 0"),
+        ({}, {"divergence_clip": 1.0, "entry_clip": 1.0}, "one of the two"),
         ({}, {"temperature": 0.0}, "temperature"),
         ({}, {"softcap": 0.0}, "softcap"),
         ({}, {"softcap": math.inf}, "softcap"),

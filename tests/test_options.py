@@ -108,7 +108,8 @@ test_schedule_and_warm_up_are_as_told: mpd-train --lr-schedule --warmup-ratio
 test_the_device_is_the_one_given: mpd-train --device
 test_the_learning_rate_is_the_one_given: mpd-train --learning-rate
 test_the_loss_is_the_one_asked_for: mpd-train --divergence --beta --alpha --ce-weight
-    --divergence-clip
+    --divergence-clip --entry-clip
+test_targets_are_those_asked_for: mpd-train --targets --leak-nats
 test_without_the_tail_the_top_k_are_renormalised: mpd-train --tail
 test_the_second_moment_decays_as_told: mpd-train --adam-beta2
 test_validation_is_held_and_ended_as_told: mpd-train --validation-fraction --eval-steps

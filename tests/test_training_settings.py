@@ -121,8 +121,9 @@ def test_accumulated_packs_are_one_step(trained, few):
         {"divergence": "skew_kl", "alpha": 0.6},
         {"ce_weight": 0.5},
         {"divergence_clip": 0.05},
+        {"entry_clip": 0.05},
     ],
-    ids=["divergence", "beta", "alpha", "ce_weight", "divergence_clip"],
+    ids=["divergence", "beta", "alpha", "ce_weight", "divergence_clip", "entry_clip"],
 )
 def test_the_loss_is_the_one_asked_for(trained, few, exact_student, loss):
     """The first step's, against the same computed here; each differs from the default."""

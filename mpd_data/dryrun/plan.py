@@ -131,9 +131,12 @@ def rollout_bytes(rows: int, prompt_tokens: int, tokens: int, vocab_size: int) -
     return int(ids + tokens * _TEXT_BYTES_PER_TOKEN + rows * _BYTES_PER_ROW)
 
 
-def distill_bytes(rows: int, context_tokens: int, tokens: int, k: int, vocab_size: int) -> int:
+def distill_bytes(
+    rows: int, context_tokens: int, tokens: int, k: int, vocab_size: int, in_both: bool = False
+) -> int:
     """Return an upper bound for rewrites. `context_tokens`: the student's prompts, and the rewrite
-    prompts where they are stored; `tokens`: rewritten ones, kept with `k` log-probabilities
-    each."""
+    prompts where they are stored; `tokens`: rewritten ones, kept with `k` log-probabilities each,
+    or `in_both` score contexts with twice as many."""
     entries = tokens * (k * (_id_bytes(vocab_size) + _LOGPROB_BYTES) + _LOGPROB_BYTES)
+    entries *= 2 if in_both else 1
     return rollout_bytes(rows, context_tokens, tokens, vocab_size) + int(entries)

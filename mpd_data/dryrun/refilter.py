@@ -48,7 +48,8 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
         teacher = model_of(config, weights=False)
         require_teacher(config, teacher.as_saved(saved["teacher"]), metadata)
     size = sum(path.stat().st_size for path in paths)
-    more = distill_bytes(0, 0, tokens, saved["num_logprobs"], metadata.get("vocab_size", 2))
+    in_both, vocab_size = config.score_context == "both", metadata.get("vocab_size", 2)
+    more = distill_bytes(0, 0, tokens, saved["num_logprobs"], vocab_size, in_both)
     is_finished = unchanged and not waiting
     return make_plan(
         "mpd-gen rewrite --refilter",
@@ -61,7 +62,7 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
         disk_bytes=0 if is_finished else size + more,
         details={
             "rewrites to score": unscored,
-            "tokens to score": tokens,
+            "tokens to score": 2 * tokens if in_both else tokens,
             **({"rollouts for the student to choose": waiting} if waiting else {}),
             **{
                 status: f"{before[status]:,} -> {after[status]:,}"

@@ -72,7 +72,7 @@ def plan_rewrite(
         shown = shown or [Shown("first rewrite prompt", request.text, len(request.prompt_ids))]
         lengths.append(len(request.prompt_ids))
         contexts += len(rollout["prompt_ids"])
-        if config.score_context == "rewrite":
+        if config.score_context != "problem":
             contexts += len(request.teacher_prompt_ids)
         longest = int(config.filters.max_ratio * rollout["num_completion_tokens"])
         kept_at_most += min(longest, config.sampling.max_tokens)
@@ -128,7 +128,12 @@ def predict(
         generated=rewrites,
         tokens_at_most=at_most,
         disk_bytes=distill_bytes(
-            remaining, contexts, kept_at_most * stored, setup.k, setup.vocab_size
+            remaining,
+            contexts,
+            kept_at_most * stored,
+            setup.k,
+            setup.vocab_size,
+            in_both=config.score_context == "both",
         ),
         remaining=remaining,
         workers=config.parts.workers,

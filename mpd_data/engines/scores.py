@@ -1,11 +1,25 @@
 """From an engine's scores to the log-probability columns of a shard."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mpd_data.engines.protocol import Float32s, Int32s, Scores
+from mpd_data.store.schema import WITH_DRAFT
+
+
+def scoring_contexts(row: Mapping[str, Any], score_context: str) -> dict[str, list[int]]:
+    """Return the token ids after which the teacher scores a distill row's trace, by how the names
+    of the score columns begin: "", and WITH_DRAFT for the second context of `both`."""
+    problem, rewrite = row["input_ids"][: row["loss_start"]], row["teacher_prompt_ids"]
+    contexts = {
+        "problem": {"": problem},
+        "rewrite": {"": rewrite},
+        "both": {"": problem, WITH_DRAFT: rewrite},
+    }[score_context]
+    return {prefix: np.asarray(ids).tolist() for prefix, ids in contexts.items()}
 
 
 def tail_logprobs(topk_logprobs: Float32s, vocab_size: int) -> npt.NDArray[np.float64]:
@@ -50,11 +64,12 @@ def as_float16(logprobs: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
     return bounded.astype(np.float16)
 
 
-def score_columns(scores: Scores, k: int, vocab_size: int) -> dict[str, Any]:
-    """Return a distill row's score columns: the k best ids below `vocab_size`, and the tail."""
+def score_columns(scores: Scores, k: int, vocab_size: int, prefix: str = "") -> dict[str, Any]:
+    """Return a distill row's score columns, whose names begin with `prefix`: the k best ids below
+    `vocab_size`, and the tail."""
     ids, logprobs = drop_padding(scores.topk_ids, scores.topk_logprobs, k, vocab_size)
     return {
-        "topk_ids": ids.reshape(-1),
-        "topk_logprobs": as_float16(logprobs).reshape(-1),
-        "tail_logprobs": as_float16(tail_logprobs(logprobs, vocab_size)),
+        f"{prefix}topk_ids": ids.reshape(-1),
+        f"{prefix}topk_logprobs": as_float16(logprobs).reshape(-1),
+        f"{prefix}tail_logprobs": as_float16(tail_logprobs(logprobs, vocab_size)),
     }

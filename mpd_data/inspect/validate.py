@@ -17,7 +17,16 @@ from mpd_data.common.files import sha256_of
 from mpd_data.store.keys import KeySet, Packed, pack, twice
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
-from mpd_data.store.schema import ENUMS, SCHEMAS, SHARED_METADATA, STAGES, UNUSABLE, Stage
+from mpd_data.store.schema import (
+    ENUMS,
+    SCHEMAS,
+    SCORES,
+    SHARED_METADATA,
+    STAGES,
+    UNUSABLE,
+    WITH_DRAFT,
+    Stage,
+)
 from mpd_data.store.shards import (
     PARQUET_ERRORS,
     open_shard,
@@ -268,7 +277,7 @@ class _Rows:
 
     def distill(self, metadata: dict[str, Any], rollouts: _Prompts) -> None:
         statuses = self._table.column("status")
-        has_scores = self._numbers("topk_ids") >= 0
+        has_scores = (self._numbers("topk_ids") >= 0) | (self._numbers("draft_topk_ids") >= 0)
         exists = np.ones(self.count, bool)
         numbers = None
         origins = self.packed("rollout_id")
@@ -293,27 +302,24 @@ class _Rows:
         prompts: npt.NDArray[np.int64] | None,
     ) -> None:
         """Check rows with log-probabilities, all tokens of all rows at once."""
-        k, vocab = metadata["num_logprobs"], metadata["vocab_size"]
+        vocab, score_context = metadata["vocab_size"], metadata["score_context"]
         start, n = self._numbers("loss_start"), self._numbers("num_rewritten_tokens")
-        lists = ("input_ids", "topk_ids", "topk_logprobs", "tail_logprobs")
-        inputs, tops, logs, tails = map(self._numbers, lists)
-        whole = (np.stack([start, n, inputs, tops, logs, tails])[:, rows] >= 0).all(axis=0)
+        inputs = self._numbers("input_ids")
+        prefixes = ("", WITH_DRAFT) if score_context == "both" else ("",)
+        lists = [prefix + name for prefix in prefixes for name in SCORES]
+        present = [start, n, inputs, *map(self._numbers, lists)]
+        whole = (np.stack(present)[:, rows] >= 0).all(axis=0)
         self._say(
             rows[~whole], "scored or kept (ok), but ids, counts or log-probabilities are missing."
         )
+        if score_context != "both":
+            second = np.any([self._numbers(WITH_DRAFT + x)[rows] >= 0 for x in SCORES], axis=0)
+            self._say(rows[second], f"{WITH_DRAFT}* columns contradict {score_context!r} scoring.")
         rows = rows[whole]
         right = (inputs == start + n) & (n > 0)
         for i in rows[~right[rows]]:
             self._say(
                 i, f"{inputs[i]} input ids, expected loss_start {start[i]} + {n[i]} rewritten."
-            )
-        rows = rows[right[rows]]
-        right = (tops == n * k) & (logs == n * k) & (tails == n)
-        for i in rows[~right[rows]]:
-            self._say(
-                i,
-                f"expected {n[i]} x {k} log-probabilities and {n[i]} tails, found {tops[i]} ids,"
-                f" {logs[i]} log-probabilities and {tails[i]} tails.",
             )
         rows = rows[right[rows]]
         if not len(rows):
@@ -331,23 +337,48 @@ class _Rows:
                 self._say(i, f"ends with id {end}, not the end token.")
         context = self._numbers("teacher_prompt_ids") >= 0
         self._say(
-            rows[context[rows] != (metadata["score_context"] == "rewrite")],
-            f"teacher_prompt_ids contradict {metadata['score_context']!r} scoring.",
+            rows[context[rows] != (score_context != "problem")],
+            f"teacher_prompt_ids contradict {score_context!r} scoring.",
         )
-        of_input, of_token = np.repeat(rows, inputs[rows]), np.repeat(rows, n[rows])
-        ids = self._flat("topk_ids", rows).reshape(-1, k)
-        logprobs = self._flat("topk_logprobs", rows).reshape(-1, k).astype(np.float64)
-        tail = self._flat("tail_logprobs", rows).astype(np.float64)
-        strange = of_token[((ids < 0) | (ids >= vocab)).any(axis=1)]
-        strange = np.append(strange, of_input[(input_ids < 0) | (input_ids >= vocab)])
+        strange = np.repeat(rows, inputs[rows])[(input_ids < 0) | (input_ids >= vocab)]
         self._say(strange, f"ids outside the vocabulary of {vocab}.")
+        for prefix in prefixes:
+            self._scores(rows, n, metadata["num_logprobs"], vocab, prefix)
+
+    def _scores(
+        self, rows: npt.NDArray[np.intp], n: npt.NDArray[Any], k: int, vocab: int, prefix: str
+    ) -> None:
+        """Check the score columns that begin with `prefix`, in `rows`, where none is null. `n`: the
+        rewritten tokens of all rows."""
+        names = [prefix + name for name in SCORES]
+        tops, logs, tails = map(self._numbers, names)
+        right = (tops == n * k) & (logs == n * k) & (tails == n)
+        for i in rows[~right[rows]]:
+            self._say(
+                i,
+                f"expected {n[i]} x {k} log-probabilities and {n[i]} tails, found {tops[i]}"
+                f" {names[0]}, {logs[i]} {names[1]} and {tails[i]} {names[2]}.",
+            )
+        rows = rows[right[rows]]
+        if not len(rows):
+            return
+        of_token = np.repeat(rows, n[rows])
+        ids, logprobs, tail = (self._flat(name, rows) for name in names)
+        ids, tail = ids.reshape(-1, k), tail.astype(np.float64)
+        logprobs = logprobs.reshape(-1, k).astype(np.float64)
+        strange = of_token[((ids < 0) | (ids >= vocab)).any(axis=1)]
+        self._say(strange, f"{names[0]} outside the vocabulary of {vocab}.")
         doubled = (np.diff(np.sort(ids, axis=1), axis=1) == 0).any(axis=1)
-        self._say(of_token[doubled], "an id occurs twice in the top K of one token.")
+        self._say(of_token[doubled], f"{names[0]}: an id occurs twice in the top K of one token.")
         unsorted = (np.diff(logprobs, axis=1) > 0).any(axis=1)
-        self._say(of_token[unsorted], "log-probabilities are not sorted, most probable first.")
+        self._say(of_token[unsorted], f"{names[1]} are not sorted, most probable first.")
         mass = np.exp(logprobs).sum(axis=1) + np.exp(tail)
         error = np.where(np.isnan(mass), np.inf, np.abs(mass - 1))
         for i in np.unique(of_token[error > _MASS_SLACK]):
             mine = of_token == i
             worst = int(error[mine].argmax())
-            self._say(i, f"probabilities and tail of token {worst} sum to {mass[mine][worst]:.4f}.")
+            self._say(
+                i,
+                f"{names[1]} and {names[2]}: the probabilities of token {worst} sum to"
+                f" {mass[mine][worst]:.4f}.",
+            )

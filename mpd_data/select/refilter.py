@@ -13,7 +13,7 @@ from mpd_data.common.hashing import differences
 from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import Engine, Scores
-from mpd_data.engines.scores import score_columns
+from mpd_data.engines.scores import score_columns, scoring_contexts
 from mpd_data.engines.start import start_engine
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import choose_by_student, choosing_student
@@ -108,14 +108,14 @@ class _Refilter(Pass):
         self.k = self.metadata["num_logprobs"] + teacher.vocab_size - self.metadata["vocab_size"]
         return start_engine(teacher, config.engine, config.trust_remote_code, self.k)
 
-    def context_of(self, row: Row) -> list[int]:
-        ids = row["teacher_prompt_ids"]
-        return super().context_of(row) if ids is None else ids.tolist()
+    def contexts_of(self, row: Row) -> dict[str, list[int]]:
+        return scoring_contexts(row, self.metadata["score_context"])
 
     def decide(self, wanted: list[Row], scores: Mapping[str, Scores]) -> None:
         k, vocab_size = self.metadata["num_logprobs"], self.metadata["vocab_size"]
         for row in wanted:
-            if row["row_id"] in scores:
-                row |= score_columns(scores[row["row_id"]], k, vocab_size)
-            else:
+            if row["row_id"] not in scores:
                 row["status"] = "too_long"
+                continue
+            for prefix in self.contexts_of(row):
+                row |= score_columns(scores[prefix + row["row_id"]], k, vocab_size, prefix)

@@ -20,13 +20,14 @@ from mpd_data.common.errors import EngineError
 from mpd_data.common.files import fsync_directory
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import Completion, Engine, Refused, RequestError, Scores
+from mpd_data.engines.scores import scoring_contexts
 from mpd_data.stage import StageRun, open_round
 from mpd_data.store.keys import KeySet
 from mpd_data.store.locks import WHOLE
 from mpd_data.store.progress import Progress
 from mpd_data.store.round import REFILTERED, RoundDir, is_whole, scratch_of
 from mpd_data.store.run_record import write_record
-from mpd_data.store.schema import DISTILL_SCHEMA
+from mpd_data.store.schema import DISTILL_SCHEMA, WITH_DRAFT
 from mpd_data.store.shards import read_batches, read_metadata
 from mpd_data.store.writer import ShardWriter
 
@@ -42,7 +43,8 @@ Row = dict[str, Any]
 
 @dataclass
 class Group:
-    """All rewrites of a rollout, those that need scores, and the scores so far, by row_id."""
+    """All rewrites of a rollout, those that need scores, and the scores so far, by their requests'
+    keys."""
 
     rows: list[Row]
     wanted: list[Row]
@@ -72,13 +74,14 @@ class Pass(ABC):
 
     @abstractmethod
     def decide(self, wanted: list[Row], scores: Mapping[str, Scores]) -> None:
-        """Set what follows from the scores, by row_id, of the rows that `judge` returned. A row
-        without scores does not fit into the engine's context."""
+        """Set what follows from the scores of the rows that `judge` returned. Their keys are the
+        row's id after the prefixes of `contexts_of`. A row without scores does not fit into the
+        engine's context."""
 
-    def context_of(self, row: Row) -> list[int]:
-        """Return the token ids before the trace that is scored: the student's prompt."""
-        ids: list[int] = row["input_ids"][: row["loss_start"]].tolist()
-        return ids
+    def contexts_of(self, row: Row) -> dict[str, list[int]]:
+        """Return the token ids before the trace that is scored, by prefix, as `scoring_contexts`:
+        the student's prompt."""
+        return scoring_contexts(row, "problem")
 
     def submissions(self, rollouts: Iterator[list[Row]]) -> Iterator[Callable[[], None]]:
         """Yield a call that submits each group which needs scores; finish the others."""
@@ -91,23 +94,26 @@ class Pass(ABC):
 
     def _submit(self, group: Group) -> None:
         for row in group.wanted:
-            context = self.context_of(row)
+            contexts = self.contexts_of(row)
             targets = row["input_ids"][row["loss_start"] :].tolist()
-            if len(context) + len(targets) + 1 > self.run.engine.max_model_len:
+            longest = max(map(len, contexts.values()))
+            if longest + len(targets) + 1 > self.run.engine.max_model_len:
                 continue
-            try:
-                self.run.engine.submit_score(row["row_id"], context, targets, self.k)
-            except RequestError as error:
-                raise _cannot_be_scored(row["row_id"], str(error)) from error
-            self._groups[row["row_id"]] = group
-            group.waiting += 1
+            for prefix, context in contexts.items():
+                key = prefix + row["row_id"]
+                try:
+                    self.run.engine.submit_score(key, context, targets, self.k)
+                except RequestError as error:
+                    raise _cannot_be_scored(row["row_id"], str(error)) from error
+                self._groups[key] = group
+                group.waiting += 1
         if not group.waiting:
             self._finish(group)
 
     def take(self, result: Completion | Scores | Refused) -> None:
         """Take scores. Raise EngineError when a row cannot be scored."""
         if isinstance(result, Refused):
-            raise _cannot_be_scored(result.key, result.message)
+            raise _cannot_be_scored(result.key.removeprefix(WITH_DRAFT), result.message)
         assert isinstance(result, Scores)
         group = self._groups.pop(result.key)
         group.scores[result.key] = result

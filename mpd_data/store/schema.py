@@ -81,6 +81,11 @@ SHARED_METADATA = (
     "tokenizer", "vocab_size", "eos_token_id", "num_logprobs", "score_context", "score_temperature",
 )  # fmt: skip
 
+# The columns of a score: ids and log-probabilities of the top K, and the log of the other mass.
+SCORES = ("topk_ids", "topk_logprobs", "tail_logprobs")
+# How the score columns of the context with the draft begin, where rewrites are scored in both.
+WITH_DRAFT = "draft_"
+
 # The column whose sum the manifest gives as a shard's tokens.
 TOKEN_COLUMN = {"rollouts": "num_completion_tokens", "distill": "num_rewritten_tokens"}
 

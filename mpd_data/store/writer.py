@@ -40,6 +40,7 @@ _WAITING_GROUPS = 4
 _SPLIT_COLUMNS = {
     "prompt_ids", "completion_ids", "input_ids", "teacher_prompt_ids",
     "topk_ids", "topk_logprobs", "tail_logprobs",
+    "draft_topk_ids", "draft_topk_logprobs", "draft_tail_logprobs",
 }  # fmt: skip
 _DICTIONARY_COLUMNS = {"finish_reason", "rewrite_finish_reason", "status", "prompt", "problem"}
 

@@ -28,6 +28,7 @@ CURVES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("tokens_per_second",), "tokens per second"),
     (("cross_entropy",), "cross-entropy of the rewrites"),
     (("clipped",), "share of tokens clipped"),
+    (("given_away",), "share of tokens that the draft gave away"),
 )
 
 

@@ -227,7 +227,7 @@ class _Planner:
         truncated = 0.0 if of_drafts is None or config.cut_drafts else of_drafts.truncated
         asked = round(rows * (1 - truncated))
         contexts, parts, context = round(rows * prompts.mean), "prompt", prompts.max
-        if config.score_context == "rewrite":
+        if config.score_context != "problem":
             parts, context = "rewrite prompt + draft", longest_scored + draft
             contexts += rows * context
         dropped = "rewrites that do not fit get the status too_long"
@@ -253,7 +253,9 @@ class _Planner:
             kept = min(round(asked * config.num_candidates * learned.kept), most)
             expected = kept, round(kept * (prompts.mean + learned.kept_tokens))
         tokenizer, tokens = drafts.identity["tokenizer"], round(most * (prompts.mean + rewrite))
-        return plan, RoundAhead(tokenizer, most, tokens, prompts.max, rewrite, expected)
+        return plan, RoundAhead(
+            tokenizer, config.score_context, most, tokens, prompts.max, rewrite, expected
+        )
 
     def _train(self, config: TrainConfig, ahead: RoundAhead, learned: Learned | None) -> StagePlan:
         student = self._ahead(config.student, config) or resolve_model(

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from mpd_data.common.errors import DataError
+from mpd_data.store.schema import SCORES
 from mpd_train.data.shard_set import Pack, ShardSet
+from mpd_train.data.targets import Record
 from mpd_train.distributed import Ranks
 
 # Packs read before they are needed.
@@ -26,7 +28,8 @@ class Batch:
     input_ids, position_ids int64 [1, T]; loss_positions int64 [n]: the state that predicts each
     loss token, one before it; labels int64 [n]: those tokens' ids; topk_ids int64 [n, K],
     topk_logprobs [n, K] and tail_logprobs [n] float32; the teacher_* are the same sequences in the
-    context the teacher scored them in.
+    context the teacher scored them in; weights [n] float32: the tokens' factors in the loss;
+    given_away [n] float32: 1 where the draft gave the token away, if the targets depend on it.
     """
 
     input_ids: Tensor
@@ -39,6 +42,8 @@ class Batch:
     teacher_input_ids: Tensor
     teacher_position_ids: Tensor
     teacher_loss_positions: Tensor
+    weights: Tensor
+    given_away: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(**{name: x.to(device, non_blocking=True) for name, x in self.__dict__.items()})
@@ -49,7 +54,7 @@ class Batch:
 
     def without_loss(self) -> "Batch":
         """Return the same sequences with no loss tokens: the loss is 0, with gradients of 0."""
-        per_token = ("loss_positions", "labels", "topk_ids", "topk_logprobs", "tail_logprobs")
+        per_token = ("loss_positions", "labels", *SCORES, "weights", "given_away")
         names = (*per_token, "teacher_loss_positions")
         return replace(self, **{name: getattr(self, name)[:0] for name in names})
 
@@ -102,36 +107,43 @@ def load_pack(shards: ShardSet, pack: Pack) -> Batch:
         sequence = values["input_ids"]
         first = int(columns["loss_start"].as_py())
         num_loss = len(sequence) - first
-        if len(values["topk_ids"]) != num_loss * k or len(values["tail_logprobs"]) != num_loss:
-            source = shards.groups[group]
-            raise DataError(
-                f"{source.path}, row {row} of row group {source.index}: {num_loss} loss tokens but"
-                f" {len(values['topk_ids'])} top-{k} ids and {len(values['tail_logprobs'])} tails."
-                " Check the round with `mpd-gen validate`."
-            )
+        records = []
+        for prefix in shards.targets.prefixes:
+            names = [prefix + name for name in SCORES]
+            ids, logprobs, tail = (values.get(name, np.empty(0, np.float16)) for name in names)
+            if not len(ids) == len(logprobs) == num_loss * k or len(tail) != num_loss:
+                source = shards.groups[group]
+                raise DataError(
+                    f"{source.path}, row {row} of row group {source.index}: {num_loss} loss tokens"
+                    f" but {len(ids)} {names[0]}, {len(logprobs)} {names[1]} and {len(tail)}"
+                    f" {names[2]}, with K = {k}. Check the round with `mpd-gen validate`."
+                )
+            records.append(Record(ids.reshape(-1, k), logprobs.reshape(-1, k), tail))
+        taught = shards.targets.taught(sequence[first:], records)
         context = values.get("teacher_prompt_ids", sequence[:first])
-        taught = np.concatenate([context, sequence[first:]])
+        read = np.concatenate([context, sequence[first:]])
         of_row = {
             "input_ids": sequence,
             "position_ids": np.arange(len(sequence)),
             # The state at position i predicts the token at i + 1.
             "loss_positions": start + np.arange(first, len(sequence)) - 1,
             "labels": sequence[first:],
-            "topk_ids": values["topk_ids"].reshape(num_loss, k),
-            "topk_logprobs": values["topk_logprobs"].reshape(num_loss, k),
-            "tail_logprobs": values["tail_logprobs"],
-            "teacher_input_ids": taught,
-            "teacher_position_ids": np.arange(len(taught)),
+            **dict(zip(SCORES, taught.record, strict=True)),
+            "weights": taught.weights,
+            "given_away": taught.given_away,
+            "teacher_input_ids": read,
+            "teacher_position_ids": np.arange(len(read)),
             "teacher_loss_positions": teacher_start + len(context) + np.arange(num_loss) - 1,
         }
         for name, part in of_row.items():
             parts[name].append(part)
         start += len(sequence)
-        teacher_start += len(taught)
+        teacher_start += len(read)
 
     tensors = {}
     for name, arrays in parts.items():
-        dtype = np.float32 if name.endswith("logprobs") else np.int64
+        is_float = name.endswith("logprobs") or name in ("weights", "given_away")
+        dtype = np.float32 if is_float else np.int64
         tensors[name] = torch.from_numpy(np.concatenate(arrays).astype(dtype))
         if name.endswith(("input_ids", "position_ids")):
             tensors[name] = tensors[name][None]

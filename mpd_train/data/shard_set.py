@@ -23,8 +23,10 @@ from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.hashing import differences
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
-from mpd_data.store.schema import SHARED_METADATA
+from mpd_data.store.schema import SCORES, SHARED_METADATA
 from mpd_data.store.shards import PARQUET_ERRORS, open_shard, pack_keys, read_all, read_metadata
+from mpd_train.config import LossConfig
+from mpd_train.data.targets import Targets
 
 # Kept tokens of the row groups that are shuffled and packed together: enough for good packing, few
 # enough for memory (0.8 GB at K = 64; rows of two windows are held).
@@ -62,10 +64,11 @@ class ShardSet:
     """The kept rows of one or several rounds.
 
     Raise ConfigError if there are no shards, if they do not fit together (another tokenizer, K,
-    score context or temperature) or if no row was kept; DataError for a file that cannot be read.
+    score context or temperature) or to the targets of `loss`, or if no row was kept; DataError for
+    a file that cannot be read.
     """
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], loss: LossConfig | None = None) -> None:
         self.files = [file for path in paths for file in _shards_of(path)]
         self.metadata = read_metadata(self.files[0])
         for file, found in zip(self.files, read_all(read_metadata, self.files), strict=True):
@@ -83,6 +86,8 @@ class ShardSet:
                 f"{self.files[0]}: holds {self.metadata.get('stage')}, expected distill shards."
                 " Run mpd-gen rewrite on the round first."
             )
+        score_context = self.metadata["score_context"]
+        self.targets = Targets.of(loss or LossConfig(), score_context, str(paths[0]))
         self.groups = [group for part in read_all(_groups_of, self.files) for group in part]
         self.num_rows = sum(int((g.num_loss_tokens > 0).sum()) for g in self.groups)
         if self.num_rows == 0:
@@ -126,10 +131,10 @@ class ShardSet:
                 first = next(iter(self._cache))
                 held -= self.groups[first].kept_tokens
                 del self._cache[first]
-            columns = [
-                "input_ids", "loss_start", "teacher_prompt_ids",
-                "topk_ids", "topk_logprobs", "tail_logprobs",
-            ]  # fmt: skip
+            columns = ["input_ids", "loss_start"]
+            columns += ["teacher_prompt_ids"] if self.targets.with_draft else []
+            for prefix in self.targets.prefixes:
+                columns += [prefix + name for name in SCORES]
             try:
                 with open_shard(source.path) as file:
                     table = file.read_row_group(source.index, columns=columns)

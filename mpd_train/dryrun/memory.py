@@ -283,5 +283,5 @@ def _batch(num_tokens: int, num_loss_tokens: int, num_logprobs: int) -> Batch:
     logprobs = torch.zeros((num_loss_tokens, num_logprobs))
     return Batch(
         ids, ids, positions, positions, logprobs.long(), logprobs, logprobs[:, 0],
-        ids, ids, positions,
+        ids, ids, positions, logprobs[:, 0], logprobs[:, 0],
     )  # fmt: skip

@@ -17,6 +17,7 @@ from mpd_data.dryrun.show import size_text
 from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
 from mpd_train.data.packing import overlong, split_packs
+from mpd_train.data.targets import Targets
 from mpd_train.dryrun.memory import plan_memory
 from mpd_train.model import lora
 from mpd_train.model.causal_lm import skeleton
@@ -66,10 +67,11 @@ def _plan(
 @dataclass(frozen=True)
 class RoundAhead:
     """What is known of the kept rows of a round that does not exist yet. `tokenizer`: content hash;
-    `rows` and `tokens`: at most; `longest_prompt` and `longest_rewrite`: in tokens; `expected`:
-    rows and tokens to expect, where earlier rows tell."""
+    `score_context`: of all rows; `rows` and `tokens`: at most; `longest_prompt` and
+    `longest_rewrite`: in tokens; `expected`: rows and tokens to expect, where earlier rows tell."""
 
     tokenizer: str
+    score_context: str
     rows: int
     tokens: int
     longest_prompt: int
@@ -99,6 +101,7 @@ def plan_train_ahead(
     """Plan the training of a round that does not exist yet. Raise ConfigError where the run would
     raise it whatever the rows are."""
     _, device, dtype = check_settings(config)
+    Targets.of(config.loss, ahead.score_context, "this round")
     teacher, code = None, config.trust_remote_code
     if config.teacher is not None:
         teacher = resolve_model(config.teacher, config.teacher_revision, code, weights=False)

@@ -59,7 +59,7 @@ def over_buckets(
     log_q = log_q - log_q.logsumexp(1, keepdim=True)
     log_p = _teacher_buckets(teacher, valid, logits.shape[1]).to(log_q.dtype)
     log_p = log_p - log_p.logsumexp(1, keepdim=True)
-    value, gradient = objective.value_and_gradient(log_p, log_q)
+    value, clipped, gradient = objective.value_and_gradient(log_p, log_q)
     top_gradient, tail_gradient = gradient[:, :-1], gradient[:, -1:]
     q = log_q.exp()
 
@@ -106,7 +106,7 @@ def over_buckets(
     student_entropy = _tail_entropy(tail, log_q[:, -1]) + entropy(log_q[:, :-1])
     topk_mass = q[:, :-1].sum(1)
     columns = [value, cross_entropy, student_entropy, entropy(log_p), topk_mass, agreement]
-    return torch.stack(columns, 1)
+    return torch.stack([*columns, clipped], 1)
 
 
 def _teacher_buckets(teacher: TopK, valid: Tensor, vocab_size: int) -> Tensor:

@@ -50,9 +50,38 @@ class Divergence:
         """`beta` for jsd, else `alpha`."""
         return self.beta if self.name == "jsd" else self.alpha
 
-    def value_and_score(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """For log_p, log_q [n, B], return the divergence F [n] and the score s [n, B],
-        s_b = q_b g_b with g = dF/dq up to a constant per row, which `logit_gradient` cancels.
+    @property
+    def entry_constants(self) -> tuple[float, float]:
+        """What is left out of the terms and scores of `terms_and_score`: an outcome's term by the
+        definition has the first times (p - q) more, its score the second times q. Over a row the
+        first adds up to 0, and `logit_gradient` cancels the second."""
+        if self.name == "forward_kl":
+            return 1.0, 0.0
+        if self.name == "reverse_kl":
+            return -1.0, 1.0
+        if self.name == "jsd":
+            return 0.0, -(1 - self.beta) * math.log1p(-self.beta)
+        if self.name == "skew_kl":
+            return 1 - self.alpha, 0.0
+        return self.alpha - 1, -math.log(self.alpha)
+
+    def clip_entries(
+        self, terms: Tensor, score: Tensor, log_p: Tensor, log_q: Tensor, clip: float
+    ) -> tuple[Tensor, Tensor]:
+        """Clamp each outcome's term by the definition, such as p log(p / q), at `clip`. Given what
+        `terms_and_score` returned, return terms [n, B] whose sum over a row is that of the clamped
+        ones, and the scores [n, B], 0 where a term is clamped."""
+        p, q = log_p.exp(), log_q.exp()
+        more, at_q = self.entry_constants
+        difference = more * (p - q)
+        above = terms + difference > clip
+        terms = torch.where(above, clip - difference, terms)
+        return terms, torch.where(above, 0.0, score + at_q * q)
+
+    def terms_and_score(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """For log_p, log_q [n, B], return terms [n, B], none negative, whose sum over a row is the
+        divergence F, and the score s [n, B], s_b = q_b g_b with g = dF/dq up to a constant per row,
+        which `logit_gradient` cancels.
 
         Working with q dF/dq rather than dF/dq keeps every term finite where q underflows, and
         leaving the constants out keeps the gradient exact where the divergence saturates.
@@ -92,9 +121,9 @@ def _times(weight: Tensor, log_ratio: Tensor) -> Tensor:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p | q), [n, B] -> [n], as sum p (exp(d) - 1 - d) with d = log q - log p.
+    """The terms [n, B] of KL(p | q), as p (exp(d) - 1 - d) with d = log q - log p.
 
-    Equal to sum p log(p / q) because p and q both sum to 1, but no term is negative and the
+    They add up to sum p log(p / q) because p and q both sum to 1, but no term is negative and the
     rounding of the two normalisations does not enter to first order: for distributions that
     nearly agree the plain sum is mostly that rounding. An outcome that has no mass in either (a
     padded bucket) adds nothing.
@@ -103,7 +132,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp()
     near = p * (torch.expm1(d) - d)
     far = log_q.exp() - p - _times(p, d)
-    return torch.where(d.abs() < 1, near, far).sum(-1)
+    return torch.where(d.abs() < 1, near, far)
 
 
 def logit_gradient(log_q: Tensor, score: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ class Inputs(NamedTuple):
     parameter: float
     temperature: float
     clip: float | None
+    entry_clip: float | None
     ce_weight: float
     softcap: float | None
     teacher_softcap: float | None
@@ -92,7 +93,8 @@ class Inputs(NamedTuple):
         name: Name = self.divergence  # type: ignore[assignment]
         return Objective(
             Divergence(name, beta=self.parameter, alpha=self.parameter),
-            self.temperature, self.clip, self.ce_weight, self.softcap, self.teacher_softcap,
+            self.temperature, self.clip, self.entry_clip, self.ce_weight, self.softcap,
+            self.teacher_softcap,
         )  # fmt: skip
 
     def gradients(self) -> list[tuple[Tensor | None, torch.dtype]]:
@@ -114,8 +116,8 @@ _SCHEMA = """(
     Tensor? topk_ids, Tensor? topk_logprobs, Tensor? tail_logprobs,
     Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias,
     Tensor? labels, Tensor factors, bool[] needs_grad,
-    str divergence, float parameter, float temperature, float? clip, float ce_weight,
-    float? softcap, float? teacher_softcap, str backend, SymInt chunk_size
+    str divergence, float parameter, float temperature, float? clip, float? entry_clip,
+    float ce_weight, float? softcap, float? teacher_softcap, str backend, SymInt chunk_size
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"""
 
 
@@ -133,8 +135,8 @@ def loss(
         *(none if isinstance(teacher, TopK) else teacher),
         labels, factors, [enabled and x is not None and x.requires_grad for x in student],
         objective.divergence.name, objective.divergence.parameter, objective.temperature,
-        objective.clip, objective.ce_weight, objective.softcap, objective.teacher_softcap,
-        backend, chunk_size,
+        objective.clip, objective.entry_clip, objective.ce_weight, objective.softcap,
+        objective.teacher_softcap, backend, chunk_size,
     )  # fmt: skip
     return total, metrics
 
@@ -259,7 +261,7 @@ def _forward(inputs: Inputs) -> tuple[Tensor, ...]:
         # Before the next chunk's: two of them would be the peak.
         del gradient
     rows = chunks.picked(0, count)
-    losses = objective.loss(metrics[rows, 0], metrics[rows, 1])
+    losses = objective.loss(metrics[rows, 6], metrics[rows, 1])
     return (losses * factors[rows]).sum(), metrics, d_hidden, d_weight, d_bias
 
 

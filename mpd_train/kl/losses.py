@@ -23,6 +23,7 @@ class KLOutput:
 
     loss: scalar, differentiable: sum of weight x loss of the token over the normaliser.
     per_token: [n] divergences in nats, neither clipped nor multiplied by the squared temperature.
+    clipped: [n] the same after the clip.
     cross_entropy: [n] -log q[label] in nats at temperature 1; 0 everywhere without labels.
     student_entropy, teacher_entropy: [n] nats, at the loss' temperature. A sparse teacher's is
     that of its K + 1 buckets, which bounds its whole entropy from below.
@@ -37,13 +38,15 @@ class KLOutput:
     teacher_entropy: Tensor
     topk_mass: Tensor
     agreement: Tensor
+    clipped: Tensor
 
 
 def sparse_kl(
     hidden: Tensor, weight: Tensor, topk_ids: Tensor, topk_logprobs: Tensor, tail_logprobs: Tensor,
     *, normalizer: float | Tensor, bias: Tensor | None = None,
     divergence: Divergence = Divergence(), temperature: float = 1.0, weights: Tensor | None = None,
-    divergence_clip: float | None = None, labels: Tensor | None = None, ce_weight: float = 0.0,
+    divergence_clip: float | None = None, entry_clip: float | None = None,
+    labels: Tensor | None = None, ce_weight: float = 0.0,
     softcap: float | None = None, backend: Backend | None = None, chunk_size: int | None = None,
 ) -> KLOutput:  # fmt: skip
     """Return the divergence from a teacher known by its top K and the mass outside them.
@@ -67,6 +70,9 @@ def sparse_kl(
     + ce_weight (-log q[label]), with F its divergence and q the student at temperature 1 over the
     whole vocabulary, labels int64 [n]. Where F is above divergence_clip the clamp is flat: such
     tokens get no gradient from the divergence, only from the cross-entropy if it is mixed in.
+    entry_clip clamps instead each bucket's term of F, such as p log(p / q), before they are added
+    up, as OPSD does (arXiv:2601.18734): clamped terms have no gradient, negative terms stay, and
+    the sum may be below 0.
 
     softcap: the student's logits are softcap tanh(z / softcap) of z = hidden weight^T + bias, as
     Gemma's are (arXiv:2408.00118, section 2); a z of -inf stays -inf. For a model that multiplies
@@ -84,8 +90,8 @@ def sparse_kl(
     the ranks, as FSDP2's own). Differentiable once.
 
     Raise ValueError for shapes or types that do not fit together, an id that is twice in a row
-    or outside the vocabulary, a ce_weight outside [0, 1] or without labels, a divergence_clip,
-    temperature or cap that is not above 0; RuntimeError on backward(create_graph=True).
+    or outside the vocabulary, a ce_weight outside [0, 1] or without labels, a clip, temperature or
+    cap that is not above 0, or both clips; RuntimeError on backward(create_graph=True).
     """
     if topk_ids.dim() != 2 or topk_ids.is_floating_point():
         raise ValueError(
@@ -100,7 +106,7 @@ def sparse_kl(
             f" {tuple(tail_logprobs.shape)} do not fit {hidden.shape[0]} hidden states"
         )
     teacher = TopK(topk_ids, topk_logprobs.detach(), tail_logprobs.detach())
-    objective = Objective(divergence, temperature, divergence_clip, ce_weight, softcap)
+    objective = Objective(divergence, temperature, divergence_clip, entry_clip, ce_weight, softcap)
     student = Head(hidden, weight, bias)
     return _apply(student, teacher, labels, weights, normalizer, objective, backend, chunk_size)
 
@@ -109,7 +115,8 @@ def dense_kl(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
     *, normalizer: float | Tensor, bias: Tensor | None = None, teacher_bias: Tensor | None = None,
     divergence: Divergence = Divergence(), temperature: float = 1.0, weights: Tensor | None = None,
-    divergence_clip: float | None = None, labels: Tensor | None = None, ce_weight: float = 0.0,
+    divergence_clip: float | None = None, entry_clip: float | None = None,
+    labels: Tensor | None = None, ce_weight: float = 0.0,
     softcap: float | None = None, teacher_softcap: float | None = None,
     backend: Backend | None = None, chunk_size: int | None = None,
 ) -> KLOutput:  # fmt: skip
@@ -136,7 +143,7 @@ def dense_kl(
         None if teacher_bias is None else gathered(teacher_bias.detach()),
     )
     objective = Objective(
-        divergence, temperature, divergence_clip, ce_weight, softcap, teacher_softcap
+        divergence, temperature, divergence_clip, entry_clip, ce_weight, softcap, teacher_softcap
     )
     student = Head(hidden, weight, bias)
     return _apply(student, teacher, labels, weights, normalizer, objective, backend, chunk_size)

@@ -11,12 +11,15 @@ from mpd_train.kl.divergence import Divergence, logit_gradient
 
 @dataclass(frozen=True)
 class Objective:
-    """(1 - ce_weight) temperature^2 min(F, clip) + ce_weight (-log q[label]), per token; logits are
-    softcap tanh(z / softcap) if there is a softcap. Raise ValueError for values out of range."""
+    """(1 - ce_weight) temperature^2 F' + ce_weight (-log q[label]), per token, where F' is the
+    divergence F after the clip: min(F, clip), or the sum of F's entries clamped at entry_clip;
+    logits are softcap tanh(z / softcap) if there is a softcap. Raise ValueError for values out of
+    range."""
 
     divergence: Divergence
     temperature: float
     clip: float | None
+    entry_clip: float | None
     ce_weight: float
     softcap: float | None = None
     teacher_softcap: float | None = None
@@ -24,8 +27,11 @@ class Objective:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature needs to be above 0, found {self.temperature}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"divergence_clip needs to be above 0, found {self.clip}")
+        for name, clip in (("divergence_clip", self.clip), ("entry_clip", self.entry_clip)):
+            if clip is not None and not clip > 0:
+                raise ValueError(f"{name} needs to be above 0, found {clip}")
+        if self.clip is not None and self.entry_clip is not None:
+            raise ValueError("divergence_clip and entry_clip: give one of the two")
         for name in ("softcap", "teacher_softcap"):
             cap = getattr(self, name)
             if cap is not None and not 0 < cap < math.inf:
@@ -38,22 +44,26 @@ class Objective:
         """Factor of the divergence in the loss."""
         return (1 - self.ce_weight) * self.temperature**2
 
-    def value_and_gradient(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """For log_p, log_q [c, B] at the temperature, return F [c] and the gradient [c, B] of the
-        divergence's part of the loss with respect to the logits before the temperature."""
-        value, score = self.divergence.value_and_score(log_p, log_q)
+    def value_and_gradient(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For log_p, log_q [c, B] at the temperature, return F [c], F after the clip [c], and the
+        gradient [c, B] of the divergence's part of the loss with respect to the logits before the
+        temperature."""
+        terms, score = self.divergence.terms_and_score(log_p, log_q)
+        value = clipped = terms.sum(-1)
+        if self.entry_clip is not None:
+            terms, score = self.divergence.clip_entries(terms, score, log_p, log_q, self.entry_clip)
+            clipped = terms.sum(-1)
         # d/dz of F(z / temperature) is divided by the temperature once; the loss is multiplied by
         # its square.
         gradient = self._share_of(logit_gradient(log_q, score), self.share / self.temperature)
         if self.clip is not None:
             gradient = torch.where(value[:, None] > self.clip, 0.0, gradient)
-        return value, gradient
+            clipped = value.clamp(max=self.clip)
+        return value, clipped, gradient
 
-    def loss(self, value: Tensor, cross_entropy: Tensor) -> Tensor:
-        """Return the tokens' losses [n] from F [n] and -log q[label] [n]."""
-        if self.clip is not None:
-            value = value.clamp(max=self.clip)
-        value = self._share_of(value, self.share)
+    def loss(self, clipped: Tensor, cross_entropy: Tensor) -> Tensor:
+        """Return the tokens' losses [n] from F after the clip [n] and -log q[label] [n]."""
+        value = self._share_of(clipped, self.share)
         return value if self.ce_weight == 0 else value + self.ce_weight * cross_entropy
 
     @staticmethod

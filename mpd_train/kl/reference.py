@@ -32,15 +32,19 @@ def loss(
         p = (t / objective.temperature).softmax(-1)
         teacher_best = p.argmax(1)
         topk_mass = torch.ones_like(p[:, 0])
-    value = divergence_of(objective.divergence, p, q)
-    clipped = value if objective.clip is None else value.clamp(max=objective.clip)
+    terms = terms_of(objective.divergence, p, q)
+    value = clipped = terms.sum(-1)
+    if objective.clip is not None:
+        clipped = value.clamp(max=objective.clip)
+    if objective.entry_clip is not None:
+        clipped = terms.clamp(max=objective.entry_clip).sum(-1)
     losses = (1 - objective.ce_weight) * objective.temperature**2 * clipped
     cross_entropy = torch.zeros_like(value)
     if labels is not None:
         cross_entropy = torch.nn.functional.cross_entropy(z, labels[rows], reduction="none")
         losses = losses + objective.ce_weight * cross_entropy
     agreement = (z.argmax(1) == teacher_best).double()
-    columns = [value, cross_entropy, _entropy(whole), _entropy(p), topk_mass, agreement]
+    columns = [value, cross_entropy, _entropy(whole), _entropy(p), topk_mass, agreement, clipped]
     metrics = torch.zeros((n, NUM_METRICS), dtype=torch.float64, device=z.device)
     metrics[rows] = torch.stack(columns, 1).detach()
     return (losses * factors).sum(), metrics
@@ -73,14 +77,14 @@ def _entropy(p: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
-def divergence_of(divergence: Divergence, p: Tensor, q: Tensor) -> Tensor:
-    """Return F [n] of probabilities p, q [n, B], by the definitions."""
+def terms_of(divergence: Divergence, p: Tensor, q: Tensor) -> Tensor:
+    """Return the terms [n, B], whose sum is F, of probabilities p, q [n, B], by the definitions."""
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
         # Outcomes without probability add nothing; a 1 in their place keeps autograd from NaN.
         some = a > 0
         ratio = torch.where(some, a, 1.0) / torch.where(some, b, 1.0)
-        return torch.where(some, a * ratio.log(), 0.0).sum(-1)
+        return torch.where(some, a * ratio.log(), 0.0)
 
     if divergence.name == "forward_kl":
         return kl(p, q)

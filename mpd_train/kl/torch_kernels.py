@@ -52,7 +52,7 @@ def _over_vocabulary(
     inverse = 1 / objective.temperature
     log_q = (logits * inverse).log_softmax(1)
     log_p = (teacher_logits * inverse).log_softmax(1)
-    value, gradient = objective.value_and_gradient(log_p, log_q)
+    value, clipped, gradient = objective.value_and_gradient(log_p, log_q)
     if labels is not None:
         log_plain = log_q if objective.temperature == 1 else logits.log_softmax(1)
         cross_entropy = -log_plain.gather(1, labels[:, None])[:, 0]
@@ -62,5 +62,5 @@ def _over_vocabulary(
             gradient.scatter_add_(1, labels[:, None], pull)
     torch.mul(gradient, factors, out=out)
     topk_mass, agrees = torch.ones_like(value), agreement[:, 0].to(value.dtype)
-    columns = [value, cross_entropy, entropy(log_q), entropy(log_p), topk_mass, agrees]
+    columns = [value, cross_entropy, entropy(log_q), entropy(log_p), topk_mass, agrees, clipped]
     return torch.stack(columns, 1)

@@ -50,7 +50,7 @@ def write_gradient(
     count, vocab_size = logits.shape
     metrics = logits.new_empty((count, NUM_METRICS))
     labelled = logits if labels is None else labels.contiguous()
-    clip = math.inf if objective.clip is None else objective.clip
+    clip = objective.clip or objective.entry_clip or math.inf
     constants = _constants(objective, labels)
     if isinstance(teacher, TopK):
         k = teacher.ids.shape[1]
@@ -71,6 +71,7 @@ def _constants(objective: Objective, labels: Tensor | None) -> dict[str, Any]:
     """Return the constants that both kernels are compiled for."""
     divergence = objective.divergence
     parameter = divergence.parameter
+    more, at_q = divergence.entry_constants
     # The teacher's share in the mixture; divergences without one ignore the parameter.
     mixes = divergence.name not in ("forward_kl", "reverse_kl")
     teacher_share = parameter if mixes else 0.5
@@ -89,6 +90,9 @@ def _constants(objective: Objective, labels: Tensor | None) -> dict[str, Any]:
         "TEACHER_CAP": objective.teacher_softcap or 0.0,
         "LABELS": labels is not None,
         "CLIPPED": objective.clip is not None,
+        "ENTRIES": objective.entry_clip is not None,
+        "MORE": more,
+        "AT_Q": at_q,
         "NUM_METRICS": NUM_METRICS,
     }
 
@@ -142,7 +146,7 @@ def _value_and_score(
     log_p, log_q, KIND: tl.constexpr, TEACHER_SHARE: tl.constexpr,
     LOG_TEACHER: tl.constexpr, LOG_STUDENT: tl.constexpr,
 ):  # fmt: skip
-    """An outcome's terms of F and of the score, as in `Divergence.value_and_score`."""
+    """An outcome's terms of F and of the score, as in `Divergence.terms_and_score`."""
     q = _exp(log_q)
     if KIND == _REVERSE:
         # A NaN of the teacher must reach the loss.
@@ -171,6 +175,15 @@ def _value_and_score(
             tl.static_assert(KIND == _SKEW_REVERSE, "no branch for this divergence")
             value, score = _term(q, m, over_q), -tl.where(q > 0, q * _excess(-share), 0.0)
     return value, score
+
+
+@triton.jit
+def _clip_entries(terms, scores, log_p, log_q, clip, MORE: tl.constexpr, AT_Q: tl.constexpr):
+    """As `Divergence.clip_entries`."""
+    q = _exp(log_q)
+    difference = MORE * (_exp(log_p) - q)
+    above = terms + difference > clip
+    return tl.where(above, clip - difference, terms), tl.where(above, 0.0, scores + AT_Q * q)
 
 
 @triton.jit
@@ -226,6 +239,7 @@ def _sparse(
     KIND: tl.constexpr, TEACHER_SHARE: tl.constexpr, LOG_TEACHER: tl.constexpr,
     LOG_STUDENT: tl.constexpr, INVERSE: tl.constexpr, SHARE: tl.constexpr, CE: tl.constexpr,
     CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, LABELS: tl.constexpr, CLIPPED: tl.constexpr,
+    ENTRIES: tl.constexpr, MORE: tl.constexpr, AT_Q: tl.constexpr,
     NUM_METRICS: tl.constexpr, BUCKETS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row, as in `buckets.over_buckets`. `out` may begin where the row of logits does: an
@@ -285,9 +299,14 @@ def _sparse(
     log_p, _ = _log_softmax(tl.where(is_tail, p_tail, log_p))
     terms, scores = _value_and_score(log_p, log_q, KIND, TEACHER_SHARE, LOG_TEACHER, LOG_STUDENT)
     value = tl.sum(terms, 0)
+    clipped = value
     scale = tl.full((), SHARE, tl.float32)
     if CLIPPED:
         scale = tl.where(value > clip, 0.0, scale)
+        clipped = tl.minimum(value, clip, propagate_nan=tl.PropagateNan.ALL)
+    if ENTRIES:
+        terms, scores = _clip_entries(terms, scores, log_p, log_q, clip, MORE, AT_Q)
+        clipped = tl.sum(terms, 0)
     q = _exp(log_q)
     gradient = tl.where(scale == 0, 0.0, scale * (scores - q * tl.sum(scores, 0)))
 
@@ -353,6 +372,7 @@ def _sparse(
     tl.store(metrics + 3, tl.sum(_entropy_term(log_p), 0))
     tl.store(metrics + 4, tl.sum(tl.where(is_top, q, 0.0), 0))
     tl.store(metrics + 5, tl.where(at_best >= tl.maximum(tl.max(top, 0), peak), 1.0, 0.0))
+    tl.store(metrics + 6, clipped)
 
 
 @triton.autotune(_CONFIGS, key=["vocab_size", "KIND"])
@@ -362,6 +382,7 @@ def _dense(
     KIND: tl.constexpr, TEACHER_SHARE: tl.constexpr, LOG_TEACHER: tl.constexpr,
     LOG_STUDENT: tl.constexpr, INVERSE: tl.constexpr, SHARE: tl.constexpr, CE: tl.constexpr,
     CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, LABELS: tl.constexpr, CLIPPED: tl.constexpr,
+    ENTRIES: tl.constexpr, MORE: tl.constexpr, AT_Q: tl.constexpr,
     NUM_METRICS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -409,12 +430,13 @@ def _dense(
         cross_entropy = plain_log - (_capped(tl.load(students + label), CAP) - q_peak)
 
     values = tl.zeros((BLOCK,), tl.float32)
+    clipped_values = tl.zeros((BLOCK,), tl.float32)
     q_entropies = tl.zeros((BLOCK,), tl.float32)
     p_entropies = tl.zeros((BLOCK,), tl.float32)
     scale = tl.full((), SHARE, tl.float32)
     # Forward KL's scores sum to -1.
     score_sum = tl.full((), -1.0, tl.float32)
-    ONE_PASS: tl.constexpr = KIND == _FORWARD and not CLIPPED
+    ONE_PASS: tl.constexpr = KIND == _FORWARD and not CLIPPED and not ENTRIES
     if not ONE_PASS:
         score_sums = tl.zeros((BLOCK,), tl.float32)
         next_z = _block(students, 0, vocab_size, BLOCK)
@@ -428,6 +450,9 @@ def _dense(
                 log_p, log_q, KIND, TEACHER_SHARE, LOG_TEACHER, LOG_STUDENT
             )
             values += terms
+            if ENTRIES:
+                terms, scores = _clip_entries(terms, scores, log_p, log_q, clip, MORE, AT_Q)
+                clipped_values += terms
             score_sums += scores
             q_entropies += _entropy_term(log_q)
             p_entropies += _entropy_term(log_p)
@@ -448,6 +473,8 @@ def _dense(
             log_p, log_q, KIND, TEACHER_SHARE, LOG_TEACHER, LOG_STUDENT
         )
         columns = start + tl.arange(0, BLOCK)
+        if ENTRIES:
+            terms, scores = _clip_entries(terms, scores, log_p, log_q, clip, MORE, AT_Q)
         if ONE_PASS:
             values += terms
             q_entropies += _entropy_term(log_q)
@@ -464,9 +491,16 @@ def _dense(
     factor *= _slope(tl.load(students + surest, mask=inside, other=0.0), CAP)
     tl.store(out + surest, -factor * tl.sum(others, 0), mask=inside)
 
-    tl.store(metrics, tl.sum(values, 0))
+    value = tl.sum(values, 0)
+    clipped = value
+    if CLIPPED:
+        clipped = tl.minimum(value, clip, propagate_nan=tl.PropagateNan.ALL)
+    if ENTRIES:
+        clipped = tl.sum(clipped_values, 0)
+    tl.store(metrics, value)
     tl.store(metrics + 1, cross_entropy)
     tl.store(metrics + 2, tl.sum(q_entropies, 0))
     tl.store(metrics + 3, tl.sum(p_entropies, 0))
     tl.store(metrics + 4, 1.0)
     tl.store(metrics + 5, tl.where(at_best >= q_peak, 1.0, 0.0))
+    tl.store(metrics + 6, clipped)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # Columns of a token's metrics, in the order of KLOutput's fields after `loss`.
-NUM_METRICS = 6
+NUM_METRICS = 7
 
 
 class TopK(NamedTuple):
