@@ -214,6 +214,7 @@ def rewrite(
         failed = workers.run_workers("rewrite", config, limit)
         if config.choose == "likeliest" and config.parts.num_shards is None:
             choose_rewrites(config)
+        click.echo(f"{config.shards}: all workers finished{_shares(config)}", err=True)
         _exit_if_failed("some" if failed else 0)
         return
     outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite, limit)
@@ -232,7 +233,8 @@ def rewrite(
         if set(outcome.statuses) == {"draft_truncated"}:
             hint = (
                 "Every draft was cut off at the student's --max-tokens: run mpd-gen rollouts with a"
-                " higher one, in another --out."
+                " higher one, in another --out. With gold answers, --cut-drafts rewrites them as"
+                " they are."
             )
         raise MPDError(
             f"{config.shards}: no rewrite was kept ({counts or 'no rows'}), so there is nothing to"
@@ -246,7 +248,24 @@ def rewrite(
             err=True,
         )
     summary = f"{config.shards}: {counts}; {outcome.written:,} rows new"
-    _finish(summary, outcome.failed, outcome.remaining)
+    _finish(f"{summary}{_shares(config)}", outcome.failed, outcome.remaining)
+
+
+def _shares(config: RewriteConfig) -> str:
+    """Return the end of a message: which fraction of the round's rows is kept, and which are
+    copies of their drafts."""
+    from mpd_data.inspect.stats import rewrite_rates
+
+    if workers.is_worker():
+        return ""  # the command that started the workers says it once
+    limit = config.filters.max_overlap
+    limit = _COPY if limit is None else limit
+    kept, copied = rewrite_rates(config.shards, limit)
+    return f"; {kept:.1%} kept, {copied:.1%} copies (draft_overlap above {limit:g})"
+
+
+# Without --max-overlap a rewrite is called a copy that repeats more of its draft's 4-grams.
+_COPY = 0.9
 
 
 def _with_part(config: Any, overwrite: bool) -> Any:

@@ -283,6 +283,9 @@ class FilterConfig(Strict):
     """Keep only rewrites of drafts that are correct, or incorrect, or of any."""
     keep_answer: bool = True
     """Keep only rewrites with the same answer as their draft."""
+    corrections: bool = False
+    """Keep also rewrites with another answer than their draft, if it is the gold answer. Without
+    gold answers nothing is kept that --keep-answer rejects."""
     require_correct: bool = True
     """Keep only rewrites with the gold answer, for prompts that have one."""
     max_ratio: float = Field(1.0, gt=0)
@@ -292,6 +295,14 @@ class FilterConfig(Strict):
     """Shortest rewrite to keep, as a multiple of its draft's tokens."""
     max_repetition: float = Field(1.0, ge=0, le=1)
     """Largest fraction of repeated 4-grams in a rewrite to keep."""
+    max_overlap: float | None = Field(None, ge=0, le=1)
+    """Largest fraction of its draft's 4-grams that a rewrite to keep repeats. A copy repeats nearly
+    all: 0.9 rejects it. Default: no limit."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a round records. It leaves `corrections` out while it is off: rounds that
+        were begun before it existed resume."""
+        return self.model_dump(exclude=None if self.corrections else {"corrections"})
 
 
 class RewriteConfig(Strict):
@@ -310,8 +321,13 @@ class RewriteConfig(Strict):
     vocabulary."""
     template: str = "tags"
     """Rewrite template: a TOML file or a built-in one. tags is for models that follow instructions
-    well, plain for small models. draft rewrites nothing: the draft itself is scored and trained on,
-    which is on-policy distillation."""
+    well. examples shows worked examples, for models of under about 4 billion weights; plain shows
+    none. draft rewrites nothing: the draft itself is scored and trained on, which is on-policy
+    distillation."""
+    cut_drafts: bool = False
+    """Rewrite also drafts that hit their length limit, and those that do not fit the teacher's
+    context: their beginning and end are shown, as much as fits. Only for prompts with a gold
+    answer, which the rewrite must have; the others cannot be checked and are still rejected."""
     num_candidates: int = Field(1, ge=1)
     """Number of rewrites per rollout."""
     choose: Choice = "shortest"

@@ -23,14 +23,14 @@ from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores,
 from mpd_data.engines.scores import score_columns
 from mpd_data.engines.start import start_engine
 from mpd_data.prompts.chat import PromptError
-from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, RewriteSetup, setup
+from mpd_data.rewrite_setup import OMISSION, ROLLOUT_COLUMNS, RewriteSetup, setup, thinks
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import choose_rewrites
 from mpd_data.select.second_pass import put_in_place
 from mpd_data.stage import CheckedRun, Outcome, open_round, open_run
 from mpd_data.store.locks import WHOLE
 from mpd_data.store.round import RoundDir, is_whole, scratch_of
-from mpd_data.store.schema import DISTILL_SCHEMA, distill_key, repetition, seed_of
+from mpd_data.store.schema import DISTILL_SCHEMA, distill_key, overlap, repetition, seed_of
 
 
 def run_rewrite(
@@ -89,14 +89,23 @@ def distill(
 
 @dataclass
 class Group:
-    """A rollout and the rows of its rewrites, by row_id. `unjudged` rewrites are being generated or
-    checked; `unscored` ones wait for the teacher's log-probabilities."""
+    """A rollout and the rows of its rewrites, by row_id. `draft_ids`: the tokens of it that the
+    teacher is shown. `unjudged` rewrites are being generated or checked; `unscored` ones wait for
+    the teacher's log-probabilities."""
 
     rollout: dict[str, Any]
     rows: dict[str, dict[str, Any]]
     teacher_prompt_ids: list[int] = field(default_factory=list)
+    draft_ids: list[int] = field(default_factory=list)
     unjudged: set[str] = field(default_factory=set)
     unscored: set[str] = field(default_factory=set)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the teacher was shown less than a whole draft."""
+        rollout = self.rollout
+        is_cut = len(self.draft_ids) < len(rollout["completion_ids"])
+        return is_cut or rollout["finish_reason"] == "length"
 
 
 @dataclass
@@ -129,7 +138,7 @@ class RewriteJob:
             row_id = distill_key(rollout["row_id"], index, self.prepared.row_identity)
             rows[row_id] = _new_row(row_id, index, rollout)
         group = Group(rollout, rows)
-        if rollout["finish_reason"] == "length":
+        if rollout["finish_reason"] == "length" and not self.prepared.takes_parts(rollout):
             self._finish_without_rewrite(group, "draft_truncated")
             return
         run.failures.tried += len(rows)
@@ -138,10 +147,10 @@ class RewriteJob:
             return
         try:
             asked = self.prepared.ask_about(rollout)
-            group.teacher_prompt_ids = asked.teacher_prompt_ids
-            if not self.prepared.fits(asked):
+            if asked is None:
                 self._finish_without_rewrite(group, "too_long")
                 return
+            group.teacher_prompt_ids, group.draft_ids = asked.teacher_prompt_ids, asked.draft_ids
             for row_id in rows:
                 seed = seed_of(row_id)
                 run.engine.submit_generate(row_id, asked.prompt_ids, config.sampling, seed)
@@ -176,6 +185,7 @@ class RewriteJob:
     def _take_draft(self, group: Group) -> None:
         """Use the draft as its own rewrite, id for id."""
         rollout = group.rollout
+        group.draft_ids = rollout["completion_ids"]
         (row_id,) = group.rows
         row = group.rows[row_id]
         row |= {"rewrite": rollout["completion"], "rewrite_finish_reason": "stop"}
@@ -195,9 +205,8 @@ class RewriteJob:
         if not stopped:
             row["status"] = "truncated"
             return None
-        thinks = "</think>" in rollout["completion"]
-        trace = prepared.template.trace_of(row["rewrite"], thinks)
-        if trace is None:
+        trace = prepared.template.trace_of(row["rewrite"], thinks(rollout))
+        if trace is None or OMISSION.strip() in trace:
             row["status"] = "malformed"
             return None
         rest = trace
@@ -210,6 +219,7 @@ class RewriteJob:
             row["status"] = "malformed"
             return None
         row |= _trace_columns(rollout, ids)
+        row["draft_overlap"] = overlap(group.draft_ids, ids)
         if self.prepared.config.score_context == "rewrite":
             row["teacher_prompt_ids"] = group.teacher_prompt_ids
         return trace
@@ -229,7 +239,8 @@ class RewriteJob:
         row |= {
             "rewrite_answer": verdict.answer,
             "is_correct": verdict.is_correct,
-            "keeps_answer": verdict.keeps_answer,
+            # The teacher has not seen the answer of a part, if there is one: the gold one counts.
+            "keeps_answer": verdict.is_correct if group.is_part else verdict.keeps_answer,
             "check_error": verdict.error,
         }
         if verdict.error is not None:

@@ -1,6 +1,8 @@
 """Check and prepare a rewrite stage, for the run and for the dry run."""
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from mpd_data.common.errors import ConfigError
@@ -30,14 +32,26 @@ ROLLOUT_COLUMNS = [
 ]  # fmt: skip
 
 
+def thinks(rollout: dict[str, Any]) -> bool:
+    """Return whether a rollout has a thinking part, or was cut off in it."""
+    begun = "<think>" in rollout["completion"] or rollout["prompt"].rstrip().endswith("<think>")
+    cut_off = rollout["finish_reason"] == "length"
+    return "</think>" in rollout["completion"] or (begun and cut_off)
+
+
+# Stands in a rewrite prompt where the middle of the draft is left out.
+OMISSION = "\n[... the middle is left out ...]\n"
+
+
 @dataclass(frozen=True)
 class Asked:
     """The rewrite prompt of a rollout, and the context that its rewrite is scored after with
-    --score-context rewrite."""
+    --score-context rewrite. `draft_ids`: the tokens of the draft that it shows."""
 
     text: str
     prompt_ids: list[int]
     teacher_prompt_ids: list[int]
+    draft_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -86,24 +100,47 @@ class RewriteSetup:
             **provenance(),
         }
 
-    def ask(self, problem: str, draft: str) -> Asked:
+    def ask(self, problem: str, draft: str, draft_ids: Sequence[int] = ()) -> Asked:
         """Render the rewrite prompt. Raises PromptError where it cannot be used."""
         message = self.template.message(problem, draft)
         text, prompt_ids = self.writing.render(message)
         scored = self.scoring.layout(message)
         # Both are often the same text, and tokenising is the slow part.
         scoring_ids = prompt_ids if scored == text else self.scoring.encode(scored)
-        return Asked(text, prompt_ids, scoring_ids)
+        return Asked(text, prompt_ids, scoring_ids, list(draft_ids))
 
-    def ask_about(self, rollout: dict[str, Any]) -> Asked:
-        """Render the rewrite prompt of a rollout. Raises PromptError where it cannot be used."""
+    def takes_parts(self, rollout: dict[str, Any]) -> bool:
+        """Return whether the teacher rewrites what there is of the rollout where that is not all:
+        --cut-drafts, if the gold answer can check the result."""
+        return self.config.cut_drafts and rollout["gold_answer"] is not None
+
+    def ask_about(self, rollout: dict[str, Any]) -> Asked | None:
+        """Render the rewrite prompt of a rollout. Return None if the teacher's context has no room
+        for it and the longest rewrite, and the rollout may not be cut or is nothing without its
+        draft. Raises PromptError where it cannot be used."""
+        ids, shown = rollout["completion_ids"], len(rollout["completion_ids"])
+        while shown > 0:
+            asked = self._show(rollout["problem"], ids, shown)
+            needed = len(asked.prompt_ids) + self.config.sampling.max_tokens
+            if needed <= self.context:
+                return asked
+            if not self.takes_parts(rollout):
+                return None
+            # The mark, and text that is tokenised again, may take more tokens than were saved.
+            shown -= needed - self.context
+        return None
+
+    def _show(self, problem: str, ids: list[int], count: int) -> Asked:
+        """Render the rewrite prompt with `count` tokens of the draft `ids`, from both ends."""
+        parts = [ids]
+        if count < len(ids):
+            parts = [ids[: (count + 1) // 2], ids[len(ids) - count // 2 :]]
         # The teacher would obey control tokens that the student sampled.
-        draft = self.tokenizer.decode(rollout["completion_ids"], skip_special_tokens=True)
-        return self.ask(rollout["problem"], draft)
-
-    def fits(self, asked: Asked) -> bool:
-        """Return whether the teacher's context has room for the prompt and the longest rewrite."""
-        return len(asked.prompt_ids) + self.config.sampling.max_tokens <= self.context
+        texts = [self.tokenizer.decode(part, skip_special_tokens=True) for part in parts]
+        if len(texts) == 2:
+            # A cut may divide a character of several tokens.
+            texts = [texts[0].rstrip("\ufffd"), texts[1].lstrip("\ufffd")]
+        return self.ask(problem, OMISSION.join(texts), list(itertools.chain(*parts)))
 
 
 def setup(
@@ -146,19 +183,21 @@ def setup(
             f"--num-candidates {config.num_candidates} at --temperature 0 gives"
             f" {config.num_candidates} times the same rewrite. Give a temperature above 0."
         )
-    if not template.asks and (config.score_context == "rewrite" or config.num_candidates > 1):
+    if not template.asks and (
+        config.score_context == "rewrite" or config.num_candidates > 1 or config.cut_drafts
+    ):
         raise ConfigError(
-            "--template draft makes no rewrite. Use it with --score-context problem and one"
-            " candidate."
+            "--template draft makes no rewrite. Use it with --score-context problem, one candidate"
+            " and without --cut-drafts."
         )
     tokenizer = load_tokenizer(teacher, code)
     drafted, name = student["tokenizer"], f"the student of {config.shards}"
     require_same_tokenizer(drafted, tokenizer, name, config.teacher)
-    writing = ChatFormatter(
+    writing = template.formatter(
         tokenizer, config.template_kwargs, thinking=config.thinking, default_thinking=False
     )
     # The trace is in the student's format: the teacher scores it as its own turn in that mode.
-    scoring = ChatFormatter(
+    scoring = template.formatter(
         tokenizer, config.score_template_kwargs, default_thinking=student["thinking"] is not False
     )
     context = context_of(teacher, config.engine)
@@ -179,12 +218,13 @@ def setup(
         "chat_template": chat_template_hash(tokenizer),
         "sampling": config.sampling.model_dump(),
         "seed": config.seed,
+        **({"cut_drafts": True} if config.cut_drafts else {}),
     }
     identity = {
         **row_identity,
         "num_candidates": config.num_candidates,
         "choose": config.choose,
-        "filters": config.filters.model_dump(),
+        "filters": config.filters.identity(),
         "num_logprobs": k,
         "score_context": config.score_context,
         "score_template_kwargs": config.score_template_kwargs,

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -140,6 +141,21 @@ def _expecting(path: Path, wanted: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{path}: expected the JSON of {wanted} ({reason}).") from error
+
+
+def count_weights(path: Path) -> int | None:
+    """Return the number of weights in the *.safetensors of a folder, by their headers; None where
+    there are none or one cannot be read."""
+    total = 0
+    try:
+        for file in path.glob("*.safetensors"):
+            with file.open("rb") as opened:
+                size = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(min(size, _LARGEST_HEADER)))
+            total += sum(math.prod(header[name]["shape"]) for name in header.keys() - _NO_WEIGHTS)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return total or None
 
 
 def load_config(model: ModelFiles, trust_remote_code: bool = False) -> Any:
@@ -288,3 +304,6 @@ def require_same_tokenizer(saved_hash: str, tokenizer: Any, saved: str, now: str
 
 
 _ADAPTER = "adapter_config.json"
+# Of a safetensors file: its format's limit, and the key that is no tensor.
+_LARGEST_HEADER = 100_000_000
+_NO_WEIGHTS = {"__metadata__"}

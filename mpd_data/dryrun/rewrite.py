@@ -9,15 +9,15 @@ from mpd_data.dryrun.learned import Learned, learn
 from mpd_data.dryrun.plan import Lengths, Shown, StagePlan, distill_bytes, make_plan
 from mpd_data.engines.start import server_notes
 from mpd_data.prompts.chat import PromptError
-from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, RewriteSetup
+from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, RewriteSetup, thinks
 from mpd_data.select.likeliest import waiting_rollouts
 from mpd_data.store.keys import KeySet
 from mpd_data.store.round import RoundDir
 
 # Why the teacher is not asked about a rollout, and what to change.
 _REMEDIES = {
-    "draft_truncated": "sample the drafts with a higher --max-tokens",
-    "too_long": "lower --max-tokens, or raise --max-model-len",
+    "draft_truncated": "sample the drafts with a higher --max-tokens, or rewrite with --cut-drafts",
+    "too_long": "lower --max-tokens, raise --max-model-len, or give --cut-drafts",
 }
 
 
@@ -51,7 +51,7 @@ def plan_rewrite(
     own = (rollout for rollout in rows if part.holds(rollout["row_id"]))
     for rollout in itertools.islice(own, limit):
         remaining += 1
-        if rollout["finish_reason"] == "length":
+        if rollout["finish_reason"] == "length" and not setup.takes_parts(rollout):
             not_asked["draft_truncated"] += 1
             continue
         if not setup.template.asks:
@@ -59,13 +59,13 @@ def plan_rewrite(
             contexts += len(rollout["prompt_ids"])
             kept_at_most += rollout["num_completion_tokens"]
             continue
-        setup.template.layout("</think>" in rollout["completion"])
+        setup.template.layout(thinks(rollout))
         try:
             request = setup.ask_about(rollout)
         except PromptError as error:
             reasons.append(f"rollout {rollout['row_id']}: {error}")
             continue
-        if not setup.fits(request):
+        if request is None:
             not_asked["too_long"] += 1
             continue
         asked += 1

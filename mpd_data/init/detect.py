@@ -16,6 +16,7 @@ from mpd_data.common.hashing import content_key
 from mpd_data.common.machine import gpus
 from mpd_data.common.models import (
     ModelFiles,
+    count_weights,
     load_tokenizer,
     require_same_tokenizer,
     resolve_model,
@@ -46,7 +47,8 @@ _MEASURED = 1000
 _DRAFT, _REWRITE = 27, 10
 _GPU_CONTEXT, _CPU_CONTEXT = 40_960, 2_048
 _LEAST_TOKENS = 32
-_SMALL = 1_000_000_000
+# Teachers with fewer weights copy the draft when they are asked in one message.
+_SMALL = 4_000_000_000
 
 
 # -- prompts ------------------------------------------------------------------------------
@@ -202,8 +204,9 @@ def choose_checker(given: str | None, train: PromptSet, test: PromptSet) -> tupl
 @dataclass(frozen=True)
 class Model:
     """A model that is looked at. `switch`: the variable by which its chat `template` turns thinking
-    on and off. `weights`: their approximate number; `cache_bytes`: bytes of float32 cache per
-    token; both None if its config lacks the usual fields."""
+    on and off. `weights`: their number, approximate where the config says it, else by the files;
+    None if neither does. `cache_bytes`: bytes of float32 cache per token; None if the config lacks
+    the usual fields."""
 
     files: ModelFiles
     tokenizer: Any
@@ -229,6 +232,8 @@ class Model:
             embeddings = files.vocab_size * width * (1 if config.get("tie_word_embeddings") else 2)
             weights = embeddings + layers * (attention + forward)
             cache_bytes = 2 * layers * groups * head * 4
+        if weights is None:
+            weights = count_weights(files.path)
         return cls(files, tokenizer, template, thinking_switch(template), weights, cache_bytes)
 
 
@@ -270,13 +275,21 @@ def look_at_models(config: InitConfig) -> Models:
     elif thinks:
         template = "tags"
         why = (
-            f"The teacher is small ({_billions(weights)} weights), but `plain` has no layout"
-            " for a student that thinks. Look at the statuses; if many rewrites are malformed,"
-            " write a template of your own."
+            f"The teacher is small ({_billions(weights)} weights), but `examples` has no layout"
+            " for a student that thinks. Look at the statuses; if many rewrites are malformed or"
+            " copied, write a template with examples of your own."
         )
     else:
-        template = "plain"
-        why = f"`plain`, for a small teacher ({_billions(weights)} weights, by its config)."
+        template = "examples"
+        why = f"`examples`, for a small teacher ({_billions(weights)} weights)."
+        try:
+            load_template(template).formatter(teacher.tokenizer)
+        except ConfigError:
+            template = "plain"
+            why = (
+                f"The teacher is small ({_billions(weights)} weights), but its chat template does"
+                " not take the system message and the examples of `examples`."
+            )
     ids = student.tokenizer(_BOXED, add_special_tokens=False)["input_ids"]
     spells = "".join(student.tokenizer.decode(ids).split()) == "".join(_BOXED.split())
     prompt_template, sampling = _BOXED if spells else "{{problem}}", _own_sampling(student.files)
@@ -326,7 +339,7 @@ def plan_budget(models: Models, prompts: list[Prompt]) -> Budget:
     """Divide both contexts. Raises ConfigError if the longest prompt leaves no room."""
     asking = load_template(models.template)
     students = ChatFormatter(models.student.tokenizer)
-    teachers = ChatFormatter(models.teacher.tokenizer, default_thinking=False)
+    teachers = asking.formatter(models.teacher.tokenizer, default_thinking=False)
     prompt, rewrite_prompt, longest = 0, 0, ""
     for candidate in sorted(prompts, key=lambda p: len(p.text.encode()), reverse=True)[:_MEASURED]:
         try:

@@ -99,7 +99,7 @@ def _notes(
         f" {budget.rewrite:,}",
         f"machine: {', '.join(models.gpus) or 'no GPU found'}",
     ]
-    if models.self_taught and models.template != "plain":
+    if models.self_taught and models.template == "tags":
         lines.append(
             'the student is its own teacher: with score_context = "problem" it learns nothing. Set'
             ' "rewrite", with a template whose turn is the trace.'

@@ -326,6 +326,17 @@ def outcome_rates(folder: Path) -> dict[str, float | None]:
     return rates
 
 
+def rewrite_rates(folder: Path, max_overlap: float) -> tuple[float, float]:
+    """Return which fraction of a round's rows of rewrites is kept, and which repeats more than
+    `max_overlap` of its draft; 0 without rows."""
+    distill = scan([folder], "distill")
+    if distill is None:
+        return 0.0, 0.0
+    kept, copied = pl.col("status") == "ok", pl.col("draft_overlap") > max_overlap
+    rates = collect(distill.select(kept.mean(), copied=copied.fill_null(False).mean())).row(0)
+    return rates[0] or 0.0, rates[1] or 0.0
+
+
 def plot_lengths(series: dict[str, Path], out: Path) -> None:
     """Draw the distribution of completion tokens of each round in `series` (label -> folder) to
     `out` (PNG, SVG or PDF by its ending). Raises ConfigError."""

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mpd_data.common.errors import ConfigError, DataError
 
@@ -10,6 +10,16 @@ from mpd_data.common.errors import ConfigError, DataError
 class PromptError(DataError):
     """One prompt cannot be used; the others can."""
 
+
+class Names(NamedTuple):
+    """What messages call the settings that the turns come from."""
+
+    system: str = "--system-prompt"
+    examples: str = "--examples"
+    prompt: str = "--prompt-template"
+
+
+OPTIONS = Names()
 
 SWITCHES = ("enable_thinking", "thinking")
 
@@ -35,7 +45,8 @@ class ChatFormatter:
 
     `examples` are earlier turns, (user, assistant). `thinking` sets the template's switch for
     thinking to "on" or "off"; "auto" means `template_kwargs` if they set the switch, otherwise
-    `default_thinking`. Raises ConfigError for settings that the template cannot take.
+    `default_thinking`. `names` are for messages. Raises ConfigError for settings that the template
+    cannot take.
     """
 
     def __init__(
@@ -46,6 +57,7 @@ class ChatFormatter:
         default_thinking: bool = True,
         system_prompt: str | None = None,
         examples: Sequence[tuple[str, str]] = (),
+        names: Names = OPTIONS,
     ) -> None:
         self._name = tokenizer.name_or_path
         if tokenizer.chat_template is None:
@@ -64,7 +76,7 @@ class ChatFormatter:
         for user, assistant in examples:
             before += [("user", user), ("assistant", assistant)]
         self._before = [{"role": role, "content": content} for role, content in before]
-        self._check_turns_before()
+        self._check_turns_before(names)
 
     def _resolve_thinking(self, thinking: str, default: bool) -> bool | None:
         try:
@@ -92,12 +104,12 @@ class ChatFormatter:
             f"{self._name}: the template's setting {switch} is {value!r}, expected true or false."
         )
 
-    def _check_turns_before(self) -> None:
+    def _check_turns_before(self, names: Names) -> None:
         """Raise ConfigError for a system prompt or example that would fail with every prompt."""
         if not self._before:
             return
         for turn in self._before:
-            option = "--system-prompt" if turn["role"] == "system" else "--examples"
+            option = names.system if turn["role"] == "system" else names.examples
             try:
                 self._check(turn["content"])
             except PromptError as error:
@@ -106,15 +118,15 @@ class ChatFormatter:
             text = self.layout("1")
         except PromptError as error:
             raise ConfigError(
-                f"{self._name}: its chat template fails with this --system-prompt or these"
-                f" --examples: {error}. Put instructions into --prompt-template instead."
+                f"{self._name}: its chat template fails with {names.system} or"
+                f" {names.examples}: {error}. Put instructions into {names.prompt} instead."
             ) from error
         for turn in self._before:
             # Templates may cut thoughts from an assistant's turn, but nothing from the others.
             if turn["role"] != "assistant" and turn["content"].strip() not in text:
                 raise ConfigError(
                     f"{self._name}: its chat template leaves out the {turn['role']} message"
-                    f" {turn['content']!r}. Put it into --prompt-template instead."
+                    f" {turn['content']!r}. Put it into {names.prompt} instead."
                 )
 
     def _check(self, content: str) -> None:

@@ -1,22 +1,25 @@
 """Load rewrite templates: TOML files with the teacher's prompt and the format of its output.
 
-templates/tags.toml explains the format. With the template `draft` the teacher rewrites nothing:
-the draft itself is filtered, scored and trained on.
+templates/tags.toml explains the format; templates/examples.toml shows a system message and earlier
+turns. With the template `draft` the teacher rewrites nothing: the draft itself is filtered, scored
+and trained on.
 """
 
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from mpd_data.common.errors import ConfigError, did_you_mean
 from mpd_data.common.hashing import content_key
 from mpd_data.config import Strict
+from mpd_data.prompts.chat import ChatFormatter, Names
 
 _FOLDER = Path(__file__).parent / "templates"
-BUILT_IN = {name: _FOLDER / f"{name}.toml" for name in ("tags", "plain")}
+BUILT_IN = {name: _FOLDER / f"{name}.toml" for name in ("tags", "examples", "plain")}
 
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
@@ -26,19 +29,34 @@ def fill(text: str, values: Mapping[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda match: values[match.group(1)], text)
 
 
+class Example(Strict):
+    """A rewrite that the teacher is shown as an earlier turn of its own."""
+
+    problem: str
+    draft: str
+    rewrite: str
+
+
 class RewriteTemplate(Strict):
     """The content of a template file, with the methods that apply it."""
 
     name: str
     version: int
+    system: str | None = None
     prompt: str | None = None
     output: str
     trace: str | None = None
     plain_trace: str | None = None
+    example: list[Example] = Field(default_factory=list)
 
     def hash(self) -> str:
         """Return a hash of the content, which a round records."""
-        return content_key(self.model_dump())
+        content = self.model_dump()
+        # They are newer than the hashes of templates that do not use them.
+        for name in ("system", "example"):
+            if not content[name]:
+                del content[name]
+        return content_key(content)
 
     @property
     def asks(self) -> bool:
@@ -49,6 +67,23 @@ class RewriteTemplate(Strict):
         """Return the user's message to the teacher."""
         assert self.prompt is not None
         return fill(self.prompt, {"problem": problem, "draft": draft}).strip()
+
+    def formatter(
+        self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None, **thinking: Any
+    ) -> ChatFormatter:
+        """Return a formatter that shows the system message and the examples before a message. The
+        settings are those of `ChatFormatter`, which raises ConfigError."""
+        return ChatFormatter(
+            tokenizer,
+            kwargs,
+            **thinking,
+            system_prompt=None if self.system is None else self.system.strip(),
+            examples=[
+                (self.message(each.problem.strip(), each.draft.strip()), each.rewrite.strip())
+                for each in self.example
+            ],
+            names=Names(*(f"the rewrite template's {x}" for x in ("system", "example", "prompt"))),
+        )
 
     def trace_of(self, rewrite: str, thinks: bool) -> str | None:
         """Return the teacher's output in the layout of a student's trace, without the end token.
@@ -92,15 +127,25 @@ def load_template(name: str) -> RewriteTemplate:
         raise ConfigError(f"{path}: not a rewrite template: {error}") from error
     except re.error as error:
         raise ConfigError(f"{path}: `output` is not a regular expression: {error}") from error
+    examples = list(enumerate(template.example, start=1))
     if template.trace is None and template.plain_trace is None:
         raise ConfigError(f"{path}: has neither `trace` nor `plain_trace`; it needs one of them.")
     for field, text, known in (
-        ("prompt", template.prompt or "", {"problem", "draft"}),
-        ("trace", template.trace or "", groups),
-        ("plain_trace", template.plain_trace or "", groups),
+        ("system", template.system, set()),
+        ("prompt", template.prompt, {"problem", "draft"}),
+        ("trace", template.trace, groups),
+        ("plain_trace", template.plain_trace, groups),
+        *((f"example {i}", " ".join(each.model_dump().values()), set()) for i, each in examples),
     ):
-        if unknown := sorted(set(_PLACEHOLDER.findall(text)) - known):
-            raise ConfigError(f"{path}: `{field}` uses {unknown}; it can use {sorted(known)}.")
+        if unknown := sorted(set(_PLACEHOLDER.findall(text or "")) - known):
+            usable = sorted(known) or "no {{placeholders}}"
+            raise ConfigError(f"{path}: `{field}` uses {unknown}; it can use {usable}.")
     if "{{draft}}" not in (template.prompt or ""):
         raise ConfigError(f"{path}: `prompt` never shows the teacher the {{{{draft}}}}.")
+    for i, each in examples:
+        if re.fullmatch(template.output, each.rewrite.strip(), re.DOTALL) is None:
+            raise ConfigError(
+                f"{path}: the `rewrite` of example {i} is not of the form that `output` describes."
+                " Write it as the teacher is to write its turn."
+            )
     return template

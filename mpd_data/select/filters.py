@@ -14,19 +14,22 @@ from mpd_data.store.schema import UNUSABLE
 def status_of(row: Mapping[str, Any], filters: FilterConfig) -> str:
     """Return the status of the first filter that rejects a checked rewrite, or "ok".
 
-    `row` has draft_is_correct, keeps_answer, compression_ratio, repetition and is_correct. A row
-    without a gold answer passes the filters that need one.
+    `row` has draft_is_correct, keeps_answer, compression_ratio, draft_overlap, repetition and
+    is_correct. A row without a gold answer or an overlap passes the filters that need one.
     """
     unwanted = {"any": None, "correct": False, "incorrect": True}[filters.drafts]
     if unwanted is not None and row["draft_is_correct"] is unwanted:
         return "draft_rejected"
     # None: the draft has no answer to keep.
-    if filters.keep_answer and not row["keeps_answer"]:
+    corrected = filters.corrections and row["is_correct"]
+    if filters.keep_answer and not row["keeps_answer"] and not corrected:
         return "answer_changed"
     if row["compression_ratio"] > filters.max_ratio:
         return "longer"
     if row["compression_ratio"] < filters.min_ratio:
         return "too_short"
+    if filters.max_overlap is not None and (row["draft_overlap"] or 0) > filters.max_overlap:
+        return "copied"
     if row["repetition"] > filters.max_repetition:
         return "repetitive"
     if filters.require_correct and row["is_correct"] is False:

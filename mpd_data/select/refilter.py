@@ -62,8 +62,9 @@ def check_refilter(round_dir: RoundDir, config: RewriteConfig) -> dict[str, Any]
         "score_context": config.score_context,
         "seed": config.seed,
         "sampling": config.sampling.model_dump(),
+        "cut_drafts": config.cut_drafts or None,
     }
-    changed = differences({name: identity[name] for name in given}, given)
+    changed = differences({name: identity.get(name) for name in given}, given)
     if changed:
         raise ConfigError(
             f"{config.shards}: --refilter can change only the filters and --choose, not:\n  "
@@ -75,8 +76,8 @@ def check_refilter(round_dir: RoundDir, config: RewriteConfig) -> dict[str, Any]
 
 def changed_rules(config: RewriteConfig, saved: dict[str, Any]) -> dict[str, Any] | None:
     """Return the filters and the choice of `config`, or None if they are the saved ones."""
-    rules = {"filters": config.filters.model_dump(), "choose": config.choose}
-    return None if rules == {name: saved[name] for name in REFILTERED} else rules
+    rules = {"filters": config.filters.identity(), "choose": config.choose}
+    return rules if differences({name: saved[name] for name in REFILTERED}, rules) else None
 
 
 def require_teacher(config: RewriteConfig, teacher: ModelFiles, metadata: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ SCHEMA_VERSION. A new nullable column does not: where older shards lack it, all 
 null.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -109,6 +110,15 @@ def repetition(token_ids: Sequence[int], n: int = 4) -> float:
         return 0.0
     grams = set(zip(*(token_ids[i : total + i] for i in range(n)), strict=True))
     return 1.0 - len(grams) / total
+
+
+def overlap(draft_ids: Sequence[int], token_ids: Sequence[int], n: int = 4) -> float:
+    """Return the share of the n-grams of `draft_ids` that `token_ids` repeats, each as often as
+    both have it (ROUGE-N's recall); 0 for a draft of less than n tokens."""
+    draft, rewrite = (
+        Counter(zip(*(ids[i:] for i in range(n)), strict=False)) for ids in (draft_ids, token_ids)
+    )
+    return (draft & rewrite).total() / max(draft.total(), 1)
 
 
 Stage = Literal["rollouts", "distill", "errors"]

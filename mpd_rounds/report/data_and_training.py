@@ -28,6 +28,7 @@ _REASONS = {
     "answer_changed": "another answer than the draft's",
     "longer": "longer than the draft allows",
     "too_short": "shorter than the draft allows",
+    "copied": "repeats nearly all of the draft",
     "repetitive": "repeats itself",
     "incorrect": "not the gold answer",
     "not_chosen": "passed, but another rewrite was chosen",

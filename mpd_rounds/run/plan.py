@@ -220,10 +220,12 @@ class _Planner:
         if asks:
             in_all = longest_asked + draft + room
             parts = f"rewrite prompt {longest_asked:,} + draft {draft:,} + rewrite {room:,}"
-            dropped = "drafts that do not fit get the status too_long"
+            what = "are cut" if config.cut_drafts else "get the status too_long"
+            dropped = f"drafts that do not fit {what}"
             notes.append(_budget(parts, in_all, teachers, setup.context, dropped))
         rows = rollouts.rows
-        asked = rows if of_drafts is None else round(rows * (1 - of_drafts.truncated))
+        truncated = 0.0 if of_drafts is None or config.cut_drafts else of_drafts.truncated
+        asked = round(rows * (1 - truncated))
         contexts, parts, context = round(rows * prompts.mean), "prompt", prompts.max
         if config.score_context == "rewrite":
             parts, context = "rewrite prompt + draft", longest_scored + draft
