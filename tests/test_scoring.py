@@ -69,6 +69,28 @@ def test_engine_scores_equal_transformers(teacher_engine, teacher, round_dir):
     assert np.abs(scores.topk_logprobs - exact.topk(64).values.numpy()).max() <= 1e-4
 
 
+def test_what_is_in_the_prefix_cache_is_scored_too(teacher_engine, teacher, round_dir):
+    """vLLM returns memory that nobody wrote where it reads its cache. Contexts may be cached; the
+    tokens to score may not, whether they were generated or scored before."""
+    row = max(kept(round_dir), key=lambda row: len(row["teacher_prompt_ids"]))
+    # Longer than a block of the cache, which has 128 tokens on a CPU.
+    context = row["teacher_prompt_ids"]
+    assert len(context) > 128
+    sampling = SamplingConfig(max_tokens=200, temperature=0)
+    for key in "ab":
+        teacher_engine.submit_generate(key, context, sampling, 0)
+    generated = drained(teacher_engine)["b"].token_ids
+    # So long that whole blocks of them are in the cache.
+    targets = [generated * (300 // len(generated) + 1), row["input_ids"][row["loss_start"] :]]
+    for target in (*targets, *targets):
+        teacher_engine.submit_score("s", context, target, 8)
+        scores = drained(teacher_engine)["s"]
+        exact = logprobs_of(teacher, context + target, len(context))
+        assert np.abs(scores.topk_logprobs - exact.topk(8).values.numpy()).max() <= 1e-4
+        at = torch.arange(len(target))
+        assert np.abs(scores.target_logprobs - exact[at, target].numpy()).max() <= 1e-4
+
+
 @pytest.mark.parametrize("index", range(5))
 def test_stored_records_equal_transformers(teacher, round_dir, index):
     """Position by position under the context the shard says, end token included."""

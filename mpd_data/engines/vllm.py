@@ -139,23 +139,23 @@ class VLLMEngine:
             # Otherwise each step makes an output for each sequence, to be thrown away here.
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._submit(key, prompt_ids, params, 0, 0)
+        self._submit(key, {"prompt_token_ids": prompt_ids}, params, 0, 0)
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
-        from vllm import SamplingParams
+        # vLLM gives no log-probabilities where it reads its prefix cache, so by default it computes
+        # the whole context again. Here requests to score share what their contexts have in common.
+        # The salt keeps them apart from requests that generated the same tokens.
+        ids = context_ids + target_ids
+        prompt = {"prompt_token_ids": ids, "cache_salt": "scores"}
+        self._submit(key, prompt, _scoring(k, cached=True), len(context_ids), k)
 
-        params = SamplingParams(
-            max_tokens=1, prompt_logprobs=k, flat_logprobs=True, detokenize=False
-        )
-        self._submit(key, context_ids + target_ids, params, len(context_ids), k)
-
-    def _submit(self, key: str, ids: list[int], params: Any, start: int, k: int) -> None:
+    def _submit(self, key: str, prompt: dict[str, Any], params: Any, start: int, k: int) -> None:
         from vllm.exceptions import VLLMClientError
 
         self._serial += 1
         request_id = str(self._serial)
         try:
-            (rendered,) = self._engine.renderer.render_cmpl([{"prompt_token_ids": ids}])
+            (rendered,) = self._engine.renderer.render_cmpl([prompt])
             self._engine.add_request(request_id, rendered, params, lora_request=self._adapter)
         except (VLLMClientError, ValueError) as error:
             raise RequestError(str(error)) from error
@@ -173,6 +173,12 @@ class VLLMEngine:
             if not output.finished:
                 continue
             key, start, k = self._open.pop(output.request_id)
+            if k and output.num_cached_tokens >= start:
+                # The same targets after the same context were scored before.
+                ids = output.prompt_token_ids
+                prompt = {"prompt_token_ids": ids}
+                self._submit(key, prompt, _scoring(k, cached=False), start, k)
+                continue
             if k:
                 results.append(_scores(key, output.prompt_logprobs, start, k))
                 continue
@@ -186,6 +192,18 @@ class VLLMEngine:
         # vLLM shuts down when the engine is collected as garbage. That may be after the next one
         # has started, and would tear down what the two share.
         self._engine.engine_core.shutdown()
+
+
+def _scoring(k: int, cached: bool) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=1,
+        prompt_logprobs=k,
+        flat_logprobs=True,
+        detokenize=False,
+        skip_reading_prefix_cache=not cached,
+    )
 
 
 _LESS_MEMORY = (
@@ -283,4 +301,9 @@ def _scores(key: str, flat: Any, start: int, k: int) -> Scores:
             " that pyproject.toml names."
         )
     ids, logprobs = ids.reshape(rows, k + 1), logprobs.reshape(rows, k + 1)
+    if not (np.diff(logprobs[:, 1:]) <= 0).all() or not (logprobs <= 1e-3).all():
+        raise EngineError(
+            f"scoring {key}: vLLM returned no log-probabilities for some of its tokens. Use a"
+            " version that pyproject.toml names."
+        )
     return Scores(key, ids[:, 1:], logprobs[:, 1:], logprobs[:, 0])
