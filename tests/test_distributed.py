@@ -120,7 +120,9 @@ def test_several_processes_do_what_one_does(one, round_dir, tmp_path, size):
 
 
 def test_the_mean_is_over_the_weights_of_all_processes(both_dir, tmp_path):
-    alone_and_together(both_dir, tmp_path, {"--targets": "masked", "--max-steps": 2})
+    alone_and_together(
+        both_dir, tmp_path, {"--targets": "masked", "--leak-nats": 0.2, "--max-steps": 2}
+    )
     ours, theirs = metrics(tmp_path / "two"), metrics(tmp_path / "one")
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["given_away"] == pytest.approx(other["given_away"])

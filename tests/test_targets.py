@@ -38,6 +38,8 @@ from mpd_train.model.causal_lm import CausalLM
 from mpd_train.setup import setup
 
 CPU = torch.device("cpu")
+# The pocket teacher's templates leave little open: few tokens gain a whole nat.
+LEAK = {"leak_nats": 0.2}
 
 
 def kept(round_dir):
@@ -189,7 +191,7 @@ def naive(student, batches, vocab):
 @pytest.mark.parametrize("name", ["problem", "rewrite", "mixed", "masked"])
 def test_targets_are_those_asked_for(both_dir, tmp_path, name):
     """A step of two packs, against the loss and the gradient by the definition."""
-    more = {"leak_nats": 0.5} if name in ("mixed", "masked") else {}
+    more = LEAK if name in ("mixed", "masked") else {}
     batches, vocab, loss = read(both_dir, targets=name, **more)
     train(
         train_config(
@@ -214,9 +216,11 @@ def test_targets_are_those_asked_for(both_dir, tmp_path, name):
         assert "given_away" not in step
         return
     assert step["given_away"] == pytest.approx(given.mean().item())
-    # Another threshold, by default 1, gives away less.
-    usual, _, _ = read(both_dir, targets=name)
-    assert 0 < torch.cat([batch.given_away for batch in usual]).sum() < given.sum()
+    assert 0.02 < given.mean() < 0.5
+    # By a higher threshold, by default 1, less was given away.
+    usual, one = (read(both_dir, targets=name, **x)[0] for x in ({}, {"leak_nats": 1.0}))
+    assert sum(batch.given_away.sum() for batch in usual) < given.sum()
+    assert all(torch.equal(a.given_away, b.given_away) for a, b in zip(usual, one, strict=True))
     # Each token is taught by the one record or the other.
     problem, rewrite = (read(both_dir, targets=x)[0] for x in ("problem", "rewrite"))
     for batch, without, with_draft in zip(batches, problem, rewrite, strict=True):
@@ -245,7 +249,7 @@ def test_the_default_is_the_problem_and_old_columns_are_enough(both_dir, tmp_pat
 
 
 def test_a_masked_token_teaches_nothing(both_dir):
-    (batch, _), vocab, loss = read(both_dir, targets="masked")
+    (batch, _), vocab, loss = read(both_dir, targets="masked", **LEAK)
     masked = batch.weights == 0
     assert 0 < masked.sum() < len(masked)
     student, teacher = loaded(), loaded(TEACHER)

@@ -63,7 +63,9 @@ class Divergence:
             return 0.0, -(1 - self.beta) * math.log1p(-self.beta)
         if self.name == "skew_kl":
             return 1 - self.alpha, 0.0
-        return self.alpha - 1, -math.log(self.alpha)
+        if self.name == "skew_reverse_kl":
+            return self.alpha - 1, -math.log(self.alpha)
+        assert_never(self.name)
 
     def clip_entries(
         self, terms: Tensor, score: Tensor, log_p: Tensor, log_q: Tensor, clip: float
