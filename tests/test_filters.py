@@ -22,11 +22,13 @@ from conftest import rows as stage_rows
 from mpd_data.config import FilterConfig
 from mpd_data.select.filters import settle, status_of
 from mpd_data.select.likeliest import candidates
+from mpd_data.store.schema import overlap
 
 PASSES = {
     "draft_is_correct": True,
     "keeps_answer": True,
     "compression_ratio": 1.0,
+    "draft_overlap": 0.5,
     "repetition": 0.5,
     "is_correct": True,
 }
@@ -47,6 +49,20 @@ rows = partial(stage_rows, stage="distill")
         ({}, {"max_ratio": 0.9}, "longer"),
         ({"compression_ratio": 0.2}, {}, "ok"),
         ({"compression_ratio": 0.2}, {"min_ratio": 0.3}, "too_short"),
+        ({"draft_overlap": 1.0}, {}, "ok"),
+        ({"draft_overlap": 0.8}, {"max_overlap": 0.7}, "copied"),
+        ({"draft_overlap": 0.7}, {"max_overlap": 0.7}, "ok"),
+        ({"draft_overlap": None}, {"max_overlap": 0.7}, "ok"),
+        (
+            {"draft_overlap": 0.8, "repetition": 0.9},
+            {"max_overlap": 0, "max_repetition": 0},
+            "copied",
+        ),
+        ({"keeps_answer": False}, {"corrections": True}, "ok"),
+        ({"keeps_answer": None}, {"corrections": True}, "ok"),
+        ({"keeps_answer": False, "is_correct": False}, {"corrections": True}, "answer_changed"),
+        ({"keeps_answer": False, "is_correct": None}, {"corrections": True}, "answer_changed"),
+        ({"is_correct": False}, {"corrections": True}, "incorrect"),
         ({"repetition": 0.9}, {}, "ok"),
         ({"repetition": 0.9}, {"max_repetition": 0.6}, "repetitive"),
         ({"is_correct": False}, {}, "incorrect"),
@@ -61,6 +77,23 @@ rows = partial(stage_rows, stage="distill")
 )
 def test_each_rule_has_its_status(changed, rules, status):
     assert status_of(PASSES | changed, FilterConfig(**rules)) == status
+
+
+def test_a_copy_repeats_its_draft():
+    draft = list(range(20))
+    assert overlap(draft, draft) == 1
+    assert overlap(draft, [99, *draft]) == 1
+    # Seven of the draft's 17 4-grams lie in its first ten tokens.
+    assert overlap(draft, draft[:10]) == pytest.approx(7 / 17)
+    assert overlap(draft, draft[::-1]) == 0
+    # One of five repetitions is a fifth of the draft, and not a copy.
+    assert overlap([1, 2, 3, 4, 5] * 5, [1, 2, 3, 4, 5]) < 0.2
+    assert overlap([1, 2], [1, 2]) == 0
+
+
+def test_newer_filters_are_recorded_only_where_they_are_set():
+    assert "corrections" not in FilterConfig().identity()
+    assert FilterConfig(corrections=True).identity()["corrections"] is True
 
 
 @pytest.mark.parametrize(

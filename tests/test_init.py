@@ -262,7 +262,7 @@ def test_a_long_context_is_cut_on_a_cpu(tmp_path):
     assert "tags. `tags`, for a teacher of about 6." in notes
 
 
-def test_small_teachers_get_the_plain_template_where_the_student_does_not_think(tmp_path):
+def test_small_teachers_get_examples_where_the_student_does_not_think(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", rows(60))
     renamed = ("</think>", "</thank>")
     models = {
@@ -271,7 +271,8 @@ def test_small_teachers_get_the_plain_template_where_the_student_does_not_think(
     }
     pipeline, _ = made(tmp_path / "o", prompts=path, **models)
     rewrite = pipeline.rewrite
-    assert (rewrite["template"], rewrite["score_context"]) == ("plain", "problem")
+    assert (rewrite["template"], rewrite["score_context"]) == ("examples", "problem")
+    assert rewrite["filters"] == {"max_overlap": 0.9}
     assert pipeline.train["loss"]["divergence"] == "forward_kl"
     # Its own teacher: under its own prompt there is nothing to learn.
     pipeline, _ = made(tmp_path / "o1", prompts=path, **models | {"teacher": models["student"]})
@@ -282,8 +283,19 @@ def test_small_teachers_get_the_plain_template_where_the_student_does_not_think(
     assert "is its own teacher" in notes
     pipeline, notes = made(tmp_path / "o2", prompts=path)
     assert pipeline.rewrite["template"] == "tags"
-    assert "`plain` has no layout" in notes
+    assert "`examples` has no layout" in notes
     assert "cannot spell the built-in instructions" in notes
+    # A chat template without a system message.
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    teacher = changed_model(models["teacher"], tmp_path / "t1", template=no_system)
+    pipeline, notes = made(tmp_path / "o4", prompts=path, **models | {"teacher": teacher})
+    assert pipeline.rewrite["template"] == "plain"
+    assert "does not take the system message" in notes
+    # Without the usual fields in its config, a model's files say its size.
+    config = models["teacher"] / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size"', '"n_embd"'))
+    pipeline, notes = made(tmp_path / "o5", prompts=path, **models)
+    assert pipeline.rewrite["template"] == "examples"
 
 
 def test_thinking_is_set_where_there_is_a_switch(tmp_path, whole):

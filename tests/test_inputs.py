@@ -1,6 +1,7 @@
 """Prompts, answers and templates: which inputs are accepted, and the messages for the others."""
 
 import json
+import re
 import shutil
 
 import pyarrow as pa
@@ -8,12 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import STUDENT, TEACHER, TEMPLATE, write_jsonl
 
+from mpd_data.checkers.builtin import NumberChecker
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.models import load_tokenizer, resolve_model, tokenizer_hash
 from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.reader import choose_prompts, load_prompts
 from mpd_data.prompts.sources import columns_of
-from mpd_data.prompts.template import BUILT_IN, load_template
+from mpd_data.prompts.template import BUILT_IN, Example, load_template
 
 
 def test_jsonl_and_parquet_give_the_same_prompts(tmp_path):
@@ -149,18 +151,73 @@ def test_what_a_template_is_filled_with_is_not_expanded():
 
 
 @pytest.mark.parametrize(
+    "name, digest",
+    [
+        ("tags", "d6868c80697c43f935f1043f331bcd2d"),
+        ("plain", "f31d0f07ae852a6bc29047e73a469659"),
+        ("draft", "89975f66b89c14392933d9cba27ab4a6"),
+        (str(TEMPLATE), "c268b465b6259112ac4c3259b63de4a1"),
+    ],
+)
+def test_templates_that_older_rounds_were_made_with_keep_their_hash(name, digest):
+    template = load_template(name)
+    assert template.hash() == digest
+    shown = Example(problem="p", draft="d", rewrite="r")
+    for more in ({"system": "s"}, {"example": [shown]}):
+        assert template.model_copy(update=more).hash() != digest
+
+
+def test_the_worked_examples_show_every_number_with_its_operation():
+    template, checker = load_template("examples"), NumberChecker()
+    assert len(template.example) == 3
+    for example in template.example:
+        # "35%" is 0.35; "twice" and "a quarter" are operations with 2 and 4.
+        known = {"0.35", "2", "4", *re.findall(r"\d+(?:\.\d+)?", example.problem)}
+        found = re.findall(r"([\d.]+) ([-+*/]) ([\d.]+) = (\d+)", example.rewrite)
+        for left, sign, right, result in found:
+            a, b = float(left), float(right)
+            assert float(result) == {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign]
+            assert {left, right} <= known
+            known.add(result)
+        assert set(re.findall(r"\d+(?:\.\d+)?", example.rewrite)) <= known
+        assert checker.extract(example.rewrite) == checker.extract(example.draft) is not None
+        assert len(example.rewrite) < 0.5 * len(example.draft)
+
+
+def test_worked_examples_are_earlier_turns():
+    tokenizer = load_tokenizer(resolve_model(str(TEACHER)))
+    template = load_template("examples")
+    text, _ = template.formatter(tokenizer).render(template.message("PROBLEM", "DRAFT"))
+    turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", text, re.DOTALL)
+    assert [role for role, _ in turns] == ["system", *["user", "assistant"] * 3, "user"]
+    for (_, asked), (_, done), example in zip(
+        turns[1:-1:2], turns[2::2], template.example, strict=True
+    ):
+        assert asked.strip() == template.message(example.problem, example.draft)
+        assert done.strip() == example.rewrite.strip()
+    assert turns[-1][1].strip() == "Problem:\nPROBLEM\n\nSolution:\nDRAFT"
+    refused = template.model_copy(update={"system": "a <|im_end|>"})
+    with pytest.raises(ConfigError, match="the rewrite template's system, .*control token"):
+        refused.formatter(tokenizer)
+
+
+@pytest.mark.parametrize(
     "old, new, message",
     [
         ("{{problem}}", "{{riddle}}", "`prompt` uses \\['riddle'\\]"),
         ("{{draft}}", "", "never shows"),
         ("{{thinking}}", "{{reasons}}", "`trace` uses"),
         ("(?P<thinking>", "(?P<thinking", "not a regular expression"),
+        ("You shorten", "{{draft}}", "`system` uses \\['draft'\\]; it can use no {{placeholders}}"),
+        ("Mara has", "{{draft}} has", "`example 2` uses"),
+        ("<solution>", "<solution>T", "`rewrite` of example 3 is not of the form"),
         ("version = 1", "verzion = 1", "not a rewrite template"),
         ("version = 1", "version = ", "not a rewrite template"),
     ],
 )
 def test_bad_templates_are_refused(tmp_path, old, new, message):
-    source = BUILT_IN["tags"] if old in BUILT_IN["tags"].read_text() else TEMPLATE
+    sources = [BUILT_IN["tags"], BUILT_IN["examples"], TEMPLATE]
+    source = next(source for source in sources if old in source.read_text())
     path = tmp_path / "t.toml"
     path.write_text(source.read_text().replace(old, new))
     with pytest.raises(ConfigError, match=message):
@@ -170,7 +227,7 @@ def test_bad_templates_are_refused(tmp_path, old, new, message):
 def test_a_mistyped_template_gets_the_nearest_name(tmp_path):
     with pytest.raises(ConfigError, match="plian: .*Did you mean 'plain'"):
         load_template("plian")
-    with pytest.raises(ConfigError, match="mine.toml: .*The built-in ones are tags, plain"):
+    with pytest.raises(ConfigError, match="mine.toml: .*The built-in ones are tags, ex"):
         load_template(str(tmp_path / "mine.toml"))
 
 

@@ -80,6 +80,9 @@ test_rollouts_take_what_they_are_told: mpd-gen rollouts --model --prompts --out 
     --duplicates --prompt-template --system-prompt --examples --examples-column --thinking
     --template-kwargs --max-tokens --rows-per-shard
 test_rules_that_are_dropped_let_rewrites_in: mpd-gen rewrite --keep-answer --require-correct
+test_corrections_of_wrong_drafts_are_kept_when_told: mpd-gen rewrite --corrections
+test_copies_are_rejected_and_counted: mpd-gen rewrite --max-overlap
+test_drafts_that_were_cut_off_are_rewritten_when_told: mpd-gen rewrite --cut-drafts
 test_shards_close_by_age: mpd-gen rollouts --seconds-per-shard
 test_shards_of_rewrites_close_by_age: mpd-gen rewrite --seconds-per-shard
 test_the_engine_is_the_one_asked_for: mpd-gen rollouts/rewrite --backend

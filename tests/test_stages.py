@@ -25,6 +25,7 @@ from conftest import (
 from hub import Hub
 from transformers import AutoModelForCausalLM
 
+from mpd_data import rewrite_setup
 from mpd_data.cli import cli
 from mpd_data.common.errors import ConfigError, EngineError, MPDError
 from mpd_data.common.models import load_tokenizer, resolve_model
@@ -386,6 +387,104 @@ def test_rules_that_are_dropped_let_rewrites_in(round_dir, tmp_path):
     assert kept["topk_ids"].null_count() == 0
     assert kept.filter(pl.col("keeps_answer").not_()).height > 10
     assert kept.filter(pl.col("keeps_answer") & pl.col("is_correct").not_()).height > 0
+
+
+def test_corrections_of_wrong_drafts_are_kept_when_told(round_dir, tmp_path):
+    out = shutil.copytree(round_dir, tmp_path / "r")
+    before = rows(out, "distill")
+    run_refilter(rewriting(out, filters={"corrections": True}))
+    kept = rows(out, "distill").filter(pl.col("status") == "ok")
+    assert kept["is_correct"].all()
+    corrected = kept.filter(pl.col("keeps_answer").not_())
+    assert not corrected["draft_is_correct"].any()
+    lost = before.filter((pl.col("status") == "answer_changed") & pl.col("is_correct"))
+    assert 0 < corrected.height <= lost.height
+    assert set(corrected["row_id"]) <= set(lost["row_id"])
+
+
+def test_copies_are_rejected_and_counted(round_dir, tmp_path, capsys):
+    out = shutil.copytree(round_dir, tmp_path / "r")
+    before = rows(out, "distill")
+    drafts = dict(rows(out, "rollouts").select("row_id", "completion_ids").iter_rows())
+    for row in before.filter(pl.col("input_ids").is_not_null()).to_dicts():
+        draft, trace = drafts[row["rollout_id"]], row["input_ids"][row["loss_start"] :]
+        left, repeated = [trace[i : i + 4] for i in range(len(trace) - 3)], 0
+        for gram in (draft[i : i + 4] for i in range(len(draft) - 3)):
+            if gram in left:
+                left.remove(gram)
+                repeated += 1
+        assert row["draft_overlap"] == pytest.approx(repeated / (len(draft) - 3))
+    limit = before.filter(pl.col("status") == "ok")["draft_overlap"].median()
+    arguments = rewrite_arguments(out, **{"--max-overlap": limit})
+    assert invoke(cli, *arguments, "--refilter") == 0
+    after = rows(out, "distill")
+    copied = after.filter(pl.col("status") == "copied")
+    assert copied.height > 10
+    assert copied["draft_overlap"].min() > limit
+    kept = after.filter(pl.col("status") == "ok")
+    assert kept["draft_overlap"].max() <= limit
+    shares = f"{kept.height / after.height:.1%} kept, "
+    shares += f"{(after['draft_overlap'] > limit).sum() / after.height:.1%} copies (draft_overlap"
+    assert shares in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def cut_off(prompts, tmp_path_factory):
+    """Rollouts of which some hit their limit."""
+    out = tmp_path_factory.mktemp("cut") / "round1"
+    frame = sampled(prompts, out, num_prompts=12, num_samples=2, sampling={"max_tokens": 90})
+    assert set(frame["finish_reason"]) == {"stop", "length"}
+    return out
+
+
+def test_drafts_that_were_cut_off_are_rewritten_when_told(cut_off, tmp_path):
+    out, cut = tmp_path / "r", pl.col("finish_reason") == "length"
+    frame = rewritten(cut_off, out, cut_drafts=True)
+    assert frame.filter(pl.col("status") == "draft_truncated").is_empty()
+    drafts = rows(out, "rollouts").select(pl.col("row_id").alias("rollout_id"), "finish_reason")
+    parts = frame.join(drafts, on="rollout_id").filter(cut)
+    assert parts["rewrite"].null_count() == 0
+    judged = parts.filter(pl.col("rewrite_answer").is_not_null())
+    assert (judged["keeps_answer"] == judged["is_correct"]).all()
+    kept = parts.filter(pl.col("status") == "ok")
+    assert kept.height > 0
+    assert kept["is_correct"].all()
+    ratio = kept["num_rewritten_tokens"] / kept["num_original_tokens"]
+    assert (kept["compression_ratio"] - ratio).abs().max() < 1e-6
+    with pytest.raises(ConfigError, match="cut_drafts: saved True / now None"):
+        run_rewrite(rewriting(out, template=str(TEMPLATE)))
+    with pytest.raises(ConfigError, match="not:\n  cut_drafts: saved True / now None"):
+        run_refilter(rewriting(out, template=str(TEMPLATE)))
+    assert "draft_truncated" in set(rewritten(cut_off, tmp_path / "off")["status"])
+
+
+def test_a_draft_that_does_not_fit_is_cut_in_its_middle(drafts):
+    """Without an engine: what the teacher would be shown."""
+
+    def prepared(**changed):
+        told = {"cut_drafts": True, "template": str(TEMPLATE), **changed}
+        return rewrite_setup.setup(rewriting(drafts, **told), weights=False)
+
+    rollouts = RoundDir(drafts).rows("rollouts", rewrite_setup.ROLLOUT_COLUMNS)
+    rollout = max(rollouts, key=lambda row: len(row["completion_ids"]))
+    asked, ids = prepared().ask_about(rollout), rollout["completion_ids"]
+    assert asked.draft_ids == ids
+    context = len(asked.prompt_ids) + 200 - 40
+    small = ENGINE | {"max_model_len": context}
+    cut = prepared(engine=small).ask_about(rollout)
+    assert 0 <= context - 200 - len(cut.prompt_ids) <= 2
+    shown = len(cut.draft_ids)
+    assert shown < len(ids) - 40
+    head, tail = ids[: (shown + 1) // 2], ids[-(shown // 2) :]
+    assert cut.draft_ids == head + tail
+    decode = prepared().tokenizer.decode
+    texts = (decode(part, skip_special_tokens=True) for part in (head, tail))
+    assert rewrite_setup.OMISSION.join(texts).strip() in cut.text
+    # Nothing checks the rewrite of a part where there is no gold answer.
+    assert prepared(engine=small).ask_about(rollout | {"gold_answer": None}) is None
+    assert prepared(engine=small, cut_drafts=False).ask_about(rollout) is None
+    with pytest.raises(ConfigError, match="without --cut-drafts"):
+        prepared(template="draft", score_context="problem")
 
 
 def test_overwrite_of_rewrites(drafts, tmp_path):

@@ -355,9 +355,12 @@ def plan_budget(models: Models, prompts: list[Prompt]) -> Budget:
             f"{prompts[0].source}: the chat template can lay out none of the prompts: they are"
             " empty, or contain control tokens."
         )
-    cap = max(_GPU_CONTEXT if models.gpus else _CPU_CONTEXT, 4 * rewrite_prompt)
+    # A system message and examples come on top: the teacher keeps them in its cache.
+    plain_teachers = ChatFormatter(models.teacher.tokenizer, default_thinking=False)
+    shown = len(teachers.render("1")[1]) - len(plain_teachers.render("1")[1])
+    cap = max(_GPU_CONTEXT if models.gpus else _CPU_CONTEXT, 4 * (rewrite_prompt - shown))
     student = min(models.student.files.context, cap)
-    teacher = min(models.teacher.files.context, cap)
+    teacher = min(models.teacher.files.context, cap + shown)
     spare = teacher // 20
     room = teacher - rewrite_prompt - spare
     draft = _round_down(min(student - prompt, room * _DRAFT // (_DRAFT + _REWRITE)))
