@@ -207,7 +207,8 @@ def _by_group(
         chosen = values["group"].eq_missing(value)
         sides = [side.filter(chosen) for side in (left, right)]
         means = {"base": _means(sides[0]), "new": _means(sides[1])}
-        groups.append({"group": value, "problems": sides[0].height, **means, **paired(*sides)})
+        group = {"group": value, "problems": sides[0].height, **means}
+        groups.append(group | paired(sides[0], sides[1]))
     return groups
 
 

@@ -215,7 +215,7 @@ class _Planner:
         draft = drafts.config.sampling.max_tokens
         room = config.sampling.max_tokens if asks else draft
         # The filter rejects a longer one.
-        rewrite = min(room, int(config.filters.max_ratio * draft))
+        rewrite = min(room, int(config.filters.largest_ratio * draft))
         notes, in_all, teachers = [], 0, f"the teacher's context of {setup.context:,}"
         if asks:
             in_all = longest_asked + draft + room
