@@ -23,7 +23,11 @@ ODD_FOLDER = f"round[1]{HOSTILE}\n with a name that is longer than its column"
 
 
 def rows(folder):
-    return all_rows(folder).to_dicts()
+    return rows_of(folder, "rollouts")
+
+
+def rows_of(folder, stage):
+    return all_rows(folder, stage).to_dicts()
 
 
 def lengthen(row):
@@ -285,6 +289,73 @@ def test_of_equally_hard_problems_the_hash_decides():
     problems = pl.DataFrame({"prompt_id": names, "accuracy": [0.5, 0.5, 0.5, 1.0]})
     first, second, _ = sorted("abc", key=content_key)
     assert hard_third(problems) == hard_third(problems.reverse()) == [first, second]
+
+
+def test_a_saving_that_moves_behind_the_thinking_shows(round_dir, tmp_path):
+    moved = shutil.copytree(round_dir, tmp_path / "moved")
+
+    def half_the_thinking_is_answer(row):
+        row["num_thinking_tokens"] -= row["num_thinking_tokens"] // 2
+
+    edit_rows(moved, "rollouts", half_the_thinking_is_answer)
+    result = compare(round_dir, moved)
+    assert result["token_reduction"] == 0
+    assert result["token_reduction_interval"] == [0, 0]
+    for side, folder in (("base", round_dir), ("new", moved)):
+        frame = all_rows(folder)
+        thinking = frame["num_thinking_tokens"]
+        assert result[side]["thinking_tokens"] == pytest.approx(thinking.mean())
+        answer = (frame["num_completion_tokens"] - thinking).mean()
+        assert result[side]["answer_tokens"] == pytest.approx(answer)
+    base, new = result["base"], result["new"]
+    saved = 1 - new["thinking_tokens"] / base["thinking_tokens"]
+    assert result["thinking_reduction"] == pytest.approx(saved) == pytest.approx(0.5, abs=0.02)
+    low, high = result["answer_reduction_interval"]
+    assert low < result["answer_reduction"] < high < -1
+    said = run("mpd-gen", "compare", round_dir, moved).stdout
+    assert f"of the thinking part saved {100 * saved:.1f}% [" in said
+    assert "thinking" in said.splitlines()[0]
+    table = round_stats([moved])["thinking_and_answer"]
+    assert [row["traces"] for row in table] == ["rollouts", "kept rewrites"]
+    for row, stage, tokens in zip(
+        table, ("rollouts", "distill"), ("completion", "rewritten"), strict=True
+    ):
+        rows_ = [r for r in rows_of(moved, stage) if r.get("status", "ok") == "ok"]
+        assert row["samples"] == len(rows_)
+        assert row["thinking_tokens"] == pytest.approx(
+            fmean(r["num_thinking_tokens"] for r in rows_)
+        )
+        all_tokens = fmean(r[f"num_{tokens}_tokens"] for r in rows_)
+        assert row["thinking_tokens"] + row["answer_tokens"] == pytest.approx(all_tokens)
+        assert row["thinking_share"] == pytest.approx(row["thinking_tokens"] / all_tokens)
+    # A model without a thinking part has neither.
+    for side in (round_dir, moved):
+        bare = shutil.copytree(side, tmp_path / "bare" / side.name)
+        edit_rows(bare, "rollouts", lambda row: row.update(num_thinking_tokens=None))
+        edit_rows(bare, "distill", lambda row: row.update(num_thinking_tokens=None))
+    sides = [tmp_path / "bare" / side.name for side in (round_dir, moved)]
+    assert compare(*sides)["answer_reduction"] is None
+    assert "thinking" not in run("mpd-gen", "compare", *sides).stdout
+    assert "thinking_and_answer" not in round_stats(sides)
+
+
+def test_stats_show_a_set_that_is_biased_to_easy_problems(round_dir):
+    by_prompt, kept = defaultdict(list), defaultdict(int)
+    for row in rows(round_dir):
+        by_prompt[row["prompt_id"]].append(row["is_correct"])
+    for row in rows_of(round_dir, "distill"):
+        kept[row["prompt_id"]] += row["status"] == "ok"
+    of_right = ["0", "(0, 1/3]", "(1/3, 2/3]", "(2/3, 1)", "1"]  # of four samples
+    table = round_stats([round_dir])["difficulty"]
+    assert [row["pass_rate"] for row in table] == of_right
+    for right, row in enumerate(table):
+        chosen = [prompt for prompt, found in by_prompt.items() if sum(found) == right]
+        assert row["problems"] == len(chosen)
+        assert row["drafts"] == 4 * len(chosen)
+        assert row["kept"] == sum(kept[prompt] for prompt in chosen)
+        assert row["drafts_share"] == pytest.approx(row["drafts"] / 240)
+        assert row["kept_share"] == pytest.approx(row["kept"] / sum(kept.values()))
+    assert table[-1]["kept_share"] > table[-1]["drafts_share"]
 
 
 def test_intervals_of_few_problems_come_with_a_warning(round_dir):

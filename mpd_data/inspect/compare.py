@@ -30,14 +30,21 @@ _SEED = 0
 # What `paired` returns, each with its 95% interval.
 DIFFERENCES = (
     "token_reduction", "token_reduction_interval", "accuracy_difference",
-    "accuracy_difference_interval",
+    "accuracy_difference_interval", "thinking_reduction", "thinking_reduction_interval",
+    "answer_reduction", "answer_reduction_interval",
 )  # fmt: skip
 
 
+# Mean tokens of the thinking part and of what follows it; null if that is not known of a row.
+_KNOWN = pl.when(pl.col("num_thinking_tokens").null_count() == 0)
+_THINKING = _KNOWN.then(pl.col("num_thinking_tokens").mean())
+_ANSWER = _KNOWN.then((pl.col("num_completion_tokens") - pl.col("num_thinking_tokens")).mean())
+
+
 def per_problem(path: Path, half: int | None = None) -> pl.DataFrame:
-    """Return `samples`, mean `accuracy` and mean `tokens` of each prompt, sorted by its id. `half`:
-    of the samples with an even (0) or odd (1) number only. Raise ConfigError if there are no
-    rollouts."""
+    """Return `samples`, mean `accuracy`, mean `tokens`, and those of the `thinking` part and of the
+    `answer` after it, of each prompt, sorted by its id. `half`: of the samples with an even (0) or
+    odd (1) number only. Raise ConfigError if there are no rollouts."""
     samples = scan_round(path)
     if half is not None:
         samples = samples.filter(pl.col("sample_idx") % 2 == half)
@@ -45,6 +52,8 @@ def per_problem(path: Path, half: int | None = None) -> pl.DataFrame:
         pl.len().alias("samples"),
         pl.col("is_correct").cast(pl.Float64).mean().alias("accuracy"),
         pl.col("num_completion_tokens").cast(pl.Float64).mean().alias("tokens"),
+        _THINKING.cast(pl.Float64).alias("thinking"),
+        _ANSWER.cast(pl.Float64).alias("answer"),
     )
     return collect(means.sort("prompt_id"))
 
@@ -76,7 +85,8 @@ def on_hard_third(base: Path, new: Path) -> tuple[pl.DataFrame, pl.DataFrame, pl
             for half, other in (halves, halves[::-1])
         ]
         by_problem = pl.concat(chosen).group_by("prompt_id")
-        sides.append(by_problem.agg(pl.all().sum(), times=pl.len()).sort("prompt_id"))
+        columns = pl.col("samples", "accuracy", "tokens").sum()
+        sides.append(by_problem.agg(columns, times=pl.len()).sort("prompt_id"))
     left, right = sides
     return left.drop("times"), right.drop("times"), left["times"]
 
@@ -102,13 +112,20 @@ def _resampled_means(columns: list[npt.NDArray[np.float64]]) -> list[npt.NDArray
 
 def evaluate(path: Path) -> dict[str, Any]:
     """Return accuracy (avg@n) and tokens of one set of rollouts with 95% bootstrap intervals over
-    problems, median tokens, and the truncated fraction. Accuracy is None if a prompt has no gold
-    answer."""
+    problems, median tokens, mean tokens of the thinking part and of the answer after it, and the
+    truncated fraction. Accuracy is None if a prompt has no gold answer; the two parts are None for
+    a model without a thinking part."""
     problems = per_problem(path)
     lengths = pl.col("num_completion_tokens")
     truncated = (pl.col("finish_reason") == "length").mean()
-    whole = scan_round(path).select(lengths.mean(), truncated, median=lengths.median())
-    mean_tokens, truncated_fraction, median_tokens = collect(whole).row(0)
+    whole = scan_round(path).select(
+        mean=lengths.mean(),
+        truncated=truncated,
+        median=lengths.median(),
+        thinking=_THINKING,
+        answer=_ANSWER,
+    )
+    mean_tokens, truncated_fraction, median_tokens, thinking, answer = collect(whole).row(0)
     graded = problems["accuracy"].null_count() == 0
     columns = ["tokens", "accuracy"] if graded else ["tokens"]
     tokens, *accuracy = _resampled_means([problems[name].to_numpy() for name in columns])
@@ -120,16 +137,19 @@ def evaluate(path: Path) -> dict[str, Any]:
         "mean_tokens": mean_tokens,
         "mean_tokens_interval": _interval(tokens),
         "median_tokens": median_tokens,
+        "thinking_tokens": thinking,
+        "answer_tokens": answer,
         "truncated": truncated_fraction,
     }
 
 
 def compare(base: str | Path, new: str | Path, by: str | None = None) -> dict[str, Any]:
     """Return `evaluate` of both sides, the accuracy difference (new - base) and the fraction of
-    tokens saved (1 - new / base), each with a paired 95% bootstrap interval over problems (None for
-    a single problem). With `by`, a key of the rollouts' metadata, `groups` has the same for the
-    problems of each value. `hard_third` has the same for the problems that the base solves least
-    often; None without gold answers, and if the base has one sample of each problem.
+    tokens saved (1 - new / base), also of the thinking part and of the answer after it, each with a
+    paired 95% bootstrap interval over problems (None for a single problem). With `by`, a key of the
+    rollouts' metadata, `groups` has the same for the problems of each value. `hard_third` has the
+    same for the problems that the base solves least often; None without gold answers, and if the
+    base has one sample of each problem.
 
     Raise ConfigError unless both were sampled on the same prompts, and if no rollout has the key
     `by` or the two sides have different values for one prompt.
@@ -167,15 +187,23 @@ def paired(
 ) -> dict[str, Any]:
     """Return the differences between two frames of `per_problem`, as in `compare`. Both have the
     same problems in the same order. `times`: for frames of `on_hard_third`."""
-    graded = left["accuracy"].null_count() == 0 and right["accuracy"].null_count() == 0
-    names = ["tokens", "accuracy"] if graded else ["tokens"]
-    columns = [side[name].to_numpy() for name in names for side in (left, right)]
+    known = [
+        name
+        for name in ("tokens", "accuracy", "thinking", "answer")
+        if all(name in side and side[name].null_count() == 0 for side in (left, right))
+    ]
+    columns = [side[name].to_numpy() for name in known for side in (left, right)]
     columns.append(np.ones(left.height) if times is None else times.to_numpy())
 
     def differences_of(means: list[Any]) -> dict[str, Any]:
         *sums, count = means
-        found = {"token_reduction": 1 - sums[1] / sums[0]}
-        return found | ({"accuracy_difference": (sums[3] - sums[2]) / count} if graded else {})
+        found = {}
+        for name, old, new in zip(known, sums[::2], sums[1::2], strict=True):
+            if name == "accuracy":
+                found["accuracy_difference"] = (new - old) / count
+            elif np.all(old > 0):  # nothing can be saved of a part that the base does not have
+                found[f"{name.removesuffix('s')}_reduction"] = 1 - new / old
+        return found
 
     result: dict[str, Any] = dict.fromkeys(DIFFERENCES)
     result |= {k: float(v) for k, v in differences_of([c.mean() for c in columns]).items()}
@@ -258,6 +286,7 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
                 "mean tokens [95%]": "{:.1f} [{:.1f}, {:.1f}]".format(
                     side["mean_tokens"], *side["mean_tokens_interval"]
                 ),
+                **_part_cells(sides, side),
                 "median": side["median_tokens"],
                 "truncated": f"{100 * side['truncated']:.2f}%",
                 "problems": side["problems"],
@@ -266,6 +295,13 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
             for label, side in sides.items()
         ]
     )
+
+
+def _part_cells(sides: dict[str, dict[str, Any]], side: dict[str, Any]) -> dict[str, float | None]:
+    """Return the cells of thinking and answer tokens, where any of `sides` has them."""
+    if all(other["thinking_tokens"] is None for other in sides.values()):
+        return {}
+    return {"thinking": side["thinking_tokens"], "answer": side["answer_tokens"]}
 
 
 def side_by_side(result: dict[str, Any]) -> dict[str, str]:
@@ -299,6 +335,9 @@ def verdict(result: dict[str, Any]) -> str:
     """Return the paired differences of `compare` in a sentence, with what limits them."""
     saved, gain = _estimate(result, "token_reduction"), _estimate(result, "accuracy_difference")
     line = f"tokens saved {saved}, accuracy difference in points {gain} (paired bootstrap)"
+    if result["answer_reduction"] is not None:
+        parts = (_estimate(result, f"{part}_reduction") for part in ("thinking", "answer"))
+        line += "\nof the thinking part saved {}, of the answer after it {}".format(*parts)
     problems = result["base"]["problems"]
     if problems < MIN_PROBLEMS:
         line += (
