@@ -48,6 +48,7 @@ def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
         "base": sets[names[0]]["base"],
         "rounds": rounds,
         "final": rounds[-1],
+        "round_settings": [pipeline.changes(r) for r in range(1, last + 1)],
         **{name: sets[names[0]][name] for name in comparison.DIFFERENCES},
         "sets": sets,
     }
@@ -176,7 +177,10 @@ def cli(
             click.echo(f"This is the first of {seeds} seeds.", err=True)
         return
     if seeds is None:
-        show(summary := run_pipeline(load_pipeline(pipeline, overrides), out))
+        loaded = load_pipeline(pipeline, overrides)
+        show(summary := run_pipeline(loaded, out))
+        for line in loaded.changes_text():
+            click.echo(line)
         click.echo(f"wrote {out / 'summary.json'} and {out / 'lengths.png'}", err=True)
         click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
         if summary["failed_rows"]:

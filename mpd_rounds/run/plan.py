@@ -86,7 +86,7 @@ def plan_pipeline(
     second of a stage (rollouts, rewrite, train), in place of the recorded ones. Raise what a stage
     would raise before it starts its engine."""
     planner = _Planner(pipeline, out)
-    result = PipelinePlan(out)
+    result = PipelinePlan(out, notes=pipeline.changes_text())
     planner.evaluate(result, 0)
     for round_ in range(1, pipeline.rounds + 1):
         planner.train(result, round_)
