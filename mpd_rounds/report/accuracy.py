@@ -146,7 +146,7 @@ def _hard_tables(
     if rows:
         yield Table(
             f"{name}: the hard third",
-            [*heads, "accuracy, base", "now", "against base", "tokens, base", "now",
+            [*heads, "accuracy, base", "accuracy", "against base", "tokens, base", "tokens",
              "saved [95%]", "problems"],
             rows,
             len(heads),
@@ -170,7 +170,7 @@ def _part_tables(
     if rows:
         yield Table(
             f"{name}: thinking and answer",
-            [*heads, "thinking tokens", "saved [95%]", "answer tokens", "saved [95%]"],
+            [*heads, "thinking tokens", "saved of them", "answer tokens", "saved of these"],
             rows,
             len(heads),
             "The thinking part ends with its closing tag." if explained else "",
