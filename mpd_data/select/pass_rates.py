@@ -34,8 +34,8 @@ def _hashes(prompt_ids: pl.Series) -> pl.Series:
 @dataclass(frozen=True)
 class PassRates:
     """The pass rates of a round's prompts, and the rollouts that wait. The rollouts, those of the
-    shards at `paths`, are read at the first question. Memory: 32 bytes for each prompt; about 60 for
-    each rollout while they are read."""
+    shards at `paths`, are read at the first question. Memory: 32 bytes for each prompt, and about
+    60 for each rollout while they are read."""
 
     round_dir: RoundDir
     paths: list[Path]
