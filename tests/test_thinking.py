@@ -22,7 +22,7 @@ def pocket():
 
 def spelling(template):
     """A tokenizer that spells the tag by several tokens."""
-    text = ["2 + 2 = 4 . think > answer </ thi nk >4"] * 3
+    text = [r"2 + 2 = 4 . think > answer </ thi nk>\boxed"] * 3
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(text, vocab_size=300, min_frequency=2, show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, chat_template=template)
@@ -56,9 +56,8 @@ def test_thinking_ends_with_its_last_closing_tag(tokenizer, thinking, answer):
 
 def test_a_token_that_spans_both_parts_is_thinking():
     tokenizer = spelling(OPENS)
-    thinking, answer = counted(tokenizer, "<think> 2 </think>4")
-    assert ">4" in tokenizer.get_vocab()
-    assert (thinking, answer) == ("<think> 2 </think>4", "")
+    assert ">\\" in tokenizer.get_vocab()
+    assert counted(tokenizer, "<think> 2 </think>\\boxed") == ("<think> 2 </think>\\", "boxed")
 
 
 def test_a_prompt_may_open_the_thinking_and_a_model_may_have_none():
