@@ -293,6 +293,12 @@ class FilterConfig(Strict):
     Below 1, later rounds keep few rewrites."""
     min_ratio: float = Field(0.0, ge=0)
     """Shortest rewrite to keep, as a multiple of its draft's tokens."""
+    max_ratio_hard: float | None = Field(None, gt=0)
+    """--max-ratio of a problem that the student never solves. --max-ratio is then that of one that
+    it always solves; between them the ratio is linear in the share of right rollouts. Default: the
+    same for all."""
+    min_ratio_hard: float | None = Field(None, ge=0)
+    """--min-ratio of a problem that the student never solves, likewise."""
     max_repetition: float = Field(1.0, ge=0, le=1)
     """Largest fraction of repeated 4-grams in a rewrite to keep."""
     max_overlap: float | None = Field(None, ge=0, le=1)
@@ -303,6 +309,11 @@ class FilterConfig(Strict):
         """Return what a round records. It leaves `corrections` out while it is off: rounds that
         were begun before it existed resume."""
         return self.model_dump(exclude=None if self.corrections else {"corrections"})
+
+    @property
+    def largest_ratio(self) -> float:
+        """The longest rewrite of any problem, as a multiple of its draft's tokens."""
+        return max(self.max_ratio, self.max_ratio_hard or 0.0)
 
 
 class RewriteConfig(Strict):

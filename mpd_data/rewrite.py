@@ -13,6 +13,7 @@ choice follows after the teacher's engine has ended.
 import functools
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,9 +24,11 @@ from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores,
 from mpd_data.engines.scores import score_columns, scoring_contexts
 from mpd_data.engines.start import start_engine
 from mpd_data.prompts.chat import PromptError
+from mpd_data.prompts.thinking import ThinkingCounter
 from mpd_data.rewrite_setup import OMISSION, ROLLOUT_COLUMNS, RewriteSetup, setup, thinks
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import choose_rewrites
+from mpd_data.select.pass_rates import PassRates
 from mpd_data.select.second_pass import put_in_place
 from mpd_data.stage import CheckedRun, Outcome, open_round, open_run
 from mpd_data.store.locks import WHOLE
@@ -74,8 +77,16 @@ def distill(
     config, student, k = prepared.config, prepared.student, prepared.engine_k
     round_dir, part = RoundDir(config.shards), config.parts.part
     with open_round(round_dir, "distill", config, prepared.identity, overwrite) as opened:
-        missing = part.share(opened.rollouts - opened.done)
-        existing = part.share(opened.rollouts) - missing
+        rates = PassRates(round_dir, round_dir.shard_paths("rollouts"))
+        unfinished = opened.rollouts - opened.done
+        existing = part.share(opened.rollouts) - part.share(unfinished)
+        missing = part.share(unfinished - rates.waiting)
+        if waiting := part.share(unfinished) - missing:
+            print(
+                f"{config.shards}: {waiting:,} rollouts wait until all samples of their prompts are"
+                " there. Finish mpd-gen rollouts, then run this command again.",
+                file=sys.stderr,
+            )
         count = missing if limit is None else min(limit, missing)
         written = failed = 0
         if count:
@@ -83,7 +94,7 @@ def distill(
             total = existing + count
             with open_run(opened, prepared.metadata(), checker, formats, total) as run:
                 run.progress.skip(existing)
-                job = RewriteJob(prepared, run)
+                job = RewriteJob(prepared, run, rates)
                 run.work(
                     itertools.islice(job.submissions(), limit),
                     job.take,
@@ -122,6 +133,7 @@ class RewriteJob:
 
     prepared: RewriteSetup
     run: CheckedRun
+    rates: PassRates
     # By the key of a request that the engine has: a row's id, for a second score WITH_DRAFT and it.
     _groups: dict[str, Group] = field(default_factory=dict)
 
@@ -129,11 +141,15 @@ class RewriteJob:
     def _control_ids(self) -> set[int]:
         return set(self.prepared.tokenizer.all_special_ids)
 
+    @functools.cached_property
+    def _thinking(self) -> ThinkingCounter:
+        return ThinkingCounter(self.prepared.tokenizer)
+
     def submissions(self) -> Iterator[Callable[[], None]]:
-        """Yield a call that begins each rollout without rewrites."""
+        """Yield a call that begins each rollout without rewrites, if it need not wait."""
         opened, part = self.run.opened, self.prepared.config.parts.part
         for rollout in opened.round_dir.rows("rollouts", ROLLOUT_COLUMNS, done=opened.done):
-            if part.holds(rollout["row_id"]):
+            if part.holds(rollout["row_id"]) and rollout["row_id"] not in self.rates.waiting:
                 yield functools.partial(self._begin, rollout)
 
     # -- rewriting --------------------------------------------------------------------
@@ -141,10 +157,10 @@ class RewriteJob:
     def _begin(self, rollout: dict[str, Any]) -> None:
         """Ask the teacher to rewrite a rollout, or finish it when there is nothing to ask."""
         run, config = self.run, self.prepared.config
-        rows = {}
+        rows, pass_rate = {}, self.rates.of(rollout["prompt_id"])
         for index in range(config.num_candidates):
             row_id = distill_key(rollout["row_id"], index, self.prepared.row_identity)
-            rows[row_id] = _new_row(row_id, index, rollout)
+            rows[row_id] = _new_row(row_id, index, rollout, pass_rate)
         group = Group(rollout, rows)
         if rollout["finish_reason"] == "length" and not self.prepared.takes_parts(rollout):
             self._finish_without_rewrite(group, "draft_truncated")
@@ -201,7 +217,7 @@ class RewriteJob:
         (row_id,) = group.rows
         row = group.rows[row_id]
         row |= {"rewrite": rollout["completion"], "rewrite_finish_reason": "stop"}
-        row |= _trace_columns(rollout, rollout["completion_ids"])
+        row |= self._trace_columns(rollout, rollout["completion"], rollout["completion_ids"])
         group.unjudged.add(row_id)
         self._check(group, row_id, rollout["completion"])
 
@@ -229,11 +245,23 @@ class RewriteJob:
             # The teacher wrote a control token as text; as an id it would end or restart the turn.
             row["status"] = "malformed"
             return None
-        row |= _trace_columns(rollout, ids)
+        row |= self._trace_columns(rollout, rest, ids)
         row["draft_overlap"] = overlap(group.draft_ids, ids)
         if self.prepared.config.score_context != "problem":
             row["teacher_prompt_ids"] = group.teacher_prompt_ids
         return trace
+
+    def _trace_columns(self, rollout: dict[str, Any], trace: str, ids: list[int]) -> dict[str, Any]:
+        """Return the columns of a distill row that follow from its trace, as text and as `ids`,
+        end token included."""
+        return {
+            "num_rewritten_tokens": len(ids),
+            "num_thinking_tokens": self._thinking.count(rollout["prompt"], trace, ids),
+            "compression_ratio": len(ids) / rollout["num_completion_tokens"],
+            "repetition": repetition(ids),
+            "loss_start": len(rollout["prompt_ids"]),
+            "input_ids": rollout["prompt_ids"] + ids,
+        }
 
     # -- checking and choosing --------------------------------------------------------
 
@@ -310,7 +338,9 @@ class RewriteJob:
         self.run.failures.add(row_id, group.rollout["prompt_id"], message)
 
 
-def _new_row(row_id: str, candidate_idx: int, rollout: dict[str, Any]) -> dict[str, Any]:
+def _new_row(
+    row_id: str, candidate_idx: int, rollout: dict[str, Any], pass_rate: float | None
+) -> dict[str, Any]:
     """Return a distill row before its rewrite: what it takes from its rollout, and nulls."""
     return dict.fromkeys(DISTILL_SCHEMA.names) | {
         "row_id": row_id,
@@ -320,15 +350,5 @@ def _new_row(row_id: str, candidate_idx: int, rollout: dict[str, Any]) -> dict[s
         "candidate_idx": candidate_idx,
         "draft_is_correct": rollout["is_correct"],
         "num_original_tokens": rollout["num_completion_tokens"],
-    }
-
-
-def _trace_columns(rollout: dict[str, Any], ids: list[int]) -> dict[str, Any]:
-    """Return the columns of a distill row that follow from its trace `ids`, end token included."""
-    return {
-        "num_rewritten_tokens": len(ids),
-        "compression_ratio": len(ids) / rollout["num_completion_tokens"],
-        "repetition": repetition(ids),
-        "loss_start": len(rollout["prompt_ids"]),
-        "input_ids": rollout["prompt_ids"] + ids,
+        "pass_rate": pass_rate,
     }

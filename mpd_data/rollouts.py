@@ -22,6 +22,7 @@ from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores,
 from mpd_data.engines.start import context_of, start_engine
 from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.reader import Prompt, choose_prompts, fill_prompt, load_examples, load_prompts
+from mpd_data.prompts.thinking import ThinkingCounter
 from mpd_data.stage import CheckedRun, Outcome, model_of, open_round, open_run
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
@@ -222,6 +223,10 @@ class RolloutJob:
     run: CheckedRun
     _requests: dict[str, Request] = field(default_factory=dict)
 
+    @functools.cached_property
+    def _thinking(self) -> ThinkingCounter:
+        return ThinkingCounter(self.prepared.tokenizer)
+
     def submissions(self) -> Iterator[Callable[[], None]]:
         """Yield a call that submits each missing sample, prompt by prompt. A prompt is read when
         its turn comes, so memory does not grow with the number of prompts."""
@@ -285,7 +290,7 @@ class RolloutJob:
             "repetition": repetition(result.token_ids),
             "metadata": canonical_json(prompt.metadata) if prompt.metadata else None,
             "seed": seed_of(request.row_id),
-            "num_thinking_tokens": None,
+            "num_thinking_tokens": self._thinking.count(request.text, completion, result.token_ids),
         }
         if stopped:
             self.run.check(

@@ -31,11 +31,6 @@ from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.runner import Runner
 from mpd_rounds.run.steps import Pipeline, load_pipeline
 
-_DIFFERENCES = (
-    "token_reduction", "token_reduction_interval", "accuracy_difference",
-    "accuracy_difference_interval",
-)  # fmt: skip
-
 
 def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
     """Return the figures of a finished pipeline: the first evaluation set for the base and every
@@ -53,7 +48,8 @@ def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
         "base": sets[names[0]]["base"],
         "rounds": rounds,
         "final": rounds[-1],
-        **{name: sets[names[0]][name] for name in _DIFFERENCES},
+        "round_settings": [pipeline.changes(r) for r in range(1, last + 1)],
+        **{name: sets[names[0]][name] for name in comparison.DIFFERENCES},
         "sets": sets,
     }
 
@@ -181,7 +177,10 @@ def cli(
             click.echo(f"This is the first of {seeds} seeds.", err=True)
         return
     if seeds is None:
-        show(summary := run_pipeline(load_pipeline(pipeline, overrides), out))
+        loaded = load_pipeline(pipeline, overrides)
+        show(summary := run_pipeline(loaded, out))
+        for line in loaded.changes_text():
+            click.echo(line)
         click.echo(f"wrote {out / 'summary.json'} and {out / 'lengths.png'}", err=True)
         click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
         if summary["failed_rows"]:

@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 
+import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
@@ -29,6 +30,7 @@ PASSES = {
     "keeps_answer": True,
     "compression_ratio": 1.0,
     "draft_overlap": 0.5,
+    "pass_rate": 0.5,
     "repetition": 0.5,
     "is_correct": True,
 }
@@ -63,6 +65,17 @@ rows = partial(stage_rows, stage="distill")
         ({"keeps_answer": False, "is_correct": False}, {"corrections": True}, "answer_changed"),
         ({"keeps_answer": False, "is_correct": None}, {"corrections": True}, "answer_changed"),
         ({"is_correct": False}, {"corrections": True}, "incorrect"),
+        ({"compression_ratio": 0.9}, {"max_ratio": 0.8}, "longer"),
+        # 0.8 where it is always solved, 1 where never, so 0.9 here.
+        ({"compression_ratio": 0.9}, {"max_ratio": 0.8, "max_ratio_hard": 1.0}, "ok"),
+        ({"compression_ratio": 0.91}, {"max_ratio": 0.8, "max_ratio_hard": 1.0}, "longer"),
+        ({"pass_rate": 0.0}, {"max_ratio": 0.8, "max_ratio_hard": 1.0}, "ok"),
+        ({"pass_rate": None}, {"max_ratio": 0.8, "max_ratio_hard": 1.0}, "longer"),
+        ({"compression_ratio": 0.4}, {"min_ratio": 0.2, "min_ratio_hard": 0.6}, "ok"),
+        ({"compression_ratio": 0.39}, {"min_ratio": 0.2, "min_ratio_hard": 0.6}, "too_short"),
+        ({"compression_ratio": 0.4, "pass_rate": 0.0}, {"min_ratio_hard": 0.6}, "too_short"),
+        # A ratio of 6 to 10 tokens, as a shard holds it.
+        ({"compression_ratio": float(np.float32(0.6))}, {"max_ratio": 0.6}, "ok"),
         ({"repetition": 0.9}, {}, "ok"),
         ({"repetition": 0.9}, {"max_repetition": 0.6}, "repetitive"),
         ({"is_correct": False}, {}, "incorrect"),

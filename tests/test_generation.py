@@ -26,7 +26,7 @@ from conftest import (
     started,
     write_jsonl,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.config import RolloutsConfig
@@ -56,12 +56,19 @@ def test_rollouts_are_complete_and_right(round_dir, prompts):
         assert row["gold_answer"] == gold[row["prompt_id"]]["answer"]
         assert row["problem"] == gold[row["prompt_id"]]["problem"]
         assert row["num_completion_tokens"] == len(row["completion_ids"])
+        assert row["num_thinking_tokens"] == thinking_tokens(row["completion_ids"])
         if row["finish_reason"] == "stop":
             assert row["completion_ids"][-1] == 2
             assert "<|im_end|>" not in row["completion"]
     # Samples of one prompt differ, so the seeds do.
     assert frame.group_by("prompt_id").agg(pl.col("completion").n_unique())["completion"].max() > 1
     assert 0.4 < frame["is_correct"].mean() < 1
+
+
+def thinking_tokens(ids):
+    """The pocket student's traces begin with <think>."""
+    ids, close = list(ids), AutoTokenizer.from_pretrained(STUDENT).convert_tokens_to_ids("</think>")
+    return ids.index(close) + 1 if close in ids else len(ids)
 
 
 def test_every_rollout_has_one_rewrite_row_with_its_reason(round_dir):
@@ -74,6 +81,12 @@ def test_every_rollout_has_one_rewrite_row_with_its_reason(round_dir):
     assert kept["compression_ratio"].max() <= 1
     assert kept["is_correct"].all()
     assert kept["topk_ids"].null_count() == 0
+    for row in kept.iter_rows(named=True):
+        trace = row["input_ids"][row["loss_start"] :]
+        assert row["num_thinking_tokens"] == thinking_tokens(trace) < len(trace)
+    drafts = rows(round_dir, "rollouts").group_by("prompt_id").agg(pl.col("is_correct").mean())
+    joined = frame.join(drafts, on="prompt_id")
+    assert joined["pass_rate"].to_list() == joined["is_correct_right"].to_list()
     rejected = frame.filter(pl.col("status") != "ok")
     assert rejected["topk_ids"].null_count() == rejected.height
     assert rejected["rewrite"].null_count() < rejected.height
@@ -365,6 +378,8 @@ BREACHES = {
     "but ids, counts or": lambda row: row.update(loss_start=None),
     "is not in the round": lambda row: row.update(rollout_id="0" * 32),
     "not in (": lambda row: row.update(status="fine"),
+    "num_thinking_tokens is 999": lambda row: row.update(num_thinking_tokens=999),
+    "pass_rate is above 1": lambda row: row.update(pass_rate=1.5),
 }
 
 

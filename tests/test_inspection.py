@@ -12,8 +12,9 @@ from conftest import edit_rows, run
 from conftest import rows as all_rows
 
 from mpd_data.common.errors import ConfigError
+from mpd_data.common.hashing import content_key
 from mpd_data.common.text import format_histogram
-from mpd_data.inspect.compare import MIN_PROBLEMS, compare, verdict
+from mpd_data.inspect.compare import MIN_PROBLEMS, compare, hard_third, on_hard_third, verdict
 from mpd_data.inspect.stats import BINS, round_stats
 
 HOSTILE = "\x1b[31mred"
@@ -22,7 +23,11 @@ ODD_FOLDER = f"round[1]{HOSTILE}\n with a name that is longer than its column"
 
 
 def rows(folder):
-    return all_rows(folder).to_dicts()
+    return rows_of(folder, "rollouts")
+
+
+def rows_of(folder, stage):
+    return all_rows(folder, stage).to_dicts()
 
 
 def lengthen(row):
@@ -239,6 +244,119 @@ def test_a_problems_group_is_known_from_either_side(round_dir, longer, tmp_path)
     edit_rows(bare, "rollouts", lambda row: row.update(metadata='{"family":"tally"}'))
     with pytest.raises(ConfigError, match="has 'shop' on one side and 'tally' on the other"):
         compare(round_dir, bare, "family")
+
+
+def test_the_hard_third_is_chosen_by_other_samples_than_it_is_measured_by(
+    round_dir, longer, tmp_path
+):
+    result, halves = compare(round_dir, longer), []
+    for parity in (0, 1):
+        by_prompt = defaultdict(list)
+        for row in rows(round_dir):
+            if row["sample_idx"] % 2 == parity:
+                by_prompt[row["prompt_id"]].append(row)
+        halves.append(by_prompt)
+    new = defaultdict(list)
+    for row in rows(longer):
+        new[row["prompt_id"]].append(row)
+
+    def mean(rows, column="is_correct"):
+        return fmean(row[column] for row in rows)
+
+    gains, before = [], []
+    for choosing, measured in (halves, halves[::-1]):
+        hardest = sorted(choosing, key=lambda p: (mean(choosing[p]), content_key(p)))[:20]
+        gains += [mean(new[p]) - mean(measured[p]) for p in hardest]
+        before += [mean(measured[p], "num_completion_tokens") for p in hardest]
+    hard = result["hard_third"]
+    assert hard["accuracy_difference"] == pytest.approx(fmean(gains))
+    assert hard["base"]["mean_tokens"] == pytest.approx(fmean(before))
+    low, high = hard["accuracy_difference_interval"]
+    assert low < hard["accuracy_difference"] < high
+    assert 20 <= hard["problems"] < 40
+    assert 0 < hard["base"]["accuracy"] < result["base"]["accuracy"]
+    said = run("mpd-gen", "compare", round_dir, longer).stdout.partition("the hard third")[2]
+    assert f"{100 * hard['accuracy_difference']:.1f}% [{100 * low:.1f}, {100 * high:.1f}]" in said
+    # Without a second sample nothing is left to measure with.
+    once = shutil.copytree(round_dir, tmp_path / "once")
+    edit_rows(once, "rollouts", lambda row: row["sample_idx"] == 0)
+    assert compare(once, longer)["hard_third"] is None
+    assert on_hard_third(once, longer) is None
+
+
+def test_of_equally_hard_problems_the_hash_decides():
+    names = ["a", "b", "c", "d"]
+    problems = pl.DataFrame({"prompt_id": names, "accuracy": [0.5, 0.5, 0.5, 1.0]})
+    first, second, _ = sorted("abc", key=content_key)
+    assert hard_third(problems) == hard_third(problems.reverse()) == [first, second]
+
+
+def test_a_saving_that_moves_behind_the_thinking_shows(round_dir, tmp_path):
+    moved = shutil.copytree(round_dir, tmp_path / "moved")
+
+    def half_the_thinking_is_answer(row):
+        row["num_thinking_tokens"] -= row["num_thinking_tokens"] // 2
+
+    edit_rows(moved, "rollouts", half_the_thinking_is_answer)
+    result = compare(round_dir, moved)
+    assert result["token_reduction"] == 0
+    assert result["token_reduction_interval"] == [0, 0]
+    for side, folder in (("base", round_dir), ("new", moved)):
+        frame = all_rows(folder)
+        thinking = frame["num_thinking_tokens"]
+        assert result[side]["thinking_tokens"] == pytest.approx(thinking.mean())
+        answer = (frame["num_completion_tokens"] - thinking).mean()
+        assert result[side]["answer_tokens"] == pytest.approx(answer)
+    base, new = result["base"], result["new"]
+    saved = 1 - new["thinking_tokens"] / base["thinking_tokens"]
+    assert result["thinking_reduction"] == pytest.approx(saved) == pytest.approx(0.5, abs=0.02)
+    low, high = result["answer_reduction_interval"]
+    assert low < result["answer_reduction"] < high < -1
+    said = run("mpd-gen", "compare", round_dir, moved).stdout
+    assert f"of the thinking part saved {100 * saved:.1f}% [" in said
+    assert "thinking" in said.splitlines()[0]
+    table = round_stats([moved])["thinking_and_answer"]
+    assert [row["traces"] for row in table] == ["rollouts", "kept rewrites"]
+    for row, stage, tokens in zip(
+        table, ("rollouts", "distill"), ("completion", "rewritten"), strict=True
+    ):
+        rows_ = [r for r in rows_of(moved, stage) if r.get("status", "ok") == "ok"]
+        assert row["samples"] == len(rows_)
+        assert row["thinking_tokens"] == pytest.approx(
+            fmean(r["num_thinking_tokens"] for r in rows_)
+        )
+        all_tokens = fmean(r[f"num_{tokens}_tokens"] for r in rows_)
+        assert row["thinking_tokens"] + row["answer_tokens"] == pytest.approx(all_tokens)
+        assert row["thinking_share"] == pytest.approx(row["thinking_tokens"] / all_tokens)
+    # A model without a thinking part has neither.
+    for side in (round_dir, moved):
+        bare = shutil.copytree(side, tmp_path / "bare" / side.name)
+        edit_rows(bare, "rollouts", lambda row: row.update(num_thinking_tokens=None))
+        edit_rows(bare, "distill", lambda row: row.update(num_thinking_tokens=None))
+    sides = [tmp_path / "bare" / side.name for side in (round_dir, moved)]
+    assert compare(*sides)["answer_reduction"] is None
+    assert "thinking" not in run("mpd-gen", "compare", *sides).stdout
+    assert "thinking_and_answer" not in round_stats(sides)
+
+
+def test_stats_show_a_set_that_is_biased_to_easy_problems(round_dir):
+    by_prompt, kept = defaultdict(list), defaultdict(int)
+    for row in rows(round_dir):
+        by_prompt[row["prompt_id"]].append(row["is_correct"])
+    for row in rows_of(round_dir, "distill"):
+        kept[row["prompt_id"]] += row["status"] == "ok"
+    of_right = ["0", "(0, 1/3]", "(1/3, 2/3]", "(2/3, 1)", "1"]  # of four samples
+    table = round_stats([round_dir])["difficulty"]
+    there = sorted({sum(found) for found in by_prompt.values()})
+    assert [row["pass_rate"] for row in table] == [of_right[right] for right in there]
+    for right, row in zip(there, table, strict=True):
+        chosen = [prompt for prompt, found in by_prompt.items() if sum(found) == right]
+        assert row["problems"] == len(chosen)
+        assert row["drafts"] == 4 * len(chosen)
+        assert row["kept"] == sum(kept[prompt] for prompt in chosen)
+        assert row["drafts_share"] == pytest.approx(row["drafts"] / 240)
+        assert row["kept_share"] == pytest.approx(row["kept"] / sum(kept.values()))
+    assert table[-1]["kept_share"] > table[-1]["drafts_share"]
 
 
 def test_intervals_of_few_problems_come_with_a_warning(round_dir):

@@ -66,6 +66,7 @@ test_checks_have_their_processes_and_their_time: mpd-gen rollouts --checker --ch
     --checker-processes; mpd-gen rewrite --checker-timeout --checker-processes
 test_each_rule_rejects_rewrites_of_a_round: mpd-gen rewrite --drafts --max-ratio --min-ratio
     --max-repetition
+test_hard_problems_get_the_room_they_are_given: mpd-gen rewrite --max-ratio-hard --min-ratio-hard
 test_greedy_by_each_of_three_ways: mpd-gen rollouts --temperature --top-p --top-k
 test_models_are_had_in_the_revision_that_is_asked_for: mpd-gen rollouts --revision; mpd-gen rewrite
     --revision; mpd-train --revision --teacher-revision

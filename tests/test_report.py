@@ -161,7 +161,19 @@ def test_figures_are_those_of_the_rows(made, tmp_path):
         count = counts[name.replace("\\", "").partition(":")[0]]
         assert cells["round 1"].startswith(f"{count} · ")
 
+    rate = pl.col("is_correct").mean().over("prompt_id")
+    easiest = rollouts.filter(rate == 1)["prompt_id"].unique().to_list()
+    shares = table(text, "How hard their problems are")["1"]
+    for name, frame in (("drafts", rollouts), ("kept", kept)):
+        share = frame["prompt_id"].is_in(easiest).mean()
+        assert shares[f"round 1, {name}"] == f"{100 * share:.1f}%"
+
     result = compare(made / "eval" / "base-test", made / "eval" / "round1-test")
+    line = table(text, "test: the hard third")["round 1"]
+    assert line["accuracy, base"] == f"{100 * result['hard_third']['base']['accuracy']:.1f}%"
+    assert line["problems"] == str(result["hard_third"]["problems"])
+    line = table(text, "test: thinking and answer")["round 1"]
+    assert line["answer tokens"] == f"{result['new']['answer_tokens']:.1f}"
     line = table(text, "test: results")["round 1"]
     low, high = (100 * bound for bound in result["token_reduction_interval"])
     assert line["saved \\[95%\\]"] == (

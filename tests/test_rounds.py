@@ -9,15 +9,17 @@ import time
 import tomllib
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
-from conftest import ROOT, STUDENT, command, environment, run, small_pocket, with_adapter
+from conftest import ROOT, STUDENT, command, environment, rows, run, small_pocket, with_adapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.config import RolloutsConfig
 from mpd_rounds.run.layout import Plan
+from mpd_rounds.run.plan import plan_pipeline
 from mpd_rounds.run.runner import Finished, Runner, _inputs
 from mpd_rounds.run.steps import Step, load_pipeline
 from mpd_rounds.study.study import load_study
@@ -37,7 +39,8 @@ def small(prompts, tmp_path_factory):
 
 def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
     out = tmp_path / "run"
-    arguments = [small, "--out", out, "--set", "rounds=2"]
+    ratios = "round=[{rewrite.filters.max_ratio=0.95}, {rewrite.filters.max_ratio=0.9}]"
+    arguments = [small, "--out", out, "--set", "rounds=2", "--set", ratios]
     process = subprocess.Popen(
         command("mpd-rounds", *arguments), env=environment(), cwd=ROOT,
         stderr=subprocess.DEVNULL, start_new_session=True,
@@ -54,6 +57,14 @@ def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary["rounds"]) == 2
     assert summary["final"] == summary["rounds"][-1]
+    asked = [{"rewrite.filters.max_ratio": ratio} for ratio in (0.95, 0.9)]
+    assert summary["round_settings"] == asked
+    assert "round 2: rewrite.filters.max_ratio = 0.9" in done.stdout
+    for round_, ratio in enumerate((0.95, 0.9), start=1):
+        frame = rows(out / "data" / f"round{round_}", "distill")
+        kept = frame.filter(pl.col("status") == "ok")["compression_ratio"].max()
+        longer = frame.filter(pl.col("status") == "longer")["compression_ratio"].min()
+        assert kept <= ratio < longer
     for side in (summary["base"], *summary["rounds"]):
         assert set(side) >= {
             "accuracy", "accuracy_interval", "mean_tokens", "median_tokens", "truncated",
@@ -151,9 +162,45 @@ def test_rounds_follow_one_another(small, tmp_path):
         )
 
 
+def test_a_round_changes_the_settings_that_it_names(small, tmp_path):
+    path = tmp_path / "schedule.toml"
+    path.write_text(
+        small.read_text().replace(
+            "[[evaluation]]",
+            """[[round]]
+rewrite.filters.max_ratio = 0.8
+train.optimizer.learning_rate = 1e-3
+[[round]]
+rewrite.filters.max_ratio = 0.65
+rollouts.num_prompts = 8
+
+[[evaluation]]""",
+            1,
+        )
+    )
+    pipeline = load_pipeline(path, ("rounds=3",))
+    plan, plain = Plan(pipeline, tmp_path), Plan(load_pipeline(small, ("rounds=3",)), tmp_path)
+    found = []
+    for round_ in (1, 2, 3):
+        sampling, rewriting, training = (step.config for step in plan.training(round_))
+        settings = rewriting.filters.max_ratio, sampling.num_prompts
+        found.append((*settings, training.optimizer.learning_rate))
+        # What it does not name stays.
+        unchanged = [step.config for step in plain.training(round_)][1]
+        ratio = {"filters": unchanged.filters.model_copy(update={"max_ratio": settings[0]})}
+        assert rewriting == unchanged.model_copy(update=ratio)
+    # The last table also holds for the rounds after it; the first ends with its round.
+    assert found == [(0.8, 24, 1e-3), (0.65, 8, 2e-3), (0.65, 8, 2e-3)]
+    notes = plan_pipeline(pipeline, tmp_path / "run").notes
+    assert "round 3: rollouts.num_prompts = 8, rewrite.filters.max_ratio = 0.65" in notes
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
+        ("round=[{rewrite.filters.max_rato=1}]", "max_rato: unknown .* 'rewrite.filters.max_rat"),
+        ("round=[{rewrte.template='plain'}]", "round.0.rewrte: .*Did you mean 'round.0.rewrite'"),
+        ("round=[{rollouts.seed=1}]", r"\[rollouts\]: the pipeline sets seed; remove"),
         ("runds=2", "runds: unknown setting. Did you mean 'rounds'"),
         ("rounds=0", "rounds: "),
         ("rounds", "expected NAME=VALUE"),

@@ -8,9 +8,11 @@ import shutil
 import sys
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import (
+    SCORES,
     STUDENT,
     TEACHER,
     TEMPLATE,
@@ -30,11 +32,16 @@ from mpd_data.cli import cli
 from mpd_data.common.errors import ConfigError, EngineError, MPDError
 from mpd_data.common.models import load_tokenizer, resolve_model
 from mpd_data.config import RewriteConfig, RolloutsConfig
+from mpd_data.dryrun.refilter import plan_refilter
+from mpd_data.dryrun.rewrite import plan_rewrite
 from mpd_data.rewrite import run_rewrite
+from mpd_data.rewrite_setup import setup as rewrite_setup
 from mpd_data.rollouts import run_rollouts
+from mpd_data.select.pass_rates import PassRates
 from mpd_data.select.refilter import run_refilter
 from mpd_data.store.round import RoundDir
 from mpd_data.store.shards import read_metadata
+from mpd_data.store.writer import ShardWriter
 
 ENGINE = {"dtype": "float32", "max_num_seqs": 16, "kv_cache_gib": 0.25}
 
@@ -378,6 +385,70 @@ def test_each_rule_rejects_rewrites_of_a_round(round_dir, tmp_path):
     ratio, repeated = pl.col("compression_ratio"), pl.col("repetition")
     kept = before.filter(ratio.is_between(0.2, 0.9) & (repeated <= 0.001)).height
     assert outcome.statuses["ok"] == kept > 0
+
+
+def test_a_rollout_waits_for_the_samples_of_its_prompt(drafts, prompts, tmp_path, capsys):
+    """Its pass rate is that of all samples, whenever it is rewritten."""
+    out = tmp_path / "r"
+    asked = rewriting(out, template=str(TEMPLATE))
+    settings = json.loads((drafts / "run.json").read_text())["stages"]["rollouts"]["details"]
+    sampling = RolloutsConfig(**settings["config"] | {"out": out})
+    run_rollouts(sampling, limit=3)
+    outcome = run_rewrite(asked)
+    assert (outcome.total, outcome.remaining) == (2, 0)
+    assert "1 rollouts wait until all samples of their prompts are there" in capsys.readouterr().err
+    plan = plan_rewrite(rewrite_setup(asked, weights=False))
+    assert (plan.rows, plan.committed, plan.remaining) == (3, 2, 0)
+    assert plan.details["rollouts that wait for samples of their prompts"] == 1
+    # The other sample has failed for good.
+    last = rows(out, "rollouts").filter(pl.len().over("prompt_id") == 1).row(0, named=True)
+    failed = {"row_id": last["row_id"], "prompt_id": last["prompt_id"], "message": "too long"}
+    failed |= {"stage": "rollouts"}
+    alone = shutil.copytree(out, tmp_path / "alone")
+    round_dir = RoundDir(alone)
+    with round_dir.lock("rollouts"), ShardWriter(round_dir, "errors", {}) as writer:
+        writer.add(failed)
+    rates = PassRates(round_dir, round_dir.shard_paths("rollouts"))
+    # A sample that came after it had failed is counted once.
+    assert set(rates.waiting) == {last["row_id"]}
+    assert rates.of(last["prompt_id"]) is None
+    with round_dir.lock("rollouts"), ShardWriter(round_dir, "errors", {}) as writer:
+        writer.add(failed | {"row_id": "0" * 32})
+    rates = PassRates(round_dir, round_dir.shard_paths("rollouts"))
+    assert not rates.waiting
+    assert rates.of(last["prompt_id"]) == float(last["is_correct"])
+    run_rollouts(sampling)
+    run_rewrite(asked)
+    ours, theirs = rows(out, "distill"), rewritten(drafts, tmp_path / "whole")
+    assert ours.drop(SCORES).equals(theirs.drop(SCORES))
+    by_prompt = rows(drafts, "rollouts").group_by("prompt_id").agg(pl.col("is_correct").mean())
+    both = ours.join(by_prompt, on="prompt_id")
+    assert both["pass_rate"].to_list() == both["is_correct_right"].to_list()
+    assert both["pass_rate"].n_unique() > 1
+
+
+def test_hard_problems_get_the_room_they_are_given(round_dir, tmp_path):
+    """Also in a round whose rewrites an older version made without the pass rate."""
+    out = shutil.copytree(round_dir, tmp_path / "r")
+    before = rows(out, "distill")
+    for file in RoundDir(out).shard_paths("distill"):
+        table = pq.read_table(file)
+        pq.write_table(table.drop_columns(["pass_rate"]), file)
+    RoundDir(out).manifest_path("distill").unlink()
+    rules = {"max_ratio": 0.3, "max_ratio_hard": 0.9, "min_ratio": 0.1, "min_ratio_hard": 0.5}
+    plan = plan_refilter(asked := rewriting(out, filters=rules))
+    outcome = run_refilter(asked)
+    after = rows(out, "distill")
+    assert after["pass_rate"].equals(before["pass_rate"])
+    counts = after["status"].value_counts().rows()
+    assert all(plan.details[name].endswith(f"-> {count}") for name, count in counts)
+    rate, ratio = pl.col("pass_rate").cast(pl.Float64), pl.col("compression_ratio")
+    low, high = 0.5 - 0.4 * rate, 0.9 - 0.6 * rate
+    kept = before.filter((pl.col("status") == "ok") & ratio.is_between(low - 1e-7, high + 1e-7))
+    assert outcome.statuses["ok"] == kept.height > 0
+    assert {"longer", "too_short"} < set(outcome.statuses)
+    # Of one ratio, some are kept and some are not: by the pass rate.
+    assert kept["compression_ratio"].max() > 0.3
 
 
 def test_rules_that_are_dropped_let_rewrites_in(round_dir, tmp_path):

@@ -8,6 +8,7 @@ from mpd_data.dryrun.plan import StagePlan, distill_bytes, make_plan
 from mpd_data.engines.start import server_notes
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import candidates, choosing_student
+from mpd_data.select.pass_rates import PassRates
 from mpd_data.select.refilter import changed_rules, check_refilter, require_teacher
 from mpd_data.select.second_pass import LIGHT
 from mpd_data.stage import model_of, refuse_half_refiltered
@@ -27,6 +28,7 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
     before = Counter(round_dir.count_statuses(paths))
     after: Counter[str] = Counter()
     rollouts = unscored = tokens = waiting = 0
+    rates = PassRates(round_dir, round_dir.scan_shards("rollouts").paths)
     # A scored row has tails, which are the smallest of its columns.
     rows = round_dir.rows("distill", [*LIGHT, "tail_logprobs"], paths)
     for _, group in itertools.groupby(rows, key=lambda row: row["rollout_id"]):
@@ -35,6 +37,7 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
         if unchanged:
             waiting += config.choose == "likeliest" and bool(candidates(rewrites))
         else:
+            rates.fill(rewrites)
             wanted = settle(rewrites, config.filters, config.choose)
             waiting += bool(wanted) and all(row["status"] == "not_chosen" for row in wanted)
             not_scored = [row for row in wanted if row["tail_logprobs"] is None]

@@ -11,6 +11,7 @@ from mpd_data.engines.start import server_notes
 from mpd_data.prompts.chat import PromptError
 from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, RewriteSetup, thinks
 from mpd_data.select.likeliest import waiting_rollouts
+from mpd_data.select.pass_rates import PassRates
 from mpd_data.store.keys import KeySet
 from mpd_data.store.round import RoundDir
 
@@ -40,15 +41,21 @@ def plan_rewrite(
             waiting = waiting_rollouts(round_dir, paths)
     scan = round_dir.scan_shards("rollouts")
     rollouts = scan.keys()
-    total = part.share(rollouts)
-    committed = total - part.share(rollouts - done)
+    total, unfinished = part.share(rollouts), rollouts - done
+    committed = total - part.share(unfinished)
+    not_ready = PassRates(round_dir, scan.paths).waiting
+    later = part.share(unfinished) - part.share(unfinished - not_ready)
     remaining = asked = contexts = kept_at_most = 0
     shown: list[Shown] = []
     reasons: list[str] = []
     not_asked: Counter[str] = Counter()
     lengths = array("i")
     rows = round_dir.rows("rollouts", ROLLOUT_COLUMNS, scan.paths, done)
-    own = (rollout for rollout in rows if part.holds(rollout["row_id"]))
+    own = (
+        rollout
+        for rollout in rows
+        if part.holds(rollout["row_id"]) and rollout["row_id"] not in not_ready
+    )
     for rollout in itertools.islice(own, limit):
         remaining += 1
         if rollout["finish_reason"] == "length" and not setup.takes_parts(rollout):
@@ -74,7 +81,7 @@ def plan_rewrite(
         contexts += len(rollout["prompt_ids"])
         if config.score_context != "problem":
             contexts += len(request.teacher_prompt_ids)
-        longest = int(config.filters.max_ratio * rollout["num_completion_tokens"])
+        longest = int(config.filters.largest_ratio * rollout["num_completion_tokens"])
         kept_at_most += min(longest, config.sampling.max_tokens)
     notes, refusal = server_notes(config.engine), None
     if config.choose == "likeliest":
@@ -101,6 +108,7 @@ def plan_rewrite(
         details={
             **{f"not asked: {status}": n for status, n in sorted(not_asked.items())},
             **({"rollouts for the student to choose": waiting} if waiting else {}),
+            **({"rollouts that wait for samples of their prompts": later} if later else {}),
         },
         notes=notes,
     )

@@ -2,6 +2,10 @@
 
 Samples of one problem are alike, so the bootstrap resamples problems, not samples, and the same
 problems on both sides.
+
+The hard third are the problems that the base solves least often. What is chosen by a sample must
+not be measured by it: a problem that is hard by bad luck would seem to improve. So one half of the
+base's samples chooses and the other half is measured, both ways round.
 """
 
 from pathlib import Path
@@ -12,7 +16,7 @@ import numpy.typing as npt
 import polars as pl
 
 from mpd_data.common.errors import ConfigError
-from mpd_data.common.hashing import differences
+from mpd_data.common.hashing import content_key, differences
 from mpd_data.common.text import format_table, plain
 from mpd_data.inspect.stats import GROUP_ORDER, collect, scan, scan_round, with_group
 from mpd_data.store.round import RoundDir
@@ -23,18 +27,68 @@ RESAMPLES = 10_000
 # had the truth in 53% to 99% of the 95% intervals of 10 problems, and in 85% to 99% of those of 30.
 MIN_PROBLEMS = 30
 _SEED = 0
+# What `paired` returns, each with its 95% interval.
+DIFFERENCES = (
+    "token_reduction", "token_reduction_interval", "accuracy_difference",
+    "accuracy_difference_interval", "thinking_reduction", "thinking_reduction_interval",
+    "answer_reduction", "answer_reduction_interval",
+)  # fmt: skip
 
 
-def per_problem(path: Path) -> pl.DataFrame:
-    """Return `samples`, mean `accuracy` and mean `tokens` of each prompt, sorted by its id. Raise
-    ConfigError if there are no rollouts."""
-    samples = scan_round(path).group_by("prompt_id")
-    means = samples.agg(
+# Mean tokens of the thinking part and of what follows it; null if that is not known of a row.
+_KNOWN = pl.when(pl.col("num_thinking_tokens").null_count() == 0)
+_THINKING = _KNOWN.then(pl.col("num_thinking_tokens").mean())
+_ANSWER = _KNOWN.then((pl.col("num_completion_tokens") - pl.col("num_thinking_tokens")).mean())
+
+
+def per_problem(path: Path, half: int | None = None) -> pl.DataFrame:
+    """Return `samples`, mean `accuracy`, mean `tokens`, and those of the `thinking` part and of the
+    `answer` after it, of each prompt, sorted by its id. `half`: of the samples with an even (0) or
+    odd (1) number only. Raise ConfigError if there are no rollouts."""
+    samples = scan_round(path)
+    if half is not None:
+        samples = samples.filter(pl.col("sample_idx") % 2 == half)
+    means = samples.group_by("prompt_id").agg(
         pl.len().alias("samples"),
         pl.col("is_correct").cast(pl.Float64).mean().alias("accuracy"),
         pl.col("num_completion_tokens").cast(pl.Float64).mean().alias("tokens"),
+        _THINKING.cast(pl.Float64).alias("thinking"),
+        _ANSWER.cast(pl.Float64).alias("answer"),
     )
     return collect(means.sort("prompt_id"))
+
+
+def hard_third(problems: pl.DataFrame) -> list[str]:
+    """Return the ids of the hard third: of a frame of `per_problem` with accuracy, the third of the
+    problems (rounded up) with the lowest accuracy. Of equally hard ones those whose id has the
+    smallest hash are taken, so that the choice does not depend on the order of the ids."""
+    hashed = problems["prompt_id"].map_elements(content_key, pl.String)
+    ordered = problems.with_columns(hash=hashed).sort("accuracy", "hash")
+    return ordered["prompt_id"].head(-(-problems.height // 3)).to_list()
+
+
+def on_hard_third(base: Path, new: Path) -> tuple[pl.DataFrame, pl.DataFrame, pl.Series] | None:
+    """Return the hard problems of two sets of rollouts on the same prompts: a row each of the base
+    and of `new`, and how many halves of the base's samples chose the problem (1 or 2). The means
+    of a row are summed over these halves, so a mean over problems is their sum by that of the
+    numbers. Return None if a prompt has no gold answer or the base has one sample of each."""
+    halves, whole = [per_problem(base, half) for half in (0, 1)], per_problem(new)
+    if any(half.is_empty() or half["accuracy"].null_count() for half in (*halves, whole)):
+        return None
+    sides = []
+    for kind in ("base", "new"):
+        chosen = [
+            (half if kind == "base" else whole).filter(
+                pl.col("prompt_id").is_in(hard_third(other))
+                & pl.col("prompt_id").is_in(half["prompt_id"].to_list())
+            )
+            for half, other in (halves, halves[::-1])
+        ]
+        by_problem = pl.concat(chosen).group_by("prompt_id")
+        columns = pl.col("samples", "accuracy", "tokens").sum()
+        sides.append(by_problem.agg(columns, times=pl.len()).sort("prompt_id"))
+    left, right = sides
+    return left.drop("times"), right.drop("times"), left["times"]
 
 
 def _interval(draws: npt.NDArray[np.float64]) -> list[float]:
@@ -58,13 +112,20 @@ def _resampled_means(columns: list[npt.NDArray[np.float64]]) -> list[npt.NDArray
 
 def evaluate(path: Path) -> dict[str, Any]:
     """Return accuracy (avg@n) and tokens of one set of rollouts with 95% bootstrap intervals over
-    problems, median tokens, and the truncated fraction. Accuracy is None if a prompt has no gold
-    answer."""
+    problems, median tokens, mean tokens of the thinking part and of the answer after it, and the
+    truncated fraction. Accuracy is None if a prompt has no gold answer; the two parts are None for
+    a model without a thinking part."""
     problems = per_problem(path)
     lengths = pl.col("num_completion_tokens")
     truncated = (pl.col("finish_reason") == "length").mean()
-    whole = scan_round(path).select(lengths.mean(), truncated, median=lengths.median())
-    mean_tokens, truncated_fraction, median_tokens = collect(whole).row(0)
+    whole = scan_round(path).select(
+        mean=lengths.mean(),
+        truncated=truncated,
+        median=lengths.median(),
+        thinking=_THINKING,
+        answer=_ANSWER,
+    )
+    mean_tokens, truncated_fraction, median_tokens, thinking, answer = collect(whole).row(0)
     graded = problems["accuracy"].null_count() == 0
     columns = ["tokens", "accuracy"] if graded else ["tokens"]
     tokens, *accuracy = _resampled_means([problems[name].to_numpy() for name in columns])
@@ -76,15 +137,19 @@ def evaluate(path: Path) -> dict[str, Any]:
         "mean_tokens": mean_tokens,
         "mean_tokens_interval": _interval(tokens),
         "median_tokens": median_tokens,
+        "thinking_tokens": thinking,
+        "answer_tokens": answer,
         "truncated": truncated_fraction,
     }
 
 
 def compare(base: str | Path, new: str | Path, by: str | None = None) -> dict[str, Any]:
     """Return `evaluate` of both sides, the accuracy difference (new - base) and the fraction of
-    tokens saved (1 - new / base), each with a paired 95% bootstrap interval over problems (None for
-    a single problem). With `by`, a key of the rollouts' metadata, `groups` has the same for the
-    problems of each value.
+    tokens saved (1 - new / base), also of the thinking part and of the answer after it, each with a
+    paired 95% bootstrap interval over problems (None for a single problem). With `by`, a key of the
+    rollouts' metadata, `groups` has the same for the problems of each value. `hard_third` has the
+    same for the problems that the base solves least often; None without gold answers, and if the
+    base has one sample of each problem.
 
     Raise ConfigError unless both were sampled on the same prompts, and if no rollout has the key
     `by` or the two sides have different values for one prompt.
@@ -102,30 +167,50 @@ def compare(base: str | Path, new: str | Path, by: str | None = None) -> dict[st
         "base": evaluate(base),
         "new": evaluate(new),
         **paired(left, right),
+        "hard_third": None,
     }
+    if (hard := on_hard_third(base, new)) is not None:
+        before, after, times = hard
+        result["hard_third"] = {
+            "problems": len(times),
+            "base": _hard_means(before, times),
+            "new": _hard_means(after, times),
+            **paired(before, after, times),
+        }
     if by is not None:
         result["groups"] = _by_group(base, new, by, left, right)
     return result
 
 
-def paired(left: pl.DataFrame, right: pl.DataFrame) -> dict[str, Any]:
+def paired(
+    left: pl.DataFrame, right: pl.DataFrame, times: pl.Series | None = None
+) -> dict[str, Any]:
     """Return the differences between two frames of `per_problem`, as in `compare`. Both have the
-    same problems in the same order."""
-    graded = left["accuracy"].null_count() == 0 and right["accuracy"].null_count() == 0
-    names = ["tokens", "accuracy"] if graded else ["tokens"]
-    columns = [side[name].to_numpy() for name in names for side in (left, right)]
-    result: dict[str, Any] = {
-        "token_reduction": float(1 - columns[1].mean() / columns[0].mean()),
-        "token_reduction_interval": None,
-        "accuracy_difference": float(columns[3].mean() - columns[2].mean()) if graded else None,
-        "accuracy_difference_interval": None,
-    }
+    same problems in the same order. `times`: for frames of `on_hard_third`."""
+    known = [
+        name
+        for name in ("tokens", "accuracy", "thinking", "answer")
+        if all(name in side and side[name].null_count() == 0 for side in (left, right))
+    ]
+    columns = [side[name].to_numpy() for name in known for side in (left, right)]
+    columns.append(np.ones(left.height) if times is None else times.to_numpy())
+
+    def differences_of(means: list[Any]) -> dict[str, Any]:
+        *sums, count = means
+        found = {}
+        for name, old, new in zip(known, sums[::2], sums[1::2], strict=True):
+            if name == "accuracy":
+                found["accuracy_difference"] = (new - old) / count
+            elif np.all(old > 0):  # nothing can be saved of a part that the base does not have
+                found[f"{name.removesuffix('s')}_reduction"] = 1 - new / old
+        return found
+
+    result: dict[str, Any] = dict.fromkeys(DIFFERENCES)
+    result |= {k: float(v) for k, v in differences_of([c.mean() for c in columns]).items()}
     # A single problem does not show how much problems differ.
     if left.height > 1:
-        means = _resampled_means(columns)
-        result["token_reduction_interval"] = _interval(1 - means[1] / means[0])
-        if graded:
-            result["accuracy_difference_interval"] = _interval(means[3] - means[2])
+        draws = differences_of(_resampled_means(columns))
+        result |= {f"{name}_interval": _interval(values) for name, values in draws.items()}
     return result
 
 
@@ -150,7 +235,8 @@ def _by_group(
         chosen = values["group"].eq_missing(value)
         sides = [side.filter(chosen) for side in (left, right)]
         means = {"base": _means(sides[0]), "new": _means(sides[1])}
-        groups.append({"group": value, "problems": sides[0].height, **means, **paired(*sides)})
+        group = {"group": value, "problems": sides[0].height, **means}
+        groups.append(group | paired(sides[0], sides[1]))
     return groups
 
 
@@ -160,6 +246,15 @@ def _means(problems: pl.DataFrame) -> dict[str, float | None]:
     return {
         "accuracy": float(problems["accuracy"].to_numpy().mean()) if graded else None,
         "mean_tokens": float(np.average(problems["tokens"], weights=problems["samples"])),
+    }
+
+
+def _hard_means(side: pl.DataFrame, times: pl.Series) -> dict[str, float]:
+    """Return accuracy and mean tokens of a side of `on_hard_third`."""
+    of_column = {"accuracy": "accuracy", "mean_tokens": "tokens"}
+    return {
+        name: float(side[column].to_numpy().sum() / times.to_numpy().sum())
+        for name, column in of_column.items()
     }
 
 
@@ -191,6 +286,7 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
                 "mean tokens [95%]": "{:.1f} [{:.1f}, {:.1f}]".format(
                     side["mean_tokens"], *side["mean_tokens_interval"]
                 ),
+                **_part_cells(sides, side),
                 "median": side["median_tokens"],
                 "truncated": f"{100 * side['truncated']:.2f}%",
                 "problems": side["problems"],
@@ -199,6 +295,13 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
             for label, side in sides.items()
         ]
     )
+
+
+def _part_cells(sides: dict[str, dict[str, Any]], side: dict[str, Any]) -> dict[str, float | None]:
+    """Return the cells of thinking and answer tokens, where any of `sides` has them."""
+    if all(other["thinking_tokens"] is None for other in sides.values()):
+        return {}
+    return {"thinking": side["thinking_tokens"], "answer": side["answer_tokens"]}
 
 
 def side_by_side(result: dict[str, Any]) -> dict[str, str]:
@@ -216,6 +319,9 @@ def side_by_side(result: dict[str, Any]) -> dict[str, str]:
 def show(result: dict[str, Any], by: str | None) -> str:
     """Return the tables and the verdict of `compare`."""
     text = f"{table({side: result[side] for side in ('base', 'new')})}\n{verdict(result)}"
+    if (hard := result["hard_third"]) is not None:
+        line = {"problems": hard["problems"], **side_by_side(hard)}
+        text += f"\n\nthe hard third: what the base solves least often\n{format_table([line])}"
     if by is None:
         return text
     lines = [
@@ -229,6 +335,9 @@ def verdict(result: dict[str, Any]) -> str:
     """Return the paired differences of `compare` in a sentence, with what limits them."""
     saved, gain = _estimate(result, "token_reduction"), _estimate(result, "accuracy_difference")
     line = f"tokens saved {saved}, accuracy difference in points {gain} (paired bootstrap)"
+    if result["answer_reduction"] is not None:
+        parts = (_estimate(result, f"{part}_reduction") for part in ("thinking", "answer"))
+        line += "\nof the thinking part saved {}, of the answer after it {}".format(*parts)
     problems = result["base"]["problems"]
     if problems < MIN_PROBLEMS:
         line += (

@@ -39,6 +39,15 @@ RATES = (
 # Groups in order: numbers by size, then text, then the rows without a value.
 GROUP_ORDER = (pl.col("group").cast(pl.Float64, strict=False), pl.col("group"))
 
+# How hard a problem is for the student: by the share of its rollouts that are right, `c` of `n`.
+DIFFICULTIES = {
+    "0": pl.col("c") == 0,
+    "(0, 1/3]": 3 * pl.col("c") <= pl.col("n"),
+    "(1/3, 2/3]": 3 * pl.col("c") <= 2 * pl.col("n"),
+    "(2/3, 1)": pl.col("c") < pl.col("n"),
+    "1": pl.lit(True),
+}
+
 # Words with which a trace corrects itself. Shorter traces that lose all of them may have lost the
 # habit of checking, too.
 MARKERS = (
@@ -111,7 +120,9 @@ def with_group(rollouts: pl.LazyFrame, name: str) -> pl.LazyFrame:
 def light(rollouts: pl.LazyFrame, folders: pl.Enum) -> pl.LazyFrame:
     """Read the columns that the tables need into memory, once for all tables. The column `group` is
     kept if `rollouts` has it."""
-    kept = ("round", "is_correct", "num_completion_tokens", "repetition", "group")
+    kept = (
+        "round", "is_correct", "num_completion_tokens", "num_thinking_tokens", "repetition", "group"
+    )  # fmt: skip
     rows = rollouts.select(
         selectors.by_name(kept, require_all=False),
         # Numbers group faster than text. Among ten million prompts, two have the same hash once in
@@ -178,6 +189,53 @@ def pass_at(prompts: pl.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
+def difficulties(
+    prompts: pl.DataFrame, distill: pl.LazyFrame | None, folders: pl.Enum
+) -> list[dict[str, Any]]:
+    """Return how the drafts and the kept rewrites of each folder are spread over problems of
+    different difficulty, the hardest first. `prompts`: as `of_prompts` returns them; those without
+    a gold answer are left out. A share is None where its whole is empty."""
+    rows = prompts.filter(pl.col("n") > 0)
+    if distill is None:
+        rows = rows.with_columns(kept=0)
+    else:
+        prompt = pl.col("prompt_id").hash().alias("prompt")
+        kept = distill.filter(pl.col("status") == "ok").with_columns(
+            pl.col("folder").cast(folders), prompt
+        )
+        counts = collect(kept.group_by("folder", "prompt").agg(kept=pl.len()))
+        rows = rows.join(counts, on=["folder", "prompt"], how="left")
+    pass_rate = pl.coalesce(
+        pl.when(condition).then(pl.lit(label)) for label, condition in DIFFICULTIES.items()
+    )
+    counts = rows.group_by(
+        "folder", pass_rate.cast(pl.Enum(list(DIFFICULTIES))).alias("pass_rate")
+    ).agg(pl.len().alias("problems"), pl.col("n").sum().alias("drafts"), pl.col("kept").sum())
+    shares = [
+        pl.when(pl.col(name).sum().over("folder") > 0)
+        .then(pl.col(name) / pl.col(name).sum().over("folder"))
+        .alias(f"{name}_share")
+        for name in ("drafts", "kept")
+    ]
+    ordered = counts.sort("folder", "pass_rate").with_columns(*shares)
+    columns = ("folder", "pass_rate", "problems", "drafts", "drafts_share", "kept", "kept_share")
+    return ordered.select(columns).to_dicts()
+
+
+def _parts(traces: pl.LazyFrame, name: str, tokens: str) -> list[dict[str, Any]]:
+    """Return mean tokens of the thinking part and of the rest, by folder, over the traces that are
+    known to have a thinking part or not; `tokens`: the column of all tokens of a trace."""
+    thinking = pl.col("num_thinking_tokens")
+    known = traces.filter(thinking.is_not_null()).group_by("folder").agg(
+        pl.lit(name).alias("traces"),
+        pl.len().alias("samples"),
+        thinking.mean().alias("thinking_tokens"),
+        (pl.col(tokens) - thinking).mean().alias("answer_tokens"),
+        (thinking.sum() / pl.col(tokens).sum()).alias("thinking_share"),
+    )  # fmt: skip
+    return collect(known.sort("folder")).to_dicts()
+
+
 def trace_lengths(lengths: pl.DataFrame, p99: dict[str, int]) -> list[dict[str, Any]]:
     """Return histograms of completion tokens, one row for each folder and bin. A bin counts samples
     of at least `from` and fewer than `below` tokens (None: no bound). All folders have the same
@@ -216,7 +274,10 @@ def round_stats(
 
     `rollouts`, their `trace_lengths` (a histogram), their `behaviour`, `rollouts_by` finish reason
     and correctness, `pass_at_k` if there are gold answers, `groups` by the key `by` of their
-    metadata if one is given, `rewrites` by status. Lengths are in tokens, rates are fractions.
+    metadata if one is given, `rewrites` by status. `difficulty`: the shares of problems of each
+    pass rate among drafts and kept rewrites, if there are gold answers. `thinking_and_answer`: the
+    tokens of both parts of rollouts and kept rewrites, for models that think. Lengths are in
+    tokens, rates are fractions.
     `no_answer` is the fraction of finished samples without an answer in a declared format,
     `repetition` the mean fraction of repeated 4-grams, `markers_per_1k` the self-correction MARKERS
     per 1,000 tokens.
@@ -235,7 +296,19 @@ def round_stats(
     tables: dict[str, list[dict[str, Any]]] = {}
     if rollouts is not None:
         grouped = rollouts if by is None else with_group(rollouts, by)
-        tables |= _rollout_tables(light(grouped, folders))
+        rows = light(grouped, folders)
+        prompts = of_prompts(rows)
+        tables |= _rollout_tables(rows, prompts)
+        if difficulty := difficulties(prompts, distill, folders):
+            tables["difficulty"] = difficulty
+        parts = _parts(rows, "rollouts", "num_completion_tokens")
+        if distill is not None:
+            kept = distill.filter(pl.col("status") == "ok").with_columns(
+                pl.col("folder").cast(folders)
+            )
+            parts += _parts(kept, "kept rewrites", "num_rewritten_tokens")
+        if parts:
+            tables["thinking_and_answer"] = parts
     elif by is not None:
         raise ConfigError(f"--by {by!r}: no rollouts here, and only they have metadata.")
     if distill is not None:
@@ -243,9 +316,11 @@ def round_stats(
     return tables
 
 
-def _rollout_tables(rollouts: pl.LazyFrame) -> dict[str, list[dict[str, Any]]]:
-    """Return the tables of `round_stats` about `light` rollouts."""
-    prompts, lengths = of_prompts(rollouts), of_lengths(rollouts)
+def _rollout_tables(
+    rollouts: pl.LazyFrame, prompts: pl.DataFrame
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the tables of `round_stats` about `light` rollouts alone. `prompts`: `of_prompts`."""
+    lengths = of_lengths(rollouts)
     tokens, markers = pl.col("num_completion_tokens"), pl.col("markers")
     rates = rollouts.group_by("folder").agg(
         pl.col("round").first(),

@@ -274,8 +274,18 @@ class _Rows:
             lengths, counts = self._numbers(ids), self._numbers(count)
             for index in np.flatnonzero(lengths != counts):
                 self._say(index, f"{ids} has {lengths[index]} ids, {count} is {counts[index]}.")
+        self._thinking("num_completion_tokens")
+
+    def _thinking(self, tokens: str) -> None:
+        found, most = self._numbers("num_thinking_tokens"), self._numbers(tokens)
+        for index in np.flatnonzero(found > most):
+            text = f"num_thinking_tokens is {found[index]}, {tokens} is {most[index]}."
+            self._say(index, text)
 
     def distill(self, metadata: dict[str, Any], rollouts: _Prompts) -> None:
+        self._thinking("num_rewritten_tokens")
+        rates = self._numbers("pass_rate")
+        self._say(np.flatnonzero(rates > 1), "its pass_rate is above 1.")
         statuses = self._table.column("status")
         has_scores = (self._numbers("topk_ids") >= 0) | (self._numbers("draft_topk_ids") >= 0)
         exists = np.ones(self.count, bool)

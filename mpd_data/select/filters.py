@@ -7,6 +7,8 @@ exist (`mpd-gen rewrite --refilter`).
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mpd_data.config import Choice, FilterConfig
 from mpd_data.store.schema import UNUSABLE
 
@@ -14,8 +16,9 @@ from mpd_data.store.schema import UNUSABLE
 def status_of(row: Mapping[str, Any], filters: FilterConfig) -> str:
     """Return the status of the first filter that rejects a checked rewrite, or "ok".
 
-    `row` has draft_is_correct, keeps_answer, compression_ratio, draft_overlap, repetition and
-    is_correct. A row without a gold answer or an overlap passes the filters that need one.
+    `row` has draft_is_correct, keeps_answer, compression_ratio, pass_rate, draft_overlap,
+    repetition and is_correct. A row without a gold answer or an overlap passes the filters that
+    need one.
     """
     unwanted = {"any": None, "correct": False, "incorrect": True}[filters.drafts]
     if unwanted is not None and row["draft_is_correct"] is unwanted:
@@ -24,9 +27,11 @@ def status_of(row: Mapping[str, Any], filters: FilterConfig) -> str:
     corrected = filters.corrections and row["is_correct"]
     if filters.keep_answer and not row["keeps_answer"] and not corrected:
         return "answer_changed"
-    if row["compression_ratio"] > filters.max_ratio:
+    # In the precision of the stored ratio: 6 of 10 tokens are not more than 0.6, then as now.
+    ratio, pass_rate = np.float32(row["compression_ratio"]), row["pass_rate"]
+    if ratio > np.float32(_limit(filters.max_ratio, filters.max_ratio_hard, pass_rate)):
         return "longer"
-    if row["compression_ratio"] < filters.min_ratio:
+    if ratio < np.float32(_limit(filters.min_ratio, filters.min_ratio_hard, pass_rate)):
         return "too_short"
     if filters.max_overlap is not None and (row["draft_overlap"] or 0) > filters.max_overlap:
         return "copied"
@@ -35,6 +40,14 @@ def status_of(row: Mapping[str, Any], filters: FilterConfig) -> str:
     if filters.require_correct and row["is_correct"] is False:
         return "incorrect"
     return "ok"
+
+
+def _limit(easy: float, hard: float | None, pass_rate: float | None) -> float:
+    """Return the limit of a length ratio for a problem: `hard` for one that the student never
+    solves, `easy` for one that it always solves and where the pass rate is not known."""
+    if hard is None or pass_rate is None:
+        return easy
+    return hard + (easy - hard) * pass_rate
 
 
 def settle(

@@ -5,6 +5,7 @@ newly kept. Nothing is generated and nothing is lost: a row that is rejected now
 log-probabilities, so going back needs no engine.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from mpd_data.engines.scores import score_columns, scoring_contexts
 from mpd_data.engines.start import start_engine
 from mpd_data.select.filters import settle
 from mpd_data.select.likeliest import choose_by_student, choosing_student
+from mpd_data.select.pass_rates import PassRates
 from mpd_data.select.second_pass import Pass, Row, put_in_place, rework
 from mpd_data.stage import Outcome, model_of
 from mpd_data.store.round import REFILTERED, RoundDir
@@ -96,7 +98,13 @@ class _Refilter(Pass):
 
     label = "refilter"
 
+    @functools.cached_property
+    def _rates(self) -> PassRates:
+        round_dir = RoundDir(self.config.shards)
+        return PassRates(round_dir, round_dir.shard_paths("rollouts"))
+
     def judge(self, rows: list[Row]) -> list[Row]:
+        self._rates.fill(rows)
         wanted = settle(rows, self.config.filters, self.config.choose)
         return [row for row in wanted if row["topk_ids"] is None]
 

@@ -44,6 +44,8 @@ def results(by_run: dict[str, Evaluations]) -> Iterator[Block]:
         ]
         heads = ["run", "model"] if several else ["model"]
         yield from _result_tables(name, heads, rows, explained=index == 0)
+        yield from _hard_tables(name, heads, rows, explained=index == 0)
+        yield from _part_tables(name, heads, rows, explained=index == 0)
 
 
 def _pareto_plots(sets: dict[str, dict[str, dict[int, Measured]]], several: bool) -> Iterator[Plot]:
@@ -119,6 +121,60 @@ def _result_tables(
         len(heads),
         _BEHAVIOUR if explained else "",
     )  # fmt: skip
+
+
+def _hard_tables(
+    name: str, heads: list[str], lines: list[tuple[list[str], Measured]], explained: bool
+) -> Iterator[Block]:
+    """Yield the results on the problems that the base solves least often, where there are some."""
+    rows = []
+    for labels, measured in lines:
+        if measured.paired is not None and (hard := measured.paired["hard_third"]) is not None:
+            rows.append([
+                *labels,
+                *(percent(hard[side]["accuracy"]) for side in ("base", "new")),
+                points(hard["accuracy_difference"], hard["accuracy_difference_interval"]),
+                *(number(hard[side]["mean_tokens"]) for side in ("base", "new")),
+                percent(hard["token_reduction"], hard["token_reduction_interval"]),
+                f"{hard['problems']:,}",
+            ])  # fmt: skip
+    note = (
+        "The third of the problems that the base solves least often. One half of its samples"
+        " chooses them and the other half is measured, both ways round: what is chosen for bad"
+        " luck would seem to improve."
+    )
+    if rows:
+        yield Table(
+            f"{name}: the hard third",
+            [*heads, "accuracy, base", "accuracy", "against base", "tokens, base", "tokens",
+             "saved [95%]", "problems"],
+            rows,
+            len(heads),
+            note if explained else "",
+        )  # fmt: skip
+
+
+def _part_tables(
+    name: str, heads: list[str], lines: list[tuple[list[str], Measured]], explained: bool
+) -> Iterator[Block]:
+    """Yield the tokens of thinking and answer, for models that think."""
+    rows = []
+    for labels, measured in lines:
+        side, paired = measured.side, measured.paired or {}
+        if side["thinking_tokens"] is not None:
+            row = list(labels)
+            for part in ("thinking", "answer"):
+                saved = paired.get(f"{part}_reduction"), paired.get(f"{part}_reduction_interval")
+                row += [number(side[f"{part}_tokens"]), percent(*saved)]
+            rows.append(row)
+    if rows:
+        yield Table(
+            f"{name}: thinking and answer",
+            [*heads, "thinking tokens", "saved of them", "answer tokens", "saved of these"],
+            rows,
+            len(heads),
+            "The thinking part ends with its closing tag." if explained else "",
+        )
 
 
 # -- lengths ------------------------------------------------------------------------------------

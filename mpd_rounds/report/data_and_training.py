@@ -3,9 +3,12 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from operator import attrgetter
+from typing import Any
 
+from mpd_data.inspect.stats import DIFFICULTIES
 from mpd_rounds.report import plots, queries
 from mpd_rounds.report.document import NONE, Bar, Block, Plot, Plots, Table, number, percent
+from mpd_rounds.report.provenance import flattened, setting_text
 from mpd_rounds.report.queries import Funnel, Training
 from mpd_rounds.report.run import round_name
 
@@ -35,12 +38,18 @@ _REASONS = {
 }
 
 
-def funnel_tables(funnels: dict[int, Funnel]) -> Iterator[Block]:
-    """Yield what is left of each round after each stage, and why rewrites were rejected."""
+def funnel_tables(funnels: dict[int, Funnel], changes: list[dict[str, Any]]) -> Iterator[Block]:
+    """Yield what is left of each round after each stage, how hard the problems of drafts and kept
+    rewrites are, and why rewrites were rejected. `changes`: the pipeline's tables `round`."""
     if not funnels:
         return
     head = ["", *map(round_name, funnels)]
-    rows: list[list[str | Bar]] = [["prompts", *(f"{f.prompts:,}" for f in funnels.values())]]
+    rows: list[list[str | Bar]] = []
+    # The last table also holds for all rounds after it.
+    own = {n: flattened(changes[min(n, len(changes)) - 1]) if changes else {} for n in funnels}
+    for name in dict.fromkeys(name for settings in own.values() for name in settings):
+        rows.append([name, *(setting_text(s[name]) if name in s else NONE for s in own.values())])
+    rows.append(["prompts", *(f"{f.prompts:,}" for f in funnels.values())])
     for stage, count in _STAGES.items():
         rows.append([stage, *(_bar(count(f), f.rollouts) for f in funnels.values())])
     ratios = [funnel.ratio for funnel in funnels.values()]
@@ -58,6 +67,7 @@ def funnel_tables(funnels: dict[int, Funnel]) -> Iterator[Block]:
         " if nothing is rewritten. Drafts that were cut off are not rewritten. Length: mean of the"
         " ratios.",
     )
+    yield from _difficulty(funnels)
     totals: Counter[str] = Counter()
     for funnel in funnels.values():
         totals.update(funnel.statuses)
@@ -70,6 +80,31 @@ def funnel_tables(funnels: dict[int, Funnel]) -> Iterator[Block]:
     if rows:
         note = "Shares are of all rewrite rows."
         yield Table("Why rewrites were rejected", head, rows, len(head), note)
+
+
+def _difficulty(funnels: dict[int, Funnel]) -> Iterator[Block]:
+    """Yield the shares of problems of each pass rate, among drafts and kept rewrites."""
+    tables = {n: funnel.difficulty for n, funnel in funnels.items() if funnel.difficulty}
+    if not tables:
+        return
+    rows: list[list[str | Bar]] = []
+    for rate in DIFFICULTIES:
+        row: list[str | Bar] = [rate]
+        for table in tables.values():
+            for name in ("drafts", "kept"):
+                share = table[rate][f"{name}_share"] if rate in table else None
+                row.append(NONE if share is None else Bar(percent(share), share))
+        rows.append(row)
+    head = [f"{round_name(n)}, {name}" for n in tables for name in ("drafts", "kept")]
+    yield Table(
+        "How hard their problems are",
+        ["pass rate", *head],
+        rows,
+        left=1 + len(head),
+        note="Pass rate: the share of a problem's rollouts in the round that are right. Where easy"
+        " problems have a larger share of the kept rewrites than of the drafts, hard ones are"
+        " lost.",
+    )
 
 
 def _bar(count: int, total: int) -> Bar:

@@ -67,37 +67,38 @@ def training_provenance(run: Run) -> Iterator[Block]:
     info = read_record(run.path)
     yield from _versions({run.label: info["details"]})
     identity = {k: v for k, v in info.get("identity", {}).items() if k != "config"}
-    yield _settings("run.json", _flat(identity) | _flat(info["details"].get("config", {})))
+    yield _settings("run.json", flattened(identity) | flattened(info["details"].get("config", {})))
 
 
 def _settings(caption: str, settings: dict[str, Any]) -> Table:
-    rows = [[name, _setting(value)] for name, value in _flat(settings).items()]
+    rows = [[name, setting_text(value)] for name, value in flattened(settings).items()]
     return Table(caption, ["setting", "value"], rows, left=2)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by their dotted names; sections in a list by their number."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             value = {str(index): item for index, item in enumerate(value)}
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= flattened(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat
 
 
-def _setting(value: Any) -> str:
+def setting_text(value: Any) -> str:
+    """Return the value of a setting as text."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def unlike_settings(runs: list[Run]) -> Iterator[Block]:
     """Yield a table of the settings that differ between the runs, if there are any."""
-    flat = [_flat(run.settings) for run in runs]
+    flat = [flattened(run.settings) for run in runs]
     names = sorted({name for values in flat for name in values})
     unlike = [n for n in names if len({json.dumps(v.get(n)) for v in flat}) > 1]
     if unlike:
-        rows = [[n, *(_setting(v.get(n)) for v in flat)] for n in unlike]
+        rows = [[n, *(setting_text(v.get(n)) for v in flat)] for n in unlike]
         head = ["setting", *(run.label for run in runs)]
         yield Table("Settings that differ", head, rows, left=len(head))

@@ -12,7 +12,16 @@ import polars as pl
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.inspect import compare as comparison
-from mpd_data.inspect.stats import collect, of_lengths, round_stats, scan, scan_round, trace_lengths
+from mpd_data.inspect.stats import (
+    collect,
+    difficulties,
+    of_lengths,
+    of_prompts,
+    round_stats,
+    scan,
+    scan_round,
+    trace_lengths,
+)
 from mpd_data.store.schema import STATUSES
 from mpd_rounds.report.run import BASE, Run, count, read_metrics
 
@@ -99,7 +108,7 @@ class Funnel:
     """How many rows of a round are left after each stage. `whole`: rollouts that were not cut off;
     `answered`: rewrites that the teacher gave; `statuses`: rewrite rows by status, in the order of
     the contract; `ratio`: mean length of the kept rewrites as a share of their drafts'; `failed`:
-    rows in errors/."""
+    rows in errors/; `difficulty`: rows of stats.difficulties by pass rate."""
 
     prompts: int
     rollouts: int
@@ -108,6 +117,7 @@ class Funnel:
     statuses: dict[str, int]
     ratio: float | None
     failed: int
+    difficulty: dict[str, dict[str, Any]]
 
     @property
     def rewrites(self) -> int:
@@ -143,7 +153,14 @@ def funnel(folder: Path) -> Funnel:
         answered = sum(row["answered"] for row in by_status.values())
         ratio = by_status["ok"]["ratio"] if "ok" in by_status else None
     failed = count(folder, "errors")
-    return Funnel(**first, answered=answered, statuses=statuses, ratio=ratio, failed=failed)
+    folders, prompt = pl.Enum([str(folder)]), pl.col("prompt_id").hash().alias("prompt")
+    light = scan_round(folder).select(pl.col("folder").cast(folders), prompt, "is_correct")
+    table = difficulties(of_prompts(light), distill, folders)
+    difficulty = {row["pass_rate"]: row for row in table}
+    return Funnel(
+        **first, answered=answered, statuses=statuses, ratio=ratio, failed=failed,
+        difficulty=difficulty,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,10 @@ def _details(run: Run, funnels: dict[int, Funnel]) -> dict[str, tuple[str, Itera
     """Return title and blocks of a run's sections after its results, by anchor."""
     return {
         "lengths": ("How long the traces are", lengths(run)),
-        "funnel": ("From prompts to kept rewrites", funnel_tables(funnels)),
+        "funnel": (
+            "From prompts to kept rewrites",
+            funnel_tables(funnels, run.settings.get("round", [])),
+        ),
         "training": ("Training", training_curves(_trainings(run))),
         "rewrites": ("Drafts and their rewrites", _rewrites(run)),
         "answers": ("Before and after", _before_and_after(run)),

@@ -86,7 +86,7 @@ def plan_pipeline(
     second of a stage (rollouts, rewrite, train), in place of the recorded ones. Raise what a stage
     would raise before it starts its engine."""
     planner = _Planner(pipeline, out)
-    result = PipelinePlan(out)
+    result = PipelinePlan(out, notes=pipeline.changes_text())
     planner.evaluate(result, 0)
     for round_ in range(1, pipeline.rounds + 1):
         planner.train(result, round_)
@@ -215,7 +215,7 @@ class _Planner:
         draft = drafts.config.sampling.max_tokens
         room = config.sampling.max_tokens if asks else draft
         # The filter rejects a longer one.
-        rewrite = min(room, int(config.filters.max_ratio * draft))
+        rewrite = min(room, int(config.filters.largest_ratio * draft))
         notes, in_all, teachers = [], 0, f"the teacher's context of {setup.context:,}"
         if asks:
             in_all = longest_asked + draft + room

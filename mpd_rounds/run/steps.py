@@ -1,6 +1,9 @@
 """Read a pipeline file, and build the command of each of its stages."""
 
+import copy
+import json
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,6 +21,14 @@ class EvaluationSet(Strict):
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
     rollouts: dict[str, Any]
+
+
+class RoundSettings(Strict):
+    """What a round changes in the pipeline's sections: the settings that it names, no others."""
+
+    rollouts: dict[str, Any] = Field(default_factory=dict)
+    rewrite: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
 
 
 class Licenses(Strict):
@@ -74,7 +85,8 @@ def _newest(round_: int) -> str:
 class Pipeline(SettingsFile):
     """A pipeline file. Its sections hold the settings of their commands, without those that the
     pipeline sets (models, folders, round number). Paths are relative to the folder in which the
-    command is run. The first evaluation set gives the headline results."""
+    command is run. The n-th table of `round` changes the sections for round n; the last one also
+    holds for all rounds after it. The first evaluation set gives the headline results."""
 
     name: str
     student: str
@@ -91,6 +103,7 @@ class Pipeline(SettingsFile):
     rollouts: dict[str, Any]
     rewrite: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
+    round: list[RoundSettings] = Field(default_factory=list)
     evaluation: list[EvaluationSet] = Field(min_length=1)
 
     def _step(
@@ -114,6 +127,29 @@ class Pipeline(SettingsFile):
         program, *command = _COMMANDS[model]
         return Step(label, why, program, [*command, *arguments(config)], out, config)
 
+    def changes(self, round_: int) -> dict[str, Any]:
+        """Return what a round (from 1) changes, by the dotted names of the settings."""
+        tables = self.round[:round_][-1:]
+        return {name: value for table in tables for name, value in _dotted(table.model_dump())}
+
+    def section(self, name: str, round_: int) -> dict[str, Any]:
+        """Return a section's settings in a round (from 1)."""
+        settings: dict[str, Any] = copy.deepcopy(getattr(self, name))
+        for setting, value in self.changes(round_).items():
+            section, _, rest = setting.partition(".")
+            if section == name:
+                override(settings, rest, value, f"{self.source}: [[round]], {setting}")
+        return settings
+
+    def changes_text(self) -> list[str]:
+        """Return a line for each round that changes settings."""
+        lines = []
+        for round_ in range(1, self.rounds + 1):
+            if changes := self.changes(round_):
+                listed = ", ".join(f"{name} = {json.dumps(v)}" for name, v in changes.items())
+                lines.append(f"round {round_}: {listed}")
+        return lines
+
     def rollouts_step(self, student: str, round_: int, out: Path) -> Step:
         """Return the step in which the sampler (`student` or the teacher) fills the round `out`."""
         sampler, name = self.teacher, "the teacher"
@@ -121,27 +157,30 @@ class Pipeline(SettingsFile):
             sampler, name = student, _newest(round_)
         label, why = f"round {round_}: rollouts", f"{name} samples solutions"
         fixed = {"model": sampler, "out": out, "round": round_}
-        return self._step(label, why, out, RolloutsConfig, "rollouts", self.rollouts, fixed)
+        given = self.section("rollouts", round_)
+        return self._step(label, why, out, RolloutsConfig, "rollouts", given, fixed)
 
     def rewrite_step(self, student: str, round_: int, shards: Path) -> Step:
         """Return the step in which the rewriter (the teacher or `student`) rewrites a round."""
         rewriter, name = self.teacher, "the teacher"
         if self.rewriter == "student":
             rewriter, name = student, _newest(round_)
+        given = self.section("rewrite", round_)
         fixed: dict[str, Any] = {"teacher": rewriter, "shards": shards}
         if self.sampler == "teacher":
             # Needed for the vocabulary, which never changes, and for the choice, which does.
-            newest_chooses = self.rewrite.get("choose") == "likeliest"
+            newest_chooses = given.get("choose") == "likeliest"
             fixed["student"] = student if newest_chooses else self.student
         label, out = f"round {round_}: rewrite", shards / "distill"
         why = f"{name} shortens them and scores what passes the filter"
-        return self._step(label, why, out, RewriteConfig, "rewrite", self.rewrite, fixed)
+        return self._step(label, why, out, RewriteConfig, "rewrite", given, fixed)
 
     def train_step(self, student: str, round_: int, shards: Path, out: Path) -> Step:
         """Return the step in which `student` learns from `shards`; it writes `out`/model."""
         label, why = f"round {round_}: train", f"{_newest(round_)} learns from the kept rewrites"
         fixed = {"shards": [shards], "student": student, "out": out}
-        return self._step(label, why, out / "model", TrainConfig, "train", self.train, fixed)
+        given = self.section("train", round_)
+        return self._step(label, why, out / "model", TrainConfig, "train", given, fixed)
 
     def evaluation_step(self, chosen: EvaluationSet, student: str, round_: int, out: Path) -> Step:
         """Return the step in which `student`, after `round_` rounds, answers held-out prompts."""
@@ -150,6 +189,15 @@ class Pipeline(SettingsFile):
         section = f"evaluation.{chosen.name}.rollouts"
         fixed = {"model": student, "out": out}
         return self._step(label, why, out, RolloutsConfig, section, chosen.rollouts, fixed)
+
+
+def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested settings by their dotted names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def load_pipeline(path: Path, overrides: tuple[str, ...]) -> Pipeline:

@@ -160,17 +160,18 @@ def _cost(run: SettingRun) -> dict[str, Any]:
         distill.select(
             rows=pl.len(),
             kept=kept.sum(),
-            tokens=pl.col("num_rewritten_tokens").sum(),
-            cut=(pl.col("rewrite_finish_reason") == "length").sum(),
             ratio=pl.col("compression_ratio").filter(kept).mean(),
         )
     ).row(0, named=True)
-    rewrite = run.pipeline.rewrite
-    if rewrite.get("template") != "draft":
-        limit = RewriteConfig.model_validate(
-            {**rewrite, "teacher": run.pipeline.teacher, "shards": run.shards[0]}
-        ).sampling.max_tokens
-        generated += written["tokens"] + limit * written["cut"]
+    for round_, folder in enumerate(run.shards, start=1):
+        rewrite = run.pipeline.section("rewrite", round_)
+        if rewrite.get("template") != "draft":
+            limit = RewriteConfig.model_validate(
+                {**rewrite, "teacher": run.pipeline.teacher, "shards": folder}
+            ).sampling.max_tokens
+            cut = (pl.col("rewrite_finish_reason") == "length").sum()
+            tokens = pl.col("num_rewritten_tokens").sum() + limit * cut
+            generated += int(collect(scan_round(folder, "distill").select(tokens)).item())
     metrics = itertools.chain.from_iterable(map(read_metrics, run.trained))
     steps = [step for step in metrics if "loss_tokens" in step]
     return {
