@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, PrivateAttr
+from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
-from mpd_data.common.errors import ConfigError
+from mpd_data.common.errors import ConfigError, did_you_mean
 from mpd_data.common.options import arguments, parse
 from mpd_data.config import RewriteConfig, RolloutsConfig, Strict
+from mpd_rounds.run.baselines import Baseline
 from mpd_train.config import TrainConfig
 
 
@@ -92,6 +93,27 @@ class Pipeline(SettingsFile):
     rewrite: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
     evaluation: list[EvaluationSet] = Field(min_length=1)
+    # What costs nothing: the base student with other prompts or limits.
+    baseline: list[Baseline] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _baselines_have_names_and_sets_of_their_own(self) -> Self:
+        names = [chosen.name for chosen in self.evaluation]
+        folders: set[str] = set()
+        for baseline in self.baseline:
+            for name in baseline.sets or names:
+                if name not in names:
+                    raise ValueError(
+                        f"baseline {baseline.name}: no evaluation set {name!r}; there are"
+                        f" {', '.join(names)}.{did_you_mean(name, names)}"
+                    )
+                folder = f"baseline-{baseline.name}-{name}"
+                if folder in folders:
+                    raise ValueError(
+                        f"two baselines would write to {folder}: give one of them another name"
+                    )
+                folders.add(folder)
+        return self
 
     def _step(
         self,
@@ -150,6 +172,18 @@ class Pipeline(SettingsFile):
         section = f"evaluation.{chosen.name}.rollouts"
         fixed = {"model": student, "out": out}
         return self._step(label, why, out, RolloutsConfig, section, chosen.rollouts, fixed)
+
+    def baseline_step(
+        self, baseline: Baseline, chosen: EvaluationSet, out: Path, examples: Path
+    ) -> Step:
+        """Return the step in which the base student answers the prompts of an evaluation set as
+        `baseline` says. `examples`: the file that the kind few_shot shows."""
+        label = f"baseline {baseline.name}: evaluate {chosen.name}"
+        why = "the base student, without training"
+        given = baseline.settings(chosen.rollouts, examples)
+        section = f"baseline.{baseline.name}.rollouts"
+        fixed = {"model": self.student, "out": out}
+        return self._step(label, why, out, RolloutsConfig, section, given, fixed)
 
 
 def load_pipeline(path: Path, overrides: tuple[str, ...]) -> Pipeline:
