@@ -24,9 +24,11 @@ from mpd_data.common.models import resolve_model
 from mpd_data.common.text import format_table
 from mpd_data.config import RewriteConfig
 from mpd_data.inspect import compare as comparison
+from mpd_data.inspect import frontier
 from mpd_data.inspect.stats import plot_lengths
 from mpd_data.parts.workers import EXIT_FAILED_ROWS
 from mpd_data.store.run_record import require_kind, write_record
+from mpd_rounds.run.few_shot import write_examples
 from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.runner import Runner
 from mpd_rounds.run.steps import Pipeline, load_pipeline
@@ -38,8 +40,9 @@ _DIFFERENCES = (
 
 
 def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
-    """Return the figures of a finished pipeline: the first evaluation set for the base and every
-    round, and the comparison of the last round with the base on every set."""
+    """Return the figures of a finished pipeline: the first evaluation set for the base, its
+    baselines and every round, the comparison of the last round with the base on every set, and of
+    every round with what is free."""
     names = [chosen.name for chosen in pipeline.evaluation]
     last = pipeline.rounds
     sets = {
@@ -51,23 +54,51 @@ def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
         "pipeline": pipeline.name,
         "seed": pipeline.seed,
         "base": sets[names[0]]["base"],
+        "baselines": {
+            f"baseline {found.name}": comparison.evaluate(found.folder)
+            for found in plan.baseline_folders()
+            if found.set == names[0]
+        },
         "rounds": rounds,
         "final": rounds[-1],
         **{name: sets[names[0]][name] for name in _DIFFERENCES},
         "sets": sets,
+        "frontier": _frontiers(pipeline, plan),
+    }
+
+
+def _frontiers(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
+    """Return what `frontier.judge` says of every round, for each evaluation set with baselines."""
+    free: dict[str, dict[str, Path]] = {}
+    for found in plan.baseline_folders():
+        points = free.setdefault(found.set, {"base": plan.evaluation(0, found.set)})
+        points[f"baseline {found.name}"] = found.folder
+    return {
+        name: frontier.judge(
+            points,
+            {f"round {r}": plan.evaluation(r, name) for r in range(1, pipeline.rounds + 1)},
+        )
+        for name, points in free.items()
     }
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Print the tables of a summary: the first evaluation set by round, and all sets before and
-    after."""
+    """Print the tables of a summary (the first evaluation set by baseline and round, and all sets
+    before and after), and whether the rounds are beyond what is free."""
     rows = {"base": summary["base"]}
+    rows |= summary["baselines"]
     rows |= {f"round {i}": side for i, side in enumerate(summary["rounds"], start=1)}
     click.echo(f"\n{comparison.table(rows)}")
     sets = [
         {"set": name, **comparison.side_by_side(result)} for name, result in summary["sets"].items()
     ]
     click.echo(f"\n{format_table(sets)}")
+    for name, result in summary["frontier"].items():
+        click.echo()
+        for one in result["models"].values() if result is not None else ():
+            click.echo(f"{name}: {one['verdict']}")
+        if result is None:
+            click.echo(f"{name}: without gold answers there is no frontier of what is free.")
 
 
 def check_inputs(pipeline: Pipeline, out: Path) -> None:
@@ -90,10 +121,16 @@ def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
     check_inputs(pipeline, out)
     runner = Runner(out, pipeline.environment, len(plan.all_steps()))
     write_record(out, "pipeline", pipeline.model_dump(mode="json"))
-    runner.run(list(plan.evaluations(0)), pipeline.parallel_evaluations)
+    measured = [*plan.evaluations(0), *plan.baselines(from_rewrites=False)]
+    runner.run(measured, pipeline.parallel_evaluations)
     for round_ in range(1, pipeline.rounds + 1):
-        for step in plan.training(round_):
-            runner.run([step])
+        sampling, rewriting, training = plan.training(round_)
+        runner.run([sampling])
+        runner.run([rewriting])
+        if round_ == 1:
+            write_examples(plan)
+            runner.run(list(plan.baselines(from_rewrites=True)), pipeline.parallel_evaluations)
+        runner.run([training])
         runner.run(list(plan.evaluations(round_)), pipeline.parallel_evaluations)
     summary = summarize(pipeline, plan)
     summary["failed_rows"] = runner.failed_rows

@@ -38,6 +38,10 @@ class Plan:
             return self.pipeline.student
         return str(self.out / "train" / f"round{round_}" / "model")
 
+    def data(self, round_: int) -> Path:
+        """Return the folder of a round's rollouts and rewrites."""
+        return self.out / "data" / f"round{round_}"
+
     def evaluation(self, round_: int, name: str) -> Path:
         label = "base" if round_ == 0 else f"round{round_}"
         return self.out / "eval" / f"{label}-{name}"
@@ -65,7 +69,7 @@ class Plan:
 
     def training(self, round_: int) -> Iterator[Step]:
         """Yield rollouts, rewrite and train of a round (from 1)."""
-        p, data = self.pipeline, self.out / "data" / f"round{round_}"
+        p, data = self.pipeline, self.data(round_)
         student = self.student(round_ - 1)
         yield p.rollouts_step(student, round_, data)
         yield p.rewrite_step(student, round_, data)

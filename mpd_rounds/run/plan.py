@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import ModelFiles, resolve_model
 from mpd_data.common.text import plain_lines
 from mpd_data.config import RewriteConfig, RolloutsConfig
@@ -31,6 +32,7 @@ from mpd_data.rewrite_setup import setup as rewrite_setup
 from mpd_data.rollouts import RolloutSetup, read_prompts
 from mpd_data.rollouts import setup as rollout_setup
 from mpd_data.store.round import RoundDir
+from mpd_rounds.run.few_shot import COUNT
 from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.runner import Finished
 from mpd_rounds.run.steps import Pipeline, Step
@@ -88,6 +90,7 @@ def plan_pipeline(
     planner = _Planner(pipeline, out)
     result = PipelinePlan(out)
     planner.evaluate(result, 0)
+    planner.baselines(result, from_rewrites=False)
     for round_ in range(1, pipeline.rounds + 1):
         planner.train(result, round_)
         planner.evaluate(result, round_)
@@ -133,6 +136,41 @@ class _Planner:
             self._newest[stage] = learned
         return self._newest.get(stage)
 
+    def baselines(self, result: PipelinePlan, from_rewrites: bool) -> None:
+        """Plan the baselines that show rewrites of round 1, or the others."""
+        for step in self._commands.baselines(from_rewrites):
+            config, label = step.config, step.label
+            assert isinstance(config, RolloutsConfig)
+            if self._finished.holds(step):
+                result.add(label, None)
+                continue
+            if from_rewrites and config.examples is not None and not config.examples.exists():
+                # The rewrites that it shows are yet to be made.
+                config = config.model_copy(update={"examples": None})
+            # As long as the base's rows, if it has none of its own.
+            learned = self._newest.get(label.partition(": ")[2])
+            try:
+                plan, setup = self._rollouts(dataclasses.replace(step, config=config), learned)
+            except ConfigError as error:
+                raise ConfigError(f"{label}: {error}") from error
+            if config is not step.config:
+                plan = dataclasses.replace(plan, notes=[*plan.notes, self._examples(plan, setup)])
+            name = label.partition(":")[0]
+            shown = [dataclasses.replace(x, name=f"{x.name}, {name}") for x in plan.shown]
+            result.add(label, dataclasses.replace(plan, shown=shown))
+
+    def _examples(self, plan: StagePlan, setup: RolloutSetup) -> str:
+        """Return the context budget of prompts to which rewrites will be added that do not exist
+        yet."""
+        _, rewriting, _ = self._commands.training(1)
+        assert isinstance(rewriting.config, RewriteConfig)
+        prompt = (plan.prompt_tokens or Lengths(0.0, 0)).max
+        rewrite, room = rewriting.config.sampling.max_tokens, setup.config.sampling.max_tokens
+        parts = f"{COUNT} x (prompt {prompt:,} + rewrite {rewrite:,}) + prompt + sampled {room:,}"
+        total = COUNT * (prompt + rewrite) + prompt + room
+        limit = f"the student's context of {setup.context:,}"
+        return _budget(parts, total, limit, setup.context, "problems that do not fit are left out")
+
     def evaluate(self, result: PipelinePlan, round_: int) -> None:
         """Plan the evaluations of the student after `round_` rounds."""
         for step in self._commands.evaluations(round_):
@@ -159,6 +197,8 @@ class _Planner:
                 planned, ahead = self._rewrite(rewriting.config, *drafts, of_drafts, of_rewrites)
                 plan = plan or planned
         result.add(rewriting.label, plan)
+        if round_ == 1:
+            self.baselines(result, from_rewrites=True)
         plan = None
         if not self._finished.holds(training):
             assert isinstance(training.config, TrainConfig)
