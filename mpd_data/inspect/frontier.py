@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from mpd_data.common.errors import ConfigError
 from mpd_data.inspect.compare import MIN_PROBLEMS, evaluate, paired, per_problem
 
@@ -42,36 +44,32 @@ def is_beyond(against: Mapping[str, Any], margin: float = MARGIN) -> bool:
     if saved is None or gained is None:
         return False
     is_shorter, is_as_accurate, is_better = saved[0] > 0, gained[0] > -margin, gained[0] > 0
-    return (is_shorter and is_as_accurate) or is_better
+    return bool((is_shorter and is_as_accurate) or is_better)
 
 
 def judge(free: Mapping[str, Path], models: Mapping[str, Path]) -> dict[str, Any] | None:
-    """Compare `models` with the `free` points, both folders of rollouts by name.
+    """Compare `models` with the `free` points, both folders of rollouts by name; the first free
+    point is the base.
 
-    Return `points` (`compare.evaluate` of each free point), `frontier` (their names, the shortest
-    first), `margin`, and for each of `models`: `beyond` (of the whole frontier), `verdict` (a
-    sentence) and `against` (for each free point: `beyond`, `problems` and the paired differences).
-    None if a problem has no gold answer. Raises ConfigError if two share no problem.
+    Return `points` (`compare.evaluate` of each free point, and its paired differences from the
+    base), `frontier` (their names, the shortest first), `margin`, and for each of `models`:
+    `beyond` (of the whole frontier), `verdict` (a sentence) and `against` (for each free point:
+    `beyond`, `problems` and the paired differences). None if a problem has no gold answer. Raises
+    ConfigError if two share no problem.
     """
     points = {name: evaluate(folder) for name, folder in free.items()}
     if any(point["accuracy"] is None for point in points.values()):
         return None
     means = {name: per_problem(folder) for name, folder in free.items()}
+    base = next(iter(free))
+    for name in free:
+        points[name] |= _paired(means[base], means[name], free[base], free[name])
     judged = {}
     for model, folder in models.items():
-        own = per_problem(folder)
-        against = {}
-        for name, point in means.items():
-            # Where rows failed, the problems that both sides have.
-            left = point.join(own, on="prompt_id", how="semi").sort("prompt_id")
-            right = own.join(point, on="prompt_id", how="semi").sort("prompt_id")
-            if not left.height:
-                raise ConfigError(
-                    f"{free[name]} and {folder} share no prompt. A paired comparison needs the same"
-                    " prompts on both sides."
-                )
-            result = paired(left, right)
-            against[name] = {"beyond": is_beyond(result), "problems": left.height, **result}
+        own, against = per_problem(folder), {}
+        for name in free:
+            differences = _paired(means[name], own, free[name], folder)
+            against[name] = {"beyond": is_beyond(differences), **differences}
         judged[model] = {
             "beyond": all(one["beyond"] for one in against.values()),
             "verdict": verdict(model, against),
@@ -79,6 +77,21 @@ def judge(free: Mapping[str, Path], models: Mapping[str, Path]) -> dict[str, Any
         }
     line = frontier({n: (p["mean_tokens"], p["accuracy"]) for n, p in points.items()})
     return {"points": points, "frontier": line, "margin": MARGIN, "models": judged}
+
+
+def _paired(left: pl.DataFrame, right: pl.DataFrame, *names: Path) -> dict[str, Any]:
+    """Return `compare.paired` of the problems that both sides have, which may be fewer where rows
+    failed, and their number as `problems`."""
+    left, right = (
+        one.join(other, on="prompt_id", how="semi").sort("prompt_id")
+        for one, other in ((left, right), (right, left))
+    )
+    if not left.height:
+        raise ConfigError(
+            f"{names[0]} and {names[1]} share no prompt. A paired comparison needs the same prompts"
+            " on both sides."
+        )
+    return {"problems": left.height, **paired(left, right)}
 
 
 def verdict(model: str, against: Mapping[str, Mapping[str, Any]]) -> str:

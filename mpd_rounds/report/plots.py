@@ -65,6 +65,10 @@ _SETTINGS = {
 }
 
 
+# Sizes of a plot that stands alone, and of one among others, in pixels.
+_WIDE, _NARROW = (620, 380), (360, 300)
+
+
 @dataclass(frozen=True)
 class Point:
     """A model on an evaluation set, with the bounds of its 95% intervals."""
@@ -113,7 +117,7 @@ def _counts(axis: Any) -> None:
 def pareto(title: str, lines: dict[str, list[Point]], wide: bool) -> str:
     """Return a plot of accuracy against mean tokens, with intervals. Each line of points is a run;
     its first point is the base."""
-    size = (620, 380) if wide else (360, 300)
+    size = _WIDE if wide else _NARROW
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -129,17 +133,54 @@ def pareto(title: str, lines: dict[str, list[Point]], wide: bool) -> str:
                 if len(lines) == 1 or index == len(points) - 1:
                     name = point.label if len(lines) == 1 else label
                     named.append((name, point, MUTED if is_base else shade))
-        axes.margins(x=0.16, y=0.14)
-        _label(axes, named, (0.85 * size[0], 0.8 * size[1]))
-        axes.set_title(title)
-        axes.set_xlabel("mean tokens per trace")
-        axes.set_ylabel("accuracy")
-        _counts(axes.xaxis)
-        low, high = axes.get_ylim()
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if high - low > 0.06 else 1))
+        _finish(axes, title, named, size)
 
     return _draw(*size, draw)
+
+
+def frontier(
+    title: str, free: list[Point], line: list[str], models: list[Point], wide: bool
+) -> str:
+    """Return a plot of accuracy against mean tokens: the `free` points, hollow, of which the base
+    is the first, with a line through those named in `line`, from the shortest; and `models`."""
+    size = _WIDE if wide else _NARROW
+    colour, own = SERIES[1], SERIES[0]
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        axes.grid(True)
+        by_name = {point.label: point for point in free}
+        x, y = zip(*((by_name[n].tokens, by_name[n].accuracy) for n in line), strict=True)
+        axes.plot(x, y, color=colour, linewidth=1.6, linestyle=(0, (4, 2)), zorder=2)
+        way = [free[0], *models]
+        x, y = zip(*((point.tokens, point.accuracy) for point in way), strict=True)
+        axes.plot(x, y, color=own, linewidth=1.2, alpha=0.5, zorder=2)
+        named: list[tuple[str, Point, str]] = []
+        for point in models:
+            _cross(axes, point, own, hollow=False)
+            named.append((point.label, point, own))
+        for index, point in enumerate(free):
+            _cross(axes, point, BASE_COLOUR if index == 0 else colour, hollow=True)
+            shade = MUTED if index == 0 else colour
+            named.append((point.label.removeprefix("baseline "), point, shade))
+        _finish(axes, title, named, size)
+
+    return _draw(*size, draw)
+
+
+def _finish(
+    axes: Any, title: str, named: list[tuple[str, Point, str]], size: tuple[int, int]
+) -> None:
+    """Write the names of points, the title and the axes' labels."""
+    axes.margins(x=0.16, y=0.14)
+    _label(axes, named, (0.85 * size[0], 0.8 * size[1]))
+    axes.set_title(title)
+    axes.set_xlabel("mean tokens per trace")
+    axes.set_ylabel("accuracy")
+    _counts(axes.xaxis)
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if high - low > 0.06 else 1))
 
 
 def _cross(axes: Any, point: Point, colour: str, hollow: bool) -> None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mpd_data.store.run_record import read_record
 from mpd_rounds.report import examples, queries
-from mpd_rounds.report.accuracy import lengths, results
+from mpd_rounds.report.accuracy import beside_what_is_free, lengths, results
 from mpd_rounds.report.card import data_card
 from mpd_rounds.report.data_and_training import funnel_tables, training_curves
 from mpd_rounds.report.document import (
@@ -33,10 +34,12 @@ def single(run: Run) -> Document:
         return _training_report(run)
     evaluations = queries.evaluations(run)
     funnels = {n: queries.funnel(folder) for n, folder in run.rounds.items()}
+    frontiers = queries.frontiers(run)
+    overview = [*_missing([run]), *_tiles(run, evaluations, funnels), *_verdict(run, frontiers)]
     sections = [
-        Section("overview", "Overview", [*_missing([run]), *_tiles(run, evaluations, funnels)]),
+        Section("overview", "Overview", overview),
         *_filled({"accuracy": ("Accuracy and length", results({run.label: evaluations}))}),
-        *_filled(_details(run, funnels)),
+        *_filled(_details(run, evaluations, frontiers, funnels)),
     ]
     name = str(run.settings.get("name", run.label))
     return Document(f"{name}: {run.label}", _subtitle(run), sections)
@@ -51,16 +54,24 @@ def several(runs: list[Run]) -> Document:
     ]
     for index, run in enumerate(runs):
         funnels = {n: queries.funnel(folder) for n, folder in run.rounds.items()}
-        tiles = list(_tiles(run, by_run[run.label], funnels))
-        sections.append(Section(f"run-{index}", f"Run {run.label}", tiles))
-        sections += _filled(_details(run, funnels), f"run-{index}-", 3)
+        evaluations, frontiers = by_run[run.label], queries.frontiers(run)
+        overview = [*_tiles(run, evaluations, funnels), *_verdict(run, frontiers)]
+        sections.append(Section(f"run-{index}", f"Run {run.label}", overview))
+        details = _details(run, evaluations, frontiers, funnels)
+        sections += _filled(details, f"run-{index}-", 3)
     names = dict.fromkeys(str(run.settings.get("name", run.label)) for run in runs)
     return Document(f"{', '.join(names)}: {len(runs)} runs", ", ".join(by_run), sections)
 
 
-def _details(run: Run, funnels: dict[int, Funnel]) -> dict[str, tuple[str, Iterator[Block]]]:
+def _details(
+    run: Run,
+    evaluations: Evaluations,
+    frontiers: dict[str, dict[str, Any]],
+    funnels: dict[int, Funnel],
+) -> dict[str, tuple[str, Iterator[Block]]]:
     """Return title and blocks of a run's sections after its results, by anchor."""
     return {
+        "free": ("Beside what costs nothing", beside_what_is_free(evaluations, frontiers)),
         "lengths": ("How long the traces are", lengths(run)),
         "funnel": ("From prompts to kept rewrites", funnel_tables(funnels)),
         "training": ("Training", training_curves(_trainings(run))),
@@ -155,6 +166,14 @@ def _tiles(run: Run, evaluations: Evaluations, funnels: dict[int, Funnel]) -> It
         tiles.append(Tile("Rewrites kept", percent(kept / rows), f"{kept:,} of {rows:,}"))
     if tiles:
         yield Tiles(tiles)
+
+
+def _verdict(run: Run, frontiers: dict[str, dict[str, Any]]) -> Iterator[Block]:
+    """Yield whether the newest round is beyond what is free, on the first evaluation set."""
+    judged = frontiers.get(run.headline or "")
+    if judged is not None and judged["models"]:
+        newest = list(judged["models"].values())[-1]
+        yield Paragraph(f"{run.headline}: {newest['verdict']}")
 
 
 def _training_tiles(trainings: dict[str, Training]) -> Iterator[Block]:

@@ -154,9 +154,14 @@ class _Planner:
             except ConfigError as error:
                 raise ConfigError(f"{label}: {error}") from error
             if config is not step.config:
-                plan = dataclasses.replace(plan, notes=[*plan.notes, self._examples(plan, setup)])
-            name = label.partition(":")[0]
-            shown = [dataclasses.replace(x, name=f"{x.name}, {name}") for x in plan.shown]
+                budget = self._examples(plan, setup)
+                plan = dataclasses.replace(plan, notes=[*plan.notes, budget], shown=[])
+            name, before = label.partition(":")[0], [x.text for x in result.shown.values()]
+            shown = [
+                dataclasses.replace(x, name=f"{x.name}, {name}")
+                for x in plan.shown
+                if x.text not in before
+            ]
             result.add(label, dataclasses.replace(plan, shown=shown))
 
     def _examples(self, plan: StagePlan, setup: RolloutSetup) -> str:
