@@ -122,8 +122,8 @@ def verdict(model: str, against: Mapping[str, Mapping[str, Any]]) -> str:
     others = ", ".join(n for n in rivals if n != name)
     more = f", nor is it beyond {others}" if others and not passed else ""
     sentence = (
-        f"{model} {head}: it uses {tokens} {'fewer' if saved >= 0 else 'more'} tokens than {name};"
-        f" its accuracy differs by {gained}{more}."
+        f"{model} {head}: it uses {tokens} {'fewer' if saved >= 0 else 'more'} tokens than the"
+        f" {name}; its accuracy differs by {gained}{more}."
     )
     if one["problems"] < MIN_PROBLEMS:
         sentence += f" Only {one['problems']} problems: such intervals are too narrow to rely on."

@@ -203,7 +203,7 @@ def _against_table(name: str, judged: dict[str, Any], explained: bool) -> Table:
         " interval lies above 0)."
     )
     head = ["model", "against", "saved [95%]", "accuracy difference [95%]", "problems", "beyond"]
-    return Table(f"{name}: rounds against it", head, rows, 2, note if explained else "")
+    return Table(f"{name}: rounds against what is free", head, rows, 2, note if explained else "")
 
 
 def _difference(side: dict[str, Any]) -> tuple[float | None, list[float] | None]:

@@ -33,6 +33,7 @@ VARIABLES = {
     **{colour: f"--series-{i}" for i, colour in enumerate(SERIES)},
 }
 MOST_POINTS = 300
+BASELINE = "baseline "  # how the names of baselines begin
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mpd-report",
@@ -162,7 +163,7 @@ def frontier(
         for index, point in enumerate(free):
             _cross(axes, point, BASE_COLOUR if index == 0 else colour, hollow=True)
             shade = MUTED if index == 0 else colour
-            named.append((point.label.removeprefix("baseline "), point, shade))
+            named.append((point.label.removeprefix(BASELINE), point, shade))
         _finish(axes, title, named, size)
 
     return _draw(*size, draw)
@@ -184,8 +185,9 @@ def _finish(
 
 
 def _cross(axes: Any, point: Point, colour: str, hollow: bool) -> None:
-    axes.hlines(point.accuracy, *point.tokens_bounds, color=colour, linewidth=1.4, zorder=3)
-    axes.vlines(point.tokens, *point.accuracy_bounds, color=colour, linewidth=1.4, zorder=3)
+    thin = {"color": colour, "linewidth": 1.4, "alpha": 0.55, "zorder": 3}
+    axes.hlines(point.accuracy, *point.tokens_bounds, **thin)
+    axes.vlines(point.tokens, *point.accuracy_bounds, **thin)
     fill = PAPER if hollow else colour
     axes.plot(point.tokens, point.accuracy, marker="o", markersize=6.5, color=colour,
               markerfacecolor=fill, markeredgewidth=1.6, zorder=4)  # fmt: skip
@@ -193,29 +195,38 @@ def _cross(axes: Any, point: Point, colour: str, hollow: bool) -> None:
 
 # Offsets of a label from its point, in pixels; the first free one is used.
 _PLACES = ((9, 7), (9, -17), (-9, 7), (-9, -17), (9, 22), (9, -32), (-9, 22), (-9, -32))
+# The frontier rises through its points, so the place to the right and below is free.
+_BELOW = ((9, -17), (-9, 7), (9, -32), (-9, 22), (9, 7), (-9, -17), (9, 22), (-9, -32))
 _LETTER, _LINE = 7.0, 13.0  # approximate size of a bold letter, in pixels
+_MARKER = 6.0  # half the size of a marker
 
 
 def _label(axes: Any, named: list[tuple[str, Point, str]], size: tuple[float, float]) -> None:
-    """Write the names of points so that they do not overlap. `size`: of the axes, in pixels."""
+    """Write the names of points so that they cover neither each other nor a point. `size`: of the
+    axes, in pixels. Baselines are below the frontier, the others above their points."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    taken: list[tuple[float, float, float]] = []  # left, right and bottom of a label
-    for name, point, colour in named:
-        x = (point.tokens - left) / (right - left) * size[0]
-        y = (point.accuracy - low) / (high - low) * size[1]
+    at = [
+        ((p.tokens - left) / (right - left) * size[0], (p.accuracy - low) / (high - low) * size[1])
+        for _, p, _ in named
+    ]
+    # Left, right, bottom and top of what is there.
+    taken = [(x - _MARKER, x + _MARKER, y - _MARKER, y + _MARKER) for x, y in at]
+    for (name, point, colour), (x, y) in zip(named, at, strict=True):
         width = _LETTER * len(name)
-        for dx, dy in _PLACES:
+        for dx, dy in _BELOW if point.label.startswith(BASELINE) else _PLACES:
             start = x + dx if dx > 0 else x + dx - width
-            box = (start, start + width, y + dy)
+            box = (start, start + width, y + dy, y + dy + _LINE)
             inside = start >= 0 and box[1] <= size[0] and box[2] >= 0
             if inside and not any(
-                box[0] < b[1] and b[0] < box[1] and abs(box[2] - b[2]) < _LINE for b in taken
+                box[0] < b[1] and b[0] < box[1] and box[2] < b[3] and b[2] < box[3] for b in taken
             ):
                 break
         taken.append(box)
-        side = "left" if dx > 0 else "right"
-        axes.annotate(name, (point.tokens, point.accuracy), xytext=(dx, dy), ha=side, color=colour,
-                      textcoords="offset points", fontweight="bold", zorder=5)  # fmt: skip
+        behind = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5, "alpha": 0.75}
+        axes.annotate(
+            name, (point.tokens, point.accuracy), xytext=(dx, dy), textcoords="offset points",
+            ha="left" if dx > 0 else "right", color=colour, fontweight="bold", zorder=5, bbox=behind
+        )  # fmt: skip
 
 
 def lengths(title: str, panels: dict[str, dict[str, tuple[LengthCounts, Histogram]]]) -> str:
