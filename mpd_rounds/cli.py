@@ -7,7 +7,8 @@ itself. A finished stage is not started again.
 
     OUT/data/round1/            the round's shards
     OUT/train/round1/           its training: model/, metrics.jsonl, checkpoints/
-    OUT/eval/round1-test/       rollouts on held-out prompts (base-test: before any training)
+    OUT/eval/round1-test/       rollouts on held-out prompts (base-test: before any training,
+                                baseline-concise-test: the base with another prompt)
     OUT/summary.json            the figures; OUT/lengths.png the trace lengths
 """
 
