@@ -205,6 +205,8 @@ def test_a_failing_stage_stops_the_pipeline(small, tmp_path):
         ("{kind='concse'}", "baseline.0.kind: .*Did you mean 'concise'"),
         ("{kind='budget'}", "baseline.0: kind budget and words go together"),
         ("{kind='concise', words=5}", "kind budget and words go together"),
+        ("{kind='token_budget'}", "baseline.0: kind token_budget and tokens go together"),
+        ("{name='x', rollouts={budget_text='x'}}", "budget_text goes with kind token_budget"),
         ("{name='x'}", "baseline.0: give a kind, or settings in rollouts"),
         ("{rollouts={thinking='off'}}", "baseline.0.name: required"),
         ("{kind='concise', sets=['tset']}", "no evaluation set 'tset'; .* Did you mean 'test'"),
@@ -231,10 +233,8 @@ def test_bad_baselines_are_named(small, baseline, message):
 
 def test_a_kind_is_applied_to_the_baselines_own_settings(small, tmp_path):
     own = "{prompt_template='{{problem}} .', system_prompt='x', sampling={max_tokens=9}}"
-    changes = (
-        f"baseline=[{{kind='budget', words=7, sets=['greedy'], rollouts={own}}}, {{kind='few_shot'}}]",
-        "rounds=2",
-    )
+    budget = f"{{kind='budget', words=7, sets=['greedy'], rollouts={own}}}"
+    changes = (f"baseline=[{budget}, {{kind='few_shot'}}]", "rounds=2")
     plan = Plan(load_pipeline(small, changes), tmp_path)
     folders = [(x.name, x.set, x.folder.name) for x in plan.baseline_folders()]
     assert folders == [
@@ -268,6 +268,8 @@ def test_a_kind_is_applied_to_the_baselines_own_settings(small, tmp_path):
         ("rewrite.num_candidates=2", "--num-candidates 2 at --temperature 0"),
         ("train.lora={lora_r=2, lora_target_modules=['x']}", "has no layer of that name"),
         ("baseline=[{kind='no_thinking'}]", "baseline no-thinking: evaluate test: "),
+        ("baseline=[{kind='token_budget', tokens=9}]", "the tokenizer cannot spell it"),
+        ("baseline=[{kind='token_budget', tokens=400}]", "--token-budget 400 leaves no room"),
     ],
 )
 def test_what_would_fail_hours_in_fails_at_once(small, tmp_path, override, message):

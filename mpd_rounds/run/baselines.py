@@ -16,7 +16,7 @@ _CONCISE = "Be concise."
 _CALCULATION = "Write only the calculation and the final answer."
 _BUDGET = "Use at most {words} words."
 
-Kind = Literal["concise", "calculation", "budget", "no_thinking", "few_shot"]
+Kind = Literal["concise", "calculation", "budget", "no_thinking", "few_shot", "token_budget"]
 
 
 class BaselineSampling(Strict):
@@ -35,6 +35,7 @@ class BaselineRollouts(Strict):
     examples_column: str | None = None
     thinking: Literal["auto", "on", "off"] | None = None
     template_kwargs: dict[str, Any] | None = None
+    budget_text: str | None = None
     sampling: BaselineSampling | None = None
 
     @model_validator(mode="before")
@@ -63,12 +64,15 @@ class Baseline(Strict):
     """The base student as a user could run it without training."""
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
-    """Name in folders, tables and plots. Default: the kind, for a budget with its number."""
+    """Name in folders, tables and plots. Default: the kind, with the number of a budget."""
     kind: Kind | None = None
     """A ready-made one. concise, calculation and budget append a sentence to the prompt;
-    no_thinking switches the template's thinking off; few_shot shows kept rewrites of round 1."""
+    no_thinking switches the template's thinking off; few_shot shows kept rewrites of round 1;
+    token_budget makes the student answer at a limit."""
     words: int | None = Field(None, ge=1)
     """Number of words that the kind budget asks for."""
+    tokens: int | None = Field(None, ge=1)
+    """Tokens after which the kind token_budget makes the student answer."""
     sets: list[str] = Field(default_factory=list)
     """Evaluation sets that it is measured on. Default: all."""
     rollouts: BaselineRollouts = BaselineRollouts()
@@ -78,14 +82,20 @@ class Baseline(Strict):
     @classmethod
     def _name_of_its_kind(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(kind := values.get("kind"), str):
-            number = f"-{words}" if (words := values.get("words")) is not None else ""
-            values = {"name": f"{kind.replace('_', '-')}{number}", **values}
+            numbers = [values[x] for x in ("words", "tokens") if values.get(x) is not None]
+            values = {"name": "-".join(map(str, [kind.replace("_", "-"), *numbers])), **values}
         return values
 
     @model_validator(mode="after")
     def _changes_something(self) -> Self:
         if (self.kind == "budget") != (self.words is not None):
             raise ValueError("kind budget and words go together, as kind = 'budget', words = 50")
+        if (self.kind == "token_budget") != (self.tokens is not None):
+            raise ValueError(
+                "kind token_budget and tokens go together, as kind = 'token_budget', tokens = 1000"
+            )
+        if self.kind != "token_budget" and self.rollouts.budget_text is not None:
+            raise ValueError("rollouts.budget_text goes with kind token_budget")
         if self.kind is None and not self.rollouts.model_dump(exclude_none=True):
             raise ValueError("give a kind, or settings in rollouts: this one is the base")
         if self.kind == "few_shot" and self.rollouts.examples is not None:
@@ -113,6 +123,8 @@ class Baseline(Strict):
                 _append(settings, _BUDGET.format(words=self.words))
             case "no_thinking":
                 settings["thinking"] = "off"
+            case "token_budget":
+                settings["token_budget"] = self.tokens
             case "few_shot":
                 settings |= {"examples": examples, "examples_column": EXAMPLES_COLUMN}
         return settings
