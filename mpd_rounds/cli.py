@@ -94,12 +94,20 @@ def show(summary: dict[str, Any]) -> None:
         {"set": name, **comparison.side_by_side(result)} for name, result in summary["sets"].items()
     ]
     click.echo(f"\n{format_table(sets)}")
-    for name, result in summary["frontier"].items():
+    if summary["frontier"]:
         click.echo()
+        show_verdicts(summary)
+
+
+def show_verdicts(summary: dict[str, Any], prefix: str = "") -> None:
+    """Print for each evaluation set with baselines whether the rounds are beyond what is free."""
+    for name, result in summary["frontier"].items():
         for one in result["models"].values() if result is not None else ():
-            click.echo(f"{name}: {one['verdict']}")
+            click.echo(f"{prefix}{name}: {one['verdict']}")
         if result is None:
-            click.echo(f"{name}: without gold answers there is no frontier of what is free.")
+            click.echo(
+                f"{prefix}{name}: without gold answers there is no frontier of what is free."
+            )
 
 
 def check_inputs(pipeline: Pipeline, out: Path) -> None:
@@ -237,6 +245,8 @@ def cli(
         for name, result in summary["sets"].items()
     ]
     click.echo(f"\n{format_table(rows)}")
+    for summary in summaries:
+        show_verdicts(summary, f"seed {summary['seed']}, ")
     click.echo(f"wrote {out / 'seeds.json'}", err=True)
     click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
 

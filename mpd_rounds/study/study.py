@@ -33,7 +33,9 @@ _UNNAMED = Path("out")
 # A setting's model may be the last model of another setting with the same seed.
 _RESULT_OF = "setting:"
 # What a setting cannot change, because the study sets it for all.
-_NOT_ITS_OWN = ("name", "seed", "environment", "evaluation", "parallel_evaluations", "licenses")
+_NOT_ITS_OWN = (
+    "name", "seed", "environment", "evaluation", "baseline", "parallel_evaluations", "licenses",
+)  # fmt: skip
 
 
 class Setting(Strict):
