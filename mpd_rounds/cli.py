@@ -34,11 +34,6 @@ from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.runner import Runner
 from mpd_rounds.run.steps import Pipeline, load_pipeline
 
-_DIFFERENCES = (
-    "token_reduction", "token_reduction_interval", "accuracy_difference",
-    "accuracy_difference_interval",
-)  # fmt: skip
-
 
 def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
     """Return the figures of a finished pipeline: the first evaluation set for the base, its
@@ -62,7 +57,7 @@ def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
         },
         "rounds": rounds,
         "final": rounds[-1],
-        **{name: sets[names[0]][name] for name in _DIFFERENCES},
+        **{name: sets[names[0]][name] for name in comparison.DIFFERENCES},
         "sets": sets,
         "frontier": _frontiers(pipeline, plan),
     }

@@ -12,8 +12,9 @@ from conftest import edit_rows, run
 from conftest import rows as all_rows
 
 from mpd_data.common.errors import ConfigError
+from mpd_data.common.hashing import content_key
 from mpd_data.common.text import format_histogram
-from mpd_data.inspect.compare import MIN_PROBLEMS, compare, verdict
+from mpd_data.inspect.compare import MIN_PROBLEMS, compare, hard_third, on_hard_third, verdict
 from mpd_data.inspect.stats import BINS, round_stats
 
 HOSTILE = "\x1b[31mred"
@@ -239,6 +240,51 @@ def test_a_problems_group_is_known_from_either_side(round_dir, longer, tmp_path)
     edit_rows(bare, "rollouts", lambda row: row.update(metadata='{"family":"tally"}'))
     with pytest.raises(ConfigError, match="has 'shop' on one side and 'tally' on the other"):
         compare(round_dir, bare, "family")
+
+
+def test_the_hard_third_is_chosen_by_other_samples_than_it_is_measured_by(
+    round_dir, longer, tmp_path
+):
+    result, halves = compare(round_dir, longer), []
+    for parity in (0, 1):
+        by_prompt = defaultdict(list)
+        for row in rows(round_dir):
+            if row["sample_idx"] % 2 == parity:
+                by_prompt[row["prompt_id"]].append(row)
+        halves.append(by_prompt)
+    new = defaultdict(list)
+    for row in rows(longer):
+        new[row["prompt_id"]].append(row)
+
+    def mean(rows, column="is_correct"):
+        return fmean(row[column] for row in rows)
+
+    gains, before = [], []
+    for choosing, measured in (halves, halves[::-1]):
+        hardest = sorted(choosing, key=lambda p: (mean(choosing[p]), content_key(p)))[:20]
+        gains += [mean(new[p]) - mean(measured[p]) for p in hardest]
+        before += [mean(measured[p], "num_completion_tokens") for p in hardest]
+    hard = result["hard_third"]
+    assert hard["accuracy_difference"] == pytest.approx(fmean(gains))
+    assert hard["base"]["mean_tokens"] == pytest.approx(fmean(before))
+    low, high = hard["accuracy_difference_interval"]
+    assert low < hard["accuracy_difference"] < high
+    assert 20 <= hard["problems"] < 40
+    assert 0 < hard["base"]["accuracy"] < result["base"]["accuracy"]
+    said = run("mpd-gen", "compare", round_dir, longer).stdout.partition("the hard third")[2]
+    assert f"{100 * hard['accuracy_difference']:.1f}% [{100 * low:.1f}, {100 * high:.1f}]" in said
+    # Without a second sample nothing is left to measure with.
+    once = shutil.copytree(round_dir, tmp_path / "once")
+    edit_rows(once, "rollouts", lambda row: row["sample_idx"] == 0)
+    assert compare(once, longer)["hard_third"] is None
+    assert on_hard_third(once, longer) is None
+
+
+def test_of_equally_hard_problems_the_hash_decides():
+    names = ["a", "b", "c", "d"]
+    problems = pl.DataFrame({"prompt_id": names, "accuracy": [0.5, 0.5, 0.5, 1.0]})
+    first, second, _ = sorted("abc", key=content_key)
+    assert hard_third(problems) == hard_third(problems.reverse()) == [first, second]
 
 
 def test_intervals_of_few_problems_come_with_a_warning(round_dir):

@@ -2,6 +2,10 @@
 
 Samples of one problem are alike, so the bootstrap resamples problems, not samples, and the same
 problems on both sides.
+
+The hard third are the problems that the base solves least often. What is chosen by a sample must
+not be measured by it: a problem that is hard by bad luck would seem to improve. So one half of the
+base's samples chooses and the other half is measured, both ways round.
 """
 
 from pathlib import Path
@@ -12,7 +16,7 @@ import numpy.typing as npt
 import polars as pl
 
 from mpd_data.common.errors import ConfigError
-from mpd_data.common.hashing import differences
+from mpd_data.common.hashing import content_key, differences
 from mpd_data.common.text import format_table, plain
 from mpd_data.inspect.stats import GROUP_ORDER, collect, scan, scan_round, with_group
 from mpd_data.store.round import RoundDir
@@ -23,18 +27,58 @@ RESAMPLES = 10_000
 # had the truth in 53% to 99% of the 95% intervals of 10 problems, and in 85% to 99% of those of 30.
 MIN_PROBLEMS = 30
 _SEED = 0
+# What `paired` returns, each with its 95% interval.
+DIFFERENCES = (
+    "token_reduction", "token_reduction_interval", "accuracy_difference",
+    "accuracy_difference_interval",
+)  # fmt: skip
 
 
-def per_problem(path: Path) -> pl.DataFrame:
-    """Return `samples`, mean `accuracy` and mean `tokens` of each prompt, sorted by its id. Raises
-    ConfigError if there are no rollouts."""
-    samples = scan_round(path).group_by("prompt_id")
-    means = samples.agg(
+def per_problem(path: Path, half: int | None = None) -> pl.DataFrame:
+    """Return `samples`, mean `accuracy` and mean `tokens` of each prompt, sorted by its id. `half`:
+    of the samples with an even (0) or odd (1) number only. Raise ConfigError if there are no
+    rollouts."""
+    samples = scan_round(path)
+    if half is not None:
+        samples = samples.filter(pl.col("sample_idx") % 2 == half)
+    means = samples.group_by("prompt_id").agg(
         pl.len().alias("samples"),
         pl.col("is_correct").cast(pl.Float64).mean().alias("accuracy"),
         pl.col("num_completion_tokens").cast(pl.Float64).mean().alias("tokens"),
     )
     return collect(means.sort("prompt_id"))
+
+
+def hard_third(problems: pl.DataFrame) -> list[str]:
+    """Return the ids of the hard third: of a frame of `per_problem` with accuracy, the third of the
+    problems (rounded up) with the lowest accuracy. Of equally hard ones those whose id has the
+    smallest hash are taken, so that the choice does not depend on the order of the ids."""
+    hashed = problems["prompt_id"].map_elements(content_key, pl.String)
+    ordered = problems.with_columns(hash=hashed).sort("accuracy", "hash")
+    return ordered["prompt_id"].head(-(-problems.height // 3)).to_list()
+
+
+def on_hard_third(base: Path, new: Path) -> tuple[pl.DataFrame, pl.DataFrame, pl.Series] | None:
+    """Return the hard problems of two sets of rollouts on the same prompts: a row each of the base
+    and of `new`, and how many halves of the base's samples chose the problem (1 or 2). The means
+    of a row are summed over these halves, so a mean over problems is their sum by that of the
+    numbers. Return None if a prompt has no gold answer or the base has one sample of each."""
+    halves, whole = [per_problem(base, half) for half in (0, 1)], per_problem(new)
+    if any(half.is_empty() or half["accuracy"].null_count() for half in (*halves, whole)):
+        return None
+    sides = []
+    for kind in ("base", "new"):
+        chosen = [
+            (half if kind == "base" else whole).filter(
+                pl.col("prompt_id").is_in(hard_third(other))
+                & pl.col("prompt_id").is_in(half["prompt_id"].to_list())
+            )
+            for half, other in (halves, halves[::-1])
+        ]
+        by_problem = pl.concat(chosen).group_by("prompt_id")
+        sides.append(by_problem.agg(pl.all().sum(), times=pl.len()).sort("prompt_id"))
+    left, right = sides
+    return left.drop("times"), right.drop("times"), left["times"]
 
 
 def _interval(draws: npt.NDArray[np.float64]) -> list[float]:
@@ -84,9 +128,10 @@ def compare(base: str | Path, new: str | Path, by: str | None = None) -> dict[st
     """Return `evaluate` of both sides, the accuracy difference (new - base) and the fraction of
     tokens saved (1 - new / base), each with a paired 95% bootstrap interval over problems (None for
     a single problem). With `by`, a key of the rollouts' metadata, `groups` has the same for the
-    problems of each value.
+    problems of each value. `hard_third` has the same for the problems that the base solves least
+    often; None without gold answers, and if the base has one sample of each problem.
 
-    Raises ConfigError unless both were sampled on the same prompts, and if no rollout has the key
+    Raise ConfigError unless both were sampled on the same prompts, and if no rollout has the key
     `by` or the two sides have different values for one prompt.
     """
     base, new = Path(base), Path(new)
@@ -102,30 +147,42 @@ def compare(base: str | Path, new: str | Path, by: str | None = None) -> dict[st
         "base": evaluate(base),
         "new": evaluate(new),
         **paired(left, right),
+        "hard_third": None,
     }
+    if (hard := on_hard_third(base, new)) is not None:
+        before, after, times = hard
+        result["hard_third"] = {
+            "problems": len(times),
+            "base": _hard_means(before, times),
+            "new": _hard_means(after, times),
+            **paired(before, after, times),
+        }
     if by is not None:
         result["groups"] = _by_group(base, new, by, left, right)
     return result
 
 
-def paired(left: pl.DataFrame, right: pl.DataFrame) -> dict[str, Any]:
+def paired(
+    left: pl.DataFrame, right: pl.DataFrame, times: pl.Series | None = None
+) -> dict[str, Any]:
     """Return the differences between two frames of `per_problem`, as in `compare`. Both have the
-    same problems in the same order."""
+    same problems in the same order. `times`: for frames of `on_hard_third`."""
     graded = left["accuracy"].null_count() == 0 and right["accuracy"].null_count() == 0
     names = ["tokens", "accuracy"] if graded else ["tokens"]
     columns = [side[name].to_numpy() for name in names for side in (left, right)]
-    result: dict[str, Any] = {
-        "token_reduction": float(1 - columns[1].mean() / columns[0].mean()),
-        "token_reduction_interval": None,
-        "accuracy_difference": float(columns[3].mean() - columns[2].mean()) if graded else None,
-        "accuracy_difference_interval": None,
-    }
+    columns.append(np.ones(left.height) if times is None else times.to_numpy())
+
+    def differences_of(means: list[Any]) -> dict[str, Any]:
+        *sums, count = means
+        found = {"token_reduction": 1 - sums[1] / sums[0]}
+        return found | ({"accuracy_difference": (sums[3] - sums[2]) / count} if graded else {})
+
+    result: dict[str, Any] = dict.fromkeys(DIFFERENCES)
+    result |= {k: float(v) for k, v in differences_of([c.mean() for c in columns]).items()}
     # A single problem does not show how much problems differ.
     if left.height > 1:
-        means = _resampled_means(columns)
-        result["token_reduction_interval"] = _interval(1 - means[1] / means[0])
-        if graded:
-            result["accuracy_difference_interval"] = _interval(means[3] - means[2])
+        draws = differences_of(_resampled_means(columns))
+        result |= {f"{name}_interval": _interval(values) for name, values in draws.items()}
     return result
 
 
@@ -160,6 +217,15 @@ def _means(problems: pl.DataFrame) -> dict[str, float | None]:
     return {
         "accuracy": float(problems["accuracy"].to_numpy().mean()) if graded else None,
         "mean_tokens": float(np.average(problems["tokens"], weights=problems["samples"])),
+    }
+
+
+def _hard_means(side: pl.DataFrame, times: pl.Series) -> dict[str, float]:
+    """Return accuracy and mean tokens of a side of `on_hard_third`."""
+    of_column = {"accuracy": "accuracy", "mean_tokens": "tokens"}
+    return {
+        name: float(side[column].to_numpy().sum() / times.to_numpy().sum())
+        for name, column in of_column.items()
     }
 
 
@@ -216,6 +282,9 @@ def side_by_side(result: dict[str, Any]) -> dict[str, str]:
 def show(result: dict[str, Any], by: str | None) -> str:
     """Return the tables and the verdict of `compare`."""
     text = f"{table({side: result[side] for side in ('base', 'new')})}\n{verdict(result)}"
+    if (hard := result["hard_third"]) is not None:
+        line = {"problems": hard["problems"], **side_by_side(hard)}
+        text += f"\n\nthe hard third: what the base solves least often\n{format_table([line])}"
     if by is None:
         return text
     lines = [
