@@ -28,7 +28,8 @@ class Run:
     """One run. `rounds`: folders in `data/` with rollouts, by number; `trainings`: folders in
     `train/` with metrics (for a training alone: the run itself, as round 1); `evaluations`: the
     finished ones, by set and round; `baselines`: the finished ones, by set and name; `missing`:
-    steps that are not finished, in words; `settings`: pipeline.json, or empty."""
+    steps that are not finished, in words; `settings`: pipeline.json, or empty; `gate`: gate.json,
+    or empty."""
 
     path: Path
     label: str
@@ -39,6 +40,7 @@ class Run:
     evaluations: dict[str, dict[int, Path]] = field(default_factory=dict)
     baselines: dict[str, dict[str, Path]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    gate: dict[str, Any] = field(default_factory=dict)
 
     @property
     def headline(self) -> str | None:
@@ -136,7 +138,10 @@ def _open_pipeline(path: Path, label: str) -> Run:
         sets = sorted({name.partition("-")[2] for name in {*folders} - named})
         baselines = _baselines_of(named, sets)
         missing.append("pipeline.json: what else was planned is not known")
-    run = Run(path, label, True, settings, missing=missing)
+    gate = _gate_of(path) if settings.get("gate") else {}
+    # After the round at which the gate stopped a run, nothing is missing.
+    planned = min(planned, gate.get("stopped") or planned)
+    run = Run(path, label, True, settings, missing=missing, gate=gate)
     for number in range(planned + 1):
         lines = _look_at_round(run, number) if number > BASE else []
         for name in sets:
@@ -155,6 +160,23 @@ def _open_pipeline(path: Path, label: str) -> Run:
             break
         missing += lines
     return run
+
+
+def _gate_of(path: Path) -> dict[str, Any]:
+    """Return what gate.json holds; {} before the first decision. Raises DataError if it is not what
+    mpd-rounds writes."""
+    file = path / "gate.json"
+    if not file.is_file():
+        return {}
+    try:
+        gate = json.loads(file.read_text(encoding="utf-8"))
+        if gate.keys() >= {"rounds", "stopped", "best", "text"}:
+            return dict(gate)
+    except (ValueError, AttributeError):
+        pass
+    raise DataError(
+        f"{file}: expected the gate's decisions, as mpd-rounds writes them. Run mpd-rounds again."
+    )
 
 
 _NOT_BEGUN = "not begun"

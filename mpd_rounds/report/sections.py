@@ -16,6 +16,7 @@ from mpd_rounds.report.document import (
     Notice,
     Paragraph,
     Section,
+    Table,
     Tile,
     Tiles,
     bounds,
@@ -35,7 +36,8 @@ def single(run: Run) -> Document:
     evaluations = queries.evaluations(run)
     funnels = {n: queries.funnel(folder) for n, folder in run.rounds.items()}
     frontiers = queries.frontiers(run)
-    overview = [*_missing([run]), *_tiles(run, evaluations, funnels), *_verdict(run, frontiers)]
+    tiles = _tiles(run, evaluations, funnels)
+    overview = [*_missing([run]), *tiles, *_verdict(run, frontiers), *_gate(run)]
     sections = [
         Section("overview", "Overview", overview),
         *_filled({"accuracy": ("Accuracy and length", results({run.label: evaluations}))}),
@@ -55,7 +57,8 @@ def several(runs: list[Run]) -> Document:
     for index, run in enumerate(runs):
         funnels = {n: queries.funnel(folder) for n, folder in run.rounds.items()}
         evaluations, frontiers = by_run[run.label], queries.frontiers(run)
-        overview = [*_tiles(run, evaluations, funnels), *_verdict(run, frontiers)]
+        tiles = _tiles(run, evaluations, funnels)
+        overview = [*tiles, *_verdict(run, frontiers), *_gate(run)]
         sections.append(Section(f"run-{index}", f"Run {run.label}", overview))
         details = _details(run, evaluations, frontiers, funnels)
         sections += _filled(details, f"run-{index}-", 3)
@@ -142,7 +145,7 @@ def _tiles(run: Run, evaluations: Evaluations, funnels: dict[int, Funnel]) -> It
     tiles = []
     if run.headline is not None:
         by_round = evaluations[run.headline]
-        newest = max(by_round)
+        newest = (run.gate and run.gate["best"]["round"]) or max(by_round)
         last, base = by_round[newest], by_round.get(BASE)
         tokens = number(last.side["mean_tokens"])
         detail = f"accuracy {percent(last.side['accuracy'])}"
@@ -174,6 +177,41 @@ def _verdict(run: Run, frontiers: dict[str, dict[str, Any]]) -> Iterator[Block]:
     if judged is not None and judged["models"]:
         newest = list(judged["models"].values())[-1]
         yield Paragraph(f"{run.headline}: {newest['verdict']}")
+
+
+def _gate(run: Run) -> Iterator[Block]:
+    """Yield what the gate decided after each round, and by which figures."""
+    if not run.gate:
+        return
+    yield from map(Paragraph, run.gate["text"])
+    rows = []
+    for decision in run.gate["rounds"]:
+        for finding in decision["findings"]:
+            ends = [points(finding[end], None) for end in ("low", "high")]
+            rows.append(
+                [
+                    round_name(decision["round"]),
+                    decision["outcome"],
+                    finding["on"],
+                    f"{finding['problems']:,}",
+                    points(finding["difference"], None),
+                    " to ".join(ends),
+                    points(-finding["margin"], None),
+                    f"{finding['needed']:,}",
+                ]
+            )
+    head = ["", "gate", "accuracy on", "problems", "difference", "bounds", "margin", "needed"]
+    yield Table(
+        "What the gate decided",
+        head,
+        rows,
+        left=3,
+        note="Differences of accuracy from the base, in points. A round is accepted if both lower"
+        " bounds are above the margin, refused if an upper bound is below it. The bounds are"
+        f" one-sided, each at {percent(run.gate['rounds'][0]['level'])}: the gate's alpha, divided"
+        f" among the planned rounds. Needed: problems in the set {run.gate['set']} with which"
+        " 80% of the students that are as accurate as the base are accepted.",
+    )
 
 
 def _training_tiles(trainings: dict[str, Training]) -> Iterator[Block]:

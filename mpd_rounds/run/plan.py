@@ -26,6 +26,7 @@ from mpd_data.dryrun.rewrite import plan_rewrite, predict
 from mpd_data.dryrun.rollouts import plan_rollouts
 from mpd_data.dryrun.show import free_bytes, shown_text, size_text, steps_table, totals
 from mpd_data.engines.start import server_notes
+from mpd_data.inspect.compare import per_problem
 from mpd_data.prompts.chat import PromptError
 from mpd_data.prompts.reader import Prompt
 from mpd_data.rewrite_setup import setup as rewrite_setup
@@ -33,6 +34,7 @@ from mpd_data.rollouts import RolloutSetup, read_prompts
 from mpd_data.rollouts import setup as rollout_setup
 from mpd_data.store.round import RoundDir
 from mpd_rounds.run.few_shot import COUNT
+from mpd_rounds.run.gate import decide, size_note
 from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.runner import Finished
 from mpd_rounds.run.steps import Pipeline, Step
@@ -91,9 +93,14 @@ def plan_pipeline(
     result = PipelinePlan(out)
     planner.evaluate(result, 0)
     planner.baselines(result, from_rewrites=False)
+    if pipeline.gate is not None:
+        result.notes.append(planner.size_of_gate(result))
     for round_ in range(1, pipeline.rounds + 1):
         planner.train(result, round_)
         planner.evaluate(result, round_)
+        if planner.is_stopped(round_):
+            result.notes.append(f"gate: round {round_} was the last; see {out / 'gate.json'}")
+            break
     if rates:
         result.steps = [(label, plan and _at_rate(plan, rates)) for label, plan in result.steps]
     needed = sum(plan.disk_bytes or 0 for plan in result.remaining())
@@ -182,6 +189,24 @@ class _Planner:
             learned = self._learn(step)
             done = self._finished.holds(step)
             result.add(step.label, None if done else self._rollouts(step, learned)[0])
+
+    def size_of_gate(self, result: PipelinePlan) -> str:
+        """Return how many problems the gate needs, beside those of its evaluation, which is planned
+        in `result`."""
+        commands, gated = self._commands, self._pipeline.gated
+        assert self._pipeline.gate is not None
+        (step,) = (s for s in commands.evaluations(0) if s.out == commands.evaluation(0, gated))
+        assert isinstance(step.config, RolloutsConfig)
+        samples, plan = step.config.num_samples, dict(result.steps)[step.label]
+        problems = per_problem(step.out).height if plan is None else plan.rows // samples
+        return size_note(commands, self._pipeline.gate, problems, samples, plan is None)
+
+    def is_stopped(self, round_: int) -> bool:
+        """Return whether the gate has stopped the run after a round."""
+        gate, steps = self._pipeline.gate, self._commands.evaluations
+        if gate is None or not all(map(self._finished.holds, (*steps(0), *steps(round_)))):
+            return False
+        return not decide(self._commands, gate, round_).goes_on
 
     def train(self, result: PipelinePlan, round_: int) -> None:
         """Plan rollouts, rewrite and training of a round."""

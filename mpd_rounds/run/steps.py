@@ -1,5 +1,6 @@
 """Read a pipeline file, and build the command of each of its stages."""
 
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,28 @@ class EvaluationSet(Strict):
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
     rollouts: dict[str, Any]
+
+
+class Gate(Strict):
+    """How much accuracy a round may lose against the base student before the run stops."""
+
+    set: str | None = None
+    """Evaluation that decides. Default: the first. It needs gold answers and two samples of each
+    problem."""
+    margin: float = Field(0.02, gt=0, lt=1)
+    """Accuracy that may be lost on all its problems, as a fraction: 0.02 is two points."""
+    hard_margin: float | None = Field(None, gt=0, lt=1)
+    """Accuracy that may be lost on the hard third, the problems that the base solves least often.
+    Default: `margin` times the root of 3, as a third of the problems has intervals that much wider.
+    """
+    alpha: float = Field(0.05, gt=0, lt=0.5)
+    """Largest chance to accept any round that has lost more, over all `rounds` together."""
+    undecided: Literal["stop", "continue"] = "stop"
+    """What to do after a round for which the problems are too few to tell."""
+
+    @property
+    def margin_on_hard(self) -> float:
+        return self.margin * math.sqrt(3) if self.hard_margin is None else self.hard_margin
 
 
 class Licenses(Strict):
@@ -95,6 +118,7 @@ class Pipeline(SettingsFile):
     evaluation: list[EvaluationSet] = Field(min_length=1)
     # What costs nothing: the base student with other prompts or limits.
     baseline: list[Baseline] = Field(default_factory=list)
+    gate: Gate | None = None
 
     @model_validator(mode="after")
     def _baselines_have_names_and_sets_of_their_own(self) -> Self:
@@ -114,6 +138,29 @@ class Pipeline(SettingsFile):
                     )
                 folders.add(folder)
         return self
+
+    @model_validator(mode="after")
+    def _gate_can_be_measured(self) -> Self:
+        if self.gate is None:
+            return self
+        sets = {chosen.name: chosen.rollouts for chosen in self.evaluation}
+        if self.gated not in sets:
+            raise ValueError(
+                f"gate.set: no evaluation set {self.gated!r}; there are {', '.join(sets)}."
+                f"{did_you_mean(self.gated, sets)}"
+            )
+        given = sets[self.gated]
+        if given.get("answer_column") is None or given.get("num_samples", 1) == 1:
+            raise ValueError(
+                f"gate: evaluation {self.gated!r} needs answer_column, and num_samples of 2 or"
+                " more: one half of the base's samples chooses the hard third, the other measures"
+            )
+        return self
+
+    @property
+    def gated(self) -> str:
+        """The evaluation set that the gate looks at."""
+        return (self.gate and self.gate.set) or self.evaluation[0].name
 
     def _step(
         self,

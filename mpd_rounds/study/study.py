@@ -169,6 +169,8 @@ class Planner:
                 before.append(self._run(source, seed, (*through, name)))
                 values[role] = before[-1].model
         pipeline = Pipeline.from_values(values, where)
+        if pipeline.gate is not None:
+            raise ConfigError(f"{where}: a study runs all rounds of each setting; remove [gate].")
         sets = {chosen.name: chosen for chosen in pipeline.evaluation}
         if unknown := [name for name in group.evaluation if name not in sets]:
             raise ConfigError(
