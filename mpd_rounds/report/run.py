@@ -163,7 +163,7 @@ def _open_pipeline(path: Path, label: str) -> Run:
 
 
 def _gate_of(path: Path) -> dict[str, Any]:
-    """Return what gate.json holds; {} before the first decision. Raises DataError if it is not what
+    """Return what gate.json holds; {} before the first decision. Raise DataError if it is not what
     mpd-rounds writes."""
     file = path / "gate.json"
     if not file.is_file():

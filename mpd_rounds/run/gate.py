@@ -163,7 +163,7 @@ def decide(plan: Plan, gate: Gate, round_: int) -> Decision:
     """Judge a round whose evaluations have finished. The same rows and settings always give the
     same decision.
 
-    Raises ConfigError where the round and the base cannot be compared problem by problem.
+    Raise ConfigError where the round and the base cannot be compared problem by problem.
     """
     base, new = (plan.evaluation(r, plan.pipeline.gated) for r in (0, round_))
     compared = comparison.compare(base, new)
@@ -188,7 +188,7 @@ def decide(plan: Plan, gate: Gate, round_: int) -> Decision:
 
 def _differences(base: Path, new: Path) -> dict[str, tuple[Numbers, Numbers]]:
     """Return `sums` and `shares`, as for `bounds`, of the accuracy of `new` less that of `base`, on
-    all problems and on the hard third. Raises ConfigError without gold answers or a hard third."""
+    all problems and on the hard third. Raise ConfigError without gold answers or a hard third."""
     left, right = (comparison.per_problem(path) for path in (base, new))
     hard = comparison.on_hard_third(base, new)
     if hard is None or left["accuracy"].null_count() or right["accuracy"].null_count():
