@@ -170,7 +170,7 @@ def _gate_of(path: Path) -> dict[str, Any]:
         return {}
     try:
         gate = json.loads(file.read_text(encoding="utf-8"))
-        if gate.keys() >= {"rounds", "stopped", "best", "text"}:
+        if gate.keys() >= {"set", "rounds", "stopped", "best", "text"}:
             return dict(gate)
     except (ValueError, AttributeError):
         pass

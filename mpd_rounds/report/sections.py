@@ -145,7 +145,9 @@ def _tiles(run: Run, evaluations: Evaluations, funnels: dict[int, Funnel]) -> It
     tiles = []
     if run.headline is not None:
         by_round = evaluations[run.headline]
-        newest = (run.gate and run.gate["best"]["round"]) or max(by_round)
+        # The model that the gate chose, or the newest.
+        chosen = run.gate["best"]["round"] if run.gate else BASE
+        newest = chosen if chosen != BASE and chosen in by_round else max(by_round)
         last, base = by_round[newest], by_round.get(BASE)
         tokens = number(last.side["mean_tokens"])
         detail = f"accuracy {percent(last.side['accuracy'])}"
