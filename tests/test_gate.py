@@ -139,7 +139,7 @@ def test_a_round_is_accepted_refused_or_undecided(plan):
     lost = decided(plan, 40 * [*EASY, 0.0, 0.0], margin=0.3, hard_margin=0.1)
     assert [finding.outcome for finding in lost.findings] == ["accepted", "refused"]
     assert (lost.outcome, lost.goes_on) == ("refused", False)
-    assert "hard third more than 10.0 points" in lost.why and "all problems" not in lost.why
+    assert "on the hard third more than 10.0 points" in lost.why and "all problems" not in lost.why
     assert decided(plan, [0.0] * 240, undecided="continue").goes_on is False
 
     unsure = decided(plan, BASE, margin=0.001)
@@ -210,7 +210,8 @@ def test_what_the_gate_lacks_is_named(plan, tmp_path):
     path.write_text(PIPELINE.replace('answer_column = "a", ', ""))
     with pytest.raises(ConfigError, match="needs answer_column"):
         load_pipeline(path, ())
-    (plan.out / "best").mkdir(parents=True)
+    make(plan.out / "eval" / "baseline-concise-test", BASE)
+    (plan.out / "best").mkdir()
     with pytest.raises(ConfigError, match="best: expected a link"):
         gate.conclude(plan, [decided(plan, BASE)])
 

@@ -38,7 +38,7 @@ Outcome = Literal["accepted", "refused", "undecided"]
 
 # The chance that a student as accurate as the base is accepted, for the number of problems needed.
 POWER = 0.8
-ALL, HARD = "all problems", "hard third"
+ALL, HARD = "all problems", "the hard third"
 
 
 # -- statistics ------------------------------------------------------------------------------------
