@@ -219,13 +219,16 @@ def test_what_the_gate_lacks_is_named(plan, tmp_path):
 # -- a real pipeline -------------------------------------------------------------------------------
 
 
-def test_a_round_made_bad_is_refused_and_a_good_one_passes(prompts, tmp_path):
+def test_a_round_made_bad_is_refused_and_a_good_one_passes(prompts, tmp_path, capsys):
     path, out = small_pocket(prompts, tmp_path), tmp_path / "out"
     text = "[[evaluation]]".join(path.read_text().split("[[evaluation]]")[:2])
     text = text.replace("max_num_seqs = 256", 'backend = "transformers"')
+    # A broken student goes on to its limit.
+    text = text.replace("max_tokens = 400", "max_tokens = 150")
     path.write_text(text + "\n[gate]\nmargin = 0.35\nhard_margin = 0.6\n")
     arguments = [path, "--out", out, "--set", "rounds=2"]
-    planned = run("mpd-rounds", *arguments, "--dry-run").stdout
+    assert invoke(cli.cli, *arguments, "--dry-run") == 0
+    planned = capsys.readouterr().out
     # (z(0.975) + z(0.8))² = 7.849; worst case 2 · 0.25 / 4 samples.
     needed = gate.problems_needed(0.125, 0.35, 0.025)
     assert f"a margin of 35.0 points needs {needed} problems, one of 60.0 on the hard" in planned
@@ -249,10 +252,12 @@ def test_a_round_made_bad_is_refused_and_a_good_one_passes(prompts, tmp_path):
     assert "not begun" not in written
 
     # A decision stands; nothing runs again. A dry run knows it, and plans by the base's rows.
-    again = run("mpd-rounds", *bad, code=cli.EXIT_NONE_ACCEPTED)
-    assert again.stderr.count("done before") == 5
+    capsys.readouterr()
+    assert invoke(cli.cli, *bad) == cli.EXIT_NONE_ACCEPTED
+    assert capsys.readouterr().err.count("done before") == 5
     assert json.loads((out / "summary.json").read_text()) == summary
-    planned = run("mpd-rounds", *bad, "--dry-run").stdout
+    assert invoke(cli.cli, *bad, "--dry-run") == 0
+    planned = capsys.readouterr().out
     assert "gate: round 1 was the last" in planned and "round 2" not in planned
     assert "the base's rows" in planned
 
