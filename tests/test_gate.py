@@ -224,7 +224,7 @@ def test_a_round_made_bad_is_refused_and_a_good_one_passes(prompts, tmp_path, ca
     text = "[[evaluation]]".join(path.read_text().split("[[evaluation]]")[:2])
     text = text.replace("max_num_seqs = 256", 'backend = "transformers"')
     # A broken student goes on to its limit.
-    text = text.replace("max_tokens = 400", "max_tokens = 150")
+    text = text.replace("max_tokens = 400", "max_tokens = 200")
     path.write_text(text + "\n[gate]\nmargin = 0.35\nhard_margin = 0.6\n")
     arguments = [path, "--out", out, "--set", "rounds=2"]
     assert invoke(cli.cli, *arguments, "--dry-run") == 0
