@@ -241,6 +241,13 @@ class RolloutsConfig(Strict):
     thinking: Literal["auto", "on", "off"] = "auto"
     """Thinking mode of the student's chat template. auto: on, if the template has a switch for
     it."""
+    token_budget: int | None = Field(None, ge=1)
+    """Tokens after which a student that has not ended must answer: --budget-text is put there, and
+    sampling goes on, up to --max-tokens in all. A student that thinks must end its thinking then; a
+    later answer goes on. Default: no such limit."""
+    budget_text: str | None = None
+    """Text that asks for the answer. Default: the end of thinking for a student that thinks, else
+    the beginning of an answer in \\boxed{}."""
     checker: str = "number"
     """How an answer is compared with the gold answer: number, math, text, choice, reasoning-gym, or
     your own checker as package.module:Name."""
@@ -266,6 +273,17 @@ class RolloutsConfig(Strict):
             raise ValueError(
                 f"--num-samples {self.num_samples} at --temperature 0 gives the same sample"
                 f" {self.num_samples} times: give a temperature above 0, or one sample"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _budget_below_the_limit(self) -> Self:
+        if self.budget_text is not None and self.token_budget is None:
+            raise ValueError("--budget-text goes with --token-budget")
+        if self.token_budget is not None and self.token_budget >= self.sampling.max_tokens:
+            raise ValueError(
+                f"--token-budget {self.token_budget} leaves no room for an answer within"
+                f" --max-tokens {self.sampling.max_tokens}: lower it"
             )
         return self
 

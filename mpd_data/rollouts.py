@@ -14,6 +14,7 @@ import numpy as np
 
 from mpd_data.checkers.builtin import make_checker
 from mpd_data.checkers.pool import CheckRequest, Verdict
+from mpd_data.common.errors import ConfigError
 from mpd_data.common.hashing import canonical_json, content_key
 from mpd_data.common.machine import provenance
 from mpd_data.common.models import ModelFiles, chat_template_hash, load_tokenizer, tokenizer_hash
@@ -27,6 +28,47 @@ from mpd_data.stage import CheckedRun, Outcome, model_of, open_round, open_run
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
 from mpd_data.store.schema import repetition, rollout_key, seed_of
+
+# What a student is told at its token budget. Qwen3's makers end its thinking by this sentence.
+_END_OF_THINKING = "</think>"
+_ANSWER_NOW = {
+    True: (
+        "\n\nConsidering the limited time by the user, I have to give the solution based on the"
+        f" thinking directly now.\n{_END_OF_THINKING}\n\n"
+    ),
+    False: "\n\nThe final answer is \\boxed{",
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit at which the student must answer. `tokens`: the limit; `ids`: what is put there;
+    `thinks`: whether it ends a thinking part, and is left out where that has ended."""
+
+    tokens: int
+    ids: list[int]
+    thinks: bool
+
+
+def _budget(config: RolloutsConfig, tokenizer: Any, formatter: ChatFormatter) -> Budget | None:
+    """Return the budget that `config` sets. Raises ConfigError where it leaves no room."""
+    if config.token_budget is None:
+        return None
+    thinks = bool(formatter.thinking) or formatter.layout("1").rstrip().endswith("<think>")
+    text = _ANSWER_NOW[thinks] if config.budget_text is None else config.budget_text
+    ids = formatter.encode(text)
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        raise ConfigError(
+            f"--budget-text {text!r}: the tokenizer cannot spell it. Give one that asks for the"
+            " answer in words that the model knows."
+        )
+    room = config.sampling.max_tokens
+    if config.token_budget + len(ids) >= room:
+        raise ConfigError(
+            f"--token-budget {config.token_budget} and the {len(ids)} tokens of --budget-text leave"
+            f" no room for an answer within --max-tokens {room}."
+        )
+    return Budget(config.token_budget, ids, thinks)
 
 
 @dataclass(frozen=True)
@@ -64,6 +106,7 @@ class RolloutSetup:
     tokenizer: Any
     formatter: ChatFormatter
     context: int
+    budget: Budget | None
     row_identity: dict[str, Any]
     identity: dict[str, Any]
 
@@ -147,6 +190,9 @@ def setup(
         "model": model.identity(),
         "seed": config.seed,
     }
+    budget = _budget(config, tokenizer, formatter)
+    if budget is not None:
+        row_identity["token_budget"] = dataclasses.asdict(budget)
     identity = {
         **row_identity,
         "checker": config.checker,
@@ -166,7 +212,7 @@ def setup(
     }
     context = context_of(model, config.engine)
     prepared = RolloutSetup(
-        config, chosen, model, tokenizer, formatter, context, row_identity, identity
+        config, chosen, model, tokenizer, formatter, context, budget, row_identity, identity
     )
     if not weights and not overwrite:
         round_dir.check("rollouts", identity, prepared.details())
@@ -222,6 +268,8 @@ class RolloutJob:
     prepared: RolloutSetup
     run: CheckedRun
     _requests: dict[str, Request] = field(default_factory=dict)
+    # What a sample that must answer has said, with the text that asks it to.
+    _begun: dict[str, list[int]] = field(default_factory=dict)
 
     @functools.cached_property
     def _thinking(self) -> ThinkingCounter:
@@ -248,12 +296,31 @@ class RolloutJob:
                     yield functools.partial(self._submit, request)
 
     def _submit(self, request: Request) -> None:
+        """Submit a sample, or the rest of one that has begun."""
         row_id, sampling = request.row_id, self.prepared.config.sampling
+        begun, budget = self._begun.get(row_id, []), self.prepared.budget
+        if budget is not None:
+            limit = sampling.max_tokens - len(begun) if begun else budget.tokens
+            sampling = sampling.model_copy(update={"max_tokens": limit})
+        # The rest draws other random numbers than the beginning.
+        seed = seed_of(content_key([row_id, "answer"]) if begun else row_id)
         try:
-            self.run.engine.submit_generate(row_id, request.ids, sampling, seed_of(row_id))
+            self.run.engine.submit_generate(row_id, request.ids + begun, sampling, seed)
             self._requests[row_id] = request
         except RequestError as error:
+            self._begun.pop(row_id, None)
             self._fail(request, str(error))
+
+    def _must_answer(self, result: Completion) -> bool:
+        """Whether a completion has ended at the token budget. Its rest is then to be submitted."""
+        budget = self.prepared.budget
+        if budget is None or result.finish_reason == "stop" or result.key in self._begun:
+            return False
+        said = list(result.token_ids)
+        text = self.prepared.tokenizer.decode(said, skip_special_tokens=False)
+        answers = budget.thinks and _END_OF_THINKING in text
+        self._begun[result.key] = said if answers else said + budget.ids
+        return True
 
     def _fail(self, request: Request, reason: str) -> None:
         self.run.progress.fail()
@@ -264,12 +331,17 @@ class RolloutJob:
         """Make a row of what the engine finished."""
         request = self._requests.pop(result.key)
         if isinstance(result, Refused):
+            self._begun.pop(result.key, None)
             self._fail(request, result.message)
             return
         assert isinstance(result, Completion)
+        if self._must_answer(result):
+            self._submit(request)
+            return
+        token_ids = self._begun.pop(result.key, []) + list(result.token_ids)
         stopped = result.finish_reason == "stop"
         # The loss needs the end token among the ids; people do not need it in the text.
-        visible = result.token_ids[:-1] if stopped else result.token_ids
+        visible = token_ids[:-1] if stopped else token_ids
         completion = self.prepared.tokenizer.decode(visible, skip_special_tokens=False)
         prompt = request.prompt
         row = {
@@ -281,13 +353,13 @@ class RolloutJob:
             "completion": completion,
             "prompt_ids": request.ids,
             # Arrow takes an array at once, a list number by number.
-            "completion_ids": np.array(result.token_ids, dtype=np.int32),
+            "completion_ids": np.array(token_ids, dtype=np.int32),
             "num_prompt_tokens": len(request.ids),
-            "num_completion_tokens": len(result.token_ids),
+            "num_completion_tokens": len(token_ids),
             "finish_reason": result.finish_reason,
             "problem": prompt.text,
             "gold_answer": prompt.answer,
-            "repetition": repetition(result.token_ids),
+            "repetition": repetition(token_ids),
             "metadata": canonical_json(prompt.metadata) if prompt.metadata else None,
             "seed": seed_of(request.row_id),
             "num_thinking_tokens": self._thinking.count(request.text, completion, result.token_ids),

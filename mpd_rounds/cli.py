@@ -7,8 +7,13 @@ itself. A finished stage is not started again.
 
     OUT/data/round1/            the round's shards
     OUT/train/round1/           its training: model/, metrics.jsonl, checkpoints/
-    OUT/eval/round1-test/       rollouts on held-out prompts (base-test: before any training)
+    OUT/eval/round1-test/       rollouts on held-out prompts (base-test: before any training,
+                                baseline-concise-test: the base with another prompt)
     OUT/summary.json            the figures; OUT/lengths.png the trace lengths
+    OUT/gate.json, OUT/best     what the gate said of each round; a link to the model to take
+
+Exit codes: 0 done, 1 fatal, 2 usage, 3 done with failed rows (in errors/), 4 done, but the gate
+accepted no round, 130 interrupted (run the same command again to resume).
 """
 
 import math
@@ -24,21 +29,33 @@ from mpd_data.common.models import resolve_model
 from mpd_data.common.text import format_table
 from mpd_data.config import RewriteConfig
 from mpd_data.inspect import compare as comparison
+from mpd_data.inspect import frontier
 from mpd_data.inspect.stats import plot_lengths
 from mpd_data.parts.workers import EXIT_FAILED_ROWS
 from mpd_data.store.run_record import require_kind, write_record
+from mpd_rounds.run import gate
+from mpd_rounds.run.few_shot import write_examples
 from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.runner import Runner
 from mpd_rounds.run.steps import Pipeline, load_pipeline
 
+EXIT_NONE_ACCEPTED = 4  # done, but the gate accepted no round
 
-def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
-    """Return the figures of a finished pipeline: the first evaluation set for the base and every
-    round, and the comparison of the last round with the base on every set."""
+
+def summarize(
+    pipeline: Pipeline, plan: Plan, last: int, judged: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return the figures of a pipeline that ended after round `last`: the first evaluation set for
+    the base, its baselines and every round, the comparison of the final round with the base on
+    every set, and of every round with what is free.
+
+    The final round is the one that the gate chose, as `judged` says; the last where there is no
+    gate or it accepted none.
+    """
     names = [chosen.name for chosen in pipeline.evaluation]
-    last = pipeline.rounds
+    final = (judged and judged["best"]["round"]) or last
     sets = {
-        name: comparison.compare(plan.evaluation(0, name), plan.evaluation(last, name))
+        name: comparison.compare(plan.evaluation(0, name), plan.evaluation(final, name))
         for name in names
     }
     rounds = [comparison.evaluate(plan.evaluation(r, names[0])) for r in range(1, last + 1)]
@@ -46,24 +63,67 @@ def summarize(pipeline: Pipeline, plan: Plan) -> dict[str, Any]:
         "pipeline": pipeline.name,
         "seed": pipeline.seed,
         "base": sets[names[0]]["base"],
+        "baselines": {
+            f"baseline {found.name}": comparison.evaluate(found.folder)
+            for found in plan.baseline_folders()
+            if found.set == names[0]
+        },
         "rounds": rounds,
-        "final": rounds[-1],
+        "final_round": final,
+        "final": rounds[final - 1],
         "round_settings": [pipeline.changes(r) for r in range(1, last + 1)],
         **{name: sets[names[0]][name] for name in comparison.DIFFERENCES},
         "sets": sets,
+        "frontier": _frontiers(plan, last),
+        **({"gate": judged, "best": judged["best"]["model"]} if judged else {}),
+    }
+
+
+def _frontiers(plan: Plan, last: int) -> dict[str, Any]:
+    """Return what `frontier.judge` says of every round, for each evaluation set with baselines."""
+    free: dict[str, dict[str, Path]] = {}
+    for found in plan.baseline_folders():
+        points = free.setdefault(found.set, {"base": plan.evaluation(0, found.set)})
+        points[f"baseline {found.name}"] = found.folder
+    return {
+        name: frontier.judge(
+            points,
+            {f"round {r}": plan.evaluation(r, name) for r in range(1, last + 1)},
+        )
+        for name, points in free.items()
     }
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Print the tables of a summary: the first evaluation set by round, and all sets before and
-    after."""
+    """Print the tables of a summary (the first evaluation set by baseline and round, and all sets
+    before and after the final round), whether the rounds are beyond what is free, and what the gate
+    decided."""
     rows = {"base": summary["base"]}
+    rows |= summary["baselines"]
     rows |= {f"round {i}": side for i, side in enumerate(summary["rounds"], start=1)}
     click.echo(f"\n{comparison.table(rows)}")
     sets = [
         {"set": name, **comparison.side_by_side(result)} for name, result in summary["sets"].items()
     ]
     click.echo(f"\n{format_table(sets)}")
+    if summary["frontier"]:
+        click.echo()
+        show_verdicts(summary)
+    if "gate" in summary:
+        for decision in summary["gate"]["rounds"]:
+            click.echo(f"\n{gate.shown(decision)}")
+        click.echo("\n" + "\n".join(summary["gate"]["text"]))
+
+
+def show_verdicts(summary: dict[str, Any], prefix: str = "") -> None:
+    """Print for each evaluation set with baselines whether the rounds are beyond what is free."""
+    for name, result in summary["frontier"].items():
+        for one in result["models"].values() if result is not None else ():
+            click.echo(f"{prefix}{name}: {one['verdict']}")
+        if result is None:
+            click.echo(
+                f"{prefix}{name}: without gold answers there is no frontier of what is free."
+            )
 
 
 def check_inputs(pipeline: Pipeline, out: Path) -> None:
@@ -86,15 +146,30 @@ def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
     check_inputs(pipeline, out)
     runner = Runner(out, pipeline.environment, len(plan.all_steps()))
     write_record(out, "pipeline", pipeline.model_dump(mode="json"))
-    runner.run(list(plan.evaluations(0)), pipeline.parallel_evaluations)
+    measured = [*plan.evaluations(0), *plan.baselines(from_rewrites=False)]
+    runner.run(measured, pipeline.parallel_evaluations)
+    judged, decisions = None, []
+    if pipeline.gate is None:
+        gate.remove(out)
     for round_ in range(1, pipeline.rounds + 1):
-        for step in plan.training(round_):
-            runner.run([step])
+        sampling, rewriting, training = plan.training(round_)
+        runner.run([sampling])
+        runner.run([rewriting])
+        if round_ == 1:
+            write_examples(plan)
+            runner.run(list(plan.baselines(from_rewrites=True)), pipeline.parallel_evaluations)
+        runner.run([training])
         runner.run(list(plan.evaluations(round_)), pipeline.parallel_evaluations)
-    summary = summarize(pipeline, plan)
+        if pipeline.gate is not None:
+            decisions.append(gate.decide(plan, pipeline.gate, round_))
+            judged = gate.conclude(plan, decisions)
+            click.echo(judged["text"][0], err=True)
+            if not decisions[-1].goes_on:
+                break
+    summary = summarize(pipeline, plan, round_, judged)
     summary["failed_rows"] = runner.failed_rows
     write_json_atomic(out / "summary.json", summary)
-    names = ["base", *(f"round {r}" for r in range(1, pipeline.rounds + 1))]
+    names = ["base", *(f"round {r}" for r in range(1, round_ + 1))]
     headline = pipeline.evaluation[0].name
     lengths = {name: plan.evaluation(r, headline) for r, name in enumerate(names)}
     plot_lengths(lengths, out / "lengths.png")
@@ -160,7 +235,8 @@ def cli(
     rates: dict[str, float],
     as_json: bool,
 ) -> None:
-    """Run all rounds of a PIPELINE (TOML) into OUT. Run the command again to resume."""
+    """Run all rounds of a PIPELINE (TOML) into OUT. Run the command again to resume. The exit code
+    is 4 if the pipeline's gate accepted no round (of a seed)."""
     if rates and not dry_run:
         raise click.UsageError("--rate goes with --dry-run.")
     if out is None:
@@ -185,6 +261,8 @@ def cli(
         click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
         if summary["failed_rows"]:
             click.echo(f"some rows failed; see {out}/*/*/errors/*.parquet", err=True)
+        _require_accepted([summary])
+        if summary["failed_rows"]:
             raise click.exceptions.Exit(EXIT_FAILED_ROWS)
         return
     summaries = [
@@ -198,8 +276,19 @@ def cli(
         for name, result in summary["sets"].items()
     ]
     click.echo(f"\n{format_table(rows)}")
+    for summary in summaries:
+        show_verdicts(summary, f"seed {summary['seed']}, ")
+        for line in summary["gate"]["text"] if "gate" in summary else ():
+            click.echo(f"seed {summary['seed']}: {line}")
     click.echo(f"wrote {out / 'seeds.json'}", err=True)
     click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
+    _require_accepted(summaries)
+
+
+def _require_accepted(summaries: list[dict[str, Any]]) -> None:
+    """Raise Exit if the gate of a run accepted no round."""
+    if any("gate" in summary and not summary["gate"]["best"]["round"] for summary in summaries):
+        raise click.exceptions.Exit(EXIT_NONE_ACCEPTED)
 
 
 def main() -> None:

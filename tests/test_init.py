@@ -304,6 +304,7 @@ def test_thinking_is_set_where_there_is_a_switch(tmp_path, whole):
     student = changed_model(STUDENT, tmp_path / "s", template=switch)
     pipeline, _ = made(tmp_path / "o", prompts=path, student=student)
     assert pipeline.rollouts["thinking"] == pipeline.evaluation[0].rollouts["thinking"] == "on"
+    assert [baseline.kind for baseline in pipeline.baseline] == ["no_thinking"]
     assert "thinking" not in pipeline.rewrite
     teacher = changed_model(TEACHER, tmp_path / "t", template=switch)
     pipeline, _ = made(tmp_path / "o2", prompts=path, teacher=teacher)

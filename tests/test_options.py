@@ -41,6 +41,7 @@ test_a_server_that_dies_ends_the_job_and_the_rest_follows: mpd-gen rollouts --ba
     --served-model
 test_rewrites_are_those_of_an_engine_here: mpd-gen rewrite --base-url --served-model
 test_a_cpu_cannot_run_the_kernels: mpd-train --liger-kernel
+test_a_student_answers_at_its_token_budget: mpd-gen rollouts --token-budget --budget-text
 test_a_hopeless_job_stops_early: mpd-gen rollouts --max-error-rate
 test_a_hopeless_rewrite_stops_early: mpd-gen rewrite --max-error-rate
 test_a_scheduler_that_ends_a_job_loses_no_finished_row: mpd-gen status ROUNDS --json

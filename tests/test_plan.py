@@ -537,7 +537,23 @@ def test_the_qwen3_pipeline_is_sound_in_every_stage(qwen_hub, tmp_path):
     done = finish(words, env=qwen_hub.environment(tmp_path / "home"))
     found = json.loads(done.stdout)
     plans = {step["label"]: step["plan"] for step in found["steps"]}
-    assert len(plans) == 4 + 3 * (3 + 4)
+    assert len(plans) == 4 + 10 + 3 * (3 + 4)
+    # What is free is measured before anything is trained, on the base's problems.
+    labels = list(plans)
+    (first,) = {i for i, label in enumerate(labels) if label == "round 1: rollouts"}
+    assert all(label.startswith(("base:", "baseline ")) for label in labels[:first])
+    for name in (
+        "concise",
+        "calculation",
+        "no-thinking",
+        "budget-100",
+        "budget-400",
+        "token-budget-2048",
+    ):
+        free = plans[f"baseline {name}: evaluate math-500"]
+        assert free["rows"] == plans["base: evaluate math-500"]["rows"]
+    unthinking = plans["baseline no-thinking: evaluate math-500"]["shown"][0]["text"]
+    assert unthinking.endswith("<|im_start|>assistant\n" + OFF)
     assert all(plan["failing"] == 0 for plan in plans.values())
     drafts, rewrite, training = (plans[f"round 3: {s}"] for s in ("rollouts", "rewrite", "train"))
     assert (drafts["rows"], drafts["tokens_at_most"]) == (8000, 8000 * 27000)

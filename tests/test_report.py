@@ -4,6 +4,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import time
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +16,20 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from browser import HOW, find_browser
-from conftest import STUDENT, TEACHER, edit_rows, invoke, losses, python, rows, run, write_jsonl
+from conftest import (
+    ROOT,
+    STUDENT,
+    TEACHER,
+    command,
+    edit_rows,
+    environment,
+    invoke,
+    losses,
+    python,
+    rows,
+    run,
+    write_jsonl,
+)
 from playwright.sync_api import sync_playwright
 
 from mpd_data.common.errors import ConfigError, DataError
@@ -63,6 +79,13 @@ id_column = "id"
 answer_column = "answer"
 sampling = {{ temperature = 1.0, max_tokens = 200 }}
 engine = {{ dtype = "float32", backend = "transformers" }}
+[[baseline]]
+name = "cut"
+kind = "token_budget"
+tokens = 40
+rollouts = {{ budget_text = " answer", sampling = {{ max_tokens = 45 }} }}
+[[baseline]]
+kind = "few_shot"
 """
 
 
@@ -72,9 +95,27 @@ def made(prompts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     text = PIPELINE.format(student=STUDENT, teacher=TEACHER, prompts=prompts)
     (folder / "tiny.toml").write_text(text)
-    said = run("mpd-rounds", folder / "tiny.toml", "--out", folder / "made").stderr
-    assert f"mpd-report {folder / 'made'} draws the report" in said
+    arguments = [folder / "tiny.toml", "--out", folder / "made"]
+    # Killed while a baseline is measured, which must lose nothing.
+    killed_in(folder / "made" / "eval" / "baseline-cut-test" / "rollouts.manifest.jsonl", arguments)
+    done = run("mpd-rounds", *arguments)
+    assert "base: evaluate test: done before" in done.stderr
+    assert f"mpd-report {folder / 'made'} draws the report" in done.stderr
+    (folder / "made" / "stdout").write_text(done.stdout)
     return folder / "made"
+
+
+def killed_in(path, arguments):
+    """Run a pipeline and kill it, with its steps, as soon as `path` is there."""
+    process = subprocess.Popen(
+        command("mpd-rounds", *arguments), env=environment(), cwd=ROOT,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @pytest.fixture
@@ -202,6 +243,60 @@ def test_figures_are_those_of_the_rows(made, tmp_path):
     assert trained["steps"] == str(len(course))
     assert trained["loss"] == f"{course[0]:.4g} → {course[-1]:.4g}"
     assert "→" in trained["validation loss"]
+
+
+def test_rounds_are_beside_what_is_free(made, tmp_path):
+    folder = made / "eval"
+    assert json.loads((made / "summary.json").read_text())["frontier"]["test"]["points"].keys() == {
+        "base", "baseline cut", "baseline few-shot"
+    }  # fmt: skip
+    base = rows(folder / "base-test")
+    for name in ("cut", "few-shot"):
+        own = rows(folder / f"baseline-{name}-test")
+        assert (
+            own.select("prompt_id", "sample_idx")
+            .sort(pl.all())
+            .equals(base.select("prompt_id", "sample_idx").sort(pl.all()))
+        )
+    assert 41 < rows(folder / "baseline-cut-test")["num_completion_tokens"].max() <= 45
+    # The examples are kept rewrites, as the student would say them.
+    kept = rows(made / "data" / "round1", "distill").filter(pl.col("status") == "ok")
+    shown = [json.loads(x) for x in (folder / "baseline-few-shot.jsonl").open(encoding="utf-8")]
+    assert len({one["problem"] for one in shown}) == 3
+    assert {one["kept_rewrite"] for one in shown} <= set(kept["rewrite"])
+    prompt = rows(folder / "baseline-few-shot-test")["prompt"][0]
+    assert all(f"assistant\n{one['kept_rewrite']}<|im_end|>" in prompt for one in shown)
+
+    text = report(made, tmp_path)["report.md"]
+    result = compare(folder / "baseline-few-shot-test", folder / "round1-test")
+    lines = text.partition("**test: rounds against what is free**")[2].partition("\n\nBeyond")[0]
+    (line,) = [x for x in lines.splitlines() if "| baseline few-shot |" in x]
+    low, high = (100 * bound for bound in result["token_reduction_interval"])
+    saved = f"{100 * result['token_reduction']:.1f}% \\[{low:.1f}, {high:.1f}\\]"
+    assert saved.replace("-", "\u2212") in line
+    free = table(text, "test: what costs no training")
+    assert free["baseline cut"]["mean tokens \\[95%\\]"].startswith(
+        f"{rows(folder / 'baseline-cut-test')['num_completion_tokens'].mean():.1f} "
+    )
+    # The verdict is the same sentence everywhere.
+    (verdict,) = re.findall(r"^test: (round 1 is .*)$", (made / "stdout").read_text(), re.MULTILINE)
+    assert Page(tmp_path / "report.html").text.count(verdict) == 2
+    plots = re.findall(r"<svg.*?</svg>", (tmp_path / "report.html").read_text(), re.DOTALL)
+    (plot,) = [plot for plot in plots if "what is free" in plot]
+    assert all(f">{name}</text>" in plot for name in ("base", "cut", "few-shot", "round 1"))
+
+
+def test_baselines_of_a_run_without_settings_are_found(copied, tmp_path):
+    """Also those that are not finished, or have only begun."""
+    whole = report(copied, tmp_path / "before")["report.md"]
+    shutil.rmtree(copied / "eval" / "baseline-cut-test")
+    text = report(copied, tmp_path / "without")["report.md"]
+    assert "> * baseline cut: evaluate test: not begun" in text
+    (copied / "pipeline.json").unlink()
+    text = report(copied, tmp_path / "after")["report.md"]
+    free = "test: what costs no training"
+    assert table(text, free)["baseline few-shot"] == table(whole, free)["baseline few-shot"]
+    assert table(text, free).keys() == {"base", "baseline few-shot"}
 
 
 def test_the_same_run_gives_the_same_bytes(made, tmp_path, monkeypatch):
@@ -415,7 +510,12 @@ def test_a_run_that_was_killed_is_shown_with_what_is_missing(longer, tmp_path):
     for name in ("data", "train", "eval"):
         shutil.rmtree(folder / name)
     text = report(folder, tmp_path / "out")["report.md"]
-    assert "> * base: evaluate test: not begun\n> * rounds 1 to 2: not begun" in text
+    assert re.findall(r"^> \* (.*)$", text, re.MULTILINE) == [
+        "base: evaluate test: not begun",
+        "baseline cut: evaluate test: not begun",
+        "baseline few-shot: evaluate test: not begun",
+        "rounds 1 to 2: not begun",
+    ]
     metrics = folder / "train" / "round1" / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
     metrics.write_text("not JSON\n")

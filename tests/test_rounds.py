@@ -247,6 +247,65 @@ def test_a_failing_stage_stops_the_pipeline(small, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "baseline, message",
+    [
+        ("{kind='concse'}", "baseline.0.kind: .*Did you mean 'concise'"),
+        ("{kind='budget'}", "baseline.0: kind budget and words go together"),
+        ("{kind='concise', words=5}", "kind budget and words go together"),
+        ("{kind='token_budget'}", "baseline.0: kind token_budget and tokens go together"),
+        ("{name='x', rollouts={budget_text='x'}}", "budget_text goes with kind token_budget"),
+        ("{name='x'}", "baseline.0: give a kind, or settings in rollouts"),
+        ("{rollouts={thinking='off'}}", "baseline.0.name: required"),
+        ("{kind='concise', sets=['tset']}", "no evaluation set 'tset'; .* Did you mean 'test'"),
+        ("{kind='concise'}, {kind='concise'}", "two baselines would write to .*-concise-test"),
+        ("{kind='few_shot', rollouts={examples='x'}}", "few_shot makes its examples itself"),
+        (
+            "{kind='concise', rollouts={promt_template='x'}}",
+            "'baseline.0.rollouts.prompt_template'",
+        ),
+        (
+            "{kind='concise', rollouts={num_prompts=3, sampling={temperature=0}}}",
+            "a baseline cannot change num_prompts, sampling.temperature: .* can change .*examples",
+        ),
+        (
+            "{name='x', rollouts={sampling={max_token=3}}}",
+            "max_token: unknown setting. Did you mean 'baseline.0.rollouts.sampling.max_tokens'",
+        ),
+    ],
+)
+def test_bad_baselines_are_named(small, baseline, message):
+    with pytest.raises(ConfigError, match=rf"small.toml: .*{message}"):
+        load_pipeline(small, (f"baseline=[{baseline}]",))
+
+
+def test_a_kind_is_applied_to_the_baselines_own_settings(small, tmp_path):
+    own = "{prompt_template='{{problem}} .', system_prompt='x', sampling={max_tokens=9}}"
+    budget = f"{{kind='budget', words=7, sets=['greedy'], rollouts={own}}}"
+    changes = (f"baseline=[{budget}, {{kind='few_shot'}}]", "rounds=2")
+    plan = Plan(load_pipeline(small, changes), tmp_path)
+    folders = [(x.name, x.set, x.folder.name) for x in plan.baseline_folders()]
+    assert folders == [
+        ("budget-7", "greedy", "baseline-budget-7-greedy"),
+        *(("few-shot", x, f"baseline-few-shot-{x}") for x in ("test", "greedy", "ood")),
+    ]
+    steps = {step.label: step for step in plan.all_steps()}
+    budget, base = (
+        steps[f"{x}: evaluate greedy"].config.model_dump() for x in ("baseline budget-7", "base")
+    )
+    changed = {name for name in base if base[name] != budget[name]}
+    assert changed == {"out", "prompt_template", "system_prompt", "sampling"}
+    assert budget["prompt_template"] == "{{problem}} .\n\nUse at most 7 words."
+    assert budget["sampling"] == base["sampling"] | {"max_tokens": 9}
+    order = list(steps)
+    assert order.index("baseline budget-7: evaluate greedy") < order.index("round 1: rollouts")
+    # The examples are rewrites of round 1.
+    rewritten = order.index("round 1: rewrite")
+    assert order[rewritten + 1 : rewritten + 5] == [
+        *(f"baseline few-shot: evaluate {x}" for x in ("test", "greedy", "ood")), "round 1: train"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
     "override, message",
     [
         ("teacher=nowhere", "nowhere: not a folder here"),
@@ -255,6 +314,9 @@ def test_a_failing_stage_stops_the_pipeline(small, tmp_path):
         ("evaluation.1.rollouts.engine.max_model_len=9999", "over the model's context"),
         ("rewrite.num_candidates=2", "--num-candidates 2 at --temperature 0"),
         ("train.lora={lora_r=2, lora_target_modules=['x']}", "has no layer of that name"),
+        ("baseline=[{kind='no_thinking'}]", "baseline no-thinking: evaluate test: "),
+        ("baseline=[{kind='token_budget', tokens=9}]", "the tokenizer cannot spell it"),
+        ("baseline=[{kind='token_budget', tokens=400}]", "--token-budget 400 leaves no room"),
     ],
 )
 def test_what_would_fail_hours_in_fails_at_once(small, tmp_path, override, message):

@@ -35,8 +35,7 @@ from mpd_data.config import RewriteConfig, RolloutsConfig
 from mpd_data.dryrun.refilter import plan_refilter
 from mpd_data.dryrun.rewrite import plan_rewrite
 from mpd_data.rewrite import run_rewrite
-from mpd_data.rewrite_setup import setup as rewrite_setup
-from mpd_data.rollouts import run_rollouts
+from mpd_data.rollouts import run_rollouts, setup
 from mpd_data.select.pass_rates import PassRates
 from mpd_data.select.refilter import run_refilter
 from mpd_data.store.round import RoundDir
@@ -140,6 +139,53 @@ def test_rollouts_take_what_they_are_told(tmp_path):
         assert row["finish_reason"] == "length"
         assert row["num_completion_tokens"] == 5
     assert [shard.rows for shard in RoundDir(out).manifest("rollouts")] == [3, 3, 2]
+
+
+def test_a_student_answers_at_its_token_budget(prompts, tmp_path):
+    """What it said until then is what it says without one; then it is asked, and goes on."""
+    settings = {"num_prompts": 8, "answer_formats": ["phrase"]}
+    free = sampled(
+        prompts, tmp_path / "a", sampling={"temperature": 0, "max_tokens": 400}, **settings
+    )
+    limit, text = 30, "answer"
+    assert free["num_completion_tokens"].min() <= limit < free["num_completion_tokens"].max()
+    frame = sampled(
+        prompts, tmp_path / "b", token_budget=limit, budget_text=text,
+        sampling={"temperature": 0, "max_tokens": 400}, **settings,
+    )  # fmt: skip
+    before = {row["prompt_id"]: row for row in free.to_dicts()}
+    for row in frame.to_dicts():
+        was = before[row["prompt_id"]]
+        if was["num_completion_tokens"] <= limit:
+            assert row["completion_ids"] == was["completion_ids"]
+            continue
+        assert row["completion_ids"][:limit] == was["completion_ids"][:limit]
+        said = row["completion"].split()
+        assert said[: limit + 1] == [*was["completion"].split()[:limit], text]
+        assert len(row["completion_ids"]) == row["num_completion_tokens"] > limit + 1
+        assert row["finish_reason"] == "stop"
+        assert row["answer"] is not None
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({}, "boxed.*the tokenizer cannot spell it"),
+        ({"thinking": "on"}, "</think>.*the tokenizer cannot spell it"),
+        ({"thinking": "off"}, "boxed.*the tokenizer cannot spell it"),
+        ({"budget_text": "answer is now", "sampling": {"max_tokens": 12}}, "the 3 tokens of"),
+    ],
+)
+def test_a_token_budget_needs_a_text_and_room(prompts, tmp_path, settings, message):
+    student = STUDENT
+    if "thinking" in settings:
+        switch = "{% if enable_thinking %}{% endif %}"
+        student = model_with(tmp_path / "s", STUDENT, switch)
+    config = RolloutsConfig(
+        model=str(student), prompts=[str(prompts)], out=tmp_path / "r", token_budget=9, **settings
+    )
+    with pytest.raises(ConfigError, match=message):
+        setup(config)
 
 
 @pytest.mark.parametrize("formats, found", [(["hashes"], False), (["phrase", "hashes"], True)])
@@ -397,7 +443,7 @@ def test_a_rollout_waits_for_the_samples_of_its_prompt(drafts, prompts, tmp_path
     outcome = run_rewrite(asked)
     assert (outcome.total, outcome.remaining) == (2, 0)
     assert "1 rollouts wait until all samples of their prompts are there" in capsys.readouterr().err
-    plan = plan_rewrite(rewrite_setup(asked, weights=False))
+    plan = plan_rewrite(rewrite_setup.setup(asked, weights=False))
     assert (plan.rows, plan.committed, plan.remaining) == (3, 2, 0)
     assert plan.details["rollouts that wait for samples of their prompts"] == 1
     # The other sample has failed for good.

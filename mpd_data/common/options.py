@@ -175,7 +175,7 @@ def parse(model: type[Model], values: dict[str, Any], source: str, section: str 
     except ValidationError as error:
         lines = []
         for e in error.errors():
-            place = prefix + ".".join(map(str, e["loc"]))
+            place = (prefix + ".".join(map(str, e["loc"]))).rstrip(".")
             hint = ""
             if e["type"] == "missing":
                 line = f"{place}: required"
@@ -184,7 +184,10 @@ def parse(model: type[Model], values: dict[str, Any], source: str, section: str 
                 meant = _meant(model, e["loc"])
                 hint = suggestion(meant and prefix + meant)
             else:
-                line = f"{place}: {e['msg']}"
+                # Checks of a whole file have no place.
+                line = ": ".join(
+                    [*([place] if place else []), e["msg"].removeprefix("Value error, ")]
+                )
                 # Messages of our own checks say already what was found.
                 if e["type"] != "value_error":
                     is_nested = isinstance(e["input"], dict | list)

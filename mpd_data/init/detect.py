@@ -49,6 +49,8 @@ _GPU_CONTEXT, _CPU_CONTEXT = 40_960, 2_048
 _LEAST_TOKENS = 32
 # Teachers with fewer weights copy the draft when they are asked in one message.
 _SMALL = 4_000_000_000
+# Tokens that a baseline's sentence may add to a prompt.
+_SENTENCE = 16
 
 
 # -- prompts ------------------------------------------------------------------------------
@@ -363,7 +365,8 @@ def plan_budget(models: Models, prompts: list[Prompt]) -> Budget:
     teacher = min(models.teacher.files.context, cap + shown)
     spare = teacher // 20
     room = teacher - rewrite_prompt - spare
-    draft = _round_down(min(student - prompt, room * _DRAFT // (_DRAFT + _REWRITE)))
+    by_teacher = room * _DRAFT // (_DRAFT + _REWRITE)
+    draft = _round_down(min(student - prompt - _SENTENCE, by_teacher))
     rewrite = _round_down(min(room - draft, draft))
     if min(draft, rewrite) < _LEAST_TOKENS:
         raise ConfigError(

@@ -1,12 +1,23 @@
 """Sections on accuracy and length, of one run or of several: plots and tables."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from mpd_data.inspect.stats import MARKERS
 from mpd_rounds.report import plots, queries
-from mpd_rounds.report.document import Block, Paragraph, Plot, Plots, Table, number, percent, points
+from mpd_rounds.report.document import (
+    NONE,
+    Block,
+    Paragraph,
+    Plot,
+    Plots,
+    Table,
+    number,
+    percent,
+    points,
+)
 from mpd_rounds.report.queries import Evaluations, LengthCounts, Measured
-from mpd_rounds.report.run import Run, round_name
+from mpd_rounds.report.run import BASE, Run, round_name
 
 _INTERVALS = (
     "Intervals are 95%, by bootstrap over problems. Differences and tokens saved are paired: they"
@@ -60,14 +71,14 @@ def _pareto_plots(sets: dict[str, dict[str, dict[int, Measured]]], several: bool
 
 
 def _pareto_points(by_round: dict[int, Measured]) -> list[plots.Point]:
-    line = []
-    for n, measured in by_round.items():
-        side = measured.side
-        if side["accuracy"] is not None:
-            tokens = side["mean_tokens"], tuple(side["mean_tokens_interval"])
-            accuracy = side["accuracy"], tuple(side["accuracy_interval"])
-            line.append(plots.Point(round_name(n), *tokens, *accuracy))
-    return line
+    sides = {round_name(n): measured.side for n, measured in by_round.items()}
+    return [_point(n, side) for n, side in sides.items() if side["accuracy"] is not None]
+
+
+def _point(name: str, side: dict[str, Any]) -> plots.Point:
+    tokens = side["mean_tokens"], tuple(side["mean_tokens_interval"])
+    accuracy = side["accuracy"], tuple(side["accuracy_interval"])
+    return plots.Point(name, *tokens, *accuracy)
 
 
 def _in_words(line: list[plots.Point]) -> str:
@@ -175,6 +186,84 @@ def _part_tables(
             len(heads),
             "The thinking part ends with its closing tag." if explained else "",
         )
+
+
+# -- what is free -------------------------------------------------------------------------------
+
+
+def beside_what_is_free(
+    evaluations: Evaluations, frontiers: dict[str, dict[str, Any]]
+) -> Iterator[Block]:
+    """Yield for each evaluation set with baselines whether the rounds are beyond them: a plot, the
+    verdicts and two tables. `frontiers`: of `queries.frontiers`."""
+    drawn = []
+    for name, judged in frontiers.items():
+        free = [_point(label, side) for label, side in judged["points"].items()]
+        rounds = {n: m for n, m in evaluations[name].items() if n != BASE}
+        models = _pareto_points(rounds)
+        line = judged["frontier"]
+        svg = plots.frontier(name, free, line, models, len(frontiers) == 1)
+        drawn.append(Plot(svg, f"{name}, what is free: {_in_words([*free, *models])}"))
+    if not drawn:
+        return
+    yield Plots(
+        drawn,
+        "Accuracy against mean tokens. Open circles cost no training: the base and its baselines;"
+        " the dashed line joins those that no other of them dominates. Filled circles are the"
+        " rounds; crosses are 95% intervals. Up and to the left is better.",
+    )
+    for index, (name, judged) in enumerate(frontiers.items()):
+        for one in judged["models"].values():
+            yield Paragraph(f"{name}: {one['verdict']}")
+        yield _free_table(name, judged)
+        if judged["models"]:
+            yield _against_table(name, judged, explained=index == 0)
+
+
+def _free_table(name: str, judged: dict[str, Any]) -> Table:
+    rows = []
+    for label, side in judged["points"].items():
+        is_base = label == "base"
+        tokens = map(number, (side["mean_tokens"], *side["mean_tokens_interval"]))
+        rows.append([
+            label,
+            percent(side["accuracy"], side["accuracy_interval"]),
+            NONE if is_base else points(*_difference(side)),
+            "{} [{}, {}]".format(*tokens),
+            NONE if is_base else percent(side["token_reduction"], side["token_reduction_interval"]),
+            percent(side["truncated"], decimals=2),
+            "yes" if label in judged["frontier"] else "no",
+        ])  # fmt: skip
+    head = ["", "accuracy [95%]", "against base", "mean tokens [95%]", "saved [95%]", "cut off",
+            "on the frontier"]  # fmt: skip
+    return Table(f"{name}: what costs no training", head, rows)
+
+
+def _against_table(name: str, judged: dict[str, Any], explained: bool) -> Table:
+    rows = [
+        [
+            model,
+            label,
+            percent(against["token_reduction"], against["token_reduction_interval"]),
+            points(*_difference(against)),
+            f"{against['problems']:,}",
+            "yes" if against["beyond"] else "no",
+        ]
+        for model, one in judged["models"].items()
+        for label, against in one["against"].items()
+    ]
+    margin = percent(-judged["margin"], decimals=0).removesuffix("%")
+    note = (
+        "Beyond: it saves tokens (the interval lies above 0) and the interval of the accuracy"
+        f" difference lies above {margin} points, or its accuracy is higher (the"
+        " interval lies above 0)."
+    )
+    head = ["model", "against", "saved [95%]", "accuracy difference [95%]", "problems", "beyond"]
+    return Table(f"{name}: rounds against what is free", head, rows, 2, note if explained else "")
+
+
+def _difference(side: dict[str, Any]) -> tuple[float | None, list[float] | None]:
+    return side["accuracy_difference"], side["accuracy_difference_interval"]
 
 
 # -- lengths ------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ VARIABLES = {
     **{colour: f"--series-{i}" for i, colour in enumerate(SERIES)},
 }
 MOST_POINTS = 300
+BASELINE = "baseline "  # how the names of baselines begin
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mpd-report",
@@ -63,6 +64,10 @@ _SETTINGS = {
     "figure.dpi": 72,
     "lines.solid_capstyle": "round",
 }
+
+
+# Sizes of a plot that stands alone, and of one among others, in pixels.
+_WIDE, _NARROW = (620, 380), (360, 300)
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def _counts(axis: Any) -> None:
 def pareto(title: str, lines: dict[str, list[Point]], wide: bool) -> str:
     """Return a plot of accuracy against mean tokens, with intervals. Each line of points is a run;
     its first point is the base."""
-    size = (620, 380) if wide else (360, 300)
+    size = _WIDE if wide else _NARROW
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -129,22 +134,60 @@ def pareto(title: str, lines: dict[str, list[Point]], wide: bool) -> str:
                 if len(lines) == 1 or index == len(points) - 1:
                     name = point.label if len(lines) == 1 else label
                     named.append((name, point, MUTED if is_base else shade))
-        axes.margins(x=0.16, y=0.14)
-        _label(axes, named, (0.85 * size[0], 0.8 * size[1]))
-        axes.set_title(title)
-        axes.set_xlabel("mean tokens per trace")
-        axes.set_ylabel("accuracy")
-        _counts(axes.xaxis)
-        low, high = axes.get_ylim()
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if high - low > 0.06 else 1))
+        _finish(axes, title, named, size)
 
     return _draw(*size, draw)
 
 
+def frontier(
+    title: str, free: list[Point], line: list[str], models: list[Point], wide: bool
+) -> str:
+    """Return a plot of accuracy against mean tokens: the `free` points, hollow, of which the base
+    is the first, with a line through those named in `line`, from the shortest; and `models`."""
+    size = _WIDE if wide else _NARROW
+    colour, own = SERIES[1], SERIES[0]
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        axes.grid(True)
+        by_name = {point.label: point for point in free}
+        x, y = zip(*((by_name[n].tokens, by_name[n].accuracy) for n in line), strict=True)
+        axes.plot(x, y, color=colour, linewidth=1.6, linestyle=(0, (4, 2)), zorder=2)
+        way = [free[0], *models]
+        x, y = zip(*((point.tokens, point.accuracy) for point in way), strict=True)
+        axes.plot(x, y, color=own, linewidth=1.2, alpha=0.5, zorder=2)
+        named: list[tuple[str, Point, str]] = []
+        for point in models:
+            _cross(axes, point, own, hollow=False)
+            named.append((point.label, point, own))
+        for index, point in enumerate(free):
+            _cross(axes, point, BASE_COLOUR if index == 0 else colour, hollow=True)
+            shade = MUTED if index == 0 else colour
+            named.append((point.label.removeprefix(BASELINE), point, shade))
+        _finish(axes, title, named, size)
+
+    return _draw(*size, draw)
+
+
+def _finish(
+    axes: Any, title: str, named: list[tuple[str, Point, str]], size: tuple[int, int]
+) -> None:
+    """Write the names of points, the title and the axes' labels."""
+    axes.margins(x=0.16, y=0.14)
+    _label(axes, named, (0.85 * size[0], 0.8 * size[1]))
+    axes.set_title(title)
+    axes.set_xlabel("mean tokens per trace")
+    axes.set_ylabel("accuracy")
+    _counts(axes.xaxis)
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if high - low > 0.06 else 1))
+
+
 def _cross(axes: Any, point: Point, colour: str, hollow: bool) -> None:
-    axes.hlines(point.accuracy, *point.tokens_bounds, color=colour, linewidth=1.4, zorder=3)
-    axes.vlines(point.tokens, *point.accuracy_bounds, color=colour, linewidth=1.4, zorder=3)
+    thin = {"color": colour, "linewidth": 1.4, "alpha": 0.55, "zorder": 3}
+    axes.hlines(point.accuracy, *point.tokens_bounds, **thin)
+    axes.vlines(point.tokens, *point.accuracy_bounds, **thin)
     fill = PAPER if hollow else colour
     axes.plot(point.tokens, point.accuracy, marker="o", markersize=6.5, color=colour,
               markerfacecolor=fill, markeredgewidth=1.6, zorder=4)  # fmt: skip
@@ -152,29 +195,38 @@ def _cross(axes: Any, point: Point, colour: str, hollow: bool) -> None:
 
 # Offsets of a label from its point, in pixels; the first free one is used.
 _PLACES = ((9, 7), (9, -17), (-9, 7), (-9, -17), (9, 22), (9, -32), (-9, 22), (-9, -32))
+# The frontier rises through its points, so the place to the right and below is free.
+_BELOW = ((9, -17), (-9, 7), (9, -32), (-9, 22), (9, 7), (-9, -17), (9, 22), (-9, -32))
 _LETTER, _LINE = 7.0, 13.0  # approximate size of a bold letter, in pixels
+_MARKER = 6.0  # half the size of a marker
 
 
 def _label(axes: Any, named: list[tuple[str, Point, str]], size: tuple[float, float]) -> None:
-    """Write the names of points so that they do not overlap. `size`: of the axes, in pixels."""
+    """Write the names of points so that they cover neither each other nor a point. `size`: of the
+    axes, in pixels. Baselines are below the frontier, the others above their points."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    taken: list[tuple[float, float, float]] = []  # left, right and bottom of a label
-    for name, point, colour in named:
-        x = (point.tokens - left) / (right - left) * size[0]
-        y = (point.accuracy - low) / (high - low) * size[1]
+    at = [
+        ((p.tokens - left) / (right - left) * size[0], (p.accuracy - low) / (high - low) * size[1])
+        for _, p, _ in named
+    ]
+    # Left, right, bottom and top of what is there.
+    taken = [(x - _MARKER, x + _MARKER, y - _MARKER, y + _MARKER) for x, y in at]
+    for (name, point, colour), (x, y) in zip(named, at, strict=True):
         width = _LETTER * len(name)
-        for dx, dy in _PLACES:
+        for dx, dy in _BELOW if point.label.startswith(BASELINE) else _PLACES:
             start = x + dx if dx > 0 else x + dx - width
-            box = (start, start + width, y + dy)
+            box = (start, start + width, y + dy, y + dy + _LINE)
             inside = start >= 0 and box[1] <= size[0] and box[2] >= 0
             if inside and not any(
-                box[0] < b[1] and b[0] < box[1] and abs(box[2] - b[2]) < _LINE for b in taken
+                box[0] < b[1] and b[0] < box[1] and box[2] < b[3] and b[2] < box[3] for b in taken
             ):
                 break
         taken.append(box)
-        side = "left" if dx > 0 else "right"
-        axes.annotate(name, (point.tokens, point.accuracy), xytext=(dx, dy), ha=side, color=colour,
-                      textcoords="offset points", fontweight="bold", zorder=5)  # fmt: skip
+        behind = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5, "alpha": 0.75}
+        axes.annotate(
+            name, (point.tokens, point.accuracy), xytext=(dx, dy), textcoords="offset points",
+            ha="left" if dx > 0 else "right", color=colour, fontweight="bold", zorder=5, bbox=behind
+        )  # fmt: skip
 
 
 def lengths(title: str, panels: dict[str, dict[str, tuple[LengthCounts, Histogram]]]) -> str:

@@ -12,6 +12,7 @@ import polars as pl
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.inspect import compare as comparison
+from mpd_data.inspect import frontier
 from mpd_data.inspect.stats import (
     collect,
     difficulties,
@@ -23,7 +24,7 @@ from mpd_data.inspect.stats import (
     trace_lengths,
 )
 from mpd_data.store.schema import STATUSES
-from mpd_rounds.report.run import BASE, Run, count, read_metrics
+from mpd_rounds.report.run import BASE, Run, count, read_metrics, round_name
 
 # The curves of a training, in order: (columns of metrics.jsonl, title).
 CURVES: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -202,6 +203,21 @@ def _measure(folders: dict[int, Path]) -> dict[int, Measured]:
         side = comparison.evaluate(folder) if paired is None else paired["new"]
         measured[number] = Measured(side, paired, behaviour[str(folder)], note)
     return measured
+
+
+def frontiers(run: Run) -> dict[str, dict[str, Any]]:
+    """Return what `frontier.judge` says of each round, for the evaluation sets with the base, a
+    baseline and gold answers."""
+    found = {}
+    for name, baselines in run.baselines.items():
+        folders = {round_name(n): folder for n, folder in run.evaluations.get(name, {}).items()}
+        base = folders.pop(round_name(BASE), None)
+        if base is not None:
+            free = {"base": base, **{f"baseline {n}": folder for n, folder in baselines.items()}}
+            judged = frontier.judge(free, folders)
+            if judged is not None:
+                found[name] = judged
+    return found
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Only light columns and settings are read, and nothing is written.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,8 +27,9 @@ BASE = 0  # the round of a model that has not been trained
 class Run:
     """One run. `rounds`: folders in `data/` with rollouts, by number; `trainings`: folders in
     `train/` with metrics (for a training alone: the run itself, as round 1); `evaluations`: the
-    finished ones, by set and round; `missing`: steps that are not finished, in words; `settings`:
-    pipeline.json, or empty."""
+    finished ones, by set and round; `baselines`: the finished ones, by set and name; `missing`:
+    steps that are not finished, in words; `settings`: pipeline.json, or empty; `gate`: gate.json,
+    or empty."""
 
     path: Path
     label: str
@@ -37,7 +38,9 @@ class Run:
     rounds: dict[int, Path] = field(default_factory=dict)
     trainings: dict[int, Path] = field(default_factory=dict)
     evaluations: dict[str, dict[int, Path]] = field(default_factory=dict)
+    baselines: dict[str, dict[str, Path]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    gate: dict[str, Any] = field(default_factory=dict)
 
     @property
     def headline(self) -> str | None:
@@ -120,6 +123,8 @@ def _open_pipeline(path: Path, label: str) -> Run:
         try:
             planned = int(settings["rounds"])
             sets = [str(chosen["name"]) for chosen in settings["evaluation"]]
+            # Runs of older versions have none.
+            baselines = {b["name"]: b["sets"] or sets for b in settings.get("baseline", [])}
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{saved}: expected the settings of a pipeline as mpd-rounds writes them, with"
@@ -128,9 +133,15 @@ def _open_pipeline(path: Path, label: str) -> Run:
     else:
         settings = {}
         planned = max(_numbered(path / "data") | _numbered(path / "train"), default=0)
-        sets = sorted({f.name.partition("-")[2] for f in (path / "eval").glob("*-*") if f.is_dir()})
+        folders = [f.name for f in (path / "eval").glob("*-*") if f.is_dir()]
+        named = {name for name in folders if name.startswith(_BASELINE)}
+        sets = sorted({name.partition("-")[2] for name in {*folders} - named})
+        baselines = _baselines_of(named, sets)
         missing.append("pipeline.json: what else was planned is not known")
-    run = Run(path, label, True, settings, missing=missing)
+    gate = _gate_of(path) if settings.get("gate") else {}
+    # After the round at which the gate stopped a run, nothing is missing.
+    planned = min(planned, gate.get("stopped") or planned)
+    run = Run(path, label, True, settings, missing=missing, gate=gate)
     for number in range(planned + 1):
         lines = _look_at_round(run, number) if number > BASE else []
         for name in sets:
@@ -140,6 +151,8 @@ def _open_pipeline(path: Path, label: str) -> Run:
                 run.evaluations.setdefault(name, {})[number] = folder
             lines += unmeasured
         not_begun = [line for line in lines if line.endswith(_NOT_BEGUN)]
+        if number == BASE:
+            lines += _look_at_baselines(run, baselines, sets)
         if number > BASE and len(not_begun) == 3 + len(sets):
             # Nor has any round after it.
             rest = round_name(number) if number == planned else f"rounds {number} to {planned}"
@@ -149,7 +162,53 @@ def _open_pipeline(path: Path, label: str) -> Run:
     return run
 
 
+def _gate_of(path: Path) -> dict[str, Any]:
+    """Return what gate.json holds; {} before the first decision. Raise DataError if it is not what
+    mpd-rounds writes."""
+    file = path / "gate.json"
+    if not file.is_file():
+        return {}
+    try:
+        gate = json.loads(file.read_text(encoding="utf-8"))
+        if gate.keys() >= {"set", "rounds", "stopped", "best", "text"}:
+            return dict(gate)
+    except (ValueError, AttributeError):
+        pass
+    raise DataError(
+        f"{file}: expected the gate's decisions, as mpd-rounds writes them. Run mpd-rounds again."
+    )
+
+
 _NOT_BEGUN = "not begun"
+_BASELINE = "baseline-"
+
+
+def _baselines_of(folders: Iterable[str], sets: list[str]) -> dict[str, list[str]]:
+    """Return the sets of each baseline, by the names of its folders."""
+    found: dict[str, list[str]] = {}
+    for folder in sorted(folders):
+        # Of two sets, `a` and `b-a`, the longer name is meant.
+        for name in sorted(sets, key=len, reverse=True):
+            if folder.endswith(f"-{name}"):
+                baseline = folder.removeprefix(_BASELINE).removesuffix(f"-{name}")
+                found.setdefault(baseline, []).append(name)
+                break
+    return found
+
+
+def _look_at_baselines(run: Run, baselines: dict[str, list[str]], sets: list[str]) -> list[str]:
+    """Add the folders of the baselines to `run`, and return what is missing."""
+    lines = []
+    for baseline, measured in baselines.items():
+        for name in sets:
+            if name not in measured:
+                continue
+            folder = run.path / "eval" / f"{_BASELINE}{baseline}-{name}"
+            missing = _missing_rollouts(f"baseline {baseline}: evaluate {name}", folder)
+            if not missing:
+                run.baselines.setdefault(name, {})[baseline] = folder
+            lines += missing
+    return lines
 
 
 def _numbered(folder: Path) -> dict[int, Path]:

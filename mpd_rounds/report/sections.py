@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mpd_data.store.run_record import read_record
 from mpd_rounds.report import examples, queries
-from mpd_rounds.report.accuracy import lengths, results
+from mpd_rounds.report.accuracy import beside_what_is_free, lengths, results
 from mpd_rounds.report.card import data_card
 from mpd_rounds.report.data_and_training import funnel_tables, training_curves
 from mpd_rounds.report.document import (
@@ -15,6 +16,7 @@ from mpd_rounds.report.document import (
     Notice,
     Paragraph,
     Section,
+    Table,
     Tile,
     Tiles,
     bounds,
@@ -33,10 +35,13 @@ def single(run: Run) -> Document:
         return _training_report(run)
     evaluations = queries.evaluations(run)
     funnels = {n: queries.funnel(folder) for n, folder in run.rounds.items()}
+    frontiers = queries.frontiers(run)
+    tiles = _tiles(run, evaluations, funnels)
+    overview = [*_missing([run]), *tiles, *_verdict(run, frontiers), *_gate(run)]
     sections = [
-        Section("overview", "Overview", [*_missing([run]), *_tiles(run, evaluations, funnels)]),
+        Section("overview", "Overview", overview),
         *_filled({"accuracy": ("Accuracy and length", results({run.label: evaluations}))}),
-        *_filled(_details(run, funnels)),
+        *_filled(_details(run, evaluations, frontiers, funnels)),
     ]
     name = str(run.settings.get("name", run.label))
     return Document(f"{name}: {run.label}", _subtitle(run), sections)
@@ -51,16 +56,25 @@ def several(runs: list[Run]) -> Document:
     ]
     for index, run in enumerate(runs):
         funnels = {n: queries.funnel(folder) for n, folder in run.rounds.items()}
-        tiles = list(_tiles(run, by_run[run.label], funnels))
-        sections.append(Section(f"run-{index}", f"Run {run.label}", tiles))
-        sections += _filled(_details(run, funnels), f"run-{index}-", 3)
+        evaluations, frontiers = by_run[run.label], queries.frontiers(run)
+        tiles = _tiles(run, evaluations, funnels)
+        overview = [*tiles, *_verdict(run, frontiers), *_gate(run)]
+        sections.append(Section(f"run-{index}", f"Run {run.label}", overview))
+        details = _details(run, evaluations, frontiers, funnels)
+        sections += _filled(details, f"run-{index}-", 3)
     names = dict.fromkeys(str(run.settings.get("name", run.label)) for run in runs)
     return Document(f"{', '.join(names)}: {len(runs)} runs", ", ".join(by_run), sections)
 
 
-def _details(run: Run, funnels: dict[int, Funnel]) -> dict[str, tuple[str, Iterator[Block]]]:
+def _details(
+    run: Run,
+    evaluations: Evaluations,
+    frontiers: dict[str, dict[str, Any]],
+    funnels: dict[int, Funnel],
+) -> dict[str, tuple[str, Iterator[Block]]]:
     """Return title and blocks of a run's sections after its results, by anchor."""
     return {
+        "free": ("Beside what costs nothing", beside_what_is_free(evaluations, frontiers)),
         "lengths": ("How long the traces are", lengths(run)),
         "funnel": (
             "From prompts to kept rewrites",
@@ -134,7 +148,9 @@ def _tiles(run: Run, evaluations: Evaluations, funnels: dict[int, Funnel]) -> It
     tiles = []
     if run.headline is not None:
         by_round = evaluations[run.headline]
-        newest = max(by_round)
+        # The model that the gate chose, or the newest.
+        chosen = run.gate["best"]["round"] if run.gate else BASE
+        newest = chosen if chosen != BASE and chosen in by_round else max(by_round)
         last, base = by_round[newest], by_round.get(BASE)
         tokens = number(last.side["mean_tokens"])
         detail = f"accuracy {percent(last.side['accuracy'])}"
@@ -158,6 +174,49 @@ def _tiles(run: Run, evaluations: Evaluations, funnels: dict[int, Funnel]) -> It
         tiles.append(Tile("Rewrites kept", percent(kept / rows), f"{kept:,} of {rows:,}"))
     if tiles:
         yield Tiles(tiles)
+
+
+def _verdict(run: Run, frontiers: dict[str, dict[str, Any]]) -> Iterator[Block]:
+    """Yield whether the newest round is beyond what is free, on the first evaluation set."""
+    judged = frontiers.get(run.headline or "")
+    if judged is not None and judged["models"]:
+        newest = list(judged["models"].values())[-1]
+        yield Paragraph(f"{run.headline}: {newest['verdict']}")
+
+
+def _gate(run: Run) -> Iterator[Block]:
+    """Yield what the gate decided after each round, and by which figures."""
+    if not run.gate:
+        return
+    yield from map(Paragraph, run.gate["text"])
+    rows = []
+    for decision in run.gate["rounds"]:
+        for finding in decision["findings"]:
+            ends = [points(finding[end], None) for end in ("low", "high")]
+            rows.append(
+                [
+                    round_name(decision["round"]),
+                    decision["outcome"],
+                    finding["on"],
+                    f"{finding['problems']:,}",
+                    points(finding["difference"], None),
+                    " to ".join(ends),
+                    points(-finding["margin"], None),
+                    f"{finding['needed']:,}",
+                ]
+            )
+    head = ["", "gate", "accuracy on", "problems", "difference", "bounds", "margin", "needed"]
+    yield Table(
+        "What the gate decided",
+        head,
+        rows,
+        left=3,
+        note="Differences of accuracy from the base, in points. A round is accepted if both lower"
+        " bounds are above the margin, refused if an upper bound is below it. The bounds are"
+        f" one-sided, each at {percent(run.gate['rounds'][0]['level'])}: the gate's alpha, divided"
+        f" among the planned rounds. Needed: problems in the set {run.gate['set']} with which"
+        " 80% of the students that are as accurate as the base are accepted.",
+    )
 
 
 def _training_tiles(trainings: dict[str, Training]) -> Iterator[Block]:

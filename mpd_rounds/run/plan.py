@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import ModelFiles, resolve_model
 from mpd_data.common.text import plain_lines
 from mpd_data.config import RewriteConfig, RolloutsConfig
@@ -25,12 +26,15 @@ from mpd_data.dryrun.rewrite import plan_rewrite, predict
 from mpd_data.dryrun.rollouts import plan_rollouts
 from mpd_data.dryrun.show import free_bytes, shown_text, size_text, steps_table, totals
 from mpd_data.engines.start import server_notes
+from mpd_data.inspect.compare import per_problem
 from mpd_data.prompts.chat import PromptError
 from mpd_data.prompts.reader import Prompt
 from mpd_data.rewrite_setup import setup as rewrite_setup
 from mpd_data.rollouts import RolloutSetup, read_prompts
 from mpd_data.rollouts import setup as rollout_setup
 from mpd_data.store.round import RoundDir
+from mpd_rounds.run.few_shot import COUNT
+from mpd_rounds.run.gate import decide, size_note
 from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.runner import Finished
 from mpd_rounds.run.steps import Pipeline, Step
@@ -88,9 +92,15 @@ def plan_pipeline(
     planner = _Planner(pipeline, out)
     result = PipelinePlan(out, notes=pipeline.changes_text())
     planner.evaluate(result, 0)
+    planner.baselines(result, from_rewrites=False)
+    if pipeline.gate is not None:
+        result.notes.append(planner.size_of_gate(result))
     for round_ in range(1, pipeline.rounds + 1):
         planner.train(result, round_)
         planner.evaluate(result, round_)
+        if planner.is_stopped(round_):
+            result.notes.append(f"gate: round {round_} was the last; see {out / 'gate.json'}")
+            break
     if rates:
         result.steps = [(label, plan and _at_rate(plan, rates)) for label, plan in result.steps]
     needed = sum(plan.disk_bytes or 0 for plan in result.remaining())
@@ -133,12 +143,70 @@ class _Planner:
             self._newest[stage] = learned
         return self._newest.get(stage)
 
+    def baselines(self, result: PipelinePlan, from_rewrites: bool) -> None:
+        """Plan the baselines that show rewrites of round 1, or the others."""
+        for step in self._commands.baselines(from_rewrites):
+            config, label = step.config, step.label
+            assert isinstance(config, RolloutsConfig)
+            if self._finished.holds(step):
+                result.add(label, None)
+                continue
+            if from_rewrites and config.examples is not None and not config.examples.exists():
+                # The rewrites that it shows are yet to be made.
+                config = config.model_copy(update={"examples": None})
+            # As long as the base's rows, if it has none of its own.
+            learned = self._newest.get(label.partition(": ")[2])
+            try:
+                plan, setup = self._rollouts(dataclasses.replace(step, config=config), learned)
+            except ConfigError as error:
+                raise ConfigError(f"{label}: {error}") from error
+            if config is not step.config:
+                budget = self._examples(plan, setup)
+                plan = dataclasses.replace(plan, notes=[*plan.notes, budget], shown=[])
+            name, before = label.partition(":")[0], [x.text for x in result.shown.values()]
+            shown = [
+                dataclasses.replace(x, name=f"{x.name}, {name}")
+                for x in plan.shown
+                if x.text not in before
+            ]
+            result.add(label, dataclasses.replace(plan, shown=shown))
+
+    def _examples(self, plan: StagePlan, setup: RolloutSetup) -> str:
+        """Return the context budget of prompts to which rewrites will be added that do not exist
+        yet."""
+        _, rewriting, _ = self._commands.training(1)
+        assert isinstance(rewriting.config, RewriteConfig)
+        prompt = (plan.prompt_tokens or Lengths(0.0, 0)).max
+        rewrite, room = rewriting.config.sampling.max_tokens, setup.config.sampling.max_tokens
+        parts = f"{COUNT} x (prompt {prompt:,} + rewrite {rewrite:,}) + prompt + sampled {room:,}"
+        total = COUNT * (prompt + rewrite) + prompt + room
+        limit = f"the student's context of {setup.context:,}"
+        return _budget(parts, total, limit, setup.context, "problems that do not fit are left out")
+
     def evaluate(self, result: PipelinePlan, round_: int) -> None:
         """Plan the evaluations of the student after `round_` rounds."""
         for step in self._commands.evaluations(round_):
             learned = self._learn(step)
             done = self._finished.holds(step)
             result.add(step.label, None if done else self._rollouts(step, learned)[0])
+
+    def size_of_gate(self, result: PipelinePlan) -> str:
+        """Return how many problems the gate needs, beside those of its evaluation, which is planned
+        in `result`."""
+        commands, gated = self._commands, self._pipeline.gated
+        assert self._pipeline.gate is not None
+        (step,) = (s for s in commands.evaluations(0) if s.out == commands.evaluation(0, gated))
+        assert isinstance(step.config, RolloutsConfig)
+        samples, plan = step.config.num_samples, dict(result.steps)[step.label]
+        problems = per_problem(step.out).height if plan is None else plan.rows // samples
+        return size_note(commands, self._pipeline.gate, problems, samples, plan is None)
+
+    def is_stopped(self, round_: int) -> bool:
+        """Return whether the gate has stopped the run after a round."""
+        gate, steps = self._pipeline.gate, self._commands.evaluations
+        if gate is None or not all(map(self._finished.holds, (*steps(0), *steps(round_)))):
+            return False
+        return not decide(self._commands, gate, round_).goes_on
 
     def train(self, result: PipelinePlan, round_: int) -> None:
         """Plan rollouts, rewrite and training of a round."""
@@ -159,6 +227,8 @@ class _Planner:
                 planned, ahead = self._rewrite(rewriting.config, *drafts, of_drafts, of_rewrites)
                 plan = plan or planned
         result.add(rewriting.label, plan)
+        if round_ == 1:
+            self.baselines(result, from_rewrites=True)
         plan = None
         if not self._finished.holds(training):
             assert isinstance(training.config, TrainConfig)

@@ -2,17 +2,19 @@
 
 import copy
 import json
+import math
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, PrivateAttr
+from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
-from mpd_data.common.errors import ConfigError
+from mpd_data.common.errors import ConfigError, did_you_mean
 from mpd_data.common.options import arguments, parse
 from mpd_data.config import RewriteConfig, RolloutsConfig, Strict
+from mpd_rounds.run.baselines import Baseline
 from mpd_train.config import TrainConfig
 
 
@@ -29,6 +31,28 @@ class RoundSettings(Strict):
     rollouts: dict[str, Any] = Field(default_factory=dict)
     rewrite: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
+
+
+class Gate(Strict):
+    """How much accuracy a round may lose against the base student before the run stops."""
+
+    set: str | None = None
+    """Evaluation that decides. Default: the first. It needs gold answers and two samples of each
+    problem."""
+    margin: float = Field(0.02, gt=0, lt=1)
+    """Accuracy that may be lost on all its problems, as a fraction: 0.02 is two points."""
+    hard_margin: float | None = Field(None, gt=0, lt=1)
+    """Accuracy that may be lost on the hard third, the problems that the base solves least often.
+    Default: `margin` times the root of 3, as a third of the problems has intervals that much wider.
+    """
+    alpha: float = Field(0.05, gt=0, lt=0.5)
+    """Largest chance to accept any round that has lost more, over all `rounds` together."""
+    undecided: Literal["stop", "continue"] = "stop"
+    """What to do after a round for which the problems are too few to tell."""
+
+    @property
+    def margin_on_hard(self) -> float:
+        return self.margin * math.sqrt(3) if self.hard_margin is None else self.hard_margin
 
 
 class Licenses(Strict):
@@ -105,6 +129,51 @@ class Pipeline(SettingsFile):
     train: dict[str, Any] = Field(default_factory=dict)
     round: list[RoundSettings] = Field(default_factory=list)
     evaluation: list[EvaluationSet] = Field(min_length=1)
+    # What costs nothing: the base student with other prompts or limits.
+    baseline: list[Baseline] = Field(default_factory=list)
+    gate: Gate | None = None
+
+    @model_validator(mode="after")
+    def _baselines_have_names_and_sets_of_their_own(self) -> Self:
+        names = [chosen.name for chosen in self.evaluation]
+        folders: set[str] = set()
+        for baseline in self.baseline:
+            for name in baseline.sets or names:
+                if name not in names:
+                    raise ValueError(
+                        f"baseline {baseline.name}: no evaluation set {name!r}; there are"
+                        f" {', '.join(names)}.{did_you_mean(name, names)}"
+                    )
+                folder = f"baseline-{baseline.name}-{name}"
+                if folder in folders:
+                    raise ValueError(
+                        f"two baselines would write to {folder}: give one of them another name"
+                    )
+                folders.add(folder)
+        return self
+
+    @model_validator(mode="after")
+    def _gate_can_be_measured(self) -> Self:
+        if self.gate is None:
+            return self
+        sets = {chosen.name: chosen.rollouts for chosen in self.evaluation}
+        if self.gated not in sets:
+            raise ValueError(
+                f"gate.set: no evaluation set {self.gated!r}; there are {', '.join(sets)}."
+                f"{did_you_mean(self.gated, sets)}"
+            )
+        given = sets[self.gated]
+        if given.get("answer_column") is None or given.get("num_samples", 1) == 1:
+            raise ValueError(
+                f"gate: evaluation {self.gated!r} needs answer_column, and num_samples of 2 or"
+                " more: one half of the base's samples chooses the hard third, the other measures"
+            )
+        return self
+
+    @property
+    def gated(self) -> str:
+        """The evaluation set that the gate looks at."""
+        return (self.gate and self.gate.set) or self.evaluation[0].name
 
     def _step(
         self,
@@ -189,6 +258,18 @@ class Pipeline(SettingsFile):
         section = f"evaluation.{chosen.name}.rollouts"
         fixed = {"model": student, "out": out}
         return self._step(label, why, out, RolloutsConfig, section, chosen.rollouts, fixed)
+
+    def baseline_step(
+        self, baseline: Baseline, chosen: EvaluationSet, out: Path, examples: Path
+    ) -> Step:
+        """Return the step in which the base student answers the prompts of an evaluation set as
+        `baseline` says. `examples`: the file that the kind few_shot shows."""
+        label = f"baseline {baseline.name}: evaluate {chosen.name}"
+        why = "the base student, without training"
+        given = baseline.settings(chosen.rollouts, examples)
+        section = f"baseline.{baseline.name}.rollouts"
+        fixed = {"model": self.student, "out": out}
+        return self._step(label, why, out, RolloutsConfig, section, given, fixed)
 
 
 def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

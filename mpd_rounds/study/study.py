@@ -33,7 +33,9 @@ _UNNAMED = Path("out")
 # A setting's model may be the last model of another setting with the same seed.
 _RESULT_OF = "setting:"
 # What a setting cannot change, because the study sets it for all.
-_NOT_ITS_OWN = ("name", "seed", "environment", "evaluation", "parallel_evaluations", "licenses")
+_NOT_ITS_OWN = (
+    "name", "seed", "environment", "evaluation", "baseline", "parallel_evaluations", "licenses",
+)  # fmt: skip
 
 
 class Setting(Strict):
@@ -167,6 +169,8 @@ class Planner:
                 before.append(self._run(source, seed, (*through, name)))
                 values[role] = before[-1].model
         pipeline = Pipeline.from_values(values, where)
+        if pipeline.gate is not None:
+            raise ConfigError(f"{where}: a study runs all rounds of each setting; remove [gate].")
         sets = {chosen.name: chosen for chosen in pipeline.evaluation}
         if unknown := [name for name in group.evaluation if name not in sets]:
             raise ConfigError(
