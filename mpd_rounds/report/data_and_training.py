@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from operator import attrgetter
+from typing import Any
 
 from mpd_rounds.report import plots, queries
 from mpd_rounds.report.document import NONE, Bar, Block, Plot, Plots, Table, number, percent
@@ -31,7 +32,14 @@ _REASONS = {
     "copied": "repeats nearly all of the draft",
     "repetitive": "repeats itself",
     "incorrect": "not the gold answer",
+    "unsupported": "does not carry its answer, by the student's measure",
     "not_chosen": "passed, but another rewrite was chosen",
+}
+
+
+_MEASURES = {
+    "answer_support": "answer support, 10% / median, nats",
+    "weakest_step": "weakest step, 10% / median, nats",
 }
 
 
@@ -47,6 +55,9 @@ def funnel_tables(funnels: dict[int, Funnel]) -> Iterator[Block]:
     rows.append(
         ["kept rewrites' length", *(f"{percent(r)} of the draft's" if r else NONE for r in ratios)]
     )
+    for measure, label in _MEASURES.items():
+        if any(measure in funnel.support for funnel in funnels.values()):
+            rows.append([label, *(_quantiles(f.support.get(measure)) for f in funnels.values())])
     if any(funnel.failed for funnel in funnels.values()):
         rows.append(["failed requests", *(f"{funnel.failed:,}" for funnel in funnels.values())])
     yield Table(
@@ -70,6 +81,10 @@ def funnel_tables(funnels: dict[int, Funnel]) -> Iterator[Block]:
     if rows:
         note = "Shares are of all rewrite rows."
         yield Table("Why rewrites were rejected", head, rows, len(head), note)
+
+
+def _quantiles(measured: dict[str, Any] | None) -> str:
+    return NONE if measured is None else "{p10:.2f} / {p50:.2f}".format(**measured)
 
 
 def _bar(count: int, total: int) -> Bar:

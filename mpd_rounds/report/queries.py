@@ -12,7 +12,15 @@ import polars as pl
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.inspect import compare as comparison
-from mpd_data.inspect.stats import collect, of_lengths, round_stats, scan, scan_round, trace_lengths
+from mpd_data.inspect.stats import (
+    collect,
+    of_lengths,
+    round_stats,
+    scan,
+    scan_round,
+    support_quantiles,
+    trace_lengths,
+)
 from mpd_data.store.schema import STATUSES
 from mpd_rounds.report.run import BASE, Run, count, read_metrics
 
@@ -99,7 +107,7 @@ class Funnel:
     """How many rows of a round are left after each stage. `whole`: rollouts that were not cut off;
     `answered`: rewrites that the teacher gave; `statuses`: rewrite rows by status, in the order of
     the contract; `ratio`: mean length of the kept rewrites as a share of their drafts'; `failed`:
-    rows in errors/."""
+    rows in errors/; `support`: lines of stats.support_quantiles, by measure."""
 
     prompts: int
     rollouts: int
@@ -108,6 +116,7 @@ class Funnel:
     statuses: dict[str, int]
     ratio: float | None
     failed: int
+    support: dict[str, dict[str, Any]]
 
     @property
     def rewrites(self) -> int:
@@ -129,6 +138,7 @@ def funnel(folder: Path) -> Funnel:
     ).row(0, named=True)
     statuses: dict[str, int] = {}
     answered, ratio = 0, None
+    support = {}
     distill = scan([folder], "distill")
     if distill is not None:
         rows = collect(
@@ -142,8 +152,12 @@ def funnel(folder: Path) -> Funnel:
         statuses = {name: by_status[name]["rows"] for name in STATUSES if name in by_status}
         answered = sum(row["answered"] for row in by_status.values())
         ratio = by_status["ok"]["ratio"] if "ok" in by_status else None
+        measured = support_quantiles(distill, pl.Enum([str(folder)]))
+        support = {row["measure"]: row for row in measured}
     failed = count(folder, "errors")
-    return Funnel(**first, answered=answered, statuses=statuses, ratio=ratio, failed=failed)
+    return Funnel(
+        **first, answered=answered, statuses=statuses, ratio=ratio, failed=failed, support=support
+    )
 
 
 @dataclass(frozen=True)
