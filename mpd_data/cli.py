@@ -188,8 +188,8 @@ def rewrite(
     from mpd_data.dryrun.show import print_plan
     from mpd_data.rewrite import run_rewrite
     from mpd_data.rewrite_setup import setup
-    from mpd_data.select.likeliest import choose_rewrites, waiting_rollouts
     from mpd_data.select.refilter import run_refilter
+    from mpd_data.select.student import ask_student, waiting_rollouts
     from mpd_data.store.round import RoundDir
 
     config = build(RewriteConfig, options)
@@ -212,15 +212,15 @@ def rewrite(
         from mpd_data.parts.ray import rewrite_on_ray as run_rewrite
     elif config.parts.workers > 1:
         failed = workers.run_workers("rewrite", config, limit)
-        if config.choose == "likeliest" and config.parts.num_shards is None:
-            choose_rewrites(config)
+        if config.student_option is not None and config.parts.num_shards is None:
+            ask_student(config)
         click.echo(f"{config.shards}: all workers finished{_shares(config)}", err=True)
         _exit_if_failed("some" if failed else 0)
         return
     outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite, limit)
     counts = ", ".join(f"{n:,} {status}" for status, n in sorted(outcome.statuses.items()))
     waiting = 0
-    if config.choose == "likeliest" and not workers.is_worker():
+    if config.student_option is not None and not workers.is_worker():
         round_dir = RoundDir(config.shards)
         waiting = waiting_rollouts(round_dir, round_dir.scan_shards("distill").paths)
     # If this part keeps nothing, another part may still keep something.

@@ -288,7 +288,7 @@ class RolloutsConfig(Strict):
         return self
 
 
-Choice = Literal["shortest", "first", "likeliest", "all"]
+Choice = Literal["shortest", "first", "likeliest", "support", "all"]
 
 
 class FilterConfig(Strict):
@@ -322,6 +322,15 @@ class FilterConfig(Strict):
     max_overlap: float | None = Field(None, ge=0, le=1)
     """Largest fraction of its draft's 4-grams that a rewrite to keep repeats. A copy repeats nearly
     all: 0.9 rejects it. Default: no limit."""
+    support: bool | None = None
+    """Measure whether each rewrite carries its answer, for `mpd-gen stats`: the student, which runs
+    after the teacher, scores it. The two limits below measure too."""
+    min_support: float | None = None
+    """Least answer support to keep, in nats: how much likelier the student finds the answer after
+    the rewrite than without it."""
+    min_step: float | None = Field(None, le=0)
+    """Least weakest step to keep, in nats: the student's log-probability of the least expected
+    value that the rewrite is first to state."""
 
     def identity(self) -> dict[str, Any]:
         """Return what a round records. It leaves `corrections` out while it is off: rounds that
@@ -361,7 +370,8 @@ class RewriteConfig(Strict):
     """Number of rewrites per rollout."""
     choose: Choice = "shortest"
     """Which rewrite of a rollout to keep, among those that pass the filters. likeliest: the one
-    with the highest mean log-probability under the student, which runs after the teacher."""
+    with the highest mean log-probability under the student, which runs after the teacher. support:
+    the one with the highest sum of answer support and weakest step."""
     score_context: Literal["problem", "rewrite", "both"] = "problem"
     """Prompt before the rewrite when the teacher scores it: the student's prompt (problem), the
     rewrite prompt with the draft (rewrite), or one after the other (both): twice the scoring and
@@ -387,6 +397,23 @@ class RewriteConfig(Strict):
     output: OutputConfig = OutputConfig()
     parts: PartsConfig = PartsConfig()
     failures: FailureConfig = FailureConfig()
+
+    @property
+    def measures(self) -> bool:
+        """Whether the student measures how well each rewrite carries its answer."""
+        return self.student_option not in (None, "--choose likeliest")
+
+    @property
+    def student_option(self) -> str | None:
+        """The option for which the student runs after the teacher; None without one."""
+        given = {
+            "--choose support": self.choose == "support",
+            "--min-support": self.filters.min_support is not None,
+            "--min-step": self.filters.min_step is not None,
+            "--support": bool(self.filters.support),
+            "--choose likeliest": self.choose == "likeliest",
+        }
+        return next((option for option, is_given in given.items() if is_given), None)
 
 
 class InitConfig(Strict):

@@ -6,8 +6,8 @@
 These steps overlap: a rewrite that passes the filters is submitted for scoring while others are
 still generated. Every rewrite becomes one row. A rejected one has the reason in `status` and no
 log-probabilities. The rows of one rollout are committed together, because one choice is made among
-them. When the student chooses (select/likeliest.py), all rewrites that pass are scored, and the
-choice follows after the teacher's engine has ended.
+them. When the student measures or chooses (select/student.py), all rewrites that pass are scored,
+and the choice follows after the teacher's engine has ended.
 """
 
 import functools
@@ -27,9 +27,9 @@ from mpd_data.prompts.chat import PromptError
 from mpd_data.prompts.thinking import ThinkingCounter
 from mpd_data.rewrite_setup import OMISSION, ROLLOUT_COLUMNS, RewriteSetup, setup, thinks
 from mpd_data.select.filters import settle
-from mpd_data.select.likeliest import choose_rewrites
 from mpd_data.select.pass_rates import PassRates
 from mpd_data.select.second_pass import put_in_place
+from mpd_data.select.student import ask_student
 from mpd_data.stage import CheckedRun, Outcome, open_round, open_run
 from mpd_data.store.locks import WHOLE
 from mpd_data.store.round import RoundDir, is_whole, scratch_of
@@ -49,13 +49,13 @@ def run_rewrite(
     """Rewrite, filter and score the rollouts of `config.shards` that have no rewrites yet.
 
     overwrite: delete the rewrites first. limit: the largest number of rollouts to rewrite.
-    With --choose likeliest the student chooses at the end, except when this run is one of several
-    parts: then its rollouts wait for `run_refilter`.
+    The student measures and chooses at the end, if it is asked to, except when this run is one of
+    several parts: then its rollouts wait for `run_refilter`.
     Raise ConfigError or DataError for bad input, EngineError when the engine fails. Rows that were
     finished before an error are kept, and the next call resumes from there.
     """
     config.parts.require_one_process("mpd-gen rewrite")
-    if config.choose != "likeliest" or config.parts.part != WHOLE:
+    if config.student_option is None or config.parts.part != WHOLE:
         return distill(setup(config), overwrite, limit)
     round_dir = RoundDir(config.shards)
     if is_whole(scratch_of(round_dir)):
@@ -63,7 +63,7 @@ def run_rewrite(
         with round_dir.lock("refilter"):
             put_in_place(round_dir, config)
     outcome = distill(setup(config), overwrite, limit)
-    return replace(outcome, statuses=choose_rewrites(config))
+    return replace(outcome, statuses=ask_student(config))
 
 
 def distill(
@@ -295,8 +295,9 @@ class RewriteJob:
         if group.unjudged:
             return
         rows = list(group.rows.values())
-        for row in settle(rows, self.prepared.config.filters, self.prepared.config.choose):
-            contexts = scoring_contexts(row, self.prepared.config.score_context)
+        config = self.prepared.config
+        for row in settle(rows, config.filters, config.choose, config.measures):
+            contexts = scoring_contexts(row, config.score_context)
             targets = row["input_ids"][row["loss_start"] :]
             # The engine generates one token after the sequence that it scores.
             if max(map(len, contexts.values())) + len(targets) + 1 > self.prepared.context:

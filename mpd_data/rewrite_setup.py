@@ -18,7 +18,7 @@ from mpd_data.config import RewriteConfig
 from mpd_data.engines.start import context_of
 from mpd_data.prompts.chat import ChatFormatter
 from mpd_data.prompts.template import RewriteTemplate, load_template
-from mpd_data.select.likeliest import choosing_student
+from mpd_data.select.student import choosing_student
 from mpd_data.stage import model_of, refuse_half_refiltered
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
@@ -172,7 +172,7 @@ def setup(
     if not weights:
         saved = round_dir.saved_stage("distill")
         teacher = teacher.as_saved(saved and saved["identity"]["teacher"])
-    if config.choose == "likeliest":
+    if config.student_option is not None:
         if drafts_exist:
             choosing_student(config, student["model"], student["tokenizer"], weights)
     elif not weights:

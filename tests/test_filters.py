@@ -22,7 +22,7 @@ from conftest import rows as stage_rows
 
 from mpd_data.config import FilterConfig
 from mpd_data.select.filters import settle, status_of
-from mpd_data.select.likeliest import candidates
+from mpd_data.select.student import candidates
 from mpd_data.store.schema import overlap
 
 PASSES = {
@@ -33,6 +33,8 @@ PASSES = {
     "pass_rate": 0.5,
     "repetition": 0.5,
     "is_correct": True,
+    "answer_support": None,
+    "weakest_step": -1.0,
 }
 
 
@@ -81,6 +83,11 @@ rows = partial(stage_rows, stage="distill")
         ({"is_correct": False}, {}, "incorrect"),
         ({"is_correct": False}, {"require_correct": False}, "ok"),
         ({"is_correct": None}, {}, "ok"),
+        ({"weakest_step": -2.0}, {}, "ok"),
+        ({"weakest_step": -2.0}, {"min_step": -1.5}, "unsupported"),
+        ({}, {"min_step": -1.0, "min_support": 9.0}, "ok"),
+        ({"answer_support": 8.9}, {"min_support": 9.0}, "unsupported"),
+        ({"answer_support": 8.9, "is_correct": False}, {"min_support": 9.0}, "incorrect"),
         ({}, {"drafts": "incorrect"}, "draft_rejected"),
         ({"draft_is_correct": False}, {"drafts": "correct"}, "draft_rejected"),
         ({"draft_is_correct": False}, {"drafts": "incorrect"}, "ok"),
@@ -115,11 +122,14 @@ def test_newer_filters_are_recorded_only_where_they_are_set():
         ("shortest", ["not_chosen", "malformed", "ok", "not_chosen"]),
         ("first", ["ok", "malformed", "not_chosen", "not_chosen"]),
         ("all", ["ok", "malformed", "ok", "ok"]),
+        ("support", ["not_chosen", "malformed", "not_chosen", "ok"]),
     ],
 )
 def test_the_choice_is_among_those_that_pass(choose, expected):
     group = [PASSES | {"status": None, "num_rewritten_tokens": n} for n in (9, 1, 5, 5)]
     group[1]["status"] = "malformed"
+    group[0]["weakest_step"] = None
+    group[3]["answer_support"] = 0.5
     wanted = settle(group, FilterConfig(), choose)
     assert [row["status"] for row in group] == expected
     assert wanted == [row for row in group if row["status"] == "ok"]
@@ -344,7 +354,7 @@ def test_parts_leave_the_choice_for_later(sampled, likeliest, tmp_path):
     info["stages"]["distill"]["chosen_by"] = {"version": "0" * 64}
     (out / "run.json").write_text(json.dumps(info))
     said = run("mpd-gen", *asked, "--refilter", code=1).stderr
-    assert "another student chose some of its rewrites" in said
+    assert "another student judged some of its rewrites" in said
     del info["stages"]["distill"]["chosen_by"]
     (out / "run.json").write_text(json.dumps(info))
     run("mpd-gen", *asked, "--refilter")

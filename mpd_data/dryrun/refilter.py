@@ -7,10 +7,10 @@ from mpd_data.config import RewriteConfig
 from mpd_data.dryrun.plan import StagePlan, distill_bytes, make_plan
 from mpd_data.engines.start import server_notes
 from mpd_data.select.filters import settle
-from mpd_data.select.likeliest import candidates, choosing_student
 from mpd_data.select.pass_rates import PassRates
 from mpd_data.select.refilter import changed_rules, check_refilter, require_teacher
 from mpd_data.select.second_pass import LIGHT
+from mpd_data.select.student import candidates, choosing_student
 from mpd_data.stage import model_of, refuse_half_refiltered
 from mpd_data.store.round import RoundDir
 from mpd_data.store.schema import STATUSES
@@ -35,17 +35,17 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
         rewrites = sorted(group, key=lambda row: row["candidate_idx"])
         rollouts += 1
         if unchanged:
-            waiting += config.choose == "likeliest" and bool(candidates(rewrites))
+            waiting += config.student_option is not None and bool(candidates(rewrites))
         else:
             rates.fill(rewrites)
-            wanted = settle(rewrites, config.filters, config.choose)
+            wanted = settle(rewrites, config.filters, config.choose, config.measures)
             waiting += bool(wanted) and all(row["status"] == "not_chosen" for row in wanted)
             not_scored = [row for row in wanted if row["tail_logprobs"] is None]
             unscored += len(not_scored)
             tokens += sum(row["num_rewritten_tokens"] for row in not_scored)
         after.update(row["status"] for row in rewrites)
     metadata = read_metadata(paths[0]) if paths else {}
-    if config.choose == "likeliest" and metadata:
+    if config.student_option is not None and metadata:
         choosing_student(config, metadata["student"], metadata["tokenizer"], weights=False)
     if unscored:
         teacher = model_of(config, weights=False)

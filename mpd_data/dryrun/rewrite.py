@@ -10,8 +10,8 @@ from mpd_data.dryrun.plan import Lengths, Shown, StagePlan, distill_bytes, make_
 from mpd_data.engines.start import server_notes
 from mpd_data.prompts.chat import PromptError
 from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, RewriteSetup, thinks
-from mpd_data.select.likeliest import waiting_rollouts
 from mpd_data.select.pass_rates import PassRates
+from mpd_data.select.student import waiting_rollouts
 from mpd_data.store.keys import KeySet
 from mpd_data.store.round import RoundDir
 
@@ -37,7 +37,7 @@ def plan_rewrite(
         paths = round_dir.scan_shards("distill").paths
         done = round_dir.rewritten(paths)
         learned = learn(round_dir, "distill", config.engine.backend, paths) or learned
-        if config.choose == "likeliest":
+        if config.student_option is not None:
             waiting = waiting_rollouts(round_dir, paths)
     scan = round_dir.scan_shards("rollouts")
     rollouts = scan.keys()
@@ -84,10 +84,10 @@ def plan_rewrite(
         longest = int(config.filters.largest_ratio * rollout["num_completion_tokens"])
         kept_at_most += min(longest, config.sampling.max_tokens)
     notes, refusal = server_notes(config.engine), None
-    if config.choose == "likeliest":
+    if config.student_option is not None:
         notes.append(
-            "The student chooses afterwards. The plan leaves out its time, and the disk of the copy"
-            " of the rewrites that it makes."
+            "The student judges the rewrites afterwards. The plan leaves out its time, and the disk"
+            " of the copy of the rewrites that it makes."
         )
     if remaining and remaining == total and not asked:
         causes = [f"{n:,} {name} ({_REMEDIES[name]})" for name, n in sorted(not_asked.items())]
@@ -123,8 +123,9 @@ def predict(
     filter keeps, one for each rollout; `fields`: others of the plan."""
     config, at_most = setup.config, kept_at_most
     rewrites = asked * config.num_candidates
-    # The student chooses among scored rewrites.
-    stored = config.num_candidates if config.choose in ("all", "likeliest") else 1
+    # The student judges scored rewrites.
+    all_scored = config.choose == "all" or config.student_option is not None
+    stored = config.num_candidates if all_scored else 1
     if setup.template.asks:
         at_most = rewrites * config.sampling.max_tokens
     contexts *= config.num_candidates

@@ -25,6 +25,8 @@ from mpd_data.store.shards import read_metadata
 # The table `behaviour` of `round_stats`.
 BEHAVIOUR = ("check_failed", "repetition", "markers_per_1k", "right_tokens", "wrong_tokens")
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
+# The low ones say what a limit rejects.
+SUPPORT_QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75)
 
 # Maximum bins of a histogram. The last bin begins below the largest 99th percentile of a round.
 BINS = 20
@@ -274,10 +276,10 @@ def round_stats(
 
     `rollouts`, their `trace_lengths` (a histogram), their `behaviour`, `rollouts_by` finish reason
     and correctness, `pass_at_k` if there are gold answers, `groups` by the key `by` of their
-    metadata if one is given, `rewrites` by status. `difficulty`: the shares of problems of each
-    pass rate among drafts and kept rewrites, if there are gold answers. `thinking_and_answer`: the
-    tokens of both parts of rollouts and kept rewrites, for models that think. Lengths are in
-    tokens, rates are fractions.
+    metadata if one is given, `rewrites` by status, `support` if a student measured it.
+    `difficulty`: the shares of problems of each pass rate among drafts and kept rewrites, if there
+    are gold answers. `thinking_and_answer`: the tokens of both parts of rollouts and kept rewrites,
+    for models that think. Lengths are in tokens, rates are fractions.
     `no_answer` is the fraction of finished samples without an answer in a declared format,
     `repetition` the mean fraction of repeated 4-grams, `markers_per_1k` the self-correction MARKERS
     per 1,000 tokens.
@@ -313,6 +315,8 @@ def round_stats(
         raise ConfigError(f"--by {by!r}: no rollouts here, and only they have metadata.")
     if distill is not None:
         tables["rewrites"] = _rewrites_by_status(distill, folders)
+        if support := support_quantiles(distill, folders):
+            tables["support"] = support
     return tables
 
 
@@ -388,6 +392,25 @@ def _rewrites_by_status(distill: pl.LazyFrame, folders: pl.Enum) -> list[dict[st
         "folder", "rows", "status", descending=[False, True, False]
     )
     return collect(ordered).to_dicts()
+
+
+def support_quantiles(distill: pl.LazyFrame, folders: pl.Enum) -> list[dict[str, Any]]:
+    """Return a line for each folder and measure with the number of `rewrites` that have it, those
+    that a filter rejected included, and its quantiles without interpolation, in nats."""
+    rows: list[dict[str, Any]] = []
+    for name in ("answer_support", "weakest_step"):
+        value = pl.col(name)
+        groups = distill.filter(value.is_not_null()).group_by(pl.col("folder").cast(folders))
+        frame = groups.agg(
+            pl.lit(name).first().alias("measure"),
+            pl.len().alias("rewrites"),
+            *(
+                value.quantile(q, "nearest").cast(pl.Float64).alias(f"p{round(q * 100)}")
+                for q in SUPPORT_QUANTILES
+            ),
+        )
+        rows += collect(frame.sort("folder")).to_dicts()
+    return rows
 
 
 def outcome_rates(folder: Path) -> dict[str, float | None]:

@@ -4,6 +4,7 @@ A filter reads only the columns of a distill row, so changed filters can be appl
 exist (`mpd-gen rewrite --refilter`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ def status_of(row: Mapping[str, Any], filters: FilterConfig) -> str:
     """Return the status of the first filter that rejects a checked rewrite, or "ok".
 
     `row` has draft_is_correct, keeps_answer, compression_ratio, pass_rate, draft_overlap,
-    repetition and is_correct. A row without a gold answer or an overlap passes the filters that
-    need one.
+    repetition, is_correct, answer_support and weakest_step. A row without a gold answer, a pass
+    rate, an overlap or a measure passes the filters that need one.
     """
     unwanted = {"any": None, "correct": False, "incorrect": True}[filters.drafts]
     if unwanted is not None and row["draft_is_correct"] is unwanted:
@@ -39,6 +40,12 @@ def status_of(row: Mapping[str, Any], filters: FilterConfig) -> str:
         return "repetitive"
     if filters.require_correct and row["is_correct"] is False:
         return "incorrect"
+    for name, least in (
+        ("answer_support", filters.min_support),
+        ("weakest_step", filters.min_step),
+    ):
+        if least is not None and row[name] is not None and row[name] < least:
+            return "unsupported"
     return "ok"
 
 
@@ -50,32 +57,56 @@ def _limit(easy: float, hard: float | None, pass_rate: float | None) -> float:
     return hard + (easy - hard) * pass_rate
 
 
+def choose_among(
+    passed: Sequence[dict[str, Any]], choose: Choice, means: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Return those of a rollout's rewrites that are kept among those that passed; the others get
+    the status "not_chosen". Of equally good ones the first is kept.
+
+    means: the student's mean log-probability per token, by row_id, for "likeliest".
+    """
+    if not passed or choose == "all":
+        return list(passed)
+    if choose == "shortest":
+        kept = min(passed, key=lambda row: row["num_rewritten_tokens"])
+    elif choose == "first":
+        kept = passed[0]
+    elif choose == "support":
+        kept = max(passed, key=_support)
+    else:
+        kept = max(passed, key=lambda row: means.get(row["row_id"], -math.inf))
+    for row in passed:
+        if row is not kept:
+            row["status"] = "not_chosen"
+    return [kept]
+
+
+def _support(row: Mapping[str, Any]) -> tuple[int, float]:
+    """Return what is larger for the rewrite that carries its answer better: the sum of both
+    measures. What was measured by fewer comes after what was measured by more."""
+    measures = [row[name] for name in ("answer_support", "weakest_step") if row[name] is not None]
+    return len(measures), sum(measures)
+
+
 def settle(
-    rows: Sequence[dict[str, Any]], filters: FilterConfig, choose: Choice
+    rows: Sequence[dict[str, Any]], filters: FilterConfig, choose: Choice, measures: bool = False
 ) -> list[dict[str, Any]]:
     """Set the status of all rewrites of one rollout, given in order of candidate_idx.
 
     Rows whose status is in UNUSABLE keep it. Rows that pass but are not chosen get "not_chosen".
-    With "likeliest" the student chooses later (likeliest.py): until then all rows that pass are
-    "not_chosen", except when their texts are all the same; then the first is kept.
+    If the student measures them, or with "likeliest" chooses (student.py), it has the last word:
+    until then all rows that pass are "not_chosen", except that of equal texts the student need not
+    choose.
 
-    Return the rows that need log-probabilities: those that are kept, or all among which the
-    student will choose.
+    Return the rows that need log-probabilities: those that are kept, or all that wait for the
+    student.
     """
     for row in rows:
         if row["status"] not in UNUSABLE:
             row["status"] = status_of(row, filters)
     passed = [row for row in rows if row["status"] == "ok"]
-    if not passed or choose == "all":
-        return passed
-    # Of equally short rewrites the first is kept.
-    if choose == "shortest":
-        kept = [min(passed, key=lambda row: row["num_rewritten_tokens"])]
-    elif choose == "first" or len({row["rewrite"] for row in passed}) == 1:
-        kept = passed[:1]
-    else:
-        kept = []
-    for row in passed:
-        if not any(row is one for one in kept):
+    if measures or (choose == "likeliest" and len({row["rewrite"] for row in passed}) > 1):
+        for row in passed:
             row["status"] = "not_chosen"
-    return kept or passed
+        return passed
+    return choose_among(passed, choose, {})

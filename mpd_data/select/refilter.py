@@ -2,24 +2,34 @@
 
 This is a second pass over the round (second_pass.py). The teacher's engine scores only what is
 newly kept. Nothing is generated and nothing is lost: a row that is rejected now keeps its
-log-probabilities, so going back needs no engine.
+log-probabilities and what a student measured, so going back needs no engine. Another student's
+measures are forgotten when this one is to measure.
 """
 
 import functools
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.hashing import differences
 from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer
 from mpd_data.config import RewriteConfig
-from mpd_data.engines.protocol import Engine, Scores
+from mpd_data.engines.protocol import Engine
 from mpd_data.engines.scores import score_columns, scoring_contexts
 from mpd_data.engines.start import start_engine
 from mpd_data.select.filters import settle
-from mpd_data.select.likeliest import choose_by_student, choosing_student
 from mpd_data.select.pass_rates import PassRates
-from mpd_data.select.second_pass import Pass, Row, put_in_place, rework
+from mpd_data.select.second_pass import (
+    MEASURED_BY,
+    Group,
+    Pass,
+    Request,
+    Row,
+    put_in_place,
+    rework,
+    trace_of,
+)
+from mpd_data.select.student import choosing_student, decide_by_student
 from mpd_data.stage import Outcome, model_of
 from mpd_data.store.round import REFILTERED, RoundDir
 from mpd_data.store.run_record import require_kind
@@ -40,12 +50,16 @@ def run_refilter(config: RewriteConfig) -> Outcome:
         if (rules := changed_rules(config, saved)) is not None:
             round_dir.recover("distill")
             metadata = read_metadata(round_dir.shard_paths("distill")[0])
-            if config.choose == "likeliest":
+            entry = round_dir.run_info()["stages"]["distill"]
+            measured_by = entry.get(MEASURED_BY)
+            work = _Refilter(config, metadata)
+            if config.student_option is not None:
                 # Raise its errors before the pass undoes the choice that was made.
-                choosing_student(config, metadata["student"], metadata["tokenizer"])
-            rework(round_dir, _Refilter(config, metadata), {**saved, **rules})
-        if config.choose == "likeliest":
-            choose_by_student(round_dir, config)
+                student = choosing_student(config, metadata["student"], metadata["tokenizer"])
+                work.forgets = config.measures and measured_by not in (None, student.identity())
+            rework(round_dir, work, {**saved, **rules}, None, None if work.forgets else measured_by)
+        if config.student_option is not None:
+            decide_by_student(round_dir, config)
         counts = round_dir.count_statuses()
         total = sum(counts.values())
         return Outcome(total, total, 0, statuses=counts)
@@ -93,10 +107,13 @@ def require_teacher(config: RewriteConfig, teacher: ModelFiles, metadata: dict[s
     require_same_tokenizer(metadata["tokenizer"], tokenizer, str(config.shards), config.teacher)
 
 
+@dataclass
 class _Refilter(Pass):
-    """Filter and choose again; the teacher scores what is newly kept."""
+    """Filter and choose again; the teacher scores what is newly kept. `forgets`: what another
+    student measured is dropped."""
 
     label = "refilter"
+    forgets: bool = False
 
     @functools.cached_property
     def _rates(self) -> PassRates:
@@ -105,7 +122,11 @@ class _Refilter(Pass):
 
     def judge(self, rows: list[Row]) -> list[Row]:
         self._rates.fill(rows)
-        wanted = settle(rows, self.config.filters, self.config.choose)
+        if self.forgets:
+            for row in rows:
+                row |= {"answer_support": None, "weakest_step": None}
+        config = self.config
+        wanted = settle(rows, config.filters, config.choose, config.measures)
         return [row for row in wanted if row["topk_ids"] is None]
 
     def start_engine(self) -> Engine:
@@ -116,14 +137,21 @@ class _Refilter(Pass):
         self.k = self.metadata["num_logprobs"] + teacher.vocab_size - self.metadata["vocab_size"]
         return start_engine(teacher, config.engine, config.trust_remote_code, self.k)
 
-    def contexts_of(self, row: Row) -> dict[str, list[int]]:
-        return scoring_contexts(row, self.metadata["score_context"])
+    def requests(self, row: Row) -> list[Request]:
+        """The trace in each context in which the round is scored, under the prefix of its columns
+        and the row's key."""
+        contexts = scoring_contexts(row, self.metadata["score_context"])
+        return [
+            Request(prefix + row["row_id"], context, trace_of(row))
+            for prefix, context in contexts.items()
+        ]
 
-    def decide(self, wanted: list[Row], scores: Mapping[str, Scores]) -> None:
+    def decide(self, group: Group) -> None:
         k, vocab_size = self.metadata["num_logprobs"], self.metadata["vocab_size"]
-        for row in wanted:
-            if row["row_id"] not in scores:
+        for row in group.wanted:
+            if row["row_id"] not in group.scores:
                 row["status"] = "too_long"
                 continue
-            for prefix in self.contexts_of(row):
-                row |= score_columns(scores[prefix + row["row_id"]], k, vocab_size, prefix)
+            for prefix in scoring_contexts(row, self.metadata["score_context"]):
+                scores = group.scores[prefix + row["row_id"]]
+                row |= score_columns(scores, k, vocab_size, prefix)

@@ -3,16 +3,16 @@
     distill/ -> judge the rewrites of a rollout -> (engine) -> log-probabilities -> rows
     -> .refilter/distill/ -> distill/
 
-There are two such passes: other filters and another choice (refilter.py), and the student's choice
-(likeliest.py). All rows are written to `.refilter/`, which replaces distill/ when it is complete.
-After a kill the same command resumes from `.refilter/`.
+There are two such passes: other filters and another choice (refilter.py), and what the student
+measures and chooses (student.py). All rows are written to `.refilter/`, which replaces distill/
+when it is complete. After a kill the same command resumes from `.refilter/`.
 """
 
 import functools
 import itertools
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,7 +20,6 @@ from mpd_data.common.errors import EngineError
 from mpd_data.common.files import fsync_directory
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import Completion, Engine, Refused, RequestError, Scores
-from mpd_data.engines.scores import scoring_contexts
 from mpd_data.stage import StageRun, open_round
 from mpd_data.store.keys import KeySet
 from mpd_data.store.locks import WHOLE
@@ -31,14 +30,24 @@ from mpd_data.store.schema import DISTILL_SCHEMA, WITH_DRAFT
 from mpd_data.store.shards import read_batches, read_metadata
 from mpd_data.store.writer import ShardWriter
 
-# The key in run.json, next to the identity of the rewrites, for the student that chose.
-_CHOSEN_BY = "chosen_by"
+# The keys in run.json, next to the identity of the rewrites, for the student that chose among them
+# and the one that measured them.
+CHOSEN_BY, MEASURED_BY = "chosen_by", "measured_by"
 # Columns of single values, which are read fast, and those of lists.
 LIGHT = [f.name for f in DISTILL_SCHEMA if not str(f.type).startswith("list")]
 _HEAVY = [name for name in DISTILL_SCHEMA.names if name not in LIGHT]
 
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Tokens to score, and those before them."""
+
+    key: str
+    context: list[int]
+    targets: list[int]
 
 
 @dataclass
@@ -73,15 +82,14 @@ class Pass(ABC):
         """Start the engine that scores. Called once, when the first row needs it."""
 
     @abstractmethod
-    def decide(self, wanted: list[Row], scores: Mapping[str, Scores]) -> None:
-        """Set what follows from the scores of the rows that `judge` returned. Their keys are the
-        row's id after the prefixes of `contexts_of`. A row without scores does not fit into the
-        engine's context."""
+    def decide(self, group: Group) -> None:
+        """Set what follows from the scores of the rows that `judge` returned, if any. A row without
+        scores does not fit into the engine's context."""
 
-    def contexts_of(self, row: Row) -> dict[str, list[int]]:
-        """Return the token ids before the trace that is scored, by prefix, as `scoring_contexts`:
-        the student's prompt."""
-        return scoring_contexts(row, "problem")
+    def requests(self, row: Row) -> list[Request]:
+        """Return what is scored of a row: its trace after the student's prompt, under the row's
+        key."""
+        return [Request(row["row_id"], prompt_of(row), trace_of(row))]
 
     def submissions(self, rollouts: Iterator[list[Row]]) -> Iterator[Callable[[], None]]:
         """Yield a call that submits each group which needs scores; finish the others."""
@@ -93,19 +101,18 @@ class Pass(ABC):
                 self._finish(group)
 
     def _submit(self, group: Group) -> None:
+        limit = self.run.engine.max_model_len
         for row in group.wanted:
-            contexts = self.contexts_of(row)
-            targets = row["input_ids"][row["loss_start"] :].tolist()
-            longest = max(map(len, contexts.values()))
-            if longest + len(targets) + 1 > self.run.engine.max_model_len:
+            requests = self.requests(row)
+            # The engine generates one token after the sequence that it scores.
+            if any(len(one.context) + len(one.targets) + 1 > limit for one in requests):
                 continue
-            for prefix, context in contexts.items():
-                key = prefix + row["row_id"]
+            for one in requests:
                 try:
-                    self.run.engine.submit_score(key, context, targets, self.k)
+                    self.run.engine.submit_score(one.key, one.context, one.targets, self.k)
                 except RequestError as error:
-                    raise _cannot_be_scored(row["row_id"], str(error)) from error
-                self._groups[key] = group
+                    raise _cannot_be_scored(one.key, str(error)) from error
+                self._groups[one.key] = group
                 group.waiting += 1
         if not group.waiting:
             self._finish(group)
@@ -122,26 +129,39 @@ class Pass(ABC):
             self._finish(group)
 
     def _finish(self, group: Group) -> None:
-        if group.wanted:
-            self.decide(group.wanted, group.scores)
+        self.decide(group)
         self.run.writer.add(*group.rows)
         tokens = sum(row["num_rewritten_tokens"] or 0 for row in group.rows)
         self.run.progress.update(tokens, 0, 0)
+
+
+def prompt_of(row: Row) -> list[int]:
+    """Return the ids of the student's prompt."""
+    ids: list[int] = row["input_ids"][: row["loss_start"]].tolist()
+    return ids
+
+
+def trace_of(row: Row) -> list[int]:
+    """Return the ids of the trace, end token included."""
+    ids: list[int] = row["input_ids"][row["loss_start"] :].tolist()
+    return ids
 
 
 def rework(
     round_dir: RoundDir,
     work: Pass,
     identity: dict[str, Any],
-    chosen_by: dict[str, str] | None = None,
+    chosen_by: dict[str, str] | None,
+    measured_by: dict[str, str] | None,
 ) -> None:
     """Take all rewrites of a round through `work` and replace the old rows by the new ones.
 
     The caller holds the round by the lock `refilter`. identity: the settings of the new rows.
-    chosen_by: the student that chooses in this pass. Raise EngineError when a row cannot be scored.
+    chosen_by: the student that chooses in this pass; measured_by: the one whose measures the new
+    rows hold. Raise EngineError when a row cannot be scored.
     """
     scratch = scratch_of(round_dir)
-    identity = {**identity, _CHOSEN_BY: chosen_by}
+    identity = {**identity, CHOSEN_BY: chosen_by, MEASURED_BY: measured_by}
     saved = scratch.saved_stage("distill")
     # Rows of an earlier pass that was killed are of no use when the rules have changed since.
     overwrite = saved is None or saved["identity"] != identity
@@ -181,9 +201,9 @@ def put_in_place(round_dir: RoundDir, config: RewriteConfig) -> None:
     info = round_dir.run_info()
     entry = info["stages"]["distill"]
     identity = scratch.run_info()["stages"]["distill"]["identity"]
-    chosen_by = identity.pop(_CHOSEN_BY)
+    students = {key: identity.pop(key, None) for key in (CHOSEN_BY, MEASURED_BY)}
     details = entry["details"] | {"config": config.model_dump(mode="json", exclude={"parts"})}
-    entry |= {"identity": identity, "details": details, _CHOSEN_BY: chosen_by}
+    entry |= {"identity": identity, "details": details, **students}
     write_record(round_dir.path, "round", info)
     (scratch.path / "complete").unlink()
     shutil.rmtree(scratch.path)

@@ -34,7 +34,14 @@ _REASONS = {
     "copied": "repeats nearly all of the draft",
     "repetitive": "repeats itself",
     "incorrect": "not the gold answer",
+    "unsupported": "does not carry its answer, by the student's measure",
     "not_chosen": "passed, but another rewrite was chosen",
+}
+
+
+_MEASURES = {
+    "answer_support": "answer support, 10% / median, nats",
+    "weakest_step": "weakest step, 10% / median, nats",
 }
 
 
@@ -56,6 +63,9 @@ def funnel_tables(funnels: dict[int, Funnel], changes: list[dict[str, Any]]) -> 
     rows.append(
         ["kept rewrites' length", *(f"{percent(r)} of the draft's" if r else NONE for r in ratios)]
     )
+    for measure, label in _MEASURES.items():
+        if any(measure in funnel.support for funnel in funnels.values()):
+            rows.append([label, *(_quantiles(f.support.get(measure)) for f in funnels.values())])
     if any(funnel.failed for funnel in funnels.values()):
         rows.append(["failed requests", *(f"{funnel.failed:,}" for funnel in funnels.values())])
     yield Table(
@@ -105,6 +115,10 @@ def _difficulty(funnels: dict[int, Funnel]) -> Iterator[Block]:
         " problems have a larger share of the kept rewrites than of the drafts, hard ones are"
         " lost.",
     )
+
+
+def _quantiles(measured: dict[str, Any] | None) -> str:
+    return NONE if measured is None else "{p10:.2f} / {p50:.2f}".format(**measured)
 
 
 def _bar(count: int, total: int) -> Bar:

@@ -21,6 +21,7 @@ from mpd_data.inspect.stats import (
     round_stats,
     scan,
     scan_round,
+    support_quantiles,
     trace_lengths,
 )
 from mpd_data.store.schema import STATUSES
@@ -109,7 +110,8 @@ class Funnel:
     """How many rows of a round are left after each stage. `whole`: rollouts that were not cut off;
     `answered`: rewrites that the teacher gave; `statuses`: rewrite rows by status, in the order of
     the contract; `ratio`: mean length of the kept rewrites as a share of their drafts'; `failed`:
-    rows in errors/; `difficulty`: rows of stats.difficulties by pass rate."""
+    rows in errors/; `difficulty`: rows of stats.difficulties by pass rate; `support`: lines of
+    stats.support_quantiles, by measure."""
 
     prompts: int
     rollouts: int
@@ -119,6 +121,7 @@ class Funnel:
     ratio: float | None
     failed: int
     difficulty: dict[str, dict[str, Any]]
+    support: dict[str, dict[str, Any]]
 
     @property
     def rewrites(self) -> int:
@@ -140,6 +143,7 @@ def funnel(folder: Path) -> Funnel:
     ).row(0, named=True)
     statuses: dict[str, int] = {}
     answered, ratio = 0, None
+    support = {}
     distill = scan([folder], "distill")
     if distill is not None:
         rows = collect(
@@ -153,6 +157,8 @@ def funnel(folder: Path) -> Funnel:
         statuses = {name: by_status[name]["rows"] for name in STATUSES if name in by_status}
         answered = sum(row["answered"] for row in by_status.values())
         ratio = by_status["ok"]["ratio"] if "ok" in by_status else None
+        measured = support_quantiles(distill, pl.Enum([str(folder)]))
+        support = {row["measure"]: row for row in measured}
     failed = count(folder, "errors")
     folders, prompt = pl.Enum([str(folder)]), pl.col("prompt_id").hash().alias("prompt")
     light = scan_round(folder).select(pl.col("folder").cast(folders), prompt, "is_correct")
@@ -160,7 +166,7 @@ def funnel(folder: Path) -> Funnel:
     difficulty = {row["pass_rate"]: row for row in table}
     return Funnel(
         **first, answered=answered, statuses=statuses, ratio=ratio, failed=failed,
-        difficulty=difficulty,
+        difficulty=difficulty, support=support,
     )  # fmt: skip
 
 

@@ -237,9 +237,11 @@ class Pipeline(SettingsFile):
         given = self.section("rewrite", round_)
         fixed: dict[str, Any] = {"teacher": rewriter, "shards": shards}
         if self.sampler == "teacher":
-            # Needed for the vocabulary, which never changes, and for the choice, which does.
-            newest_chooses = given.get("choose") == "likeliest"
-            fixed["student"] = student if newest_chooses else self.student
+            # Needed for the vocabulary, which never changes, and for its judgement, which does.
+            fixed["student"] = self.student
+            config = parse(RewriteConfig, {**given, **fixed}, self.source, "rewrite")
+            if config.student_option is not None:
+                fixed["student"] = student
         label, out = f"round {round_}: rewrite", shards / "distill"
         why = f"{name} shortens them and scores what passes the filter"
         return self._step(label, why, out, RewriteConfig, "rewrite", given, fixed)
