@@ -35,7 +35,6 @@ from mpd_data.config import RewriteConfig, RolloutsConfig
 from mpd_data.dryrun.refilter import plan_refilter
 from mpd_data.dryrun.rewrite import plan_rewrite
 from mpd_data.rewrite import run_rewrite
-from mpd_data.rewrite_setup import setup as rewrite_setup
 from mpd_data.rollouts import run_rollouts
 from mpd_data.select.pass_rates import PassRates
 from mpd_data.select.refilter import run_refilter
@@ -397,7 +396,7 @@ def test_a_rollout_waits_for_the_samples_of_its_prompt(drafts, prompts, tmp_path
     outcome = run_rewrite(asked)
     assert (outcome.total, outcome.remaining) == (2, 0)
     assert "1 rollouts wait until all samples of their prompts are there" in capsys.readouterr().err
-    plan = plan_rewrite(rewrite_setup(asked, weights=False))
+    plan = plan_rewrite(rewrite_setup.setup(asked, weights=False))
     assert (plan.rows, plan.committed, plan.remaining) == (3, 2, 0)
     assert plan.details["rollouts that wait for samples of their prompts"] == 1
     # The other sample has failed for good.
