@@ -249,24 +249,23 @@ def test_a_problems_group_is_known_from_either_side(round_dir, longer, tmp_path)
 def test_the_hard_third_is_chosen_by_other_samples_than_it_is_measured_by(
     round_dir, longer, tmp_path
 ):
-    result, halves = compare(round_dir, longer), []
-    for parity in (0, 1):
-        by_prompt = defaultdict(list)
-        for row in rows(round_dir):
-            if row["sample_idx"] % 2 == parity:
-                by_prompt[row["prompt_id"]].append(row)
-        halves.append(by_prompt)
-    new = defaultdict(list)
-    for row in rows(longer):
-        new[row["prompt_id"]].append(row)
+    result = compare(round_dir, longer)
+    halves, new = [], []
+    for folder, found in ((round_dir, halves), (longer, new)):
+        for parity in (0, 1):
+            by_prompt = defaultdict(list)
+            for row in rows(folder):
+                if row["sample_idx"] % 2 == parity:
+                    by_prompt[row["prompt_id"]].append(row)
+            found.append(by_prompt)
 
     def mean(rows, column="is_correct"):
         return fmean(row[column] for row in rows)
 
     gains, before = [], []
-    for choosing, measured in (halves, halves[::-1]):
+    for choosing, measured, after in zip(halves, halves[::-1], new[::-1], strict=True):
         hardest = sorted(choosing, key=lambda p: (mean(choosing[p]), content_key(p)))[:20]
-        gains += [mean(new[p]) - mean(measured[p]) for p in hardest]
+        gains += [mean(after[p]) - mean(measured[p]) for p in hardest]
         before += [mean(measured[p], "num_completion_tokens") for p in hardest]
     hard = result["hard_third"]
     assert hard["accuracy_difference"] == pytest.approx(fmean(gains))
@@ -277,6 +276,8 @@ def test_the_hard_third_is_chosen_by_other_samples_than_it_is_measured_by(
     assert 0 < hard["base"]["accuracy"] < result["base"]["accuracy"]
     said = run("mpd-gen", "compare", round_dir, longer).stdout.partition("the hard third")[2]
     assert f"{100 * hard['accuracy_difference']:.1f}% [{100 * low:.1f}, {100 * high:.1f}]" in said
+    same = compare(round_dir, round_dir)["hard_third"]
+    assert same["accuracy_difference"] == same["token_reduction"] == 0
     # Without a second sample nothing is left to measure with.
     once = shutil.copytree(round_dir, tmp_path / "once")
     edit_rows(once, "rollouts", lambda row: row["sample_idx"] == 0)

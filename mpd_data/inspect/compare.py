@@ -5,7 +5,7 @@ problems on both sides.
 
 The hard third are the problems that the base solves least often. What is chosen by a sample must
 not be measured by it: a problem that is hard by bad luck would seem to improve. So one half of the
-base's samples chooses and the other half is measured, both ways round.
+base's samples chooses and the other half of both sides' samples is measured, both ways round.
 """
 
 from pathlib import Path
@@ -71,23 +71,21 @@ def on_hard_third(base: Path, new: Path) -> tuple[pl.DataFrame, pl.DataFrame, pl
     """Return the hard problems of two sets of rollouts on the same prompts: a row each of the base
     and of `new`, and how many halves of the base's samples chose the problem (1 or 2). The means
     of a row are summed over these halves, so a mean over problems is their sum by that of the
-    numbers. Return None if a prompt has no gold answer or the base has one sample of each."""
-    halves, whole = [per_problem(base, half) for half in (0, 1)], per_problem(new)
-    if any(half.is_empty() or half["accuracy"].null_count() for half in (*halves, whole)):
+    numbers. Return None if a prompt has no gold answer or a side has one sample of each."""
+    befores, afters = ([per_problem(path, half) for half in (0, 1)] for path in (base, new))
+    if any(half.is_empty() or half["accuracy"].null_count() for half in (*befores, *afters)):
         return None
-    sides = []
-    for kind in ("base", "new"):
-        chosen = [
-            (half if kind == "base" else whole).filter(
-                pl.col("prompt_id").is_in(hard_third(other))
-                & pl.col("prompt_id").is_in(half["prompt_id"].to_list())
-            )
-            for half, other in (halves, halves[::-1])
-        ]
-        by_problem = pl.concat(chosen).group_by("prompt_id")
-        columns = pl.col("samples", "accuracy", "tokens").sum()
-        sides.append(by_problem.agg(columns, times=pl.len()).sort("prompt_id"))
-    left, right = sides
+    sides: tuple[list[pl.DataFrame], list[pl.DataFrame]] = ([], [])
+    for half in (0, 1):
+        measured = befores[half], afters[half]
+        ids = set(hard_third(befores[1 - half])).intersection(*(f["prompt_id"] for f in measured))
+        for side, frame in zip(sides, measured, strict=True):
+            side.append(frame.filter(pl.col("prompt_id").is_in(list(ids))))
+    columns = pl.col("samples", "accuracy", "tokens").sum()
+    left, right = (
+        pl.concat(side).group_by("prompt_id").agg(columns, times=pl.len()).sort("prompt_id")
+        for side in sides
+    )
     return left.drop("times"), right.drop("times"), left["times"]
 
 
@@ -148,8 +146,8 @@ def compare(base: str | Path, new: str | Path, by: str | None = None) -> dict[st
     tokens saved (1 - new / base), also of the thinking part and of the answer after it, each with a
     paired 95% bootstrap interval over problems (None for a single problem). With `by`, a key of the
     rollouts' metadata, `groups` has the same for the problems of each value. `hard_third` has the
-    same for the problems that the base solves least often; None without gold answers, and if the
-    base has one sample of each problem.
+    same for the problems that the base solves least often; None without gold answers, and if a side
+    has one sample of each problem.
 
     Raise ConfigError unless both were sampled on the same prompts, and if no rollout has the key
     `by` or the two sides have different values for one prompt.

@@ -151,8 +151,8 @@ def _hard_tables(
             ])  # fmt: skip
     note = (
         "The third of the problems that the base solves least often. One half of its samples"
-        " chooses them and the other half is measured, both ways round: what is chosen for bad"
-        " luck would seem to improve."
+        " chooses them and the other half of all samples is measured, both ways round: what is"
+        " chosen for bad luck would seem to improve."
     )
     if rows:
         yield Table(
