@@ -230,9 +230,17 @@ def beside(plan: Plan, round_: int) -> list[Free]:
     judged = judge(folders, {"model": model}) if folders else None
     free = []
     for name, one in judged["models"]["model"]["against"].items() if judged else ():
-        differences = {key: one[key] for key in comparison.DIFFERENCES}
-        as_well = one["token_reduction"] <= 0 and one["accuracy_difference"] <= 0
-        free.append(Free(name, as_well, **differences))
+        tokens, accuracy = one["token_reduction"], one["accuracy_difference"]
+        free.append(
+            Free(
+                baseline=name,
+                does_as_well=tokens <= 0 and accuracy <= 0,
+                token_reduction=tokens,
+                token_reduction_interval=one["token_reduction_interval"],
+                accuracy_difference=accuracy,
+                accuracy_difference_interval=one["accuracy_difference_interval"],
+            )
+        )
     return free
 
 
