@@ -235,8 +235,11 @@ def test_refilter_down_to_nothing_is_a_clear_stop(sampled, tmp_path):
     ],
 )
 def test_what_differs_waits_for_the_student(texts, statuses, expected):
-    given = zip(texts, statuses, strict=True)
-    group = [PASSES | {"rewrite": text, "status": status} for text, status in given]
+    given = enumerate(zip(texts, statuses, strict=True))
+    group = [
+        PASSES | {"row_id": str(i), "rewrite": text, "status": status}
+        for i, (text, status) in given
+    ]
     wanted = settle(group, FilterConfig(), "likeliest")
     assert [row["status"] for row in group] == expected
     # What waits is scored by the teacher, whichever the student takes.
