@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpd_data.checkers.pool import CheckRequest, Verdict
+from mpd_data.common.ngrams import overlap, repetition
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, StartEngine
 from mpd_data.engines.scores import score_columns, scoring_contexts
@@ -33,14 +34,7 @@ from mpd_data.select.student import ask_student
 from mpd_data.stage import CheckedRun, Outcome, open_round, open_run
 from mpd_data.store.locks import WHOLE
 from mpd_data.store.round import RoundDir, is_whole, scratch_of
-from mpd_data.store.schema import (
-    DISTILL_SCHEMA,
-    WITH_DRAFT,
-    distill_key,
-    overlap,
-    repetition,
-    seed_of,
-)
+from mpd_data.store.schema import DISTILL_SCHEMA, WITH_DRAFT, distill_key, seed_of
 
 
 def run_rewrite(

@@ -14,61 +14,21 @@ import numpy as np
 
 from mpd_data.checkers.builtin import make_checker
 from mpd_data.checkers.pool import CheckRequest, Verdict
-from mpd_data.common.errors import ConfigError
 from mpd_data.common.hashing import canonical_json, content_key
 from mpd_data.common.machine import provenance
 from mpd_data.common.models import ModelFiles, chat_template_hash, load_tokenizer, tokenizer_hash
+from mpd_data.common.ngrams import repetition
 from mpd_data.config import RolloutsConfig
 from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, StartEngine
 from mpd_data.engines.start import context_of, start_engine
+from mpd_data.prompts.budget import Budget, budget_of
 from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.reader import Prompt, choose_prompts, fill_prompt, load_examples, load_prompts
 from mpd_data.prompts.thinking import ThinkingCounter
 from mpd_data.stage import CheckedRun, Outcome, model_of, open_round, open_run
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
-from mpd_data.store.schema import repetition, rollout_key, seed_of
-
-# What a student is told at its token budget. Qwen3's makers end its thinking by this sentence.
-_END_OF_THINKING = "</think>"
-_ANSWER_NOW = {
-    True: (
-        "\n\nConsidering the limited time by the user, I have to give the solution based on the"
-        f" thinking directly now.\n{_END_OF_THINKING}\n\n"
-    ),
-    False: "\n\nThe final answer is \\boxed{",
-}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A limit at which the student must answer. `tokens`: the limit; `ids`: what is put there;
-    `thinks`: whether it ends a thinking part, and is left out where that has ended."""
-
-    tokens: int
-    ids: list[int]
-    thinks: bool
-
-
-def _budget(config: RolloutsConfig, tokenizer: Any, formatter: ChatFormatter) -> Budget | None:
-    """Return the budget that `config` sets. Raises ConfigError where it leaves no room."""
-    if config.token_budget is None:
-        return None
-    thinks = bool(formatter.thinking) or formatter.layout("1").rstrip().endswith("<think>")
-    text = _ANSWER_NOW[thinks] if config.budget_text is None else config.budget_text
-    ids = formatter.encode(text)
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        raise ConfigError(
-            f"--budget-text {text!r}: the tokenizer cannot spell it. Give one that asks for the"
-            " answer in words that the model knows."
-        )
-    room = config.sampling.max_tokens
-    if config.token_budget + len(ids) >= room:
-        raise ConfigError(
-            f"--token-budget {config.token_budget} and the {len(ids)} tokens of --budget-text leave"
-            f" no room for an answer within --max-tokens {room}."
-        )
-    return Budget(config.token_budget, ids, thinks)
+from mpd_data.store.schema import rollout_key, seed_of
 
 
 @dataclass(frozen=True)
@@ -190,7 +150,7 @@ def setup(
         "model": model.identity(),
         "seed": config.seed,
     }
-    budget = _budget(config, tokenizer, formatter)
+    budget = budget_of(config, tokenizer, formatter)
     if budget is not None:
         row_identity["token_budget"] = dataclasses.asdict(budget)
     identity = {
@@ -316,10 +276,8 @@ class RolloutJob:
         budget = self.prepared.budget
         if budget is None or result.finish_reason == "stop" or result.key in self._begun:
             return False
-        said = list(result.token_ids)
-        text = self.prepared.tokenizer.decode(said, skip_special_tokens=False)
-        answers = budget.thinks and _END_OF_THINKING in text
-        self._begun[result.key] = said if answers else said + budget.ids
+        text = self.prepared.tokenizer.decode(result.token_ids, skip_special_tokens=False)
+        self._begun[result.key] = budget.continuation(result.token_ids, text)
         return True
 
     def _fail(self, request: Request, reason: str) -> None:
@@ -362,7 +320,7 @@ class RolloutJob:
             "repetition": repetition(token_ids),
             "metadata": canonical_json(prompt.metadata) if prompt.metadata else None,
             "seed": seed_of(request.row_id),
-            "num_thinking_tokens": self._thinking.count(request.text, completion, result.token_ids),
+            "num_thinking_tokens": self._thinking.count(request.text, completion, token_ids),
         }
         if stopped:
             self.run.check(

@@ -20,10 +20,10 @@ from conftest import (
 )
 from conftest import rows as stage_rows
 
+from mpd_data.common.ngrams import overlap
 from mpd_data.config import FilterConfig
 from mpd_data.select.filters import settle, status_of
 from mpd_data.select.student import candidates
-from mpd_data.store.schema import overlap
 
 PASSES = {
     "draft_is_correct": True,

@@ -14,9 +14,10 @@ from hub import Hub
 
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.models import load_tokenizer, resolve_model
-from mpd_data.prompts.chat import ChatFormatter, PromptError, thinking_switch
+from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.reader import fill_prompt, load_examples, load_prompts
 from mpd_data.prompts.sources import HubSource
+from mpd_data.prompts.thinking import thinking_switch
 
 # Like Qwen3's: thinking is on unless the switch is false; thoughts of earlier turns are removed.
 QWEN = """{%- for message in messages %}

@@ -24,10 +24,11 @@ from mpd_data.common.models import (
 )
 from mpd_data.common.text import plain
 from mpd_data.config import InitConfig, SamplingConfig
-from mpd_data.prompts.chat import ChatFormatter, PromptError, thinking_switch
+from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.reader import Prompt, as_json, fill_prompt, load_prompts, same
 from mpd_data.prompts.sources import columns_of, read_rows
 from mpd_data.prompts.template import load_template
+from mpd_data.prompts.thinking import thinking_switch
 
 # Usual column names, the most specific first. Two columns from one group are ambiguous.
 _PROBLEMS = (("problem", "question"), ("prompt", "instruction", "query"), ("text",))

@@ -1,10 +1,10 @@
 """Render prompts with a model's chat template."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.prompts.thinking import set_thinking
 
 
 class PromptError(DataError):
@@ -20,24 +20,6 @@ class Names(NamedTuple):
 
 
 OPTIONS = Names()
-
-SWITCHES = ("enable_thinking", "thinking")
-
-
-def thinking_switch(template: str) -> str | None:
-    """Return the variable with which a chat template turns thinking on and off, if it has one."""
-    from jinja2 import Environment, TemplateSyntaxError, meta
-
-    try:
-        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-        variables = meta.find_undeclared_variables(parsed)
-    except TemplateSyntaxError:
-        # It uses tags of transformers, such as {% generation %}. Look for the bare name in its
-        # code, but not in its prose or strings and not as the field of a message.
-        code = " ".join(re.findall(r"\{[{%].*?[%}]\}", template, re.DOTALL))
-        code = re.sub(r"'[^']*'|\"[^\"]*\"", "''", code)
-        variables = set(re.findall(r"(?<![\w.])\w+(?!\w|\s*=[^=])", code))
-    return next((name for name in SWITCHES if name in variables), None)
 
 
 class ChatFormatter:
@@ -68,7 +50,7 @@ class ChatFormatter:
         self._tokenizer = tokenizer
         self._kwargs = dict(template_kwargs or {})
         # Whether the template turns thinking on; None if it has no switch.
-        self.thinking = self._resolve_thinking(thinking, default_thinking)
+        self.thinking = set_thinking(tokenizer, self._kwargs, thinking, default_thinking)
         self._control = [
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         ]
@@ -77,32 +59,6 @@ class ChatFormatter:
             before += [("user", user), ("assistant", assistant)]
         self._before = [{"role": role, "content": content} for role, content in before]
         self._check_turns_before(names)
-
-    def _resolve_thinking(self, thinking: str, default: bool) -> bool | None:
-        try:
-            switch = thinking_switch(self._tokenizer.get_chat_template())
-        except ValueError as error:
-            raise ConfigError(f"{self._name}: no chat template to use: {error}") from error
-        if switch is None:
-            if thinking != "auto":
-                raise ConfigError(
-                    f"{self._name}: --thinking {thinking}, but its chat template reads neither"
-                    f" {' nor '.join(SWITCHES)}. Use --thinking auto."
-                )
-            return None
-        if switch not in self._kwargs:
-            self._kwargs[switch] = default if thinking == "auto" else thinking == "on"
-        elif thinking != "auto":
-            raise ConfigError(
-                f"{self._name}: {switch} is set by --thinking {thinking} and by the template's"
-                " settings. Give only one of them."
-            )
-        value = self._kwargs[switch]
-        if isinstance(value, bool):
-            return value
-        raise ConfigError(
-            f"{self._name}: the template's setting {switch} is {value!r}, expected true or false."
-        )
 
     def _check_turns_before(self, names: Names) -> None:
         """Raise ConfigError for a system prompt or example that would fail with every prompt."""

@@ -1,9 +1,63 @@
-"""Count the tokens of a trace's thinking part: up to and including its closing tag."""
+"""Switch a model's thinking on and off, and count the tokens of a trace's thinking part."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from mpd_data.common.errors import ConfigError
+
 OPEN, CLOSE = "<think>", "</think>"
+SWITCHES = ("enable_thinking", "thinking")
+
+
+def thinking_switch(template: str) -> str | None:
+    """Return the variable with which a chat template turns thinking on and off, if it has one."""
+    from jinja2 import Environment, TemplateSyntaxError, meta
+
+    try:
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        variables = meta.find_undeclared_variables(parsed)
+    except TemplateSyntaxError:
+        # It uses tags of transformers, such as {% generation %}. Look for the bare name in its
+        # code, but not in its prose or strings and not as the field of a message.
+        code = " ".join(re.findall(r"\{[{%].*?[%}]\}", template, re.DOTALL))
+        code = re.sub(r"'[^']*'|\"[^\"]*\"", "''", code)
+        variables = set(re.findall(r"(?<![\w.])\w+(?!\w|\s*=[^=])", code))
+    return next((name for name in SWITCHES if name in variables), None)
+
+
+def set_thinking(
+    tokenizer: Any, kwargs: dict[str, Any], thinking: str, default: bool
+) -> bool | None:
+    """Set the switch for thinking of a tokenizer's chat template in `kwargs`, the template's
+    variables, and return its value; None where the template has no switch. `thinking` is "on",
+    "off" or "auto", which means `kwargs` if they set the switch, otherwise `default`. Raise
+    ConfigError where the template cannot take it."""
+    name = tokenizer.name_or_path
+    try:
+        switch = thinking_switch(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise ConfigError(f"{name}: no chat template to use: {error}") from error
+    if switch is None:
+        if thinking != "auto":
+            raise ConfigError(
+                f"{name}: --thinking {thinking}, but its chat template reads neither"
+                f" {' nor '.join(SWITCHES)}. Use --thinking auto."
+            )
+        return None
+    if switch not in kwargs:
+        kwargs[switch] = default if thinking == "auto" else thinking == "on"
+    elif thinking != "auto":
+        raise ConfigError(
+            f"{name}: {switch} is set by --thinking {thinking} and by the template's settings. Give"
+            " only one of them."
+        )
+    value = kwargs[switch]
+    if isinstance(value, bool):
+        return value
+    raise ConfigError(
+        f"{name}: the template's setting {switch} is {value!r}, expected true or false."
+    )
 
 
 class ThinkingCounter:
