@@ -13,6 +13,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import polars as pl
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from browser import HOW, find_browser
@@ -34,6 +35,8 @@ from playwright.sync_api import sync_playwright
 
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.inspect.compare import compare
+from mpd_data.store.round import RoundDir
+from mpd_data.store.writer import ShardWriter
 from mpd_rounds.report.cli import cli
 from mpd_rounds.report.examples import shortened, word_diff
 from mpd_rounds.report.write import write_report
@@ -495,6 +498,15 @@ def test_a_run_that_was_killed_is_shown_with_what_is_missing(longer, tmp_path):
     metrics = folder / "train" / "round2" / "metrics.jsonl"
     first = metrics.read_text().splitlines()[0]
     metrics.write_text(f'{first}\n{{"step": 2, "lo')
+    # A rollout whose rewrite failed for good is not missing.
+    first_round = RoundDir(folder / "data" / "round1")
+    shard = first_round.shard_paths("distill")[0]
+    table_ = pq.read_table(shard)
+    lost = table_["rollout_id"][0]
+    pq.write_table(table_.filter(pc.not_equal(table_["rollout_id"], lost)), shard)
+    failed = {"row_id": "f" * 32, "stage": "rewrite", "prompt_id": "p"}
+    with first_round.lock(), ShardWriter(first_round, "errors", {}) as writer:
+        writer.add(failed | {"message": f"rollout {lost}: the engine refused it: why"})
     details = folder / "data" / "round1" / "run.json"
     info = json.loads(details.read_text())
     info["stages"]["rollouts"]["details"]["rows"] = 50

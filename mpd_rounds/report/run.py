@@ -227,7 +227,7 @@ def _look_at_round(run: Run, number: int) -> list[str]:
     rewritten = count(data, "distill", pl.col("rollout_id").hash().n_unique())
     if rewritten == 0:
         lines.append(f"{name}: rewrite: {_NOT_BEGUN}")
-    elif rewritten + _count_failed(data, "distill") < rollouts:
+    elif (rewritten := _count_rewritten_or_failed(data)) < rollouts:
         lines.append(f"{name}: rewrite: {rewritten:,} of {rollouts:,} rollouts")
     lines += _missing_training(f"{name}: train", train)
     if (train / "metrics.jsonl").is_file():
@@ -240,7 +240,7 @@ def _missing_rollouts(label: str, folder: Path) -> list[str]:
     expected = rollouts_info(folder).get("details", {}).get("rows")
     if expected is None:
         return [f"{label}: {_NOT_BEGUN}"] if not rows else []
-    if rows + _count_failed(folder, "rollouts") < expected:
+    if rows + count(folder, "errors", (pl.col("stage") == "rollouts").sum()) < expected:
         return [f"{label}: {rows:,} of {expected:,} samples"]
     return [] if rows else [f"{label}: all {expected:,} samples failed"]
 
@@ -263,8 +263,16 @@ def count(folder: Path, stage: Stage, what: pl.Expr | None = None) -> int:
     return int(collect(frame.select(pl.len() if what is None else what)).item())
 
 
-def _count_failed(folder: Path, stage: Stage) -> int:
-    return count(folder, "errors", (pl.col("stage") == stage).sum())
+def _count_rewritten_or_failed(folder: Path) -> int:
+    """Return the number of rollouts that have rewrites, or whose rewrites failed for good."""
+    rewrites, errors = scan([folder], "distill"), scan([folder], "errors")
+    assert rewrites is not None
+    ids = [rewrites.select("rollout_id")]
+    if errors is not None:
+        failed = errors.filter(pl.col("stage") == "rewrite")
+        # The message of a failed rewrite begins with its rollout.
+        ids.append(failed.select(rollout_id=pl.col("message").str.extract(r"^rollout (\w+)")))
+    return collect(pl.concat(ids).unique()).height
 
 
 # -- files ----------------------------------------------------------------------------------
