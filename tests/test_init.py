@@ -283,6 +283,7 @@ def test_small_teachers_get_examples_where_the_student_does_not_think(tmp_path):
     assert "is its own teacher" in notes
     pipeline, notes = made(tmp_path / "o2", prompts=path)
     assert pipeline.rewrite["template"] == "tags"
+    assert "filters" not in pipeline.rewrite
     assert "`examples` has no layout" in notes
     assert "cannot spell the built-in instructions" in notes
     # A chat template without a system message.
