@@ -34,6 +34,7 @@ from mpd_data.common.models import load_tokenizer, resolve_model
 from mpd_data.config import RewriteConfig, RolloutsConfig
 from mpd_data.dryrun.refilter import plan_refilter
 from mpd_data.dryrun.rewrite import plan_rewrite
+from mpd_data.prompts.budget import Budget
 from mpd_data.rewrite import run_rewrite
 from mpd_data.rollouts import run_rollouts, setup
 from mpd_data.select.pass_rates import PassRates
@@ -147,7 +148,7 @@ def test_a_student_answers_at_its_token_budget(prompts, tmp_path):
     free = sampled(
         prompts, tmp_path / "a", sampling={"temperature": 0, "max_tokens": 400}, **settings
     )
-    limit, text = 30, "answer"
+    limit, text = 100, "answer"
     assert free["num_completion_tokens"].min() <= limit < free["num_completion_tokens"].max()
     frame = sampled(
         prompts, tmp_path / "b", token_budget=limit, budget_text=text,
@@ -165,6 +166,13 @@ def test_a_student_answers_at_its_token_budget(prompts, tmp_path):
         assert len(row["completion_ids"]) == row["num_completion_tokens"] > limit + 1
         assert row["finish_reason"] == "stop"
         assert row["answer"] is not None
+
+
+def test_thinking_that_has_ended_is_not_ended_again():
+    thinks, answers = Budget(3, [7], thinks=True), Budget(3, [7], thinks=False)
+    assert thinks.continuation([1, 2, 3], "<think> 1 + 1") == [1, 2, 3, 7]
+    assert thinks.continuation([1, 2, 3], "1 </think> 2") == [1, 2, 3]
+    assert answers.continuation([1, 2, 3], "1 </think> 2") == [1, 2, 3, 7]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ COUNT = 3
 
 
 def write_examples(plan: Plan) -> None:
-    """Write the examples of each baseline that shows rewrites. Raises as `_write`."""
+    """Write the examples of each baseline that shows rewrites. Raise as `_write`."""
     by_file: dict[Path, list[RolloutsConfig]] = {}
     for step in plan.baselines(from_rewrites=True):
         assert isinstance(step.config, RolloutsConfig)
@@ -33,7 +33,7 @@ def _write(path: Path, shards: Path, configs: list[RolloutsConfig]) -> None:
 
     The problems are those with the smallest hashes of their ids among the kept ones; the solution
     is the trace that the student would be trained on. A file that holds them is left as it is, so
-    that finished steps stay finished. Raises ConfigError if no rewrite was kept.
+    that finished steps stay finished. Raise ConfigError if no rewrite was kept.
     """
     kept = scan_round(shards, "distill").filter(pl.col("status") == "ok")
     ids: list[str] = collect(kept.select(pl.col("prompt_id").unique()))["prompt_id"].to_list()
