@@ -144,7 +144,8 @@ def weakened(round_dir, tmp_path_factory):
             ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
             row["input_ids"] = row["input_ids"][: row["loss_start"]] + ids
             row["rewrite"], row["num_rewritten_tokens"] = text, len(ids)
-            row |= dict.fromkeys(("topk_ids", "topk_logprobs", "tail_logprobs"))
+            unknown = ("topk_ids", "topk_logprobs", "tail_logprobs", "num_thinking_tokens")
+            row |= dict.fromkeys(unknown)
             bare.add(row["row_id"])
 
     edit_rows(out, "distill", cut)
