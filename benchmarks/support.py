@@ -1,22 +1,26 @@
 """How well do measures of a rewrite separate those with their working from those without?
 
     python benchmarks/support.py                              pocket traces, made with and without
-    python benchmarks/support.py --round data/round1 --labels labels.jsonl --model STUDENT
+    python benchmarks/support.py --round ROUND --labels labels.jsonl --model STUDENT --strip
 
-Labels have a line {"row_id": …, "working": true or false} for each rewrite to look at. Each model
-scores all rewrites with the transformers engine. Prints a Markdown table: for each measure the
-chance that a rewrite with working has the larger value (AUROC; ties count half, a rewrite without
-the measure has the largest value, because it passes the filter), and the means of both kinds.
+Labels have a line {"row_id": …, "working": true or false} for each rewrite to look at. With --strip
+each rewrite that has its working gets two counterparts without: its equations' results alone, and
+its last paragraph alone. Each model scores all rewrites with the transformers engine. Prints a
+Markdown table: for each measure the chance that a rewrite with working has the larger value (AUROC;
+ties count half, a rewrite without the measure has the largest value, because it passes the filter),
+and the means of both kinds.
 """
 
 import argparse
 import json
 import math
 import random
+import re
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,6 +98,31 @@ def pocket_rewrites(count: int, seed: int = 0) -> list[Rewrite]:
 
 
 # -- rewrites of a round ----------------------------------------------------------------------
+
+
+def without_working(trace: str) -> dict[str, str]:
+    """Return made counterparts of a trace in LaTeX, by kind: each equation's result ("named"),
+    and the last paragraph alone ("answer only")."""
+
+    def result(found: re.Match[str]) -> str:
+        opening, content, closing = found.groups()
+        return f"{opening}{content.rpartition('=')[2]}{closing}"
+
+    named = re.sub(r"(\\[(\[])(.+?)(\\[)\]])", result, trace, flags=re.DOTALL)
+    return {"named": named, "answer only": trace.rpartition("\n\n")[2]}
+
+
+def stripped(rewrites: list[Rewrite], tokenizer: Any) -> list[Rewrite]:
+    """Return the counterparts of the rewrites with working, as `without_working` makes them."""
+    made = []
+    for one in (one for one in rewrites if one.working):
+        *ids, end = one.trace_ids
+        for kind, text in without_working(tokenizer.decode(ids)).items():
+            trace = [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
+            made.append(
+                Rewrite(f"{one.key} {kind}", kind, False, one.prompt_ids, trace, one.answer)
+            )
+    return made
 
 
 def labelled_rewrites(folder: Path, labels: Path) -> list[Rewrite]:
@@ -204,6 +233,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--round", type=Path, help="Folder of a round. Default: pocket traces.")
     parser.add_argument("--labels", type=Path, help="Labels of its rewrites, JSONL.")
+    parser.add_argument(
+        "--strip", action="store_true", help="Add made ones without working to those with it."
+    )
     parser.add_argument("--model", action="append", help="Models that score; repeatable.")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--problems", type=int, default=60, help="Pocket problems.")
@@ -216,6 +248,8 @@ def main() -> None:
     else:
         rewrites = labelled_rewrites(given.round, given.labels)
     models = given.model or [str(POCKET / "student"), str(POCKET / "teacher")]
+    if given.strip:
+        rewrites += stripped(rewrites, load_tokenizer(resolve_model(models[0])))
     kinds = list(dict.fromkeys(one.kind for one in rewrites if not one.working))
     lines = []
     print("| model | measure | " + " | ".join(["AUROC", *kinds, "means", "null"]) + " |")
