@@ -225,13 +225,13 @@ def test_a_round_made_bad_is_refused_and_a_good_one_passes(prompts, tmp_path, ca
     text = text.replace("max_num_seqs = 256", 'backend = "transformers"')
     # A broken student goes on to its limit.
     text = text.replace("max_tokens = 400", "max_tokens = 200")
-    path.write_text(text + "\n[gate]\nmargin = 0.35\nhard_margin = 0.6\n")
+    path.write_text(text + "\n[gate]\nmargin = 0.2\nhard_margin = 0.6\n")
     arguments = [path, "--out", out, "--set", "rounds=2"]
     assert invoke(cli.cli, *arguments, "--dry-run") == 0
     planned = capsys.readouterr().out
     # (z(0.975) + z(0.8))² = 7.849; worst case 2 · 0.25 / 4 samples.
-    needed = gate.problems_needed(0.125, 0.35, 0.025)
-    assert f"a margin of 35.0 points needs {needed} problems, one of 60.0 on the hard" in planned
+    needed = gate.problems_needed(0.125, 0.2, 0.025)
+    assert f"a margin of 20.0 points needs {needed} problems, one of 60.0 on the hard" in planned
     assert "evaluation 'test' has 24, 4 samples of each" in planned and "worst case" in planned
 
     bad = [*arguments, "--set", "train.optimizer.learning_rate=1.5e-2"]
