@@ -76,13 +76,13 @@ def test_a_round_begun_before_a_column_was_added_goes_on(tmp_path):
     older = pq.read_table(shard).drop_columns([column])
     pq.write_table(older, shard)
     round_dir.manifest_path("rollouts").unlink()
-    write(path, [rollout_row(1) | {column: 7}])
+    write(path, [rollout_row(1) | {column: 3}])
     with round_dir.lock():
         round_dir.recover("rollouts")
     assert validate_round(path) == []
-    assert scan_round(path).sort("row_id").collect()[column].to_list() == [None, 7]
+    assert scan_round(path).sort("row_id").collect()[column].to_list() == [None, 3]
     read = list(round_dir.rows("rollouts", ["row_id", column]))
-    assert [row[column] for row in read] == [None, 7]
+    assert [row[column] for row in read] == [None, 3]
     # A column that cannot be null is no such column.
     pq.write_table(older.drop_columns(["seed"]), shard)
     assert any("columns or types" in problem for problem in validate_round(path))
