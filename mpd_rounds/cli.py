@@ -259,11 +259,7 @@ def cli(
             click.echo(line)
         click.echo(f"wrote {out / 'summary.json'} and {out / 'lengths.png'}", err=True)
         click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
-        if summary["failed_rows"]:
-            click.echo(f"some rows failed; see {out}/*/*/errors/*.parquet", err=True)
-        _require_accepted([summary])
-        if summary["failed_rows"]:
-            raise click.exceptions.Exit(EXIT_FAILED_ROWS)
+        _leave([summary], out)
         return
     summaries = [
         run_pipeline(load_pipeline(pipeline, (*overrides, f"seed={n}")), out / f"seed{n}")
@@ -282,13 +278,18 @@ def cli(
             click.echo(f"seed {summary['seed']}: {line}")
     click.echo(f"wrote {out / 'seeds.json'}", err=True)
     click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
-    _require_accepted(summaries)
+    _leave(summaries, out / "seed*")
 
 
-def _require_accepted(summaries: list[dict[str, Any]]) -> None:
-    """Raise Exit if the gate of a run accepted no round."""
+def _leave(summaries: list[dict[str, Any]], out: Path) -> None:
+    """Raise Exit if the gate of a run accepted no round, or else if rows failed."""
+    failed = any(summary["failed_rows"] for summary in summaries)
+    if failed:
+        click.echo(f"some rows failed; see {out}/*/*/errors/*.parquet", err=True)
     if any("gate" in summary and not summary["gate"]["best"]["round"] for summary in summaries):
         raise click.exceptions.Exit(EXIT_NONE_ACCEPTED)
+    if failed:
+        raise click.exceptions.Exit(EXIT_FAILED_ROWS)
 
 
 def main() -> None:
