@@ -165,7 +165,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here():
         env=env, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
     lines = said.splitlines()
-    # The dense kernel in four sizes of block, the sparse one in two of buckets: each divergence, and
+    # The dense kernel in four sizes of block, the sparse one in two of buckets. Each divergence,
     # one mixed with cross-entropy, one with clipped entries.
     assert len(lines) == 2 * (4 + 2) * (len(NAMES) + 2)
     # Bytes that do not fit a thread's registers: of a thousand buckets some; of a block none, but
