@@ -173,7 +173,7 @@ class VLLMEngine:
             if not output.finished:
                 continue
             key, start, k = self._open.pop(output.request_id)
-            if k and output.num_cached_tokens >= start:
+            if k and (output.num_cached_tokens or 0) >= start:
                 # The same targets after the same context were scored before.
                 ids = output.prompt_token_ids
                 prompt = {"prompt_token_ids": ids}
