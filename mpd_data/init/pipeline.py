@@ -86,7 +86,13 @@ def _notes(
                 f"{name}: {side.rejected_ids!r} gives different problems one value, so it is not"
                 " used as the id"
             )
-    train, test = ({same(prompt.text) for prompt in side.prompts} for side in sides.values())
+    if left_out := sides["training"].left_out:
+        lines.append(
+            f"left out: {', '.join(map(repr, left_out))}, whose values are neither text nor JSON"
+        )
+    train, test = (
+        {same(prompt.text) for prompt in side.prompts if prompt.text} for side in sides.values()
+    )
     if overlap := train & test:
         lines.append(
             f"{len(overlap)} of the test problems are in the training prompts too: accuracy on"
