@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpd_data.checkers.builtin import ChoiceChecker, MathChecker, NumberChecker
+from mpd_data.checkers.builtin import ChoiceChecker, MathChecker, NumberChecker, make_checker
+from mpd_data.checkers.gold import read_gold_answers, unreadable_answers
 from mpd_data.common.errors import ConfigError, DataError, did_you_mean, pip_install
 from mpd_data.common.hashing import content_key
 from mpd_data.common.machine import gpus
@@ -223,6 +224,16 @@ def choose_checker(given: str | None, train: PromptSet, test: PromptSet) -> tupl
         needed = f"it needs math-verify ({pip_install('checkers')})"
         return "text", f"{why} The checker `math` is better for them; {needed}."
     return "math", why
+
+
+def unreadable_answers_of(name: str, *sides: PromptSet) -> list[str]:
+    """Return a sentence for each side of whose gold answers the checker cannot read some."""
+    checker = make_checker(name)
+    return [
+        sentence
+        for side in sides
+        if (sentence := unreadable_answers(read_gold_answers(side.prompts, checker, name), name)[1])
+    ]
 
 
 # -- models -------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ Example = tuple[str, str]
 class Prompt:
     """One problem to solve. `text` is the problem, `answer` the gold answer if there is one, and
     `metadata` the carried columns in JSON types. Messages name the prompt by `source`. `flaw` says
-    why the row cannot be used; `text` and `answer` are then escaped so that they can be shown."""
+    why the row cannot be used; `text` and `answer` are then escaped so that they can be shown.
+    `unreadable`: the checker cannot read the answer."""
 
     id: str
     text: str
@@ -31,6 +32,7 @@ class Prompt:
     source: str
     metadata: dict[str, Any] = field(default_factory=dict)
     flaw: str | None = None
+    unreadable: bool = False
 
 
 def read_prompts(

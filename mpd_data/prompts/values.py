@@ -96,6 +96,15 @@ def as_json(value: Any, where: str) -> Any:
     return text
 
 
+def written(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata as rows hold it, with None for texts that mean a missing value. (A round's
+    identity holds the texts, so that rounds of older versions resume.)"""
+    return {
+        name: None if isinstance(value, str) and is_missing(value) else value
+        for name, value in metadata.items()
+    }
+
+
 def is_unicode(text: str) -> bool:
     """Return False for text with lone surrogates, which JSON can hold and no tokenizer can read."""
     try:
