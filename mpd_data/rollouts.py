@@ -167,7 +167,9 @@ def setup(
         "thinking": formatter.thinking,
         "num_samples": config.num_samples,
         "prompts": content_key(
-            sorted([p.id, p.text, p.answer or "", canonical_json(p.metadata)] for p in chosen)
+            sorted(
+                [p.id, p.text, p.answer or p.missing, canonical_json(p.metadata)] for p in chosen
+            )
         ),
         "dtype": config.engine.dtype,
         "chat_template": chat_template_hash(tokenizer),

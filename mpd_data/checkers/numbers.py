@@ -128,7 +128,7 @@ def plain_unicode(text: str) -> str:
     if text.isascii():
         return text
     text = _SUPERSCRIPTS.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text)
-    plain = []
+    plain: list[str] = []
     for char in text:
         if unicodedata.decomposition(char).startswith("<fraction>"):
             fraction = unicodedata.normalize("NFKC", char).replace("\u2044", "/")

@@ -6,7 +6,7 @@ token ids of a model.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,8 @@ class Prompt:
     """One problem to solve. `text` is the problem, `answer` the gold answer if there is one, and
     `metadata` the carried columns in JSON types. Messages name the prompt by `source`. `flaw` says
     why the row cannot be used; `text` and `answer` are then escaped so that they can be shown.
-    `unreadable`: the checker cannot read the answer."""
+    `missing`: the text of a missing answer. It is part of a round's identity, as older versions took
+    it for an answer. `unreadable`: the checker cannot read the answer."""
 
     id: str
     text: str
@@ -32,6 +33,7 @@ class Prompt:
     source: str
     metadata: dict[str, Any] = field(default_factory=dict)
     flaw: str | None = None
+    missing: str = ""
     unreadable: bool = False
 
 
@@ -57,7 +59,9 @@ def read_prompts(
         for number, raw in read_rows(path, list(dict.fromkeys(columns))):
             source = f"{path}, row {number}"
             row, flaw = _escape(raw, [c for c in (prompt_column, answer_column) if c])
-            text, answer, identifier = "", None, source
+            text = row[prompt_column] if isinstance(row[prompt_column], str) else ""
+            identifier = content_key(text) if id_column is None else source
+            answer, cell = None, None if answer_column is None else row[answer_column]
             try:
                 if id_column is not None:
                     identifier = _text(row, id_column, "--id-column", scalars=True)
@@ -65,12 +69,13 @@ def read_prompts(
                 if id_column is None:
                     identifier = content_key(text)
                 if answer_column is not None:
-                    answer = as_text(row[answer_column], answer_column, "--answer-column", True)
+                    answer = as_text(cell, answer_column, "--answer-column", scalars=True)
             except DataError as error:
                 flaw = flaw or str(error)
             metadata = {c: as_json(row[c], f"{source}: column {c!r}") for c in metadata_columns}
             empty = False
-            yield Prompt(identifier, text, answer, source, metadata, flaw)
+            missing = str(cell) if answer is None and isinstance(cell, str | float) else ""
+            yield Prompt(identifier, text, answer, source, metadata, flaw, missing)
     if empty:
         raise ConfigError(
             f"{', '.join(map(str, sources))}: no prompts. Expected at least one row with the column"
@@ -88,6 +93,8 @@ def load_prompts(
     column was named. Raise what `read_prompts` raises."""
     prompts: dict[str, Prompt] = {}
     for prompt in read_prompts(paths, prompt_column, id_column, answer_column, metadata_columns):
+        if prompt.flaw is not None and prompt.id in prompts and duplicates == "refuse":
+            prompt = replace(prompt, id=prompt.source)  # such as rows without a problem
         earlier = prompts.setdefault(prompt.id, prompt)
         if earlier is not prompt and duplicates == "refuse":
             raise DataError(
