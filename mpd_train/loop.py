@@ -21,7 +21,7 @@ from mpd_train.data.batches import Batch, Loader
 from mpd_train.data.packing import split_packs
 from mpd_train.data.shard_set import Pack
 from mpd_train.distributed import Ranks, ranks
-from mpd_train.export import export
+from mpd_train.export import export, rehearse
 from mpd_train.flops import peak_flops, step_flops
 from mpd_train.loss import Sums, pack_loss, validate
 from mpd_train.metrics import Recorder
@@ -84,6 +84,7 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
         )
     packs, held_out = split_packs(prepared.shards, config)
     if ranks.first:
+        rehearse(prepared.student, config.out)
         name = "cpu" if device.type == "cpu" else device_name()
         claim(config.out, prepared.identity, config, name, overwrite)
 
