@@ -166,6 +166,9 @@ def _write_weights(student: CausalLM, folder: Path) -> None:
 
     stored = stored_tensors(model_files(student.files.path))
     dtypes = {name: _DTYPES.get(tensor.dtype, torch.float32) for name, tensor in stored.items()}
+    # A checkpoint may lack the prefix of the decoder, which the model's names have.
+    prefix = student.model.base_model_prefix
+    dtypes = {f"{prefix}.{name}": dtype for name, dtype in dtypes.items()} | dtypes
     usual = torch.float32
     if len(found := set(dtypes.values())) == 1:
         (usual,) = found
@@ -180,14 +183,12 @@ def _write_weights(student: CausalLM, folder: Path) -> None:
     student.model.save_pretrained(folder, state_dict=state)
     for made in ("config.json", "generation_config.json"):
         (folder / made).unlink(missing_ok=True)
-    for file in folder.glob("*.safetensors"):
+    for file in sorted(folder.glob("*.safetensors")):
         # In some families transformers has other names inside, and joins tensors.
-        written = load_file(file)
-        others = {
-            x: dtypes[x] for x in written.keys() & dtypes.keys() if written[x].dtype != dtypes[x]
-        }
-        if others:
-            tensors = {name: x.to(others.get(name, x.dtype)) for name, x in written.items()}
+        written = stored_tensors([file])
+        names = written.keys() & stored.keys()
+        if any(written[name].dtype != stored[name].dtype for name in names):
+            tensors = {name: x.to(dtypes.get(name, x.dtype)) for name, x in load_file(file).items()}
             save_file(tensors, file, metadata={"format": "pt"})
 
 

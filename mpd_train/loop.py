@@ -84,7 +84,6 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
         )
     packs, held_out = split_packs(prepared.shards, config)
     if ranks.first:
-        rehearse(prepared.student, config.out)
         name = "cpu" if device.type == "cpu" else device_name()
         claim(config.out, prepared.identity, config, name, overwrite)
 
@@ -96,6 +95,8 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
             _delete_checkpoints(config.out)
             print(f"{model_folder}: this run has finished; nothing to do.", file=sys.stderr)
         return model_folder
+    if ranks.first:
+        rehearse(prepared.student, config.out)
     student, teacher = load_models(
         config, prepared.student, prepared.teacher, device, prepared.dtype,
         prepared.attn_implementation, ranks,

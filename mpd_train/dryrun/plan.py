@@ -131,8 +131,9 @@ def plan_train(
     """Plan what `train` would do, without a model and without writing anything. `learned`: of
     another training, for one that has no steps."""
     config, shards = setup.config, setup.shards
-    rehearse(setup.student, config.out)
     finished = (config.out / "model").is_dir() and not overwrite
+    if not finished:
+        rehearse(setup.student, config.out)
     steps_done = 0
     if not overwrite:
         learned = learn_steps(config.out) or learned
