@@ -7,6 +7,7 @@ did not fit, with all the renaming that it does for a family.
 """
 
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -41,10 +42,16 @@ def model_files(path: Path) -> list[Path]:
     named: set[str] = set()
     if index.is_file():
         try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            parts = json.loads(index.read_text(encoding="utf-8"))
+            named = set(parts["weight_map"].values())
+            # transformers reads it.
+            parts["metadata"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"{index}: expected the JSON of an index ({reason}).") from error
+            raise ConfigError(
+                f"{index}: expected JSON with weight_map and metadata, objects both ({reason})."
+                " Copy it again."
+            ) from error
         if missing := named - found:
             raise ConfigError(
                 f"{index}: names files that are not here: {_listed(missing)}. Copy the rest of the"
@@ -328,13 +335,18 @@ def _as_loaded(model: Any, stored: Mapping[str, Stored]) -> _Unlike | None:
             return func(*args, **kwargs)
 
     tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
+    config = copy.deepcopy(model.config)
+    for part in (config, config.get_text_config()):
+        # As if it were not quantised: what does fit is as in the model before.
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
         with OnMeta(), _one_thread():
             _, info = type(model).from_pretrained(
-                None, config=model.config, state_dict=tensors, output_loading_info=True,
+                None, config=config, state_dict=tensors, output_loading_info=True,
                 ignore_mismatched_sizes=True, dtype=torch.float32,
             )  # fmt: skip
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, NotImplementedError):
