@@ -200,7 +200,7 @@ def setup(
     scoring = template.formatter(
         tokenizer, config.score_template_kwargs, default_thinking=student["thinking"] is not False
     )
-    context = context_of(teacher, config.engine)
+    context = context_of(teacher, config.engine, code)
     # Embedding rows that one model has beyond the others are padding, not tokens.
     sizes = [student["vocab_size"], teacher.vocab_size]
     if config.student is not None:

@@ -176,7 +176,7 @@ def setup(
         "template_kwargs": config.template_kwargs,
         "tokenizer": tokenizer_hash(tokenizer),
     }
-    context = context_of(model, config.engine)
+    context = context_of(model, config.engine, config.trust_remote_code)
     prepared = RolloutSetup(
         config, chosen, model, tokenizer, formatter, context, budget, row_identity, identity
     )

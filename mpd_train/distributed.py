@@ -59,14 +59,18 @@ def ranks(sharded: bool = False) -> Iterator[Ranks]:
     """Connect the processes of this training while the block runs. With `sharded` a single process
     gets a process group too, which `load_sharded` needs."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if ranks_asked_for() > 1:
-        dist.init_process_group(backend)
-    elif sharded:
+    if ranks_asked_for() == 1:
+        if not sharded:
+            yield Ranks()
+            return
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    else:
-        yield Ranks()
+        try:
+            yield Ranks()
+        finally:
+            dist.destroy_process_group()
         return
+    dist.init_process_group(backend)
     yield Ranks(dist.get_rank(), dist.get_world_size())
     # Not after an error: NCCL would wait for processes that wait for this one, and the error would
     # never be printed.

@@ -7,14 +7,18 @@ OUT/adapter/   peft's folder, where adapters are what is trained; model/ has the
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.files import atomic_folder
 from mpd_data.common.models import ModelFiles, resolve_model
 from mpd_data.common.options import parse
+from mpd_data.common.weights import model_files, stored_tensors
+from mpd_data.dryrun.show import size_text
 from mpd_data.store.run_record import require_kind
 from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
@@ -36,7 +40,7 @@ def export_checkpoint(given: Path, out: Path, student: str | None = None) -> Pat
     run's student, if it has moved. The run is not changed.
 
     Raise ConfigError if `given` is neither, for another student and if `out` is not empty;
-    DataError for an incomplete run.json or checkpoint.
+    and like `rehearse`; DataError for an incomplete run.json or checkpoint.
     """
     run, chosen = _find(given)
     out = out.resolve()
@@ -46,7 +50,7 @@ def export_checkpoint(given: Path, out: Path, student: str | None = None) -> Pat
         )
     config, identity = _read_run(run / "run.json")
     files = _resolve_student(run, config, identity, student)
-    # Made before what takes long, so that a place that cannot be written is told at once.
+    rehearse(files, out)
     with atomic_folder(out) as staging:
         loaded = load_student(config, files, torch.device("cpu"), None)
         checkpoint.load_weights(chosen, loaded.model)
@@ -119,28 +123,85 @@ def _resolve_student(
     return files
 
 
-def _write_model(student: CausalLM, folder: Path) -> None:
-    """Write the student as a model folder for transformers and vLLM: safetensors in the dtype that
-    it was loaded from, with its tokenizer, chat template and generation config."""
-    from safetensors import safe_open
+def rehearse(files: ModelFiles, out: Path) -> None:
+    """Write what an export of the student `files` copies into a folder beside `out`, and delete it.
+    Raise ConfigError where a file cannot be read or written, or where the disk has no room for the
+    model: before the first step, not after the last."""
+    place = out.absolute()
+    while not place.is_dir():
+        place = place.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=place) as folder:
+            _copy_descriptions(files, Path(folder))
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        raise ConfigError(
+            f"{out}: the model could not be written there at the end: {error}. Fix the permissions"
+            " or free space, or give another --out."
+        ) from error
+    if not any(files.path.glob("*.safetensors")):
+        # Of the hub, in a dry run.
+        return
+    stored = stored_tensors(model_files(files.path)).values()
+    needed = sum(tensor.end - tensor.begin for tensor in stored)
+    if free < needed:
+        raise ConfigError(
+            f"{out}: the model needs {size_text(needed)} of disk at the end, and {size_text(free)}"
+            " are free. Free space, or give another --out."
+        )
 
-    first_file = min(student.files.path.glob("*.safetensors"))
-    with safe_open(str(first_file), framework="pt") as weights:
-        stored = weights.get_slice(next(iter(weights.keys()))).get_dtype()
-    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32)
+
+def _write_model(student: CausalLM, folder: Path) -> None:
+    """Write the student as a model folder for transformers and vLLM: safetensors, each tensor in
+    the dtype that it came in; with its config.json, which training does not change, its tokenizer,
+    chat template and generation config as they came."""
+    with atomic_folder(folder) as staging:
+        _write_weights(student, staging)
+        _copy_descriptions(student.files, staging)
+
+
+def _write_weights(student: CausalLM, folder: Path) -> None:
+    """Write the weights under the names, and in the dtypes, that the student's files have."""
+    from transformers import GenerationConfig
+
+    stored = stored_tensors(model_files(student.files.path))
+    dtypes = {name: _DTYPES.get(tensor.dtype, torch.float32) for name, tensor in stored.items()}
+    # A checkpoint may lack the prefix of the decoder, which the model's names have.
+    prefix = student.model.base_model_prefix
+    dtypes = {f"{prefix}.{name}": dtype for name, dtype in dtypes.items()} | dtypes
+    usual = torch.float32
+    if len(found := set(dtypes.values())) == 1:
+        (usual,) = found
     # Parameters name a tied weight once, state_dict twice: converted separately, both copies would
     # be written.
-    state = {name: p.detach().to(dtype) for name, p in student.model.named_parameters()}
+    parameters = student.model.named_parameters()
+    state = {name: p.detach().to(dtypes.get(name, usual)) for name, p in parameters}
     persistent = student.model.state_dict()
     state |= {name: b for name, b in student.model.named_buffers() if name in persistent}
-    config = student.model.config
-    with atomic_folder(folder) as staging:
-        student.model.save_pretrained(staging, state_dict=state)
-        config.dtype = dtype
-        config.save_pretrained(staging)
-        for file in student.files.tokenizer_path.iterdir():
-            # Everything but weights and config: tokenizer, chat template, generation config.
-            described = file.suffix in (".json", ".jinja", ".model", ".txt")
+    # transformers would check the student's own, which is copied as it came.
+    student.model.generation_config = GenerationConfig()
+    student.model.save_pretrained(folder, state_dict=state)
+    for made in ("config.json", "generation_config.json"):
+        (folder / made).unlink(missing_ok=True)
+    for file in sorted(folder.glob("*.safetensors")):
+        # In some families transformers has other names inside, and joins tensors.
+        written = stored_tensors([file])
+        names = written.keys() & stored.keys()
+        if any(written[name].dtype != stored[name].dtype for name in names):
+            tensors = {name: x.to(dtypes.get(name, x.dtype)) for name, x in load_file(file).items()}
+            save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _copy_descriptions(files: ModelFiles, folder: Path) -> None:
+    """Copy all but weights: config.json, generation config and code of the model; tokenizer and
+    chat template, which an adapter may have of its own."""
+    for source in dict.fromkeys((files.path, files.tokenizer_path)):
+        for file in source.iterdir():
+            described = file.suffix in (".json", ".jinja", ".model", ".txt", ".py")
             of_weights = file.name.endswith(".index.json") or file.name == "adapter_config.json"
-            if described and not of_weights and not (staging / file.name).exists():
-                shutil.copyfile(file, staging / file.name)
+            if described and not of_weights and file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+# safetensors' names of what a model is trained and stored in.
+_DTYPES = {"F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -21,7 +21,7 @@ from mpd_train.data.batches import Batch, Loader
 from mpd_train.data.packing import split_packs
 from mpd_train.data.shard_set import Pack
 from mpd_train.distributed import Ranks, ranks
-from mpd_train.export import export
+from mpd_train.export import export, rehearse
 from mpd_train.flops import peak_flops, step_flops
 from mpd_train.loss import Sums, pack_loss, validate
 from mpd_train.metrics import Recorder
@@ -95,6 +95,8 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
             _delete_checkpoints(config.out)
             print(f"{model_folder}: this run has finished; nothing to do.", file=sys.stderr)
         return model_folder
+    if ranks.first:
+        rehearse(prepared.student, config.out)
     student, teacher = load_models(
         config, prepared.student, prepared.teacher, device, prepared.dtype,
         prepared.attn_implementation, ranks,

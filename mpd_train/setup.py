@@ -10,6 +10,7 @@ import torch
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.machine import provenance
 from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer, resolve_model
+from mpd_data.common.weights import require_whole
 from mpd_data.store.run_record import read_record, require_kind, require_same_settings, write_record
 from mpd_train.config import TrainConfig
 from mpd_train.data.shard_set import ShardSet
@@ -85,9 +86,10 @@ def check_models(
     config: TrainConfig, student: ModelFiles, teacher: ModelFiles | None, device: torch.device,
     dtype: torch.dtype,
 ) -> str | None:  # fmt: skip
-    """Return the attention to load both models with (`attention`), from their configurations
-    alone. Raise ConfigError for a quantised student, for adapters, to be trained or to be merged,
-    that do not fit their models, and for attention that these do not have."""
+    """Return the attention to load both models with (`attention`), from their configurations and
+    the headers of their files. Raise ConfigError for a quantised student, for adapters, to be
+    trained or to be merged, that do not fit their models, for files that are not the whole model
+    (`require_whole`), and for attention that the models do not have."""
     name = "quantization_config"
     # A model of several modalities may have it for the text alone.
     quantised = student.config.get(name) or student.text_config.get(name)
@@ -104,6 +106,8 @@ def check_models(
     if teacher is not None and teacher.adapter is not None:
         CausalLM(teacher, meta, torch.float32, config.trust_remote_code)
     models = [student] if teacher is None else [student, teacher]
+    for model in models:
+        require_whole(model, config.trust_remote_code)
     return attention(config, device, dtype, models)
 
 

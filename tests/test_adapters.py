@@ -118,12 +118,13 @@ def test_an_adapter_with_a_tokenizer_is_asked_in_its_words(models, tmp_path):
     ],
 )
 def test_what_vllm_would_leave_out_of_an_adapter_is_refused(
-    models, tmp_path, changed, weights, message
+    exact_student, tmp_path, changed, weights, message
 ):
-    """The last of them it would run without, and say nothing."""
-    adapter = shutil.copytree(models[0], tmp_path / "adapter")
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**settings, **changed}))
+    """The second of them it would run without, and say nothing."""
+    adapter, settings = tmp_path / "adapter", {"r": 6, "target_modules": ["q_proj", "down_proj"]}
+    base = AutoModelForCausalLM.from_pretrained(exact_student)
+    settings = peft.LoraConfig(**settings | changed, task_type="CAUSAL_LM")
+    peft.get_peft_model(base, settings).save_pretrained(adapter)
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors |= {name: torch.zeros(shape) for name, shape in weights.items()}
     save_file(tensors, adapter / "adapter_model.safetensors")
@@ -379,9 +380,10 @@ def test_a_quantised_checkpoint_runs_as_it_is(quantised):
         engine.close()
     ours, rounded = completions.values()
     assert sum(ours[key] == rounded[key] for key in ours) >= 4
-    engine = start(quantised, "float32")
     try:
+        engine = start(quantised, "float32")
         engine.step()
     except EngineError as error:
+        # With AMX: at the start or at the first step, as the version of vLLM has it.
         assert "do not take float32: give --dtype bfloat16" in str(error)
     engine.close()

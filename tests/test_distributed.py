@@ -28,9 +28,10 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
-from mpd_data.common.errors import DataError
+from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.store.locks import is_held
 from mpd_train import checkpoint
+from mpd_train.distributed import ranks
 from mpd_train.export_cli import cli as export
 
 
@@ -264,6 +265,13 @@ def test_an_output_bias_beside_a_tied_head_is_refused_in_parts(round_dir, tmp_pa
     arguments = settings(round_dir, tmp_path / "run", **{"--teacher": teacher})
     stderr = run("mpd-train", *words(arguments), "--teacher-offload", code=1).stderr
     assert re.search("output bias, .* one process and without --teacher-offload", stderr)
+
+
+def test_one_process_can_fail_and_begin_again():
+    """A process group that an error left open would be in the way of the next training."""
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="failed"), ranks(sharded=True):
+            raise ConfigError("failed")
 
 
 def test_compiled_layers_are_sharded(one, round_dir, tmp_path):

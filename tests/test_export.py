@@ -1,16 +1,24 @@
 """What a training leaves behind is the model that it trained: greedy, token for token."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
-from conftest import STUDENT, rows, tied_student, train_config
+from conftest import ROOT, STUDENT, rows, tied_student, train_config
 from nursery import Nursery
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.models import resolve_model
 from mpd_train import loop
+from mpd_train.dryrun.plan import plan_train
+from mpd_train.export import export, rehearse
 from mpd_train.loop import train
+from mpd_train.model.causal_lm import CausalLM
+from mpd_train.setup import setup
 
 MAX_TOKENS = 120
 NUM_PROMPTS = 24
@@ -135,3 +143,84 @@ def test_the_exports_weights_are_the_trained_ones(exported, precision):
         assert torch.equal(weight.float(), trained[name]), name
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(STUDENT).chat_template
+
+
+# -- the folder as it came -----------------------------------------------------------------
+
+CPU = torch.device("cpu")
+GOLDEN = ROOT / "tests" / "data" / "golden" / "round1"
+# Old readers' names and new ones', a sampling setting without do_sample, which transformers does
+# not write.
+CONFIG = {"torch_dtype": "bfloat16", "rope_theta": 10000.0, "kept_as_it_came": [1]}
+GENERATION = '{"eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}'
+
+
+def test_each_tensor_keeps_its_dtype_and_the_rest_its_content(tmp_path):
+    start = shutil.copytree(STUDENT, tmp_path / "student")
+    tensors = load_file(start / "model.safetensors")
+    kept = {name: x.float() + 1e-5 for name, x in tensors.items() if "norm" in name}
+    save_file(tensors | kept, start / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(config | CONFIG))
+    (start / "generation_config.json").write_text(GENERATION)
+    export(CausalLM(resolve_model(str(start)), CPU, torch.float32, False), tmp_path / "out")
+    assert_the_same(tmp_path / "out" / "model", start)
+
+
+def test_where_transformers_joins_tensors_too(tmp_path):
+    """Its own names of experts and routers are not those of the files."""
+    start = shutil.copytree(STUDENT, tmp_path / "student")
+    config = MixtralConfig(
+        vocab_size=165, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(start)
+    tensors = load_file(start / "model.safetensors")
+    assert any("block_sparse_moe.gate" in name for name in tensors)
+    for name, x in tensors.items():
+        tensors[name] = x if ".gate." in name else x.bfloat16()
+    save_file(tensors, start / "model.safetensors", metadata={"format": "pt"})
+    export(CausalLM(resolve_model(str(start)), CPU, torch.float32, False), tmp_path / "out")
+    assert_the_same(tmp_path / "out" / "model", start)
+
+
+def assert_the_same(exported, start):
+    found, tensors = (load_file(x / "model.safetensors") for x in (exported, start))
+    assert {name: x.dtype for name, x in found.items()} == {n: x.dtype for n, x in tensors.items()}
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    for file in start.glob("*.json"):
+        assert (exported / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_generation_config_that_transformers_would_not_write_is_copied(tmp_path):
+    start = shutil.copytree(STUDENT, tmp_path / "student")
+    (start / "generation_config.json").write_text(GENERATION)
+    train(train_config(GOLDEN, start, tmp_path / "run", max_steps=1))
+    model = tmp_path / "run" / "model"
+    assert (model / "generation_config.json").read_text() == GENERATION
+
+
+def test_what_would_fail_at_the_end_fails_before_the_first_step(tmp_path):
+    start = shutil.copytree(STUDENT, tmp_path / "student")
+    config = train_config(GOLDEN, start, tmp_path / "run", max_steps=1)
+    rehearse(resolve_model(str(start)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    (start / "notes.json").symlink_to("/proc/self/mem")
+    with pytest.raises(ConfigError, match="could not be written there at the end"):
+        train(config)
+    with pytest.raises(ConfigError, match="could not be written there at the end"):
+        plan_train(setup(config, weights=False))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_disk_without_room_for_the_model_is_refused(tmp_path):
+    start = shutil.copytree(STUDENT, tmp_path / "student")
+    # None of it is written.
+    tensor = {"dtype": "F32", "shape": [1 << 41], "data_offsets": [0, 1 << 43]}
+    header = json.dumps({"x": tensor}).encode()
+    with (start / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (1 << 43))
+    with pytest.raises(ConfigError, match="needs 8.* of disk at the end, and .* are free"):
+        rehearse(resolve_model(str(start), weights=False), tmp_path / "run")

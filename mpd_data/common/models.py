@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import importlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -143,21 +142,6 @@ def _expecting(path: Path, wanted: str) -> Iterator[None]:
         raise ConfigError(f"{path}: expected the JSON of {wanted} ({reason}).") from error
 
 
-def count_weights(path: Path) -> int | None:
-    """Return the number of weights in the *.safetensors of a folder, by their headers; None where
-    there are none or one cannot be read."""
-    total = 0
-    try:
-        for file in path.glob("*.safetensors"):
-            with file.open("rb") as opened:
-                size = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(min(size, _LARGEST_HEADER)))
-            total += sum(math.prod(header[name]["shape"]) for name in header.keys() - _NO_WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return total or None
-
-
 def load_config(model: ModelFiles, trust_remote_code: bool = False) -> Any:
     """Return transformers' configuration of the model, its family's defaults included. Raise
     ConfigError where transformers has none."""
@@ -230,8 +214,14 @@ def _download(name: str, revision: str | None, code: bool, weights: bool) -> tup
 
     patterns = ["*.json", "*.jinja", "*.model", "*.txt"]
     patterns += ["*.safetensors"] * weights + ["*.py"] * code
+    # Mistral's own format, beside the same weights in the one that is read here.
+    others = ["consolidated*.safetensors"]
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        path = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=others
+            )
+        )
     except hub_failures() as error:
         folders = [str(folder) for folder in Path(name).parent.glob("*") if folder.is_dir()]
         hint = did_you_mean(name, folders)
@@ -304,6 +294,3 @@ def require_same_tokenizer(saved_hash: str, tokenizer: Any, saved: str, now: str
 
 
 _ADAPTER = "adapter_config.json"
-# Of a safetensors file: its format's limit, and the key that is no tensor.
-_LARGEST_HEADER = 100_000_000
-_NO_WEIGHTS = {"__metadata__"}

@@ -2,6 +2,7 @@
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import ModelFiles
+from mpd_data.common.weights import require_whole
 from mpd_data.config import EngineConfig
 from mpd_data.engines.protocol import Engine
 
@@ -12,9 +13,9 @@ _SERVER_SETTINGS = (
 )  # fmt: skip
 
 
-def context_of(model: ModelFiles, config: EngineConfig) -> int:
+def context_of(model: ModelFiles, config: EngineConfig, trust_remote_code: bool) -> int:
     """Return the context in tokens that the engine runs `model` with. Raise ConfigError for
-    settings that do not fit the model or the engine."""
+    settings that do not fit the model or the engine, and like `require_whole`."""
     if config.max_model_len is not None and config.max_model_len > model.context:
         raise ConfigError(
             f"{model.name}: --max-model-len {config.max_model_len} is over the model's context of"
@@ -27,6 +28,7 @@ def context_of(model: ModelFiles, config: EngineConfig) -> int:
                 " device. Use --backend vllm, or leave the option out."
             )
     _check_server_settings(config)
+    require_whole(model, trust_remote_code)
     return config.max_model_len or model.context
 
 
@@ -62,7 +64,7 @@ def start_engine(
 ) -> Engine:
     """Return the engine that `config` names, with `model` loaded. `max_logprobs`: the largest K of
     its scores. Raise EngineError where it cannot start, ConfigError like `context_of`."""
-    context = context_of(model, config)
+    context = context_of(model, config, trust_remote_code)
     if config.backend == "transformers":
         from mpd_data.engines.transformers import TransformersEngine
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
     StoppingCriteria,
@@ -25,6 +24,7 @@ from transformers.utils import logging
 
 from mpd_data.common.errors import EngineError, requires
 from mpd_data.common.models import ModelFiles, end_tokens, has_softcap, load_tokenizer
+from mpd_data.common.weights import load_model
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engines.protocol import Completion, Scores, require_room
 
@@ -66,9 +66,7 @@ class TransformersEngine:
         logging.disable_progress_bar()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self._model: Any = AutoModelForCausalLM.from_pretrained(
-                str(model.path), dtype=config.dtype, trust_remote_code=trust_remote_code
-            )
+            self._model: Any = load_model(model, trust_remote_code, dtype=config.dtype)
             if config.dtype == "auto" and self._model.dtype == torch.float32:
                 # "auto" means the same with every engine: vLLM runs float32 weights in bfloat16.
                 self._model.to(torch.bfloat16)

@@ -14,6 +14,7 @@ import numpy as np
 
 from mpd_data.common.errors import EngineError, requires
 from mpd_data.common.models import ModelFiles
+from mpd_data.common.weights import is_quantised
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engines.protocol import Completion, RequestError, Scores
 
@@ -84,6 +85,9 @@ class VLLMEngine:
             "tensor_parallel_size": config.tensor_parallel_size,
             "pipeline_parallel_size": config.pipeline_parallel_size,
             "trust_remote_code": trust_remote_code,
+            # Mistral's own, beside them, would come first.
+            "load_format": "hf",
+            "config_format": "hf",
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
@@ -101,6 +105,7 @@ class VLLMEngine:
             settings["gpu_memory_utilization"] = config.gpu_memory_utilization
         if model.adapter is not None:
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank(model)}
+        float32_quantised = config.dtype == "float32" and is_quantised(model)
         try:
             with warnings.catch_warnings():
                 # vLLM's own use of torch, nothing that our users could change.
@@ -108,12 +113,13 @@ class VLLMEngine:
                 llm = LLM(str(model.path), **settings)
             self._adapter = None if model.adapter is None else _load(llm, model.adapter)
         except (VLLMError, ValueError, RuntimeError, OSError) as error:
-            raise EngineError(f"{model.name}: vLLM cannot start with it: {error}") from error
+            advice = f" {_NO_FLOAT32}" if float32_quantised else ""
+            raise EngineError(
+                f"{model.name}: vLLM cannot start with it: {error}{advice}"
+            ) from error
         self.llm = llm
         self._engine = llm.llm_engine
         _wake_when_dead(self._engine.engine_core)
-        model_config = self._engine.model_config
-        float32_quantised = model_config.quantization and model_config.dtype == torch.float32
         self._advice = _NO_FLOAT32 if float32_quantised else _LESS_MEMORY
         self._open: dict[str, tuple[str, int, int]] = {}
         self._serial = 0

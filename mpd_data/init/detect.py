@@ -17,13 +17,13 @@ from mpd_data.common.hashing import content_key
 from mpd_data.common.machine import gpus
 from mpd_data.common.models import (
     ModelFiles,
-    count_weights,
     load_tokenizer,
     require_same_tokenizer,
     resolve_model,
     tokenizer_hash,
 )
 from mpd_data.common.text import plain
+from mpd_data.common.weights import count_weights
 from mpd_data.config import InitConfig, SamplingConfig
 from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.reader import Prompt, fill_prompt, load_prompts, same

@@ -16,6 +16,7 @@ from typing import Any
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer, resolve_model
+from mpd_data.common.weights import require_whole
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import Engine
 from mpd_data.engines.start import start_engine
@@ -80,6 +81,7 @@ def choosing_student(
             )
     own_tokenizer = load_tokenizer(student, config.trust_remote_code)
     require_same_tokenizer(tokenizer, own_tokenizer, f"the drafts of {config.shards}", student.name)
+    require_whole(student, config.trust_remote_code)
     return student
 
 

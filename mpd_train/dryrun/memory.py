@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mpd_data.common.weights import skeleton
 from mpd_data.dryrun.show import size_text
 from mpd_train.config import TrainConfig
 from mpd_train.data.batches import Batch
@@ -27,7 +28,7 @@ from mpd_train.kl.fused import Inputs, workspace_bytes
 from mpd_train.loss import pack_loss
 from mpd_train.model import lora
 from mpd_train.model.attention import is_short
-from mpd_train.model.causal_lm import CausalLM, decoder_layers, skeleton
+from mpd_train.model.causal_lm import CausalLM, decoder_layers
 from mpd_train.model.device import autocast
 from mpd_train.optimizer import make_optimizer
 from mpd_train.setup import TrainSetup

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer, resolve_model
+from mpd_data.common.weights import skeleton
 from mpd_data.dryrun.learned import Learned
 from mpd_data.dryrun.plan import StagePlan, make_plan
 from mpd_data.dryrun.show import size_text
@@ -19,8 +20,8 @@ from mpd_train.config import TrainConfig
 from mpd_train.data.packing import overlong, split_packs
 from mpd_train.data.targets import Targets
 from mpd_train.dryrun.memory import plan_memory
+from mpd_train.export import rehearse
 from mpd_train.model import lora
-from mpd_train.model.causal_lm import skeleton
 from mpd_train.setup import TrainSetup, check_models, check_settings
 
 
@@ -131,6 +132,8 @@ def plan_train(
     another training, for one that has no steps."""
     config, shards = setup.config, setup.shards
     finished = (config.out / "model").is_dir() and not overwrite
+    if not finished:
+        rehearse(setup.student, config.out)
     steps_done = 0
     if not overwrite:
         learned = learn_steps(config.out) or learned

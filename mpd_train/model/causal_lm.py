@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mpd_data.common.errors import ConfigError
-from mpd_data.common.models import ModelFiles, has_softcap, load_config
+from mpd_data.common.models import ModelFiles, has_softcap
+from mpd_data.common.weights import load_model, skeleton
 from mpd_train.kl.losses import gathered
 from mpd_train.model import lora
 from mpd_train.model.attention import VARLEN, boundaries, is_short
@@ -34,10 +35,6 @@ class CausalLM:
         self, files: ModelFiles, device: torch.device, weights_dtype: torch.dtype,
         trust_remote_code: bool, attn_implementation: str | None = None, merged: bool = True,
     ) -> None:  # fmt: skip
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
         self.files = files
         # peft's wrapper of the model, if adapters are trained.
         self.adapted: Any = None
@@ -50,12 +47,12 @@ class CausalLM:
                 lora.merge(self.model, files)
             return
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                str(files.path),
-                dtype=weights_dtype,
-                trust_remote_code=trust_remote_code,
+            self.model = load_model(
+                files, trust_remote_code, dtype=weights_dtype,
                 attn_implementation=attn_implementation,
-            ).to(device)
+            ).to(device)  # fmt: skip
+        except ConfigError:
+            raise
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
         if attn_implementation is None and has_softcap(self.model.config):
@@ -154,18 +151,3 @@ def decoder_layers(model: Any) -> list[Any]:
             " one process and without --compile."
         )
     return layers
-
-
-def skeleton(files: ModelFiles, trust_remote_code: bool, dtype: torch.dtype) -> Any:
-    """Return the model without weights, on torch's meta device; for an adapter its base. Raise
-    ConfigError if its configuration cannot be used."""
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(files, trust_remote_code)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code, dtype=dtype
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error

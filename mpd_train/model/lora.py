@@ -10,6 +10,7 @@ import torch
 from mpd_data.common.errors import ConfigError, requires
 from mpd_data.common.files import atomic_folder
 from mpd_data.common.models import ModelFiles, weight_files
+from mpd_data.common.weights import compare_adapter
 from mpd_train.config import LoraConfig
 
 # Settings in which a student's adapter may differ from the requested one: its names and its
@@ -154,7 +155,7 @@ def _read(model: Any, files: ModelFiles, settings: Any, to_train: bool) -> tuple
     """`_put`, then load the weights of the adapter of `files` (none on the meta device). One
     `to_train` further must consist of adapters alone."""
     assert files.adapter is not None
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -166,18 +167,10 @@ def _read(model: Any, files: ModelFiles, settings: Any, to_train: bool) -> tuple
         settings.base_model_name_or_path = name
         if next(model.parameters()).device.type == "meta":
             return adapted, ends_are_free
-        expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        compare_adapter(files, adapted, alone=to_train)
         tensors: dict[str, torch.Tensor] = {}
         for file in weight_files(files.adapter):
             tensors |= load_file(file)
-        # peft stores trained embeddings whole, and loads them into the base.
-        known = expected if to_train else expected | adapted.state_dict().keys()
-        if unknown := sorted((tensors.keys() - known) | (expected - tensors.keys())):
-            raise ConfigError(
-                f"{files.adapter}: its weights are not those of its adapter_config.json:"
-                f" {unknown[0]} is known to one of the two alone ({len(unknown)} such in all)."
-                f" Merge it into {name} with peft, and give the merged folder."
-            )
         set_peft_model_state_dict(adapted, tensors)
     except ConfigError:
         raise
