@@ -165,7 +165,7 @@ def setup(
         "prompts": content_key(
             sorted([p.id, p.text, p.answer or "", canonical_json(p.metadata)] for p in chosen)
         ),
-        "dtype": config.engine.dtype,
+        **config.engine.identity,
         "chat_template": chat_template_hash(tokenizer),
         "template_kwargs": config.template_kwargs,
         "tokenizer": tokenizer_hash(tokenizer),

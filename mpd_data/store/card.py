@@ -1,5 +1,5 @@
-"""A round's README.md: what the folder holds, and the front matter by which `datasets` and the Hub's
-viewer find the shards of each stage."""
+"""A round's README.md: what the folder holds, and the front matter by which `datasets` and the
+Hub's viewer find the shards of each stage."""
 
 from collections.abc import Mapping
 from pathlib import Path
