@@ -31,6 +31,9 @@ from mpd_data.store.shards import (
     unique_keys,
 )
 
+# What others need of a round. errors/ and the reports of processes stay here.
+PUBLISHED = ("README.md", "run.json", "*.manifest.jsonl", "*/part-*.parquet")
+
 # The settings of rewrites that --refilter changes.
 REFILTERED = ("filters", "choose")
 
