@@ -48,7 +48,7 @@ def test_the_card_follows_the_stages_until_someone_changes_it(round_dir, tmp_pat
     path = copy / "README.md"
     with RoundDir(copy).lock():
         RoundDir(copy).discard("distill")
-    assert "distill" not in path.read_text()
+    assert "config_name: distill" not in path.read_text()
     path.write_text(path.read_text() + "licence: mine\n")
     run("mpd-gen", *rewrite_arguments(copy), "--limit", "2")
     assert path.read_text().endswith("licence: mine\n")
