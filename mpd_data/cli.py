@@ -396,6 +396,31 @@ def contamination(as_json: bool, **options: Any) -> None:
         )
 
 
+@cli.command(epilog=example("mpd-gen push runs/round1/model OWNER/my-student"))
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("--public", is_flag=True, help="Make a new repository public. Default: private.")
+def push(folder: Path, repository: str, public: bool) -> None:
+    """Upload FOLDER to OWNER/NAME on the Hugging Face Hub.
+
+    FOLDER is a round, which becomes a dataset, or a model/ or adapter/ that a training wrote.
+    """
+    from mpd_data.common import hub
+    from mpd_data.store.round import PUBLISHED
+    from mpd_data.store.run_record import kind_of
+
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        url = hub.push(folder, repository, ["*"], False, public)
+    elif kind_of(folder) == "round":
+        url = hub.push(folder, repository, list(PUBLISHED), True, public)
+    else:
+        raise ConfigError(
+            f"{folder}: neither a round nor a model. Give a round's folder, or the model/ or"
+            " adapter/ in a training's."
+        )
+    click.echo(url)
+
+
 @cli.command()
 @_JSON
 def env(as_json: bool) -> None:

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.store.locks import Part
@@ -34,10 +43,45 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+# Arguments of vLLM's LLM that the toolkit sets, and what sets them.
+_OWN_KWARGS = {
+    "model": "the model's option",
+    "tokenizer": "the model's own tokenizer",
+    "tokenizer_mode": "the model's own tokenizer",
+    "skip_tokenizer_init": "the model's own tokenizer",
+    "revision": "--revision or --teacher-revision",
+    "trust_remote_code": "--trust-remote-code",
+    "seed": "--seed",
+    "logprobs_mode": "raw log-probabilities, which are what is stored",
+    "max_logprobs": "--num-logprobs",
+    "enable_prefix_caching": "what the engine chooses; scores are checked for it",
+    "enable_lora": "the folder of an adapter as the model",
+    "generation_config": "the model's own, and the sampling options",
+    "dtype": "--dtype",
+    "max_model_len": "--max-model-len",
+    "max_num_seqs": "--max-num-seqs",
+    "max_num_batched_tokens": "--max-num-batched-tokens",
+    "gpu_memory_utilization": "--gpu-memory-utilization",
+    "tensor_parallel_size": "--tensor-parallel-size",
+    "pipeline_parallel_size": "--pipeline-parallel-size",
+    "kv_cache_memory_bytes": "--kv-cache-gib",
+}
+
+# Those that change speed or memory and not the model. What is not listed is taken to change it.
+_NEUTRAL_KWARGS = {
+    "block_size", "compilation_config", "cpu_offload_gb", "cudagraph_capture_sizes",
+    "data_parallel_size", "disable_custom_all_reduce", "disable_log_stats",
+    "distributed_executor_backend", "enable_chunked_prefill", "enable_expert_parallel",
+    "enforce_eager", "load_format", "long_prefill_token_threshold", "max_num_partial_prefills",
+    "max_parallel_loading_workers", "num_gpu_blocks_override", "scheduling_policy",
+    "speculative_config", "swap_space", "use_tqdm_on_load", "download_dir", "async_scheduling",
+}  # fmt: skip
+
+
 class EngineConfig(Strict):
-    """How the engine runs a model. Only `dtype` changes the distributions that are sampled; another
-    backend draws other random numbers. With the backend openai a server runs the model, with the
-    settings that the server was started with."""
+    """How the engine runs a model. Only `dtype` and some of `engine_kwargs` change the
+    distributions that are sampled; another backend draws other random numbers. With the backend
+    openai a server runs the model, with the settings that the server was started with."""
 
     heading = "Engine"
 
@@ -67,6 +111,32 @@ class EngineConfig(Strict):
     """Number of groups of GPUs that hold successive layers (vllm)."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """Size of the KV cache on a CPU machine, in GiB (vllm)."""
+    engine_kwargs: dict[str, Any] = {}
+    """More arguments of vLLM's LLM, such as {"quantization": "fp8", "enforce_eager": true}. Those
+    that can change what is sampled belong to the round's settings."""
+
+    @field_validator("engine_kwargs")
+    @classmethod
+    def _leaves_the_toolkits_own(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            if option := _OWN_KWARGS.get(name):
+                raise ValueError(f"{name}: use {option}")
+        return given
+
+    @model_validator(mode="after")
+    def _has_kwargs_for_vllm_alone(self) -> Self:
+        if self.engine_kwargs and self.backend != "vllm":
+            raise ValueError(
+                f"engine_kwargs: arguments of vLLM; the backend is {self.backend}"
+                + (", whose server has its own" if self.backend == "openai" else "")
+            )
+        return self
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What can change the distributions that are sampled and scored."""
+        changing = {k: v for k, v in self.engine_kwargs.items() if k not in _NEUTRAL_KWARGS}
+        return {"dtype": self.dtype} | ({"engine_kwargs": changing} if changing else {})
 
     @field_validator("base_url")
     @classmethod
@@ -108,8 +178,22 @@ class SamplingConfig(Strict):
     """Sample from the most probable tokens that together have this probability."""
     top_k: int = Field(-1, ge=-1)
     """Sample from this many most probable tokens. -1: from all."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Sample from the tokens with at least this share of the most probable token's probability."""
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    """Subtract this from the logit of each token that the completion has already (vllm, openai)."""
+    repetition_penalty: float = Field(1.0, gt=0)
+    """Divide the logit of each token of prompt and completion by this if it is positive, else
+    multiply it (vllm, openai). Above 1 the model repeats less."""
     max_tokens: int = Field(2048, ge=1)
     """Longest completion, in tokens. Longer ones are truncated."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Rounds that were begun before these settings existed must find their identity again.
+        off = {"min_p": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+        values: dict[str, Any] = dump(self)
+        return {k: v for k, v in values.items() if k not in off or v != off[k]}
 
 
 class RewriteSamplingConfig(SamplingConfig):
@@ -200,7 +284,23 @@ AnswerFormat = Literal["boxed", "hashes", "tag", "phrase", "bare"]
 ANSWER_FORMATS: tuple[AnswerFormat, ...] = ("boxed", "hashes", "tag", "phrase", "bare")
 
 
-class RolloutsConfig(Strict):
+class _Stage(Strict):
+    """What the stages with an engine check of both their settings together."""
+
+    @model_validator(mode="after")
+    def _penalties_that_the_engine_has(self) -> Self:
+        engine, sampling = (getattr(self, name) for name in ("engine", "sampling"))
+        if engine.backend == "transformers" and (
+            sampling.presence_penalty != 0 or sampling.repetition_penalty != 1
+        ):
+            raise ValueError(
+                "--presence-penalty and --repetition-penalty: the backend transformers has none;"
+                " use --backend vllm or openai"
+            )
+        return self
+
+
+class RolloutsConfig(_Stage):
     """Settings of `run_rollouts` and `mpd-gen rollouts`."""
 
     heading = "Prompts and answers"
@@ -346,7 +446,7 @@ class FilterConfig(Strict):
         return max(self.max_ratio, self.max_ratio_hard or 0.0)
 
 
-class RewriteConfig(Strict):
+class RewriteConfig(_Stage):
     """Settings of `run_rewrite` and `mpd-gen rewrite`."""
 
     heading = "Rewrites and scores"

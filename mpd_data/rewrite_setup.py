@@ -228,7 +228,7 @@ def setup(
         "num_logprobs": k,
         "score_context": config.score_context,
         "score_template_kwargs": config.score_template_kwargs,
-        "dtype": config.engine.dtype,
+        **config.engine.identity,
         # It decides which rows are too_long.
         "max_model_len": context,
     }

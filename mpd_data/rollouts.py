@@ -171,7 +171,7 @@ def setup(
                 [p.id, p.text, p.answer or p.missing, canonical_json(p.metadata)] for p in chosen
             )
         ),
-        "dtype": config.engine.dtype,
+        **config.engine.identity,
         "chat_template": chat_template_hash(tokenizer),
         "template_kwargs": config.template_kwargs,
         "tokenizer": tokenizer_hash(tokenizer),

@@ -5,13 +5,14 @@ import json
 import os
 import resource
 import sys
+import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from mpd_data.common.errors import requires
-from mpd_data.common.files import atomic_file
+from mpd_data.common.files import atomic_file, write_json_atomic
 from mpd_data.common.meter import Meter
 from mpd_train.config import TrainConfig
 
@@ -29,27 +30,33 @@ def load_trackers(names: list[str]) -> dict[str, Any]:
 
 
 class Trackers:
-    """The trackers of one training. A run has the name of the training's folder, in the project
-    "mpd"; wandb takes WANDB_NAME and WANDB_PROJECT instead if they are set.
+    """The trackers of one training.
 
-    After a resume tensorboard drops the steps that are done again (purge_step); with wandb and
-    trackio a resumed training is a further run of the same name. Tested with wandb offline and with
-    trackio's local database.
+    A run is named after the training's folder, as transformers does, in the project "mpd";
+    WANDB_PROJECT, WANDB_NAME, TRACKIO_PROJECT and TRACKIO_NAME in the environment come first. A
+    training that is resumed after step `done` goes on in the same run; the `repeated` records that
+    the run has from after that step are not sent again. tensorboard takes them anew (purge_step).
+    Tested with wandb offline and with trackio's local database.
     """
 
     def __init__(
-        self, modules: dict[str, Any], out: Path, config: dict[str, Any], done: int
+        self, modules: dict[str, Any], out: Path, config: dict[str, Any], done: int, repeated: int
     ) -> None:
         self._writer: Any = None
+        self._repeated = repeated
         self._runs = {name: module for name, module in modules.items() if name != "tensorboard"}
         if "tensorboard" in modules:
             folder = str(out / "tensorboard")
             self._writer = modules["tensorboard"].SummaryWriter(folder, purge_step=done + 1)
         for tracker, run in self._runs.items():
-            names = {"PROJECT": _PROJECT, "NAME": out.resolve().name}
+            names = {"PROJECT": _PROJECT, "NAME": os.path.relpath(out)}
+            project, name = (
+                os.environ.get(f"{tracker.upper()}_{key}") or value for key, value in names.items()
+            )
+            again: dict[str, Any] = {"resume": "allow"}
             if tracker == "wandb":
-                names = {key: os.environ.get(f"WANDB_{key}", name) for key, name in names.items()}
-            run.init(project=names["PROJECT"], name=names["NAME"], config=config)
+                again["id"] = os.environ.get("WANDB_RUN_ID") or _run_id(out, done + repeated > 0)
+            run.init(project=project, name=name, config=config, **again)
 
     def log(self, record: dict[str, Any]) -> None:
         """Pass on a line of metrics.jsonl."""
@@ -57,6 +64,9 @@ class Trackers:
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, record["step"])
+        if self._repeated:
+            self._repeated -= 1
+            return
         for run in self._runs.values():
             run.log(values, step=record["step"])
 
@@ -75,8 +85,9 @@ class Recorder:
     ) -> None:
         if done:
             print(f"resuming after step {done} of {total}", file=sys.stderr)
-        self._metrics = _open_metrics(config.out / "metrics.jsonl", done)
-        self._trackers = Trackers(tracker_modules, config.out, config.model_dump(mode="json"), done)
+        self._metrics, repeated = _open_metrics(config.out / "metrics.jsonl", done)
+        settings = config.model_dump(mode="json")
+        self._trackers = Trackers(tracker_modules, config.out, settings, done, repeated)
         self._meter = Meter("train", total, "step", done)
         self._text = ""
 
@@ -115,14 +126,27 @@ def peak_memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _open_metrics(path: Path, done: int) -> Any:
-    """Open metrics.jsonl for appending, cut back to the steps that the checkpoint holds."""
-    kept = []
+def _run_id(out: Path, resumed: bool) -> str:
+    """Return the id of the wandb run of the training in `out`, a new one unless it is resumed."""
+    path = out / "tracker.json"
+    if resumed and path.exists():
+        return str(json.loads(path.read_text(encoding="utf-8"))["wandb"])
+    run_id = uuid.uuid4().hex
+    write_json_atomic(path, {"wandb": run_id})
+    return run_id
+
+
+def _open_metrics(path: Path, done: int) -> tuple[TextIO, int]:
+    """Open metrics.jsonl for appending, cut back to the steps that the checkpoint holds. Return it,
+    and how many records were cut off."""
+    kept, cut = [], 0
     if path.exists():
         # The last line may be torn by a kill; steps after the checkpoint are done again.
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             if json.loads(line)["step"] <= done:
                 kept.append(line + "\n")
+            else:
+                cut += 1
     with atomic_file(path) as file:
         file.write("".join(kept))
-    return path.open("a", encoding="utf-8")
+    return path.open("a", encoding="utf-8"), cut

@@ -1,9 +1,11 @@
 """Serve folders as a small Hugging Face hub on this machine: real HTTP without a network.
 
-It has the part of the hub's API that downloads of models and datasets use. A request for a missing
-repository gets the same answer as from the real hub, with its X-Error-Code.
+It has the part of the hub's API that downloads of models and datasets use, and uploads of small
+files. A request for a missing repository gets the same answer as from the real hub, with its
+X-Error-Code.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -11,12 +13,18 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+_LARGE = (".parquet", ".safetensors")
+
 
 class Hub:
     """The server, a context manager. A process with `environment(home)` uses it as its hub;
-    `served` lists the downloaded files as "repo/path"."""
+    `served` lists the downloaded files as "repo/path". With a folder `uploads` those that have the
+    token may make repositories in it; `private` says which are."""
 
-    def __init__(self):
+    token = "hf_of-these-tests"
+
+    def __init__(self, uploads=None):
+        self.uploads, self.private, self.large = uploads, {}, {}
         self.repos = {}  # (kind, name) -> {revision or commit: (commit, folder)}
         self.gated = set()
         self.served = []
@@ -96,10 +104,75 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self):
         self.do_GET()
 
+    def _body(self):
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
     def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-        is_json = "json" in self.headers.get("Content-Type", "")
-        self._answer(json.loads(body) if is_json else parse_qs(body))
+        body, path = self._body().decode(), urlsplit(self.path).path.strip("/")
+        parts = path.split("/")
+        if parts[:2] == ["api", "validate-yaml"]:
+            self._send({"errors": [], "warnings": []})
+        elif parts[:3] == ["api", "repos", "create"]:
+            self._create(json.loads(body))
+        elif parts[0] == "api" and parts[4:5] in (["preupload"], ["commit"]):
+            self._upload(f"{parts[1]}/{parts[2]}/{parts[3]}", parts[4], body)
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for thing in objects:
+                there = f"{self.hub.url}/lfs/{thing['oid']}"
+                thing["actions"] = {"upload": {"href": there}}
+            self._send({"transfer": "basic", "objects": objects})
+        else:
+            is_json = "json" in self.headers.get("Content-Type", "")
+            self._answer(json.loads(body) if is_json else parse_qs(body))
+
+    def do_PUT(self):
+        content = self._body()
+        self.hub.large[hashlib.sha256(content).hexdigest()] = content
+        self._send(b"")
+
+    def _may_write(self):
+        may = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+        if not may:
+            self._send({"error": "Invalid username or password."}, 401)
+        return may
+
+    def _create(self, asked):
+        if not self._may_write():
+            return
+        name = f"{asked.get('type', 'model')}s/{asked['organization']}/{asked['name']}"
+        if name in self.hub.private:
+            self._send({"error": "You already created this repo", "url": self.hub.url}, 409)
+            return
+        self.hub.private[name] = asked.get("private", asked.get("visibility") == "private")
+        (self.hub.uploads / name).mkdir(parents=True)
+        self._send({"url": f"{self.hub.url}/{name.removeprefix('models/')}"})
+
+    def _upload(self, name, action, body):
+        """Say how each file is to be sent, or take a commit: lines of a header and files."""
+        if not self._may_write():
+            return
+        if action == "preupload":
+            files = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(_LARGE) else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            self._send({"files": files})
+            return
+        for line in body.splitlines():
+            value = json.loads(line)["value"]
+            if "path" in value:
+                path = self.hub.uploads / name / value["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                large = "oid" in value
+                path.write_bytes(
+                    self.hub.large[value["oid"]] if large else base64.b64decode(value["content"])
+                )
+        self._send({"commitOid": "0" * 40, "commitUrl": f"{self.hub.url}/{name}/commit/0"})
 
     def do_GET(self):
         self._answer({})

@@ -59,7 +59,7 @@ test_two_nodes_make_the_rows_of_one_process: mpd-gen rollouts/rewrite --ray
 test_several_runs_are_compared: mpd-report PATHS
 test_the_same_run_gives_the_same_bytes: mpd-report --out
 test_seeds_are_run_apart_and_compared: mpd-rounds --seeds
-test_a_choice_of_one_token_is_greedy: mpd-gen rewrite --top-p --top-k
+test_a_choice_of_one_token_is_greedy: mpd-gen rewrite --top-p --top-k --min-p
 test_a_gpu_is_filled_as_told: mpd-gen rollouts/rewrite --gpu-memory-utilization
 test_answers_are_read_in_the_declared_formats_only: mpd-gen rollouts --answer-formats
 test_candidates_their_choice_and_their_seed: mpd-gen rewrite --num-candidates --choose --seed
@@ -68,7 +68,9 @@ test_checks_have_their_processes_and_their_time: mpd-gen rollouts --checker --ch
 test_each_rule_rejects_rewrites_of_a_round: mpd-gen rewrite --drafts --max-ratio --min-ratio
     --max-repetition
 test_hard_problems_get_the_room_they_are_given: mpd-gen rewrite --max-ratio-hard --min-ratio-hard
-test_greedy_by_each_of_three_ways: mpd-gen rollouts --temperature --top-p --top-k
+test_greedy_by_each_of_four_ways: mpd-gen rollouts --temperature --top-p --top-k --min-p
+test_penalties_are_the_engines: mpd-gen rollouts/rewrite --presence-penalty --repetition-penalty
+test_vllm_gets_its_own_arguments: mpd-gen rollouts/rewrite --engine-kwargs
 test_models_are_had_in_the_revision_that_is_asked_for: mpd-gen rollouts --revision; mpd-gen rewrite
     --revision; mpd-train --revision --teacher-revision
 test_overwrite_of_rewrites: mpd-gen rewrite --overwrite

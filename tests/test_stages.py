@@ -31,7 +31,7 @@ from mpd_data import rewrite_setup
 from mpd_data.cli import cli
 from mpd_data.common.errors import ConfigError, EngineError, MPDError
 from mpd_data.common.models import load_tokenizer, resolve_model
-from mpd_data.config import RewriteConfig, RolloutsConfig
+from mpd_data.config import EngineConfig, RewriteConfig, RolloutsConfig
 from mpd_data.dryrun.refilter import plan_refilter
 from mpd_data.dryrun.rewrite import plan_rewrite
 from mpd_data.prompts.budget import Budget
@@ -207,6 +207,9 @@ def test_answers_are_read_in_the_declared_formats_only(prompts, tmp_path, format
     assert ended["repetition"].is_between(0, 1, closed="left").all()
 
 
+ONE_TOKEN = [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}]
+
+
 @pytest.fixture(scope="module")
 def greedy():
     """Return a function that continues ids greedily, in transformers."""
@@ -223,10 +226,10 @@ def greedy():
 
 @pytest.mark.parametrize(
     "sampling",
-    [{"temperature": 0}, {"temperature": 2, "top_k": 1}, {"temperature": 2, "top_p": 1e-6}],
-    ids=["temperature", "top_k", "top_p"],
+    [{"temperature": 0}, *({"temperature": 2, **one} for one in ONE_TOKEN)],
+    ids=["temperature", *(next(iter(one)) for one in ONE_TOKEN)],
 )
-def test_greedy_by_each_of_three_ways(prompts, tmp_path, greedy, sampling):
+def test_greedy_by_each_of_four_ways(prompts, tmp_path, greedy, sampling):
     frame = sampled(prompts, tmp_path / "r", sampling={"max_tokens": 250, **sampling})
     for row in frame.to_dicts():
         assert row["completion_ids"] == greedy(row["prompt_ids"])
@@ -398,7 +401,7 @@ def test_rewrites_are_sampled_when_told(drafts, tmp_path, greedy_rewrites):
     assert sum(found[key] != rewrite for key, rewrite in greedy_rewrites.items()) > 6
 
 
-@pytest.mark.parametrize("one", [{"top_k": 1}, {"top_p": 1e-6}], ids=["top_k", "top_p"])
+@pytest.mark.parametrize("one", ONE_TOKEN, ids=[next(iter(one)) for one in ONE_TOKEN])
 def test_a_choice_of_one_token_is_greedy(drafts, tmp_path, greedy_rewrites, one):
     sampling = {"max_tokens": 200, "temperature": 2, **one}
     assert texts(rewritten(drafts, tmp_path / "r", sampling=sampling)) == greedy_rewrites
@@ -655,6 +658,53 @@ def test_the_engine_runs_as_it_is_told(stage, engines):
     assert config.cache_config.kv_cache_memory_bytes == 2**27
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_penalties_are_the_engines(prompts, drafts, tmp_path, name):
+    """Each changes most greedy texts."""
+    source, column = (prompts, "completion") if name == "rollouts" else (drafts, "rewrite")
+    found = {}
+    for told in ({}, {"presence_penalty": 2.0}, {"repetition_penalty": 3.0}):
+        out = tmp_path / f"r{len(found)}"
+        sampling = {"max_tokens": 100, "temperature": 0, **told}
+        frame = STAGES[name](source, out, sampling=sampling).sort("row_id")
+        found[str(told)] = frame[column].to_list()
+    plain, *others = found.values()
+    assert [
+        sum(a != b for a, b in zip(plain, o, strict=True)) > len(plain) / 2 for o in others
+    ] == [
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("penalty", [{"presence_penalty": 1.0}, {"repetition_penalty": 1.1}])
+def test_penalties_are_refused_where_there_are_none(prompts, tmp_path, penalty):
+    with pytest.raises(ValueError, match="the backend transformers has none"):
+        sampled(prompts, tmp_path, sampling=penalty, engine={"backend": "transformers"})
+
+
+def test_vllm_gets_its_own_arguments(prompts, tmp_path, stage, engines):
+    """Those that change the model belong to the round; those that do not may differ on resuming."""
+    stage(engine={**ENGINE, "engine_kwargs": {"block_size": 64, "calculate_kv_scales": False}})
+    (engine,) = engines
+    assert engine.llm_engine.vllm_config.cache_config.block_size == 64
+    stages = json.loads((tmp_path / "r" / "run.json").read_text())["stages"].values()
+    assert {"calculate_kv_scales": False} in [s["identity"].get("engine_kwargs") for s in stages]
+
+
+@pytest.mark.parametrize(
+    "engine, says",
+    [
+        ({"engine_kwargs": {"dtype": "half"}}, "dtype: use --dtype"),
+        ({"engine_kwargs": {"seed": 1}, "backend": "openai"}, "seed: use --seed"),
+        ({"engine_kwargs": {"quantization": "fp8"}, "backend": "openai"}, "the backend is openai"),
+    ],
+)
+def test_arguments_that_vllm_does_not_get_are_refused(engine, says):
+    with pytest.raises(ValueError, match=says):
+        EngineConfig(**engine)
+
+
 def test_the_engine_is_the_one_asked_for(stage, engines, tmp_path):
     assert stage(engine={**ENGINE, "backend": "transformers"}).height > 0
     stages = json.loads((tmp_path / "r" / "run.json").read_text())["stages"]
@@ -692,7 +742,7 @@ def test_a_pipeline_is_refused_on_a_cpu(stage):
 
 RUN = """
 import json, sys
-from mpd_data.config import RewriteConfig, RolloutsConfig
+from mpd_data.config import EngineConfig, RewriteConfig, RolloutsConfig
 from mpd_data.common.errors import MPDError
 from mpd_data.rewrite import run_rewrite
 from mpd_data.rollouts import run_rollouts

@@ -4,6 +4,7 @@ import json
 import sqlite3
 import sys
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -47,20 +48,42 @@ def test_trackio_holds_the_metrics(round_dir, tmp_path):
     with closing(sqlite3.connect(there / "mpd.db")) as database:
         asked = "select run_name, step, metrics from metrics order by id"
         found = database.execute(asked).fetchall()
-    assert {name for name, *_ in found} == {"run"}
+    assert [Path(name).name for name in {name for name, *_ in found}] == ["run"]
     assert [json.loads(values) | {"step": step} for _, step, values in found] == records
 
 
-def test_wandb_is_named_by_its_own_variables(tmp_path, monkeypatch):
+def test_trackers_are_named_by_their_own_variables(tmp_path, monkeypatch):
     begun = []
-    tracker = SimpleNamespace(init=lambda **settings: begun.append(settings))
-    names = [("mpd", "run"), ("team", "mine")]
-    for _ in names:
-        Trackers({"wandb": tracker}, tmp_path / "run", {}, 0)
-        Trackers({"trackio": tracker}, tmp_path / "run", {}, 0)
-        monkeypatch.setenv("WANDB_PROJECT", "team")
-        monkeypatch.setenv("WANDB_NAME", "mine")
-    assert [(s["project"], s["name"]) for s in begun] == [names[0], names[0], names[1], names[0]]
+    module = SimpleNamespace(init=lambda **settings: begun.append(settings))
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "runs" / "round1"
+    out.mkdir(parents=True)
+    for _ in range(2):
+        for tracker in ("wandb", "trackio"):
+            Trackers({tracker: module}, out, {}, 0, 0)
+        for name in ("WANDB", "TRACKIO"):
+            monkeypatch.setenv(f"{name}_PROJECT", f"team {name}")
+            monkeypatch.setenv(f"{name}_NAME", "mine")
+    named = [(s["project"], s["name"]) for s in begun]
+    default = ("mpd", "runs/round1")
+    assert named == [default, default, ("team WANDB", "mine"), ("team TRACKIO", "mine")]
+
+
+def test_a_resumed_training_goes_on_in_its_run(tmp_path):
+    begun, sent = [], []
+    module = SimpleNamespace(
+        init=lambda **settings: begun.append(settings),
+        log=lambda values, step: sent.append((step, values["loss"])),
+    )
+    records = [{"step": step, "loss": float(step)} for step in (1, 2, 2, 3)]
+    # Killed after three records, resumed after the first step; then begun anew in its place.
+    for done, repeated, todo in ((0, 0, records[:3]), (1, 2, records[1:]), (0, 0, records[:1])):
+        trackers = Trackers({"wandb": module}, tmp_path, {}, done, repeated)
+        for record in todo:
+            trackers.log(record)
+    assert sent == [(1, 1.0), (2, 2.0), (2, 2.0), (3, 3.0), (1, 1.0)]
+    first, resumed, anew = (settings["id"] for settings in begun)
+    assert first == resumed != anew
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])

@@ -69,9 +69,10 @@ def test_rows_do_not_depend_on_order_batch_or_company(engine, prompt_ids):
 
 def test_samples_follow_the_distribution(model, prompt_ids):
     """Frequencies of a token over 3,000 seeds against the exact probabilities after temperature,
-    top-k and top-p (chi-square)."""
+    top-k, top-p and min-p (chi-square)."""
     # Hotter than the settings allow: the student is sure of most tokens.
-    settings = SamplingConfig.model_construct(max_tokens=1, temperature=6.0, top_k=12, top_p=0.97)
+    given = {"max_tokens": 1, "temperature": 6.0, "top_k": 12, "top_p": 0.97, "min_p": 0.041}
+    settings = SamplingConfig.model_construct(**given)
     n = 3000
     engine = start(max_num_seqs=500)
     for seed in range(n):
@@ -81,7 +82,7 @@ def test_samples_follow_the_distribution(model, prompt_ids):
         counts[result.token_ids[0]] += 1
     with torch.no_grad():
         logits = model(torch.tensor([prompt_ids[0]])).logits[0, -1].double()
-    exact = _kept(logits / 6.0, top_k=12, top_p=0.97)
+    exact = _kept(logits / 6.0, top_k=12, top_p=0.97, min_p=0.041)
     assert (counts[exact == 0] == 0).all()
     expected = n * exact[exact > 0]
     assert len(expected) >= 8
@@ -90,12 +91,12 @@ def test_samples_follow_the_distribution(model, prompt_ids):
     assert statistic < len(expected) + 4 * np.sqrt(2 * len(expected))
 
 
-def _kept(logits, top_k, top_p):
-    """Probabilities after top-k, then top-p of what is left."""
+def _kept(logits, top_k, top_p, min_p):
+    """Probabilities after top-k, then top-p of what is left, then min-p."""
     probabilities = logits.softmax(-1).numpy()
     order = np.argsort(-probabilities)[:top_k]
     kept = probabilities[order] / probabilities[order].sum()
-    inside = np.cumsum(kept) - kept < top_p
+    inside = (np.cumsum(kept) - kept < top_p) & (kept >= min_p * kept[0])
     exact = np.zeros_like(probabilities)
     exact[order[inside]] = kept[inside] / kept[inside].sum()
     return exact

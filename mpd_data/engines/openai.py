@@ -166,10 +166,10 @@ class OpenAIEngine:
             "seed": seed,
             "return_token_ids": True,
             "skip_special_tokens": False,
-            # A server's defaults come from the model's generation config.
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
+            # All are sent: a server's defaults come from the model's generation config.
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "presence_penalty": sampling.presence_penalty,
             "frequency_penalty": 0.0,
         }
         choice = await self._complete(prompt_ids, settings)

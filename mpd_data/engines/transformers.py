@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
+    MinPLogitsWarper,
     StoppingCriteria,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -220,7 +221,7 @@ def _adapted(base: Any, model: ModelFiles) -> Any:
 
 
 class _SeededSampler(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
-    """Choose each row's next token by a random number of its own: temperature, top-k and top-p,
+    """Choose each row's next token by a random number of its own: temperature, top-k, top-p, min-p,
     then the inverse of the cumulative distribution at a number that the row's seed and the token's
     position determine (Philox). All other tokens get -inf."""
 
@@ -233,6 +234,8 @@ class _SeededSampler(LogitsProcessor):  # type: ignore[misc]  # transformers is 
             self._filters.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
             self._filters.append(TopPLogitsWarper(sampling.top_p))
+        if sampling.min_p > 0:
+            self._filters.append(MinPLogitsWarper(sampling.min_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores [B, V] -> the same, -inf but for the chosen token of each row."""

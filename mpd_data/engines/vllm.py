@@ -110,7 +110,7 @@ class VLLMEngine:
             with warnings.catch_warnings():
                 # vLLM's own use of torch, nothing that our users could change.
                 warnings.simplefilter("ignore", FutureWarning)
-                llm = LLM(str(model.path), **settings)
+                llm = LLM(str(model.path), **(settings | config.engine_kwargs))
             self._adapter = None if model.adapter is None else _load(llm, model.adapter)
         except (VLLMError, ValueError, RuntimeError, OSError) as error:
             advice = f" {_NO_FLOAT32}" if float32_quantised else ""
@@ -139,6 +139,9 @@ class VLLMEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            presence_penalty=sampling.presence_penalty,
+            repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_tokens,
             seed=seed,
             detokenize=False,

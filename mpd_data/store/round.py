@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mpd_data.common.errors import DataError
+from mpd_data.store.card import update_card
 from mpd_data.store.keys import KeySet, Packed
 from mpd_data.store.locks import WHOLE, Part, part_lock, short_lock
 from mpd_data.store.manifest import read_manifest, write_manifest
@@ -29,6 +30,9 @@ from mpd_data.store.shards import (
     read_keys,
     unique_keys,
 )
+
+# What others need of a round. errors/ and the reports of processes stay here.
+PUBLISHED = ("README.md", "run.json", "*.manifest.jsonl", "*/part-*.parquet")
 
 # The settings of rewrites that --refilter changes.
 REFILTERED = ("filters", "choose")
@@ -100,15 +104,20 @@ class RoundDir:
 
     def claim(self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any]) -> None:
         """Record in run.json what determines the rows of `stage` (`identity`) and what is good to
-        know about it (`details`). Raise ConfigError like `check`."""
+        know about it (`details`), and write the round's README.md. Raise ConfigError like
+        `check`."""
         with short_lock(self.path):
             saved = self.check(stage, identity, details)
             if saved is not None and saved["details"] == details:
                 return
-            info = {**self.run_info(), "schema_version": SCHEMA_VERSION}
+            info = self.run_info()
+            old = info.get("stages", {})
             entry = {**(saved or {}), "identity": dict(identity), "details": dict(details)}
-            info.setdefault("stages", {})[stage] = entry
-            write_record(self.path, "round", info)
+            new = {**old, stage: entry}
+            write_record(
+                self.path, "round", {**info, "schema_version": SCHEMA_VERSION, "stages": new}
+            )
+            update_card(self.path, old, new)
 
     def check(
         self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any]
@@ -159,10 +168,11 @@ class RoundDir:
             # The rows of a killed pass over the old rewrites would be taken for new ones.
             shutil.rmtree(scratch_of(self).path, ignore_errors=True)
         info = self.run_info()
-        for stage in stages:
-            info.get("stages", {}).pop(stage, None)
+        old = info.get("stages", {})
+        new = {stage: entry for stage, entry in old.items() if stage not in stages}
         if info:
-            write_record(self.path, "round", info)
+            write_record(self.path, "round", {**info, "stages": new})
+            update_card(self.path, old, new)
 
     @contextlib.contextmanager
     def lock(self, label: str = "round", part: Part = WHOLE) -> Iterator[None]:

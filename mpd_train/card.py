@@ -1,0 +1,86 @@
+"""The README.md of an exported model or adapter: its head, which the Hub reads, and how it was
+trained."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from mpd_data.common.files import atomic_file
+from mpd_data.common.models import ModelFiles
+from mpd_train.config import TrainConfig
+
+_TAG = "mixed-policy-distillation"
+
+
+def write_card(folder: Path, student: ModelFiles, config: TrainConfig) -> None:
+    """Write the card of the model, or the adapter, in `folder`. `student`: what was trained.
+
+    The base model and the licence are those that the student's own card declares, where it has one:
+    a student of a later round is a folder of an earlier one. A hub id is its own base.
+    """
+    own = _card_of(student.path)
+    is_folder = Path(student.name).is_dir()
+    data = ModelCardData(
+        base_model=own.base_model if is_folder and own else None if is_folder else student.name,
+        license=own.license if own else None,
+        library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
+        pipeline_tag="text-generation",
+        tags=[_TAG],
+    )
+    loss, optimizer = config.loss, config.optimizer
+    length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epochs"
+    facts = {
+        "Student": Path(student.name).name if is_folder else student.name,
+        "Rounds of data": len(config.shards),
+        "Loss": f"{loss.divergence}, {loss.ce_weight:g} of cross-entropy",
+        "Training": f"{length}, learning rate {optimizer.learning_rate:g}, seed {config.seed}",
+    }
+    text = "\n".join(f"* {name}: {value}" for name, value in facts.items())
+    card = ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n# {folder.parent.name}\n\n"
+        "A student of Mixed-Policy Distillation (arXiv:2605.08776): it learns shorter traces from a"
+        f" teacher's rewrites of its own.\n\n{text}\n"
+    )
+    card.save(folder / "README.md")
+
+
+def _card_of(model: Path) -> ModelCardData | None:
+    """Return the head of a model folder's README.md; None where there is none that can be read."""
+    path = model / "README.md"
+    if not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data
+    except ValueError:  # no YAML, or no text
+        return None
+
+
+def add_results(folder: Path, name: str, results: dict[str, dict[str, Any]]) -> None:
+    """Write a model's results into its card in `folder`, as the model `name`.
+
+    `results`: what `mpd_data.inspect.compare.evaluate` returns, by evaluation set. A card that is
+    not there, or has another head than ours, is left alone.
+    """
+    path = folder / "README.md"
+    data = _card_of(folder)
+    if data is None or _TAG not in (data.tags or []):
+        return
+    card = ModelCard.load(path)
+    card.data.model_name = name
+    card.data.eval_results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=chosen,
+            dataset_name=chosen,
+            metric_type=metric,
+            metric_name=f"{metric}, 95% interval {low:.4g} to {high:.4g}",
+            metric_value=round(result[metric], 4),
+        )
+        for chosen, result in results.items()
+        for metric in ("accuracy", "mean_tokens")
+        if result[metric] is not None and (interval := result[f"{metric}_interval"])
+        for low, high in [interval]
+    ]
+    with atomic_file(path) as file:
+        file.write(str(card))
