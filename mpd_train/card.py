@@ -51,9 +51,10 @@ def _card_of(model: Path) -> ModelCardData | None:
     if not path.is_file():
         return None
     try:
-        return ModelCard.load(path, ignore_metadata_errors=True).data
+        data: ModelCardData = ModelCard.load(path, ignore_metadata_errors=True).data
     except ValueError:  # no YAML, or no text
         return None
+    return data
 
 
 def add_results(folder: Path, name: str, results: dict[str, dict[str, Any]]) -> None:

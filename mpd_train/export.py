@@ -21,17 +21,21 @@ from mpd_data.common.weights import model_files, stored_tensors
 from mpd_data.dryrun.show import size_text
 from mpd_data.store.run_record import require_kind
 from mpd_train import checkpoint
+from mpd_train.card import write_card
 from mpd_train.config import TrainConfig
 from mpd_train.model import lora
 from mpd_train.model.causal_lm import CausalLM
 from mpd_train.model.loading import load_student
 
 
-def export(student: CausalLM, out: Path) -> None:
-    """Write `out`/model, and `out`/adapter if adapters were trained; they are merged in place."""
+def export(student: CausalLM, out: Path, config: TrainConfig) -> None:
+    """Write `out`/model, and `out`/adapter if adapters were trained; they are merged in place. Each
+    has a card that says how `config` trained it."""
     if student.adapted is not None:
         lora.save_and_merge(student.adapted, out / "adapter")
+        write_card(out / "adapter", student.files, config)
     _write_model(student, out / "model")
+    write_card(out / "model", student.files, config)
 
 
 def export_checkpoint(given: Path, out: Path, student: str | None = None) -> Path:
@@ -54,7 +58,7 @@ def export_checkpoint(given: Path, out: Path, student: str | None = None) -> Pat
     with atomic_folder(out) as staging:
         loaded = load_student(config, files, torch.device("cpu"), None)
         checkpoint.load_weights(chosen, loaded.model)
-        export(loaded, staging)
+        export(loaded, staging, config)
     return chosen
 
 

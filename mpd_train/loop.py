@@ -283,7 +283,7 @@ def _export(config: TrainConfig, student: CausalLM, ranks: Ranks) -> None:
         gather(student.model, like.model, ranks)
         student = like
     if ranks.first:
-        export(student, config.out)
+        export(student, config.out, config)
         _delete_checkpoints(config.out)
     ranks.wait()
 

@@ -26,7 +26,7 @@ def push(folder: Path, repository: str, patterns: list[str], is_dataset: bool, p
             allow_patterns=patterns,
             commit_message=f"Upload {folder.name} with mixed-policy-distillation",
         )
-    except (*hub_failures(), ValueError) as error:
+    except hub_failures() as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise ConfigError(
             f"{folder}: cannot be pushed to {repository} ({reason}). Log in with `hf auth login`,"
