@@ -6,6 +6,7 @@ tokens. And text that is tokenised alone may begin with a space that nobody wrot
 Llama 2 kind put one before every text that they are given, and take it away when they decode.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -16,8 +17,8 @@ OPEN, CLOSE = "<think>", "</think>"
 
 # So many tokens before a text decide how it is decoded and tokenised.
 _CONTEXT = 16
-# Stands in decoded text for bytes that are no whole character.
-_BROKEN = "\ufffd"
+# Spells a byte, though some tokenizers mark it special.
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Stand in turns for what people and models write there; no template has these words.
 _ASKED, _ANSWERED, _NEXT = "Mpdasked", "Mpdanswered", "Mpdnext"
 
@@ -56,12 +57,10 @@ class Spelling:
     def place(self, before: Sequence[int], text: str) -> Placed | None:
         """Return the tokens of `text` after the ids `before`, which stay as they are.
 
-        They decode to exactly this text there. Return None where no tokens do: the tokenizer's
-        normaliser changes the text, or it has a character that could not be decoded. The spaces of
-        a tokenizer that joins its tokens with spaces are not compared.
+        They decode to exactly this text there. Return None where no tokens do, as where the
+        tokenizer's normaliser changes the text. The spaces of a tokenizer that joins its tokens
+        with spaces are not compared.
         """
-        if _BROKEN in text:
-            return None
         # Most tokenizers need no context. Others take a space for granted where a text begins, or
         # after a special token; behind a line break or a letter they do not.
         for context in ("", self._decode(before[-_CONTEXT:]), "\n", "x"):
@@ -96,7 +95,7 @@ class Spelling:
 def control_tokens(tokenizer: Any) -> dict[int, str]:
     """Return the ids and texts of all tokens that a model obeys: those that the tokenizer marks
     special or names, and other added tokens in brackets that the chat template lays out turns with,
-    as DeepSeek's do. The marks of a thinking part are none."""
+    as DeepSeek's do. The marks of a thinking part are none, nor are tokens that spell a byte."""
     added = tokenizer.added_tokens_decoder
     tokens = {i: token.content for i, token in added.items() if token.special}
     tokens |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
@@ -107,7 +106,7 @@ def control_tokens(tokenizer: Any) -> dict[int, str]:
         word = added[i].content.strip()
         if word not in (OPEN, CLOSE) and word[:1] in tuple("<[{") and word[-1:] in tuple(">]}"):
             tokens[i] = added[i].content
-    return tokens
+    return {i: text for i, text in tokens.items() if not _BYTE.fullmatch(text)}
 
 
 @dataclass(frozen=True)
@@ -210,12 +209,12 @@ def _lead(tokenizer: Any, spelling: Spelling, whole: str) -> str:
     begun = _layout(tokenizer, _ASKED, begin=True)
     if begun is None or not whole.startswith(begun):
         return ""
-    lead, found, _ = whole[len(begun) :].partition(_ANSWERED)
-    if found and not lead:
+    lead = whole[len(begun) :].partition(_ANSWERED)[0]
+    if not lead:
         ids, before = spelling.encode(whole), spelling.encode(begun)
         if ids[: len(before)] == before:
             lead = spelling.decode(ids[len(before) :], before).partition(_ANSWERED)[0]
-    return lead if found and lead.isspace() else ""
+    return "" if lead.strip(" ") else lead
 
 
 def _layout(tokenizer: Any, *turns: str, begin: bool = False) -> str | None:
