@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, rows, run
+from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, edit_rows, invoke, rows
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -18,6 +18,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from mpd_data.cli import cli
 from mpd_data.common.models import load_tokenizer, resolve_model
 from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.special import Spelling, control_tokens, turn_of
@@ -310,26 +311,47 @@ def renamed(tmp_path_factory):
     return folder
 
 
-def test_a_base_models_end_is_told_first_and_all_stop_at_the_templates(renamed, tmp_path):
+def test_a_base_models_end_is_told_first_and_all_stop_at_the_templates(renamed, tmp_path, capfd):
+    def said(*arguments):
+        assert invoke(cli, *arguments) == 0
+        found = capfd.readouterr()
+        return found.out + found.err
+
     out, told = tmp_path / "r", "ends a turn with '<|im_end|>'"
     sampling = ("rollouts", "--model", renamed / "student", "--prompts", renamed / "p.jsonl")
     sampling += ("--out", out, "--id-column", "id", "--answer-column", "answer", *ENGINE)
     sampling += ("--max-tokens", 300)
-    assert told in run("mpd-gen", *sampling, "--dry-run").stdout
-    assert run("mpd-gen", *sampling).stderr.count(told) == 1
+    assert told in said(*sampling, "--dry-run")
+    assert said(*sampling).count(told) == 1
     assert rows(out)["finish_reason"].to_list() == ["stop"] * 3
     assert rows(out)["completion_ids"].list.last().to_list() == [2] * 3
     rewriting = ("rewrite", "--teacher", renamed / "teacher", "--shards", out, *ENGINE)
     rewriting += ("--template", TEMPLATE, "--score-context", "rewrite", "--max-tokens", 200)
-    assert told in run("mpd-gen", *rewriting, "--dry-run").stdout
-    run("mpd-gen", *rewriting)
+    assert told in said(*rewriting, "--dry-run")
+    assert said(*rewriting).count(told) == 1
     kept = [row for row in rows(out, "distill").iter_rows(named=True) if row["status"] == "ok"]
     assert kept
     for row in kept:
         assert row["input_ids"][-1] == 2
         assert row["topk_ids"][-64] == 2  # the teacher's best for the last position
-    assert run("mpd-gen", "validate", out).stdout.endswith("sound\n")
+    assert said("validate", out).endswith("sound\n")
     made = ("init", tmp_path / "my", "--student", renamed / "student")
     made += ("--teacher", renamed / "teacher", "--prompts", renamed / "p.jsonl")
-    found = run("mpd-gen", *made)
-    assert f"{renamed / 'student'}: its chat template {told}" in found.stdout + found.stderr
+    assert f"{renamed / 'student'}: its chat template {told}" in said(*made)
+
+
+def test_a_draft_that_is_its_own_rewrite_may_end_as_it_was_sampled(renamed, tmp_path):
+    out = tmp_path / "r"
+    sampling = ("rollouts", "--model", renamed / "student", "--prompts", renamed / "p.jsonl")
+    invoke(cli, *sampling, "--out", out, "--id-column", "id", "--max-tokens", 300, *ENGINE)
+
+    def end_otherwise(row):
+        row["completion_ids"][-1] = 0
+
+    edit_rows(out, "rollouts", end_otherwise)
+    (out / "rollouts.manifest.jsonl").unlink()
+    drafts = ("rewrite", "--teacher", renamed / "teacher", "--shards", out, *ENGINE)
+    invoke(cli, *drafts, "--template", "draft", "--score-context", "problem", "--max-tokens", 200)
+    kept = rows(out, "distill").filter(status="ok")
+    assert kept["input_ids"].list.last().to_list() == [0] * 3
+    invoke(cli, "validate", out)
