@@ -91,7 +91,7 @@ def pocket_rewrites(count: int, seed: int = 0) -> list[Rewrite]:
         _, prompt_ids = chat.render(problem.text)
         route = rng.choice(sorted(ROUTES[problem.family]))
         for kind, text in pocket_traces(problem, route).items():
-            ids = [*chat.encode(text), tokenizer.eos_token_id]
+            ids = [*chat.spelling.encode(text), tokenizer.eos_token_id]
             key, answer = f"{number} {kind}", str(problem.answer)
             found.append(Rewrite(key, kind, kind == "working", prompt_ids, ids, answer))
     return found

@@ -132,10 +132,6 @@ class RewriteJob:
     _groups: dict[str, Group] = field(default_factory=dict)
 
     @functools.cached_property
-    def _control_ids(self) -> set[int]:
-        return set(self.prepared.tokenizer.all_special_ids)
-
-    @functools.cached_property
     def _thinking(self) -> ThinkingCounter:
         return ThinkingCounter(self.prepared.tokenizer)
 
@@ -221,26 +217,20 @@ class RewriteJob:
         rollout, prepared = group.rollout, self.prepared
         stopped = completion.finish_reason == "stop"
         visible = completion.token_ids[:-1] if stopped else completion.token_ids
-        row["rewrite"] = prepared.tokenizer.decode(visible, skip_special_tokens=False)
+        row["rewrite"] = prepared.teacher_turn.read(visible, group.teacher_prompt_ids)
         row["rewrite_finish_reason"] = completion.finish_reason
         if not stopped:
             row["status"] = "truncated"
             return None
         trace = prepared.template.trace_of(row["rewrite"], thinks(rollout))
-        if trace is None or OMISSION.strip() in trace:
+        written = None
+        if trace is not None and OMISSION.strip() not in trace:
+            written = prepared.turn.write(rollout["prompt"], rollout["prompt_ids"], trace)
+        if written is None:
             row["status"] = "malformed"
             return None
-        rest = trace
-        if rollout["prompt"].rstrip().endswith("<think>"):
-            # This chat template opens the thinking in the prompt, so the trace begins after it.
-            rest = trace.removeprefix("<think>").lstrip()
-        ids = [*prepared.writing.encode(rest), prepared.student["eos_token_id"]]
-        if self._control_ids & set(ids[:-1]):
-            # The teacher wrote a control token as text; as an id it would end or restart the turn.
-            row["status"] = "malformed"
-            return None
-        row |= self._trace_columns(rollout, rest, ids)
-        row["draft_overlap"] = overlap(group.draft_ids, ids)
+        row |= self._trace_columns(rollout, *written)
+        row["draft_overlap"] = overlap(group.draft_ids, written[1])
         if self.prepared.config.score_context != "problem":
             row["teacher_prompt_ids"] = group.teacher_prompt_ids
         return trace

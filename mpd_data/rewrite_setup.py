@@ -17,6 +17,7 @@ from mpd_data.common.models import (
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.start import context_of
 from mpd_data.prompts.chat import ChatFormatter
+from mpd_data.prompts.special import CLOSE, OPEN, Turn, turn_of
 from mpd_data.prompts.template import RewriteTemplate, load_template
 from mpd_data.select.student import choosing_student
 from mpd_data.stage import model_of, refuse_half_refiltered
@@ -34,9 +35,9 @@ ROLLOUT_COLUMNS = [
 
 def thinks(rollout: dict[str, Any]) -> bool:
     """Return whether a rollout has a thinking part, or was cut off in it."""
-    begun = "<think>" in rollout["completion"] or rollout["prompt"].rstrip().endswith("<think>")
+    begun = OPEN in rollout["completion"] or rollout["prompt"].rstrip().endswith(OPEN)
     cut_off = rollout["finish_reason"] == "length"
-    return "</think>" in rollout["completion"] or (begun and cut_off)
+    return CLOSE in rollout["completion"] or (begun and cut_off)
 
 
 # Stands in a rewrite prompt where the middle of the draft is left out.
@@ -57,14 +58,16 @@ class Asked:
 @dataclass(frozen=True)
 class RewriteSetup:
     """What a run knows before it starts an engine. A dry run has the same without weights.
-    `student` is the rollouts' metadata; `k` log-probabilities are stored for each token;
-    `vocab_size` is the student's."""
+    `student` is the rollouts' metadata; `turn` is the student's; `k` log-probabilities are stored
+    for each token; `vocab_size` is the student's."""
 
     config: RewriteConfig
     student: dict[str, Any]
     template: RewriteTemplate
     teacher: ModelFiles
     tokenizer: Any
+    turn: Turn
+    teacher_turn: Turn
     writing: ChatFormatter
     scoring: ChatFormatter
     context: int
@@ -94,7 +97,9 @@ class RewriteSetup:
             "round": student["round"],
             "tokenizer": student["tokenizer"],
             "vocab_size": self.vocab_size,
-            "eos_token_id": student["eos_token_id"],
+            "eos_token_id": self.turn.end_id,
+            # A draft that is its own rewrite ends as it was sampled.
+            "end_ids": [self.turn.end_id] if template.asks else self.turn.stop_ids,
             "score_temperature": 1.0,
             "backend": self.config.engine.backend,
             **provenance(),
@@ -106,7 +111,7 @@ class RewriteSetup:
         text, prompt_ids = self.writing.render(message)
         scored = self.scoring.layout(message)
         # Both are often the same text, and tokenising is the slow part.
-        scoring_ids = prompt_ids if scored == text else self.scoring.encode(scored)
+        scoring_ids = prompt_ids if scored == text else self.scoring.spelling.encode(scored)
         return Asked(text, prompt_ids, scoring_ids, list(draft_ids))
 
     def takes_parts(self, rollout: dict[str, Any]) -> bool:
@@ -120,7 +125,7 @@ class RewriteSetup:
         draft. Raise PromptError where it cannot be used."""
         ids, shown = rollout["completion_ids"], len(rollout["completion_ids"])
         while shown > 0:
-            asked = self._show(rollout["problem"], ids, shown)
+            asked = self._show(rollout, ids, shown)
             needed = len(asked.prompt_ids) + self.config.sampling.max_tokens
             if needed <= self.context:
                 return asked
@@ -130,17 +135,18 @@ class RewriteSetup:
             shown -= needed - self.context
         return None
 
-    def _show(self, problem: str, ids: list[int], count: int) -> Asked:
+    def _show(self, rollout: dict[str, Any], ids: list[int], count: int) -> Asked:
         """Render the rewrite prompt with `count` tokens of the draft `ids`, from both ends."""
         parts = [ids]
         if count < len(ids):
             parts = [ids[: (count + 1) // 2], ids[len(ids) - count // 2 :]]
-        # The teacher would obey control tokens that the student sampled.
-        texts = [self.tokenizer.decode(part, skip_special_tokens=True) for part in parts]
+        texts = [self.turn.shown(part, rollout["prompt_ids"]) for part in parts]
+        # A cut may divide a character of several tokens, and so may the limit of a draft.
         if len(texts) == 2:
-            # A cut may divide a character of several tokens.
             texts = [texts[0].rstrip("\ufffd"), texts[1].lstrip("\ufffd")]
-        return self.ask(problem, OMISSION.join(texts), list(itertools.chain(*parts)))
+        if rollout["finish_reason"] == "length":
+            texts[-1] = texts[-1].rstrip("\ufffd")
+        return self.ask(rollout["problem"], OMISSION.join(texts), list(itertools.chain(*parts)))
 
 
 def setup(
@@ -210,6 +216,8 @@ def setup(
         sizes.append(trained.vocab_size)
     vocab_size = min(sizes)
     k = min(config.num_logprobs, vocab_size)
+    teacher_turn = turn_of(teacher, tokenizer, code)
+    turn = teacher_turn.recorded(student, chat_template_hash(tokenizer))
     row_identity = {
         "teacher": teacher.identity(),
         "template": template.hash(),
@@ -232,9 +240,11 @@ def setup(
         # It decides which rows are too_long.
         "max_model_len": context,
     }
+    if turn.end_id != student["eos_token_id"]:
+        identity["eos_token_id"] = turn.end_id
     if not weights and not overwrite:
         round_dir.check("distill", identity, {})
     return RewriteSetup(
-        config, student, template, teacher, tokenizer, writing, scoring, context, vocab_size, k,
-        row_identity, identity,
+        config, student, template, teacher, tokenizer, turn, teacher_turn, writing, scoring,
+        context, vocab_size, k, row_identity, identity,
     )  # fmt: skip

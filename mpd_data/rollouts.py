@@ -26,6 +26,7 @@ from mpd_data.engines.start import context_of, start_engine
 from mpd_data.prompts.budget import Budget, budget_of
 from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.reader import Prompt, choose_prompts, fill_prompt, load_examples, load_prompts
+from mpd_data.prompts.special import Turn, turn_of
 from mpd_data.prompts.thinking import ThinkingCounter
 from mpd_data.prompts.values import written
 from mpd_data.stage import CheckedRun, Outcome, model_of, open_round, open_run
@@ -67,6 +68,7 @@ class RolloutSetup:
     model: ModelFiles
     tokenizer: Any
     formatter: ChatFormatter
+    turn: Turn
     context: int
     budget: Budget | None
     row_identity: dict[str, Any]
@@ -79,6 +81,7 @@ class RolloutSetup:
             "model": {"name": self.config.model, **self.model.identity()},
             "vocab_size": self.model.vocab_size,
             "eos_token_id": self.tokenizer.eos_token_id,
+            "turn": self.turn.record(),
             "backend": self.config.engine.backend,
             **provenance(),
         }
@@ -177,8 +180,9 @@ def setup(
         "tokenizer": tokenizer_hash(tokenizer),
     }
     context = context_of(model, config.engine, config.trust_remote_code)
+    turn = turn_of(model, tokenizer, config.trust_remote_code)
     prepared = RolloutSetup(
-        config, chosen, model, tokenizer, formatter, context, budget, row_identity, identity
+        config, chosen, model, tokenizer, formatter, turn, context, budget, row_identity, identity
     )
     if not weights and not overwrite:
         round_dir.check("rollouts", identity, prepared.details())
@@ -279,12 +283,12 @@ class RolloutJob:
             self._begun.pop(row_id, None)
             self._fail(request, str(error))
 
-    def _must_answer(self, result: Completion) -> bool:
+    def _must_answer(self, request: Request, result: Completion) -> bool:
         """Whether a completion has ended at the token budget. Its rest is then to be submitted."""
         budget = self.prepared.budget
         if budget is None or result.finish_reason == "stop" or result.key in self._begun:
             return False
-        text = self.prepared.tokenizer.decode(result.token_ids, skip_special_tokens=False)
+        text = self.prepared.turn.read(result.token_ids, request.ids)
         self._begun[result.key] = budget.continuation(result.token_ids, text)
         return True
 
@@ -301,14 +305,14 @@ class RolloutJob:
             self._fail(request, result.message)
             return
         assert isinstance(result, Completion)
-        if self._must_answer(result):
+        if self._must_answer(request, result):
             self._submit(request)
             return
         token_ids = self._begun.pop(result.key, []) + list(result.token_ids)
         stopped = result.finish_reason == "stop"
         # The loss needs the end token among the ids; people do not need it in the text.
         visible = token_ids[:-1] if stopped else token_ids
-        completion = self.prepared.tokenizer.decode(visible, skip_special_tokens=False)
+        completion = self.prepared.turn.read(visible, request.ids)
         prompt = request.prompt
         metadata, gold = written(prompt.metadata), None if prompt.unreadable else prompt.answer
         row = {

@@ -5,7 +5,7 @@ from collections import Counter
 
 from mpd_data.config import RewriteConfig
 from mpd_data.dryrun.plan import StagePlan, distill_bytes, make_plan
-from mpd_data.engines.start import server_notes
+from mpd_data.engines.start import notes_of
 from mpd_data.select.filters import settle
 from mpd_data.select.pass_rates import PassRates
 from mpd_data.select.refilter import changed_rules, check_refilter, require_teacher
@@ -74,5 +74,5 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
             },
         },
         notes=["The existing rewrites were chosen by these rules."] * is_finished
-        + (server_notes(config.engine) if unscored else []),
+        + (notes_of(config.engine) if unscored else []),
     )

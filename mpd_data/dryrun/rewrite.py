@@ -7,7 +7,7 @@ from typing import Any
 
 from mpd_data.dryrun.learned import Learned, learn
 from mpd_data.dryrun.plan import Lengths, Shown, StagePlan, distill_bytes, make_plan
-from mpd_data.engines.start import server_notes
+from mpd_data.engines.start import notes_of
 from mpd_data.prompts.chat import PromptError
 from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, RewriteSetup, thinks
 from mpd_data.select.pass_rates import PassRates
@@ -83,7 +83,7 @@ def plan_rewrite(
             contexts += len(request.teacher_prompt_ids)
         longest = int(config.filters.largest_ratio * rollout["num_completion_tokens"])
         kept_at_most += min(longest, config.sampling.max_tokens)
-    notes, refusal = server_notes(config.engine), None
+    notes, refusal = notes_of(config.engine, setup.teacher_turn), None
     if config.student_option is not None:
         notes.append(
             "The student judges the rewrites afterwards. The plan leaves out its time, and the disk"

@@ -5,7 +5,7 @@ from array import array
 from mpd_data.checkers.gold import unreadable_answers
 from mpd_data.dryrun.learned import Learned, learn
 from mpd_data.dryrun.plan import Lengths, Shown, StagePlan, make_plan, rollout_bytes
-from mpd_data.engines.start import server_notes
+from mpd_data.engines.start import notes_of
 from mpd_data.prompts.chat import PromptError
 from mpd_data.rollouts import RolloutSetup
 from mpd_data.store.keys import KeySet
@@ -67,5 +67,5 @@ def plan_rollouts(
             "context": setup.context,
             "longest prompt + completion": max(lengths, default=0) + config.sampling.max_tokens,
         },
-        notes=[*([unreadable] if unreadable else []), *server_notes(config.engine)],
+        notes=[*([unreadable] if unreadable else []), *notes_of(config.engine, setup.turn)],
     )

@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from mpd_data.common.errors import EngineError, requires
-from mpd_data.common.models import ModelFiles, end_tokens, load_tokenizer
+from mpd_data.common.models import ModelFiles, load_tokenizer
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, require_room
+from mpd_data.prompts.special import Spelling, turn_of
 
 with requires("openai", "--backend openai"):
     import httpx
@@ -70,7 +71,7 @@ class OpenAIEngine:
         self._max_logprobs = max_logprobs
         self._key = _api_key()
         tokenizer = load_tokenizer(model, trust_remote_code)
-        self._end_ids = end_tokens(model, tokenizer, trust_remote_code)
+        self._end_ids = turn_of(model, tokenizer, trust_remote_code).stop_ids
         self.in_flight = 0
         self._finished: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
         self._failure: BaseException | None = None
@@ -166,6 +167,7 @@ class OpenAIEngine:
             "seed": seed,
             "return_token_ids": True,
             "skip_special_tokens": False,
+            "stop_token_ids": self._end_ids,
             # All are sent: a server's defaults come from the model's generation config.
             "min_p": sampling.min_p,
             "repetition_penalty": sampling.repetition_penalty,
@@ -324,8 +326,9 @@ class OpenAIEngine:
             # A text of tokens from all over the vocabulary.
             size = len(tokenizer)
             some = list(range(0, size, max(1, size // _PROBED_IDS)))
-            text = tokenizer.decode(some, skip_special_tokens=False)
-            ids = tokenizer.encode(text, add_special_tokens=False)
+            spelling = Spelling(tokenizer)
+            text = spelling.decode(some)
+            ids = spelling.encode(text)
             await self._compare_tokenizer(text, ids)
             await self._try_scoring(ids[:8])
         except RequestError as error:

@@ -1,10 +1,13 @@
 """Check an engine's settings and start it."""
 
+import sys
+
 from mpd_data.common.errors import ConfigError
-from mpd_data.common.models import ModelFiles
+from mpd_data.common.models import ModelFiles, load_tokenizer
 from mpd_data.common.weights import require_whole
 from mpd_data.config import EngineConfig
 from mpd_data.engines.protocol import Engine
+from mpd_data.prompts.special import Turn, turn_of
 
 # Settings that a server was started with, so that they cannot be given here.
 _SERVER_SETTINGS = (
@@ -52,19 +55,27 @@ def _check_server_settings(config: EngineConfig) -> None:
             )
 
 
-def server_notes(config: EngineConfig) -> list[str]:
-    """Return what a dry run cannot know of a stage whose model a server runs."""
-    if config.backend != "openai":
-        return []
-    return [f"{config.base_url} was not contacted; the run will check that it serves the model."]
+def notes_of(config: EngineConfig, turn: Turn | None = None) -> list[str]:
+    """Return what a dry run says of an engine: what the run will say of its model's `turn`, and
+    what cannot be known where a server runs the model."""
+    notes = [] if turn is None or turn.note is None else [turn.note]
+    if config.backend == "openai":
+        notes.append(
+            f"{config.base_url} was not contacted; the run will check that it serves the model."
+        )
+    return notes
 
 
 def start_engine(
     model: ModelFiles, config: EngineConfig, trust_remote_code: bool = False, max_logprobs: int = 1
 ) -> Engine:
     """Return the engine that `config` names, with `model` loaded. `max_logprobs`: the largest K of
-    its scores. Raise EngineError where it cannot start, ConfigError like `context_of`."""
+    its scores. Say on stderr what must be known of the model's turns. Raise EngineError where it
+    cannot start, ConfigError like `context_of`."""
     context = context_of(model, config, trust_remote_code)
+    turn = turn_of(model, load_tokenizer(model, trust_remote_code), trust_remote_code)
+    if turn.note is not None:
+        print(turn.note, file=sys.stderr)
     if config.backend == "transformers":
         from mpd_data.engines.transformers import TransformersEngine
 

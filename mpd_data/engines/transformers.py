@@ -24,10 +24,11 @@ from transformers import (
 from transformers.utils import logging
 
 from mpd_data.common.errors import EngineError, requires
-from mpd_data.common.models import ModelFiles, end_tokens, has_softcap, load_tokenizer
+from mpd_data.common.models import ModelFiles, has_softcap, load_tokenizer
 from mpd_data.common.weights import load_model
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engines.protocol import Completion, Scores, require_room
+from mpd_data.prompts.special import turn_of
 
 _BATCHED_TOKENS = 2048
 # Tokens of a row in one step, so that finished rows are returned soon.
@@ -84,7 +85,7 @@ class TransformersEngine:
         self._max_num_seqs = config.max_num_seqs
         self._batched_tokens = config.max_num_batched_tokens or _BATCHED_TOKENS
         tokenizer = load_tokenizer(model, trust_remote_code)
-        self._stop_ids = end_tokens(model, tokenizer, trust_remote_code)
+        self._stop_ids = turn_of(model, tokenizer, trust_remote_code).stop_ids
         # The model's own defaults (a repetition penalty, say) are not the stage's settings.
         self._model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=self._stop_ids, pad_token_id=self._stop_ids[0]

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from mpd_data.common.errors import EngineError, requires
-from mpd_data.common.models import ModelFiles
+from mpd_data.common.models import ModelFiles, load_tokenizer
 from mpd_data.common.weights import is_quantised
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engines.protocol import Completion, RequestError, Scores
+from mpd_data.prompts.special import turn_of
 
 
 def prepare_environment(on_cpu: bool) -> None:
@@ -74,6 +75,8 @@ class VLLMEngine:
             # of its imports. Done once: later it could keep a closed engine alive.
             gc.freeze()
 
+        tokenizer = load_tokenizer(model, trust_remote_code)
+        self._stop_ids = turn_of(model, tokenizer, trust_remote_code).stop_ids
         self.max_model_len = context
         self.max_in_flight = 2 * config.max_num_seqs
         settings: dict[str, Any] = {
@@ -144,6 +147,7 @@ class VLLMEngine:
             repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_tokens,
             seed=seed,
+            stop_token_ids=self._stop_ids,
             detokenize=False,
             # Otherwise each step makes an output for each sequence, to be thrown away here.
             output_kind=RequestOutputKind.FINAL_ONLY,

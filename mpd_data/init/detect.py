@@ -28,6 +28,7 @@ from mpd_data.config import InitConfig, SamplingConfig
 from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.reader import Prompt, fill_prompt, load_prompts, same
 from mpd_data.prompts.sources import columns_of, read_rows
+from mpd_data.prompts.special import CLOSE, Spelling
 from mpd_data.prompts.template import load_template
 from mpd_data.prompts.thinking import thinking_switch
 from mpd_data.prompts.values import as_json
@@ -303,8 +304,8 @@ def look_at_models(config: InitConfig) -> Models:
     student, teacher = map(Model.of, files, tokenizers)
     thinks = (
         student.switch is not None
-        or "</think>" in student.template
-        or "</think>" in student.tokenizer.get_vocab()
+        or CLOSE in student.template
+        or CLOSE in student.tokenizer.get_vocab()
     )
     weights = teacher.weights
     if weights is None or weights >= _SMALL:
@@ -328,8 +329,7 @@ def look_at_models(config: InitConfig) -> Models:
                 f"The teacher is small ({_billions(weights)} weights), but its chat template does"
                 " not take the system message and the examples of `examples`."
             )
-    ids = student.tokenizer(_BOXED, add_special_tokens=False)["input_ids"]
-    spells = "".join(student.tokenizer.decode(ids).split()) == "".join(_BOXED.split())
+    spells = Spelling(student.tokenizer).place([], _BOXED) is not None
     prompt_template, sampling = _BOXED if spells else "{{problem}}", _own_sampling(student.files)
     return Models(student, teacher, sampling, template, why, prompt_template, spells, gpus())
 

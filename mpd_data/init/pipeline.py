@@ -26,6 +26,7 @@ from mpd_data.config import InitConfig
 from mpd_data.init import detect
 from mpd_data.prompts.reader import same
 from mpd_data.prompts.sources import HUB, hub_splits
+from mpd_data.prompts.special import turn_of
 
 _WIDTH = 98  # of a comment, in columns
 
@@ -116,6 +117,8 @@ def _notes(
             "the tokenizer cannot spell the built-in instructions: give a prompt_template and a"
             " rewrite template in words that the models know"
         )
+    turns = (turn_of(model.files, model.tokenizer) for model in (models.student, models.teacher))
+    lines += dict.fromkeys(turn.note for turn in turns if turn.note is not None)
     return lines
 
 

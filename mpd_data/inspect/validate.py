@@ -342,8 +342,9 @@ class _Rows:
             wrong = np.array(own, np.int64) != prompts[rows]
             self._say(rows[wrong], "input_ids do not begin with the rollout's prompt.")
         last = input_ids[ends - 1]
+        ends = metadata.get("end_ids", [metadata["eos_token_id"]])
         for i, end in zip(rows, last, strict=True):
-            if end != metadata["eos_token_id"]:
+            if end not in ends:
                 self._say(i, f"ends with id {end}, not the end token.")
         context = self._numbers("teacher_prompt_ids") >= 0
         self._say(

@@ -7,7 +7,7 @@ from typing import Any
 from mpd_data.common.errors import ConfigError
 from mpd_data.config import RolloutsConfig
 from mpd_data.prompts.chat import ChatFormatter
-from mpd_data.prompts.thinking import CLOSE
+from mpd_data.prompts.special import CLOSE, OPEN
 
 # What a student is told at its token budget. Qwen3's makers end its thinking by this sentence.
 _ANSWER_NOW = {
@@ -38,10 +38,12 @@ def budget_of(config: RolloutsConfig, tokenizer: Any, formatter: ChatFormatter) 
     """Return the budget that `config` sets. Raise ConfigError where it leaves no room."""
     if config.token_budget is None:
         return None
-    thinks = bool(formatter.thinking) or formatter.layout("1").rstrip().endswith("<think>")
+    thinks = bool(formatter.thinking) or formatter.layout("1").rstrip().endswith(OPEN)
     text = _ANSWER_NOW[thinks] if config.budget_text is None else config.budget_text
-    ids = formatter.encode(text)
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+    # What the student has said, any text, stands before it.
+    placed = formatter.spelling.place(formatter.spelling.encode("1"), text)
+    ids = [] if placed is None else placed.ids
+    if placed is None or tokenizer.unk_token_id in ids:
         raise ConfigError(
             f"--budget-text {text!r}: the tokenizer cannot spell it. Give one that asks for the"
             " answer in words that the model knows."

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.prompts.special import Spelling, control_tokens
 from mpd_data.prompts.thinking import set_thinking
 
 
@@ -48,12 +49,11 @@ class ChatFormatter:
                 " or put a chat_template.jinja into its folder."
             )
         self._tokenizer = tokenizer
+        self.spelling = Spelling(tokenizer)
         self._kwargs = dict(template_kwargs or {})
         # Whether the template turns thinking on; None if it has no switch.
         self.thinking = set_thinking(tokenizer, self._kwargs, thinking, default_thinking)
-        self._control = [
-            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-        ]
+        self._control = control_tokens(tokenizer).values()
         before = [("system", system_prompt)] if system_prompt is not None else []
         for user, assistant in examples:
             before += [("user", user), ("assistant", assistant)]
@@ -116,9 +116,4 @@ class ChatFormatter:
         PromptError if `content` is empty or contains a control token of the model, or if the
         template fails."""
         text = self.layout(content)
-        return text, self.encode(text)
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of text from `layout`; no special tokens are added."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return text, self.spelling.encode(text)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpd_data.common.errors import ConfigError
+from mpd_data.prompts.special import CLOSE, OPEN, Spelling
 
-OPEN, CLOSE = "<think>", "</think>"
 SWITCHES = ("enable_thinking", "thinking")
 
 
@@ -64,7 +64,7 @@ class ThinkingCounter:
     """Counts thinking tokens in traces of the model whose `tokenizer` is given."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._spelling = Spelling(tokenizer)
         found = tokenizer.convert_tokens_to_ids(CLOSE)
         is_token = found is not None and tokenizer.convert_ids_to_tokens(found) == CLOSE
         self._close = found if is_token else None
@@ -91,5 +91,4 @@ class ThinkingCounter:
         return low
 
     def _tags(self, ids: Sequence[int]) -> int:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
-        return text.count(CLOSE)
+        return self._spelling.decode(ids).count(CLOSE)

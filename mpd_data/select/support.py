@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from mpd_data.engines.protocol import Scores
+from mpd_data.prompts.special import Spelling
 
 # Log-probabilities per token that a measurement asks the engine for: the alternatives to a value.
 NUM_ALTERNATIVES = 20
@@ -63,22 +64,22 @@ class Measure:
     """Finds the places of a trace and measures them. `tokenizer` is the student's."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._spelling = Spelling(tokenizer)
         # The text of a token without the spaces around it.
         self._word: Callable[[int], str] = functools.cache(
-            lambda token: str(tokenizer.decode([token])).strip()
+            lambda token: self._spelling.decode([token]).strip()
         )
 
     def places(self, prompt_ids: list[int], trace_ids: list[int], answer: str | None) -> Places:
         """Return where the trace (without its end token) states `answer`, as the checker read it,
         and its new values. Nowhere, if the tokens are not those that its text gives: the places of
         characters are then not known exactly."""
-        text = self._text(trace_ids)
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        if encoded["input_ids"] != trace_ids:
+        text = self._spelling.decode(trace_ids, prompt_ids)
+        placed = self._spelling.place(prompt_ids, text)
+        if placed is None or placed.ids != trace_ids:
             return NOWHERE
-        offsets: list[Span] = encoded["offset_mapping"]
-        known = {value for value, _ in _numbers(self._text(prompt_ids))}
+        offsets = placed.offsets
+        known = {value for value, _ in _numbers(self._spelling.decode(prompt_ids))}
         steps = list(new_values(text, known))
         is_number, spans = (False, []) if answer is None else answer_spans(text, answer)
         lead_in: set[int] = set()
@@ -155,13 +156,6 @@ class Measure:
                 digits += math.exp(logprob) * self._word(token).isdecimal()
                 commas += math.exp(logprob) * (self._word(token) == ",")
         return digits, commas
-
-    def _text(self, ids: list[int]) -> str:
-        return str(
-            self._tokenizer.decode(
-                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
 
 
 # Of a float32 probability near 1.

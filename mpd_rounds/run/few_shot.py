@@ -8,9 +8,10 @@ import polars as pl
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.files import atomic_file
 from mpd_data.common.hashing import content_key
-from mpd_data.common.models import end_tokens, load_tokenizer, resolve_model
+from mpd_data.common.models import load_tokenizer, resolve_model
 from mpd_data.config import RolloutsConfig
 from mpd_data.inspect.stats import collect, scan_round
+from mpd_data.prompts.special import turn_of
 from mpd_rounds.run.layout import Plan
 
 COUNT = 3
@@ -54,14 +55,14 @@ def _write(path: Path, shards: Path, configs: list[RolloutsConfig]) -> None:
     config = configs[0]
     model = resolve_model(config.model, config.revision, config.trust_remote_code, weights=False)
     tokenizer = load_tokenizer(model, config.trust_remote_code)
-    ends = set(end_tokens(model, tokenizer, config.trust_remote_code))
+    turn = turn_of(model, tokenizer, config.trust_remote_code)
     by_id = {row["prompt_id"]: row for row in traces.iter_rows(named=True)}
     lines = []
     for prompt_id in chosen:
         row = by_id[prompt_id]
-        ids_ = row["input_ids"][row["loss_start"] :]
-        ids_ = ids_[:-1] if ids_[-1] in ends else ids_
-        solution = tokenizer.decode(ids_, skip_special_tokens=False)
+        start = row["loss_start"]
+        before, ids_ = row["input_ids"][:start], row["input_ids"][start:]
+        solution = turn.read(ids_[:-1] if ids_[-1] in turn.stop_ids else ids_, before)
         # Each set may have its own column for problems.
         example = {config.prompt_column: problems[prompt_id] for config in configs}
         example |= {config.examples_column: solution for config in configs}

@@ -25,7 +25,7 @@ from mpd_data.dryrun.plan import Lengths, Shown, StagePlan
 from mpd_data.dryrun.rewrite import plan_rewrite, predict
 from mpd_data.dryrun.rollouts import plan_rollouts
 from mpd_data.dryrun.show import free_bytes, shown_text, size_text, steps_table, totals
-from mpd_data.engines.start import server_notes
+from mpd_data.engines.start import notes_of
 from mpd_data.inspect.compare import graded, per_problem
 from mpd_data.prompts.chat import PromptError
 from mpd_data.prompts.reader import Prompt
@@ -315,7 +315,7 @@ class _Planner:
             shown=shown,
             reasons=reasons,
             details={"longest rewrite prompt + draft + rewrite": in_all},
-            notes=[*notes, *server_notes(config.engine)],
+            notes=[*notes, *notes_of(config.engine, setup.teacher_turn)],
         )
         most = asked * (config.num_candidates if config.choose == "all" else 1)
         expected = None
