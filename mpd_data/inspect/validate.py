@@ -113,7 +113,7 @@ def _check_manifest(round_dir: RoundDir, stage: Stage) -> list[str]:
             )
             continue
         with contextlib.suppress(DataError):  # of a damaged shard the look at it says so
-            if describe(files[name], stage) != manifest[name]:
+            if describe(files[name], stage, sha256) != manifest[name]:
                 problems.append(f"{path}: the counts of {name} are not those of its rows.")
     return problems
 

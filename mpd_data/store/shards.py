@@ -109,7 +109,7 @@ _MAKE_ANEW = (
 )
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path) -> dict[str, Any]:
     """Return a shard's metadata (Parquet key `mpd`): models, settings, versions. Raise DataError
     for a file without it, and for one of another schema version."""
     with open_shard(path) as file:
@@ -223,8 +223,9 @@ def unique_keys(paths: list[Path], packed: list[Packed]) -> KeySet:
     return keys
 
 
-def describe(path: Path, stage: Stage) -> Shard:
-    """Return the manifest's line of a shard, by reading it. Raise DataError for damaged bytes."""
+def describe(path: Path, stage: Stage, sha256: str | None = None) -> Shard:
+    """Return the manifest's line of a shard, by reading it; `sha256`: if it is known. Raise
+    DataError for damaged bytes."""
     read_metadata(path)
     with open_shard(path) as file:
         footer = file.metadata
@@ -240,6 +241,6 @@ def describe(path: Path, stage: Stage) -> Shard:
         rows=footer.num_rows,
         tokens=tokens,
         bytes=path.stat().st_size,
-        sha256=sha256_of(path),
+        sha256=sha256 or sha256_of(path),
         row_groups=[footer.row_group(i).num_rows for i in range(footer.num_row_groups)],
     )
