@@ -33,7 +33,8 @@ from mpd_data.common.errors import MPDError
 RECORDED = ROOT / "tests" / "data" / "recorded"
 SOUND = RECORDED / "round"
 _CASES = int(os.environ.get("MPD_FUZZ_CASES", "300"))
-_SECONDS = 60  # A case takes a second or two at most.
+# A case takes a second or two, on a busy machine more.
+_SECONDS = 300
 # What a run may leave behind when it is refused: locks, reports, what is set aside or half-written.
 _EPHEMERAL = {".lock", ".writers", ".status", ".staging", ".quarantine"}
 
@@ -94,7 +95,11 @@ def fuzz(share):
 
 @pytest.fixture(scope="module", autouse=True)
 def offline():
-    """A damaged name may be that of a model of the hub."""
+    """A damaged name may be that of a model of the hub. What loads slowly is loaded here: a watchdog
+    that ends an import would leave half a module behind."""
+    pytest.importorskip("torch")
+    for name in ("transformers", "mpd_data.cli", "mpd_train.setup", "mpd_rounds.run.plan"):
+        pytest.importorskip(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
