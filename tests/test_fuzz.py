@@ -95,11 +95,13 @@ def fuzz(share):
 
 @pytest.fixture(scope="module", autouse=True)
 def offline():
-    """A damaged name may be that of a model of the hub. What loads slowly is loaded here: a watchdog
-    that ends an import would leave half a module behind."""
-    pytest.importorskip("torch")
-    for name in ("transformers", "mpd_data.cli", "mpd_train.setup", "mpd_rounds.run.plan"):
-        pytest.importorskip(name)
+    """A damaged name may be that of a model of the hub. What loads slowly is loaded here: half a
+    module would stay behind where the watchdog ends an import."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # noqa: F401
+
+    import mpd_rounds.run.plan  # noqa: F401
+    import mpd_train.loop
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
