@@ -100,7 +100,7 @@ def offline():
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # noqa: F401
 
     import mpd_rounds.run.plan  # noqa: F401
-    import mpd_train.loop
+    import mpd_train.loop  # noqa: F401
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
