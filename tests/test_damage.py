@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, STUDENT
 
 from mpd_data.common.command import run_command
-from mpd_data.common.errors import DataError
+from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.inspect.stats import round_stats
 from mpd_data.inspect.status import round_status
 from mpd_data.inspect.validate import validate_round
@@ -228,6 +228,29 @@ def test_something_else_in_the_place_of_a_file_is_one_message(tmp_path, monkeypa
         assert message.startswith(f"error: {path}: ")
         assert reason in message
         assert "Move away or restore" in message
+
+
+# -- settings ---------------------------------------------------------------------------------
+
+
+def test_settings_that_are_nested_too_deeply_are_named(tmp_path):
+    from mpd_data.prompts.template import load_template
+    from mpd_rounds.run.steps import read_settings
+
+    path = tmp_path / "settings.toml"
+    path.write_text(f"name = {DEEP}")
+    for read in (lambda: load_template(str(path)), lambda: read_settings(path, ())):
+        with pytest.raises(ConfigError, match=r"settings\.toml: not .*nested too deeply"):
+            read()
+    path.write_text("name = 1")
+    assert read_settings(path, (f"name={DEEP}",)) == {"name": DEEP}
+
+
+def test_a_number_of_rounds_that_nobody_can_run_is_refused(tmp_path):
+    from mpd_rounds.run.steps import load_pipeline
+
+    with pytest.raises(ConfigError, match="rounds: .*less than or equal to 1000"):
+        load_pipeline(ROOT / "pipelines" / "pocket" / "pipeline.toml", ("rounds=100000000000",))
 
 
 # -- trainings and runs -----------------------------------------------------------------------

@@ -1,6 +1,8 @@
-"""JSON that a command wrote and that a disk, an editor or another tool may have changed since."""
+"""JSON that a command wrote and that a disk, an editor or another tool may have changed since, and
+TOML that people write."""
 
 import json
+import tomllib
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,6 +21,14 @@ def parse_json(text: str | bytes) -> Any:
     nested too deeply for Python's parser."""
     try:
         return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Return the settings in a TOML text. Raise ValueError as `parse_json` does."""
+    try:
+        return tomllib.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
