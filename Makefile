@@ -10,6 +10,7 @@
 # make lint            ruff, mypy and the import rules
 # make site            the documentation as a site                                  build/site
 # make test            lint, site and all tests
+# make fuzz            10,000 cases of damaged input, for a night
 BIN := .venv/bin
 PIPELINE := pipelines/pocket/pipeline.toml
 ifdef RETRAIN
@@ -23,7 +24,7 @@ endif
 # Triton reads TRITON_INTERPRET when it is imported, so these tests run by themselves.
 KERNELS := $(filter-out tests/test_kl_sharded.py,$(wildcard tests/test_kl_*.py))
 
-.PHONY: help install demo seeds study study-small smollm2 qwen2.5-coder site test lint retrain
+.PHONY: help install demo seeds study study-small smollm2 qwen2.5-coder site test fuzz lint retrain
 install: .venv/.installed
 
 help:
@@ -112,3 +113,6 @@ site: .venv/.installed
 test: lint site .venv/.browser
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(KERNELS:%=--ignore=%)
+
+fuzz: .venv/.installed
+	./scripts/fuzz.sh

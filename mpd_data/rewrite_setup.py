@@ -177,7 +177,7 @@ def setup(
     teacher = teacher or model_of(config, weights)
     if not weights:
         saved = round_dir.saved_stage("distill")
-        teacher = teacher.as_saved(saved and saved["identity"]["teacher"])
+        teacher = teacher.as_saved(saved and saved["identity"].get("teacher"))
     if config.student_option is not None:
         if drafts_exist:
             choosing_student(config, student["model"], student["tokenizer"], weights)

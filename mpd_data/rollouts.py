@@ -137,7 +137,7 @@ def setup(
     model = model or model_of(config, weights)
     if not weights:
         saved = round_dir.saved_stage("rollouts")
-        model = model.as_saved(saved and saved["identity"]["model"])
+        model = model.as_saved(saved and saved["identity"].get("model"))
     prompts = read_prompts(config) if prompts is None else prompts
     chosen = choose_prompts(prompts, config.num_prompts, f"{config.seed}/{config.round}")
     if overwrite or round_dir.saved_stage("rollouts") is None:  # a begun round goes on

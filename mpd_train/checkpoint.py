@@ -10,6 +10,7 @@ that exists is whole. Weights and moments are safetensors; nothing is pickled.
 
 import json
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
@@ -27,9 +29,11 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.distributed.tensor import DTensor
 
 from mpd_data.common.errors import DataError
 from mpd_data.common.files import atomic_folder, staging_of
+from mpd_data.common.records import Record, parse_json, require
 from mpd_train.distributed import Ranks
 
 KEEP = 2
@@ -39,6 +43,21 @@ _DELETED = (
     "A training deletes all but its newest two checkpoints, and all of them at its end: give the"
     " run's folder to get its newest."
 )
+
+
+_GO_BACK = (
+    "Move this folder away and run the same command again: it resumes from the checkpoint before"
+    " it, or begins anew without one."
+)
+
+
+class _State(Record):
+    """state.json of a step's checkpoint."""
+
+    step: int = Field(ge=0)
+    best: float | None
+    best_step: int = Field(ge=0)
+    misses: int = Field(ge=0)
 
 
 @dataclass
@@ -72,12 +91,17 @@ def save(
 def newest(folder: Path) -> int:
     """Return the step of the newest checkpoint, 0 without any."""
     folders = checkpoints(folder)
-    return int(folders[-1].name.removeprefix("step-")) if folders else 0
+    return _step_of(folders[-1]) if folders else 0
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the folders of the checkpoints, oldest first."""
-    return sorted(folder.glob("step-*"))
+    named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+    return sorted(named, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
@@ -108,33 +132,29 @@ def save_best(folder: Path, step: int, model: Any, ranks: Ranks) -> None:
 
 
 def load_best(folder: Path, progress: Progress, model: Any) -> None:
-    """Load the weights of the best validation into `model`."""
-    _read(folder / f"best-{progress.best_step:06d}", weights_of(model))
+    """Load the weights of the best validation into `model`. Raise DataError like `load`."""
+    _read(folder / f"best-{progress.best_step:06d}", weights_of(model), _GO_BACK)
 
 
 def load_weights(path: Path, model: Any) -> None:
     """Load the weights of the checkpoint in `path`, a step's or the best, into `model`, which is on
     one device. Raise DataError if a part is missing: a running training may delete it meanwhile."""
-    weights = weights_of(model)
-    for weight in weights.values():
-        # Otherwise a part that another process wrote, in a file that is missing, would silently
-        # stay as it was.
-        weight.fill_(math.nan)
-    try:
-        _read(path, weights)
-    except Exception as error:  # of torch, safetensors or the file system
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{path}: cannot be read ({reason}). {_DELETED}") from error
-    for name, weight in weights.items():
-        if weight.isnan().any():
-            raise DataError(f"{path}: {name} is incomplete. {_DELETED}")
+    _read(path, weights_of(model), _DELETED)
 
 
 def load(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer) -> Progress:
-    """Load weights and moments of a step's checkpoint; return its validation progress."""
+    """Load weights and moments of a step's checkpoint; return its validation progress. Raise
+    DataError for one that is damaged or incomplete."""
     path = folder / f"step-{step:06d}"
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    _read(path, weights_of(model) | _moments(model, optimizer, step))
+    file = path / "state.json"
+    try:
+        state = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read ({error}). {_GO_BACK}") from error
+    require(_State, state, str(file), _GO_BACK)
+    if state["step"] != step:
+        raise DataError(f"{file}: is of step {state['step']}. {_GO_BACK}")
+    _read(path, weights_of(model) | _moments(model, optimizer, step), _GO_BACK)
     return Progress(state["best"], state["best_step"], state["misses"])
 
 
@@ -167,14 +187,27 @@ def _files_of(tensors: dict[str, Tensor]) -> dict[str, int]:
     return files
 
 
-def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Read into `tensors`, in place."""
-    with _errors_as_they_are():
-        load_shards(
-            tensors,
-            storage_reader=HuggingFaceStorageReader(str(folder)),
-            no_dist=not torch.distributed.is_initialized(),
-        )
+def _read(folder: Path, tensors: dict[str, Tensor], remedy: str) -> None:
+    """Read into `tensors`, in place. Raise DataError, which ends with `remedy`, if one cannot be
+    read or a part of it is missing."""
+    parts = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    for part in parts.values():
+        # Otherwise a part that another process wrote, in a file that is missing, would silently
+        # stay as it was.
+        part.fill_(math.nan)
+    try:
+        with _errors_as_they_are():
+            load_shards(
+                tensors,
+                storage_reader=HuggingFaceStorageReader(str(folder)),
+                no_dist=not torch.distributed.is_initialized(),
+            )
+    except Exception as error:  # of torch, safetensors or the file system
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{folder}: cannot be read ({reason}). {remedy}") from error
+    for name, part in parts.items():
+        if part.isnan().any():
+            raise DataError(f"{folder}: {name} is incomplete. {remedy}")
 
 
 @contextmanager

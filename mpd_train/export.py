@@ -4,7 +4,6 @@ OUT/model/     the whole model
 OUT/adapter/   peft's folder, where adapters are what is trained; model/ has them merged
 """
 
-import json
 import re
 import shutil
 import tempfile
@@ -19,7 +18,7 @@ from mpd_data.common.models import ModelFiles, resolve_model
 from mpd_data.common.options import parse
 from mpd_data.common.weights import model_files, stored_tensors
 from mpd_data.dryrun.show import size_text
-from mpd_data.store.run_record import require_kind
+from mpd_data.store.run_record import read_record, require_kind
 from mpd_train import checkpoint
 from mpd_train.card import write_card
 from mpd_train.config import TrainConfig
@@ -96,9 +95,9 @@ def _find(given: Path) -> tuple[Path, Path]:
 def _read_run(path: Path) -> tuple[TrainConfig, dict[str, str]]:
     """Return a run's settings, and the identity of its student."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_record(path.parent, "training")
         settings, identity = saved["details"]["config"], saved["identity"]["student"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise DataError(
             f"{path}: expected the settings and the student that mpd-train records"
             f" ({type(error).__name__}: {error})."

@@ -6,14 +6,17 @@ import os
 import resource
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from pydantic import Field
 
-from mpd_data.common.errors import requires
+from mpd_data.common.errors import DataError, requires
 from mpd_data.common.files import atomic_file, write_json_atomic
 from mpd_data.common.meter import Meter
+from mpd_data.common.records import Record, parse_json, require
 from mpd_train.config import TrainConfig
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -136,17 +139,46 @@ def _run_id(out: Path, resumed: bool) -> str:
     return run_id
 
 
+class _Line(Record):
+    """A line of metrics.jsonl: of a step, or of a validation, which has no tokens."""
+
+    step: int = Field(ge=0)
+    tokens: int | None = Field(None, ge=1)
+    seconds: float = Field(0.0, ge=0)
+
+
+def read_metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of a metrics.jsonl, as text and parsed; none where there is no file. A last
+    line without its end is left out: a kill tears it. Raise DataError for another damaged line, and
+    for a step that is there twice."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Move it away.") from error
+    newest = 0
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        place, remedy = f"{path}, line {number}: not a line of metrics", "Remove the line."
+        try:
+            text = line.decode("utf-8")
+            record = parse_json(text)
+        except ValueError as error:
+            raise DataError(f"{place} ({error}). {remedy}") from error
+        require(_Line, record, place, remedy)
+        if "tokens" in record:
+            if record["step"] <= newest:
+                raise DataError(f"{place} (step {record['step']} after {newest}). {remedy}")
+            newest = record["step"]
+        yield text, record
+
+
 def _open_metrics(path: Path, done: int) -> tuple[TextIO, int]:
     """Open metrics.jsonl for appending, cut back to the steps that the checkpoint holds. Return it,
-    and how many records were cut off."""
-    kept, cut = [], 0
-    if path.exists():
-        # The last line may be torn by a kill; steps after the checkpoint are done again.
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            if json.loads(line)["step"] <= done:
-                kept.append(line + "\n")
-            else:
-                cut += 1
+    and how many records were cut off. Raise DataError like `read_metrics`."""
+    # Steps after the checkpoint are done again.
+    lines = list(read_metrics(path))
+    kept = [f"{line}\n" for line, record in lines if record["step"] <= done]
     with atomic_file(path) as file:
         file.write("".join(kept))
-    return path.open("a", encoding="utf-8"), cut
+    return path.open("a", encoding="utf-8"), len(lines) - len(kept)

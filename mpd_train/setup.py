@@ -124,8 +124,8 @@ def setup(config: TrainConfig, weights: bool = True, overwrite: bool = False) ->
     if config.teacher is not None:
         teacher = resolve_model(config.teacher, config.teacher_revision, code, weights)
     if resuming_dry and (saved := read_record(config.out, "training").get("identity")):
-        student = student.as_saved(saved["student"])
-        teacher = teacher and teacher.as_saved(saved["teacher"])
+        student = student.as_saved(saved.get("student"))
+        teacher = teacher and teacher.as_saved(saved.get("teacher"))
     tracker_modules, device, dtype = check_settings(config)
     shards = ShardSet(config.shards, config.loss)
     vocab_size = int(shards.metadata["vocab_size"])

@@ -18,6 +18,11 @@ _EXTRAS = {"torch", "transformers", "safetensors", "huggingface_hub", "httpx", "
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
 }  # fmt: skip
+# Something else has the name of a file or folder, or nothing has.
+_PLACE_ERRORS = {
+    errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EEXIST,
+    errno.ENOTEMPTY,
+}  # fmt: skip
 _MAIN_SECTION = "Options"
 
 
@@ -167,12 +172,15 @@ def run_command(command: click.Command) -> None:
     except MPDError as error:
         message = plain_lines(str(error))
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        remedy = "Free space or choose a writable folder"
+        if error.errno in _PLACE_ERRORS and error.filename is not None:
+            remedy = "Move away or restore what has this name"
+        elif error.errno not in _DISK_ERRORS:
             raise
         place = "" if error.filename is None else f"{plain(str(error.filename))}: "
         message = (
-            f"{place}{error.strerror}. Committed rows are safe. Free space or choose a writable"
-            " folder, then run the same command again."
+            f"{place}{error.strerror}. Committed rows are safe. {remedy}, then run the same command"
+            " again."
         )
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRAS:

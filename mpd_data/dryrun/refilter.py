@@ -49,10 +49,10 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
         choosing_student(config, metadata["student"], metadata["tokenizer"], weights=False)
     if unscored:
         teacher = model_of(config, weights=False)
-        require_teacher(config, teacher.as_saved(saved["teacher"]), metadata)
+        require_teacher(config, teacher.as_saved(saved.get("teacher")), metadata)
     size = sum(path.stat().st_size for path in paths)
     in_both, vocab_size = config.score_context == "both", metadata.get("vocab_size", 2)
-    more = distill_bytes(0, 0, tokens, saved["num_logprobs"], vocab_size, in_both)
+    more = distill_bytes(0, 0, tokens, metadata.get("num_logprobs", 1), vocab_size, in_both)
     is_finished = unchanged and not waiting
     return make_plan(
         "mpd-gen rewrite --refilter",

@@ -100,7 +100,7 @@ def collect(frame: pl.LazyFrame) -> pl.DataFrame:
     """Run a query over shards. Raise DataError if their bytes are damaged."""
     try:
         return frame.collect(engine="streaming")
-    except pl.exceptions.ComputeError as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise DataError(f"a shard is damaged ({error}). Find it with mpd-gen validate.") from error
 
 

@@ -1,6 +1,5 @@
 """`mpd-gen status`: show from another terminal how far the stages of a round are."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from tqdm import tqdm
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.text import format_table
 from mpd_data.store.locks import is_held
+from mpd_data.store.progress import read_report
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
 from mpd_data.store.schema import STAGES
@@ -24,14 +24,15 @@ def round_status(path: Path) -> dict[str, list[dict[str, Any]]]:
     `writers`, the last report of each process that writes or wrote there. The state of a writer is
     "died" if it reported work and no longer holds its lock.
 
-    Only manifests and status files are read. Raise ConfigError if there is no round.
+    Only manifests and status files are read. Raise ConfigError if there is no round, DataError for
+    a damaged file.
     """
     require_kind(path, "round")
     round_dir = RoundDir(path)
     info = round_dir.run_info().get("stages", {})
     writers = []
     for file in round_dir.statuses():
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = read_report(file)
         if report["state"] in _AT_WORK and not is_held(path / ".writers" / file.stem):
             report["state"] = "died"
         report["heard"] = round(time.time() - report["updated"], 1)

@@ -49,7 +49,10 @@ def run_refilter(config: RewriteConfig) -> Outcome:
         saved = check_refilter(round_dir, config)
         if (rules := changed_rules(config, saved)) is not None:
             round_dir.recover("distill")
-            metadata = read_metadata(round_dir.shard_paths("distill")[0])
+            paths = round_dir.shard_paths("distill")
+            if not paths:
+                raise ConfigError(f"{config.shards}: no rewrites here; run mpd-gen rewrite first.")
+            metadata = read_metadata(paths[0])
             entry = round_dir.run_info()["stages"]["distill"]
             measured_by = entry.get(MEASURED_BY)
             work = _Refilter(config, metadata)
@@ -93,7 +96,7 @@ def check_refilter(round_dir: RoundDir, config: RewriteConfig) -> dict[str, Any]
 def changed_rules(config: RewriteConfig, saved: dict[str, Any]) -> dict[str, Any] | None:
     """Return the filters and the choice of `config`, or None if they are the saved ones."""
     rules = {"filters": config.filters.identity(), "choose": config.choose}
-    return rules if differences({name: saved[name] for name in REFILTERED}, rules) else None
+    return rules if differences({name: saved.get(name) for name in REFILTERED}, rules) else None
 
 
 def require_teacher(config: RewriteConfig, teacher: ModelFiles, metadata: dict[str, Any]) -> None:

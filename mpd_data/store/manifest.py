@@ -8,9 +8,23 @@ import json
 import os
 from pathlib import Path
 
+from pydantic import Field
+
 from mpd_data.common.errors import DataError
 from mpd_data.common.files import atomic_file
+from mpd_data.common.records import Record, parse_json, require
 from mpd_data.store.shards import Shard
+
+_REMEDY = "Delete the manifest: the next mpd-gen command makes it anew from the shards."
+
+
+class _Line(Record):
+    name: str = Field(pattern=r"^part-[^/]*\.parquet$")
+    rows: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    sha256: str
+    row_groups: list[int]
 
 
 def _line(shard: Shard) -> str:
@@ -19,20 +33,26 @@ def _line(shard: Shard) -> str:
 
 def read_manifest(path: Path) -> list[Shard]:
     """Return the shards that a manifest lists; [] where there is none. An unterminated last line (a
-    kill during the append) counts as absent. Raise DataError for any other line that is
-    malformed."""
-    if not path.exists():
+    kill during the append) counts as absent. Raise DataError for any other line that is malformed
+    or names a shard again, and for a manifest that cannot be read."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
-    shards = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {_REMEDY}") from error
+    shards: dict[str, Shard] = {}
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        place = f"{path}, line {number}: not a manifest line"
         try:
-            shards.append(Shard(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise DataError(
-                f"{path}, line {number}: not a manifest line ({error}). Delete the manifest: the"
-                " next mpd-gen command makes it anew from the shards."
-            ) from error
-    return shards
+            record = parse_json(line)
+        except ValueError as error:
+            raise DataError(f"{place} ({error}). {_REMEDY}") from error
+        require(_Line, record, place, _REMEDY)
+        shard = Shard(**{name: record[name] for name in _Line.model_fields})
+        if shards.setdefault(shard.name, shard) is not shard:
+            raise DataError(f"{path}, line {number}: names {shard.name} again. {_REMEDY}")
+    return list(shards.values())
 
 
 def append_manifest(path: Path, shard: Shard) -> None:

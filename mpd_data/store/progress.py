@@ -7,14 +7,45 @@ import socket
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from mpd_data.common.errors import MPDError
+from pydantic import Field
+
+from mpd_data.common.errors import DataError, MPDError
 from mpd_data.common.files import atomic_file
 from mpd_data.common.machine import device_name
 from mpd_data.common.meter import Meter
+from mpd_data.common.records import Record, parse_json, require
 
 _SECONDS_PER_STATUS = 2.0
+
+
+class _Report(Record):
+    state: Literal["starting", "running", "finished", "interrupted", "failed"]
+    host: str
+    pid: int
+    updated: float = Field(ge=0)
+    rows: int = Field(ge=0)
+    total: int = Field(ge=0)
+    failed: int = Field(ge=0)
+    recent_tokens_per_second: float
+    in_flight: int
+    seconds_left: float | None = Field(ge=0)
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Return what the file `status` of a `Progress` holds. Raise DataError where it holds something
+    else, as after a crash of the machine: it is not synced to the disk."""
+    remedy = "Delete it: a stage that runs writes it anew."
+    try:
+        report = parse_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {remedy}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not a progress report ({error}). {remedy}") from error
+    require(_Report, report, f"{path}: not a progress report", remedy)
+    found: dict[str, Any] = report
+    return found
 
 
 class Progress:

@@ -127,11 +127,10 @@ class RoundDir:
         saved = self.saved_stage(stage)
         old = saved or {"identity": None, "details": {}}
         counts = {}
-        if stage == "rollouts" and "rows" in old["details"] and "rows" in details:
-            counts["prompts"] = (
-                old["details"]["rows"] // old["identity"]["num_samples"],
-                details["rows"] // identity["num_samples"],
-            )
+        sides = ((old["details"], old["identity"] or {}), (details, identity))
+        if all("rows" in each and "num_samples" in settings for each, settings in sides):
+            before, now = (each["rows"] // settings["num_samples"] for each, settings in sides)
+            counts["prompts"] = (before, now)
         require_same_settings(
             self.path,
             "mpd-gen rewrite" if stage == "distill" else f"mpd-gen {stage}",

@@ -4,14 +4,16 @@ Rounds and trainings keep this in run.json, pipeline runs in pipeline.json, stud
 settings.json. A folder that was made before kinds were written is known by what it holds.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.files import write_json_atomic
 from mpd_data.common.hashing import differences
+from mpd_data.common.records import Record, parse_json, require
 
 Kind = Literal["round", "training", "pipeline", "study"]
 
@@ -29,18 +31,63 @@ _KINDS: dict[Kind, tuple[str, str, str]] = {
 }  # fmt: skip
 
 
+class _Model(Record):
+    version: str
+
+
+class _Identity(Record):
+    model: _Model | None = None
+    teacher: _Model | None = None
+    student: _Model | None = None
+    num_samples: int = Field(1, ge=1)
+
+
+class _Details(Record):
+    config: dict[str, Any] = Field(default_factory=dict)
+    rows: int | None = Field(None, ge=0)
+
+
+class _Speed(Record):
+    device: str
+    rows: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    start_seconds: float = Field(ge=0)
+    seconds: float = Field(ge=0)
+
+
+class _Stage(Record):
+    identity: _Identity
+    details: _Details
+    speed: _Speed | None = None
+
+
+class _RunRecord(Record):
+    """run.json of a round (`stages`) or of a training (the others)."""
+
+    stages: dict[str, _Stage] = Field(default_factory=dict)
+    identity: _Identity | None = None
+    details: _Details | None = None
+
+
 def read_record(folder: Path, kind: Kind = "round") -> dict[str, Any]:
     """Return what the file of a folder of `kind` holds; {} where there is none. Raise DataError
-    where it is not a JSON object."""
+    where it cannot be read, is not a JSON object, or is not what its readers rely on."""
     path = folder / _KINDS[kind][0]
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        record = parse_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if path.is_symlink():
+            raise DataError(f"{path}: a link to nothing. Restore it from a copy.") from error
         return {}
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+        raise DataError(f"{path}: {reason}. Restore it from a copy.") from error
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}). Restore it from a copy.") from error
     if not isinstance(record, dict):
         raise DataError(f"{path}: expected a JSON object. Restore it from a copy.")
+    if path.name == "run.json":
+        require(_RunRecord, record, str(path), "Restore it from a copy.")
     return record
 
 

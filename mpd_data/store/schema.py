@@ -109,3 +109,5 @@ Stage = Literal["rollouts", "distill", "errors"]
 STAGES: tuple[Stage, ...] = ("rollouts", "distill", "errors")
 
 METADATA_KEY = b"mpd"
+# The columns that hold row keys.
+KEYS = ("row_id", "rollout_id")

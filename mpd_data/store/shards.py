@@ -16,21 +16,22 @@ another file (writer.py). A row's key (`row_id`) is the hash of what determines 
 computes the missing rows by set difference, whatever the order of its input.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from mpd_data.common.errors import DataError
 from mpd_data.common.files import sha256_of
+from mpd_data.common.records import Record, parse_json, require
 from mpd_data.store.keys import KeySet, Packed, pack, twice
-from mpd_data.store.schema import METADATA_KEY, SCHEMA_VERSION, SCHEMAS, TOKEN_COLUMN, Stage
+from mpd_data.store.schema import KEYS, METADATA_KEY, SCHEMA_VERSION, SCHEMAS, TOKEN_COLUMN, Stage
 
 # Rewrites: a shuffled reader fetches whole row groups, and small ones keep a random read near
 # 80 ms. Other stages: this many rows become Python objects at a time.
@@ -68,6 +69,46 @@ def open_shard(path: Path) -> pq.ParquetFile:
         ) from error
 
 
+class _Model(Record):
+    name: str
+    version: str
+
+
+class _Metadata(Record):
+    """What readers rely on, where a shard's metadata has it: that of a stage has not all of it."""
+
+    model: _Model | None = None
+    student: _Model | None = None
+    teacher: _Model | None = None
+    round: int = 0
+    tokenizer: str = ""
+    vocab_size: int = Field(2, ge=1)
+    eos_token_id: int | None = None
+    thinking: bool | None = None
+    checker: str = ""
+    answer_formats: list[str] = Field(default_factory=list)
+    num_logprobs: int = Field(1, ge=1)
+    score_context: Literal["problem", "rewrite", "both"] = "problem"
+    score_temperature: float = Field(1.0, gt=0)
+
+
+class Metadata(dict[str, Any]):
+    """A shard's metadata. Raise DataError, which names the file, for a name that it lacks."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self._path = path
+
+    def __missing__(self, name: str) -> Any:
+        raise DataError(f"{self._path}: its `mpd` metadata lacks {name!r}. {_MAKE_ANEW}")
+
+
+_MAKE_ANEW = (
+    "Another tool wrote the file anew. Move it out of its folder and run the stage again: it makes"
+    " the missing rows."
+)
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return a shard's metadata (Parquet key `mpd`): models, settings, versions. Raise DataError
     for a file without it, and for one of another schema version."""
@@ -78,16 +119,18 @@ def read_metadata(path: Path) -> dict[str, Any]:
             f"{path}: no `mpd` metadata, so this Parquet file was not written by mpd-gen."
             " Expected a shard; move other files out of the shard folder."
         )
+    place = f"{path}: its `mpd` metadata is damaged"
     try:
-        metadata: dict[str, Any] = json.loads(raw)
+        metadata = parse_json(raw)
     except ValueError as error:
-        raise DataError(f"{path}: its `mpd` metadata is damaged ({error}).") from error
+        raise DataError(f"{place} ({error}). {_MAKE_ANEW}") from error
+    require(_Metadata, metadata, place, _MAKE_ANEW)
     if metadata.get("schema_version") != SCHEMA_VERSION:
         raise DataError(
             f"{path}: schema version {metadata.get('schema_version')}, this version of the toolkit"
             f" reads {SCHEMA_VERSION}. Generate the round again or use the version that wrote it."
         )
-    return metadata
+    return Metadata(path, metadata)
 
 
 def read_all(read: Callable[[Path], _T], paths: Iterable[Path]) -> Iterator[_T]:
@@ -99,13 +142,26 @@ def read_all(read: Callable[[Path], _T], paths: Iterable[Path]) -> Iterator[_T]:
 def with_added_columns(
     rows: pa.RecordBatch | pa.Table, path: Path, names: list[str]
 ) -> pa.RecordBatch | pa.Table:
-    """Return the columns `names` of rows of the shard `path`. A nullable column that the shard
-    lacks, because an older version wrote it, is all null. Raise KeyError for another column."""
+    """Return the columns `names` of rows of the shard `path`, in the contract's types: another tool
+    may have written the file anew. A nullable column that the shard lacks, because an older version
+    wrote it, is all null.
+
+    Raise KeyError for another column that it lacks or has twice, one of PARQUET_ERRORS for values
+    of another kind, and for nulls where the contract has none.
+    """
     fields = {field.name: field for field in SCHEMAS[path.parent.name]}
     for name in names:
         if name not in rows.schema.names and name in fields and fields[name].nullable:
             rows = rows.append_column(fields[name], pa.nulls(rows.num_rows, fields[name].type))
-    return rows.select(names)
+    rows = rows.select(names)
+    for at, name in enumerate(names):
+        column, field = rows.column(at), fields[name]
+        # Keys are looked at where they are packed.
+        if column.null_count and not field.nullable and name not in KEYS:
+            raise ValueError(f"{name} is null in {column.null_count} rows")
+        if column.type != field.type:
+            rows = rows.set_column(at, name, column.cast(field.type))
+    return rows
 
 
 def read_columns(path: Path, names: list[str]) -> pa.Table:
@@ -167,8 +223,9 @@ def unique_keys(paths: list[Path], packed: list[Packed]) -> KeySet:
     return keys
 
 
-def describe(path: Path, stage: Stage) -> Shard:
-    """Return the manifest's line of a shard, by reading it. Raise DataError for damaged bytes."""
+def describe(path: Path, stage: Stage, sha256: str | None = None) -> Shard:
+    """Return the manifest's line of a shard, by reading it; `sha256`: if it is known. Raise
+    DataError for damaged bytes."""
     read_metadata(path)
     with open_shard(path) as file:
         footer = file.metadata
@@ -184,6 +241,6 @@ def describe(path: Path, stage: Stage) -> Shard:
         rows=footer.num_rows,
         tokens=tokens,
         bytes=path.stat().st_size,
-        sha256=sha256_of(path),
+        sha256=sha256 or sha256_of(path),
         row_groups=[footer.row_group(i).num_rows for i in range(footer.num_row_groups)],
     )

@@ -49,8 +49,9 @@ def commit_file(staged: Path, folder: Path, hard_links: bool) -> Path:
     """Give a closed, fsynced `staged` file the first free name in `folder`, and return that; never
     replace a file. Without hard links an empty file reserves the name and is then replaced: a kill
     between the two leaves an empty shard, which the next run quarantines like any torn file."""
-    taken = [int(p.stem.removeprefix("part-")) for p in folder.glob("part-*.parquet")]
-    index = max(taken, default=-1) + 1
+    names = (path.stem.removeprefix("part-") for path in folder.glob("part-*.parquet"))
+    # A file that somebody named otherwise takes no number.
+    index = max((int(name) for name in names if name.isdecimal()), default=-1) + 1
     while True:
         final = folder / f"part-{index:05d}.parquet"
         try:

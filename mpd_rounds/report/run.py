@@ -3,7 +3,6 @@
 Only light columns and settings are read, and nothing is written.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.common.records import parse_json
 from mpd_data.common.text import plain
 from mpd_data.inspect.stats import collect, scan
 from mpd_data.store.round import RoundDir
@@ -169,7 +169,7 @@ def _gate_of(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        gate = json.loads(file.read_text(encoding="utf-8"))
+        gate = parse_json(file.read_bytes())
         if gate.keys() >= {"set", "rounds", "stopped", "best", "text"}:
             return dict(gate)
     except (ValueError, AttributeError):
@@ -293,7 +293,7 @@ def read_lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
             if not line.endswith("\n"):
                 return
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError as error:
                 raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
             if not isinstance(record, dict) or not record.keys() >= set(keys):

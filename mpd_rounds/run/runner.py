@@ -14,7 +14,8 @@ from typing import Any
 import click
 
 from mpd_data.common import signals
-from mpd_data.common.errors import MPDError
+from mpd_data.common.errors import DataError, MPDError
+from mpd_data.common.records import Record, parse_json, require
 from mpd_data.parts.workers import EXIT_FAILED_ROWS
 from mpd_rounds.run.steps import Step
 
@@ -26,7 +27,8 @@ def _inputs(step: Step) -> dict[str, str]:
     prompts or shards have changed since is run again."""
     inputs: dict[str, str] = {}
     for path in (*map(Path, step.command), *step.reads):
-        if path == step.out or not path.exists():
+        # Not Path.exists, which raises for a word that is too long for a name.
+        if path == step.out or not os.path.exists(path):  # noqa: PTH110
             continue
         files = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()]
         for file in sorted(files):
@@ -36,15 +38,36 @@ def _inputs(step: Step) -> dict[str, str]:
     return inputs
 
 
+class _Line(Record):
+    """A line of finished.jsonl."""
+
+    command: list[str]
+    inputs: dict[str, str]
+    exit_code: int
+
+
 class Finished:
-    """The finished steps, as recorded in OUT/finished.jsonl. Reads only."""
+    """The finished steps, as recorded in OUT/finished.jsonl. Reads only. Raise DataError for a
+    damaged line."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / "finished.jsonl"
         # A kill can tear the last line. Its step runs again, and resumes.
         self.whole = self.path.read_bytes() if self.path.exists() else b""
         self.whole = self.whole[: self.whole.rfind(b"\n") + 1]
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in self.whole.splitlines()]
+        lines = enumerate(self.whole.split(b"\n")[:-1], start=1)
+        self.records = [self._parsed(number, line) for number, line in lines]
+
+    def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
+        """Return a line's record. Raise DataError for a damaged one."""
+        place = f"{self.path}, line {number}: not a finished step"
+        remedy = "Remove the line: its step runs again, and finds what exists."
+        try:
+            record: dict[str, Any] = parse_json(line)
+        except ValueError as error:
+            raise DataError(f"{place} ({error}). {remedy}") from error
+        require(_Line, record, place, remedy)
+        return record
 
     def holds(self, step: Step) -> bool:
         """Return whether `step` has finished with the inputs that exist now."""

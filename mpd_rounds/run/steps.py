@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
 from mpd_data.common.errors import ConfigError, did_you_mean
 from mpd_data.common.options import arguments, parse
+from mpd_data.common.records import parse_toml
 from mpd_data.config import RewriteConfig, RolloutsConfig, Strict
 from mpd_rounds.run.baselines import Baseline
 from mpd_train.config import TrainConfig
@@ -119,7 +119,7 @@ class Pipeline(SettingsFile):
     # self-compression the student rewrites.
     sampler: Literal["student", "teacher"] = "student"
     rewriter: Literal["student", "teacher"] = "teacher"
-    rounds: int = Field(1, ge=1)
+    rounds: int = Field(1, ge=1, le=1000)
     seed: int = 0
     parallel_evaluations: int = Field(1, ge=1)
     environment: dict[str, str] = Field(default_factory=dict)
@@ -297,18 +297,18 @@ def read_settings(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     Raise ConfigError naming the file and the setting.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = parse_toml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
     for override_ in overrides:
         name, equals, text = override_.partition("=")
         if not equals:
             raise ConfigError(f"--set {override_}: expected NAME=VALUE.")
         try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+            value = parse_toml(f"value = {text}")["value"]
+        except ValueError:
             value = text
         override(values, name, value, f"--set {override_}")
     return values

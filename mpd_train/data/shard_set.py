@@ -17,14 +17,21 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.hashing import differences
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
 from mpd_data.store.schema import SCORES, SHARED_METADATA
-from mpd_data.store.shards import PARQUET_ERRORS, open_shard, pack_keys, read_all, read_metadata
+from mpd_data.store.shards import (
+    PARQUET_ERRORS,
+    open_shard,
+    pack_keys,
+    read_all,
+    read_columns,
+    read_metadata,
+    with_added_columns,
+)
 from mpd_train.config import LossConfig
 from mpd_train.data.targets import Targets
 
@@ -91,7 +98,7 @@ class ShardSet:
         self.groups = [group for part in read_all(_groups_of, self.files) for group in part]
         self.num_rows = sum(int((g.num_loss_tokens > 0).sum()) for g in self.groups)
         if self.num_rows == 0:
-            tables = (pq.read_table(file, columns=["status"]) for file in self.files)
+            tables = (read_columns(file, ["status"]) for file in self.files)
             counts = Counter(status for table in tables for status in table["status"].to_pylist())
             raise ConfigError(
                 f"{', '.join(map(str, paths))}: no kept rewrite to train on; rows by status:"
@@ -138,6 +145,7 @@ class ShardSet:
             try:
                 with open_shard(source.path) as file:
                     table = file.read_row_group(source.index, columns=columns)
+                    table = with_added_columns(table, source.path, columns)
             except PARQUET_ERRORS as error:
                 raise DataError(
                     f"{source.path}, row group {source.index}: cannot be read ({error}). Check the"
@@ -164,12 +172,9 @@ def _shards_of(path: Path) -> list[Path]:
 def _groups_of(path: Path) -> list[_Group]:
     """Return the row groups of a shard. Raise DataError if it cannot be read."""
     columns = ["row_id", "prompt_id", "status", "loss_start", "num_rewritten_tokens"]
-    try:
-        with open_shard(path) as file:
-            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            table = file.read(columns=columns, use_threads=False)
-    except PARQUET_ERRORS as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+    with open_shard(path) as file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    table = read_columns(path, columns)
     kept = pc.equal(table["status"], "ok").to_numpy()
     loss = table["num_rewritten_tokens"].fill_null(0).to_numpy().astype(np.int64)
     num_tokens = table["loss_start"].fill_null(0).to_numpy() + loss

@@ -3,7 +3,6 @@
 The model is built on torch's meta device, from its configuration alone, to count what is trained.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,14 @@ from mpd_data.common.weights import skeleton
 from mpd_data.dryrun.learned import Learned
 from mpd_data.dryrun.plan import StagePlan, make_plan
 from mpd_data.dryrun.show import size_text
+from mpd_data.store.run_record import read_record
 from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
 from mpd_train.data.packing import overlong, split_packs
 from mpd_train.data.targets import Targets
 from mpd_train.dryrun.memory import plan_memory
 from mpd_train.export import rehearse
+from mpd_train.metrics import read_metrics
 from mpd_train.model import lora
 from mpd_train.setup import TrainSetup, check_models, check_settings
 
@@ -82,16 +83,11 @@ class RoundAhead:
 
 def learn_steps(out: Path) -> Learned | None:
     """Return the speed of the steps in a training's metrics.jsonl, None where there are none."""
-    path = out / "metrics.jsonl"
-    if not path.exists():
-        return None
-    # A kill may have cut the last line short.
-    records = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
-    steps = [record for record in records if "tokens" in record]
+    steps = [step for _, step in read_metrics(out / "metrics.jsonl") if step.get("tokens")]
     if not steps:
         return None
-    details = json.loads((out / "run.json").read_text(encoding="utf-8"))["details"]
-    pace = sum(step["seconds"] for step in steps) / sum(step["tokens"] for step in steps)
+    details = read_record(out, "training").get("details", {})
+    pace = sum(step.get("seconds", 0.0) for step in steps) / sum(step["tokens"] for step in steps)
     device = details.get("device", "device not recorded")
     return Learned(f"{out} ({len(steps):,} steps)", pace, device)
 

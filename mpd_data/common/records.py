@@ -1,0 +1,45 @@
+"""JSON that a command wrote and that a disk, an editor or another tool may have changed since, and
+TOML that people write."""
+
+import json
+import tomllib
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mpd_data.common.errors import DataError
+
+
+class Record(BaseModel):
+    """What the readers of a JSON object rely on. It may hold more."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text. Raise ValueError for any other text, also for one that is
+    nested too deeply for Python's parser."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Return the settings in a TOML text. Raise ValueError as `parse_json` does."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def require(model: type[Record], value: Any, source: str, remedy: str) -> None:
+    """Raise DataError unless `value`, parsed JSON, is what `model` says. The message begins with
+    `source`, says where the value differs, and ends with `remedy`."""
+    try:
+        model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place, found = ".".join(map(str, first["loc"])), f"{first['input']!r:.80}"
+        where = f"{place}: " if place else ""
+        raise DataError(f"{source}: {where}{first['msg']}, found {found}. {remedy}") from error
