@@ -10,6 +10,8 @@
 # make lint            ruff, mypy and the import rules
 # make site            the documentation as a site                                  build/site
 # make test            lint, site and all tests
+# make test-lowest     a quick part of the tests with the lowest versions    build/lowest
+# make test-newest     the same with the newest                              build/newest
 BIN := .venv/bin
 PIPELINE := pipelines/pocket/pipeline.toml
 ifdef RETRAIN
@@ -23,13 +25,13 @@ endif
 # Triton reads TRITON_INTERPRET when it is imported, so these tests run by themselves.
 KERNELS := $(filter-out tests/test_kl_sharded.py,$(wildcard tests/test_kl_*.py))
 
-.PHONY: help install demo seeds study study-small smollm2 qwen2.5-coder site test lint retrain
+.PHONY: help install test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder site test lint retrain
 install: .venv/.installed
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
-.venv/.installed: scripts/install.sh pyproject.toml constraints/cpu.txt constraints/dev.txt
+.venv/.installed: scripts/install.sh scripts/placeholders.py pyproject.toml constraints/cpu.txt constraints/dev.txt
 	./scripts/install.sh
 
 # The script writes this file last, so the others exist too.
@@ -112,3 +114,6 @@ site: .venv/.installed
 test: lint site .venv/.browser
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(KERNELS:%=--ignore=%)
+
+test-lowest test-newest: .venv/.installed
+	./scripts/bounds.sh $(@:test-%=%)

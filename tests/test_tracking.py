@@ -67,6 +67,6 @@ def test_wandb_is_named_by_its_own_variables(tmp_path, monkeypatch):
 def test_a_missing_tracker_is_refused_before_training(round_dir, tmp_path, tracker, monkeypatch):
     monkeypatch.setitem(sys.modules, tracker, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    with pytest.raises(ConfigError, match=r"mixed-policy-distillation\[trackers\]"):
+    with pytest.raises(ConfigError, match=rf"mixed-policy-distillation\[{tracker}\]"):
         train(config(round_dir, tmp_path / "run", tracker))
     assert not (tmp_path / "run" / "run.json").exists()
