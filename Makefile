@@ -104,7 +104,7 @@ lint: .venv/.installed
 site: .venv/.installed
 	rm -rf build/pages
 	mkdir -p build/pages
-	git ls-files -z '*.md' '*.svg' '*.png' '*.py' '*.sh' '*.toml' LICENSE | xargs -0 cp --parents -t build/pages
+	git ls-files -z '*.md' '*.svg' '*.png' '*.py' '*.sh' '*.toml' LICENSE Dockerfile | xargs -0 cp --parents -t build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Only the tests need a browser.
