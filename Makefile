@@ -11,6 +11,8 @@
 # make site            the documentation as a site                                  build/site
 # make test            lint, site and all tests
 # make fuzz            10,000 cases of damaged input, for a night
+# make test-lowest     a quick part of the tests with the lowest versions    build/lowest
+# make test-newest     the same with the newest                              build/newest
 BIN := .venv/bin
 PIPELINE := pipelines/pocket/pipeline.toml
 ifdef RETRAIN
@@ -24,13 +26,13 @@ endif
 # Triton reads TRITON_INTERPRET when it is imported, so these tests run by themselves.
 KERNELS := $(filter-out tests/test_kl_sharded.py,$(wildcard tests/test_kl_*.py))
 
-.PHONY: help install demo seeds study study-small smollm2 qwen2.5-coder site test fuzz lint retrain
+.PHONY: help install test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder site test fuzz lint retrain
 install: .venv/.installed
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
-.venv/.installed: scripts/install.sh pyproject.toml constraints/cpu.txt constraints/dev.txt
+.venv/.installed: scripts/install.sh scripts/placeholders.py pyproject.toml constraints/cpu.txt constraints/dev.txt
 	./scripts/install.sh
 
 # The script writes this file last, so the others exist too.
@@ -103,7 +105,7 @@ lint: .venv/.installed
 site: .venv/.installed
 	rm -rf build/pages
 	mkdir -p build/pages
-	git ls-files -z '*.md' '*.svg' '*.png' '*.py' '*.sh' '*.toml' LICENSE | xargs -0 cp --parents -t build/pages
+	git ls-files -z '*.md' '*.svg' '*.png' '*.py' '*.sh' '*.toml' LICENSE Dockerfile | xargs -0 cp --parents -t build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Only the tests need a browser.
@@ -116,3 +118,6 @@ test: lint site .venv/.browser
 
 fuzz: .venv/.installed
 	./scripts/fuzz.sh
+
+test-lowest test-newest: .venv/.installed
+	./scripts/bounds.sh $(@:test-%=%)

@@ -13,6 +13,8 @@ that `import mpd_data` stays fast and free of torch.
 import importlib
 import typing
 
+from mpd_data.common.version import __version__ as __version__
+
 if typing.TYPE_CHECKING:
     from mpd_data.checkers.formats import Checker
     from mpd_data.common.errors import ConfigError, DataError, EngineError, MPDError

@@ -14,7 +14,15 @@ from typing import Any
 
 import click
 
-from mpd_data.common.command import CONTEXT, DRY_RUN, PLAN_JSON, Group, example, run_command
+from mpd_data.common.command import (
+    CONTEXT,
+    DRY_RUN,
+    PLAN_JSON,
+    VERSION,
+    Group,
+    example,
+    run_command,
+)
 from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.options import build, config_options
 from mpd_data.common.text import plain
@@ -77,7 +85,7 @@ _ROUND = _RoundFolder(exists=True, file_okay=False)
         "completion": "_MPD_GEN_COMPLETE=bash_source mpd-gen (or zsh_source, fish_source)",
     },
 )
-@click.version_option(package_name="mixed-policy-distillation")
+@VERSION
 def cli() -> None:
     """Sample rollouts with a student, rewrite them with a teacher, and inspect the result."""
 

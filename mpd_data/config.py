@@ -539,6 +539,8 @@ class InitConfig(Strict):
     """Column with unique ids. Default: the first usual name, if any."""
     checker: str | None = None
     """How answers are compared, as for rollouts. Default: the one that fits the gold answers."""
+    slurm: bool = False
+    """Also write mpd-gen.sbatch and mpd-train.sbatch, job scripts for SLURM."""
 
 
 class ContaminationConfig(Strict):

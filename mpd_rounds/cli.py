@@ -16,14 +16,25 @@ Exit codes: 0 done, 1 fatal, 2 usage, 3 done with failed rows (in errors/), 4 do
 accepted no round, 130 interrupted (run the same command again to resume).
 """
 
+import contextlib
 import math
 import shlex
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mpd_data.common.command import CONTEXT, DRY_RUN, PLAN_JSON, Command, example, run_command
+from mpd_data.common.command import (
+    CONTEXT,
+    DRY_RUN,
+    PLAN_JSON,
+    VERSION,
+    Command,
+    example,
+    run_command,
+)
 from mpd_data.common.files import write_json_atomic
 from mpd_data.common.models import resolve_model
 from mpd_data.common.text import format_table
@@ -33,6 +44,7 @@ from mpd_data.inspect import frontier
 from mpd_data.inspect.stats import plot_lengths
 from mpd_data.parts.workers import EXIT_FAILED_ROWS
 from mpd_data.store.run_record import require_kind, write_record
+from mpd_rounds import example as examples
 from mpd_rounds.run import gate
 from mpd_rounds.run.few_shot import write_examples
 from mpd_rounds.run.layout import Plan
@@ -199,14 +211,48 @@ def _rates(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
     return rates
 
 
+@contextlib.contextmanager
+def _pipeline_file(
+    given: Path | None, name: str | None, out: Path | None, dry_run: bool
+) -> Iterator[tuple[Path, Path | None]]:
+    """Yield the pipeline file and the run's folder: those given, or those of the example `name`,
+    whose files are written to OUT/example. A dry run writes them to a temporary folder instead."""
+    if (given is None) == (name is None):
+        raise click.UsageError("Give either a PIPELINE or --example.")
+    if given is not None:
+        yield given, out
+        return
+    out = out or Path("runs") / str(name)
+    require_kind(out, "pipeline")
+    with contextlib.ExitStack() as stack:
+        folder = out / "example"
+        if dry_run and not (folder / "pipeline.toml").exists():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        yield examples.write(folder), out
+        if folder != out / "example":
+            click.echo(
+                f"{folder} was for this dry run: a run has its files in {out}/example", err=True
+            )
+
+
 @click.command(
     cls=Command,
     context_settings=CONTEXT,
     epilog=example(
-        "mpd-rounds pipelines/pocket/pipeline.toml --out runs/demo --set rounds=1 --dry-run"
+        "mpd-rounds --example pocket --out runs/demo",
+        "mpd-rounds my-run/pipeline.toml --out my-run/out --set rounds=1 --dry-run",
     ),
 )
-@click.argument("pipeline", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.argument(
+    "pipeline", type=click.Path(path_type=Path, dir_okay=False, exists=True), required=False
+)
+@click.option(
+    "--example",
+    "example_name",
+    type=click.Choice(examples.NAMES),
+    help="Run a pipeline that comes with this package, with its models, in place of a PIPELINE. Its"
+    " files are written to OUT/example; edit them and run the command again to try something else.",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder of the run. Default: runs/NAME."
 )
@@ -231,9 +277,10 @@ def _rates(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
     " (with evaluations), rewrite or train. May be repeated.",
 )
 @PLAN_JSON
-@click.version_option(package_name="mixed-policy-distillation")
+@VERSION
 def cli(
-    pipeline: Path,
+    pipeline: Path | None,
+    example_name: str | None,
     out: Path | None,
     overrides: tuple[str, ...],
     seeds: int | None,
@@ -245,6 +292,20 @@ def cli(
     is 4 if the pipeline's gate accepted no round (of a seed)."""
     if rates and not dry_run:
         raise click.UsageError("--rate goes with --dry-run.")
+    with _pipeline_file(pipeline, example_name, out, dry_run) as (file, folder):
+        _run(file, folder, overrides, seeds, dry_run, rates, as_json)
+
+
+def _run(
+    pipeline: Path,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    seeds: int | None,
+    dry_run: bool,
+    rates: dict[str, float],
+    as_json: bool,
+) -> None:
+    """Run or plan a pipeline file, once or with several seeds, and print the result."""
     if out is None:
         out = Path("runs") / load_pipeline(pipeline, overrides).name
     require_kind(out, "pipeline")

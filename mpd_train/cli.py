@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from mpd_data.common.command import CONTEXT, DRY_RUN, PLAN_JSON, Command, example, run_command
+from mpd_data.common.command import (
+    CONTEXT,
+    DRY_RUN,
+    PLAN_JSON,
+    VERSION,
+    Command,
+    example,
+    run_command,
+)
 from mpd_data.common.options import build, config_options
 from mpd_train.config import TrainConfig
 
@@ -27,7 +35,7 @@ from mpd_train.config import TrainConfig
 )
 @DRY_RUN
 @PLAN_JSON
-@click.version_option(package_name="mixed-policy-distillation")
+@VERSION
 def cli(overwrite: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Train STUDENT on the kept rewrites in SHARDS. Run the command again to resume."""
     config = build(TrainConfig, options)
@@ -47,7 +55,7 @@ def cli(overwrite: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
 
 def main() -> None:
     try:
-        run_command(cli)
+        run_command(cli, needs="train")
     except SystemExit as end:
         if end.code:
             raise

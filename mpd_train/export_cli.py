@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from mpd_data.common.command import CONTEXT, Command, example, run_command
+from mpd_data.common.command import CONTEXT, VERSION, Command, example, run_command
 
 
 @click.command(
@@ -21,7 +21,7 @@ from mpd_data.common.command import CONTEXT, Command, example, run_command
     "--student",
     help="Folder or hub id of the student that the training began with, if it has moved.",
 )
-@click.version_option(package_name="mixed-policy-distillation")
+@VERSION
 def cli(checkpoint: Path, out: Path, student: str | None) -> None:
     """Export CHECKPOINT as a Hugging Face model (safetensors), during or after its training.
 
@@ -36,7 +36,7 @@ def cli(checkpoint: Path, out: Path, student: str | None) -> None:
 
 
 def main() -> None:
-    run_command(cli)
+    run_command(cli, needs="train")
 
 
 if __name__ == "__main__":

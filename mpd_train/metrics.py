@@ -27,7 +27,7 @@ def load_trackers(names: list[str]) -> dict[str, Any]:
     """Return the trackers' modules by name. Raise ConfigError for one that is not installed."""
     modules = {}
     for name in names:
-        with requires("trackers", f"--report-to {name}"):
+        with requires(name, f"--report-to {name}"):
             modules[name] = importlib.import_module(_MODULES[name])
     return modules
 

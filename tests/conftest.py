@@ -3,6 +3,7 @@
 If MPD_TEST_DATA names a folder with prompts and a round, they are used (see ignore_option.py).
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -31,6 +32,10 @@ MODULES = {
     "mpd-study": "mpd_rounds.study.cli",
     "mpd-report": "mpd_rounds.report.cli",
 }
+
+
+# Most tests ask for rows, not for an engine: without vLLM another one makes them.
+ENGINE = {} if importlib.util.find_spec("vllm") else {"--backend": "transformers"}
 
 
 def command(program, *arguments):
@@ -100,6 +105,7 @@ def rollout_arguments(prompts, out, **changed):
         "--dtype": "float32",
         "--max-tokens": 400,
         "--max-num-seqs": 64,
+        **ENGINE,
         **changed,
     }
     return ["rollouts", *(str(x) for pair in settings.items() for x in pair)]
@@ -114,6 +120,7 @@ def rewrite_arguments(shards, **changed):
         "--dtype": "float32",
         "--max-tokens": 200,
         "--max-num-seqs": 64,
+        **ENGINE,
         **changed,
     }
     return ["rewrite", *(str(x) for pair in settings.items() for x in pair)]

@@ -226,7 +226,7 @@ def test_the_shipped_job_script_trains_with_a_process_for_each_gpu(round_dir, tm
     arguments = settings(round_dir, tmp_path / "run", **{"--epochs": 1})
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     slurm = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "PATH": path}
-    script = ROOT / "pipelines" / "slurm" / "mpd-train.sbatch"
+    script = ROOT / "mpd_data" / "init" / "slurm" / "mpd-train.sbatch"
     done = finish(["bash", script, *words(arguments)], env=environment() | slurm)
     assert "on 2 x cpu" in done.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()

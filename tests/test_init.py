@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import tomllib
 
 import pyarrow as pa
@@ -412,6 +413,17 @@ def test_ones_own_split_may_lie_in_the_folder(tmp_path):
     assert pipeline.evaluation[0].rollouts["prompts"] == [str(test)]
     assert "answer_column" not in pipeline.evaluation[0].rollouts
     assert len(list(folder.iterdir())) == 3
+
+
+def test_job_scripts_are_written_when_asked_for(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", rows(60))
+    made(tmp_path / "without", prompts=path)
+    made(tmp_path / "with", prompts=path, slurm=True)
+    scripts = ["mpd-gen.sbatch", "mpd-train.sbatch"]
+    files = [path.name for path in (tmp_path / "without").iterdir()]
+    assert sorted([*files, *scripts]) == sorted(p.name for p in (tmp_path / "with").iterdir())
+    for name in scripts:
+        subprocess.run(["bash", "-n", tmp_path / "with" / name], check=True)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

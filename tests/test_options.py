@@ -34,6 +34,7 @@ test_columns_are_those_that_are_named: mpd-gen init --prompt-column --answer-col
 test_sampling_is_the_makers: mpd-gen init --student
 test_test_prompts_may_have_columns_of_their_own: mpd-gen init --prompts --test
 test_thinking_is_set_where_there_is_a_switch: mpd-gen init --teacher
+test_job_scripts_are_written_when_asked_for: mpd-gen init --slurm
 test_what_is_lost_without_gold_answers_is_said: mpd-gen init --checker
 test_compare_by_a_metadata_key: mpd-gen compare BASE NEW --json --by
 test_stats_by_a_metadata_key: mpd-gen stats --by
@@ -57,6 +58,7 @@ test_a_training_is_planned: mpd-train --dry-run --json
 test_the_qwen3_pipeline_is_sound_in_every_stage: mpd-rounds --dry-run --json
 test_two_nodes_make_the_rows_of_one_process: mpd-gen rollouts/rewrite --ray
 test_several_runs_are_compared: mpd-report PATHS
+test_the_example_runs_from_the_wheel: mpd-rounds --example
 test_the_same_run_gives_the_same_bytes: mpd-report --out
 test_seeds_are_run_apart_and_compared: mpd-rounds --seeds
 test_a_choice_of_one_token_is_greedy: mpd-gen rewrite --top-p --top-k --min-p

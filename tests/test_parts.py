@@ -137,7 +137,7 @@ def test_a_job_array_is_the_default(prompts, tmp_path, monkeypatch, capsys):
 def test_the_shipped_job_script_makes_the_round_task_by_task(round_dir, prompts, tmp_path):
     """As SLURM runs it: bash, one task after another, the array in its environment."""
     out = tmp_path / "r"
-    script = ROOT / "pipelines" / "slurm" / "mpd-gen.sbatch"
+    script = ROOT / "mpd_data" / "init" / "slurm" / "mpd-gen.sbatch"
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for task in range(2):
         array = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2"}

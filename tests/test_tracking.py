@@ -90,6 +90,6 @@ def test_a_resumed_training_goes_on_in_its_run(tmp_path):
 def test_a_missing_tracker_is_refused_before_training(round_dir, tmp_path, tracker, monkeypatch):
     monkeypatch.setitem(sys.modules, tracker, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    with pytest.raises(ConfigError, match=r"mixed-policy-distillation\[trackers\]"):
+    with pytest.raises(ConfigError, match=rf"mixed-policy-distillation\[{tracker}\]"):
         train(config(round_dir, tmp_path / "run", tracker))
     assert not (tmp_path / "run" / "run.json").exists()

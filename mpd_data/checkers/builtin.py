@@ -232,7 +232,11 @@ CHECKERS: dict[str, type[Checker]] = {
     "choice": ChoiceChecker,
     "reasoning-gym": ReasoningGymChecker,
 }
-_LIBRARIES = {"math": "math_verify", "reasoning-gym": "reasoning_gym"}
+# The library of a checker, and the extra that brings it.
+_LIBRARIES = {
+    "math": ("math_verify", "checkers"),
+    "reasoning-gym": ("reasoning_gym", "reasoning-gym"),
+}
 
 
 class _Adapter(Checker):
@@ -263,10 +267,10 @@ def make_checker(name: str, formats: Sequence[AnswerFormat] = ANSWER_FORMATS) ->
             f"checker {name!r}: unknown; there are {', '.join(sorted(CHECKERS))}, or your own as"
             f" package.module:Name.{did_you_mean(name, CHECKERS)}"
         )
-    library = _LIBRARIES.get(name)
+    library, extra = _LIBRARIES.get(name, (None, ""))
     if library is not None and importlib.util.find_spec(library) is None:
         # Not imported here: that takes seconds, and the processes that check import it.
-        with requires("checkers", f"checker {name!r}"):
+        with requires(extra, f"checker {name!r}"):
             raise ModuleNotFoundError(f"No module named {library!r}")
     return CHECKERS[name](formats)
 

@@ -11,6 +11,7 @@ import click
 from mpd_data.common import signals
 from mpd_data.common.errors import MPDError, missing_package
 from mpd_data.common.text import plain, plain_lines
+from mpd_data.common.version import __version__
 
 # Packages that come with the extras; commands that only read shards need none of them.
 _EXTRAS = {"torch", "transformers", "safetensors", "huggingface_hub", "httpx", "vllm"}
@@ -131,6 +132,8 @@ CONTEXT: dict[str, Any] = {
     "token_normalize_func": _dashed,
 }
 
+VERSION = click.version_option(__version__)
+
 DRY_RUN = click.option(
     "--dry-run",
     is_flag=True,
@@ -155,9 +158,10 @@ PLAN_JSON = click.option(
 )
 
 
-def run_command(command: click.Command) -> None:
+def run_command(command: click.Command, needs: str = "gpu") -> None:
     """Run a click command and exit. An error of ours becomes one message and exit code 1; SIGTERM,
-    which schedulers send first, is an interrupt: finished rows are committed."""
+    which schedulers send first, is an interrupt: finished rows are committed. `needs`: the extra
+    to name if a package is missing that the base does not install."""
     signals.listen()
     try:
         # Without standalone mode click returns the code of an Exit instead of raising it.
@@ -185,6 +189,6 @@ def run_command(command: click.Command) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRAS:
             raise
-        message = str(missing_package("this command", "gpu", error))
+        message = str(missing_package("this command", needs, error))
     click.echo(f"error: {message}", err=True)
     sys.exit(1)

@@ -46,7 +46,7 @@ def pip_install(extra: str) -> str:
     """Return the command that installs an optional part of this project."""
     command = f"pip install 'mixed-policy-distillation[{extra}]'"
     if extra == "gpu":
-        command += " on a CUDA machine, `make install` in a checkout on a CPU machine"
+        command += " on a CUDA machine, [cpu] in place of [gpu] on another"
     return command
 
 

@@ -29,16 +29,18 @@ from mpd_data.prompts.sources import HUB, hub_splits
 from mpd_data.prompts.special import turn_of
 
 _WIDTH = 98  # of a comment, in columns
+_SLURM = ("mpd-gen.sbatch", "mpd-train.sbatch")
 
 
 def run_init(folder: Path, config: InitConfig) -> list[str]:
-    """Write FOLDER/pipeline.toml, and train.jsonl and test.jsonl where a file is split. Return
-    lines that say what was detected.
+    """Write FOLDER/pipeline.toml, train.jsonl and test.jsonl where a file is split, and SLURM's job
+    scripts if they are asked for. Return lines that say what was detected.
 
     Raise ConfigError or DataError for input that makes no pipeline; nothing is written then.
     """
     splits = ["train.jsonl", "test.jsonl"] if config.test is None else []
-    for name in ("pipeline.toml", *splits):
+    scripts = _SLURM if config.slurm else ()
+    for name in ("pipeline.toml", *splits, *scripts):
         if (folder / name).exists():
             raise ConfigError(
                 f"{folder / name}: exists, and is not overwritten. Choose another folder, or"
@@ -61,6 +63,8 @@ def run_init(folder: Path, config: InitConfig) -> list[str]:
     checker, why_checker = detect.choose_checker(config.checker, train, test)
     unreadable = detect.unreadable_answers_of(checker, train, test)
     budget = detect.plan_budget(models, [*train.prompts, *test.prompts])
+    for name in scripts:
+        files[name] = (Path(__file__).parent / "slurm" / name).read_text(encoding="utf-8")
     files["pipeline.toml"] = _render(
         folder, config, models, train=train, test=test, budget=budget,
         checker=checker, why_checker=why_checker,

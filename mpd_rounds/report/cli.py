@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from mpd_data.common.command import CONTEXT, Command, example, run_command
+from mpd_data.common.command import CONTEXT, VERSION, Command, example, run_command
 
 
 @click.command(cls=Command, context_settings=CONTEXT, epilog=example("mpd-report runs/demo"))
@@ -14,7 +14,7 @@ from mpd_data.common.command import CONTEXT, Command, example, run_command
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder to write to. Required for several runs. Default: RUN/report.",
 )
-@click.version_option(package_name="mixed-policy-distillation")
+@VERSION
 def cli(paths: tuple[Path, ...], out: Path | None) -> None:
     """Write the report of a RUN: the --out of mpd-rounds or of mpd-train. Several RUNs are
     compared."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from mpd_data.common.command import CONTEXT, Command, example, run_command
+from mpd_data.common.command import CONTEXT, VERSION, Command, example, run_command
 from mpd_data.common.errors import MPDError
 from mpd_data.parts.workers import EXIT_FAILED_ROWS
 from mpd_rounds.run.runner import Finished
@@ -28,7 +28,7 @@ from mpd_rounds.study.study import Planner, SettingRun, load_study, run_study, w
     help="Change a setting of the file, as seeds=[0]. May be repeated.",
 )
 @click.option("--dry-run", is_flag=True, help="List the remaining stages, and run nothing.")
-@click.version_option(package_name="mixed-policy-distillation")
+@VERSION
 def cli(
     study: Path, out: Path, groups: tuple[str, ...], overrides: tuple[str, ...], dry_run: bool
 ) -> None:

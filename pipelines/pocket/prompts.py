@@ -13,7 +13,8 @@ from pathlib import Path
 import click
 
 from mpd_data.common.files import atomic_file
-from pipelines.pocket.world import (
+
+from .world import (
     IN_DISTRIBUTION,
     OUT_OF_DISTRIBUTION,
     Family,
@@ -33,13 +34,8 @@ def distinct(name: str, families: tuple[Family, ...], split: Split, count: int) 
     return list(by_text.values())
 
 
-@click.command(help="Write train, validation, test and ood problems as JSONL.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("data/pocket"))
-@click.option("--train", default=6000, show_default=True, type=click.IntRange(min=0))
-@click.option("--validation", default=600, show_default=True, type=click.IntRange(min=0))
-@click.option("--test", default=1200, show_default=True, type=click.IntRange(min=0))
-@click.option("--ood", default=600, show_default=True, type=click.IntRange(min=0))
-def main(out: Path, train: int, validation: int, test: int, ood: int) -> None:
+def write(out: Path, train: int, validation: int, test: int, ood: int) -> dict[Path, int]:
+    """Write that many problems of each kind into the folder `out`. Return each file's number."""
     out.mkdir(parents=True, exist_ok=True)
     files: list[tuple[str, tuple[Family, ...], Split, int]] = [
         ("train", IN_DISTRIBUTION, "train", train),
@@ -47,6 +43,7 @@ def main(out: Path, train: int, validation: int, test: int, ood: int) -> None:
         ("test", IN_DISTRIBUTION, "test", test),
         ("ood", OUT_OF_DISTRIBUTION, "test", ood),
     ]
+    written = {}
     for name, families, split, count in files:
         rows = [
             {
@@ -60,7 +57,19 @@ def main(out: Path, train: int, validation: int, test: int, ood: int) -> None:
         path = out / f"{name}.jsonl"
         with atomic_file(path) as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        click.echo(f"{path}: {len(rows)} problems")
+        written[path] = len(rows)
+    return written
+
+
+@click.command(help="Write train, validation, test and ood problems as JSONL.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("data/pocket"))
+@click.option("--train", default=6000, show_default=True, type=click.IntRange(min=0))
+@click.option("--validation", default=600, show_default=True, type=click.IntRange(min=0))
+@click.option("--test", default=1200, show_default=True, type=click.IntRange(min=0))
+@click.option("--ood", default=600, show_default=True, type=click.IntRange(min=0))
+def main(out: Path, train: int, validation: int, test: int, ood: int) -> None:
+    for path, count in write(out, train, validation, test, ood).items():
+        click.echo(f"{path}: {count} problems")
 
 
 if __name__ == "__main__":
