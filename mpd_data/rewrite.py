@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpd_data.checkers.pool import CheckRequest, Verdict
+from mpd_data.common.models import unknown_id
 from mpd_data.common.ngrams import overlap, repetition
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, StartEngine
@@ -160,10 +161,10 @@ class RewriteJob:
             self._finish_without_rewrite(group, "draft_truncated")
             return
         run.failures.tried += len(rows)
-        if not self.prepared.template.asks:
-            self._take_draft(group)
-            return
         try:
+            if not self.prepared.template.asks:
+                self._take_draft(group)
+                return
             asked = self.prepared.ask_about(rollout)
             if asked is None:
                 self._finish_without_rewrite(group, "too_long")
@@ -184,7 +185,11 @@ class RewriteJob:
         """Take what the engine finished: a rewrite, its log-probabilities, or a refusal."""
         row_id, group = result.key.removeprefix(WITH_DRAFT), self._groups.pop(result.key)
         if isinstance(result, Completion):
-            trace = self._lay_out(group, group.rows[row_id], result)
+            trace = None
+            try:
+                trace = self._lay_out(group, group.rows[row_id], result)
+            except RequestError as error:
+                self._fail(group, row_id, error)
             if trace is None:
                 self._judged(group, row_id)
             else:
@@ -247,7 +252,10 @@ class RewriteJob:
 
     def _trace_columns(self, rollout: dict[str, Any], trace: str, ids: list[int]) -> dict[str, Any]:
         """Return the columns of a distill row that follow from its trace, as text and as `ids`,
-        end token included."""
+        end token included. Raise RequestError for an id that one of the models does not have."""
+        both = f"{self.prepared.student['model']['name']} and {self.prepared.teacher.name}"
+        if unknown := unknown_id(rollout["prompt_ids"] + ids, self.prepared.vocab_size, both):
+            raise RequestError(unknown)
         return {
             "num_rewritten_tokens": len(ids),
             "num_thinking_tokens": self._thinking.count(rollout["prompt"], trace, ids),

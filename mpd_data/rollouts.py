@@ -16,7 +16,13 @@ from mpd_data.checkers.builtin import make_checker
 from mpd_data.checkers.pool import CheckRequest, Verdict
 from mpd_data.common.hashing import canonical_json, content_key
 from mpd_data.common.machine import provenance
-from mpd_data.common.models import ModelFiles, chat_template_hash, load_tokenizer, tokenizer_hash
+from mpd_data.common.models import (
+    ModelFiles,
+    chat_template_hash,
+    load_tokenizer,
+    tokenizer_hash,
+    unknown_id,
+)
 from mpd_data.common.ngrams import repetition
 from mpd_data.config import RolloutsConfig
 from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, StartEngine
@@ -101,6 +107,8 @@ class RolloutSetup:
         if prompt.flaw is not None:
             raise PromptError(prompt.flaw)
         text, ids = self.formatter.render(fill_prompt(self.config.prompt_template, prompt.text))
+        if unknown := unknown_id(ids, self.model.vocab_size, self.model.name):
+            raise PromptError(unknown)
         room = self.config.sampling.max_tokens
         if len(ids) + room > self.context:
             raise PromptError(

@@ -25,8 +25,9 @@ import numpy as np
 
 from mpd_data.common.errors import EngineError, requires
 from mpd_data.common.models import ModelFiles, end_tokens, load_tokenizer
+from mpd_data.common.positions import has_longrope
 from mpd_data.config import EngineConfig, SamplingConfig
-from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, require_room
+from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores
 
 with requires("openai", "--backend openai"):
     import httpx
@@ -66,6 +67,7 @@ class OpenAIEngine:
         self.max_model_len = context
         self.max_in_flight = 2 * config.max_num_seqs
         self._url = config.base_url
+        self._files = model
         self._model = model.served
         self._max_logprobs = max_logprobs
         self._key = _api_key()
@@ -102,11 +104,9 @@ class OpenAIEngine:
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
     ) -> None:
-        require_room(prompt_ids, self.max_model_len)
         self._submit(key, self._generate(key, prompt_ids, sampling, seed))
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
-        require_room(context_ids + target_ids, self.max_model_len)
         self._submit(key, self._score(key, context_ids, target_ids, k))
 
     def step(self) -> list[Result]:
@@ -347,6 +347,12 @@ class OpenAIEngine:
             )
         self._model = entry["id"]
         room = entry.get("max_model_len")
+        if has_longrope(self._files.text_config) and (room or 0) > self._files.context:
+            raise EngineError(
+                f"{self._url}: the server runs {self._model} with a context of {room} tokens, and"
+                f" here it has {self._files.context_text}. Start the server with --max-model-len"
+                f" {self._files.context}."
+            )
         if room is not None and room < self.max_model_len:
             raise EngineError(
                 f"{self._url}: the server runs {self._model} with a context of {room} tokens, and"

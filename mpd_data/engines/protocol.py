@@ -60,12 +60,6 @@ class RequestError(ValueError):
     """The engine refuses this one request; others are not affected."""
 
 
-def require_room(ids: list[int], max_model_len: int) -> None:
-    """Raise RequestError where `ids` leave no room for one more token."""
-    if len(ids) >= max_model_len:
-        raise RequestError(f"{len(ids)} tokens leave no room in the context of {max_model_len}")
-
-
 class Engine(Protocol):
     """What a stage needs of an engine."""
 

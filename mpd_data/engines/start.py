@@ -3,6 +3,7 @@
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import ModelFiles
 from mpd_data.config import EngineConfig
+from mpd_data.engines.guard import Guarded
 from mpd_data.engines.protocol import Engine
 
 # Settings that a server was started with, so that they cannot be given here.
@@ -18,7 +19,7 @@ def context_of(model: ModelFiles, config: EngineConfig) -> int:
     if config.max_model_len is not None and config.max_model_len > model.context:
         raise ConfigError(
             f"{model.name}: --max-model-len {config.max_model_len} is over the model's context of"
-            f" {model.context} tokens."
+            f" {model.context_text}. Give {model.context} or less."
         )
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         if config.backend == "transformers" and (size := getattr(config, name)) > 1:
@@ -60,17 +61,21 @@ def server_notes(config: EngineConfig) -> list[str]:
 def start_engine(
     model: ModelFiles, config: EngineConfig, trust_remote_code: bool = False, max_logprobs: int = 1
 ) -> Engine:
-    """Return the engine that `config` names, with `model` loaded. `max_logprobs`: the largest K of
-    its scores. Raise EngineError where it cannot start, ConfigError like `context_of`."""
+    """Return the engine that `config` names, with `model` loaded, behind a check of its requests
+    (guard.py). `max_logprobs`: the largest K of its scores. Raise EngineError where it cannot
+    start, ConfigError like `context_of`."""
     context = context_of(model, config)
+    engine: Engine
     if config.backend == "transformers":
         from mpd_data.engines.transformers import TransformersEngine
 
-        return TransformersEngine(model, config, trust_remote_code, context)
-    if config.backend == "openai":
+        engine = TransformersEngine(model, config, trust_remote_code, context)
+    elif config.backend == "openai":
         from mpd_data.engines.openai import OpenAIEngine
 
-        return OpenAIEngine(model, config, trust_remote_code, context, max_logprobs)
-    from mpd_data.engines.vllm import VLLMEngine
+        engine = OpenAIEngine(model, config, trust_remote_code, context, max_logprobs)
+    else:
+        from mpd_data.engines.vllm import VLLMEngine
 
-    return VLLMEngine(model, config, trust_remote_code, context, max_logprobs)
+        engine = VLLMEngine(model, config, trust_remote_code, context, max_logprobs)
+    return Guarded(engine, model)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mpd_data.common.errors import EngineError, requires
+from mpd_data.common.errors import EngineError, MPDError, reason_of, requires
 from mpd_data.common.models import ModelFiles
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engines.protocol import Completion, RequestError, Scores
@@ -67,7 +67,6 @@ class VLLMEngine:
         is_first = "vllm" not in sys.modules
         with requires("gpu", "--backend vllm"):
             from vllm import LLM
-            from vllm.exceptions import VLLMError
         if is_first:
             # vLLM collects garbage seven times, a third of a second each with the million objects
             # of its imports. Done once: later it could keep a closed engine alive.
@@ -107,8 +106,13 @@ class VLLMEngine:
                 warnings.simplefilter("ignore", FutureWarning)
                 llm = LLM(str(model.path), **settings)
             self._adapter = None if model.adapter is None else _load(llm, model.adapter)
-        except (VLLMError, ValueError, RuntimeError, OSError) as error:
-            raise EngineError(f"{model.name}: vLLM cannot start with it: {error}") from error
+        except MPDError:
+            raise
+        except Exception as error:  # vLLM raises all kinds, and asserts
+            reason = reason_of(error)
+            raise EngineError(
+                f"{model.name}: vLLM cannot start with this model: {reason}"
+            ) from error
         self.llm = llm
         self._engine = llm.llm_engine
         _wake_when_dead(self._engine.engine_core)

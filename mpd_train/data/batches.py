@@ -93,7 +93,7 @@ class Loader:
 
 def load_pack(shards: ShardSet, pack: Pack) -> Batch:
     """Read a pack's rows and concatenate them to one batch. Raise DataError for a broken row."""
-    k = shards.metadata["num_logprobs"]
+    k, vocab_size = shards.metadata["num_logprobs"], shards.metadata["vocab_size"]
     parts: defaultdict[str, list[npt.NDArray[Any]]] = defaultdict(list)
     start, teacher_start = 0, 0
     for group, row in pack.rows:
@@ -121,6 +121,14 @@ def load_pack(shards: ShardSet, pack: Pack) -> Batch:
             records.append(Record(ids.reshape(-1, k), logprobs.reshape(-1, k), tail))
         taught = shards.targets.taught(sequence[first:], records)
         context = values.get("teacher_prompt_ids", sequence[:first])
+        for ids in (sequence, context, *(record.ids for record in records)):
+            if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+                source = shards.groups[group]
+                raise DataError(
+                    f"{source.path}, row {row} of row group {source.index}: token ids from"
+                    f" {ids.min()} to {ids.max()}, expected 0 to {vocab_size - 1}. Check the round"
+                    " with `mpd-gen validate`."
+                )
         read = np.concatenate([context, sequence[first:]])
         of_row = {
             "input_ids": sequence,

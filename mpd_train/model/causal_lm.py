@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpd_data.common.errors import ConfigError
+from mpd_data.common.errors import ConfigError, MPDError, reason_of
 from mpd_data.common.models import ModelFiles, has_softcap, load_config
 from mpd_train.kl.losses import gathered
 from mpd_train.model import lora
@@ -56,16 +56,19 @@ class CausalLM:
                 trust_remote_code=trust_remote_code,
                 attn_implementation=attn_implementation,
             ).to(device)
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
-        if attn_implementation is None and has_softcap(self.model.config):
-            self.model.set_attn_implementation("eager")
-        if files.adapter is not None and merged:
-            lora.merge(self.model, files)
-        short = torch.bfloat16 if is_short(attn_implementation) else torch.float32
-        with torch.no_grad(), autocast(device, short):
-            self._find_head(device)
-            self._require_separate_sequences(device)
+            if attn_implementation is None and has_softcap(self.model.config):
+                self.model.set_attn_implementation("eager")
+            if files.adapter is not None and merged:
+                lora.merge(self.model, files)
+            short = torch.bfloat16 if is_short(attn_implementation) else torch.float32
+            with torch.no_grad(), autocast(device, short):
+                self._find_head(device)
+                self._require_separate_sequences(device)
+        except (MPDError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # transformers, and a model's own code, raise all kinds
+            reason = reason_of(error)
+            raise ConfigError(f"{files.name}: cannot be loaded: {reason}") from error
 
     def _find_head(self, device: torch.device) -> None:
         """Determine `logit_scale` and `softcap` from the model's own logits. Some families scale or
@@ -167,5 +170,5 @@ def skeleton(files: ModelFiles, trust_remote_code: bool, dtype: torch.dtype) -> 
             return AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, dtype=dtype
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"{files.name}: cannot be loaded: {reason_of(error)}") from error
