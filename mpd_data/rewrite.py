@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpd_data.checkers.pool import CheckRequest, Verdict
-from mpd_data.common.models import unknown_id
+from mpd_data.common.ids import unknown_id
 from mpd_data.common.ngrams import overlap, repetition
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, StartEngine
@@ -161,10 +161,10 @@ class RewriteJob:
             self._finish_without_rewrite(group, "draft_truncated")
             return
         run.failures.tried += len(rows)
+        if not self.prepared.template.asks:
+            self._take_draft(group)
+            return
         try:
-            if not self.prepared.template.asks:
-                self._take_draft(group)
-                return
             asked = self.prepared.ask_about(rollout)
             if asked is None:
                 self._finish_without_rewrite(group, "too_long")
@@ -185,11 +185,7 @@ class RewriteJob:
         """Take what the engine finished: a rewrite, its log-probabilities, or a refusal."""
         row_id, group = result.key.removeprefix(WITH_DRAFT), self._groups.pop(result.key)
         if isinstance(result, Completion):
-            trace = None
-            try:
-                trace = self._lay_out(group, group.rows[row_id], result)
-            except RequestError as error:
-                self._fail(group, row_id, error)
+            trace = self._lay_out(group, group.rows[row_id], result)
             if trace is None:
                 self._judged(group, row_id)
             else:
@@ -244,6 +240,9 @@ class RewriteJob:
             # The teacher wrote a control token as text; as an id it would end or restart the turn.
             row["status"] = "malformed"
             return None
+        if unknown := unknown_id(ids, prepared.vocab_size, "student or teacher"):
+            self._fail(group, row["row_id"], unknown)
+            return None
         row |= self._trace_columns(rollout, rest, ids)
         row["draft_overlap"] = overlap(group.draft_ids, ids)
         if self.prepared.config.score_context != "problem":
@@ -252,10 +251,7 @@ class RewriteJob:
 
     def _trace_columns(self, rollout: dict[str, Any], trace: str, ids: list[int]) -> dict[str, Any]:
         """Return the columns of a distill row that follow from its trace, as text and as `ids`,
-        end token included. Raise RequestError for an id that one of the models does not have."""
-        both = f"{self.prepared.student['model']['name']} and {self.prepared.teacher.name}"
-        if unknown := unknown_id(rollout["prompt_ids"] + ids, self.prepared.vocab_size, both):
-            raise RequestError(unknown)
+        end token included."""
         return {
             "num_rewritten_tokens": len(ids),
             "num_thinking_tokens": self._thinking.count(rollout["prompt"], trace, ids),

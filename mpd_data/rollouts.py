@@ -15,14 +15,9 @@ import numpy as np
 from mpd_data.checkers.builtin import make_checker
 from mpd_data.checkers.pool import CheckRequest, Verdict
 from mpd_data.common.hashing import canonical_json, content_key
+from mpd_data.common.ids import unknown_id
 from mpd_data.common.machine import provenance
-from mpd_data.common.models import (
-    ModelFiles,
-    chat_template_hash,
-    load_tokenizer,
-    tokenizer_hash,
-    unknown_id,
-)
+from mpd_data.common.models import ModelFiles, chat_template_hash, load_tokenizer, tokenizer_hash
 from mpd_data.common.ngrams import repetition
 from mpd_data.config import RolloutsConfig
 from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, StartEngine
@@ -273,7 +268,10 @@ class RolloutJob:
         # The rest draws other random numbers than the beginning.
         seed = seed_of(content_key([row_id, "answer"]) if begun else row_id)
         try:
-            self.run.engine.submit_generate(row_id, request.ids + begun, sampling, seed)
+            # Some log-probabilities, for the trainer to compare (mpd_train/self_check.py).
+            known = request.sample_idx == 0 and request.prompt in self.prepared.prompts[:8]
+            known = known and budget is None
+            self.run.engine.submit_generate(row_id, request.ids + begun, sampling, seed, known)
             self._requests[row_id] = request
         except RequestError as error:
             self._begun.pop(row_id, None)
@@ -328,6 +326,7 @@ class RolloutJob:
             "repetition": repetition(token_ids),
             "metadata": canonical_json(prompt.metadata) if prompt.metadata else None,
             "seed": seed_of(request.row_id),
+            "sampled_logprobs": result.logprobs,
             "num_thinking_tokens": self._thinking.count(request.text, completion, token_ids),
         }
         if stopped:

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -76,18 +76,6 @@ class ModelFiles:
         if self.version != "unhashed" or saved is None:
             return self
         return replace(self, version=saved["version"])
-
-
-def unknown_id(ids: Sequence[int], vocab_size: int, whose: str) -> str | None:
-    """Return what is wrong with a sequence that holds a token outside the `vocab_size` embeddings
-    of the model, or models, `whose`; None for other sequences."""
-    if not len(ids) or (min(ids) >= 0 and max(ids) < vocab_size):
-        return None
-    strange = next(token for token in ids if not 0 <= token < vocab_size)
-    return (
-        f"the token id {strange} has no embedding: {whose} has those of 0 to {vocab_size - 1}. Was"
-        " a token added to the tokenizer, and not to the model?"
-    )
 
 
 def has_softcap(config: Any) -> bool:

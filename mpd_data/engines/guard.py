@@ -6,7 +6,8 @@ dies when it scores it; transformers raises an IndexError that ends the job.
 
 from collections.abc import Sequence
 
-from mpd_data.common.models import ModelFiles, unknown_id
+from mpd_data.common.ids import unknown_id
+from mpd_data.common.models import ModelFiles
 from mpd_data.config import SamplingConfig
 from mpd_data.engines.protocol import Completion, Engine, Refused, RequestError, Scores
 
@@ -26,10 +27,11 @@ class Guarded:
         return self.inner.in_flight
 
     def submit_generate(
-        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
-    ) -> None:
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,
+        logprobs: bool = False,
+    ) -> None:  # fmt: skip
         self._check(prompt_ids)
-        self.inner.submit_generate(key, prompt_ids, sampling, seed)
+        self.inner.submit_generate(key, prompt_ids, sampling, seed, logprobs)
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
         self._check(context_ids + target_ids)

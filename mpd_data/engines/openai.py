@@ -102,9 +102,10 @@ class OpenAIEngine:
     # -- the protocol -------------------------------------------------------------------
 
     def submit_generate(
-        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
-    ) -> None:
-        self._submit(key, self._generate(key, prompt_ids, sampling, seed))
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,
+        logprobs: bool = False,
+    ) -> None:  # fmt: skip
+        self._submit(key, self._generate(key, prompt_ids, sampling, seed, logprobs))
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
         self._submit(key, self._score(key, context_ids, target_ids, k))
@@ -155,7 +156,7 @@ class OpenAIEngine:
         self._start(work).add_done_callback(deliver)
 
     async def _generate(
-        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int, logprobs: bool
     ) -> Result:
         limit = min(sampling.max_tokens, self.max_model_len - len(prompt_ids))
         settings = {
@@ -172,6 +173,8 @@ class OpenAIEngine:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
         }
+        if logprobs:
+            settings["logprobs"] = 0
         choice = await self._complete(prompt_ids, settings)
         token_ids, reason = self._token_ids(choice), choice.get("finish_reason")
         if reason not in ("stop", "length"):
@@ -188,7 +191,10 @@ class OpenAIEngine:
                 f" {limit}. The server has a lower limit of its own: start it without one (vllm"
                 " serve --generation-config vllm)."
             )
-        return Completion(key, token_ids, reason)
+        # A gateway may leave them out.
+        sampled = (choice.get("logprobs") or {}).get("token_logprobs") if logprobs else None
+        fits = isinstance(sampled, list) and len(sampled) == len(token_ids) and None not in sampled
+        return Completion(key, token_ids, reason, sampled if fits else None)
 
     async def _score(
         self, key: str, context_ids: list[int], target_ids: list[int], k: int

@@ -103,8 +103,9 @@ class TransformersEngine:
         return len(self._rows) + len(self._to_score)
 
     def submit_generate(
-        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
-    ) -> None:
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,
+        logprobs: bool = False,
+    ) -> None:  # fmt: skip
         limit = min(sampling.max_tokens, self.max_model_len - len(prompt_ids))
         self._rows.append(_Row(key, prompt_ids, sampling, seed, limit))
 

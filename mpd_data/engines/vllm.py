@@ -127,8 +127,9 @@ class VLLMEngine:
         return len(self._open)
 
     def submit_generate(
-        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
-    ) -> None:
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,
+        logprobs: bool = False,
+    ) -> None:  # fmt: skip
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -139,6 +140,8 @@ class VLLMEngine:
             top_k=sampling.top_k,
             max_tokens=sampling.max_tokens,
             seed=seed,
+            # Of the sampled token alone.
+            logprobs=0 if logprobs else None,
             detokenize=False,
             # Otherwise each step makes an output for each sequence, to be thrown away here.
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -189,7 +192,11 @@ class VLLMEngine:
             sample = output.outputs[0]
             if sample.finish_reason not in ("stop", "length"):
                 raise EngineError(f"request {key} ended by {sample.finish_reason!r}")
-            results.append(Completion(key, list(sample.token_ids), sample.finish_reason))
+            token_ids, logprobs = list(sample.token_ids), None
+            if sample.logprobs is not None:
+                pairs = zip(sample.logprobs, token_ids, strict=True)
+                logprobs = [float(best[token].logprob) for best, token in pairs]
+            results.append(Completion(key, token_ids, sample.finish_reason, logprobs))
         return results
 
     def close(self) -> None:

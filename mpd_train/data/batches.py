@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mpd_data.common.errors import DataError
 from mpd_data.store.schema import SCORES
+from mpd_train.data.ids import require_ids
 from mpd_train.data.shard_set import Pack, ShardSet
 from mpd_train.data.targets import Record
 from mpd_train.distributed import Ranks
@@ -93,7 +94,7 @@ class Loader:
 
 def load_pack(shards: ShardSet, pack: Pack) -> Batch:
     """Read a pack's rows and concatenate them to one batch. Raise DataError for a broken row."""
-    k, vocab_size = shards.metadata["num_logprobs"], shards.metadata["vocab_size"]
+    k = shards.metadata["num_logprobs"]
     parts: defaultdict[str, list[npt.NDArray[Any]]] = defaultdict(list)
     start, teacher_start = 0, 0
     for group, row in pack.rows:
@@ -122,13 +123,7 @@ def load_pack(shards: ShardSet, pack: Pack) -> Batch:
         taught = shards.targets.taught(sequence[first:], records)
         context = values.get("teacher_prompt_ids", sequence[:first])
         for ids in (sequence, context, *(record.ids for record in records)):
-            if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-                source = shards.groups[group]
-                raise DataError(
-                    f"{source.path}, row {row} of row group {source.index}: token ids from"
-                    f" {ids.min()} to {ids.max()}, expected 0 to {vocab_size - 1}. Check the round"
-                    " with `mpd-gen validate`."
-                )
+            require_ids(ids, shards.metadata["vocab_size"], shards.groups[group], row)
         read = np.concatenate([context, sequence[first:]])
         of_row = {
             "input_ids": sequence,
