@@ -32,13 +32,15 @@ from mpd_train.setup import TrainSetup
 # where both sides compute in float32, and in bfloat16, whose logits of 20 are 0.06 apart.
 _TOKENS = 256
 _EXACT, _ROUNDED = 0.01, 0.1
-_DRAFTS = ["prompt_ids", "completion_ids", "sampled_logprobs"]
+_DRAFTS = ["row_id", "prompt_ids", "completion_ids", "sampled_logprobs"]
 _ENOUGH = 8
 
 
 class _Draft(NamedTuple):
-    """Token ids of a prompt and of what was sampled, and the log-probabilities of the latter."""
+    """Token ids of a prompt and of what was sampled, and the log-probabilities of the latter.
+    `name`: its file and row."""
 
+    name: str
     prompt: list[int]
     ids: list[int]
     logprobs: list[float]
@@ -65,14 +67,14 @@ def require_one_model(
             if max(draft.prompt + draft.ids) < prepared.vocab_size
         ]
         if drafts:
-            source = f"{folder}, the first drafts"
-            _compare(prepared, student, *_packed(drafts), source, metadata["dtype"])
+            names = [draft.name for draft in drafts]
+            _compare(prepared, student, *_packed(drafts), names, metadata["dtype"])
     # Mixed targets come from two contexts.
     if shards.targets.name == "mixed":
         return
     models = [model for model in (student, teacher) if model is not None]
     for model in models:
-        if _is_of(shards.metadata["teacher"], model.files):
+        if _is_of(shards.metadata.get("teacher", {}), model.files):
             batch = load_pack(shards, pack)
             at = batch.topk_ids == batch.labels[:, None]
             stored = batch.topk_logprobs.masked_fill(~at, -torch.inf).amax(1)
@@ -82,9 +84,9 @@ def require_one_model(
                 position_ids=batch.teacher_position_ids,
                 loss_positions=batch.teacher_loss_positions,
             )
-            group = shards.groups[pack.rows[0][0]]
-            source = f"{group.path}, row {pack.rows[0][1]} of row group {group.index} and others"
-            _compare(prepared, model, batch, stored, source, shards.metadata["dtype"])
+            places = [(shards.groups[group], row) for group, row in pack.rows]
+            names = [f"{group.path}, row {row} of row group {group.index}" for group, row in places]
+            _compare(prepared, model, batch, stored, names, shards.metadata["dtype"])
 
 
 def _is_of(recorded: dict[str, str], files: ModelFiles) -> bool:
@@ -102,8 +104,8 @@ def _drafts(paths: list[Path], room: int) -> list[_Draft]:
         with open_shard(path) as file:
             table = file.read(columns=_DRAFTS).filter(pa.array(known))
         drafts += [
-            _Draft(row["prompt_ids"], row["completion_ids"], row["sampled_logprobs"])
-            for row in table.to_pylist()
+            _Draft(f"{path}, row {row_id}", prompt, ids, logprobs)
+            for row_id, prompt, ids, logprobs in zip(*table.to_pydict().values(), strict=True)
         ]
         if len(drafts) >= _ENOUGH:
             break
@@ -111,7 +113,7 @@ def _drafts(paths: list[Path], room: int) -> list[_Draft]:
     for draft in sorted(drafts, key=lambda draft: len(draft.ids)):
         rest = room - len(draft.prompt)
         if rest > 0:
-            taken.append(_Draft(draft.prompt, draft.ids[:rest], draft.logprobs[:rest]))
+            taken.append(draft._replace(ids=draft.ids[:rest], logprobs=draft.logprobs[:rest]))
             room = rest - len(taken[-1].ids)
     return taken
 
@@ -142,10 +144,11 @@ def _packed(drafts: list[_Draft]) -> tuple[Batch, Tensor]:
 
 
 def _compare(
-    prepared: TrainSetup, model: CausalLM, batch: Batch, stored: Tensor, source: str, dtype: str
-) -> None:
+    prepared: TrainSetup, model: CausalLM, batch: Batch, stored: Tensor, names: list[str],
+    dtype: str,
+) -> None:  # fmt: skip
     """Raise ConfigError unless `model` gives the labels of `batch` their `stored` log-probabilities
-    [n], -inf where unknown. `dtype`: the engine's."""
+    [n], -inf where unknown. `names`: of the rows. `dtype`: the engine's."""
     was_training = model.model.training
     model.model.eval()
     with torch.no_grad(), autocast(prepared.device, prepared.dtype):
@@ -154,21 +157,25 @@ def _compare(
             1.0,
         )  # fmt: skip
     model.model.train(was_training)
-    found, known = -output.cross_entropy.float().cpu(), stored > -torch.inf
-    apart = (found - stored)[known].abs()
-    # The last part is longer, not shorter.
-    starts = range(0, max(len(apart) - _TOKENS, 0) + 1, _TOKENS)
-    ends = [*starts[1:], len(apart)]
-    means = [float(apart[a:b].mean()) for a, b in zip(starts, ends, strict=True) if b > a]
-    worst = max(means, default=0.0)
+    known = stored > -torch.inf
+    apart = (-output.cross_entropy.float().cpu() - stored)[known].abs()
+    row = (batch.position_ids[0] == 0).cumsum(0)[batch.loss_positions][known] - 1
     exact = dtype == "float32" and prepared.dtype == torch.float32
     most = _EXACT if exact else _ROUNDED
-    if not worst <= most:
-        raise ConfigError(
-            f"{source}: {model.files.name} gives their tokens other log-probabilities here than in"
-            f" the engine that made them: by {worst:.2g} nats a token, expected at most {most:g}."
-            " Engine and trainer compute this model differently, as with other rotary factors, a"
-            " sliding window or a norm's offset that one of them leaves out, or another output"
-            " embedding. Make the round with --backend transformers, which computes as the trainer"
-            " does, in another folder."
-        )
+    for first in range(0, len(apart), _TOKENS):
+        # The last part is longer, not shorter.
+        last = first + _TOKENS if first + 2 * _TOKENS <= len(apart) else len(apart)
+        part = apart[first:last]
+        if not float(part.mean()) <= most:
+            name = names[int(row[first + int(part.argmax())])]
+            raise ConfigError(
+                f"{name}: {model.files.name} gives its tokens"
+                " other log-probabilities here than in the engine that made them: by"
+                f" {float(part.mean()):.2g} nats a token, expected at most {most:g}. Engine and"
+                " trainer compute this model differently, as with other rotary factors, a sliding"
+                " window or a norm's offset that one of them leaves out, or another output"
+                " embedding. Make the round with --backend transformers, which computes as the"
+                " trainer does, in another folder."
+            )
+        if last == len(apart):
+            break

@@ -1,4 +1,4 @@
-"""Models and ids that engine or trainer cannot take: one clear error, as early as it can be known."""
+"""Models and ids that engine or trainer cannot take: one clear error, as early as can be."""
 
 import json
 import shutil
