@@ -7,10 +7,13 @@ Random weights of large scale give distributions that a wrong position, window, 
 by whole nats.
 """
 
+import functools
+import multiprocessing
 import re
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -194,13 +197,20 @@ def packed(rows):
     )  # fmt: skip
 
 
-def self_kl(files: ModelFiles, batch):
+def self_kl(files: ModelFiles, rows):
     """Return the loss of the model on its own scores, in nats per token, before a step."""
+    batch = packed(rows)
     model = CausalLM(files, torch.device("cpu"), torch.float32, False)
     output = pack_loss(model, None, batch, VOCAB, LossConfig(), float(len(batch.labels)))
     output.loss.backward()
     torch.optim.SGD(model.model.parameters(), lr=1e-6).step()
     return float(output.per_token.mean())
+
+
+@functools.cache
+def trainer():
+    """A process without vLLM, which changes some of transformers' classes where it runs them."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 def tried(name):
@@ -210,7 +220,7 @@ def tried(name):
         try:
             files = make(name, Path(folder))
             engine, rows = sampled(files)
-            value = self_kl(files, packed(rows))
+            value = trainer().submit(self_kl, files, rows).result()
         except MPDError as error:
             reason = re.sub(rf"{re.escape(folder)}[^:]*: ", "", str(error)).split(". ")[0]
             return engine, f"refused: {reason}"
