@@ -16,6 +16,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from mpd_train.config import LossConfig
 from mpd_train.data.batches import Batch
 from mpd_train.loss import pack_loss
 from mpd_train.model.causal_lm import CausalLM
+from mpd_train.self_check import _compare
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT = ROOT / "pipelines" / "pocket" / "models" / "student"
@@ -140,21 +142,19 @@ def make(name, folder):
     return resolve_model(str(folder))
 
 
-def start(files):
-    """Return an engine and its name: vLLM's where it has the family."""
-    settings = {"dtype": "float32", "max_num_seqs": 8, "kv_cache_gib": 0.125}
-    try:
-        return start_engine(files, EngineConfig(**settings), max_logprobs=VOCAB), "vLLM"
-    except EngineError:
-        settings["backend"] = "transformers"
-        return start_engine(files, EngineConfig(**settings), max_logprobs=VOCAB), "transformers"
-
-
 def sampled(files):
-    """Return the engine's name, and rows: prompt, completion, score columns. Short, long past
+    """Return the engine's name, and rows: vLLM's where it runs the family here."""
+    try:
+        return "vLLM", rows_of(files, "vllm")
+    except EngineError:
+        return "transformers", rows_of(files, "transformers")
+
+
+def rows_of(files, backend):
+    """Return prompts, completions, their score columns and log-probabilities: short, long past
     every window, and up to the context."""
-    engine, name = start(files)
-    with closing(engine):
+    settings = {"dtype": "float32", "max_num_seqs": 8, "kv_cache_gib": 0.125, "backend": backend}
+    with closing(start_engine(files, EngineConfig(**settings), max_logprobs=VOCAB)) as engine:
         ids = torch.randint(4, VOCAB, (3, 60), generator=torch.Generator().manual_seed(1)).tolist()
         prompts = {"short": ids[0][:5], "long": ids[1], "longest": ids[2][:40]}
         room = {"short": 20, "long": 50, "longest": min(engine.max_model_len, 200) - 41}
@@ -167,8 +167,9 @@ def sampled(files):
                     rows[result.key] = (prompts[result.key], result.token_ids)
                     engine.submit_score(result.key, *rows[result.key], VOCAB)
                 else:
-                    rows[result.key] += (score_columns(result, VOCAB, VOCAB),)
-    return name, list(rows.values())
+                    columns = score_columns(result, VOCAB, VOCAB)
+                    rows[result.key] += (columns, result.target_logprobs)
+    return list(rows.values())
 
 
 def packed(rows):
@@ -177,7 +178,7 @@ def packed(rows):
         name: [] for name in ("ids", "positions", "places", "labels", "top", "logprobs", "tail")
     }
     start = 0
-    for prompt, completion, columns in rows:
+    for prompt, completion, columns, _ in rows:
         length, n = len(prompt) + len(completion), len(completion)
         parts["ids"].append(prompt + completion)
         parts["positions"].append(np.arange(length))
@@ -198,9 +199,14 @@ def packed(rows):
 
 
 def self_kl(files: ModelFiles, rows):
-    """Return the loss of the model on its own scores, in nats per token, before a step."""
+    """Return the loss of the model on its own scores, in nats per token, before a step. Raise
+    ConfigError where the trainer would, for the family or in its self-check."""
     batch = packed(rows)
     model = CausalLM(files, torch.device("cpu"), torch.float32, False)
+    stored = torch.from_numpy(np.concatenate([logprobs for *_, logprobs in rows]))
+    names = [f"row {i}" for i in range(len(rows))]
+    setting = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, vocab_size=VOCAB)
+    _compare(setting, model, batch, stored, names, "float32")
     output = pack_loss(model, None, batch, VOCAB, LossConfig(), float(len(batch.labels)))
     output.loss.backward()
     torch.optim.SGD(model.model.parameters(), lr=1e-6).step()
@@ -222,8 +228,8 @@ def tried(name):
             engine, rows = sampled(files)
             value = trainer().submit(self_kl, files, rows).result()
         except MPDError as error:
-            reason = re.sub(rf"{re.escape(folder)}[^:]*: ", "", str(error)).split(". ")[0]
-            return engine, f"refused: {reason}"
+            reason = str(error).replace(folder, "the model").split(". ")[0].splitlines()[0]
+            return engine, f"refused: {re.sub(r'[0-9.]+ nats', 'some nats', reason)}"
     return engine, "below 1e-5" if abs(value) < 1e-5 else f"{value:.2g}"
 
 
