@@ -180,7 +180,9 @@ def measure_rollouts(folder: Path, num_requests: int, num_pairs: int, use_async:
             params = [sampling_params(config, request.row_id) for request in requests]
             ids = [{"prompt_token_ids": request.ids} for request in requests]
             outputs: list[Any] = []
-            took = timed(lambda: outputs.extend(engine.llm.generate(ids, params, use_tqdm=False)))
+            took = timed(
+                lambda: outputs.extend(engine.inner.llm.generate(ids, params, use_tqdm=False))
+            )
             pairs = zip(requests, outputs, strict=True)
             found = {request.row_id: list(o.outputs[0].token_ids) for request, o in pairs}
             assert found == expected, "the bare engine gave other tokens"
@@ -339,8 +341,8 @@ def measure_rewrite(folder: Path, num_requests: int, num_pairs: int) -> None:
             rewrites: list[Any] = []
 
             def both() -> None:
-                rewrites.extend(engine.llm.generate(to_rewrite, sampling, use_tqdm=False))
-                engine.llm.generate(to_score, scoring, use_tqdm=False)
+                rewrites.extend(engine.inner.llm.generate(to_rewrite, sampling, use_tqdm=False))
+                engine.inner.llm.generate(to_score, scoring, use_tqdm=False)
 
             took = timed(both)
             for row_id, output in zip(asked, rewrites, strict=True):

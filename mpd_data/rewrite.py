@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpd_data.checkers.pool import CheckRequest, Verdict
+from mpd_data.common.ids import unknown_id
 from mpd_data.common.ngrams import overlap, repetition
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, StartEngine
@@ -228,6 +229,9 @@ class RewriteJob:
             written = prepared.turn.write(rollout["prompt"], rollout["prompt_ids"], trace)
         if written is None:
             row["status"] = "malformed"
+            return None
+        if unknown := unknown_id(written[1], prepared.vocab_size, "student or teacher"):
+            self._fail(group, row["row_id"], unknown)
             return None
         row |= self._trace_columns(rollout, *written)
         row["draft_overlap"] = overlap(group.draft_ids, written[1])

@@ -17,6 +17,7 @@ from mpd_data.checkers.builtin import make_checker
 from mpd_data.checkers.gold import read_gold_answers, require_readable, unreadable_answers
 from mpd_data.checkers.pool import CheckRequest, Verdict
 from mpd_data.common.hashing import canonical_json, content_key
+from mpd_data.common.ids import unknown_id
 from mpd_data.common.machine import provenance
 from mpd_data.common.models import ModelFiles, chat_template_hash, load_tokenizer, tokenizer_hash
 from mpd_data.common.ngrams import repetition
@@ -106,6 +107,8 @@ class RolloutSetup:
         if prompt.flaw is not None:
             raise PromptError(prompt.flaw)
         text, ids = self.formatter.render(fill_prompt(self.config.prompt_template, prompt.text))
+        if unknown := unknown_id(ids, self.model.vocab_size, self.model.name):
+            raise PromptError(unknown)
         room = self.config.sampling.max_tokens
         if len(ids) + room > self.context:
             raise PromptError(
@@ -277,7 +280,10 @@ class RolloutJob:
         # The rest draws other random numbers than the beginning.
         seed = seed_of(content_key([row_id, "answer"]) if begun else row_id)
         try:
-            self.run.engine.submit_generate(row_id, request.ids + begun, sampling, seed)
+            # Some log-probabilities, for the trainer to compare (mpd_train/self_check.py).
+            known = request.sample_idx == 0 and request.prompt in self.prepared.prompts[:8]
+            known = known and budget is None
+            self.run.engine.submit_generate(row_id, request.ids + begun, sampling, seed, known)
             self._requests[row_id] = request
         except RequestError as error:
             self._begun.pop(row_id, None)
@@ -333,6 +339,7 @@ class RolloutJob:
             "repetition": repetition(token_ids),
             "metadata": canonical_json(metadata) if metadata else None,
             "seed": seed_of(request.row_id),
+            "sampled_logprobs": result.logprobs,
             "num_thinking_tokens": self._thinking.count(request.text, completion, token_ids),
         }
         if stopped:

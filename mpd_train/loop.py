@@ -30,6 +30,7 @@ from mpd_train.model.device import autocast
 from mpd_train.model.loading import load_models, load_student
 from mpd_train.model.sharding import clip_grad_norm, gather
 from mpd_train.optimizer import learning_rate, make_optimizer
+from mpd_train.self_check import require_one_model
 from mpd_train.setup import TrainSetup, claim, setup
 
 
@@ -101,6 +102,8 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
         config, prepared.student, prepared.teacher, device, prepared.dtype,
         prepared.attn_implementation, ranks,
     )  # fmt: skip
+    if done == 0:
+        require_one_model(prepared, student, teacher, packs[0])
     trainer = Trainer(prepared, student, teacher, packs, held_out, done, ranks)
     trainer.run()
     if config.validation.early_stopping_patience > 0:

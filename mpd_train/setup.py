@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mpd_data.common.errors import ConfigError
@@ -147,6 +148,7 @@ def setup(config: TrainConfig, weights: bool = True, overwrite: bool = False) ->
             require_same_tokenizer(
                 shards.metadata["tokenizer"], tokenizer, str(config.shards[0]), files.name
             )
+            _require_room(shards, files)
     attn_implementation = check_models(config, student, teacher, device, dtype)
     identity = {
         "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
@@ -162,6 +164,20 @@ def setup(config: TrainConfig, weights: bool = True, overwrite: bool = False) ->
         config, student, teacher, device, dtype, attn_implementation, shards, vocab_size,
         tracker_modules, identity,
     )  # fmt: skip
+
+
+def _require_room(shards: ShardSet, files: ModelFiles) -> None:
+    """Raise ConfigError for a kept row that is longer than the context of a model."""
+    for group in shards.groups:
+        over = np.flatnonzero((group.num_loss_tokens > 0) & (group.num_tokens > files.context))
+        if over.size:
+            row = int(over[0])
+            raise ConfigError(
+                f"{group.path}, row {row} of row group {group.index}: {group.num_tokens[row]}"
+                f" tokens, and the context of {files.name} is {files.context_text}. Leave such rows"
+                " out (mpd-gen rewrite --refilter with a lower --max-ratio), or make the round anew"
+                " with shorter drafts (--max-tokens)."
+            )
 
 
 def check_claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -182,8 +182,10 @@ SCORES = ("topk_ids", "topk_logprobs", "tail_logprobs")
 
 
 def rows(round_dir, stage="rollouts"):
-    """Return all rows of a stage in the order of their keys."""
-    return pl.read_parquet(round_dir / stage / "*.parquet").sort("row_id")
+    """Return all rows of a stage in the order of their keys, without `sampled_logprobs`: they
+    differ in the last bit of float32 with the batch."""
+    frame = pl.read_parquet(round_dir / stage / "*.parquet").sort("row_id")
+    return frame.drop("sampled_logprobs", strict=False)
 
 
 def without_rewrites(round_dir, folder):

@@ -372,7 +372,7 @@ def test_a_quantised_checkpoint_runs_as_it_is(quantised):
     for model in (STUDENT, quantised):
         engine = start(model, "bfloat16")
         completions[model] = {key: x.token_ids[:10] for key, x in drained(engine).items()}
-        layers = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        layers = engine.inner.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
         methods = {
             type(m.quant_method).__name__ for m in layers.modules() if hasattr(m, "quant_method")
         }

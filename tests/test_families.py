@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import families
 import pytest
 import torch
 import transformers
@@ -195,3 +196,22 @@ def test_the_plan_of_a_round_to_come_refuses_what_the_training_would(tmp_path):
         )
         with pytest.raises(ConfigError, match=message):
             plan_train_ahead(config, files, RoundAhead("", "problem", 10, 1000, 50, 50, None), None)
+
+
+# One of each kind. `python tests/families.py` tries all.
+CHOICE = (
+    "Llama 3", "Qwen2, sliding", "Gemma 2", "Phi-3, LongRoPE", "Cohere 2", "Qwen3-MoE", "Mamba",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICE)
+def test_engine_and_trainer_are_one_model(name):
+    """As the table in the documents says: the student's loss on its own drafts and scores is 0."""
+    assert families.line(name, *families.tried(name)) == families.lines_of_page()[name]
+
+
+def test_the_table_has_each_family_and_no_other_result():
+    page = families.lines_of_page()
+    assert len(families.FAMILIES) >= 25
+    for name in families.FAMILIES:
+        assert page[name].endswith("| below 1e-5 |") or "| refused: " in page[name]

@@ -6,7 +6,11 @@ print it without a traceback and exit with 1.
 
 import contextlib
 import difflib
+import logging
+import traceback
 from collections.abc import Iterable, Iterator
+
+_log = logging.getLogger(__name__)
 
 
 class MPDError(Exception):
@@ -23,6 +27,16 @@ class DataError(MPDError, ValueError):
 
 class EngineError(MPDError, RuntimeError):
     """The generation engine cannot start, or died."""
+
+
+def reason_of(error: Exception) -> str:
+    """Return what another library's error says, for a message; its traceback goes to the debug log.
+    Libraries raise all kinds where they cannot run a model, and some have no text."""
+    _log.debug("%s", error, exc_info=error)
+    name, text = type(error).__name__, str(error).strip()
+    if not text and (frames := traceback.extract_tb(error.__traceback__)):
+        return f"{name} in {frames[-1].filename}, line {frames[-1].lineno}"
+    return f"{name}: {text}" if text else name
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from mpd_data.common.errors import ConfigError, did_you_mean
+from mpd_data.common.errors import ConfigError, did_you_mean, reason_of
 from mpd_data.common.files import sha256_of
 from mpd_data.common.hashing import content_key
+from mpd_data.common.positions import context_of_positions, has_longrope
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ModelFiles:
 
     version: the hub's commit, or for a folder a hash of config and weights ("unhashed" in a dry
         run), of the config alone where a server has the weights
-    context: the longest sequence in tokens
+    context: the longest sequence in tokens (positions.py)
     served: the server's name for the model
     adapter: the folder of an adapter; `path` is then its base, and `version` names both
     config: the content of config.json
@@ -52,6 +53,16 @@ class ModelFiles:
         if self.adapter is not None and (self.adapter / "tokenizer.json").is_file():
             return self.adapter
         return self.path
+
+    @property
+    def context_text(self) -> str:
+        """The context, for messages, with the reason where it is less than the model's own."""
+        if not has_longrope(self.text_config):
+            return f"{self.context} tokens"
+        return (
+            f"{self.context} tokens, its original_max_position_embeddings: beyond it LongRoPE gives"
+            " all tokens other positions, and engine and trainer would not agree on which"
+        )
 
     def identity(self) -> dict[str, str]:
         """Return what determines the model's rows, as far as it can be known; its path does not."""
@@ -128,7 +139,7 @@ def resolve_model(
     with _expecting(path / "config.json", wanted):
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         text = config.get("text_config", config)
-        vocab_size, context = int(text["vocab_size"]), int(text["max_position_embeddings"])
+        vocab_size, context = int(text["vocab_size"]), context_of_positions(text)
     return ModelFiles(name, path, version, vocab_size, context, served, config=config)
 
 
@@ -149,8 +160,8 @@ def load_config(model: ModelFiles, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoConfig.from_pretrained(str(model.path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{model.name}: cannot be loaded: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"{model.name}: cannot be loaded: {reason_of(error)}") from error
 
 
 def end_tokens(model: ModelFiles, tokenizer: Any, trust_remote_code: bool = False) -> list[int]:

@@ -25,8 +25,9 @@ import numpy as np
 
 from mpd_data.common.errors import EngineError, requires
 from mpd_data.common.models import ModelFiles, load_tokenizer
+from mpd_data.common.positions import has_longrope
 from mpd_data.config import EngineConfig, SamplingConfig
-from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores, require_room
+from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores
 from mpd_data.prompts.special import Spelling, turn_of
 
 with requires("openai", "--backend openai"):
@@ -67,6 +68,7 @@ class OpenAIEngine:
         self.max_model_len = context
         self.max_in_flight = 2 * config.max_num_seqs
         self._url = config.base_url
+        self._files = model
         self._model = model.served
         self._max_logprobs = max_logprobs
         self._key = _api_key()
@@ -101,13 +103,12 @@ class OpenAIEngine:
     # -- the protocol -------------------------------------------------------------------
 
     def submit_generate(
-        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
-    ) -> None:
-        require_room(prompt_ids, self.max_model_len)
-        self._submit(key, self._generate(key, prompt_ids, sampling, seed))
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,
+        logprobs: bool = False,
+    ) -> None:  # fmt: skip
+        self._submit(key, self._generate(key, prompt_ids, sampling, seed, logprobs))
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
-        require_room(context_ids + target_ids, self.max_model_len)
         self._submit(key, self._score(key, context_ids, target_ids, k))
 
     def step(self) -> list[Result]:
@@ -156,7 +157,7 @@ class OpenAIEngine:
         self._start(work).add_done_callback(deliver)
 
     async def _generate(
-        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int, logprobs: bool
     ) -> Result:
         limit = min(sampling.max_tokens, self.max_model_len - len(prompt_ids))
         settings = {
@@ -174,6 +175,8 @@ class OpenAIEngine:
             "presence_penalty": sampling.presence_penalty,
             "frequency_penalty": 0.0,
         }
+        if logprobs:
+            settings["logprobs"] = 0
         choice = await self._complete(prompt_ids, settings)
         token_ids, reason = self._token_ids(choice), choice.get("finish_reason")
         if reason not in ("stop", "length"):
@@ -190,7 +193,10 @@ class OpenAIEngine:
                 f" {limit}. The server has a lower limit of its own: start it without one (vllm"
                 " serve --generation-config vllm)."
             )
-        return Completion(key, token_ids, reason)
+        # A gateway may leave them out.
+        sampled = (choice.get("logprobs") or {}).get("token_logprobs") if logprobs else None
+        fits = isinstance(sampled, list) and len(sampled) == len(token_ids) and None not in sampled
+        return Completion(key, token_ids, reason, sampled if fits else None)
 
     async def _score(
         self, key: str, context_ids: list[int], target_ids: list[int], k: int
@@ -350,6 +356,12 @@ class OpenAIEngine:
             )
         self._model = entry["id"]
         room = entry.get("max_model_len")
+        if has_longrope(self._files.text_config) and (room or 0) > self._files.context:
+            raise EngineError(
+                f"{self._url}: the server runs {self._model} with a context of {room} tokens, and"
+                f" here it has {self._files.context_text}. Start the server with --max-model-len"
+                f" {self._files.context}."
+            )
         if room is not None and room < self.max_model_len:
             raise EngineError(
                 f"{self._url}: the server runs {self._model} with a context of {room} tokens, and"

@@ -25,11 +25,12 @@ Float32s = npt.NDArray[np.float32]
 @dataclass(frozen=True)
 class Completion:
     """One sampled continuation. `token_ids` ends with the end token if `finish_reason` is
-    "stop"; "length" means cut at the limit."""
+    "stop"; "length" means cut at the limit. `logprobs`: of these tokens at temperature 1."""
 
     key: str
     token_ids: list[int]
     finish_reason: str
+    logprobs: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,6 @@ class RequestError(ValueError):
     """The engine refuses this one request; others are not affected."""
 
 
-def require_room(ids: list[int], max_model_len: int) -> None:
-    """Raise RequestError where `ids` leave no room for one more token."""
-    if len(ids) >= max_model_len:
-        raise RequestError(f"{len(ids)} tokens leave no room in the context of {max_model_len}")
-
-
 class Engine(Protocol):
     """What a stage needs of an engine."""
 
@@ -77,9 +72,11 @@ class Engine(Protocol):
         """Requests submitted and not yet returned."""
 
     def submit_generate(
-        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
-    ) -> None:
-        """Submit a request for one continuation. Raise RequestError if refused."""
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,
+        logprobs: bool = False,
+    ) -> None:  # fmt: skip
+        """Submit a request for one continuation, with `logprobs` where the engine is not of the
+        trainer's own code. Raise RequestError if refused."""
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
         """Submit a request for the `k` best tokens at each place of `target_ids`, which follow

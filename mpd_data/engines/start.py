@@ -6,6 +6,7 @@ from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import ModelFiles, load_tokenizer
 from mpd_data.common.weights import require_whole
 from mpd_data.config import EngineConfig
+from mpd_data.engines.guard import Guarded
 from mpd_data.engines.protocol import Engine
 from mpd_data.prompts.special import Turn, turn_of
 
@@ -22,7 +23,7 @@ def context_of(model: ModelFiles, config: EngineConfig, trust_remote_code: bool)
     if config.max_model_len is not None and config.max_model_len > model.context:
         raise ConfigError(
             f"{model.name}: --max-model-len {config.max_model_len} is over the model's context of"
-            f" {model.context} tokens."
+            f" {model.context_text}. Give {model.context} or less."
         )
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         if config.backend == "transformers" and (size := getattr(config, name)) > 1:
@@ -69,21 +70,24 @@ def notes_of(config: EngineConfig, turn: Turn | None = None) -> list[str]:
 def start_engine(
     model: ModelFiles, config: EngineConfig, trust_remote_code: bool = False, max_logprobs: int = 1
 ) -> Engine:
-    """Return the engine that `config` names, with `model` loaded. `max_logprobs`: the largest K of
-    its scores. Say on stderr what must be known of the model's turns. Raise EngineError where it
-    cannot start, ConfigError like `context_of`."""
+    """Return the engine that `config` names, with `model` loaded, behind a check of its requests
+    (guard.py). `max_logprobs`: the largest K of its scores. Say on stderr what must be known of the
+    model's turns. Raise EngineError where it cannot start, ConfigError like `context_of`."""
     context = context_of(model, config, trust_remote_code)
     turn = turn_of(model, load_tokenizer(model, trust_remote_code), trust_remote_code)
     if turn.note is not None:
         print(turn.note, file=sys.stderr)
+    engine: Engine
     if config.backend == "transformers":
         from mpd_data.engines.transformers import TransformersEngine
 
-        return TransformersEngine(model, config, trust_remote_code, context)
-    if config.backend == "openai":
+        engine = TransformersEngine(model, config, trust_remote_code, context)
+    elif config.backend == "openai":
         from mpd_data.engines.openai import OpenAIEngine
 
-        return OpenAIEngine(model, config, trust_remote_code, context, max_logprobs)
-    from mpd_data.engines.vllm import VLLMEngine
+        engine = OpenAIEngine(model, config, trust_remote_code, context, max_logprobs)
+    else:
+        from mpd_data.engines.vllm import VLLMEngine
 
-    return VLLMEngine(model, config, trust_remote_code, context, max_logprobs)
+        engine = VLLMEngine(model, config, trust_remote_code, context, max_logprobs)
+    return Guarded(engine, model)

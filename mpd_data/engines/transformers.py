@@ -23,11 +23,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mpd_data.common.errors import EngineError, requires
+from mpd_data.common.errors import EngineError, MPDError, reason_of, requires
 from mpd_data.common.models import ModelFiles, has_softcap, load_tokenizer
 from mpd_data.common.weights import load_model
 from mpd_data.config import EngineConfig, SamplingConfig
-from mpd_data.engines.protocol import Completion, Scores, require_room
+from mpd_data.engines.protocol import Completion, Scores
 from mpd_data.prompts.special import turn_of
 
 _BATCHED_TOKENS = 2048
@@ -78,8 +78,13 @@ class TransformersEngine:
             if model.adapter is not None:
                 self._model = _adapted(self._model, model)
             self._model.to(self._device).eval()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise EngineError(f"{model.name}: transformers cannot load it: {error}") from error
+        except MPDError:
+            raise
+        except Exception as error:  # transformers raises all kinds
+            reason = reason_of(error)
+            raise EngineError(
+                f"{model.name}: transformers cannot load this model: {reason}"
+            ) from error
         self.max_model_len = context
         self.max_in_flight = 2 * config.max_num_seqs
         self._max_num_seqs = config.max_num_seqs
@@ -98,14 +103,13 @@ class TransformersEngine:
         return len(self._rows) + len(self._to_score)
 
     def submit_generate(
-        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
-    ) -> None:
-        require_room(prompt_ids, self.max_model_len)
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,
+        logprobs: bool = False,
+    ) -> None:  # fmt: skip
         limit = min(sampling.max_tokens, self.max_model_len - len(prompt_ids))
         self._rows.append(_Row(key, prompt_ids, sampling, seed, limit))
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
-        require_room(context_ids + target_ids, self.max_model_len)
         self._to_score.append(_ToScore(key, context_ids + target_ids, len(target_ids), k))
 
     def step(self) -> list[Completion | Scores]:
@@ -131,7 +135,9 @@ class TransformersEngine:
         output = self._model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=min(max(rest), _STEP_TOKENS),
+            # No position past the context, also of a row that has ended: LongRoPE and dynamic NTK
+            # go by the largest in the batch.
+            max_new_tokens=min(max(rest), _STEP_TOKENS, self.max_model_len - ids.shape[1]),
             logits_processor=[_SeededSampler(rows, sampling, ids.shape[1])],
             stopping_criteria=[_HalfDone(rest, self._stop_ids, ids.shape[1])],
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mpd_data.common.errors import EngineError, requires
+from mpd_data.common.errors import EngineError, MPDError, reason_of, requires
 from mpd_data.common.models import ModelFiles, load_tokenizer
 from mpd_data.common.weights import is_quantised
 from mpd_data.config import EngineConfig, SamplingConfig
@@ -69,7 +69,6 @@ class VLLMEngine:
         is_first = "vllm" not in sys.modules
         with requires("gpu", "--backend vllm"):
             from vllm import LLM
-            from vllm.exceptions import VLLMError
         if is_first:
             # vLLM collects garbage seven times, a third of a second each with the million objects
             # of its imports. Done once: later it could keep a closed engine alive.
@@ -115,10 +114,13 @@ class VLLMEngine:
                 warnings.simplefilter("ignore", FutureWarning)
                 llm = LLM(str(model.path), **(settings | config.engine_kwargs))
             self._adapter = None if model.adapter is None else _load(llm, model.adapter)
-        except (VLLMError, ValueError, RuntimeError, OSError) as error:
+        except MPDError:
+            raise
+        except Exception as error:  # vLLM raises all kinds, and asserts
+            reason = reason_of(error)
             advice = f" {_NO_FLOAT32}" if float32_quantised else ""
             raise EngineError(
-                f"{model.name}: vLLM cannot start with it: {error}{advice}"
+                f"{model.name}: vLLM cannot start with this model: {reason}{advice}"
             ) from error
         self.llm = llm
         self._engine = llm.llm_engine
@@ -132,8 +134,9 @@ class VLLMEngine:
         return len(self._open)
 
     def submit_generate(
-        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int
-    ) -> None:
+        self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,
+        logprobs: bool = False,
+    ) -> None:  # fmt: skip
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -148,6 +151,8 @@ class VLLMEngine:
             max_tokens=sampling.max_tokens,
             seed=seed,
             stop_token_ids=self._stop_ids,
+            # Of the sampled token alone.
+            logprobs=0 if logprobs else None,
             detokenize=False,
             # Otherwise each step makes an output for each sequence, to be thrown away here.
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -198,7 +203,11 @@ class VLLMEngine:
             sample = output.outputs[0]
             if sample.finish_reason not in ("stop", "length"):
                 raise EngineError(f"request {key} ended by {sample.finish_reason!r}")
-            results.append(Completion(key, list(sample.token_ids), sample.finish_reason))
+            token_ids, logprobs = list(sample.token_ids), None
+            if sample.logprobs is not None:
+                pairs = zip(sample.logprobs, token_ids, strict=True)
+                logprobs = [float(best[token].logprob) for best, token in pairs]
+            results.append(Completion(key, token_ids, sample.finish_reason, logprobs))
         return results
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ ROLLOUT_SCHEMA = _schema(
     num_prompt_tokens="int32", num_completion_tokens="int32", finish_reason="string",
     problem="string", answer="string?", gold_answer="string?", is_correct="bool?",
     check_error="string?", repetition="float32", metadata="string?", seed="int64",
-    num_thinking_tokens="int32?",
+    num_thinking_tokens="int32?", sampled_logprobs="float32[]?",
 )  # fmt: skip
 
 DISTILL_SCHEMA = _schema(

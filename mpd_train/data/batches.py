@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mpd_data.common.errors import DataError
 from mpd_data.store.schema import SCORES
+from mpd_train.data.ids import require_ids
 from mpd_train.data.shard_set import Pack, ShardSet
 from mpd_train.data.targets import Record
 from mpd_train.distributed import Ranks
@@ -121,6 +122,8 @@ def load_pack(shards: ShardSet, pack: Pack) -> Batch:
             records.append(Record(ids.reshape(-1, k), logprobs.reshape(-1, k), tail))
         taught = shards.targets.taught(sequence[first:], records)
         context = values.get("teacher_prompt_ids", sequence[:first])
+        for ids in (sequence, context, *(record.ids for record in records)):
+            require_ids(ids, shards.metadata["vocab_size"], shards.groups[group], row)
         read = np.concatenate([context, sequence[first:]])
         of_row = {
             "input_ids": sequence,

@@ -29,7 +29,10 @@ def attention(
     # The devices that torch's kernels support.
     fits_varlen = fits and torch.cuda.get_device_capability(device) >= (8, 0)
     name = config.attn_implementation
-    capped = [x.name for x in models if has_softcap(load_config(x, config.trust_remote_code))]
+    configs = [(x.name, load_config(x, config.trust_remote_code)) for x in models]
+    for model, settings in configs:
+        _require_one_chunk(model, settings.get_text_config(), config.pack_length)
+    capped = [model for model, settings in configs if has_softcap(settings)]
     if capped and name in ("sdpa", VARLEN):
         raise ConfigError(
             f"--attn-implementation {name}: leaves out the soft cap that {capped[0]}'s attention"
@@ -51,6 +54,20 @@ def attention(
             )
         _register()
     return name
+
+
+def _require_one_chunk(model: str, text_config: Any, pack_length: int) -> None:
+    """Raise ConfigError for attention in chunks (Llama 4) that are shorter than a pack:
+    transformers counts them from the pack's start, so that a row would see more or less by where it
+    lies."""
+    chunk = getattr(text_config, "attention_chunk_size", None)
+    in_chunks = "chunked_attention" in (getattr(text_config, "layer_types", None) or ())
+    if in_chunks and chunk is not None and chunk < pack_length:
+        raise ConfigError(
+            f"--pack-length {pack_length}: layers of {model} attend in chunks of {chunk} tokens,"
+            " which the rows of a longer pack would share. Give"
+            f" --pack-length {chunk} or less."
+        )
 
 
 def _flash_has_softcap() -> bool:

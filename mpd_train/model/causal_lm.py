@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpd_data.common.errors import ConfigError
+from mpd_data.common.errors import ConfigError, MPDError, reason_of
 from mpd_data.common.models import ModelFiles, has_softcap
 from mpd_data.common.weights import load_model, skeleton
 from mpd_train.kl.losses import gathered
@@ -51,18 +51,19 @@ class CausalLM:
                 files, trust_remote_code, dtype=weights_dtype,
                 attn_implementation=attn_implementation,
             ).to(device)  # fmt: skip
-        except ConfigError:
+            if attn_implementation is None and has_softcap(self.model.config):
+                self.model.set_attn_implementation("eager")
+            if files.adapter is not None and merged:
+                lora.merge(self.model, files)
+            short = torch.bfloat16 if is_short(attn_implementation) else torch.float32
+            with torch.no_grad(), autocast(device, short):
+                self._find_head(device)
+                self._require_separate_sequences(device)
+        except (MPDError, torch.OutOfMemoryError):
             raise
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
-        if attn_implementation is None and has_softcap(self.model.config):
-            self.model.set_attn_implementation("eager")
-        if files.adapter is not None and merged:
-            lora.merge(self.model, files)
-        short = torch.bfloat16 if is_short(attn_implementation) else torch.float32
-        with torch.no_grad(), autocast(device, short):
-            self._find_head(device)
-            self._require_separate_sequences(device)
+        except Exception as error:  # transformers, and a model's own code, raise all kinds
+            reason = reason_of(error)
+            raise ConfigError(f"{files.name}: cannot be loaded: {reason}") from error
 
     def _find_head(self, device: torch.device) -> None:
         """Determine `logit_scale` and `softcap` from the model's own logits. Some families scale or
