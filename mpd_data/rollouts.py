@@ -28,6 +28,7 @@ from mpd_data.prompts.thinking import ThinkingCounter
 from mpd_data.stage import CheckedRun, Outcome, model_of, open_round, open_run
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
+from mpd_data.store.samples import Samples
 from mpd_data.store.schema import rollout_key, seed_of
 
 
@@ -94,6 +95,10 @@ class RolloutSetup:
         engine's cache of it."""
         part = self.config.parts.part
         return [prompt for prompt in self.prompts if part.holds(prompt.id)]
+
+    def at(self, moment: str | None) -> "RolloutSetup":
+        """Return this setup with prompts laid out as of `moment`, as `ChatFormatter.at` says."""
+        return dataclasses.replace(self, formatter=self.formatter.at(moment))
 
     def requests(self, prompt: Prompt) -> list[Request]:
         """Return the samples to take of a prompt. Raise PromptError where it cannot be used or
@@ -175,7 +180,8 @@ def setup(
         config, chosen, model, tokenizer, formatter, context, budget, row_identity, identity
     )
     if not weights and not overwrite:
-        round_dir.check("rollouts", identity, prepared.details())
+        saved = round_dir.check("rollouts", identity, prepared.details())
+        prepared = prepared.at(saved["begun"] if saved and "begun" in saved else None)
     return prepared
 
 
@@ -210,7 +216,7 @@ def sample(
         if limit is not None:
             total = min(total, len(opened.done) + limit)
         with open_run(opened, metadata, config.checker, config.answer_formats, total) as run:
-            job = RolloutJob(prepared, run)
+            job = RolloutJob(prepared.at(opened.begun), run, Samples.of(round_dir))
             submissions = job.submissions()
             run.work(
                 itertools.islice(submissions, limit),
@@ -227,6 +233,7 @@ class RolloutJob:
 
     prepared: RolloutSetup
     run: CheckedRun
+    samples: Samples
     _requests: dict[str, Request] = field(default_factory=dict)
     # What a sample that must answer has said, with the text that asks it to.
     _begun: dict[str, list[int]] = field(default_factory=dict)
@@ -252,6 +259,7 @@ class RolloutJob:
                 if request.row_id in run.opened.done:
                     run.progress.skip()
                 else:
+                    self.samples.require_new(prompt.id, request.sample_idx, request.text)
                     run.failures.tried += 1
                     yield functools.partial(self._submit, request)
 

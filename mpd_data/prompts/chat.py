@@ -1,7 +1,9 @@
 """Render prompts with a model's chat template."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from datetime import datetime
+from typing import Any, Literal, NamedTuple, Self
 
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.prompts.thinking import set_thinking
@@ -60,6 +62,16 @@ class ChatFormatter:
         self._before = [{"role": role, "content": content} for role, content in before]
         self._check_turns_before(names)
 
+    def at(self, moment: str | None) -> Self:
+        """Return a formatter whose template sees `moment` (ISO 8601) as the time that it is, for
+        templates that print the date; None: the clock's."""
+        fixed = copy.copy(self)
+        if moment is not None:
+            # A variable hides the function of this name that transformers gives every template.
+            now = datetime.fromisoformat(moment).strftime
+            fixed._kwargs = {**self._kwargs, "strftime_now": now}
+        return fixed
+
     def _check_turns_before(self, names: Names) -> None:
         """Raise ConfigError for a system prompt or example that would fail with every prompt."""
         if not self._before:
@@ -97,8 +109,6 @@ class ChatFormatter:
 
     def layout(self, content: str) -> str:
         """Return the prompt's text. Raise PromptError as `render` does."""
-        from jinja2 import TemplateError
-
         self._check(content)
         try:
             text: str = self._tokenizer.apply_chat_template(
@@ -107,7 +117,7 @@ class ChatFormatter:
                 add_generation_prompt=True,
                 **self._kwargs,
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program, and fails in every way
             raise PromptError(f"the chat template failed: {error}") from error
         return text
 
