@@ -377,6 +377,8 @@ def contamination(as_json: bool, **options: Any) -> None:
 
     def pairs(paths: list[str], column: str, id_column: str | None) -> Iterator[tuple[str, str]]:
         for prompt in read_prompts(paths, column, id_column):
+            if not prompt.text:  # a row without a problem is not like another one
+                continue
             yield (prompt.source if id_column is None else prompt.id), prompt.text
 
     column = config.against_prompt_column or config.prompt_column

@@ -251,6 +251,9 @@ class RolloutsConfig(Strict):
     checker: str = "number"
     """How an answer is compared with the gold answer: number, math, text, choice, reasoning-gym, or
     your own checker as package.module:Name."""
+    max_unreadable_answers: float = Field(0.05, ge=0, le=1)
+    """Largest fraction of gold answers that the checker may be unable to read. A new round with
+    more is refused before the first sample."""
     answer_formats: list[AnswerFormat] = Field(list(ANSWER_FORMATS), min_length=1)
     r"""Forms of an answer that are recognised: boxed (\boxed{x}), hashes (#### x), tag
     (<answer>x</answer>), phrase (the answer is x), bare (nothing but x)."""

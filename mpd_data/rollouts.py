@@ -6,6 +6,7 @@ prompts -> chat template -> token ids -> engine -> check -> rollouts/part-*.parq
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mpd_data.checkers.builtin import make_checker
+from mpd_data.checkers.gold import read_gold_answers, require_readable, unreadable_answers
 from mpd_data.checkers.pool import CheckRequest, Verdict
 from mpd_data.common.hashing import canonical_json, content_key
 from mpd_data.common.machine import provenance
@@ -25,11 +27,14 @@ from mpd_data.prompts.budget import Budget, budget_of
 from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.reader import Prompt, choose_prompts, fill_prompt, load_examples, load_prompts
 from mpd_data.prompts.thinking import ThinkingCounter
+from mpd_data.prompts.values import written
 from mpd_data.stage import CheckedRun, Outcome, model_of, open_round, open_run
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
 from mpd_data.store.samples import Samples
 from mpd_data.store.schema import rollout_key, seed_of
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,7 @@ def read_prompts(config: RolloutsConfig) -> list[Prompt]:
         config.prompts, config.prompt_column, config.id_column, config.answer_column,
         config.metadata_columns, config.duplicates,
     )  # fmt: skip
-    return [
-        dataclasses.replace(p, answer=None if p.answer is None else checker.gold(p.answer))
-        for p in prompts
-    ]
+    return read_gold_answers(prompts, checker, config.checker)
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def setup(
         model = model.as_saved(saved and saved["identity"]["model"])
     prompts = read_prompts(config) if prompts is None else prompts
     chosen = choose_prompts(prompts, config.num_prompts, f"{config.seed}/{config.round}")
+    if overwrite or round_dir.saved_stage("rollouts") is None:  # a begun round goes on
+        require_readable(chosen, config.checker, config.max_unreadable_answers)
     tokenizer = load_tokenizer(model, config.trust_remote_code)
     examples: list[tuple[str, str]] = []
     if config.examples is not None:
@@ -168,7 +172,9 @@ def setup(
         "thinking": formatter.thinking,
         "num_samples": config.num_samples,
         "prompts": content_key(
-            sorted([p.id, p.text, p.answer or "", canonical_json(p.metadata)] for p in chosen)
+            sorted(
+                [p.id, p.text, p.answer or p.missing, canonical_json(p.metadata)] for p in chosen
+            )
         ),
         "dtype": config.engine.dtype,
         "chat_template": chat_template_hash(tokenizer),
@@ -195,7 +201,7 @@ def run_rollouts(
     finished before an error are kept, and the next call resumes from there.
     """
     config.parts.require_one_process("mpd-gen rollouts")
-    return sample(setup(config), overwrite, limit)
+    return sample(setup(config, overwrite=overwrite), overwrite, limit)
 
 
 def sample(
@@ -210,6 +216,8 @@ def sample(
     an engine whose `close` does nothing.
     """
     config, identity, details = prepared.config, prepared.identity, prepared.details()
+    if (unreadable := unreadable_answers(prepared.prompts, config.checker)[1]) is not None:
+        _log.warning(unreadable)
     round_dir, metadata = RoundDir(config.out), prepared.metadata()
     with open_round(round_dir, "rollouts", config, identity, overwrite, details) as opened:
         total = len(prepared.own_prompts) * config.num_samples
@@ -310,6 +318,7 @@ class RolloutJob:
         visible = token_ids[:-1] if stopped else token_ids
         completion = self.prepared.tokenizer.decode(visible, skip_special_tokens=False)
         prompt = request.prompt
+        metadata, gold = written(prompt.metadata), None if prompt.unreadable else prompt.answer
         row = {
             "row_id": request.row_id,
             "prompt_id": prompt.id,
@@ -326,18 +335,18 @@ class RolloutJob:
             "problem": prompt.text,
             "gold_answer": prompt.answer,
             "repetition": repetition(token_ids),
-            "metadata": canonical_json(prompt.metadata) if prompt.metadata else None,
+            "metadata": canonical_json(metadata) if metadata else None,
             "seed": seed_of(request.row_id),
             "num_thinking_tokens": self._thinking.count(request.text, completion, token_ids),
         }
         if stopped:
             self.run.check(
-                CheckRequest(request.row_id, completion, prompt.answer, prompt.metadata, None),
+                CheckRequest(request.row_id, completion, gold, metadata, None),
                 functools.partial(self._finish, row),
             )
         else:
             # A completion that was cut off has no final answer, whatever its text contains.
-            correct = None if prompt.answer is None else False
+            correct = None if gold is None else False
             self._finish(row, Verdict(request.row_id, None, correct, None, None))
 
     def _finish(self, row: dict[str, Any], verdict: Verdict) -> None:

@@ -81,6 +81,8 @@ test_rollouts_take_what_they_are_told: mpd-gen rollouts --model --prompts --out 
     --num-samples --num-prompts --prompt-column --id-column --answer-column --metadata-columns
     --duplicates --prompt-template --system-prompt --examples --examples-column --thinking
     --template-kwargs --max-tokens --rows-per-shard
+test_unreadable_gold_answers_are_named_before_the_first_sample: mpd-gen rollouts
+    --max-unreadable-answers
 test_what_is_measured_is_kept_and_shown: mpd-gen rewrite --support
 test_a_limit_rejects_what_is_below_it: mpd-gen rewrite --min-support --min-step
 test_rules_that_are_dropped_let_rewrites_in: mpd-gen rewrite --keep-answer --require-correct

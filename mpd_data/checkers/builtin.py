@@ -12,62 +12,33 @@ import re
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from mpd_data.checkers.formats import MAX_ANSWER, Checker
+from mpd_data.checkers.numbers import find_number, plain_text, plain_unicode
 from mpd_data.common.errors import ConfigError, did_you_mean, requires
 from mpd_data.config import ANSWER_FORMATS, AnswerFormat
 
-# Every repetition is bounded, so that hostile text takes time in proportion to its length.
-_NUMBER = (
-    r"(?:\$[-+]|[-+]?\$?)(?:\d{1,3}(?:,\d{3}){1,12}(?!\d)|\d{1,40}(?!\d))(?:\.\d{1,40}(?!\d))?"
-    r"(?:\s?/\s?\d{1,40}(?!\d))?"
-)
-_PLAIN = re.compile(_NUMBER)
-_NAMED = re.compile(r"[A-Za-z]{1,20}\s{0,4}=\s{0,4}(?=[-+$\d])")
-# What may follow a number: its unit or the rest of the sentence, but no more mathematics.
-_UNIT = re.compile(
-    r"\s{0,4}(?:$|%|°|\^\{?\\circ|\\(?:text|mathrm|mbox|circ|degree)\b|[.;:!)](?:\s|$)|,\s(?!\s?\d))"
-    r"|(?:\s{1,4}|(?=[A-Za-z]{2}|[mgshL]\b))(?!(?:and|or)\b|[A-Za-z]\s?[-+*/^=])[^\W\d]"
-)
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s?\{\s?(\d{1,40})\s?\}\s?\{\s?(\d{1,40})\s?\}")
-
-
-def _delatex(text: str) -> str:
-    """Return the text with LaTeX's currency, spacing and fractions as plain text."""
-    for old, new in (("\\$", "$"), ("{,}", ","), ("\\!", ""), ("\\,", " "), ("\\%", "%")):
-        text = text.replace(old, new)
-    text = text.strip().removeprefix("\\(").removesuffix("\\)").strip("*").strip()
-    if text.startswith("$") and text.endswith("$"):
-        text = text.strip("$").strip()
-    return _LATEX_FRACTION.sub(r"\1/\2", text).replace("\u2212", "-")
-
 
 class NumberChecker(Checker):
-    """Exact numbers: integers, decimals, simple fractions. Units and currency are dropped."""
+    """Numbers as people write them (`numbers`), compared exactly, without unit and currency."""
 
     def read(self, text: str) -> str | None:
-        text = _delatex(text[: MAX_ANSWER + 1])
-        named = _NAMED.match(text)
-        number = _PLAIN.match(text, named.end() if named else 0)
-        return number[0] if number and _UNIT.match(text, number.end()) else None
+        number = find_number(plain_text(text[: MAX_ANSWER + 1]))
+        return None if number is None else number.text
 
     def read_bare(self, text: str) -> str | None:
-        bare = text.removesuffix(".")
-        return bare if _PLAIN.fullmatch(bare) else None
+        if len(text) > 200 or find_number(plain_unicode(text), alone=True) is None:
+            return None
+        return text.removesuffix(".")
+
+    def can_read(self, gold: str) -> bool:
+        return self.read(gold) is not None
 
     def equal(self, answer: str, gold: str) -> bool:
-        left, right = self._value(answer), self._value(gold)
-        return left is not None and left == right
-
-    def _value(self, text: str) -> Fraction | None:
-        number = self.read(text)
-        with suppress(ZeroDivisionError):
-            return None if number is None else Fraction(re.sub(r"[\s,$]", "", number))
-        return None
+        left, right = (find_number(plain_text(text[: MAX_ANSWER + 1])) for text in (answer, gold))
+        return left is not None and right is not None and left.same(right)
 
 
 # Parsing evaluates, and evaluating these would only reach the time limit.
@@ -79,7 +50,25 @@ _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 _FUNCTIONS = frozenset(
     ("sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "det", "max", "min", "mod")
 )
+# Space that has no meaning: `1 1/2` is not `11/2`.
+_SPACE = re.compile(r"(?<!\d)\s|\s(?!\d)")
+_ELLIPSIS = re.compile(r"\d\s?(?:\.\.\.|\\[lc]?dots)")
+# More than these are prose, which two people hardly write alike.
+_MOST_WORDS = 8
 _MATH_MARKS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
+
+
+def _same_numbers(left: str, right: str) -> bool | None:
+    """Return whether two plain numbers are the same; None if one is not, for the library. It takes
+    `1 1/2` for a product, and cannot read `1e3`."""
+    answer, gold = (find_number(plain_text(text)) for text in (left, right))
+    if answer is None or gold is None or "!" in left + right:
+        return None
+    if answer.same(gold):
+        return True
+    # The library rounds: 0.333333 is a third.
+    is_near = abs(answer.value - gold.value) <= abs(gold.value) / 10**5
+    return None if is_near else False
 
 
 def _brace_depth(text: str) -> int:
@@ -116,15 +105,27 @@ class MathChecker(Checker):
             return None
         return self.read(text.removesuffix("."))
 
+    def can_read(self, gold: str) -> bool:
+        # A few words among mathematics are compared as text.
+        words = [word for word in _WORD.findall(gold) if word not in _FUNCTIONS]
+        return self._is_bounded(gold) and len(words) <= _MOST_WORDS
+
+    def _is_bounded(self, text: str) -> bool:
+        return len(text) <= MAX_ANSWER and not _UNBOUNDED.search(text) and _brace_depth(text) <= 40
+
     def equal(self, answer: str, gold: str) -> bool:
         left, right = self.read(answer), self.read(gold)
         if left is None or right is None:
             return False
-        if re.sub(r"\s", "", left) == re.sub(r"\s", "", right):
+        left, right = plain_unicode(left), plain_unicode(right)
+        if _SPACE.sub("", left) == _SPACE.sub("", right):
             return True
-        for text in (left, right):
-            if len(text) > MAX_ANSWER or _UNBOUNDED.search(text) or _brace_depth(text) > 40:
-                return False
+        if bool(_ELLIPSIS.search(left)) != bool(_ELLIPSIS.search(right)):
+            return False  # the library takes 0.333... for 0.333
+        if not (self._is_bounded(left) and self._is_bounded(right)):
+            return False
+        if (same := _same_numbers(left, right)) is not None:
+            return same
         self.prepare()
         from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
@@ -138,7 +139,9 @@ class MathChecker(Checker):
 
 
 _QUOTES = " \t\r\n.,;:!?\"'`\u201c\u201d\u2018\u2019\u00ab\u00bb()[]{}*_"
-_WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s?\{([^{}]{0,500})\}")
+_WRAPPED = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|boxed)\s?\{([^{}]{0,500})\}"
+)
 
 
 class TextChecker(Checker):
@@ -176,13 +179,17 @@ class ChoiceChecker(Checker):
         match = _LETTER.match(_stripped_choice(text)) if "\n" not in text else None
         return match[1].upper() if match else None
 
+    def can_read(self, gold: str) -> bool:
+        return self.read(gold) is not None
+
     def equal(self, answer: str, gold: str) -> bool:
         left = self.read(answer)
         return left is not None and left == self.read(gold)
 
 
 def _stripped_choice(text: str) -> str:
-    return _WRAPPED.sub(r"\1", text[: MAX_ANSWER + 1]).strip(" \t\r\n$*_\"'`\u201c\u201d")
+    text = unicodedata.normalize("NFKC", text[: MAX_ANSWER + 1])
+    return _WRAPPED.sub(r"\1", text).strip(" \t\r\n$*_\"'`\u201c\u201d")
 
 
 class ReasoningGymChecker(Checker):
@@ -232,7 +239,7 @@ class _Adapter(Checker):
     def __init__(self, inner: Any):
         super().__init__()
         self._inner = inner
-        for name in ("prepare", "correct", "gold"):
+        for name in ("prepare", "correct", "gold", "can_read"):
             if callable(getattr(inner, name, None)):
                 setattr(self, name, getattr(inner, name))
 

@@ -135,3 +135,9 @@ class Checker:
         `<answer>`), otherwise the text itself."""
         answer = self._marked(text, ("boxed", "hashes", "tag"))
         return text if answer is None else answer
+
+    def can_read(self, gold: str) -> bool:
+        """Return whether an answer can be `correct` by this gold answer, as `gold` returns it. It
+        is asked before the first sample is taken. Answers to a problem whose gold answer cannot be
+        read are neither right nor wrong."""
+        return True

@@ -45,9 +45,9 @@ class CheckRequest:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of a check: `is_correct` is None without a gold answer, `keeps_answer` without a
-    draft's answer. Both are False if no answer was found. `error` says why a check failed; then
-    `is_correct` is False and `keeps_answer` None."""
+    """The result of a check: `is_correct` is None without a gold answer that can be read,
+    `keeps_answer` without a draft's answer. Both are False if no answer was found. `error` says why
+    a check failed; then `is_correct` is False and `keeps_answer` None."""
 
     key: str
     answer: str | None
@@ -306,11 +306,14 @@ def _check(
     gold, draft = request["gold"], request["draft_answer"]
     answer = checker.extract(request["completion"])
     reply({"answer": answer})
+    gold = None if gold is None else checker.gold(gold)
+    if gold is not None and not checker.can_read(gold):
+        gold = None
     if answer is None:
         return (None if gold is None else False), (None if draft is None else False)
     is_correct = None
     if gold is not None:
-        is_correct = bool(checker.correct(answer, checker.gold(gold), request["metadata"]))
+        is_correct = bool(checker.correct(answer, gold, request["metadata"]))
     keeps = None if draft is None else bool(checker.equal(answer, draft))
     return is_correct, keeps
 

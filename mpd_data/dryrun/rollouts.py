@@ -2,6 +2,7 @@
 
 from array import array
 
+from mpd_data.checkers.gold import unreadable_answers
 from mpd_data.dryrun.learned import Learned, learn
 from mpd_data.dryrun.plan import Lengths, Shown, StagePlan, make_plan, rollout_bytes
 from mpd_data.engines.start import server_notes
@@ -48,6 +49,7 @@ def plan_rollouts(
         planned = missing if limit is None else min(missing, limit - remaining)
         remaining += planned
         prompt_tokens += planned * length
+    unreadable = unreadable_answers(setup.prompts, config.checker)[1]
     at_most = remaining * config.sampling.max_tokens
     return make_plan(
         "mpd-gen rollouts",
@@ -69,5 +71,5 @@ def plan_rollouts(
             "context": setup.context,
             "longest prompt + completion": max(lengths, default=0) + config.sampling.max_tokens,
         },
-        notes=server_notes(config.engine),
+        notes=[*([unreadable] if unreadable else []), *server_notes(config.engine)],
     )

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpd_data.checkers.builtin import ChoiceChecker, MathChecker, NumberChecker
-from mpd_data.common.errors import ConfigError, did_you_mean, pip_install
+from mpd_data.checkers.builtin import ChoiceChecker, MathChecker, NumberChecker, make_checker
+from mpd_data.checkers.gold import read_gold_answers, unreadable_answers
+from mpd_data.common.errors import ConfigError, DataError, did_you_mean, pip_install
 from mpd_data.common.hashing import content_key
 from mpd_data.common.machine import gpus
 from mpd_data.common.models import (
@@ -25,10 +26,11 @@ from mpd_data.common.models import (
 from mpd_data.common.text import plain
 from mpd_data.config import InitConfig, SamplingConfig
 from mpd_data.prompts.chat import ChatFormatter, PromptError
-from mpd_data.prompts.reader import Prompt, as_json, fill_prompt, load_prompts, same
+from mpd_data.prompts.reader import Prompt, fill_prompt, load_prompts, same
 from mpd_data.prompts.sources import columns_of, read_rows
 from mpd_data.prompts.template import load_template
 from mpd_data.prompts.thinking import thinking_switch
+from mpd_data.prompts.values import as_json
 
 # Usual column names, the most specific first. Two columns from one group are ambiguous.
 _PROBLEMS = (("problem", "question"), ("prompt", "instruction", "query"), ("text",))
@@ -60,7 +62,8 @@ _SENTENCE = 16
 @dataclass(frozen=True)
 class PromptSet:
     """Prompts of one source, and the columns they were read from. `num_repeated`: rows that repeat
-    an id; `rejected_ids`: an id column whose values do not tell rows apart."""
+    an id; `rejected_ids`: an id column whose values do not tell rows apart; `left_out`: columns
+    that a split did not write, as JSON cannot hold them."""
 
     source: str
     problem: str
@@ -69,6 +72,7 @@ class PromptSet:
     prompts: list[Prompt]
     num_repeated: int
     rejected_ids: str | None
+    left_out: tuple[str, ...] = ()
 
 
 def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) -> PromptSet:
@@ -144,27 +148,48 @@ def held_out(texts: list[str]) -> set[str]:
 
 def split(whole: PromptSet, folder: Path) -> tuple[PromptSet, PromptSet, dict[str, str]]:
     """Split one file. Return its training and test prompts, and the content of both new files by
-    name; all columns are kept. Raise ConfigError if there are fewer than two problems."""
-    test_problems = held_out([p.text for p in whole.prompts])
+    name. Columns that JSON cannot hold, such as images, are left out. Raise ConfigError if there
+    are fewer than two problems, DataError for such a problem, answer or id."""
+    test_problems = held_out([p.text for p in whole.prompts if p.text])
     if not test_problems:
         raise ConfigError(
             f"{whole.source}: only one problem, which cannot be split. Name test prompts with"
             " --test."
         )
-    lines: dict[bool, list[str]] = {False: [], True: []}
+    sides: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    left_out: dict[str, None] = {}
     for number, row in read_rows(whole.source, None):
-        where = f"{whole.source}, row {number}"
-        values = {name: as_json(value, f"{where}: column {name!r}") for name, value in row.items()}
-        for_test = same(values[whole.problem]) in test_problems
-        lines[for_test].append(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
+        values = {}
+        for name, value in row.items():
+            try:
+                values[name] = as_json(value, f"{whole.source}, row {number}: column {name!r}")
+            except DataError:
+                if name in (whole.problem, whole.answer, whole.id):
+                    raise
+                left_out[name] = None
+        problem = values[whole.problem]
+        sides[isinstance(problem, str) and same(problem) in test_problems].append(values)
+    lines = {
+        for_test: [
+            json.dumps(
+                {name: value for name, value in row.items() if name not in left_out},
+                ensure_ascii=False,
+                allow_nan=False,
+            )
+            for row in rows
+        ]
+        for for_test, rows in sides.items()
+    }
 
     def side(name: str, for_test: bool) -> PromptSet:
         prompts = [p for p in whole.prompts if (same(p.text) in test_problems) == for_test]
-        num_repeated = len(lines[for_test]) - len(prompts)
-        source = str(folder / name)
-        return dataclasses.replace(whole, source=source, prompts=prompts, num_repeated=num_repeated)
+        return dataclasses.replace(
+            whole, source=str(folder / name), prompts=prompts,
+            num_repeated=len(lines[for_test]) - len(prompts), left_out=tuple(left_out),
+        )  # fmt: skip
 
-    files = {"train.jsonl": "".join(lines[False]), "test.jsonl": "".join(lines[True])}
+    names = {"train.jsonl": False, "test.jsonl": True}
+    files = {name: "".join(f"{line}\n" for line in lines[test]) for name, test in names.items()}
     return side("train.jsonl", False), side("test.jsonl", True), files
 
 
@@ -199,6 +224,16 @@ def choose_checker(given: str | None, train: PromptSet, test: PromptSet) -> tupl
         needed = f"it needs math-verify ({pip_install('checkers')})"
         return "text", f"{why} The checker `math` is better for them; {needed}."
     return "math", why
+
+
+def unreadable_answers_of(name: str, *sides: PromptSet) -> list[str]:
+    """Return a sentence for each side of whose gold answers the checker cannot read some."""
+    checker = make_checker(name)
+    return [
+        sentence
+        for side in sides
+        if (sentence := unreadable_answers(read_gold_answers(side.prompts, checker, name), name)[1])
+    ]
 
 
 # -- models -------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ def run_init(folder: Path, config: InitConfig) -> list[str]:
         test = detect.read_prompt_set(config.test, config, train)
     models = detect.look_at_models(config)
     checker, why_checker = detect.choose_checker(config.checker, train, test)
+    unreadable = detect.unreadable_answers_of(checker, train, test)
     budget = detect.plan_budget(models, [*train.prompts, *test.prompts])
     files["pipeline.toml"] = _render(
         folder, config, models, train=train, test=test, budget=budget,
@@ -65,7 +66,7 @@ def run_init(folder: Path, config: InitConfig) -> list[str]:
     )  # fmt: skip
     _write(folder, files)
     sides = {"training": train, "test": test}
-    notes = _notes(sides, models, f"{checker}. {why_checker}", budget)
+    notes = _notes(sides, models, " ".join([f"{checker}. {why_checker}", *unreadable]), budget)
     return [plain(line) for line in notes]
 
 
@@ -86,7 +87,13 @@ def _notes(
                 f"{name}: {side.rejected_ids!r} gives different problems one value, so it is not"
                 " used as the id"
             )
-    train, test = ({same(prompt.text) for prompt in side.prompts} for side in sides.values())
+    if left_out := sides["training"].left_out:
+        lines.append(
+            f"left out: {', '.join(map(repr, left_out))}, whose values are neither text nor JSON"
+        )
+    train, test = (
+        {same(prompt.text) for prompt in side.prompts if prompt.text} for side in sides.values()
+    )
     if overlap := train & test:
         lines.append(
             f"{len(overlap)} of the test problems are in the training prompts too: accuracy on"

@@ -8,6 +8,7 @@ not be measured by it: a problem that is hard by bad luck would seem to improve.
 base's samples chooses and the other half of both sides' samples is measured, both ways round.
 """
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ def per_problem(path: Path, half: int | None = None) -> pl.DataFrame:
     return collect(means.sort("prompt_id"))
 
 
+def graded(problems: pl.DataFrame) -> pl.DataFrame:
+    """Return the problems of a frame of `per_problem` that have an accuracy: a gold answer that the
+    checker could read."""
+    return problems.drop_nulls("accuracy")
+
+
+def mean_accuracy(problems: pl.DataFrame) -> float | None:
+    """Return the mean accuracy of the `graded` problems; None if there are none."""
+    accuracy = graded(problems)["accuracy"]
+    return float(accuracy.to_numpy().mean()) if len(accuracy) else None
+
+
 def hard_third(problems: pl.DataFrame) -> list[str]:
     """Return the ids of the hard third: of a frame of `per_problem` with accuracy, the third of the
     problems (rounded up) with the lowest accuracy. Of equally hard ones those whose id has the
@@ -71,9 +84,10 @@ def on_hard_third(base: Path, new: Path) -> tuple[pl.DataFrame, pl.DataFrame, pl
     """Return the hard problems of two sets of rollouts on the same prompts: a row each of the base
     and of `new`, and how many halves of the base's samples chose the problem (1 or 2). The means
     of a row are summed over these halves, so a mean over problems is their sum by that of the
-    numbers. Return None if a prompt has no gold answer or a side has one sample of each."""
-    befores, afters = ([per_problem(path, half) for half in (0, 1)] for path in (base, new))
-    if any(half.is_empty() or half["accuracy"].null_count() for half in (*befores, *afters)):
+    numbers. Problems without a gold answer are left out. Return None if all are, or a side has one
+    sample of each."""
+    befores, afters = ([graded(per_problem(path, half)) for half in (0, 1)] for path in (base, new))
+    if any(half.is_empty() for half in (*befores, *afters)):
         return None
     sides: tuple[list[pl.DataFrame], list[pl.DataFrame]] = ([], [])
     for half in (0, 1):
@@ -111,8 +125,8 @@ def _resampled_means(columns: list[npt.NDArray[np.float64]]) -> list[npt.NDArray
 def evaluate(path: Path) -> dict[str, Any]:
     """Return accuracy (avg@n) and tokens of one set of rollouts with 95% bootstrap intervals over
     problems, median tokens, mean tokens of the thinking part and of the answer after it, and the
-    truncated fraction. Accuracy is None if a prompt has no gold answer; the two parts are None for
-    a model without a thinking part."""
+    truncated fraction. Accuracy is that of the `graded` problems, None without any; the two parts
+    are None for a model without a thinking part."""
     problems = per_problem(path)
     lengths = pl.col("num_completion_tokens")
     truncated = (pl.col("finish_reason") == "length").mean()
@@ -124,16 +138,15 @@ def evaluate(path: Path) -> dict[str, Any]:
         answer=_ANSWER,
     )
     mean_tokens, truncated_fraction, median_tokens, thinking, answer = collect(whole).row(0)
-    graded = problems["accuracy"].null_count() == 0
-    columns = ["tokens", "accuracy"] if graded else ["tokens"]
-    tokens, *accuracy = _resampled_means([problems[name].to_numpy() for name in columns])
+    known = graded(problems)["accuracy"].to_numpy()
     return {
         "problems": problems.height,
+        "graded": len(known),
         "samples": int(problems["samples"].sum()),
-        "accuracy": float(problems["accuracy"].to_numpy().mean()) if graded else None,
-        "accuracy_interval": _interval(accuracy[0]) if graded else None,
+        "accuracy": mean_accuracy(problems),
+        "accuracy_interval": _interval(_resampled_means([known])[0]) if len(known) else None,
         "mean_tokens": mean_tokens,
-        "mean_tokens_interval": _interval(tokens),
+        "mean_tokens_interval": _interval(_resampled_means([problems["tokens"].to_numpy()])[0]),
         "median_tokens": median_tokens,
         "thinking_tokens": thinking,
         "answer_tokens": answer,
@@ -147,7 +160,7 @@ def compare(base: str | Path, new: str | Path, by: str | None = None) -> dict[st
     paired 95% bootstrap interval over problems (None for a single problem). With `by`, a key of the
     rollouts' metadata, `groups` has the same for the problems of each value. `hard_third` has the
     same for the problems that the base solves least often; None without gold answers, and if a side
-    has one sample of each problem.
+    has one sample of each problem. Problems without a gold answer count for tokens alone.
 
     Raise ConfigError unless both were sampled on the same prompts, and if no rollout has the key
     `by` or the two sides have different values for one prompt.
@@ -184,16 +197,11 @@ def paired(
     left: pl.DataFrame, right: pl.DataFrame, times: pl.Series | None = None
 ) -> dict[str, Any]:
     """Return the differences between two frames of `per_problem`, as in `compare`. Both have the
-    same problems in the same order. `times`: for frames of `on_hard_third`."""
-    known = [
-        name
-        for name in ("tokens", "accuracy", "thinking", "answer")
-        if all(name in side and side[name].null_count() == 0 for side in (left, right))
-    ]
-    columns = [side[name].to_numpy() for name in known for side in (left, right)]
-    columns.append(np.ones(left.height) if times is None else times.to_numpy())
+    same problems in the same order. Tokens are those of all problems, accuracy is that of the ones
+    `graded` on both sides. `times`: for frames of `on_hard_third`."""
+    weights = np.ones(left.height) if times is None else times.to_numpy()
 
-    def differences_of(means: list[Any]) -> dict[str, Any]:
+    def differences_of(known: list[str], means: list[Any]) -> dict[str, Any]:
         *sums, count = means
         found = {}
         for name, old, new in zip(known, sums[::2], sums[1::2], strict=True):
@@ -204,11 +212,24 @@ def paired(
         return found
 
     result: dict[str, Any] = dict.fromkeys(DIFFERENCES)
-    result |= {k: float(v) for k, v in differences_of([c.mean() for c in columns]).items()}
-    # A single problem does not show how much problems differ.
-    if left.height > 1:
-        draws = differences_of(_resampled_means(columns))
-        result |= {f"{name}_interval": _interval(values) for name, values in draws.items()}
+    every = np.ones(left.height, bool)
+    answered = (left["accuracy"].is_not_null() & right["accuracy"].is_not_null()).to_numpy()
+    for names, rows in ((("tokens", "thinking", "answer"), every), (("accuracy",), answered)):
+        sides = [side.filter(rows) for side in (left, right)]
+        known = [
+            name
+            for name in names
+            if all(len(s) and name in s and s[name].null_count() == 0 for s in sides)
+        ]
+        columns = [side[name].to_numpy() for name in known for side in sides] + [weights[rows]]
+        if not known:
+            continue
+        means = differences_of(known, [column.mean() for column in columns])
+        result |= {name: float(value) for name, value in means.items()}
+        # A single problem does not show how much problems differ.
+        if rows.sum() > 1:
+            draws = differences_of(known, _resampled_means(columns))
+            result |= {f"{name}_interval": _interval(values) for name, values in draws.items()}
     return result
 
 
@@ -239,10 +260,10 @@ def _by_group(
 
 
 def _means(problems: pl.DataFrame) -> dict[str, float | None]:
-    """Return accuracy and mean tokens as `evaluate` defines them."""
-    graded = problems["accuracy"].null_count() == 0
+    """Return `graded`, accuracy and mean tokens as `evaluate` defines them."""
     return {
-        "accuracy": float(problems["accuracy"].to_numpy().mean()) if graded else None,
+        "graded": graded(problems).height,
+        "accuracy": mean_accuracy(problems),
         "mean_tokens": float(np.average(problems["tokens"], weights=problems["samples"])),
     }
 
@@ -288,11 +309,20 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
                 "median": side["median_tokens"],
                 "truncated": f"{100 * side['truncated']:.2f}%",
                 "problems": side["problems"],
+                **_graded_cell(sides.values(), side),
                 "samples": side["samples"],
             }
             for label, side in sides.items()
         ]
     )
+
+
+def _graded_cell(sides: Iterable[Mapping[str, Any]], side: Mapping[str, Any]) -> dict[str, int]:
+    """Return the cell with the number of problems that accuracy is measured on, where any of
+    `sides` lacks gold answers."""
+    if all(other["graded"] == other["problems"] for other in sides):
+        return {}
+    return {"with gold answers": side["graded"]}
 
 
 def _part_cells(sides: dict[str, dict[str, Any]], side: dict[str, Any]) -> dict[str, float | None]:
@@ -322,9 +352,15 @@ def show(result: dict[str, Any], by: str | None) -> str:
         text += f"\n\nthe hard third: what the base solves least often\n{format_table([line])}"
     if by is None:
         return text
+    counts = [{"problems": g["problems"], "graded": g["base"]["graded"]} for g in result["groups"]]
     lines = [
-        {"group": group["group"], "problems": group["problems"], **side_by_side(group)}
-        for group in result["groups"]
+        {
+            "group": group["group"],
+            "problems": group["problems"],
+            **_graded_cell(counts, count),
+            **side_by_side(group),
+        }
+        for group, count in zip(result["groups"], counts, strict=True)
     ]
     return f"{text}\n\nby {plain(by)}\n{format_table(lines)}"
 

@@ -54,7 +54,7 @@ def judge(free: Mapping[str, Path], models: Mapping[str, Path]) -> dict[str, Any
     Return `points` (`compare.evaluate` of each free point, and its paired differences from the
     base), `frontier` (their names, the shortest first), `margin`, and for each of `models`:
     `beyond` (of the whole frontier), `verdict` (a sentence) and `against` (for each free point:
-    `beyond`, `problems` and the paired differences). None if a problem has no gold answer. Raise
+    `beyond`, `problems` and the paired differences). None without gold answers. Raise
     ConfigError if two share no problem.
     """
     points = {name: evaluate(folder) for name, folder in free.items()}

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from mpd_data.common.errors import ConfigError, DataError, did_you_mean, requires
 from mpd_data.common.models import hub_failures
+from mpd_data.prompts.values import short_floats
 
 Rows = Iterator[tuple[int, Mapping[str, Any]]]
 
@@ -86,6 +87,8 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Rows:
 
 
 def _cells(column: pa.Array) -> list[Any]:
+    if pa.types.is_float16(column.type) or pa.types.is_float32(column.type):
+        return short_floats(column)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         cells: list[Any] = column.to_pylist()
         return cells

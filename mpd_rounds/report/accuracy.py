@@ -101,7 +101,7 @@ def _result_tables(
             points(paired.get("accuracy_difference"), paired.get("accuracy_difference_interval")),
             "{} [{}, {}]".format(*tokens),
             percent(paired.get("token_reduction"), paired.get("token_reduction_interval")),
-            f"{side['problems']:,}",
+            _problems(side),
             f"{side['samples']:,}",
         ])  # fmt: skip
     notes = dict.fromkeys(f"{labels[-1]}: {m.note}." for labels, m in lines if m.note is not None)
@@ -132,6 +132,14 @@ def _result_tables(
         len(heads),
         _BEHAVIOUR if explained else "",
     )  # fmt: skip
+
+
+def _problems(side: dict[str, Any]) -> str:
+    """Return the number of problems, and of those that accuracy is measured on if these are
+    fewer."""
+    graded = side["graded"]
+    fewer = f", {graded:,} with gold answers" if graded < side["problems"] else ""
+    return f"{side['problems']:,}{fewer}"
 
 
 def _hard_tables(

@@ -188,18 +188,19 @@ def decide(plan: Plan, gate: Gate, round_: int) -> Decision:
 
 def _differences(base: Path, new: Path) -> dict[str, tuple[Numbers, Numbers]]:
     """Return `sums` and `shares`, as for `bounds`, of the accuracy of `new` less that of `base`, on
-    all problems and on the hard third. Raise ConfigError without gold answers or a hard third."""
+    all problems with gold answers and on their hard third. Raise ConfigError without either."""
     left, right = (comparison.per_problem(path) for path in (base, new))
     hard = comparison.on_hard_third(base, new)
-    if hard is None or left["accuracy"].null_count() or right["accuracy"].null_count():
+    gains = (right["accuracy"] - left["accuracy"]).drop_nulls().to_numpy()
+    if hard is None or not gains.size:
         raise ConfigError(
-            f"{base}: the gate needs a gold answer for each problem, and two samples of it."
-            " Complete the prompts of this evaluation, or remove [gate]."
+            f"{base}: the gate needs problems with gold answers, and two samples of each. Complete"
+            " the prompts of this evaluation, or remove [gate]."
         )
     easier, harder, times = hard
     # A row of the hard third is a sum over the one or two choices that took its problem.
     return {
-        ALL: ((right["accuracy"] - left["accuracy"]).to_numpy(), np.ones(left.height)),
+        ALL: (gains, np.ones(gains.size)),
         HARD: ((harder["accuracy"] - easier["accuracy"]).to_numpy() / 2, times.to_numpy() / 2),
     }
 
@@ -356,7 +357,7 @@ def _variance(chance: float, samples: float) -> float:
 def _of_base(base: Path) -> dict[str, float]:
     """Return the variance of a problem's difference between the base and an equal student."""
     _differences(base, base)
-    problems = comparison.per_problem(base)
+    problems = comparison.graded(comparison.per_problem(base))
     rates, samples = problems["accuracy"].to_numpy(), problems["samples"].to_numpy()
     hard = comparison.on_hard_third(base, base)
     assert hard is not None

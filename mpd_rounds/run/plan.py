@@ -26,7 +26,7 @@ from mpd_data.dryrun.rewrite import plan_rewrite, predict
 from mpd_data.dryrun.rollouts import plan_rollouts
 from mpd_data.dryrun.show import free_bytes, shown_text, size_text, steps_table, totals
 from mpd_data.engines.start import server_notes
-from mpd_data.inspect.compare import per_problem
+from mpd_data.inspect.compare import graded, per_problem
 from mpd_data.prompts.chat import PromptError
 from mpd_data.prompts.reader import Prompt
 from mpd_data.rewrite_setup import setup as rewrite_setup
@@ -198,7 +198,7 @@ class _Planner:
         (step,) = (s for s in commands.evaluations(0) if s.out == commands.evaluation(0, gated))
         assert isinstance(step.config, RolloutsConfig)
         samples, plan = step.config.num_samples, dict(result.steps)[step.label]
-        problems = per_problem(step.out).height if plan is None else plan.rows // samples
+        problems = graded(per_problem(step.out)).height if plan is None else plan.rows // samples
         return size_note(commands, self._pipeline.gate, problems, samples, plan is None)
 
     def is_stopped(self, round_: int) -> bool:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.files import write_json_atomic
 from mpd_data.config import RewriteConfig
-from mpd_data.inspect.compare import paired, per_problem
+from mpd_data.inspect.compare import mean_accuracy, paired, per_problem
 from mpd_data.inspect.stats import collect, round_stats, scan_round
 from mpd_rounds.report.run import read_metrics
 from mpd_rounds.study.study import Group, SettingRun, Study, StudyOutcome
@@ -85,19 +85,12 @@ def _over_seeds(frames: list[pl.DataFrame]) -> pl.DataFrame:
         .group_by("prompt_id")
         .agg(
             pl.col("samples").sum(),
-            # If one seed lacks the gold answer, the problem has none.
+            # If one seed lacks the gold answer, the problem has none for all.
             pl.when(pl.col("accuracy").null_count() == 0).then(pl.col("accuracy").mean()),
             pl.col("tokens").mean(),
         )
         .sort("prompt_id")
     )
-
-
-def _mean_accuracy(problems: pl.DataFrame) -> float | None:
-    """Return the mean; None if a problem has no gold answer, as in `mpd_data.inspect.compare`."""
-    if problems["accuracy"].null_count() > 0:
-        return None
-    return float(np.mean(problems["accuracy"].to_numpy()))
 
 
 def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> dict[str, Any]:
@@ -121,8 +114,8 @@ def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> di
     # pass@k at the largest k; absent without gold answers.
     passes = [tables["pass_at_k"][-1] for tables in stats if "pass_at_k" in tables]
     result: dict[str, Any] = {
-        "accuracy": _mean_accuracy(together),
-        "accuracy_by_seed": [_mean_accuracy(frame) for frame in by_seed],
+        "accuracy": mean_accuracy(together),
+        "accuracy_by_seed": [mean_accuracy(frame) for frame in by_seed],
         "mean_tokens": float(np.mean(together["tokens"].to_numpy())),
         "mean_tokens_by_seed": [float(np.mean(frame["tokens"].to_numpy())) for frame in by_seed],
         "median_tokens": float(median),
