@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from mpd_data.common.errors import DataError
-from mpd_data.common.files import atomic_folder, staging_of
+from mpd_data.common.files import atomic_folder, read_json, staging_of
 from mpd_train.distributed import Ranks
 
 KEEP = 2
@@ -133,7 +133,7 @@ def load_weights(path: Path, model: Any) -> None:
 def load(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer) -> Progress:
     """Load weights and moments of a step's checkpoint; return its validation progress."""
     path = folder / f"step-{step:06d}"
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    state = read_json(path / "state.json", _DELETED, ("best", "best_step", "misses"))
     _read(path, weights_of(model) | _moments(model, optimizer, step))
     return Progress(state["best"], state["best_step"], state["misses"])
 

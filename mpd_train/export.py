@@ -4,7 +4,6 @@ OUT/model/     the whole model
 OUT/adapter/   peft's folder, where adapters are what is trained; model/ has them merged
 """
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mpd_data.common.errors import ConfigError, DataError
-from mpd_data.common.files import atomic_folder
+from mpd_data.common.files import atomic_folder, read_json
 from mpd_data.common.models import ModelFiles, resolve_model
 from mpd_data.common.options import parse
 from mpd_data.store.run_record import require_kind
@@ -88,7 +87,7 @@ def _find(given: Path) -> tuple[Path, Path]:
 def _read_run(path: Path) -> tuple[TrainConfig, dict[str, str]]:
     """Return a run's settings, and the identity of its student."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
         settings, identity = saved["details"]["config"], saved["identity"]["student"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(

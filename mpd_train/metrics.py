@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mpd_data.common.errors import requires
-from mpd_data.common.files import atomic_file
+from mpd_data.common.files import atomic_file, read_json_lines
 from mpd_data.common.meter import Meter
 from mpd_train.config import TrainConfig
 
@@ -120,9 +120,9 @@ def _open_metrics(path: Path, done: int) -> Any:
     kept = []
     if path.exists():
         # The last line may be torn by a kill; steps after the checkpoint are done again.
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            if json.loads(line)["step"] <= done:
-                kept.append(line + "\n")
+        for record in read_json_lines(path, "Remove the line.", ("step",)):
+            if record["step"] <= done:
+                kept.append(json.dumps(record) + "\n")
     with atomic_file(path) as file:
         file.write("".join(kept))
     return path.open("a", encoding="utf-8")

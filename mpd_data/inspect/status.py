@@ -1,19 +1,24 @@
 """`mpd-gen status`: show from another terminal how far the stages of a round are."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from mpd_data.common.errors import ConfigError
+from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.common.files import read_json
 from mpd_data.common.text import format_table
 from mpd_data.store.locks import is_held
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
 from mpd_data.store.schema import STAGES
 
+_REMEDY = "Delete it: its process writes it anew while it works."
+_REPORTED = (
+    "state", "updated", "rows", "total", "failed", "recent_tokens_per_second", "in_flight",
+    "seconds_left", "host", "pid",
+)  # fmt: skip
 _AT_WORK = ("starting", "running")
 # If more writers than this exist, finished ones are counted instead of listed.
 _MANY = 16
@@ -31,7 +36,9 @@ def round_status(path: Path) -> dict[str, list[dict[str, Any]]]:
     info = round_dir.run_info().get("stages", {})
     writers = []
     for file in round_dir.statuses():
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = read_json(file, _REMEDY, _REPORTED)
+        if not isinstance(report["updated"], int | float):
+            raise DataError(f"{file}: `updated` is no number. {_REMEDY}")
         if report["state"] in _AT_WORK and not is_held(path / ".writers" / file.stem):
             report["state"] = "died"
         report["heard"] = round(time.time() - report["updated"], 1)

@@ -6,7 +6,6 @@ and trained on.
 """
 
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from mpd_data.common.errors import ConfigError, did_you_mean
+from mpd_data.common.files import read_toml
 from mpd_data.common.hashing import content_key
 from mpd_data.config import Strict
 from mpd_data.prompts.chat import ChatFormatter, Names
@@ -117,13 +117,13 @@ def load_template(name: str) -> RewriteTemplate:
         return DRAFT
     path = BUILT_IN.get(name, Path(name))
     try:
-        template = RewriteTemplate(**tomllib.loads(path.read_text(encoding="utf-8")))
+        template = RewriteTemplate(**read_toml(path))
         groups = set(re.compile(template.output).groupindex)
     except OSError as error:
         built_in = [*BUILT_IN, DRAFT.name]
         hint = did_you_mean(name, built_in) or f" The built-in ones are {', '.join(built_in)}."
         raise ConfigError(f"{path}: no template to read ({error.strerror}).{hint}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError, TypeError) as error:
+    except (ValidationError, TypeError) as error:
         raise ConfigError(f"{path}: not a rewrite template: {error}") from error
     except re.error as error:
         raise ConfigError(f"{path}: `output` is not a regular expression: {error}") from error

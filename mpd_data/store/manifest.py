@@ -9,8 +9,14 @@ import os
 from pathlib import Path
 
 from mpd_data.common.errors import DataError
-from mpd_data.common.files import atomic_file
+from mpd_data.common.files import atomic_file, read_json_lines
 from mpd_data.store.shards import Shard
+
+_KINDS = {
+    "name": "str", "rows": "int", "tokens": "int", "bytes": "int", "sha256": "str",
+    "row_groups": "list",
+}  # fmt: skip
+_REMEDY = "Delete the manifest: the next mpd-gen command makes it anew from the shards."
 
 
 def _line(shard: Shard) -> str:
@@ -21,17 +27,12 @@ def read_manifest(path: Path) -> list[Shard]:
     """Return the shards that a manifest lists; [] where there is none. An unterminated last line (a
     kill during the append) counts as absent. Raise DataError for any other line that is
     malformed."""
-    if not path.exists():
-        return []
     shards = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            shards.append(Shard(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise DataError(
-                f"{path}, line {number}: not a manifest line ({error}). Delete the manifest: the"
-                " next mpd-gen command makes it anew from the shards."
-            ) from error
+    for number, line in enumerate(read_json_lines(path, _REMEDY), start=1):
+        kinds = {name: type(value).__name__ for name, value in line.items()}
+        if kinds != _KINDS or not all(isinstance(n, int) for n in line["row_groups"]):
+            raise DataError(f"{path}, line {number}: not a manifest line. {_REMEDY}")
+        shards.append(Shard(**line))
     return shards
 
 

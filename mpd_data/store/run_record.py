@@ -4,13 +4,12 @@ Rounds and trainings keep this in run.json, pipeline runs in pipeline.json, stud
 settings.json. A folder that was made before kinds were written is known by what it holds.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from mpd_data.common.errors import ConfigError, DataError
-from mpd_data.common.files import write_json_atomic
+from mpd_data.common.files import read_json, write_json_atomic
 from mpd_data.common.hashing import differences
 
 Kind = Literal["round", "training", "pipeline", "study"]
@@ -31,16 +30,24 @@ _KINDS: dict[Kind, tuple[str, str, str]] = {
 
 def read_record(folder: Path, kind: Kind = "round") -> dict[str, Any]:
     """Return what the file of a folder of `kind` holds; {} where there is none. Raise DataError
-    where it is not a JSON object."""
+    where it is not what `write_record` writes."""
     path = folder / _KINDS[kind][0]
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}). Restore it from a copy.") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{path}: expected a JSON object. Restore it from a copy.")
+    stages = record.get("stages", {})
+    works = list(stages.values()) if isinstance(stages, dict) else [stages]
+    if "identity" in record:  # of a training
+        works.append(record)
+    for work in works:
+        if not isinstance(work, dict) or not all(
+            isinstance(work.get(name), dict) for name in ("identity", "details")
+        ):
+            raise DataError(
+                f"{path}: expected `identity` and `details` of each stage or training, as the"
+                " commands write them. Restore it from a copy."
+            )
     return record
 
 

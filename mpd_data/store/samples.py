@@ -57,8 +57,8 @@ class Samples:
         raise ConfigError(
             f"{path}: sample {sample_idx} of prompt {prompt_id!r} was taken with another prompt"
             f" than it would get now: {change}\nThe settings are the same, so the chat template or"
-            " the tokenizer does not give the same twice. Go on with the library versions that run.json"
-            " and the shards record, or with a chat template that does not change; or start anew:"
+            " the tokenizer does not give the same twice. Go on with the library versions that the"
+            " shards record, or with a chat template that does not change; or start anew:"
             " give another --out, or run mpd-gen rollouts with --overwrite."
         )
 

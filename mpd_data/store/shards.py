@@ -16,7 +16,6 @@ another file (writer.py). A row's key (`row_id`) is the hash of what determines 
 computes the missing rows by set difference, whatever the order of its input.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mpd_data.common.errors import DataError
-from mpd_data.common.files import sha256_of
+from mpd_data.common.files import json_object, sha256_of
 from mpd_data.store.keys import KeySet, Packed, pack, twice
 from mpd_data.store.schema import METADATA_KEY, SCHEMA_VERSION, SCHEMAS, TOKEN_COLUMN, Stage
 
@@ -78,10 +77,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             f"{path}: no `mpd` metadata, so this Parquet file was not written by mpd-gen."
             " Expected a shard; move other files out of the shard folder."
         )
-    try:
-        metadata: dict[str, Any] = json.loads(raw)
-    except ValueError as error:
-        raise DataError(f"{path}: its `mpd` metadata is damaged ({error}).") from error
+    metadata = json_object(raw, f"{path}: its `mpd` metadata", "The file is damaged.")
     if metadata.get("schema_version") != SCHEMA_VERSION:
         raise DataError(
             f"{path}: schema version {metadata.get('schema_version')}, this version of the toolkit"

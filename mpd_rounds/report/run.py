@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 
 from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.common.files import read_json
 from mpd_data.common.text import plain
 from mpd_data.inspect.stats import collect, scan
 from mpd_data.store.round import RoundDir
@@ -168,15 +169,8 @@ def _gate_of(path: Path) -> dict[str, Any]:
     file = path / "gate.json"
     if not file.is_file():
         return {}
-    try:
-        gate = json.loads(file.read_text(encoding="utf-8"))
-        if gate.keys() >= {"set", "rounds", "stopped", "best", "text"}:
-            return dict(gate)
-    except (ValueError, AttributeError):
-        pass
-    raise DataError(
-        f"{file}: expected the gate's decisions, as mpd-rounds writes them. Run mpd-rounds again."
-    )
+    remedy = "Expected the gate's decisions, as mpd-rounds writes them. Run mpd-rounds again."
+    return read_json(file, remedy, ("set", "rounds", "stopped", "best", "text"))
 
 
 _NOT_BEGUN = "not begun"

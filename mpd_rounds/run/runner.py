@@ -9,12 +9,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import click
 
 from mpd_data.common import signals
 from mpd_data.common.errors import MPDError
+from mpd_data.common.files import read_json_lines
 from mpd_data.parts.workers import EXIT_FAILED_ROWS
 from mpd_rounds.run.steps import Step
 
@@ -44,7 +44,9 @@ class Finished:
         # A kill can tear the last line. Its step runs again, and resumes.
         self.whole = self.path.read_bytes() if self.path.exists() else b""
         self.whole = self.whole[: self.whole.rfind(b"\n") + 1]
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in self.whole.splitlines()]
+        self.records = read_json_lines(
+            self.path, "Remove the line: its step runs again.", ("command", "inputs", "exit_code")
+        )
 
     def holds(self, step: Step) -> bool:
         """Return whether `step` has finished with the inputs that exist now."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
 from mpd_data.common.errors import ConfigError, did_you_mean
+from mpd_data.common.files import read_toml
 from mpd_data.common.options import arguments, parse
 from mpd_data.config import RewriteConfig, RolloutsConfig, Strict
 from mpd_rounds.run.baselines import Baseline
@@ -297,11 +298,9 @@ def read_settings(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     Raise ConfigError naming the file and the setting.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = read_toml(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from error
     for override_ in overrides:
         name, equals, text = override_.partition("=")
         if not equals:

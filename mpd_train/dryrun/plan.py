@@ -3,17 +3,18 @@
 The model is built on torch's meta device, from its configuration alone, to count what is trained.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mpd_data.common.files import read_json_lines
 from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_tokenizer, resolve_model
 from mpd_data.dryrun.learned import Learned
 from mpd_data.dryrun.plan import StagePlan, make_plan
 from mpd_data.dryrun.show import size_text
+from mpd_data.store.run_record import read_record
 from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
 from mpd_train.data.packing import overlong, split_packs
@@ -82,14 +83,11 @@ class RoundAhead:
 def learn_steps(out: Path) -> Learned | None:
     """Return the speed of the steps in a training's metrics.jsonl, None where there are none."""
     path = out / "metrics.jsonl"
-    if not path.exists():
-        return None
-    # A kill may have cut the last line short.
-    records = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
-    steps = [record for record in records if "tokens" in record]
+    records = read_json_lines(path, "Remove the line.")
+    steps = [record for record in records if {"tokens", "seconds"} <= record.keys()]
     if not steps:
         return None
-    details = json.loads((out / "run.json").read_text(encoding="utf-8"))["details"]
+    details = read_record(out, "training").get("details", {})
     pace = sum(step["seconds"] for step in steps) / sum(step["tokens"] for step in steps)
     device = details.get("device", "device not recorded")
     return Learned(f"{out} ({len(steps):,} steps)", pace, device)
