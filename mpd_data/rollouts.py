@@ -25,7 +25,8 @@ from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores,
 from mpd_data.engines.start import context_of, start_engine
 from mpd_data.prompts.budget import Budget, budget_of
 from mpd_data.prompts.chat import ChatFormatter, PromptError
-from mpd_data.prompts.reader import Prompt, choose_prompts, fill_prompt, load_examples, load_prompts
+from mpd_data.prompts.reader import choose_prompts, fill_prompt, load_examples, load_prompts
+from mpd_data.prompts.rows import Prompt
 from mpd_data.prompts.thinking import ThinkingCounter
 from mpd_data.prompts.values import written
 from mpd_data.stage import CheckedRun, Outcome, model_of, open_round, open_run
@@ -107,7 +108,9 @@ class RolloutSetup:
         leaves no room for its completion."""
         if prompt.flaw is not None:
             raise PromptError(prompt.flaw)
-        text, ids = self.formatter.render(fill_prompt(self.config.prompt_template, prompt.text))
+        text, ids = self.formatter.render(
+            fill_prompt(self.config.prompt_template, prompt.message), prompt.turns
+        )
         room = self.config.sampling.max_tokens
         if len(ids) + room > self.context:
             raise PromptError(
@@ -173,7 +176,8 @@ def setup(
         "num_samples": config.num_samples,
         "prompts": content_key(
             sorted(
-                [p.id, p.text, p.answer or p.missing, canonical_json(p.metadata)] for p in chosen
+                [p.id, p.text, p.answer or p.missing, canonical_json(p.metadata), *p.turns]
+                for p in chosen
             )
         ),
         "dtype": config.engine.dtype,
