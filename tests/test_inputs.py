@@ -418,7 +418,7 @@ def test_a_row_that_cannot_be_used_costs_itself_alone(tmp_path):
     found = ["holds nothing", "holds nothing", "not a JSON object", "found list", "holds nothing"]
     for row, flaw in zip((2, 3, 4, 5, 7), found, strict=True):
         assert flaw in flaws[row]
-    assert "turn 1 is str" in flaws[8]
+    assert "holds list, expected text" in flaws[8]
     path.write_text("\n".join(lines[1:5]))
     with pytest.raises(DataError, match="(?s)no row can be used.*row 1: .*row 2: .*row 3: "):
         load_prompts([path], "problem", answer_column="gold")
@@ -516,7 +516,8 @@ def test_a_single_message_is_the_prompt_that_its_text_is(tmp_path):
         ([{"role": "user", "content": [{"type": "image_url"}]}], "part of the type 'image_url'"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "expected it fi"),
         ([{"role": "user", "content": "\ud800"}], "not UTF-8"),
-        (["a"], "turn 1 is str"),
+        ([{"role": "user", "content": "a"}, "b"], "turn 2 is str"),
+        (["a"], "holds list, expected text"),
     ],
 )
 def test_a_conversation_that_cannot_be_used_costs_its_row_alone(tmp_path, turns, message):

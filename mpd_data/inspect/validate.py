@@ -85,7 +85,7 @@ def validate_round(path: Path) -> list[str]:
                     problems += _check_rows(file, shard, stage, metadata, rollouts, keys, places)
             except DataError as error:
                 problems.append(f"{file}: cannot be read: {error}")
-        problems += _doubled(keys, "this key") or _doubled(places, _PLACES.get(stage, ("",))[-1])
+        problems += _doubled(keys, "its key") or _doubled(places, _PLACES.get(stage, ("",))[-1])
     return problems
 
 
@@ -131,9 +131,8 @@ def _doubled(keys: list[_Keys], what: str) -> list[str]:
         return []
     problems = []
     for part, index in twice(packed):
-        file, first, its_keys = keys[part]
-        key = next(iter(KeySet.of([its_keys[index : index + 1]])))
-        problems.append(f"{file}, row {first + index} ({key}): {what} is in the round twice.")
+        file, first, _ = keys[part]
+        problems.append(f"{file}, row {first + index}: {what} is in the round twice.")
     return problems
 
 

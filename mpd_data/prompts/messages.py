@@ -39,8 +39,8 @@ class Conversation:
 
 
 def is_conversation(value: Any) -> bool:
-    """Return whether a cell holds turns rather than text."""
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    """Return whether a cell holds turns: a list with an object in it."""
+    return isinstance(value, list | tuple) and any(isinstance(turn, Mapping) for turn in value)
 
 
 def read_conversation(value: Sequence[Any]) -> Conversation:
