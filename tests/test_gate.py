@@ -86,15 +86,19 @@ kind = "concise"
 
 
 def make(folder, chances, tokens=100, samples=4, seed=0):
-    """Write an evaluation: a problem for each of `chances`, at which each sample is right."""
+    """Write an evaluation: a problem for each of `chances`, at which each sample is right; None: it
+    has no gold answer."""
     rng = np.random.default_rng(seed)
     rows = []
     for i, chance in enumerate(chances):
-        right = rng.random(samples) < chance
+        right = rng.random(samples) < (chance or 0)
         for j in range(samples):
             row = dict.fromkeys(ROLLOUT_SCHEMA.names)
             row |= {"row_id": f"{i}-{j}", "prompt_id": f"p{i:03}", "round": 0, "sample_idx": j}
-            row |= {"num_completion_tokens": tokens, "is_correct": bool(right[j])}
+            row |= {
+                "num_completion_tokens": tokens,
+                "is_correct": None if chance is None else bool(right[j]),
+            }
             rows.append(row | {"finish_reason": "stop"})
     metadata = {METADATA_KEY: json.dumps({"schema_version": SCHEMA_VERSION})}
     schema = pa.schema([field.with_nullable(True) for field in ROLLOUT_SCHEMA], metadata)
@@ -149,6 +153,20 @@ def test_a_round_is_accepted_refused_or_undecided(plan):
     assert decided(plan, BASE, margin=0.001, undecided="continue").goes_on is True
     # One level for each planned look.
     assert whole.low < decided(plan, BASE, alpha=0.3).findings[0].low
+
+
+def test_problems_without_gold_answers_are_left_out(plan):
+    whole = decided(plan, BASE)
+    shutil.rmtree(plan.evaluation(0, "test"))
+    make(plan.evaluation(0, "test"), [*BASE, None, None])
+    found = decided(plan, [*BASE, None, None])
+    assert (found.problems, whole.problems) == (242, 240)
+    assert [f.problems for f in found.findings] == [f.problems for f in whole.findings]
+    assert [f.difference for f in found.findings] == [f.difference for f in whole.findings]
+    shutil.rmtree(plan.evaluation(0, "test"))
+    make(plan.evaluation(0, "test"), [None] * 5)
+    with pytest.raises(ConfigError, match="needs problems with gold answers"):
+        decided(plan, [None] * 5)
 
 
 def test_problems_of_many_looks_are_the_same(plan):

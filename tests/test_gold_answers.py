@@ -16,7 +16,8 @@ from mpd_data.checkers.gold import read_gold_answers, unreadable_answers
 from mpd_data.cli import cli
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.hashing import content_key
-from mpd_data.config import RolloutsConfig
+from mpd_data.config import InitConfig, RolloutsConfig
+from mpd_data.init.detect import read_prompt_set, split
 from mpd_data.inspect.compare import compare, evaluate, show
 from mpd_data.inspect.frontier import judge
 from mpd_data.prompts.reader import load_prompts
@@ -162,6 +163,20 @@ def test_rounds_that_took_a_missing_answer_for_one_resume(tmp_path):
         then = sorted([p.id, p.text, gold, "{}"] for p, gold in pairs)
         assert prepared.identity["prompts"] == content_key(then)
         assert [p.answer for p in prepared.prompts] == [None] * 4 + ["3"]
+
+
+def test_a_split_leaves_out_what_json_cannot_hold(tmp_path):
+    columns = {"problem": ["a", "b"], "image": [{"bytes": b"\xff"}] * 2, "n": [1, None]}
+    pq.write_table(pa.table(columns), tmp_path / "p.parquet")
+    source = str(tmp_path / "p.parquet")
+    settings = InitConfig(student="s", teacher="t", prompts=source)
+    train, test, files = split(read_prompt_set(source, settings, None), tmp_path)
+    assert train.left_out == test.left_out == ("image",)
+    written_rows = [json.loads(line) for line in "".join(files.values()).splitlines()]
+    assert sorted(row["problem"] for row in written_rows) == ["a", "b"]
+    assert all(row.keys() == {"problem", "n"} for row in written_rows)
+    with pytest.raises(DataError, match="row 1: column 'image' holds bytes"):
+        load_prompts([source], "problem", metadata_columns=["image"])
 
 
 # -- what a checker cannot read --------------------------------------------------------------

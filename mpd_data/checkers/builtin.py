@@ -53,6 +53,7 @@ _FUNCTIONS = frozenset(
 # Space that has no meaning: `1 1/2` is not `11/2`.
 _SPACE = re.compile(r"(?<!\d)\s|\s(?!\d)")
 _ELLIPSIS = re.compile(r"\d\s?(?:\.\.\.|\\[lc]?dots)")
+_LETTER_OR_FACTORIAL = re.compile(r"\d\s{0,4}(?![eE][-+]?\d)[A-Za-z]\s{0,4}(?![\w\s/])|!")
 # More than these are prose, which two people hardly write alike.
 _MOST_WORDS = 8
 _MATH_MARKS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
@@ -62,7 +63,8 @@ def _same_numbers(left: str, right: str) -> bool | None:
     """Return whether two plain numbers are the same; None if one is not, for the library. It takes
     `1 1/2` for a product, and cannot read `1e3`."""
     answer, gold = (find_number(plain_text(text)) for text in (left, right))
-    if answer is None or gold is None or "!" in left + right:
+    # `2m` may be two metres or twice m, and 5! a factorial.
+    if answer is None or gold is None or _LETTER_OR_FACTORIAL.search(f"{left} ; {right}"):
         return None
     if answer.same(gold):
         return True

@@ -63,7 +63,7 @@ _WORD = re.compile(
     r"|remainder|rem|choose|factorial|hundred|thousand|[mbtr]+illions?|half|halves|thirds?|fourths?"
     r"|(?:fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?"
     r"|ab|abc|bc|ac|cd|xy|yz|xz|xyz|pq|mn|rs|uv)\b)"
-    r"(?P<word>[aAI](?=\s{1,4}[A-Za-z]{2})|[mgshlLNJWVAKCFd](?![\w^])|(?:[^\W\d]|\.){2,40})"
+    r"(?P<word>[aAI](?=\s{1,4}[A-Za-z]{2})|[mgshlLNJWVAKCFd](?![\w^(])|(?:[^\W\d]|\.){2,40})"
 )
 # A calculation that goes on after a word, and a second number.
 _GOES_ON = re.compile(r"\s{0,4}(?:[+*=^<>\u00d7\u00f7\u00b1\\]|-(?![A-Za-z])|/\s?\d)")

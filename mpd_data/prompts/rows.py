@@ -20,8 +20,8 @@ class Prompt:
     """One problem to solve. `text` is the problem, `answer` the gold answer if there is one, and
     `metadata` the carried columns in JSON types. Messages name the prompt by `source`. `flaw` says
     why the row cannot be used; `text` and `answer` are then escaped so that they can be shown.
-    `missing`: the text of a missing answer. It is part of a round's identity, as older versions
-    took it for an answer. `unreadable`: the checker cannot read the answer. `conversation`: the
+    `missing`: the text of a missing answer, part of a round's identity, as older versions took it
+    for an answer. `unreadable`: the checker cannot read the answer. `conversation`: the
     turns, where the cell holds some; `text` is then their text."""
 
     id: str
