@@ -384,10 +384,15 @@ def contamination(as_json: bool, **options: Any) -> None:
     config = build(ContaminationConfig, options)
 
     def pairs(paths: list[str], column: str, id_column: str | None) -> Iterator[tuple[str, str]]:
+        unusable = 0
         for prompt in read_prompts(paths, column, id_column):
-            if not prompt.text:  # a row without a problem is not like another one
+            if prompt.flaw is not None:
+                unusable += 1
                 continue
             yield (prompt.source if id_column is None else prompt.id), prompt.text
+        if unusable:
+            rows = f"{unusable:,} rows cannot be used and were left out"
+            click.echo(f"{', '.join(paths)}: {rows}; mpd-gen rollouts names them.", err=True)
 
     column = config.against_prompt_column or config.prompt_column
     result = check.check_contamination(

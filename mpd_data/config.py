@@ -310,8 +310,9 @@ class RolloutsConfig(_Stage):
     revision: str | None = None
     """Revision of the student on the hub."""
     prompts: list[str] = Field(min_length=1)
-    """Prompts: JSONL, CSV or Parquet files, or Hugging Face datasets as
-    hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG]."""
+    """Prompts: JSONL, CSV or Parquet files, folders of them, or Hugging Face datasets as
+    hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG] or
+    hf://datasets/OWNER/NAME[@REVISION]/PATH."""
     out: RoundPath
     """Folder of the round."""
     round: int = Field(0, ge=0)
@@ -527,7 +528,7 @@ class InitConfig(Strict):
     teacher: str
     """Teacher: a model folder or a hub id. It must have the student's tokenizer."""
     prompts: str
-    """Training prompts: a JSONL, CSV or Parquet file, or
+    """Training prompts: a JSONL, CSV or Parquet file, a folder of them, or
     hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG]."""
     test: str | None = None
     """Held-out prompts. Default: a part of --prompts, if that is a file."""

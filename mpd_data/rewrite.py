@@ -89,7 +89,7 @@ def distill(
             total = existing + count
             with open_run(opened, prepared.metadata(), checker, formats, total) as run:
                 run.progress.skip(existing)
-                job = RewriteJob(prepared, run, rates)
+                job = RewriteJob(prepared.at(opened.begun), run, rates)
                 run.work(
                     itertools.islice(job.submissions(), limit),
                     job.take,

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpd_data.common.errors import ConfigError
@@ -104,6 +104,10 @@ class RewriteSetup:
             "backend": self.config.engine.backend,
             **provenance(),
         }
+
+    def at(self, moment: str | None) -> "RewriteSetup":
+        """Return this setup with prompts laid out as of `moment`, as `ChatFormatter.at` says."""
+        return replace(self, writing=self.writing.at(moment), scoring=self.scoring.at(moment))
 
     def ask(self, problem: str, draft: str, draft_ids: Sequence[int] = ()) -> Asked:
         """Render the rewrite prompt. Raise PromptError where it cannot be used."""
@@ -242,9 +246,11 @@ def setup(
     }
     if turn.end_id != student["eos_token_id"]:
         identity["eos_token_id"] = turn.end_id
-    if not weights and not overwrite:
-        round_dir.check("distill", identity, {})
-    return RewriteSetup(
+    prepared = RewriteSetup(
         config, student, template, teacher, tokenizer, turn, teacher_turn, writing, scoring,
         context, vocab_size, k, row_identity, identity,
     )  # fmt: skip
+    if not weights and not overwrite:
+        saved = round_dir.check("distill", identity, {})
+        prepared = prepared.at(saved["begun"] if saved and "begun" in saved else None)
+    return prepared

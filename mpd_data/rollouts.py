@@ -26,13 +26,15 @@ from mpd_data.engines.protocol import Completion, Refused, RequestError, Scores,
 from mpd_data.engines.start import context_of, start_engine
 from mpd_data.prompts.budget import Budget, budget_of
 from mpd_data.prompts.chat import ChatFormatter, PromptError
-from mpd_data.prompts.reader import Prompt, choose_prompts, fill_prompt, load_examples, load_prompts
+from mpd_data.prompts.reader import choose_prompts, fill_prompt, load_examples, load_prompts
+from mpd_data.prompts.rows import Prompt
 from mpd_data.prompts.special import Turn, turn_of
 from mpd_data.prompts.thinking import ThinkingCounter
 from mpd_data.prompts.values import written
 from mpd_data.stage import CheckedRun, Outcome, model_of, open_round, open_run
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
+from mpd_data.store.samples import Samples
 from mpd_data.store.schema import rollout_key, seed_of
 
 _log = logging.getLogger(__name__)
@@ -101,12 +103,18 @@ class RolloutSetup:
         part = self.config.parts.part
         return [prompt for prompt in self.prompts if part.holds(prompt.id)]
 
+    def at(self, moment: str | None) -> "RolloutSetup":
+        """Return this setup with prompts laid out as of `moment`, as `ChatFormatter.at` says."""
+        return dataclasses.replace(self, formatter=self.formatter.at(moment))
+
     def requests(self, prompt: Prompt) -> list[Request]:
         """Return the samples to take of a prompt. Raise PromptError where it cannot be used or
         leaves no room for its completion."""
         if prompt.flaw is not None:
             raise PromptError(prompt.flaw)
-        text, ids = self.formatter.render(fill_prompt(self.config.prompt_template, prompt.text))
+        text, ids = self.formatter.render(
+            fill_prompt(self.config.prompt_template, prompt.message), prompt.turns
+        )
         if unknown := unknown_id(ids, self.model.vocab_size, self.model.name):
             raise PromptError(unknown)
         room = self.config.sampling.max_tokens
@@ -174,7 +182,8 @@ def setup(
         "num_samples": config.num_samples,
         "prompts": content_key(
             sorted(
-                [p.id, p.text, p.answer or p.missing, canonical_json(p.metadata)] for p in chosen
+                [p.id, p.text, p.answer or p.missing, canonical_json(p.metadata), *p.turns]
+                for p in chosen
             )
         ),
         **config.engine.identity,
@@ -188,7 +197,8 @@ def setup(
         config, chosen, model, tokenizer, formatter, turn, context, budget, row_identity, identity
     )
     if not weights and not overwrite:
-        round_dir.check("rollouts", identity, prepared.details())
+        saved = round_dir.check("rollouts", identity, prepared.details())
+        prepared = prepared.at(saved["begun"] if saved and "begun" in saved else None)
     return prepared
 
 
@@ -225,7 +235,7 @@ def sample(
         if limit is not None:
             total = min(total, len(opened.done) + limit)
         with open_run(opened, metadata, config.checker, config.answer_formats, total) as run:
-            job = RolloutJob(prepared, run)
+            job = RolloutJob(prepared.at(opened.begun), run, Samples.of(round_dir))
             submissions = job.submissions()
             run.work(
                 itertools.islice(submissions, limit),
@@ -242,6 +252,7 @@ class RolloutJob:
 
     prepared: RolloutSetup
     run: CheckedRun
+    samples: Samples
     _requests: dict[str, Request] = field(default_factory=dict)
     # What a sample that must answer has said, with the text that asks it to.
     _begun: dict[str, list[int]] = field(default_factory=dict)
@@ -267,6 +278,7 @@ class RolloutJob:
                 if request.row_id in run.opened.done:
                     run.progress.skip()
                 else:
+                    self.samples.require_new(prompt.id, request.sample_idx, request.text)
                     run.failures.tried += 1
                     yield functools.partial(self._submit, request)
 

@@ -108,6 +108,7 @@ class OpenRound:
     done: keys of the rollouts that exist (stage "rollouts"), or of the rollouts that have rewrites
     ("distill").
     rollouts: keys of all rollouts to rewrite; empty where the stage does not read them.
+    begun: when the stage began here (`RoundDir.claim`).
     """
 
     round_dir: RoundDir
@@ -115,6 +116,7 @@ class OpenRound:
     config: RolloutsConfig | RewriteConfig
     done: KeySet
     rollouts: KeySet
+    begun: str | None
 
 
 @contextlib.contextmanager
@@ -142,11 +144,11 @@ def open_round(
             rollouts = round_dir.recover("rollouts")
             settings = config.model_dump(mode="json", exclude={"parts"})
             details = {"config": settings, "rows": len(rollouts)}
-        round_dir.claim(stage, identity, details)
+        begun = round_dir.claim(stage, identity, details)
         done = round_dir.recover(stage)
         if stage == "distill":
             done = round_dir.rewritten()
-        yield OpenRound(round_dir, stage, config, done, rollouts)
+        yield OpenRound(round_dir, stage, config, done, rollouts, begun)
 
 
 def refuse_half_refiltered(round_dir: RoundDir) -> None:

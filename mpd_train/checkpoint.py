@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.tensor import DTensor
 
 from mpd_data.common.errors import DataError
-from mpd_data.common.files import atomic_folder, staging_of
-from mpd_data.common.records import Record, parse_json, require
+from mpd_data.common.files import atomic_folder, read_json, staging_of
+from mpd_data.common.records import Record, require
 from mpd_train.distributed import Ranks
 
 KEEP = 2
@@ -147,10 +147,7 @@ def load(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer) 
     DataError for one that is damaged or incomplete."""
     path = folder / f"step-{step:06d}"
     file = path / "state.json"
-    try:
-        state = parse_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read ({error}). {_GO_BACK}") from error
+    state = read_json(file, _GO_BACK)
     require(_State, state, str(file), _GO_BACK)
     if state["step"] != step:
         raise DataError(f"{file}: is of step {state['step']}. {_GO_BACK}")

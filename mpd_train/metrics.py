@@ -6,7 +6,6 @@ import os
 import resource
 import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,9 +13,9 @@ import torch
 from pydantic import Field
 
 from mpd_data.common.errors import DataError, requires
-from mpd_data.common.files import atomic_file, write_json_atomic
+from mpd_data.common.files import atomic_file, read_json, read_json_lines, write_json_atomic
 from mpd_data.common.meter import Meter
-from mpd_data.common.records import Record, parse_json, require
+from mpd_data.common.records import Record, require
 from mpd_train.config import TrainConfig
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -133,7 +132,8 @@ def _run_id(out: Path, resumed: bool) -> str:
     """Return the id of the wandb run of the training in `out`, a new one unless it is resumed."""
     path = out / "tracker.json"
     if resumed and path.exists():
-        return str(json.loads(path.read_text(encoding="utf-8"))["wandb"])
+        saved = read_json(path, "Delete it: the tracker begins another run.", ("wandb",))
+        return str(saved["wandb"])
     run_id = uuid.uuid4().hex
     write_json_atomic(path, {"wandb": run_id})
     return run_id
@@ -147,38 +147,28 @@ class _Line(Record):
     seconds: float = Field(0.0, ge=0)
 
 
-def read_metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the lines of a metrics.jsonl, as text and parsed; none where there is no file. A last
-    line without its end is left out: a kill tears it. Raise DataError for another damaged line, and
-    for a step that is there twice."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Move it away.") from error
-    newest = 0
-    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
-        place, remedy = f"{path}, line {number}: not a line of metrics", "Remove the line."
-        try:
-            text = line.decode("utf-8")
-            record = parse_json(text)
-        except ValueError as error:
-            raise DataError(f"{place} ({error}). {remedy}") from error
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl; none where there is no file. A last line without its
+    end is left out: a kill tears it. Raise DataError for another damaged line, and for a step that
+    is there twice."""
+    remedy, newest = "Remove the line.", 0
+    records = read_json_lines(path, remedy)
+    for number, record in enumerate(records, start=1):
+        place = f"{path}, line {number}: not a line of metrics"
         require(_Line, record, place, remedy)
         if "tokens" in record:
             if record["step"] <= newest:
                 raise DataError(f"{place} (step {record['step']} after {newest}). {remedy}")
             newest = record["step"]
-        yield text, record
+    return records
 
 
 def _open_metrics(path: Path, done: int) -> tuple[TextIO, int]:
     """Open metrics.jsonl for appending, cut back to the steps that the checkpoint holds. Return it,
     and how many records were cut off. Raise DataError like `read_metrics`."""
     # Steps after the checkpoint are done again.
-    lines = list(read_metrics(path))
-    kept = [f"{line}\n" for line, record in lines if record["step"] <= done]
+    lines = read_metrics(path)
+    kept = [json.dumps(record) + "\n" for record in lines if record["step"] <= done]
     with atomic_file(path) as file:
         file.write("".join(kept))
     return path.open("a", encoding="utf-8"), len(lines) - len(kept)

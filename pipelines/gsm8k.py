@@ -24,7 +24,9 @@ def split(source: str) -> dict[str, list[dict[str, str]]]:
     """Return the rows of each split. Raise ConfigError for a source with fewer problems than the
     held-out splits take."""
     rows = []
-    for number, row in enumerate(row for _, row in read_rows(source, ["question", "answer"])):
+    for number, (place, row, flaw) in enumerate(read_rows(source, ["question", "answer"])):
+        if flaw is not None or not all(isinstance(cell, str) for cell in row.values()):
+            raise ConfigError(f"{place}: {flaw or 'no text in question or answer'}.")
         answer = row["answer"].rpartition("####")[2].strip().replace(",", "")
         rows.append(
             {"id": f"gsm8k-train-{number}", "problem": row["question"], "answer": answer}

@@ -315,10 +315,10 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path, line, message):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "tokens": 9, "loss": 1.0}) for step in (1, 2, 3)]
     path.write_text("\n".join(lines) + '\n{"step": 4, "to')
-    assert [record["step"] for _, record in read_metrics(path)] == [1, 2, 3]
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
     path.write_text("\n".join([*lines, line]) + "\n")
     with pytest.raises(DataError, match=rf"metrics\.jsonl, line 4: .*{message}"):
-        list(read_metrics(path))
+        read_metrics(path)
 
 
 @pytest.mark.parametrize("line", ["", "[]", '{"command": ["mpd-gen"], "inputs": {}}', DEEP])

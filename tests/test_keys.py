@@ -2,14 +2,25 @@
 
 import json
 import random
+import shutil
+import time
 import tracemalloc
+from datetime import datetime
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import STUDENT, TEACHER, TEMPLATE, rows
 
-from mpd_data.common.errors import DataError
+from mpd_data import rewrite_setup, rollouts
+from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.config import RewriteConfig, RolloutsConfig
+from mpd_data.dryrun.rollouts import plan_rollouts
+from mpd_data.inspect.validate import validate_round
+from mpd_data.rewrite import run_rewrite
+from mpd_data.rollouts import run_rollouts
 from mpd_data.store.keys import KeySet, pack, twice
 from mpd_data.store.round import RoundDir
 from mpd_data.store.schema import SCHEMA_VERSION, SCHEMAS
@@ -126,3 +137,100 @@ def test_a_restart_holds_no_object_for_each_row(tmp_path):
     assert keys[0] in found
     assert held < 20 * count
     assert peak < 64 * count
+
+
+# -- samples of a prompt, whatever their keys are -------------------------------------------------
+
+# The chat template of the shipped student, which prints a time that no two renderings share.
+DATED = """<|im_start|>system
+{{ strftime_now("%d%H%M%S%f") | list | join(" ") }}<|im_end|>
+{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+IN_PROCESS = {"backend": "transformers", "dtype": "float32", "max_num_seqs": 16}
+
+
+def with_chat_template(folder, model, template):
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+def sampling(tmp_path, template, prompts, max_tokens=40):
+    return RolloutsConfig(
+        model=with_chat_template(tmp_path / "student", STUDENT, template),
+        prompts=[str(prompts)], id_column="id", answer_column="answer", num_prompts=4,
+        num_samples=2, out=tmp_path / "r", engine=IN_PROCESS, sampling={"max_tokens": max_tokens},
+    )  # fmt: skip
+
+
+def test_a_template_that_prints_the_time_samples_nothing_twice(prompts, tmp_path):
+    config = sampling(tmp_path, DATED, prompts)
+    run_rollouts(config, limit=3)
+    assert plan_rollouts(rollouts.setup(config, weights=False)).committed == 3
+    run_rollouts(config)
+    frame = rows(config.out)
+    assert len(frame) == 8
+    assert frame.select("prompt_id", "sample_idx").is_unique().all()
+    begun = RoundDir(config.out).saved_stage("rollouts")["begun"]
+    printed = " ".join(datetime.fromisoformat(begun).strftime("%d%H%M%S%f"))
+    assert set(frame["prompt"].str.split("\n").list[1]) == {f"{printed}<|im_end|>"}
+    assert run_rollouts(config).written == 0
+    # Started anew, it is another day.
+    time.sleep(1.1)
+    run_rollouts(config, overwrite=True)
+    assert RoundDir(config.out).saved_stage("rollouts")["begun"] > begun
+
+
+def test_rewrite_prompts_are_of_the_time_when_the_rewriting_began(prompts, tmp_path):
+    drafts = sampling(tmp_path, DATED, prompts, max_tokens=250)
+    run_rollouts(drafts)
+    config = RewriteConfig(
+        teacher=with_chat_template(tmp_path / "teacher", TEACHER, DATED), shards=drafts.out,
+        template=str(TEMPLATE), score_context="rewrite", engine=IN_PROCESS,
+        sampling={"max_tokens": 200},
+    )  # fmt: skip
+    run_rewrite(config, limit=3)
+    run_rewrite(config)
+    begun = RoundDir(config.shards).saved_stage("distill")["begun"]
+    now = rewrite_setup.setup(config)
+    then, planned = now.at(begun), rewrite_setup.setup(config, weights=False)
+    asked = [each.ask("1", "2").text for each in (now, then, planned)]
+    assert asked[0] != asked[1] == asked[2]
+    written = rows(config.shards, "distill").filter(pl.col("teacher_prompt_ids").is_not_null())
+    assert len(written) > 3
+    by_id = {row["row_id"]: row for row in rows(config.shards).to_dicts()}
+    for row in written.to_dicts():
+        expected = then.ask_about(by_id[row["rollout_id"]]).teacher_prompt_ids
+        assert row["teacher_prompt_ids"] == expected
+
+
+def test_a_prompt_that_is_laid_out_otherwise_is_refused(prompts, tmp_path):
+    """Here the template draws lots; another version of a library does the same for all prompts."""
+    lots = "(" + " ~ ' ' ~ ".join(["(range(10, 99) | random)"] * 4) + ")"
+    template = DATED.replace('strftime_now("%d%H%M%S%f") | list | join(" ")', lots)
+    config = sampling(tmp_path, template, prompts)
+    run_rollouts(config, limit=3)
+    message = r"sample \d of prompt '.*' was taken with another prompt .*\n  saved .* / now "
+    with pytest.raises(ConfigError, match=message):
+        run_rollouts(config)
+    with pytest.raises(ConfigError, match=message):
+        plan_rollouts(rollouts.setup(config, weights=False))
+    assert len(rows(config.out)) == 3
+
+
+@pytest.mark.parametrize(
+    "stage, message",
+    [("rollouts", "this sample of its prompt"), ("distill", "this candidate of its rollout")],
+)
+def test_validate_finds_a_row_that_is_there_under_two_keys(round_dir, tmp_path, stage, message):
+    other = shutil.copytree(round_dir, tmp_path / "r")
+    file = RoundDir(other).shard_paths(stage)[0]
+    table = pq.read_table(file)
+    again = table.slice(2, 1).to_pylist()[0] | {"row_id": "0" * 32}
+    again = pa.Table.from_pylist([again], schema=table.schema)
+    pq.write_table(again, file.with_name("part-99999.parquet"))
+    problems = [line for line in validate_round(other) if "twice" in line]
+    shard = file.with_name("part-99999.parquet")
+    assert problems == [f"{shard}, row 0: {message} is in the round twice."]

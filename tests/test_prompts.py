@@ -71,12 +71,13 @@ def test_csv_gives_the_prompts_of_jsonl(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"problem,x\na,b\nc\n", r"p.csv, row 2 \(line 3\): found 1 cells, expected 2"),
+        (b"problem,x\nc\n", r"p.csv, row 1 \(line 2\): found 1 cells, expected 2"),
         (b"problem,x\na,b,c\n", "row 1 .*found 3 cells, expected 2"),
         (b'problem,x\n"a,b\n', "row 1 .*not CSV"),
         (b"", "no header"),
         (b"Problems,x\na,b\n", "no column 'problem'; .* Did you mean 'Problems'\\?"),
-        (b"problem,problem\na,b\n", "names 'problem' 2 times"),
+        (b"problem,problem\na,b\n", "names the column 'problem' 2 times"),
+        (b"problem;x\na;b\n", "divided by semicolons"),
         (b"problem,x\n,b\n", "row 1: column 'problem' holds nothing"),
     ],
 )
@@ -307,6 +308,35 @@ def hub(tmp_path_factory):
         hub.add("datasets", "owner/gated", folder)
         hub.gated.add(("datasets", "owner/gated"))
         yield hub
+
+
+def test_files_of_the_hub_are_read_by_the_addresses_of_other_libraries(hub, tmp_path):
+    def load(path):
+        return ["prompts", [f"hf://datasets/owner/{path}"], "q", None, "gold"]
+
+    easy, v2, glob, deep, lines, none, gated, bad, split = ask(
+        hub,
+        tmp_path,
+        load("sums/data/easy.parquet"),
+        load("sums@v2/data/easy.parquet"),
+        load("sums/data/*y*.parquet"),
+        load("sums/**/hard.parquet"),
+        load("lines/train.jsonl"),
+        load("sums/data/*.csv"),
+        load("gated/data/easy.parquet"),
+        load("sums/data/absent.parquet"),
+        load("sums?split=train"),
+    )
+    assert [(p["text"], p["answer"]) for p in easy] == [("p0", "0"), ("p1", "1"), ("p2", "2")]
+    assert easy[1]["source"] == "hf://datasets/owner/sums/data/easy.parquet, row 2"
+    assert [p["text"] for p in v2] == ["p100", "p101", "p102"]
+    assert [p["text"] for p in glob] == ["p50", "p51", "p52", "p0", "p1", "p2"]
+    assert [p["text"] for p in deep] == ["hard0"]
+    assert [p["text"] for p in lines] == ["line 1", "line 2"]
+    assert "no such file there" in none
+    for refused in (gated, bad):
+        assert "not to be had from the hub" in refused
+    assert "expected hf://datasets/OWNER/NAME[@REVISION]/PATH" in split
 
 
 def test_datasets_of_the_hub_are_read(hub, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from mpd_data.checkers.formats import Checker
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.text import plain
-from mpd_data.prompts.reader import Prompt
+from mpd_data.prompts.rows import Prompt
 
 _SHOWN, _EXCERPT = 3, 60
 

@@ -1,13 +1,99 @@
-"""Write files and folders that survive a crash: they are whole once they have their name."""
+"""Write files and folders that survive a crash: they are whole once they have their name. Read
+small files of text, with one message for each way in which such a file can be wrong."""
 
+import codecs
 import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+from mpd_data.common.errors import ConfigError, DataError
+
+BOM = codecs.BOM_UTF8
+_OTHERS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"),
+)  # fmt: skip
+
+
+def other_encoding(head: bytes) -> str | None:
+    """Return, as a sentence with a remedy, what a file is that begins with `head` and is not UTF-8
+    text; None where it may be."""
+    for mark, name in _OTHERS:
+        if head.startswith(mark):
+            return f"{name} text. Save it as UTF-8: iconv -f {name} -t UTF-8 OLD > NEW."
+    if b"\0" in head:
+        return "not text: it has zero bytes. Expected UTF-8 (UTF-16 is not read)."
+    return None
+
+
+def read_text(path: Path, remedy: str) -> str:
+    """Return the content of a file of UTF-8 text without its byte order mark. Raise DataError, the
+    end of which is `remedy`, for other content and for a file that cannot be read;
+    FileNotFoundError or NotADirectoryError where there is none."""
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {remedy}") from error
+    if (found := other_encoding(content[:4096])) is not None:
+        raise DataError(f"{path}: {found}")
+    try:
+        return content.removeprefix(BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}). {remedy}") from error
+
+
+def json_object(
+    text: str | bytes, place: object, remedy: str, keys: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return the JSON object that `text` is. Raise DataError, which begins with `place` and ends
+    with `remedy`, for anything else and for one that lacks one of `keys`."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON ({error}). {remedy}") from error
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise DataError(f"{place}: expected a JSON object, found {kind}. {remedy}")
+    if missing := [key for key in keys if key not in value]:
+        raise DataError(f"{place}: a JSON object without {', '.join(missing)}. {remedy}")
+    return value
+
+
+def read_json(
+    path: Path, remedy: str = "Restore it from a copy.", keys: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return the JSON object in a file. Raise what `read_text` and `json_object` raise."""
+    return json_object(read_text(path, remedy), path, remedy, keys)
+
+
+def read_json_lines(path: Path, remedy: str, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """Return the JSON objects in a file, one a line; [] where there is none. A last line that does
+    not end (a kill while it was written) counts as absent. Raise DataError for any other."""
+    try:
+        lines = read_text(path, remedy).split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+    numbered = enumerate(lines, start=1)
+    return [json_object(line, f"{path}, line {i}", remedy, keys) for i, line in numbered]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the content of a TOML file, which holds settings. Raise ConfigError for other content,
+    and what `read_text` raises where there is none."""
+    try:
+        return tomllib.loads(read_text(path, "Expected TOML."))
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not TOML ({error}).") from error
 
 
 def fsync_directory(path: Path) -> None:

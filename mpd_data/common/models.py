@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mpd_data.common.errors import ConfigError, did_you_mean, reason_of
-from mpd_data.common.files import sha256_of
+from mpd_data.common.files import read_json, sha256_of
 from mpd_data.common.hashing import content_key
 from mpd_data.common.positions import context_of_positions, has_longrope
 
@@ -137,9 +137,11 @@ def resolve_model(
     version = commit or _version(path, sha256_of(path / "config.json"), weights, served)
     wanted = "a language model's configuration with vocab_size and max_position_embeddings"
     with _expecting(path / "config.json", wanted):
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_json(path / "config.json")
         text = config.get("text_config", config)
         vocab_size, context = int(text["vocab_size"]), context_of_positions(text)
+        if min(vocab_size, context) < 1:
+            raise ValueError(f"vocab_size {vocab_size}, a context of {context}")
     return ModelFiles(name, path, version, vocab_size, context, served, config=config)
 
 
@@ -148,7 +150,7 @@ def _expecting(path: Path, wanted: str) -> Iterator[None]:
     """Raise ConfigError, which says what was `wanted`, for other content in the JSON of `path`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{path}: expected the JSON of {wanted} ({reason}).") from error
 
@@ -184,7 +186,7 @@ def _on_base(
     """Return the model that consists of the adapter in `path` and its base."""
     wanted = "peft's configuration with peft_type and base_model_name_or_path"
     with _expecting(path / _ADAPTER, wanted):
-        settings = json.loads((path / _ADAPTER).read_text(encoding="utf-8"))
+        settings = read_json(path / _ADAPTER)
         kind, base_name = settings["peft_type"], settings["base_model_name_or_path"]
     if kind != "LORA":
         raise ConfigError(

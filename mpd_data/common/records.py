@@ -1,8 +1,6 @@
-"""JSON that a command wrote and that a disk, an editor or another tool may have changed since, and
-TOML that people write."""
+"""What the readers of a JSON object rely on, checked before they do: a disk, an editor or another
+tool may have changed what a command wrote."""
 
-import json
-import tomllib
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,23 +12,6 @@ class Record(BaseModel):
     """What the readers of a JSON object rely on. It may hold more."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text. Raise ValueError for any other text, also for one that is
-    nested too deeply for Python's parser."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def parse_toml(text: str) -> dict[str, Any]:
-    """Return the settings in a TOML text. Raise ValueError as `parse_json` does."""
-    try:
-        return tomllib.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
 
 
 def require(model: type[Record], value: Any, source: str, remedy: str) -> None:

@@ -10,6 +10,7 @@ from mpd_data.prompts.chat import PromptError
 from mpd_data.rollouts import RolloutSetup
 from mpd_data.store.keys import KeySet
 from mpd_data.store.round import RoundDir
+from mpd_data.store.samples import Samples
 
 
 def plan_rollouts(
@@ -21,10 +22,10 @@ def plan_rollouts(
     """Plan what `sample` would do, without an engine and without writing anything. `learned`: of
     other rows, for a round that has none."""
     config, round_dir = setup.config, RoundDir(setup.config.out)
-    done = KeySet()
+    done, samples = KeySet(), Samples([])
     if not overwrite:
         scan = round_dir.scan_shards("rollouts")
-        done = scan.keys()
+        done, samples = scan.keys(), Samples(scan.paths)
         learned = learn(round_dir, "rollouts", config.engine.backend, scan.paths) or learned
     rows = committed = remaining = prompt_tokens = 0
     shown: list[Shown] = []
@@ -40,7 +41,10 @@ def plan_rollouts(
         shown = shown or [Shown("first prompt", requests[0].text, length)]
         lengths.append(length)
         rows += len(requests)
-        missing = sum(request.row_id not in done for request in requests)
+        new = [request for request in requests if request.row_id not in done]
+        for request in new:
+            samples.require_new(prompt.id, request.sample_idx, request.text)
+        missing = len(new)
         committed += len(requests) - missing
         planned = missing if limit is None else min(missing, limit - remaining)
         remaining += planned

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from mpd_data.common.text import plain
 from mpd_data.common.weights import count_weights
 from mpd_data.config import InitConfig, SamplingConfig
 from mpd_data.prompts.chat import ChatFormatter, PromptError
-from mpd_data.prompts.reader import Prompt, fill_prompt, load_prompts, same
+from mpd_data.prompts.reader import fill_prompt, load_prompts, same
+from mpd_data.prompts.rows import Prompt, prompt_of
 from mpd_data.prompts.sources import columns_of, read_rows
 from mpd_data.prompts.special import CLOSE, Spelling
 from mpd_data.prompts.template import load_template
@@ -34,7 +35,10 @@ from mpd_data.prompts.thinking import thinking_switch
 from mpd_data.prompts.values import as_json
 
 # Usual column names, the most specific first. Two columns from one group are ambiguous.
-_PROBLEMS = (("problem", "question"), ("prompt", "instruction", "query"), ("text",))
+_PROBLEMS = (
+    ("problem", "question"), ("prompt", "instruction", "query"), ("text",),
+    ("messages", "conversations", "conversation"),
+)  # fmt: skip
 _ANSWERS = (
     ("answer", "expected_answer", "final_answer", "gold", "gold_answer"),
     ("solution", "target", "label"),
@@ -63,8 +67,9 @@ _SENTENCE = 16
 @dataclass(frozen=True)
 class PromptSet:
     """Prompts of one source, and the columns they were read from. `num_repeated`: rows that repeat
-    an id; `rejected_ids`: an id column whose values do not tell rows apart; `left_out`: columns
-    that a split did not write, as JSON cannot hold them."""
+    an id; `rejected_ids`: an id column whose values do not tell rows apart. `unusable`: the rows
+    that are no prompts, with the reasons; `left_out`: columns that a split did not write, as JSON
+    cannot hold them."""
 
     source: str
     problem: str
@@ -73,6 +78,7 @@ class PromptSet:
     prompts: list[Prompt]
     num_repeated: int
     rejected_ids: str | None
+    unusable: list[Prompt] = field(default_factory=list)
     left_out: tuple[str, ...] = ()
 
 
@@ -117,9 +123,9 @@ def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) ->
     id_ = choose("--id-column", "id", named_id, _IDS)
     rejected, rows = None, 0
     texts: dict[Any, Any] = {}
-    for _, row in read_rows(source, [c for c in (problem, id_) if c]):
+    for _, row, flaw in read_rows(source, [c for c in (problem, id_) if c]):
         rows += 1
-        if id_ is None:
+        if id_ is None or flaw is not None:
             continue
         value, text = row[id_], row[problem]
         unfit = not isinstance(value, str | int) or isinstance(value, bool)
@@ -131,8 +137,11 @@ def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) ->
                     f" of {_names(columns)}, or none to use the hash of the problem."
                 )
             rejected, id_ = id_, None
-    prompts = load_prompts([source], problem, id_, answer, duplicates="first")
-    return PromptSet(source, problem, answer, id_, prompts, rows - len(prompts), rejected)
+    every = load_prompts([source], problem, id_, answer, duplicates="first")
+    prompts = [prompt for prompt in every if prompt.flaw is None]
+    unusable = [prompt for prompt in every if prompt.flaw is not None]
+    repeated = rows - len(every)
+    return PromptSet(source, problem, answer, id_, prompts, repeated, rejected, unusable)
 
 
 def _names(columns: list[str]) -> str:
@@ -148,49 +157,43 @@ def held_out(texts: list[str]) -> set[str]:
 
 
 def split(whole: PromptSet, folder: Path) -> tuple[PromptSet, PromptSet, dict[str, str]]:
-    """Split one file. Return its training and test prompts, and the content of both new files by
-    name. Columns that JSON cannot hold, such as images, are left out. Raise ConfigError if there
-    are fewer than two problems, DataError for such a problem, answer or id."""
-    test_problems = held_out([p.text for p in whole.prompts if p.text])
+    """Split one source. Return its training and test prompts, and the content of both new files by
+    name. Rows that are no prompts and columns that JSON cannot hold are left out. Raise ConfigError
+    if there are fewer than two problems."""
+    test_problems = held_out([p.text for p in whole.prompts])
     if not test_problems:
         raise ConfigError(
             f"{whole.source}: only one problem, which cannot be split. Name test prompts with"
             " --test."
         )
-    sides: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    rows: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
     left_out: dict[str, None] = {}
-    for number, row in read_rows(whole.source, None):
+    for row in read_rows(whole.source, None):
+        prompt = prompt_of(row, whole.problem, whole.id, whole.answer)
+        if prompt.flaw is not None:
+            continue
         values = {}
-        for name, value in row.items():
+        for name, value in row.cells.items():
             try:
-                values[name] = as_json(value, f"{whole.source}, row {number}: column {name!r}")
+                values[name] = as_json(value, f"{row.place}: column {name!r}")
             except DataError:
-                if name in (whole.problem, whole.answer, whole.id):
-                    raise
                 left_out[name] = None
-        problem = values[whole.problem]
-        sides[isinstance(problem, str) and same(problem) in test_problems].append(values)
-    lines = {
-        for_test: [
-            json.dumps(
-                {name: value for name, value in row.items() if name not in left_out},
-                ensure_ascii=False,
-                allow_nan=False,
-            )
-            for row in rows
-        ]
-        for for_test, rows in sides.items()
-    }
+        rows[same(prompt.text) in test_problems].append(values)
 
     def side(name: str, for_test: bool) -> PromptSet:
         prompts = [p for p in whole.prompts if (same(p.text) in test_problems) == for_test]
+        num_repeated = len(rows[for_test]) - len(prompts)
         return dataclasses.replace(
-            whole, source=str(folder / name), prompts=prompts,
-            num_repeated=len(lines[for_test]) - len(prompts), left_out=tuple(left_out),
+            whole, source=str(folder / name), prompts=prompts, num_repeated=num_repeated,
+            left_out=tuple(left_out), unusable=[] if for_test else whole.unusable,
         )  # fmt: skip
 
-    names = {"train.jsonl": False, "test.jsonl": True}
-    files = {name: "".join(f"{line}\n" for line in lines[test]) for name, test in names.items()}
+    def content(for_test: bool) -> str:
+        kept = ({k: v for k, v in row.items() if k not in left_out} for row in rows[for_test])
+        dumps = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in kept)
+        return "".join(f"{line}\n" for line in dumps)
+
+    files = {"train.jsonl": content(False), "test.jsonl": content(True)}
     return side("train.jsonl", False), side("test.jsonl", True), files
 
 
@@ -381,7 +384,8 @@ def plan_budget(models: Models, prompts: list[Prompt]) -> Budget:
     prompt, rewrite_prompt, longest = 0, 0, ""
     for candidate in sorted(prompts, key=lambda p: len(p.text.encode()), reverse=True)[:_MEASURED]:
         try:
-            _, ids = students.render(fill_prompt(models.prompt_template, candidate.text))
+            message = fill_prompt(models.prompt_template, candidate.message)
+            _, ids = students.render(message, candidate.turns)
             _, rewriting = teachers.render(asking.message(candidate.text, ""))
         except PromptError:
             continue  # its stage will record it as an error row, with the reason

@@ -25,7 +25,7 @@ from mpd_data.common.text import plain
 from mpd_data.config import InitConfig
 from mpd_data.init import detect
 from mpd_data.prompts.reader import same
-from mpd_data.prompts.sources import HUB, hub_splits
+from mpd_data.prompts.sources import HUB, HUB_FILES, hub_splits
 from mpd_data.prompts.special import turn_of
 
 _WIDTH = 98  # of a comment, in columns
@@ -46,7 +46,8 @@ def run_init(folder: Path, config: InitConfig) -> list[str]:
                 f"{folder / name}: exists, and is not overwritten. Choose another folder, or"
                 " remove it."
             )
-    if config.test is None and config.prompts.startswith(HUB):
+    is_split = config.prompts.startswith(HUB) and not config.prompts.startswith(HUB_FILES)
+    if config.test is None and is_split:
         raise ConfigError(
             f"{config.prompts}: a dataset of the hub is not split here. Name held-out prompts with"
             f" --test, such as another of its splits ({', '.join(hub_splits(config.prompts))})."
@@ -92,13 +93,17 @@ def _notes(
                 f"{name}: {side.rejected_ids!r} gives different problems one value, so it is not"
                 " used as the id"
             )
+        if side.unusable:
+            first = side.unusable[0]
+            lines.append(
+                f"{name}: {len(side.unusable):,} rows cannot be used; the first is {first.source}:"
+                f" {first.flaw}"
+            )
     if left_out := sides["training"].left_out:
         lines.append(
             f"left out: {', '.join(map(repr, left_out))}, whose values are neither text nor JSON"
         )
-    train, test = (
-        {same(prompt.text) for prompt in side.prompts if prompt.text} for side in sides.values()
-    )
+    train, test = ({same(prompt.text) for prompt in side.prompts} for side in sides.values())
     if overlap := train & test:
         lines.append(
             f"{len(overlap)} of the test problems are in the training prompts too: accuracy on"

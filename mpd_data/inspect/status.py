@@ -14,6 +14,11 @@ from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
 from mpd_data.store.schema import STAGES
 
+_REMEDY = "Delete it: its process writes it anew while it works."
+_REPORTED = (
+    "state", "updated", "rows", "total", "failed", "recent_tokens_per_second", "in_flight",
+    "seconds_left", "host", "pid",
+)  # fmt: skip
 _AT_WORK = ("starting", "running")
 # If more writers than this exist, finished ones are counted instead of listed.
 _MANY = 16

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,7 @@ def validate_round(path: Path) -> list[str]:
     for stage in stages:
         problems += _check_manifest(round_dir, stage)
         keys: list[_Keys] = []
+        places: list[_Keys] = []
         first: dict[str, Any] | None = None
         for file in sorted(round_dir.folder(stage).iterdir()):
             if not file.match("part-*.parquet"):
@@ -82,10 +84,10 @@ def validate_round(path: Path) -> list[str]:
                         for name in (*SHARED_METADATA, "template")
                         if metadata.get(name) != first.get(name)
                     ]
-                    problems += _check_rows(file, shard, stage, metadata, rollouts, keys)
+                    problems += _check_rows(file, shard, stage, metadata, rollouts, keys, places)
             except DataError as error:
                 problems.append(f"{file}: cannot be read: {error}")
-        problems += _doubled(keys)
+        problems += _doubled(keys, "its key") or _doubled(places, _PLACES.get(stage, ("",))[-1])
     return problems
 
 
@@ -122,15 +124,22 @@ def _check_manifest(round_dir: RoundDir, stage: Stage) -> list[str]:
 _Keys = tuple[Path, int, Packed]
 
 
-def _doubled(keys: list[_Keys]) -> list[str]:
+# What a row is of, whatever its key: the columns, and their name in messages.
+_PLACES: dict[Stage, tuple[str, str, str]] = {
+    "rollouts": ("prompt_id", "sample_idx", "this sample of its prompt"),
+    "distill": ("rollout_id", "candidate_idx", "this candidate of its rollout"),
+}
+
+
+def _doubled(keys: list[_Keys], what: str) -> list[str]:
+    """Return a line for each row whose key occurred before; `what` names what it stands for."""
     packed = [part for _, _, part in keys]
     if len(KeySet.of(packed)) == sum(map(len, packed)):
         return []
     problems = []
     for part, index in twice(packed):
-        file, first, its_keys = keys[part]
-        key = next(iter(KeySet.of([its_keys[index : index + 1]])))
-        problems.append(f"{file}, row {first + index} ({key}): this key is in the round twice.")
+        file, first, _ = keys[part]
+        problems.append(f"{file}, row {first + index}: {what} is in the round twice.")
     return problems
 
 
@@ -174,9 +183,10 @@ def _check_rows(
     metadata: dict[str, Any],
     rollouts: _Prompts,
     keys: list[_Keys],
+    places: list[_Keys],
 ) -> list[str]:
-    """Return the problems of one shard's rows. Its keys are added to `keys`, its prompts to
-    `rollouts`."""
+    """Return the problems of one shard's rows. Its keys are added to `keys`, what its rows are of
+    to `places`, its prompts to `rollouts`."""
     problems = []
     first = 0
     for groups in _groups(shard.metadata):
@@ -197,6 +207,8 @@ def _check_rows(
             rows.distill(metadata, rollouts)
         if packed is not None:
             keys.append((file, first, packed))
+        if stage in _PLACES:
+            places.append((file, first, rows.places(*_PLACES[stage][:2])))
         problems += rows.problems()
         first += rows.count
     return problems
@@ -259,6 +271,12 @@ class _Rows:
         except ValueError as error:
             self._other.append(f"{self._file}: {name} {error}.")
             return None
+
+    def places(self, owner: str, index: str) -> Packed:
+        """Return a hash of two columns for each row; S16 [rows]."""
+        pairs = zip(*(self._table.column(name).to_pylist() for name in (owner, index)), strict=True)
+        hashes = [hashlib.md5(repr(pair).encode(), usedforsecurity=False) for pair in pairs]
+        return np.array([each.digest() for each in hashes], "S16")
 
     def enums(self) -> None:
         for name in ENUMS.keys() & set(self._table.schema.names):

@@ -1,9 +1,12 @@
 """Render prompts with a model's chat template."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from datetime import datetime
+from typing import Any, Literal, NamedTuple, Self
 
 from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.prompts.messages import Turn
 from mpd_data.prompts.special import Spelling, control_tokens
 from mpd_data.prompts.thinking import set_thinking
 
@@ -60,6 +63,16 @@ class ChatFormatter:
         self._before = [{"role": role, "content": content} for role, content in before]
         self._check_turns_before(names)
 
+    def at(self, moment: str | None) -> Self:
+        """Return a formatter whose template sees `moment` (ISO 8601) as the time that it is, for
+        templates that print the date; None: the clock's."""
+        fixed = copy.copy(self)
+        if moment is not None:
+            # A variable hides the function of this name that transformers gives every template.
+            now = datetime.fromisoformat(moment).strftime
+            fixed._kwargs = {**self._kwargs, "strftime_now": now}
+        return fixed
+
     def _check_turns_before(self, names: Names) -> None:
         """Raise ConfigError for a system prompt or example that would fail with every prompt."""
         if not self._before:
@@ -95,25 +108,32 @@ class ChatFormatter:
                     " obey; remove it from the text"
                 )
 
-    def layout(self, content: str) -> str:
+    def layout(self, content: str, turns: Sequence[Turn] = ()) -> str:
         """Return the prompt's text. Raise PromptError as `render` does."""
-        from jinja2 import TemplateError
-
-        self._check(content)
+        own = [{"role": role, "content": text} for role, text in turns]
+        system = own[:1] if own and own[0]["role"] == "system" else []
+        if system and self._before and self._before[0]["role"] == "system":
+            raise PromptError("it has a system turn, and --system-prompt gives another: use one")
+        for text in (*(turn["content"] for turn in own), content):
+            self._check(text)
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                [*self._before, {"role": "user", "content": content}],
+            laid_out: str = self._tokenizer.apply_chat_template(
+                [*system, *self._before, *own[len(system) :], {"role": "user", "content": content}],
                 tokenize=False,
                 add_generation_prompt=True,
                 **self._kwargs,
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program, and fails in every way
             raise PromptError(f"the chat template failed: {error}") from error
-        return text
+        for role, text in turns:
+            # Templates may cut thoughts from an assistant's turn, but nothing from the others.
+            if role != "assistant" and text.strip() not in laid_out:
+                raise PromptError(f"the chat template leaves out the {role} turn {text!r}")
+        return laid_out
 
-    def render(self, content: str) -> tuple[str, list[int]]:
-        """Return the prompt's text and its token ids, up to where the model's turn begins. Raise
-        PromptError if `content` is empty or contains a control token of the model, or if the
-        template fails."""
-        text = self.layout(content)
+    def render(self, content: str, turns: Sequence[Turn] = ()) -> tuple[str, list[int]]:
+        """Return the prompt's text and its token ids, up to where the model's turn begins. `turns`
+        come before `content`, a system turn before the examples. Raise PromptError if a turn is
+        empty, contains a control token of the model or is left out, or if the template fails."""
+        text = self.layout(content, turns)
         return text, self.spelling.encode(text)

@@ -1,82 +1,55 @@
 """Read prompts and few-shot examples from rows, and choose among prompts.
 
-`sources.py` reads the rows, `values.py` says what a cell means. `chat.py` turns a prompt into the
+`sources.py` reads the rows, `rows.py` makes a prompt of each. `chat.py` turns a prompt into the
 token ids of a model.
 """
 
+import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.hashing import content_key
+from mpd_data.prompts.rows import Prompt, cell_text, prompt_of
 from mpd_data.prompts.sources import read_rows
 from mpd_data.prompts.template import fill
-from mpd_data.prompts.values import NOT_UNICODE, as_json, as_text, is_unicode
 
 Example = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One problem to solve. `text` is the problem, `answer` the gold answer if there is one, and
-    `metadata` the carried columns in JSON types. Messages name the prompt by `source`. `flaw` says
-    why the row cannot be used; `text` and `answer` are then escaped so that they can be shown.
-    `missing`: the text of a missing answer, part of a round's identity, as older versions took it
-    for an answer. `unreadable`: the checker cannot read the answer."""
-
-    id: str
-    text: str
-    answer: str | None
-    source: str
-    metadata: dict[str, Any] = field(default_factory=dict)
-    flaw: str | None = None
-    missing: str = ""
-    unreadable: bool = False
 
 
 def read_prompts(
     paths: Iterable[str | Path], prompt_column: str, id_column: str | None = None,
     answer_column: str | None = None, metadata_columns: Sequence[str] = (),
 ) -> Iterator[Prompt]:  # fmt: skip
-    """Yield the prompts of *.jsonl, *.csv and *.parquet files and of hf:// datasets, row by row.
+    """Yield the prompts of files, folders, globs and datasets of the hub, row by row.
 
     Repeated ids are not removed. Without `id_column` the id of a prompt is the hash of its text.
     `values` says what cells mean: numbers and dates in the id and answer columns become text,
-    values in `metadata_columns` JSON, and a missing answer None. A row without a problem or id, or
-    with one or an answer that is not to be read, becomes a prompt with a `flaw`, whose id may be
-    its source.
+    values in `metadata_columns` JSON, and a missing answer None. A row that cannot be used becomes
+    a prompt with a `flaw`.
 
-    Raise DataError, which names source and row, for a missing column and metadata that JSON cannot
-    hold. Raise ConfigError for a missing or unknown source and if there are no rows at all.
+    Raise DataError, which names source and row, for a missing column, a damaged file, and where no
+    row can be used. Raise ConfigError for a missing or unknown source and if there are no rows.
     """
     columns = [c for c in (prompt_column, id_column, answer_column, *metadata_columns) if c]
     sources = list(paths)
-    empty = True
+    is_usable = False
+    flaws: list[str] = []
     for path in sources:
-        for number, raw in read_rows(path, list(dict.fromkeys(columns))):
-            source = f"{path}, row {number}"
-            row, flaw = _escape(raw, [c for c in (prompt_column, answer_column) if c])
-            text = row[prompt_column] if isinstance(row[prompt_column], str) else ""
-            identifier = content_key(text) if id_column is None else source
-            answer, cell = None, None if answer_column is None else row[answer_column]
-            try:
-                if id_column is not None:
-                    identifier = _text(row, id_column, "--id-column", scalars=True)
-                text = _text(row, prompt_column, "--prompt-column")
-                if id_column is None:
-                    identifier = content_key(text)
-                if answer_column is not None:
-                    answer = as_text(cell, answer_column, "--answer-column", scalars=True)
-            except DataError as error:
-                flaw = flaw or str(error)
-            metadata = {c: as_json(row[c], f"{source}: column {c!r}") for c in metadata_columns}
-            empty = False
-            missing = str(cell) if answer is None and isinstance(cell, str | float) else ""
-            yield Prompt(identifier, text, answer, source, metadata, flaw, missing)
-    if empty:
+        for row in read_rows(path, list(dict.fromkeys(columns))):
+            prompt = prompt_of(row, prompt_column, id_column, answer_column, metadata_columns)
+            if prompt.flaw is None:
+                is_usable = True
+            elif len(flaws) < 3:
+                flaws.append(f"{prompt.source}: {prompt.flaw}")
+            yield prompt
+    if flaws and not is_usable:
+        raise DataError("\n".join(["no row can be used. The first reasons:", *flaws]))
+    if not is_usable:
         raise ConfigError(
             f"{', '.join(map(str, sources))}: no prompts. Expected at least one row with the column"
             f" {prompt_column!r}."
@@ -89,12 +62,16 @@ def load_prompts(
     duplicates: Literal["refuse", "first"] = "refuse",
 ) -> list[Prompt]:  # fmt: skip
     """Return what `read_prompts` yields, each id once. With `duplicates` "first", later rows of an
-    id are left out; otherwise they raise DataError. So do prompts of which each has a flaw: a wrong
-    column was named. Raise what `read_prompts` raises."""
+    id are left out; otherwise they raise DataError. Prompts with a flaw come last, each under an id
+    of its own. Raise what `read_prompts` raises."""
     prompts: dict[str, Prompt] = {}
+    unusable: list[Prompt] = []
+    num_cut = 0
     for prompt in read_prompts(paths, prompt_column, id_column, answer_column, metadata_columns):
-        if prompt.flaw is not None and prompt.id in prompts and duplicates == "refuse":
-            prompt = replace(prompt, id=prompt.source)  # such as rows without a problem
+        if prompt.flaw is not None:
+            unusable.append(prompt)
+            continue
+        num_cut += prompt.conversation is not None and prompt.conversation.cut
         earlier = prompts.setdefault(prompt.id, prompt)
         if earlier is not prompt and duplicates == "refuse":
             raise DataError(
@@ -102,24 +79,29 @@ def load_prompts(
                 " must be unique: remove the duplicate, name another --id-column, or keep the"
                 " first row of each id with --duplicates first."
             )
-    first = next(iter(prompts.values()))
-    if all(prompt.flaw is not None for prompt in prompts.values()):
-        more = f" None of the {len(prompts):,} prompts can be used." if len(prompts) > 1 else ""
-        raise DataError(f"{first.source}: {first.flaw}{more}")
+    if num_cut:
+        cut = "end with an answer, which is left out: the student gives its own"
+        print(f"{prompt_column}: {num_cut:,} conversations {cut}.", file=sys.stderr)
+    seen = Counter(prompts.keys())
+    for prompt in unusable:
+        number, seen[prompt.id] = seen[prompt.id], seen[prompt.id] + 1
+        key = prompt.id if number == 0 else f"{prompt.id}-{number}"
+        prompts[key] = dataclasses.replace(prompt, id=key)
     return list(prompts.values())
 
 
 def load_examples(path: str | Path, prompt_column: str, examples_column: str) -> list[Example]:
     """Return few-shot examples as (problem, solution), in the file's order. Raise DataError or
-    ConfigError as `load_prompts` does."""
+    ConfigError as `load_prompts` does, and DataError for a row that cannot be used."""
     examples: list[Example] = []
-    for number, row in read_rows(path, list(dict.fromkeys([prompt_column, examples_column]))):
-        source = f"{path}, row {number}"
+    for row in read_rows(path, list(dict.fromkeys([prompt_column, examples_column]))):
         try:
-            problem = _text(row, prompt_column, "--prompt-column")
-            examples.append((problem, _text(row, examples_column, "--examples-column")))
+            if row.flaw is not None:
+                raise DataError(row.flaw)
+            problem = cell_text(row.cells, prompt_column, "--prompt-column")
+            examples.append((problem, cell_text(row.cells, examples_column, "--examples-column")))
         except DataError as error:
-            raise DataError(f"{source}: {error}") from error
+            raise DataError(f"{row.place}: {error}") from error
     if not examples:
         raise ConfigError(f"{path}: no examples. Expected at least one row, or no --examples.")
     return examples
@@ -137,26 +119,6 @@ def fill_prompt(template: str, problem: str) -> str:
         problem = f"uses {other}; it can use only {{{{problem}}}}."
         raise ConfigError(f"--prompt-template {template!r}: {problem}")
     return fill(template, {"problem": problem})
-
-
-def _text(row: Mapping[str, Any], column: str, option: str, scalars: bool = False) -> str:
-    """Return a cell's text as `as_text` does. Raise DataError for a missing one, too."""
-    text = as_text(row[column], column, option, scalars)
-    if text is None:
-        raise DataError(
-            f"column {column!r} holds nothing, expected text{' or a number' * scalars}. Name the"
-            f" column that holds it with {option}."
-        )
-    return text
-
-
-def _escape(row: Mapping[str, Any], columns: list[str]) -> tuple[Mapping[str, Any], str | None]:
-    """Return the row with undecodable bytes of `columns` escaped, and the first such flaw."""
-    bad = [c for c in columns if isinstance(row[c], str) and not is_unicode(row[c])]
-    if not bad:
-        return row, None
-    escaped = {c: row[c].encode("utf-8", "backslashreplace").decode("utf-8") for c in bad}
-    return {**row, **escaped}, f"column {bad[0]!r} {NOT_UNICODE}"
 
 
 def choose_prompts(prompts: list[Prompt], count: int | None, key: str) -> list[Prompt]:

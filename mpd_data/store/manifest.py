@@ -11,8 +11,8 @@ from pathlib import Path
 from pydantic import Field
 
 from mpd_data.common.errors import DataError
-from mpd_data.common.files import atomic_file
-from mpd_data.common.records import Record, parse_json, require
+from mpd_data.common.files import atomic_file, read_json_lines
+from mpd_data.common.records import Record, require
 from mpd_data.store.shards import Shard
 
 _REMEDY = "Delete the manifest: the next mpd-gen command makes it anew from the shards."
@@ -35,23 +35,13 @@ def read_manifest(path: Path) -> list[Shard]:
     """Return the shards that a manifest lists; [] where there is none. An unterminated last line (a
     kill during the append) counts as absent. Raise DataError for any other line that is malformed
     or names a shard again, and for a manifest that cannot be read."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). {_REMEDY}") from error
     shards: dict[str, Shard] = {}
-    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
-        place = f"{path}, line {number}: not a manifest line"
-        try:
-            record = parse_json(line)
-        except ValueError as error:
-            raise DataError(f"{place} ({error}). {_REMEDY}") from error
-        require(_Line, record, place, _REMEDY)
+    for number, record in enumerate(read_json_lines(path, _REMEDY), start=1):
+        place = f"{path}, line {number}"
+        require(_Line, record, f"{place}: not a manifest line", _REMEDY)
         shard = Shard(**{name: record[name] for name in _Line.model_fields})
         if shards.setdefault(shard.name, shard) is not shard:
-            raise DataError(f"{path}, line {number}: names {shard.name} again. {_REMEDY}")
+            raise DataError(f"{place}: names {shard.name} again. {_REMEDY}")
     return list(shards.values())
 
 

@@ -11,11 +11,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from mpd_data.common.errors import DataError, MPDError
-from mpd_data.common.files import atomic_file
+from mpd_data.common.errors import MPDError
+from mpd_data.common.files import atomic_file, read_json
 from mpd_data.common.machine import device_name
 from mpd_data.common.meter import Meter
-from mpd_data.common.records import Record, parse_json, require
+from mpd_data.common.records import Record, require
 
 _SECONDS_PER_STATUS = 2.0
 
@@ -37,15 +37,9 @@ def read_report(path: Path) -> dict[str, Any]:
     """Return what the file `status` of a `Progress` holds. Raise DataError where it holds something
     else, as after a crash of the machine: it is not synced to the disk."""
     remedy = "Delete it: a stage that runs writes it anew."
-    try:
-        report = parse_json(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). {remedy}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not a progress report ({error}). {remedy}") from error
+    report = read_json(path, remedy)
     require(_Report, report, f"{path}: not a progress report", remedy)
-    found: dict[str, Any] = report
-    return found
+    return report
 
 
 class Progress:

@@ -6,6 +6,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -102,22 +103,27 @@ class RoundDir:
         saved: dict[str, Any] | None = self.run_info().get("stages", {}).get(stage)
         return saved
 
-    def claim(self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+    def claim(
+        self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any]
+    ) -> str | None:
         """Record in run.json what determines the rows of `stage` (`identity`) and what is good to
-        know about it (`details`), and write the round's README.md. Raise ConfigError like
+        know about it (`details`), and write the round's README.md. Return when the stage began, as
+        ISO 8601 in local time; None of a stage that an older version began. Raise ConfigError like
         `check`."""
         with short_lock(self.path):
             saved = self.check(stage, identity, details)
-            if saved is not None and saved["details"] == details:
-                return
-            info = self.run_info()
-            old = info.get("stages", {})
-            entry = {**(saved or {}), "identity": dict(identity), "details": dict(details)}
-            new = {**old, stage: entry}
-            write_record(
-                self.path, "round", {**info, "schema_version": SCHEMA_VERSION, "stages": new}
-            )
-            update_card(self.path, old, new)
+            # All processes and runs of a stage lay out prompts as of its first start.
+            entry: dict[str, Any] = saved or {"begun": datetime.now().isoformat(timespec="seconds")}
+            if saved is None or saved["details"] != details:
+                info = self.run_info()
+                old = info.get("stages", {})
+                entry = {**entry, "identity": dict(identity), "details": dict(details)}
+                new = {**old, stage: entry}
+                info |= {"schema_version": SCHEMA_VERSION, "stages": new}
+                write_record(self.path, "round", info)
+                update_card(self.path, old, new)
+            begun: str | None = entry.get("begun")
+            return begun
 
     def check(
         self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any]

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mpd_data.common.errors import ConfigError, DataError
-from mpd_data.common.files import write_json_atomic
+from mpd_data.common.files import read_json, write_json_atomic
 from mpd_data.common.hashing import differences
-from mpd_data.common.records import Record, parse_json, require
+from mpd_data.common.records import Record, require
 
 Kind = Literal["round", "training", "pipeline", "study"]
 
@@ -74,18 +74,11 @@ def read_record(folder: Path, kind: Kind = "round") -> dict[str, Any]:
     where it cannot be read, is not a JSON object, or is not what its readers rely on."""
     path = folder / _KINDS[kind][0]
     try:
-        record = parse_json(path.read_bytes())
+        record = read_json(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         if path.is_symlink():
             raise DataError(f"{path}: a link to nothing. Restore it from a copy.") from error
         return {}
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror})"
-        raise DataError(f"{path}: {reason}. Restore it from a copy.") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}). Restore it from a copy.") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{path}: expected a JSON object. Restore it from a copy.")
     if path.name == "run.json":
         require(_RunRecord, record, str(path), "Restore it from a copy.")
     return record

@@ -28,8 +28,8 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from mpd_data.common.errors import DataError
-from mpd_data.common.files import sha256_of
-from mpd_data.common.records import Record, parse_json, require
+from mpd_data.common.files import json_object, sha256_of
+from mpd_data.common.records import Record, require
 from mpd_data.store.keys import KeySet, Packed, pack, twice
 from mpd_data.store.schema import KEYS, METADATA_KEY, SCHEMA_VERSION, SCHEMAS, TOKEN_COLUMN, Stage
 
@@ -120,10 +120,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             " Expected a shard; move other files out of the shard folder."
         )
     place = f"{path}: its `mpd` metadata is damaged"
-    try:
-        metadata = parse_json(raw)
-    except ValueError as error:
-        raise DataError(f"{place} ({error}). {_MAKE_ANEW}") from error
+    metadata = json_object(raw, place, _MAKE_ANEW)
     require(_Metadata, metadata, place, _MAKE_ANEW)
     if metadata.get("schema_version") != SCHEMA_VERSION:
         raise DataError(

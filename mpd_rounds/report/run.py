@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from mpd_data.common.errors import ConfigError, DataError
-from mpd_data.common.records import parse_json
+from mpd_data.common.files import read_json, read_json_lines
 from mpd_data.common.text import plain
 from mpd_data.inspect.stats import collect, scan
 from mpd_data.store.round import RoundDir
@@ -168,15 +168,8 @@ def _gate_of(path: Path) -> dict[str, Any]:
     file = path / "gate.json"
     if not file.is_file():
         return {}
-    try:
-        gate = parse_json(file.read_bytes())
-        if gate.keys() >= {"set", "rounds", "stopped", "best", "text"}:
-            return dict(gate)
-    except (ValueError, AttributeError):
-        pass
-    raise DataError(
-        f"{file}: expected the gate's decisions, as mpd-rounds writes them. Run mpd-rounds again."
-    )
+    remedy = "Expected the gate's decisions, as mpd-rounds writes them. Run mpd-rounds again."
+    return read_json(file, remedy, ("set", "rounds", "stopped", "best", "text"))
 
 
 _NOT_BEGUN = "not begun"
@@ -284,24 +277,9 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSONL file. A last line without its end is left out: a kill tears it.
-
-    Raise DataError for any other line that is no JSON object with these keys.
-    """
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return
-            try:
-                record = parse_json(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
-            if not isinstance(record, dict) or not record.keys() >= set(keys):
-                raise DataError(
-                    f"{path}, line {number}: expected a JSON object with {', '.join(keys)}, found"
-                    f" {plain(line[:80])}"
-                )
-            yield record
+    """Yield the objects of a JSONL file, as `read_json_lines`. Raise DataError for a line that is
+    no JSON object with these keys."""
+    yield from read_json_lines(path, "Remove the line.", keys)
 
 
 def rollouts_info(folder: Path) -> dict[str, Any]:

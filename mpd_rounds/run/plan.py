@@ -28,7 +28,7 @@ from mpd_data.dryrun.show import free_bytes, shown_text, size_text, steps_table,
 from mpd_data.engines.start import notes_of
 from mpd_data.inspect.compare import graded, per_problem
 from mpd_data.prompts.chat import PromptError
-from mpd_data.prompts.reader import Prompt
+from mpd_data.prompts.rows import Prompt
 from mpd_data.rewrite_setup import setup as rewrite_setup
 from mpd_data.rollouts import RolloutSetup, read_prompts
 from mpd_data.rollouts import setup as rollout_setup
@@ -272,6 +272,8 @@ class _Planner:
         longest_asked = longest_scored = 0
         reasons: list[str] = []
         for prompt in drafts.prompts if asks else ():
+            if prompt.flaw is not None:
+                continue  # it will have no draft
             try:
                 request = setup.ask(prompt.text, _DRAFT)
             except PromptError as error:

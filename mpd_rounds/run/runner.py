@@ -9,13 +9,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import click
 
 from mpd_data.common import signals
-from mpd_data.common.errors import DataError, MPDError
-from mpd_data.common.records import Record, parse_json, require
+from mpd_data.common.errors import MPDError
+from mpd_data.common.files import read_json_lines
+from mpd_data.common.records import Record, require
 from mpd_data.parts.workers import EXIT_FAILED_ROWS
 from mpd_rounds.run.steps import Step
 
@@ -55,19 +55,10 @@ class Finished:
         # A kill can tear the last line. Its step runs again, and resumes.
         self.whole = self.path.read_bytes() if self.path.exists() else b""
         self.whole = self.whole[: self.whole.rfind(b"\n") + 1]
-        lines = enumerate(self.whole.split(b"\n")[:-1], start=1)
-        self.records = [self._parsed(number, line) for number, line in lines]
-
-    def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
-        """Return a line's record. Raise DataError for a damaged one."""
-        place = f"{self.path}, line {number}: not a finished step"
         remedy = "Remove the line: its step runs again, and finds what exists."
-        try:
-            record: dict[str, Any] = parse_json(line)
-        except ValueError as error:
-            raise DataError(f"{place} ({error}). {remedy}") from error
-        require(_Line, record, place, remedy)
-        return record
+        self.records = read_json_lines(self.path, remedy)
+        for number, record in enumerate(self.records, start=1):
+            require(_Line, record, f"{self.path}, line {number}: not a finished step", remedy)
 
     def holds(self, step: Step) -> bool:
         """Return whether `step` has finished with the inputs that exist now."""

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
 from mpd_data.common.errors import ConfigError, did_you_mean
+from mpd_data.common.files import read_toml
 from mpd_data.common.options import arguments, parse
-from mpd_data.common.records import parse_toml
 from mpd_data.config import RewriteConfig, RolloutsConfig, Strict
 from mpd_rounds.run.baselines import Baseline
 from mpd_train.config import TrainConfig
@@ -297,18 +298,16 @@ def read_settings(path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     Raise ConfigError naming the file and the setting.
     """
     try:
-        values = parse_toml(path.read_text(encoding="utf-8"))
+        values = read_toml(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from error
     for override_ in overrides:
         name, equals, text = override_.partition("=")
         if not equals:
             raise ConfigError(f"--set {override_}: expected NAME=VALUE.")
         try:
-            value = parse_toml(f"value = {text}")["value"]
-        except ValueError:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except (ValueError, RecursionError):
             value = text
         override(values, name, value, f"--set {override_}")
     return values

@@ -83,7 +83,7 @@ class RoundAhead:
 
 def learn_steps(out: Path) -> Learned | None:
     """Return the speed of the steps in a training's metrics.jsonl, None where there are none."""
-    steps = [step for _, step in read_metrics(out / "metrics.jsonl") if step.get("tokens")]
+    steps = [step for step in read_metrics(out / "metrics.jsonl") if step.get("tokens")]
     if not steps:
         return None
     details = read_record(out, "training").get("details", {})
