@@ -228,8 +228,10 @@ def tried(name):
             engine, rows = sampled(files)
             value = trainer().submit(self_kl, files, rows).result()
         except MPDError as error:
-            reason = str(error).replace(folder, "the model").split(". ")[0].splitlines()[0]
-            return engine, f"refused: {re.sub(r'[0-9.]+ nats', 'some nats', reason)}"
+            reason = str(error).removeprefix(f"{folder}: ").split(". ")[0].splitlines()[0]
+            if "other log-probabilities" in reason:
+                reason = "by the self-check"
+            return engine, f"refused: {reason}"
     return engine, "below 1e-5" if abs(value) < 1e-5 else f"{value:.2g}"
 
 

@@ -117,9 +117,9 @@ class TransformersEngine:
             with torch.inference_mode():
                 # Scores first: they are short work, and complete rows that wait for them.
                 return [*self._score_all(), *(self._generate() if self._rows else ())]
-        except RuntimeError as error:  # out of memory is one
+        except Exception as error:  # out of memory, or a family that lacks what is asked of it
             raise EngineError(
-                f"the engine died: {error}. Finished rows are committed; run the same command again"
+                f"the engine died: {reason_of(error)}. Finished rows are committed; run the same command again"
                 " to go on. If it dies again, lower --max-num-seqs (where it dies while scoring,"
                 " --max-num-batched-tokens)."
             ) from error

@@ -69,6 +69,11 @@ class CausalLM:
         """Determine `logit_scale` and `softcap` from the model's own logits. Some families scale or
         cap them, and their configurations say by how much, but not whether to multiply or divide;
         a wrong guess would be silently wrong. Raise ConfigError if nothing fits."""
+        if self.model.base_model is self.model:
+            raise ConfigError(
+                f"{self.files.name}: transformers does not name the layers below its output head"
+                " (base_model_prefix). Such models are not supported."
+            )
         ids = torch.arange(1, 9, device=device)[None]
         self.model.eval()
         bias = self.bias()
