@@ -5,13 +5,15 @@ import re
 import subprocess
 import sys
 
-from conftest import ROOT, TEACHER, environment
+import pytest
+from conftest import ROOT, STUDENT, TEACHER, environment
+from transformers import AutoModelForCausalLM
 
 
-def losses_of(*arguments):
+def losses_of(*arguments, example="minimal_mpd"):
     """The loss of each step, from the example's output."""
     done = subprocess.run(
-        [sys.executable, "examples/minimal_mpd.py", *map(str, arguments)],
+        [sys.executable, f"examples/{example}.py", *map(str, arguments)],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -32,3 +34,18 @@ def test_a_student_that_is_its_own_teacher_has_no_loss():
     assert losses_of(*settings) == [0.0]
     (loss,) = losses_of(*settings[:-2])
     assert loss > 1e-3
+
+
+def test_the_loss_in_transformers_own_trainer(round_dir, tmp_path):
+    """It learns, and a step has one mean over its tokens, however its rows are divided."""
+
+    def losses(rows, batches, steps):
+        told = ["--student", STUDENT, "--round", round_dir, "--out", tmp_path / str(rows)]
+        told += ["--batch-size", rows, "--accumulation", batches, "--learning-rate", 1e-3]
+        return losses_of(*told, "--steps", steps, example="transformers_trainer")
+
+    first, *_, last = losses(4, 4, 6)
+    assert 0 < last < 0.8 * first
+    (whole,) = losses(16, 1, 1)
+    assert whole == pytest.approx(first, rel=1e-4)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "16")
