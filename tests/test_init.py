@@ -105,7 +105,7 @@ def test_columns_are_found_by_their_usual_names(tmp_path, columns, found):
         ({"problem": "a"}, {"answer_column": "gold"}, "found 'problem'. .*--answer-column"),
         ({"problem": "a", "x": None}, {"id_column": "x"}, "'x' is no id.*another --id-column"),
         ({"problem": ["a"]}, {}, "row 1: column 'problem' holds list.*--prompt-column"),
-        ({"problem": "a", "label": [1]}, {}, "'label' holds list.*--answer-column"),
+        ({"problem": "a", "label": {}}, {}, "'label' holds dict.*--answer-column"),
         ({"problem": "a"}, {"checker": "nunber"}, "Did you mean 'number'"),
         ({"problem": "a"}, {"test": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
         ({"problem": "a"}, {}, "only one problem.*--test"),
