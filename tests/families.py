@@ -228,7 +228,8 @@ def tried(name):
             engine, rows = sampled(files)
             value = trainer().submit(self_kl, files, rows).result()
         except MPDError as error:
-            reason = str(error).removeprefix(f"{folder}: ").split(". ")[0].splitlines()[0]
+            reason = str(error).replace(f"{folder}: ", "").replace(f"{folder}/", "")
+            reason = reason.splitlines()[0].split(". ")[0].rstrip(".")
             if "other log-probabilities" in reason:
                 reason = "by the self-check"
             return engine, f"refused: {reason}"

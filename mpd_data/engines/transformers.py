@@ -119,9 +119,9 @@ class TransformersEngine:
                 return [*self._score_all(), *(self._generate() if self._rows else ())]
         except Exception as error:  # out of memory, or a family that lacks what is asked of it
             raise EngineError(
-                f"the engine died: {reason_of(error)}. Finished rows are committed; run the same command again"
-                " to go on. If it dies again, lower --max-num-seqs (where it dies while scoring,"
-                " --max-num-batched-tokens)."
+                f"the engine died: {reason_of(error)}. Finished rows are committed; run the same"
+                " command again to go on. If it dies again, lower --max-num-seqs (where it dies"
+                " while scoring, --max-num-batched-tokens)."
             ) from error
 
     # -- generation ---------------------------------------------------------------------
