@@ -7,7 +7,7 @@ import pytest
 import torch
 from kl_cases import CPU, CUDA, KINDS, LONG, MIXES, N, V
 
-from mpd_train.kl import Divergence
+from mpd_train.kl import Divergence, sparse_kl
 from mpd_train.kl.reference import terms_of
 
 
@@ -256,3 +256,25 @@ def test_tail_is_punished_under_reverse_kl(target):
     )
     assert (flat.per_token > 10).all()
     assert (flat.per_token > peaked.per_token).all()
+
+
+def test_a_weight_is_a_geometric_mixture_with_the_student():
+    """Under reverse KL: the mixture of teacher and student that docs/kl.md names."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head, teacher = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((N, 8), (V, 8), (N, V))
+    )
+    weights = torch.rand(N, generator=generator, dtype=torch.float64)
+    student = hidden.requires_grad_()
+    told = {"normalizer": N, "divergence": Divergence("reverse_kl"), "backend": "torch"}
+    logp = teacher.log_softmax(-1)
+    ids = torch.arange(V).expand(N, V)
+    tail = torch.full((N,), -math.inf, dtype=torch.float64)
+    out = sparse_kl(student, head, ids, logp, tail, weights=weights, **told)
+    (weighted,) = torch.autograd.grad(out.loss, student)
+    logq = (student @ head.T).log_softmax(-1)
+    w = weights[:, None]
+    mixture = (w * logp + (1 - w) * logq.detach()).log_softmax(-1)
+    (mixed,) = torch.autograd.grad((logq.exp() * (logq - mixture)).sum() / N, student)
+    torch.testing.assert_close(weighted, mixed, rtol=1e-6, atol=1e-9)
