@@ -1,6 +1,7 @@
 """What the readers of a JSON object rely on, checked before they do: a disk, an editor or another
 tool may have changed what a command wrote."""
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,4 +24,6 @@ def require(model: type[Record], value: Any, source: str, remedy: str) -> None:
         first = error.errors(include_url=False)[0]
         place, found = ".".join(map(str, first["loc"])), f"{first['input']!r:.80}"
         where = f"{place}: " if place else ""
-        raise DataError(f"{source}: {where}{first['msg']}, found {found}. {remedy}") from error
+        # Users do not know our classes.
+        wanted = re.sub(r" or instance of \w+", "", first["msg"])
+        raise DataError(f"{source}: {where}{wanted}, found {found}. {remedy}") from error
