@@ -5,18 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mpd_data.config import ANSWER_FORMATS, AnswerFormat
+from mpd_data.prompts.special import after_thinking
 
 # The longest marked answer, in characters: it keeps the cost of nested marks linear.
 MAX_ANSWER = 2000
-
-
-def final_part(completion: str) -> str | None:
-    """Return the text after the last </think>, or all of a text without thinking tags; None if
-    thinking was opened and never closed."""
-    _, closed, after = completion.rpartition("</think>")
-    if closed:
-        return after
-    return None if "<think>" in completion else completion
 
 
 # Escaped braces and backslashes are matched so that they can be skipped.
@@ -105,7 +97,7 @@ class Checker:
         last text that `read` accepts is taken. None is a failure of format, which the stages count
         apart from a wrong answer.
         """
-        final = final_part(completion)
+        final = after_thinking("", completion)
         if final is None:
             return None
         marked = [name for name in ANSWER_FORMATS if name in self.formats and name in _MARKED]
