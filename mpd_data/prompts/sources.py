@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from mpd_data.common.errors import ConfigError, DataError, did_you_mean, requires
 from mpd_data.common.models import hub_failures
-from mpd_data.prompts.values import short_floats
+from mpd_data.prompts.values import Repeated, short_floats
 
 Rows = Iterator[tuple[int, Mapping[str, Any]]]
 
@@ -97,6 +97,17 @@ def _cells(column: pa.Array) -> list[Any]:
     return [None if value is None else value.decode("utf-8", _KEEP) for value in raw]
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, with all values of a key that has several."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        for key, last in row.items():
+            values = [value for name, value in pairs if name == key]
+            if any(value != last for value in values):
+                row[key] = Repeated(values)
+    return row
+
+
 def _json_rows(path: Path, columns: list[str] | None) -> Rows:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -104,7 +115,7 @@ def _json_rows(path: Path, columns: list[str] | None) -> Rows:
                 continue
             place = f"{path}, row {number}"
             try:
-                row = json.loads(line.decode("utf-8", _KEEP))
+                row = json.loads(line.decode("utf-8", _KEEP), object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{place}: not a JSON object ({error}).") from error
             if not isinstance(row, dict):

@@ -20,6 +20,10 @@ NOT_UNICODE = "holds bytes that are not UTF-8, or half a character"
 _MISSING = frozenset(("", "n/a", "#n/a", "<na>", "nan", "null", "\\n"))
 
 
+class Repeated(list[Any]):
+    """The different values of a key that one JSON object gives more than once."""
+
+
 def is_missing(value: Any) -> bool:
     """Return whether a cell holds nothing: null, NaN, an empty list, blank text, or one of the
     texts N/A, #N/A, <NA>, NaN, null and \\N in any case."""
@@ -33,10 +37,17 @@ def is_missing(value: Any) -> bool:
 def as_text(value: Any, column: str, option: str, scalars: bool = False) -> str | None:
     """Return a cell's text, None for a missing one. With `scalars` also the text of a number
     (exact), a truth value (true, false), a date or time (ISO 8601), a UUID, and of a list of one of
-    these. Raise DataError for the rest; its text begins with the column."""
+    these. Raise DataError for the rest, such as infinity; its text begins with the column."""
     if is_missing(value):
         return None
     name = f"column {column!r}"
+    if isinstance(value, Repeated):
+        raise DataError(
+            f"{name} is given {len(value)} times, with different values. Which one is meant is not"
+            " known: keep one."
+        )
+    if isinstance(value, float | Decimal) and math.isinf(value):
+        raise DataError(f"{name} holds {value}, expected a number below 1e308. Write it as text.")
     if scalars and isinstance(value, list | tuple):
         if len(value) > 1:
             raise DataError(
