@@ -257,7 +257,14 @@ class RewriteJob:
         rollout = group.rollout
         metadata = json.loads(rollout["metadata"] or "{}")
         self.run.check(
-            CheckRequest(row_id, trace, rollout["gold_answer"], metadata, rollout["answer"]),
+            CheckRequest(
+                row_id,
+                trace,
+                rollout["gold_answer"],
+                metadata,
+                rollout["answer"],
+                rollout["prompt"],
+            ),
             functools.partial(self._take_verdict, group),
         )
 

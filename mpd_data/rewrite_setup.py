@@ -17,7 +17,7 @@ from mpd_data.common.models import (
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.start import context_of
 from mpd_data.prompts.chat import ChatFormatter
-from mpd_data.prompts.special import CLOSE, OPEN, Turn, turn_of
+from mpd_data.prompts.special import CLOSE, Turn, after_thinking, turn_of
 from mpd_data.prompts.template import RewriteTemplate, load_template
 from mpd_data.select.student import choosing_student
 from mpd_data.stage import model_of, refuse_half_refiltered
@@ -34,10 +34,9 @@ ROLLOUT_COLUMNS = [
 
 
 def thinks(rollout: dict[str, Any]) -> bool:
-    """Return whether a rollout has a thinking part, or was cut off in it."""
-    begun = OPEN in rollout["completion"] or rollout["prompt"].rstrip().endswith(OPEN)
-    cut_off = rollout["finish_reason"] == "length"
-    return CLOSE in rollout["completion"] or (begun and cut_off)
+    """Return whether a rollout has a thinking part, closed or not."""
+    completion = rollout["completion"]
+    return CLOSE in completion or after_thinking(rollout["prompt"], completion) is None
 
 
 # Stands in a rewrite prompt where the middle of the draft is left out.

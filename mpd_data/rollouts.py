@@ -356,7 +356,7 @@ class RolloutJob:
         }
         if stopped:
             self.run.check(
-                CheckRequest(request.row_id, completion, gold, metadata, None),
+                CheckRequest(request.row_id, completion, gold, metadata, None, request.text),
                 functools.partial(self._finish, row),
             )
         else:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from mpd_data.checkers.builtin import NumberChecker, make_checker
-from mpd_data.checkers.formats import final_part
 from mpd_data.checkers.pool import CheckPool, CheckRequest
 from mpd_data.common.errors import ConfigError
 
@@ -56,10 +55,9 @@ def test_number_checker_compares(left, right, equal):
     assert NumberChecker().equal(left, right) is equal
 
 
-def test_unknown_checkers_and_open_thoughts():
+def test_unknown_checkers_are_named():
     with pytest.raises(ConfigError, match="there are choice.*mean 'number'"):
         make_checker("nummber")
-    assert final_part("<think> a") is None
 
 
 PAIRS = Path(__file__).parent / "data" / "answer_pairs.jsonl"
@@ -82,7 +80,7 @@ def test_checkers_agree_with_hand_labels():
 @pytest.mark.parametrize(
     "name, completion, answer",
     [
-        ("math", r"so \boxed{\frac{1}{2}} or \boxed{\frac{\sqrt{3}}{2}}.", r"\frac{\sqrt{3}}{2}"),
+        ("math", r"so \boxed{\frac{1}{2}}. No: \boxed{\frac{\sqrt{3}}{2}}.", r"\frac{\sqrt{3}}{2}"),
         ("math", r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         ("math", r"\boxed{\boxed{5}}", "5"),
         ("math", r"\boxed{7} then \boxed{8", "7"),
@@ -97,6 +95,15 @@ def test_checkers_agree_with_hand_labels():
         ("number", "The answer is 12 apples.", "12"),
         ("number", r"\boxed{\$1,234}", "$1,234"),
         ("number", r"\boxed{x} \boxed{3} \boxed{y}", "3"),
+        ("math", r"$x = \boxed{3}$ and $y = \boxed{5}$.", "3, 5"),
+        ("math", r"\boxed{3} or \boxed{5}, so their sum is \boxed{8}", "8"),
+        ("math", r"\boxed{7}, and \boxed{7}", "7"),
+        ("number", r"\boxed{3}, \boxed{5}", None),
+        ("choice", r"\boxed{A} and \boxed{C}", None),
+        ("number", r"so it is \fbox{7} .", "7"),
+        ("number", "The answer is **73** residents.", "73"),
+        ("math", "The answer is: `73`", "73"),
+        ("number", "The answer is 2**3", None),
         ("number", "#### Step 1\n#### 5\n#### Done", "5"),
         ("text", "The answer is: Paris. It lies on the Seine.", "Paris"),
         ("text", "answer the question of " + "x " * 200, None),
@@ -237,6 +244,20 @@ def test_a_check_that_fails_costs_its_own_verdict_only(hostile):
     assert (nothing.answer, nothing.is_correct, nothing.keeps_answer) == (None, False, False)
     ungraded = verdicts["no gold"]
     assert (ungraded.answer, ungraded.is_correct, ungraded.keeps_answer) == ("x", None, None)
+
+
+def test_open_thinking_has_no_answer_whatever_the_checker(hostile):
+    texts = ("the answer is 5", "a </think> answer: 5", "<think> 5", "</think> 5 <think> answer: 5")
+    requests = [
+        CheckRequest(f"{i}{prompt}", text, "5", prompt=prompt)
+        for prompt in ("ask", "ask <think>\n", "ask <think></think>")
+        for i, text in enumerate(texts)
+    ]
+    for checker in ("hostile:Plain", "number"):
+        with CheckPool(checker, ("phrase",), 5.0, 1) as pool:
+            verdicts = collect(pool, requests)
+        closed = {"0ask", "1ask", "1ask <think>\n", "0ask <think></think>", "1ask <think></think>"}
+        assert {key for key, verdict in verdicts.items() if verdict.answer is not None} == closed
 
 
 def test_workers_go_on_while_nobody_asks(hostile):

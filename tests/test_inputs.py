@@ -106,6 +106,24 @@ def test_half_a_character_spoils_its_own_prompt_alone(tmp_path):
     assert "half a character" in half.flaw
 
 
+@pytest.mark.parametrize(
+    "cells, flaw",
+    [
+        ('"answer": "1", "answer": "2"', "the key 'answer' twice"),
+        ('"answer": 1E400', "'answer' holds inf, expected a number below 1e308"),
+        ('"answer": -Infinity', "'answer' holds -inf"),
+        ('"problem": "Other?", "answer": 1', "the key 'problem' twice"),
+    ],
+)
+def test_values_that_are_not_known_spoil_their_own_prompt_alone(tmp_path, cells, flaw):
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{{"problem": "What?", {cells}}}\n{{"problem": "b", "answer": "3"}}\n')
+    first, second = load_prompts([path], "problem", None, "answer")
+    assert (second.answer, second.flaw) == ("3", None)
+    assert first.answer is None
+    assert flaw in first.flaw
+
+
 def test_bad_files_are_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")

@@ -384,6 +384,32 @@ def test_the_teacher_thinks_when_told(drafts, tmp_path):
         run_rewrite(other)
 
 
+def test_thinking_that_never_closes_has_no_answer(prompts, tmp_path):
+    """The student's chat template opens the thinking; neither model writes the closing tag."""
+    for name, model, suffix in (
+        ("student", STUDENT, "{% if add_generation_prompt %}<think>{% endif %}"),
+        ("teacher", TEACHER, ""),
+    ):
+        folder = model_with(tmp_path / name, model, suffix)
+        vocabulary = (folder / "tokenizer.json").read_text().replace("</think>", "<sep>")
+        (folder / "tokenizer.json").write_text(vocabulary)
+    engine, out = ENGINE | {"backend": "transformers"}, tmp_path / "r"
+    drafts = sampled(prompts, out, model=str(tmp_path / "student"), num_prompts=3, engine=engine)
+    assert set(drafts["finish_reason"]) == {"stop"}
+    assert drafts["completion"].str.contains("<sep> answer").all()
+    assert drafts["answer"].null_count() == 3
+    assert not drafts["is_correct"].any()
+    assert drafts["num_thinking_tokens"].equals(drafts["num_completion_tokens"])
+    # A draft that never closes its thinking has a thinking part: `plain_trace` is not for it.
+    layouts = TEMPLATE.read_text().replace("</think>", "<sep>") + 'plain_trace = "{{answer}}"'
+    (tmp_path / "t.toml").write_text(layouts)
+    told = {"teacher": str(tmp_path / "teacher"), "template": str(tmp_path / "t.toml")}
+    run_rewrite(rewriting(out, engine=engine, **told))
+    found = rows(out, "distill")
+    assert set(found["status"]) == {"malformed"}
+    assert found["rewrite"].str.contains("<sep> answer").all()
+
+
 def texts(frame):
     return dict(frame.select("rollout_id", "rewrite").iter_rows())
 

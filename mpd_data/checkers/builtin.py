@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mpd_data.checkers.formats import MAX_ANSWER, Checker
-from mpd_data.checkers.numbers import find_number, plain_text, plain_unicode
+from mpd_data.checkers.numbers import find_number, plain_text, plain_unicode, unmarked
 from mpd_data.common.errors import ConfigError, did_you_mean, requires
 from mpd_data.config import ANSWER_FORMATS, AnswerFormat
 
@@ -52,6 +52,9 @@ _FUNCTIONS = frozenset(
 )
 # Space that has no meaning: `1 1/2` is not `11/2`.
 _SPACE = re.compile(r"(?<!\d)\s|\s(?!\d)")
+# A number in a base.
+_SUBSCRIPT = re.compile(r"\d[\s)}]{0,4}_")
+_GROUPING = re.compile(r"[\s{}()]|\\(?:text|mathrm)")
 _ELLIPSIS = re.compile(r"\d\s?(?:\.\.\.|\\[lc]?dots)")
 _LETTER_OR_FACTORIAL = re.compile(r"\d\s{0,4}(?![eE][-+]?\d)[A-Za-z]\s{0,4}(?![\w\s/])|!")
 # More than these are prose, which two people hardly write alike.
@@ -71,6 +74,31 @@ def _same_numbers(left: str, right: str) -> bool | None:
     # The library rounds: 0.333333 is a third.
     is_near = abs(answer.value - gold.value) <= abs(gold.value) / 10**5
     return None if is_near else False
+
+
+def _numbers_in(value: Any) -> list[Any]:
+    """Return the real numbers that a value of sympy is or lists, in order of size."""
+    from sympy import Expr, FiniteSet, Interval, Symbol, Tuple, UnevaluatedExpr, nan, oo, zoo
+    from sympy.core.relational import Relational
+
+    if isinstance(value, Relational) and isinstance(value.lhs, Symbol):
+        value = value.rhs
+    parts = value.args if isinstance(value, Tuple | FiniteSet | Interval) else [value]
+    numbers = [part for part in parts if isinstance(part, Expr) and part.is_number]
+    # Per cent are unevaluated: the library compares them in its own way.
+    numbers = [x.doit() for x in numbers if not x.has(UnevaluatedExpr, nan, oo, -oo, zoo)]
+    return sorted((x for x in numbers if x.is_real), key=lambda number: number.evalf())
+
+
+def _are_near(left: Any, right: Any) -> bool:
+    """Return False where two real numbers of sympy differ, for the library compares them to a fixed
+    number of decimals: 1e-10 and 2e-10 are both 0."""
+    from sympy import Float
+
+    if left.is_Rational and right.is_Rational:
+        return bool(left == right)
+    tolerance = 1e-5 if left.has(Float) or right.has(Float) else 1e-30
+    return bool(abs((left - right).evalf(40)) <= tolerance * abs(right.evalf(40)))
 
 
 def _brace_depth(text: str) -> int:
@@ -119,11 +147,14 @@ class MathChecker(Checker):
         left, right = self.read(answer), self.read(gold)
         if left is None or right is None:
             return False
-        left, right = plain_unicode(left), plain_unicode(right)
+        left, right = plain_unicode(unmarked(left)), plain_unicode(unmarked(right))
         if _SPACE.sub("", left) == _SPACE.sub("", right):
             return True
         if bool(_ELLIPSIS.search(left)) != bool(_ELLIPSIS.search(right)):
             return False  # the library takes 0.333... for 0.333
+        if _SUBSCRIPT.search(left) or _SUBSCRIPT.search(right):
+            # The library leaves the base out.
+            return _GROUPING.sub("", left) == _GROUPING.sub("", right)
         if not (self._is_bounded(left) and self._is_bounded(right)):
             return False
         if (same := _same_numbers(left, right)) is not None:
@@ -137,7 +168,10 @@ class MathChecker(Checker):
             plain = [] if re.search(r"[A-Za-z_]", text) else [ExprExtractionConfig()]
             latex = text if re.search(r"(?<!\\)\$", text) else f"${text}$"
             parsed.append(parse(latex, [LatexExtractionConfig(), *plain], parsing_timeout=None))
-        return all(parsed) and bool(verify(*parsed, timeout_seconds=None))
+        if not all(parsed) or not verify(*parsed, timeout_seconds=None):
+            return False
+        numbers = [_numbers_in(values[0]) for values in parsed]
+        return len(numbers[0]) != len(numbers[1]) or all(map(_are_near, *numbers))
 
 
 _QUOTES = " \t\r\n.,;:!?\"'`\u201c\u201d\u2018\u2019\u00ab\u00bb()[]{}*_"
@@ -154,7 +188,8 @@ class TextChecker(Checker):
 
 
 def _plain_words(text: str) -> str:
-    text = _WRAPPED.sub(r"\1", unicodedata.normalize("NFKC", text)).casefold()
+    text = unmarked(unicodedata.normalize("NFKC", text))
+    text = _WRAPPED.sub(r"\1", text).casefold()
     words = " ".join(text.split())
     bare = words.strip(_QUOTES).removeprefix("the ").removeprefix("a ").removeprefix("an ")
     return bare.strip(_QUOTES) or words

@@ -4,26 +4,23 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mpd_data.checkers.numbers import unmarked
 from mpd_data.config import ANSWER_FORMATS, AnswerFormat
+from mpd_data.prompts.special import after_thinking
 
 # The longest marked answer, in characters: it keeps the cost of nested marks linear.
 MAX_ANSWER = 2000
 
-
-def final_part(completion: str) -> str | None:
-    """Return the text after the last </think>, or all of a text without thinking tags; None if
-    thinking was opened and never closed."""
-    _, closed, after = completion.rpartition("</think>")
-    if closed:
-        return after
-    return None if "<think>" in completion else completion
-
-
 # Escaped braces and backslashes are matched so that they can be skipped.
-_BRACES = re.compile(r"\\boxed\s{0,4}\{|\\boxed\s{1,4}(\w{1,40})|\\[\\{}]|[{}]")
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{|\\boxed\s{1,4}(\w{1,40})|\\[\\{}]|[{}]")
+# Between the boxes of one answer: `\boxed{3}$ and $y = \boxed{5}`.
+_JOINED = re.compile(
+    r"[}$*\s]{0,9}(?:\\[)\]]\s?)?(?:[,;]|(?:[,;]\s?)?(?:(?:and|or)\b|&|\\text\s?\{\s?(?:and|or)\s?\}))"
+    r"[$*\s]{0,9}(?:\\[(\[]\s?)?(?:[A-Za-z](?:_\{?\w\}?)?\s?=\s?)?\\(?:boxed|fbox)\s{0,4}\{?"
+)
 _TAGS = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _PHRASE = re.compile(
-    r"\banswer[*_]{0,3}(?:\s{1,4}is\b\s{0,4}:?|\s{0,4}:|(?=\s{1,4}[-+]?\$?\d))[*_]{0,3}\s{0,4}",
+    r"\banswer[*_]{0,3}(?:\s{1,4}is\b(?:\s{0,4}:)?|\s{0,4}:|(?=\s{1,4}[-+]?\$?\d))[*_]{0,3}\s{0,4}",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.?](?=[\s*]|$)")
@@ -37,14 +34,26 @@ def _boxed(text: str) -> Iterator[str]:
         if match[1] is not None:
             spans.append(match.span(1))
         elif token == "}":
-            start = open_braces.pop() if open_braces else None
-            if start is not None:
-                spans.append((start, match.start()))
+            opened = open_braces.pop() if open_braces else None
+            if opened is not None:
+                spans.append((opened, match.start()))
         elif token == "{":
             open_braces.append(None)
         elif token.endswith("{") and len(token) > 2:
             open_braces.append(match.end())
-    yield from (text[a:b] for a, b in sorted(spans, reverse=True) if b - a <= MAX_ANSWER)
+    answers: list[list[str]] = []
+    end = 0
+    for start, stop in sorted(spans):
+        part = text[start:stop] if stop - start <= MAX_ANSWER else ""
+        if not answers or start - end > 60 or not _JOINED.fullmatch(text, end, start):
+            answers.append([part])
+        elif part not in answers[-1]:
+            answers[-1].append(part)
+        end = stop
+    for parts in reversed(answers):
+        answer = ", ".join(filter(None, parts))
+        if answer and len(answer) <= MAX_ANSWER:
+            yield answer
 
 
 def _hashes(text: str) -> Iterator[str]:
@@ -71,7 +80,7 @@ def _phrase(text: str) -> Iterator[str]:
         line = text[start : start + MAX_ANSWER + 1].partition("\n")[0]
         answer = _SENTENCE_END.split(line, maxsplit=1)[0]
         if len(answer) <= MAX_ANSWER:
-            yield answer.strip().strip("*_")
+            yield unmarked(answer).strip().strip("*_")
 
 
 _MARKED: dict[AnswerFormat, Callable[[str], Iterator[str]]] = {
@@ -105,7 +114,7 @@ class Checker:
         last text that `read` accepts is taken. None is a failure of format, which the stages count
         apart from a wrong answer.
         """
-        final = final_part(completion)
+        final = after_thinking("", completion)
         if final is None:
             return None
         marked = [name for name in ANSWER_FORMATS if name in self.formats and name in _MARKED]

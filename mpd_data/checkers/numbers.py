@@ -33,14 +33,14 @@ _NUMBER = re.compile(
     r"|\s?[\u00d7xX*\u00b7]\s?10\s?\^\s?\{?(?P<times>[-+]?\d{1,4})\}?(?!\d)"
     rf"|\s?/\s?(?P<denominator>\d{{1,40}}){_END}"
     rf"|\s{{1,2}}(?P<over>\d{{1,9}})\s?/\s?(?P<under>\d{{1,9}}){_END})?)"
-    r"(?P<scale>\s?(?i:hundred|thousand|million|billion|trillion)s?\b)?"
+    r"(?P<scale>\s{0,4}(?i:hundred|thousand|million|billion|trillion)s?\b)?"
     r"(?P<percent>\s?(?:%|(?i:per\s?cent)\b))?"
 )
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _LARGEST_POWER = 400
 
 _NAME = re.compile(
-    r"(?:\\?[A-Za-z]{1,20}(?:_\{?\w{1,3}\}?)?(?:\(\w\))?\s{0,4})?=\s{0,4}"
+    r"(?:\\?[A-Za-z]{1,20}(?:_\{?\w{1,3}\}?)?(?:\(\w\))?\s{0,4})?(?:=|\\approx\b|\u2248)\s{0,4}"
     r"(?=[-+$\d.\u20ac\u00a3])"
 )
 # What may follow a number: its unit or the rest of the sentence, but no more mathematics.
@@ -60,7 +60,7 @@ _UNIT = re.compile(
 _WORD = re.compile(
     r"(?:\s{1,4}|(?=[A-Za-z]{2}|[mgshL]\b))"
     r"(?!(?i:and|or|to|plus|minus|times|over|out|squared|cubed|mod|pi|sqrt|sin|cos|tan|log|ln|exp"
-    r"|remainder|rem|choose|factorial|hundred|thousand|[mbtr]+illions?|half|halves|thirds?|fourths?"
+    r"|remainder|rem|choose|factorial|dozens?|lakhs?|crores?|hundred|thousand|[mbtr]+illions?|half|halves|thirds?|fourths?"
     r"|(?:fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?"
     r"|ab|abc|bc|ac|cd|xy|yz|xz|xyz|pq|mn|rs|uv)\b)"
     r"(?P<word>[aAI](?=\s{1,4}[A-Za-z]{2})|[mgshlLNJWVAKCFd](?![\w^(])|(?:[^\W\d]|\.){2,40})"
@@ -83,21 +83,28 @@ _REPEATING = re.compile(
     r"\\overline\s?\{(?P<again>\d{1,12})\}(?!\d)"
 )
 _LATEX_TEXT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf|mbox|operatorname|boxed|fbox)"
+    r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf"
+    r"|boldsymbol|bm|underline|emph|mbox|operatorname|boxed|fbox|(?:text)?color\s?\{\w{1,20}\})"
     r"\s?\{([^{}]{0,500})\}"
+)
+_LATEX_FORM = re.compile(
+    r"\\(?:displaystyle|large|Large|LARGE|huge|Huge|color\s?\{\w{1,20}\}(?!\s?\{))(?![A-Za-z])"
 )
 _LATEX = {
     "\\$": "$", "{,}": ",", "{.}": ".", "\\!": "", "\\,": " ", "\\;": " ", "\\:": " ", "\\ ": " ",
     "~": " ", "\\quad": " ", "\\%": "%", "\\left": "", "\\right": "", "\\times": "\u00d7",
     "\\cdot": "\u00b7", "^{\\circ}": "\u00b0", "^\\circ": "\u00b0", "^{\\degree}": "\u00b0",
     "\\circ": "\u00b0", "\\degree": "\u00b0", "\\euro": "\u20ac", "\\pounds": "\u00a3",
-    "\\displaystyle": "", "\\dots": "\u2026", "\\ldots": "\u2026",
+    "\\dots": "\u2026", "\\ldots": "\u2026",
 }  # fmt: skip
 _LATEX_ANY = re.compile("|".join(re.escape(old) for old in sorted(_LATEX, key=len, reverse=True)))
 _MINUS = dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d"), "-")
 _SUPERSCRIPTS = re.compile("[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]{1,4}")
-_WRAPPINGS = (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$"), ("**", "**"), ("*", "*"),
-              ("`", "`"), ('"', '"'))  # fmt: skip
+_WRAPPINGS = (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$"), ("{", "}"), ('"', '"'))
+# Markdown's bold, italics and code. `2**3` and `a_1` are none.
+_MARKED = re.compile(
+    r"(?<![\w*`])(\*{1,3}|_{1,3}|`{1,3})(?=[^\s*_`])([^*`]{0,499}?[^\s*_`])\1(?![\w*`])"
+)
 
 
 @dataclass(frozen=True)
@@ -140,10 +147,15 @@ def plain_unicode(text: str) -> str:
     return "".join(plain).translate(_MINUS).replace("\u2044", "/")
 
 
+def unmarked(text: str) -> str:
+    """Return the text without Markdown's marks of bold, italics and code."""
+    return _MARKED.sub(r"\2", text)
+
+
 def plain_text(text: str) -> str:
-    """Return the text without LaTeX's marks of text, space, currency and fractions."""
-    text = _unwrapped(plain_unicode(text).strip())
-    text = _LATEX_ANY.sub(lambda match: _LATEX[match[0]], text)
+    """Return the text without Markdown's marks and LaTeX's of text, space, currency, fractions."""
+    text = _unwrapped(unmarked(plain_unicode(text)).strip())
+    text = _LATEX_ANY.sub(lambda match: _LATEX[match[0]], _LATEX_FORM.sub("", text))
     for _ in range(3):  # \boxed{\textbf{5}}
         text, count = _LATEX_TEXT.subn(r"\1", text)
         if not count:

@@ -23,6 +23,7 @@ from mpd_data.checkers.builtin import make_checker
 from mpd_data.checkers.formats import Checker
 from mpd_data.common.errors import ConfigError
 from mpd_data.config import AnswerFormat
+from mpd_data.prompts.special import after_thinking
 
 WORKER_MEMORY = 4 * 2**30
 # Limits of the requests that a worker has: less than a pipe holds, so that no write blocks.
@@ -34,13 +35,15 @@ START_SECONDS = 300.0  # to import a checker's libraries from a cold disk
 @dataclass(frozen=True)
 class CheckRequest:
     """One completion to check. `gold` is the gold column's cell, `draft_answer` the answer that a
-    rewrite must keep."""
+    rewrite must keep. A completion that ends in its thinking, which the `prompt` may have opened,
+    has no answer, whatever the checker."""
 
     key: str
     completion: str
     gold: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     draft_answer: str | None = None
+    prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -304,7 +307,9 @@ def _check(
     checker: Checker, request: dict[str, Any], reply: Callable[[Mapping[str, Any]], None]
 ) -> tuple[bool | None, bool | None]:
     gold, draft = request["gold"], request["draft_answer"]
-    answer = checker.extract(request["completion"])
+    answer, completion = None, request["completion"]
+    if after_thinking(request["prompt"], completion) is not None:
+        answer = checker.extract(completion)
     reply({"answer": answer})
     gold = None if gold is None else checker.gold(gold)
     if gold is not None and not checker.can_read(gold):

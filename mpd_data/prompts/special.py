@@ -15,6 +15,21 @@ from mpd_data.common.models import ModelFiles, end_tokens
 
 OPEN, CLOSE = "<think>", "</think>"
 
+
+def opens_thinking(prompt: str) -> bool:
+    """Return whether a prompt ends with the opening tag, so that the turn begins as thinking."""
+    return prompt.rstrip().endswith(OPEN)
+
+
+def after_thinking(prompt: str, trace: str) -> str | None:
+    """Return what a trace says after its thinking part, all of it if it has none. Return None where
+    the thinking is open at its end: begun by the trace, or by the `prompt` before it, and not
+    closed."""
+    _, closed, after = trace.rpartition(CLOSE)
+    is_open = OPEN in after or (not closed and opens_thinking(prompt))
+    return None if is_open else after
+
+
 # So many tokens before a text decide how it is decoded and tokenised.
 _CONTEXT = 16
 # Spells a byte, though some tokenizers mark it special.
@@ -156,7 +171,7 @@ class Turn:
         Return None where it cannot be spelled, or spells a control token, which would end or
         restart the turn as an id."""
         lead = self.lead
-        if prompt.rstrip().endswith(OPEN):
+        if opens_thinking(prompt):
             # This chat template opens the thinking in the prompt, so the trace begins after it.
             lead, trace = "", trace.removeprefix(OPEN).lstrip()
         placed = self.spelling.place(prompt_ids, lead + trace)

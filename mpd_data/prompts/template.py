@@ -101,8 +101,8 @@ class RewriteTemplate(Strict):
         layout = self.trace if thinks else self.plain_trace or self.trace
         if layout is None:
             raise ConfigError(
-                f"template {self.name!r} has no `trace`, and the drafts have a thinking part (they"
-                " close </think>). Give it one, or use --template tags."
+                f"template {self.name!r} has no `trace`, and the drafts have a thinking part"
+                " (<think>). Give it one, or use --template tags."
             )
         return layout
 

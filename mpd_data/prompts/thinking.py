@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpd_data.common.errors import ConfigError
-from mpd_data.prompts.special import CLOSE, OPEN, Spelling
+from mpd_data.prompts.special import CLOSE, Spelling, after_thinking
 
 SWITCHES = ("enable_thinking", "thinking")
 
@@ -72,12 +72,13 @@ class ThinkingCounter:
 
     def count(self, prompt: str, trace: str, ids: Sequence[int]) -> int | None:
         """Return how many of a trace's token `ids` (its text is `trace`) belong to its thinking
-        part. Of several closing tags the last counts. All of a trace that opens its thinking, or
-        whose `prompt` ends with the opening tag, and never closes it is thinking. Return None for
-        a trace without tags of a model that has none."""
+        part. Of several closing tags the last counts. A trace that ends in its thinking, which the
+        `prompt` may have opened, is all thinking. Return None for a trace without tags of a model
+        that has none."""
+        if after_thinking(prompt, trace) is None:
+            return len(ids)
         if CLOSE not in trace:
-            is_open = OPEN in trace or prompt.rstrip().endswith(OPEN)
-            return len(ids) if is_open else 0 if self._thinks else None
+            return 0 if self._thinks else None
         places = [at for at, token in enumerate(ids, start=1) if token == self._close]
         if len(places) == trace.count(CLOSE):
             return places[-1]

@@ -33,10 +33,12 @@ def is_missing(value: Any) -> bool:
 def as_text(value: Any, column: str, option: str, scalars: bool = False) -> str | None:
     """Return a cell's text, None for a missing one. With `scalars` also the text of a number
     (exact), a truth value (true, false), a date or time (ISO 8601), a UUID, and of a list of one of
-    these. Raise DataError for the rest; its text begins with the column."""
+    these. Raise DataError for the rest, such as infinity; its text begins with the column."""
     if is_missing(value):
         return None
     name = f"column {column!r}"
+    if isinstance(value, float | Decimal) and math.isinf(value):
+        raise DataError(f"{name} holds {value}, expected a number below 1e308. Write it as text.")
     if scalars and isinstance(value, list | tuple):
         if len(value) > 1:
             raise DataError(
