@@ -1,6 +1,7 @@
 """Write files and folders that survive a crash: they are whole once they have their name."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+# The disk is full, read-only, broken, or belongs to somebody else.
+DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
+}  # fmt: skip
 
 
 def fsync_directory(path: Path) -> None:
