@@ -171,8 +171,9 @@ def test_what_vllm_asserts_is_one_message(tmp_path):
         vocab_size=165, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
         num_attention_heads=2, use_sliding_window=True, sliding_window=32, max_window_layers=2,
     )  # fmt: skip
-    config.save_pretrained(shutil.copytree(STUDENT, tmp_path / "qwen2"))
-    files = resolve_model(str(tmp_path / "qwen2"))
+    folder = shutil.copytree(STUDENT, tmp_path / "qwen2")
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+    files = resolve_model(str(folder))
     with pytest.raises(EngineError, match="qwen2: vLLM cannot start with this model: Assert"):
         start_engine(files, EngineConfig(dtype="float32", kv_cache_gib=0.25))
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpd_data.common.errors import ConfigError
+from mpd_data.common.errors import ConfigError, reason_of
 from mpd_data.common.models import ModelFiles, load_config, weight_files
 
 
@@ -204,8 +204,8 @@ def skeleton(files: ModelFiles, trust_remote_code: bool, dtype: Any) -> Any:
             return AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
+    except Exception as error:  # transformers raises all kinds
+        raise ConfigError(f"{files.name}: cannot be loaded: {reason_of(error)}") from error
 
 
 def is_quantised(files: ModelFiles) -> bool:
