@@ -273,6 +273,13 @@ def _rank(model: ModelFiles) -> int:
     from vllm.lora.peft_helper import PEFTHelper
 
     assert model.adapter is not None
+    try:
+        settings = PEFTHelper.from_local_dir(str(model.adapter), None)
+        largest = max(settings.r, *settings.rank_pattern.values(), 1)
+        rank = next((rank for rank in _RANKS if rank >= largest), _RANKS[-1])
+        settings.validate_legal(LoRAConfig(max_lora_rank=rank))
+    except (ValueError, TypeError) as error:
+        raise EngineError(f"{model.name}: vLLM cannot run it: {error} {MERGE}") from error
     for file in sorted(model.adapter.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             # vLLM silently leaves trained embeddings and heads out.
@@ -283,13 +290,6 @@ def _rank(model: ModelFiles) -> int:
                 f"{model.name}: vLLM runs the low-rank factors of linear layers alone, and this"
                 f" adapter also has {', '.join(sorted(other)[:3])}. {MERGE}"
             )
-    try:
-        settings = PEFTHelper.from_local_dir(str(model.adapter), None)
-        largest = max(settings.r, *settings.rank_pattern.values(), 1)
-        rank = next((rank for rank in _RANKS if rank >= largest), _RANKS[-1])
-        settings.validate_legal(LoRAConfig(max_lora_rank=rank))
-    except (ValueError, TypeError) as error:
-        raise EngineError(f"{model.name}: vLLM cannot run it: {error} {MERGE}") from error
     return rank
 
 
