@@ -209,7 +209,7 @@ def setup(
     scoring = template.formatter(
         tokenizer, config.score_template_kwargs, default_thinking=student["thinking"] is not False
     )
-    context = context_of(teacher, config.engine, code)
+    context = context_of(teacher, config.engine, code, scores=True)
     # Embedding rows that one model has beyond the others are padding, not tokens.
     sizes = [student["vocab_size"], teacher.vocab_size]
     if config.student is not None:
@@ -242,6 +242,7 @@ def setup(
         **config.engine.identity,
         # It decides which rows are too_long.
         "max_model_len": context,
+        **({"stop_ids": teacher_turn.stop_ids} if template.asks else {}),
     }
     if turn.end_id != student["eos_token_id"]:
         identity["eos_token_id"] = turn.end_id

@@ -168,6 +168,7 @@ def setup(
         "model": model.identity(),
         "seed": config.seed,
     }
+    turn = turn_of(model, tokenizer, config.trust_remote_code)
     budget = budget_of(config, tokenizer, formatter)
     if budget is not None:
         row_identity["token_budget"] = dataclasses.asdict(budget)
@@ -190,9 +191,9 @@ def setup(
         "chat_template": chat_template_hash(tokenizer),
         "template_kwargs": config.template_kwargs,
         "tokenizer": tokenizer_hash(tokenizer),
+        "stop_ids": turn.stop_ids,
     }
     context = context_of(model, config.engine, config.trust_remote_code)
-    turn = turn_of(model, tokenizer, config.trust_remote_code)
     prepared = RolloutSetup(
         config, chosen, model, tokenizer, formatter, turn, context, budget, row_identity, identity
     )

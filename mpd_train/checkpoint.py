@@ -5,7 +5,8 @@
 
 torch.distributed.checkpoint writes and reads them: each process writes its part, and any number of
 processes can resume from it. A checkpoint is written under another name, fsynced, then renamed: one
-that exists is whole. Weights and moments are safetensors; nothing is pickled.
+that exists is whole. Disks and copies damage files all the same, so state.json has their hashes,
+which are compared before one is read. Weights and moments are safetensors; nothing is pickled.
 """
 
 import json
@@ -14,6 +15,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.distributed import get_rank, get_world_size
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
@@ -31,14 +34,15 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.tensor import DTensor
 
-from mpd_data.common.errors import DataError
-from mpd_data.common.files import atomic_folder, read_json, staging_of
+from mpd_data.common.errors import DataError, MPDError
+from mpd_data.common.files import DISK_ERRORS, atomic_folder, read_json, sha256_of, staging_of
 from mpd_data.common.records import Record, require
 from mpd_train.distributed import Ranks
 
 KEEP = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BYTES_PER_FILE = 1 << 30
+_HASHED_AT_ONCE = 8
 _DELETED = (
     "A training deletes all but its newest two checkpoints, and all of them at its end: give the"
     " run's folder to get its newest."
@@ -58,6 +62,8 @@ class _State(Record):
     best: float | None
     best_step: int = Field(ge=0)
     misses: int = Field(ge=0)
+    # Of older ones unknown.
+    files: dict[str, str] | None = None
 
 
 @dataclass
@@ -146,11 +152,10 @@ def load(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer) 
     """Load weights and moments of a step's checkpoint; return its validation progress. Raise
     DataError for one that is damaged or incomplete."""
     path = folder / f"step-{step:06d}"
-    file = path / "state.json"
-    state = read_json(file, _GO_BACK)
-    require(_State, state, str(file), _GO_BACK)
+    state = _state_of(path, _GO_BACK)
+    require(_State, state, str(path / "state.json"), _GO_BACK)
     if state["step"] != step:
-        raise DataError(f"{file}: is of step {state['step']}. {_GO_BACK}")
+        raise DataError(f"{path / 'state.json'}: is of step {state['step']}. {_GO_BACK}")
     _read(path, weights_of(model) | _moments(model, optimizer, step), _GO_BACK)
     return Progress(state["best"], state["best_step"], state["misses"])
 
@@ -168,10 +173,44 @@ def _write(final: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks
             save_shards(tensors, storage_writer=writer, no_dist=ranks.size == 1)
         ranks.wait()
         if ranks.first:
+            state = state | {"files": _hashes(sorted(staging.glob("*.safetensors")))}
             (staging / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
             if final.exists():
                 shutil.rmtree(final)
     ranks.wait()
+
+
+def _state_of(folder: Path, remedy: str) -> dict[str, Any]:
+    """Return what state.json of a checkpoint holds. Raise DataError, which ends with `remedy`."""
+    file = folder / "state.json"
+    try:
+        return read_json(file, remedy)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}). {remedy}") from error
+
+
+def _hashes(files: list[Path]) -> dict[str, str]:
+    """Return the SHA-256 of each file, by its name."""
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        return dict(zip([file.name for file in files], pool.map(sha256_of, files), strict=True))
+
+
+def _require_as_written(folder: Path, remedy: str) -> None:
+    """Raise DataError, which ends with `remedy`, where files of a checkpoint are not what they were
+    when it was written. Of several processes each looks at its share."""
+    state = _state_of(folder, remedy)
+    known = state.get("files") or {}
+    is_shared = torch.distributed.is_initialized()
+    rank, size = (get_rank(), get_world_size()) if is_shared else (0, 1)
+    names = sorted(known)[rank::size]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise DataError(f"{folder}: {', '.join(missing)} is missing. {remedy}")
+    found = _hashes([folder / name for name in names])
+    if damaged := [name for name in names if found[name] != known[name]]:
+        raise DataError(
+            f"{folder}: damaged: {', '.join(damaged)} has another content than when it was"
+            f" written. {remedy}"
+        )
 
 
 def _files_of(tensors: dict[str, Tensor]) -> dict[str, int]:
@@ -187,6 +226,7 @@ def _files_of(tensors: dict[str, Tensor]) -> dict[str, int]:
 def _read(folder: Path, tensors: dict[str, Tensor], remedy: str) -> None:
     """Read into `tensors`, in place. Raise DataError, which ends with `remedy`, if one cannot be
     read or a part of it is missing."""
+    _require_as_written(folder, remedy)
     parts = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
     for part in parts.values():
         # Otherwise a part that another process wrote, in a file that is missing, would silently
@@ -205,6 +245,15 @@ def _read(folder: Path, tensors: dict[str, Tensor], remedy: str) -> None:
     for name, part in parts.items():
         if part.isnan().any():
             raise DataError(f"{folder}: {name} is incomplete. {remedy}")
+
+
+def stopped_by(error: OSError, out: Path) -> MPDError:
+    """Return what to tell the user of an error of the file system that ended the training in
+    `out`."""
+    remedy = "once this is mended, run the same command again"
+    if error.errno in DISK_ERRORS:
+        remedy = "free space or fix the permissions, then run the same command again"
+    return MPDError(f"{out}: {error}. Steps up to the last checkpoint are safe: {remedy}.")
 
 
 @contextmanager

@@ -4,12 +4,16 @@ OUT/model/     the whole model
 OUT/adapter/   peft's folder, where adapters are what is trained; model/ has them merged
 """
 
+import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mpd_data.common.errors import ConfigError, DataError
@@ -29,12 +33,25 @@ from mpd_train.model.loading import load_student
 
 def export(student: CausalLM, out: Path, config: TrainConfig) -> None:
     """Write `out`/model, and `out`/adapter if adapters were trained; they are merged in place. Each
-    has a card that says how `config` trained it."""
-    if student.adapted is not None:
-        lora.save_and_merge(student.adapted, out / "adapter")
-        write_card(out / "adapter", student.files, config)
-    _write_model(student, out / "model")
-    write_card(out / "model", student.files, config)
+    has a card that says how `config` trained it. Raise OSError where they cannot be written."""
+    with _system_errors(out):
+        if student.adapted is not None:
+            lora.save_and_merge(student.adapted, out / "adapter")
+            write_card(out / "adapter", student.files, config)
+        _write_model(student, out / "model")
+        write_card(out / "model", student.files, config)
+
+
+@contextmanager
+def _system_errors(out: Path) -> Iterator[None]:
+    """Raise an OSError where safetensors cannot write; its own error is none, and has the number
+    in its text."""
+    try:
+        yield
+    except SafetensorError as error:
+        if (found := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(out)) from error
 
 
 def export_checkpoint(given: Path, out: Path, student: str | None = None) -> Path:

@@ -66,10 +66,7 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
                 " resume. (On a CPU it needs a C++ compiler, on CUDA Triton.)"
             ) from error
         except OSError as error:
-            raise MPDError(
-                f"{config.out}: {error}. Steps up to the last checkpoint are safe: free space or"
-                " fix the permissions, then run the same command again."
-            ) from error
+            raise checkpoint.stopped_by(error, config.out) from error
 
 
 def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:

@@ -9,6 +9,7 @@ import torch
 from conftest import (
     STUDENT,
     TEACHER,
+    TEMPLATE,
     drained,
     logits,
     losses,
@@ -23,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpd_data.common.errors import ConfigError, EngineError
 from mpd_data.common.models import resolve_model
-from mpd_data.config import EngineConfig, RolloutsConfig, SamplingConfig
+from mpd_data.config import EngineConfig, RewriteConfig, RolloutsConfig, SamplingConfig
 from mpd_data.engines.start import start_engine
+from mpd_data.rewrite_setup import setup as setup_rewrite
 from mpd_data.rollouts import run_rollouts
 from mpd_train.dryrun.plan import plan_train
 from mpd_train.export import export_checkpoint
@@ -130,6 +132,20 @@ def test_what_vllm_would_leave_out_of_an_adapter_is_refused(
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(EngineError, match=f"{message}.*Merge it into its base"):
         start_engine(resolve_model(str(adapter)), EngineConfig(**ENGINE))
+
+
+def test_vllm_does_not_score_with_an_adapter(models, round_dir, tmp_path):
+    """It dies, or leaves the adapter of the head out."""
+    settings = {"shards": round_dir, "template": str(TEMPLATE), "teacher": str(models[0])}
+    for engine in ({}, {"backend": "transformers"}):
+        config = RewriteConfig(**settings, engine=engine)
+        if engine:
+            setup_rewrite(config, weights=False, overwrite=True)
+            continue
+        with pytest.raises(ConfigError, match="adapter: .* vLLM cannot score.*Merge it into its b"):
+            setup_rewrite(config, weights=False)
+    with pytest.raises(ConfigError, match="vLLM cannot score"):
+        start_engine(resolve_model(str(models[0])), EngineConfig(**ENGINE), max_logprobs=20)
 
 
 # As the adapter of `models` is.

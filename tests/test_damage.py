@@ -1,6 +1,7 @@
 """Files that commands wrote and something has changed since: what is damaged is named, the rest is
 read as it is. test_fuzz.py looks for what is missing here."""
 
+import errno
 import json
 import shutil
 import sys
@@ -297,6 +298,71 @@ def test_damaged_tensors_of_a_checkpoint_are_named(checkpoints, keep):
     file.write_bytes(content[: int(len(content) * keep) if isinstance(keep, float) else keep])
     with pytest.raises(DataError, match="step-000003: cannot be read .*Move this folder away"):
         checkpoint.load(checkpoints, 3, student.model, optimizer)
+
+
+@pytest.fixture(scope="module")
+def just_written(tmp_path_factory):
+    """Checkpoints of the student after its first two steps, and what was saved."""
+    import torch
+
+    from mpd_data.common.models import resolve_model
+    from mpd_train import checkpoint
+    from mpd_train.config import OptimizerConfig
+    from mpd_train.distributed import Ranks
+    from mpd_train.model.causal_lm import CausalLM
+    from mpd_train.optimizer import make_optimizer
+
+    folder = tmp_path_factory.mktemp("written")
+    student = CausalLM(resolve_model(str(STUDENT)), torch.device("cpu"), torch.float32, False)
+    optimizer = make_optimizer(student.model, OptimizerConfig())
+    for step in (1, 2):
+        checkpoint.save(
+            folder, step, student.model, optimizer, checkpoint.Progress(0.5, step), Ranks()
+        )
+    checkpoint.save_best(folder, 2, student.model, Ranks())
+    return folder, student.model, optimizer
+
+
+@pytest.mark.parametrize("how", ["zeros", "one bit", "cut", "gone"])
+def test_a_checkpoint_that_is_not_as_it_was_written_is_named(just_written, tmp_path, how):
+    """Zeros and a bit leave a file that can be read."""
+    from mpd_train import checkpoint
+
+    written, model, optimizer = just_written
+    folder = shutil.copytree(written, tmp_path / "checkpoints")
+    for name in ("step-000002", "best-000002"):
+        file = sorted((folder / name).glob("*.safetensors"))[-1]
+        content = bytearray(file.read_bytes())
+        if how == "zeros":
+            content[-100_000:] = bytes(100_000)
+        elif how == "one bit":
+            content[-1] ^= 1
+        else:
+            del content[-10:]
+        file.write_bytes(content)
+        if how == "gone":
+            file.unlink()
+    what = "is missing" if how == "gone" else "damaged: .*another content"
+    with pytest.raises(DataError, match=f"step-000002: .*{what}.* Move this folder away"):
+        checkpoint.load(folder, 2, model, optimizer)
+    with pytest.raises(DataError, match=f"best-000002: .*{what}"):
+        checkpoint.load_best(folder, checkpoint.Progress(0.5, 2), model)
+    with pytest.raises(DataError, match=f"step-000002: .*{what}"):
+        checkpoint.load_weights(folder / "step-000002", model)
+    # The remedy.
+    shutil.rmtree(folder / "step-000002")
+    assert checkpoint.newest(folder) == 1
+    assert checkpoint.load(folder, 1, model, optimizer) == checkpoint.Progress(0.5, 1)
+
+
+def test_only_errors_of_the_disk_are_told_as_such(tmp_path):
+    from mpd_train import checkpoint
+
+    full = checkpoint.stopped_by(OSError(errno.ENOSPC, "No space left on device"), tmp_path)
+    assert "free space or fix the permissions" in str(full)
+    other = str(checkpoint.stopped_by(ConnectionResetError("the host is gone"), tmp_path))
+    assert "free space" not in other
+    assert "the host is gone" in other
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """What a training leaves behind is the model that it trained: greedy, token for token."""
 
 import copy
+import errno
 import json
+import resource
 import shutil
 
 import pytest
@@ -224,3 +226,18 @@ def test_a_disk_without_room_for_the_model_is_refused(tmp_path):
         file.truncate(8 + len(header) + (1 << 43))
     with pytest.raises(ConfigError, match="needs 8.* of disk at the end, and .* are free"):
         rehearse(resolve_model(str(start), weights=False), tmp_path / "run")
+
+
+def test_no_room_for_an_export_is_an_error_of_the_disk(tmp_path):
+    """The kernel refuses files above a size, as a full disk would; safetensors has an error of its
+    own for it."""
+    student = CausalLM(resolve_model(str(STUDENT)), torch.device("cpu"), torch.float32, False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            export(student, tmp_path / "run", train_config(tmp_path, STUDENT, tmp_path / "run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+    assert not (tmp_path / "run" / "model").exists()

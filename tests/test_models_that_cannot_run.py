@@ -1,12 +1,16 @@
 """Models and ids that engine or trainer cannot take: one clear error, as early as can be."""
 
+import dataclasses
 import json
 import shutil
+from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import STUDENT, drained, edit_rows, rows, train_config, write_jsonl
+from safetensors.torch import load_file, save_file
 
 from mpd_data.common.errors import ConfigError, DataError, EngineError
 from mpd_data.common.models import resolve_model
@@ -167,8 +171,9 @@ def test_what_vllm_asserts_is_one_message(tmp_path):
         vocab_size=165, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
         num_attention_heads=2, use_sliding_window=True, sliding_window=32, max_window_layers=2,
     )  # fmt: skip
-    config.save_pretrained(shutil.copytree(STUDENT, tmp_path / "qwen2"))
-    files = resolve_model(str(tmp_path / "qwen2"))
+    folder = shutil.copytree(STUDENT, tmp_path / "qwen2")
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+    files = resolve_model(str(folder))
     with pytest.raises(EngineError, match="qwen2: vLLM cannot start with this model: Assert"):
         start_engine(files, EngineConfig(dtype="float32", kv_cache_gib=0.25))
 
@@ -181,3 +186,52 @@ def test_a_package_that_is_missing_is_one_message(tmp_path):
         start_engine(files, EngineConfig(**ON_CPU))
     with pytest.raises(ConfigError, match="awq: cannot be loaded: ImportError"):
         CausalLM(files, CPU, torch.float32, False)
+
+
+# -- numbers that are none -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nan_model(tmp_path_factory):
+    folder = shutil.copytree(STUDENT, tmp_path_factory.mktemp("nan") / "student")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return resolve_model(str(folder))
+
+
+@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+def test_logits_that_are_no_numbers_end_the_job(nan_model, backend):
+    """Each engine takes them for the token 0."""
+    settings = {"dtype": "float32", "max_num_seqs": 8, "kv_cache_gib": 0.25}
+    with closing(start_engine(nan_model, EngineConfig(backend=backend, **settings))) as engine:
+        for temperature in (0, 1):
+            sampling = SamplingConfig(max_tokens=3, temperature=temperature)
+            engine.submit_generate(str(temperature), [4, 5, 6], sampling, 0)
+            with pytest.raises(EngineError, match=r"student: the logits are not finite.* --dtype"):
+                drained(engine)
+            if backend == "transformers":
+                engine.inner._rows.clear()
+        engine.submit_score("scores", [4, 5], [6, 7], 1)
+        with pytest.raises(EngineError, match="not finite .*scores"):
+            drained(engine)
+
+
+def test_scores_of_no_probability_are_numbers():
+    """Of all but the best token."""
+    from mpd_data.engines.guard import Guarded
+    from mpd_data.engines.protocol import Scores
+
+    guarded = Guarded(start_engine(resolve_model(str(STUDENT)), EngineConfig(**ON_CPU)), None)
+    ids, logprobs = np.array([[4, 5]]), np.array([[0.0, -np.inf]], dtype=np.float32)
+    scores = Scores("one", ids, logprobs, logprobs[:, 1])
+    assert guarded._looked_at(scores) is scores
+    with pytest.raises(FloatingPointError):
+        guarded._looked_at(dataclasses.replace(scores, topk_logprobs=logprobs - np.inf))
+
+
+def test_a_path_that_vllm_takes_for_a_pattern_is_refused(tmp_path):
+    files = resolve_model(str(shutil.copytree(STUDENT, tmp_path / "st[u]dent")))
+    with pytest.raises(ConfigError, match=r"st\[u\]dent: vLLM takes \[ in a path for a pattern"):
+        context_of(files, EngineConfig(), False)
+    assert context_of(files, EngineConfig(**ON_CPU), False) == files.context

@@ -19,9 +19,12 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from mpd_data.cli import cli
+from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import load_tokenizer, resolve_model
+from mpd_data.config import RolloutsConfig
 from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.special import Spelling, control_tokens, turn_of
+from mpd_data.rollouts import run_rollouts, setup
 from mpd_data.select.support import NOWHERE, Measure
 
 ENGINE = ("--backend", "transformers", "--dtype", "float32")
@@ -311,6 +314,34 @@ def renamed(tmp_path_factory):
     lines = source.read_text().splitlines(keepends=True)
     (folder / "p.jsonl").write_text("".join(lines[:3]))
     return folder
+
+
+def test_a_round_goes_on_with_the_end_tokens_that_it_began_with(renamed, tmp_path):
+    student = shutil.copytree(renamed / "student", tmp_path / "student")
+    out, generation = tmp_path / "round", student / "generation_config.json"
+    prompts = [str(renamed / "p.jsonl")]
+    config = RolloutsConfig(
+        model=str(student), prompts=prompts, out=out, sampling={"max_tokens": 5},
+        engine={"backend": "transformers", "dtype": "float32"},
+    )  # fmt: skip
+
+    def stopping_at(*ids):
+        generation.write_text(json.dumps({"eos_token_id": list(ids)}))
+        return config
+
+    run_rollouts(stopping_at(0, 2), limit=1)
+    record = out / "run.json"
+    began = record.read_text()
+    for older in (False, True):
+        if older:
+            # The shards say it, too.
+            info = json.loads(began)
+            del info["stages"]["rollouts"]["identity"]["stop_ids"]
+            record.write_text(json.dumps(info))
+        for use in (lambda c: setup(c, weights=False), run_rollouts):
+            with pytest.raises(ConfigError, match=r"stop_ids: saved \[0, 2\] / now \[0, 7, 2\]"):
+                use(stopping_at(7))
+    assert run_rollouts(stopping_at(0, 2)).total == 3
 
 
 def test_a_base_models_end_is_told_first_and_all_stop_at_the_templates(renamed, tmp_path, capfd):

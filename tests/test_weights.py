@@ -217,9 +217,15 @@ def test_a_file_that_is_cut_short_is_refused(made, tensors):
     os.truncate(file, size - 100)
     with pytest.raises(ConfigError, match=f"has {size - 100:,} bytes, its header says {size:,}"):
         require_whole(files(file.parent))
-    file.write_bytes(b"no header")
-    with pytest.raises(ConfigError, match="not a safetensors file"):
-        require_whole(files(file.parent))
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1437\n"
+    for content, message in (
+        (b"no header", "not a safetensors file .*Copy it again"),
+        (b"", "is empty. Copy it again"),
+        (pointer, "git-lfs's pointer to them. Run git lfs pull"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=message):
+            require_whole(files(file.parent))
 
 
 def test_a_model_that_changes_is_compared_again(made, tensors):

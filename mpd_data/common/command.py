@@ -10,15 +10,12 @@ import click
 
 from mpd_data.common import signals
 from mpd_data.common.errors import MPDError, missing_package
+from mpd_data.common.files import DISK_ERRORS
 from mpd_data.common.text import plain, plain_lines
 from mpd_data.common.version import __version__
 
 # Packages that come with the extras; commands that only read shards need none of them.
 _EXTRAS = {"torch", "transformers", "safetensors", "huggingface_hub", "httpx", "vllm"}
-# The disk is full, read-only, broken, or belongs to somebody else.
-_DISK_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
-}  # fmt: skip
 # Something else has the name of a file or folder, or nothing has.
 _PLACE_ERRORS = {
     errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EEXIST,
@@ -179,7 +176,7 @@ def run_command(command: click.Command, needs: str = "gpu") -> None:
         remedy = "Free space or choose a writable folder"
         if error.errno in _PLACE_ERRORS and error.filename is not None:
             remedy = "Move away or restore what has this name"
-        elif error.errno not in _DISK_ERRORS:
+        elif error.errno not in DISK_ERRORS:
             raise
         place = "" if error.filename is None else f"{plain(str(error.filename))}: "
         message = (

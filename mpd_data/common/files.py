@@ -3,6 +3,7 @@ small files of text, with one message for each way in which such a file can be w
 
 import codecs
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mpd_data.common.errors import ConfigError, DataError
+
+# The disk is full, read-only, broken, or belongs to somebody else.
+DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
+}  # fmt: skip
 
 BOM = codecs.BOM_UTF8
 _OTHERS = (

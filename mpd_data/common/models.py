@@ -19,6 +19,12 @@ from mpd_data.common.files import read_json, sha256_of
 from mpd_data.common.hashing import content_key
 from mpd_data.common.positions import context_of_positions, has_longrope
 
+# What to do with an adapter that an engine cannot run.
+MERGE = (
+    "Merge it into its base and give the merged folder (mpd-train leaves one in OUT/model, peft's"
+    " merge_and_unload makes one), or use --backend transformers."
+)
+
 
 @dataclass(frozen=True)
 class ModelFiles:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpd_data.common.errors import ConfigError
+from mpd_data.common.errors import ConfigError, reason_of
 from mpd_data.common.models import ModelFiles, load_config, weight_files
 
 
@@ -84,6 +84,15 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
     for path in files:
         try:
             with path.open("rb") as opened:
+                begin = opened.read(len(_POINTER))
+                if begin == _POINTER:
+                    raise ConfigError(
+                        f"{path}: not the weights but git-lfs's pointer to them. Run git lfs pull"
+                        " in its repository, or copy the file again."
+                    )
+                if not begin:
+                    raise ConfigError(f"{path}: is empty. Copy it again.")
+                opened.seek(0)
                 size = int.from_bytes(opened.read(8), "little")
                 header = json.loads(opened.read(min(size, _LARGEST_HEADER)))
             header.pop("__metadata__", None)
@@ -95,9 +104,13 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
                 for name, value in header.items()
             }  # fmt: skip
             length = path.stat().st_size
+        except ConfigError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"{path}: not a safetensors file ({reason}).") from error
+            raise ConfigError(
+                f"{path}: not a safetensors file ({reason}). Copy it again."
+            ) from error
         expected = max((tensor.end for tensor in own.values()), default=8 + size)
         if length != expected:
             raise ConfigError(
@@ -191,8 +204,8 @@ def skeleton(files: ModelFiles, trust_remote_code: bool, dtype: Any) -> Any:
             return AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
+    except Exception as error:  # transformers raises all kinds
+        raise ConfigError(f"{files.name}: cannot be loaded: {reason_of(error)}") from error
 
 
 def is_quantised(files: ModelFiles) -> bool:
@@ -436,7 +449,8 @@ def compare_adapter(files: ModelFiles, adapted: Any, alone: bool = False) -> Non
     known = expected if alone else {**adapted.state_dict(), **expected}
     if unlike := sorted((stored.keys() - known.keys()) | (expected.keys() - stored.keys())):
         prefixed = {re.sub(r"^(base_model\.model\.)*", _PEFT, name) for name in stored}
-        hint = f" Names begin with {_PEFT} once." if prefixed >= expected.keys() else ""
+        is_prefix = prefixed >= expected.keys() and prefixed != stored.keys()
+        hint = f" Names begin with {_PEFT} once." if is_prefix else ""
         raise ConfigError(
             f"{files.adapter}: its weights are not those of its adapter_config.json:"
             f" {unlike[0]} is known to one of the two alone ({len(unlike)} such in all).{hint}"
@@ -469,6 +483,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(first[:3]) + (", …" if len(first) > 3 else "")
 
 
+_POINTER = b"version https://git-lfs"
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # Beside config.json, where older quantised checkpoints say so.

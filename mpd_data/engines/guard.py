@@ -1,26 +1,38 @@
-"""Refuse requests that no engine can answer, before an engine sees them.
+"""Refuse requests that no engine can answer, and answers that are no numbers.
 
-Engines do not: vLLM samples a token that has no embedding from whatever lies behind the table, and
-dies when it scores it; transformers raises an IndexError that ends the job.
+Engines do neither. vLLM samples a token that has no embedding from whatever lies behind the table,
+and dies when it scores it; transformers raises an IndexError that ends the job. From logits that
+are NaN, of a damaged weight or an overflow, all of them take the token 0.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
+
+from mpd_data.common.errors import EngineError
 from mpd_data.common.ids import unknown_id
 from mpd_data.common.models import ModelFiles
 from mpd_data.config import SamplingConfig
 from mpd_data.engines.protocol import Completion, Engine, Refused, RequestError, Scores
 
+# Continuations of which the log-probabilities are looked at, in engines that return them. Those of
+# all would cost time, and a model that gives NaN does so from its first tokens, mostly.
+_LOOKED_AT = 8
+
 
 class Guarded:
     """An `inner` engine behind a check of its requests: ids of `model`'s embedding, and room for
-    one more token."""
+    one more token; and of its results, see `step`."""
 
     def __init__(self, inner: Engine, model: ModelFiles) -> None:
         self.inner = inner
         self.max_model_len = inner.max_model_len
         self.max_in_flight = inner.max_in_flight
         self._model = model
+        self._rest = _LOOKED_AT
+        # Requests whose log-probabilities are wanted here alone.
+        self._own: set[str] = set()
 
     @property
     def in_flight(self) -> int:
@@ -31,7 +43,11 @@ class Guarded:
         logprobs: bool = False,
     ) -> None:  # fmt: skip
         self._check(prompt_ids)
-        self.inner.submit_generate(key, prompt_ids, sampling, seed, logprobs)
+        looks = self._rest > 0
+        self.inner.submit_generate(key, prompt_ids, sampling, seed, logprobs or looks)
+        self._rest -= looks
+        if looks and not logprobs:
+            self._own.add(key)
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
         self._check(context_ids + target_ids)
@@ -46,7 +62,32 @@ class Guarded:
             raise RequestError(problem)
 
     def step(self) -> Sequence[Completion | Scores | Refused]:
-        return self.inner.step()
+        """Do what the protocol says. Raise EngineError, too, where the engine raises
+        FloatingPointError, where scores are no numbers, and where the log-probabilities of one of
+        the first continuations are none."""
+        try:
+            return [self._looked_at(result) for result in self.inner.step()]
+        except FloatingPointError as error:
+            raise EngineError(
+                f"{self._model.name}: the logits are not finite ({error}), so what would be sampled"
+                " or scored means nothing. They overflow in this precision (give --dtype bfloat16,"
+                " or float32, and another --out), or the weights are damaged (copy the model"
+                " again)."
+            ) from error
+
+    def _looked_at(self, result: Completion | Scores | Refused) -> Completion | Scores | Refused:
+        if isinstance(result, Scores):
+            # A token may have no probability at all, the best one may not.
+            best = result.topk_logprobs[:, 0]
+            if np.isnan(result.topk_logprobs).any() or not np.isfinite(best).all():
+                raise FloatingPointError(f"scores of {result.key}")
+        elif isinstance(result, Completion) and result.logprobs is not None:
+            if not np.isfinite(result.logprobs).all():
+                raise FloatingPointError(f"tokens of {result.key}")
+            if result.key in self._own:
+                self._own.discard(result.key)
+                return replace(result, logprobs=None)
+        return result
 
     def close(self) -> None:
         self.inner.close()

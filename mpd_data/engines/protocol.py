@@ -83,7 +83,7 @@ class Engine(Protocol):
         `context_ids`. Raise RequestError if refused."""
 
     def step(self) -> Sequence[Completion | Scores | Refused]:
-        """Advance all requests and return those that finished. Raise EngineError."""
+        """Advance all, return what finished. Raise EngineError, FloatingPointError for NaN."""
 
     def close(self) -> None:
         """Free what the engine holds. Until then no other engine can start in this process."""

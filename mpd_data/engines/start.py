@@ -3,7 +3,7 @@
 import sys
 
 from mpd_data.common.errors import ConfigError
-from mpd_data.common.models import ModelFiles, load_tokenizer
+from mpd_data.common.models import MERGE, ModelFiles, load_tokenizer
 from mpd_data.common.weights import require_whole
 from mpd_data.config import EngineConfig
 from mpd_data.engines.guard import Guarded
@@ -17,9 +17,12 @@ _SERVER_SETTINGS = (
 )  # fmt: skip
 
 
-def context_of(model: ModelFiles, config: EngineConfig, trust_remote_code: bool) -> int:
+def context_of(
+    model: ModelFiles, config: EngineConfig, trust_remote_code: bool = False, scores: bool = False
+) -> int:
     """Return the context in tokens that the engine runs `model` with. Raise ConfigError for
-    settings that do not fit the model or the engine, and like `require_whole`."""
+    settings that do not fit the model or the engine, and like `require_whole`; with `scores` also
+    like `require_scores`."""
     if config.max_model_len is not None and config.max_model_len > model.context:
         raise ConfigError(
             f"{model.name}: --max-model-len {config.max_model_len} is over the model's context of"
@@ -32,8 +35,24 @@ def context_of(model: ModelFiles, config: EngineConfig, trust_remote_code: bool)
                 " device. Use --backend vllm, or leave the option out."
             )
     _check_server_settings(config)
+    if config.backend == "vllm" and (found := set(str(model.path)) & set("*?[")):
+        raise ConfigError(
+            f"{model.path}: vLLM takes {' '.join(sorted(found))} in a path for a pattern, and would"
+            " find no weights. Rename the folder or give a link to it, or use --backend"
+            " transformers."
+        )
     require_whole(model, trust_remote_code)
+    if scores:
+        require_scores(model, config)
     return config.max_model_len or model.context
+
+
+def require_scores(model: ModelFiles, config: EngineConfig) -> None:
+    """Raise ConfigError where the engine gives no right scores of `model`. vLLM computes those of a
+    prompt as if the adapter's output head saw one position for each request: it dies on a CPU, and
+    on a GPU leaves the adapter of the head out (its issues 16668, 51594)."""
+    if config.backend == "vllm" and model.adapter is not None:
+        raise ConfigError(f"{model.name}: an adapter, and vLLM cannot score with one. {MERGE}")
 
 
 def _check_server_settings(config: EngineConfig) -> None:
@@ -73,7 +92,7 @@ def start_engine(
     """Return the engine that `config` names, with `model` loaded, behind a check of its requests
     (guard.py). `max_logprobs`: the largest K of its scores. Say on stderr what must be known of the
     model's turns. Raise EngineError where it cannot start, ConfigError like `context_of`."""
-    context = context_of(model, config, trust_remote_code)
+    context = context_of(model, config, trust_remote_code, scores=max_logprobs > 1)
     turn = turn_of(model, load_tokenizer(model, trust_remote_code), trust_remote_code)
     if turn.note is not None:
         print(turn.note, file=sys.stderr)

@@ -245,7 +245,10 @@ class _SeededSampler(LogitsProcessor):  # type: ignore[misc]  # transformers is 
             self._filters.append(MinPLogitsWarper(sampling.min_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores [B, V] -> the same, -inf but for the chosen token of each row."""
+        """scores [B, V] -> the same, -inf but for the chosen token of each row. Raise
+        FloatingPointError where those of a row are not finite."""
+        if not scores.amax(-1).isfinite().all():
+            raise FloatingPointError(f"token {input_ids.shape[1] - self._width} of a step")
         if self._temperature == 0:
             return scores
         scores = scores.float() / self._temperature

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mpd_data.common.errors import EngineError, MPDError, reason_of, requires
-from mpd_data.common.models import ModelFiles, load_tokenizer
+from mpd_data.common.models import MERGE, ModelFiles, load_tokenizer
 from mpd_data.common.weights import is_quantised
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engines.protocol import Completion, RequestError, Scores
@@ -263,10 +263,6 @@ def _wake_when_dead(client: Any) -> None:
 
 # The adapter ranks that vLLM supports.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_MERGE = (
-    "Merge it into its base and give the merged folder (mpd-train leaves one in OUT/model, peft's"
-    " merge_and_unload makes one), or use --backend transformers."
-)
 
 
 def _rank(model: ModelFiles) -> int:
@@ -277,6 +273,13 @@ def _rank(model: ModelFiles) -> int:
     from vllm.lora.peft_helper import PEFTHelper
 
     assert model.adapter is not None
+    try:
+        settings = PEFTHelper.from_local_dir(str(model.adapter), None)
+        largest = max(settings.r, *settings.rank_pattern.values(), 1)
+        rank = next((rank for rank in _RANKS if rank >= largest), _RANKS[-1])
+        settings.validate_legal(LoRAConfig(max_lora_rank=rank))
+    except (ValueError, TypeError) as error:
+        raise EngineError(f"{model.name}: vLLM cannot run it: {error} {MERGE}") from error
     for file in sorted(model.adapter.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             # vLLM silently leaves trained embeddings and heads out.
@@ -285,15 +288,8 @@ def _rank(model: ModelFiles) -> int:
         if other:
             raise EngineError(
                 f"{model.name}: vLLM runs the low-rank factors of linear layers alone, and this"
-                f" adapter also has {', '.join(sorted(other)[:3])}. {_MERGE}"
+                f" adapter also has {', '.join(sorted(other)[:3])}. {MERGE}"
             )
-    try:
-        settings = PEFTHelper.from_local_dir(str(model.adapter), None)
-        largest = max(settings.r, *settings.rank_pattern.values(), 1)
-        rank = next((rank for rank in _RANKS if rank >= largest), _RANKS[-1])
-        settings.validate_legal(LoRAConfig(max_lora_rank=rank))
-    except (ValueError, TypeError) as error:
-        raise EngineError(f"{model.name}: vLLM cannot run it: {error} {_MERGE}") from error
     return rank
 
 
@@ -305,7 +301,7 @@ def _load(llm: Any, adapter: Path) -> Any:
     try:
         llm.llm_engine.add_lora(request)
     except Exception as error:  # from an engine's own process it comes as nothing more specific
-        raise RuntimeError(f"{error} {_MERGE}") from error
+        raise RuntimeError(f"{error} {MERGE}") from error
     return request
 
 
@@ -323,6 +319,8 @@ def _scores(key: str, flat: Any, start: int, k: int) -> Scores:
             " that pyproject.toml names."
         )
     ids, logprobs = ids.reshape(rows, k + 1), logprobs.reshape(rows, k + 1)
+    if np.isnan(logprobs).any():
+        raise FloatingPointError(f"scores of {key}")
     if not (np.diff(logprobs[:, 1:]) <= 0).all() or not (logprobs <= 1e-3).all():
         raise EngineError(
             f"scoring {key}: vLLM returned no log-probabilities for some of its tokens. Use a"

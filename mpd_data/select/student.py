@@ -19,7 +19,7 @@ from mpd_data.common.models import ModelFiles, load_tokenizer, require_same_toke
 from mpd_data.common.weights import require_whole
 from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import Engine
-from mpd_data.engines.start import start_engine
+from mpd_data.engines.start import require_scores, start_engine
 from mpd_data.select.filters import choose_among, status_of
 from mpd_data.select.second_pass import (
     CHOSEN_BY,
@@ -82,6 +82,7 @@ def choosing_student(
     own_tokenizer = load_tokenizer(student, config.trust_remote_code)
     require_same_tokenizer(tokenizer, own_tokenizer, f"the drafts of {config.shards}", student.name)
     require_whole(student, config.trust_remote_code)
+    require_scores(student, config.engine)
     return student
 
 

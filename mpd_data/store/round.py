@@ -29,6 +29,7 @@ from mpd_data.store.shards import (
     read_batches,
     read_columns,
     read_keys,
+    read_metadata,
     unique_keys,
 )
 
@@ -140,13 +141,24 @@ class RoundDir:
         require_same_settings(
             self.path,
             "mpd-gen rewrite" if stage == "distill" else f"mpd-gen {stage}",
-            old["identity"],
+            saved and self._with_stop_ids(stage, saved["identity"], identity),
             identity,
             _remedy(stage, old["identity"] or {}, identity),
             bool(self.shard_paths(stage)),
             counts,
         )
         return saved
+
+    def _with_stop_ids(
+        self, stage: Stage, saved: Mapping[str, Any], identity: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Return `saved` with the tokens at which generation stops. Older records lack them: they
+        are then those of the shards, or of `identity` where these do not say either."""
+        if "stop_ids" in saved or "stop_ids" not in identity:
+            return saved
+        paths = self.shard_paths(stage)
+        turn = (read_metadata(paths[0]).get("turn") if paths else None) or {}
+        return {**saved, "stop_ids": turn.get("stop_ids", identity["stop_ids"])}
 
     def record_speed(self, stage: Stage, speed: Mapping[str, Any]) -> None:
         """Record in run.json how fast `stage` was: rows, tokens, seconds, device, backend. A run
