@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from mpd_data.common.errors import ConfigError, DataError
-from mpd_data.prompts.special import Spelling, control_tokens, opens_thinking
+from mpd_data.prompts.special import Spelling, control_tokens
 from mpd_data.prompts.thinking import set_thinking
 
 
@@ -59,11 +59,6 @@ class ChatFormatter:
             before += [("user", user), ("assistant", assistant)]
         self._before = [{"role": role, "content": content} for role, content in before]
         self._check_turns_before(names)
-
-    @property
-    def thinks(self) -> bool:
-        """Whether the model's turn begins with thinking: the template turns it on, or opens it."""
-        return bool(self.thinking) or opens_thinking(self.layout("1"))
 
     def _check_turns_before(self, names: Names) -> None:
         """Raise ConfigError for a system prompt or example that would fail with every prompt."""
