@@ -256,17 +256,9 @@ class RewriteJob:
     def _check(self, group: Group, row_id: str, trace: str) -> None:
         rollout = group.rollout
         metadata = json.loads(rollout["metadata"] or "{}")
-        self.run.check(
-            CheckRequest(
-                row_id,
-                trace,
-                rollout["gold_answer"],
-                metadata,
-                rollout["answer"],
-                rollout["prompt"],
-            ),
-            functools.partial(self._take_verdict, group),
-        )
+        gold, answer = rollout["gold_answer"], rollout["answer"]
+        request = CheckRequest(row_id, trace, gold, metadata, answer, rollout["prompt"])
+        self.run.check(request, functools.partial(self._take_verdict, group))
 
     def _take_verdict(self, group: Group, verdict: Verdict) -> None:
         row = group.rows[verdict.key]

@@ -7,7 +7,7 @@ from typing import Any
 from mpd_data.common.errors import ConfigError
 from mpd_data.config import RolloutsConfig
 from mpd_data.prompts.chat import ChatFormatter
-from mpd_data.prompts.special import CLOSE
+from mpd_data.prompts.special import CLOSE, opens_thinking
 
 # What a student is told at its token budget. Qwen3's makers end its thinking by this sentence.
 _ANSWER_NOW = {
@@ -38,7 +38,7 @@ def budget_of(config: RolloutsConfig, tokenizer: Any, formatter: ChatFormatter) 
     """Return the budget that `config` sets. Raise ConfigError where it leaves no room."""
     if config.token_budget is None:
         return None
-    thinks = formatter.thinks
+    thinks = bool(formatter.thinking) or opens_thinking(formatter.layout("1"))
     text = _ANSWER_NOW[thinks] if config.budget_text is None else config.budget_text
     # What the student has said, any text, stands before it.
     placed = formatter.spelling.place(formatter.spelling.encode("1"), text)

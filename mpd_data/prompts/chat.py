@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.prompts.messages import Turn
-from mpd_data.prompts.special import Spelling, control_tokens, opens_thinking
+from mpd_data.prompts.special import Spelling, control_tokens
 from mpd_data.prompts.thinking import set_thinking
 
 
@@ -72,11 +72,6 @@ class ChatFormatter:
             now = datetime.fromisoformat(moment).strftime
             fixed._kwargs = {**self._kwargs, "strftime_now": now}
         return fixed
-
-    @property
-    def thinks(self) -> bool:
-        """Whether the model's turn begins with thinking: the template turns it on, or opens it."""
-        return bool(self.thinking) or opens_thinking(self.layout("1"))
 
     def _check_turns_before(self, names: Names) -> None:
         """Raise ConfigError for a system prompt or example that would fail with every prompt."""

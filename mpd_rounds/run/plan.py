@@ -267,7 +267,7 @@ class _Planner:
         setup = rewrite_setup(config, weights=False, student=drafts.metadata(), teacher=teacher)
         asks = setup.template.asks
         if asks:
-            setup.template.layout(drafts.formatter.thinks)
+            setup.template.layout(bool(drafts.formatter.thinking))
         shown: list[Shown] = []
         longest_asked = longest_scored = 0
         reasons: list[str] = []
