@@ -322,8 +322,8 @@ def test_checks_have_their_processes_and_their_time(prompts, tmp_path, own_check
 
 
 def nothing_to_sample(folder):
-    """Write prompts that all fail, so that no engine starts."""
-    return write_jsonl(folder / "empty.jsonl", [{"problem": " "}])
+    """Write prompts that all fail, so that no engine starts: they leave no room in the context."""
+    return write_jsonl(folder / "long.jsonl", [{"problem": "how many ? " * 999}])
 
 
 def test_overwrite_of_rollouts(tmp_path):
