@@ -72,9 +72,9 @@ _NEUTRAL_KWARGS = {
     "block_size", "compilation_config", "cpu_offload_gb", "cudagraph_capture_sizes",
     "data_parallel_size", "disable_custom_all_reduce", "disable_log_stats",
     "distributed_executor_backend", "enable_chunked_prefill", "enable_expert_parallel",
-    "enforce_eager", "load_format", "long_prefill_token_threshold", "max_num_partial_prefills",
+    "enforce_eager", "load_format", "long_prefill_token_threshold",
     "max_parallel_loading_workers", "num_gpu_blocks_override", "scheduling_policy",
-    "speculative_config", "swap_space", "use_tqdm_on_load", "download_dir", "async_scheduling",
+    "speculative_config", "use_tqdm_on_load", "download_dir", "async_scheduling",
 }  # fmt: skip
 
 

@@ -711,11 +711,11 @@ def test_penalties_are_refused_where_there_are_none(prompts, tmp_path, penalty):
 
 def test_vllm_gets_its_own_arguments(prompts, tmp_path, stage, engines):
     """Those that change the model belong to the round; those that do not may differ on resuming."""
-    stage(engine={**ENGINE, "engine_kwargs": {"block_size": 64, "calculate_kv_scales": False}})
+    stage(engine={**ENGINE, "engine_kwargs": {"block_size": 64, "kv_cache_dtype": "auto"}})
     (engine,) = engines
     assert engine.llm_engine.vllm_config.cache_config.block_size == 64
     stages = json.loads((tmp_path / "r" / "run.json").read_text())["stages"].values()
-    assert {"calculate_kv_scales": False} in [s["identity"].get("engine_kwargs") for s in stages]
+    assert {"kv_cache_dtype": "auto"} in [s["identity"].get("engine_kwargs") for s in stages]
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def read_text(path: Path, remedy: str) -> str:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). {remedy}") from error
     if (found := other_encoding(content[:4096])) is not None:
-        raise DataError(f"{path}: {found}")
+        raise DataError(f"{path}: {found} {remedy}")
     try:
         return content.removeprefix(BOM).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -64,7 +64,7 @@ def json_object(
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON ({error}). {remedy}") from error
+        raise DataError(f"{place}: not JSON ({_reason(error)}). {remedy}") from error
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise DataError(f"{place}: expected a JSON object, found {kind}. {remedy}")
@@ -99,7 +99,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     except DataError as error:
         raise ConfigError(str(error)) from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not TOML ({error}).") from error
+        raise ConfigError(f"{path}: not TOML ({_reason(error)}).") from error
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def fsync_directory(path: Path) -> None:
