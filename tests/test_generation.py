@@ -244,7 +244,7 @@ def test_bad_prompts_become_error_rows_and_hurt_no_other(tmp_path):
     messages = dict(rows(out, "errors").select("prompt_id", "message").iter_rows())
     assert "900 prompt tokens" in messages["long"] or "do not fit" in messages["long"]
     assert "p.jsonl, row 2" in messages["long"]
-    assert "empty" in messages["empty"]
+    assert "holds nothing" in messages["empty"]
     assert "control token" in messages["control"]
     assert "the chat template failed: no" in messages["unlucky"]
     assert "not UTF-8" in messages["bytes"]

@@ -32,7 +32,8 @@ def _inputs(step: Step) -> dict[str, str]:
             continue
         files = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()]
         for file in sorted(files):
-            if file.name != ".lock":
+            # Cards are written when results are there, and decide nothing.
+            if file.name not in (".lock", "README.md"):
                 stat = file.stat()
                 inputs[str(file)] = f"{stat.st_size} {stat.st_mtime_ns}"
     return inputs
