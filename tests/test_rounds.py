@@ -92,6 +92,10 @@ def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
     config = json.loads((out / "data" / "round2" / "run.json").read_text())
     model = config["stages"]["rollouts"]["details"]["config"]["model"]
     assert model == str(out / "train" / "round1" / "model")
+    card = (out / "train" / "round2" / "model" / "README.md").read_text()
+    assert card.count("type: mean_tokens") == 3 and card.count("type: accuracy") == 3
+    assert f"value: {round(summary['final']['accuracy'], 4)}" in card
+    assert "learning rate" in card
     assert run("mpd-rounds", *arguments).stderr.count("done before") == 15
 
 
