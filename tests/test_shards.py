@@ -33,7 +33,7 @@ def rollout_row(i, tokens=5):
         "num_prompt_tokens": 2, "num_completion_tokens": tokens, "finish_reason": "stop",
         "problem": "p", "answer": None, "gold_answer": None, "is_correct": None,
         "check_error": None, "repetition": 0.0, "metadata": None, "seed": i,
-        "num_thinking_tokens": None,
+        "num_thinking_tokens": None, "sampled_logprobs": None,
     }  # fmt: skip
 
 
