@@ -287,7 +287,8 @@ def test_a_hopeless_job_stops_early(tmp_path):
     problem = "Dan has 22 shells . on Mon Dan wins 7 . how many shells ?"
     path = write_jsonl(
         tmp_path / "p.jsonl",
-        [{"id": f"{i}", "problem": " " if i % 3 else f"{problem} {i}"} for i in range(300)],
+        # Two of three are too long for the context.
+        [{"id": f"{i}", "problem": f"{problem} {i}" * (99 if i % 3 else 1)} for i in range(300)],
     )
     out = tmp_path / "r"
     arguments = ["--id-column", "id", "--max-tokens", 5]
