@@ -151,7 +151,9 @@ def _compare(
     [n], -inf where unknown. `names`: of the rows. `dtype`: the engine's."""
     was_training = model.model.training
     model.model.eval()
-    with torch.no_grad(), autocast(prepared.device, prepared.dtype):
+    # Compiled layers would be compiled once more, for this pass alone.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, torch.no_grad(), autocast(prepared.device, prepared.dtype):
         output = pack_loss(
             model, None, batch.to(prepared.device), prepared.vocab_size, LossConfig(ce_weight=0.5),
             1.0,

@@ -117,6 +117,8 @@ class TransformersEngine:
             with torch.inference_mode():
                 # Scores first: they are short work, and complete rows that wait for them.
                 return [*self._score_all(), *(self._generate() if self._rows else ())]
+        except FloatingPointError:  # guard.py says what it means
+            raise
         except Exception as error:  # out of memory, or a family that lacks what is asked of it
             raise EngineError(
                 f"the engine died: {reason_of(error)}. Finished rows are committed; run the same"
