@@ -28,6 +28,7 @@ from conftest import (
 )
 from hub import Hub
 from test_prompts import OFF, QWEN
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mpd_data.cli import cli as gen
 from mpd_data.common.errors import ConfigError, MPDError
@@ -515,10 +516,15 @@ def qwen_hub(tmp_path_factory):
     with Hub() as hub:
         for name, sizes in QWEN_SIZES.items():
             folder = tmp_path_factory.mktemp("model")
-            shutil.copyfile(STUDENT / "tokenizer.json", folder / "tokenizer.json")
-            # Qwen3's tokenizer spells every text.
-            settings = json.loads((STUDENT / "tokenizer_config.json").read_text())
-            settings = {k: v for k, v in settings.items() if k != "unk_token"}
+            # As Qwen3's, it spells every text.
+            alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+            tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+            tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+            tokenizer.save(str(folder / "tokenizer.json"))
+            settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
             (folder / "tokenizer_config.json").write_text(json.dumps(settings))
             (folder / "chat_template.jinja").write_text(QWEN)
             (folder / "config.json").write_text(json.dumps(QWEN_CONFIG | sizes))
