@@ -71,6 +71,8 @@ test_each_rule_rejects_rewrites_of_a_round: mpd-gen rewrite --drafts --max-ratio
     --max-repetition
 test_hard_problems_get_the_room_they_are_given: mpd-gen rewrite --max-ratio-hard --min-ratio-hard
 test_greedy_by_each_of_four_ways: mpd-gen rollouts --temperature --top-p --top-k --min-p
+test_a_round_is_pushed_as_a_private_dataset_and_opens_there: mpd-gen push FOLDER REPOSITORY
+test_a_model_is_pushed_whole: mpd-gen push --public
 test_penalties_are_the_engines: mpd-gen rollouts/rewrite --presence-penalty --repetition-penalty
 test_vllm_gets_its_own_arguments: mpd-gen rollouts/rewrite --engine-kwargs
 test_models_are_had_in_the_revision_that_is_asked_for: mpd-gen rollouts --revision; mpd-gen rewrite
