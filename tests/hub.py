@@ -141,12 +141,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._may_write():
             return
         name = f"{asked.get('type', 'model')}s/{asked['organization']}/{asked['name']}"
+        url = f"{self.hub.url}/{name.removeprefix('models/')}"
         if name in self.hub.private:
-            self._send({"error": "You already created this repo", "url": self.hub.url}, 409)
+            self._send({"error": "You already created this repo", "url": url}, 409)
             return
         self.hub.private[name] = asked.get("private", asked.get("visibility") == "private")
         (self.hub.uploads / name).mkdir(parents=True)
-        self._send({"url": f"{self.hub.url}/{name.removeprefix('models/')}"})
+        self._send({"url": url})
 
     def _upload(self, name, action, body):
         """Say how each file is to be sent, or take a commit: lines of a header and files."""
