@@ -3,6 +3,7 @@
 If MPD_TEST_DATA names a folder with prompts and a round, they are used (see ignore_option.py).
 """
 
+import atexit
 import importlib.util
 import json
 import os
@@ -10,15 +11,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from nursery import Nursery
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT = ROOT / "pipelines" / "pocket" / "models" / "student"
@@ -38,8 +42,24 @@ MODULES = {
 ENGINE = {} if importlib.util.find_spec("vllm") else {"--backend": "transformers"}
 
 
+@pytest.fixture(scope="session")
+def nursery():
+    return _nursery()
+
+
+@cache
+def _nursery():
+    """Start the nursery of this process at its first use."""
+    nursery = Nursery(Path(tempfile.mkdtemp(prefix="nursery-")), environment())
+    nursery.__enter__()
+    atexit.register(nursery.__exit__)
+    os.environ.update(nursery.variables)
+    return nursery
+
+
 def command(program, *arguments):
-    return [sys.executable, "-m", MODULES[program], *map(str, arguments)]
+    """Return the words that run a program, in a fork of the nursery's process."""
+    return [str(_nursery().python), "-m", MODULES[program], *map(str, arguments)]
 
 
 def environment():

@@ -1,35 +1,72 @@
-"""Start many real `mpd-gen` processes quickly, by forks of a parent that has imported everything.
+"""Start the project's programs quickly, as forks of a process that has imported everything.
 
-A fresh Python takes almost ten seconds to import torch, vLLM and transformers; a fork of a process
-that has them takes none. The parent has no engine, no thread of its own and no CUDA. A child runs
-the whole command, from `sys.argv` on, with the engine in its process.
+A fresh Python takes 15 seconds to import torch, vLLM and transformers on two slow cores; a fork of a
+process that has them takes none. The nursery's process has no engine, no thread and no CUDA. A child
+runs a whole program, from `sys.argv` on, with its own environment, folder and output, as
+`python -m PROGRAM` would.
 
-    with Nursery(log_folder) as nursery:
-        child = nursery.start(["rollouts", ...])
-        child.kill()
-        assert child.wait() == -signal.SIGKILL
+Tests need not know: conftest.py gives them nursery_client.py in the place of `python`, and the
+programs that they start find it as `sys.executable`. A child whose environment differs in what
+imports read gets a fresh Python. The kill matrix starts children itself:
 
-A child can also kill itself, by SIGKILL too: at the n-th change that it makes to a folder, or
+    child = nursery.start(["rollouts", ...])
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+
+There a child can also kill itself, by SIGKILL too: at the n-th change that it makes to a folder, or
 before the n-th line that the writer's thread runs of some functions (`Death`).
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
 import json
 import os
 import resource
-import select
+import runpy
+import selectors
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import traceback
+import warnings
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 _ENGINES = ("vllm", "mpd_data.engines.vllm", "mpd_data.engines.transformers")
+# A process reads these when it starts or imports, so a fork cannot have others.
+_READ_AT_START = (
+    *(
+        "PYTHON",
+        "LANG",
+        "LC_",
+        "TZ",
+        "OMP_",
+        "MKL_",
+        "CUDA_",
+        "HF_",
+        "HUGGINGFACE_",
+        "TRANSFORMERS_",
+    ),
+    *("TOKENIZERS_", "VLLM_", "TORCH", "PYTORCH", "TRITON", "POLARS_", "RAY_", "NCCL_", "GLOO_"),
+)
+# What a program has imported, the nursery imports too, of these packages.
+_IMPORTED = (
+    "mpd_data",
+    "mpd_train",
+    "mpd_rounds",
+    "torch",
+    "transformers",
+    "vllm",
+    "peft",
+    "matplotlib",
+)
+_LONGEST_ORDER = 1 << 17
 _CHANGES = ("os.link", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.rmdir")
 
 
@@ -46,71 +83,82 @@ class Death:
 class Child:
     """One process of the nursery."""
 
-    def __init__(self, pid, log):
-        self.pid = pid
+    def __init__(self, connection, log):
         self.log = log
-        self._ended = threading.Event()
-        self._status = None
+        self._connection = connection
+        self._code = None
+        answer, pid = connection.recv(64).split()
+        assert answer == b"pid", answer
+        self.pid = int(pid)
 
-    def end(self, status):
-        self._status = status
-        self._ended.set()
-
-    def kill(self, number=signal.SIGKILL):
-        """Sends a signal, if the process still lives."""
-        if not self._ended.is_set():
+    def kill(self):
+        """Send SIGKILL, if the process still lives."""
+        if self.running:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+                os.kill(self.pid, signal.SIGKILL)
 
     @property
     def running(self):
-        return not self._ended.is_set()
+        with contextlib.suppress(TimeoutError):
+            self._end(0)
+        return self._code is None
 
     def wait(self, seconds=300):
-        """The exit code, negative for a signal. Fails where the process hangs."""
-        if not self._ended.wait(seconds):
+        """Return the exit code, negative for a signal. Fail where the process hangs."""
+        try:
+            self._end(seconds)
+        except TimeoutError:
             os.kill(self.pid, signal.SIGKILL)
-            raise AssertionError(f"still running after {seconds} s:\n{self.said()}")
-        return os.waitstatus_to_exitcode(self._status)
+            message = f"still running after {seconds} s:\n{self.said()}"
+            raise AssertionError(message) from None
+        return self._code
 
     def said(self):
         return self.log.read_text(errors="replace")
 
+    def _end(self, seconds):
+        if self._code is None:
+            try:
+                self._connection.settimeout(seconds)
+                _, status = self._connection.recv(64).split()
+            except BlockingIOError as error:
+                raise TimeoutError from error
+            self._code = os.waitstatus_to_exitcode(int(status))
+
 
 class Nursery:
-    """The parent process, a context manager. Several children may live at a time, and several
+    """The process that forks, a context manager. Several children may live at a time, and several
     threads may start them."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, environment):
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._environment = environment
         self._serial = 0
         self._lock = threading.Lock()
-        self._children = {}
-        self._started = threading.Condition()
-        self._pids = {}
+        # What stands in for `python`, and what the environment of its callers must have.
+        self.python = self._folder / "python"
+        self.variables = {
+            "MPD_NURSERY": str(self._folder / "socket"),
+            "MPD_NURSERY_PYTHON": sys.executable,
+        }
 
     def __enter__(self):
+        client = (ROOT / "tests" / "nursery_client.py").read_text()
+        self.python.write_text(f"#!{sys.executable} -SIE\n{client}")
+        self.python.chmod(0o755)
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, self.python],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "HF_HUB_OFFLINE": "1",
-                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            },
+            env=self._environment | self.variables,
         )
         assert self._process.stdout.readline() == "ready\n"
-        threading.Thread(target=self._listen, daemon=True).start()
         return self
 
     def __exit__(self, *_):
-        for child in list(self._children.values()):
-            child.kill()
         self._process.stdin.close()
         self._process.wait()
 
@@ -119,21 +167,23 @@ class Nursery:
         size of its files in bytes. `user`: the uid that it runs as."""
         with self._lock:
             self._serial += 1
-            serial = self._serial
-            log = self._folder / f"{serial}.log"
-            order = {
-                "serial": serial,
-                "arguments": [str(argument) for argument in arguments],
-                "log": str(log),
-                "deaths": [asdict(death) for death in deaths],
-                "limit": limit,
-                "user": user,
-            }
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-        with self._started:
-            assert self._started.wait_for(lambda: serial in self._pids, 60), "the nursery is dead"
-            return self._children[self._pids[serial]]
+            log = self._folder / f"{self._serial}.log"
+        order = {
+            "words": ["mpd_data.cli", *map(str, arguments)],
+            "env": self._environment | self.variables,
+            "cwd": str(ROOT),
+            "ignored": [],
+            "deaths": [asdict(death) for death in deaths],
+            "limit": limit,
+            "user": user,
+            "counts": str(log.with_suffix(".json")),
+        }
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.connect(self.variables["MPD_NURSERY"])
+        with log.open("wb") as file, open(os.devnull, "rb") as nothing:
+            files = [nothing.fileno(), file.fileno(), file.fileno()]
+            socket.send_fds(connection, [json.dumps(order).encode()], files)
+        return Child(connection, log)
 
     def finish(self, arguments, code=0, **options):
         """Run `mpd-gen ARGUMENTS` and return its output. Fail unless it exits with `code`."""
@@ -150,19 +200,6 @@ class Nursery:
         counts = json.loads(child.log.with_suffix(".json").read_text())
         assert all(counts), dict(zip(deaths, counts, strict=True))
         return counts
-
-    def _listen(self):
-        for line in self._process.stdout:
-            word, *numbers = line.split()
-            if word == "started":
-                serial, pid = map(int, numbers)
-                with self._started:
-                    self._children[pid] = Child(pid, self._folder / f"{serial}.log")
-                    self._pids[serial] = pid
-                    self._started.notify_all()
-            else:
-                pid, status = map(int, numbers)
-                self._children.pop(pid).end(status)
 
 
 # -- in the nursery's process ----------------------------------------------------------
@@ -219,57 +256,164 @@ def _arm(deaths):
     return counters
 
 
-def _be_child(order):
-    """Run all of `mpd-gen` in a child, with its own output. Does not return."""
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(nothing, 0)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    if order["limit"] is not None:
+def _be_child(order, files):
+    """Run one of our programs in a child. Does not return."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    for file in files:
+        os.close(file)
+    sys.stdin = open(0, closefd=False)
+    sys.stdout = open(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    os.environ.clear()
+    os.environ.update(order["env"])
+    os.chdir(order["cwd"])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in order["ignored"] else default)
+    if order.get("limit") is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], order["limit"]))
-    if order["user"] is not None:
+    if order.get("user") is not None:
         os.setgroups([])
         os.setgid(order["user"])
         os.setuid(order["user"])
-    sys.argv = ["mpd-gen", *order["arguments"]]
-    counters = _arm(order["deaths"])
+    program, *arguments = order["words"]
+    sys.argv = [program, *arguments]
+    # Python warns of a program that another one has imported.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
+    counters = _arm(order.get("deaths", ()))
     code = 1
     try:
-        from mpd_data.cli import main
-
-        main()
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+        code = 0
     except SystemExit as ending:
-        code = ending.code or 0
+        code = ending.code
+        if not isinstance(code, int | None):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:  # noqa: BLE001  # as Python does with an exception that nobody catches
         traceback.print_exc()
     # Wait for a thread that is still at work, as Python does at its end.
     threading._shutdown()
+    atexit._run_exitfuncs()
+    if not code:
+        _modules_of(os.getpid()).write_text("\n".join(sys.modules))
     if counters:
         counts = json.dumps([counter.seen for counter in counters])
-        Path(order["log"]).with_suffix(".json").write_text(counts)
-    if code == 0:
-        Path(order["log"]).with_suffix(".modules").write_text("\n".join(sys.modules))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        Path(order["counts"]).write_text(counts)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code or 0)
 
 
-def _import_what_it_did(log):
-    """Import what the child's engine imported at its start, so that later children need not."""
-    file = Path(log).with_suffix(".modules")
-    new = set(file.read_text().split()) - set(sys.modules) if file.exists() else set()
+def _modules_of(pid):
+    return Path(f"{os.environ['MPD_NURSERY']}.{pid}")
+
+
+def _import_what_it_did(pid):
+    """Import what the child imported, so that later children need not."""
+    file = _modules_of(pid)
+    if not file.exists():
+        return
+    new = {
+        name
+        for name in set(file.read_text().split()) - set(sys.modules)
+        if name.split(".")[0] in _IMPORTED
+    }
+    file.unlink()
     for name in sorted(new):
+        # Some modules are made by others, not imported.
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    _freeze()
+
+
+def _freeze():
+    """Check that a fork loses no thread. Exempt all objects from garbage collection: a child's
+    would visit them and copy their pages."""
     assert threading.active_count() == 1
-    if new:
-        # A garbage collection in a child would visit all these objects and copy their pages.
-        gc.collect()
-        gc.freeze()
+    gc.collect()
+    gc.freeze()
+
+
+def _read_at_start(environment):
+    return {name: x for name, x in environment.items() if name.startswith(_READ_AT_START)}
+
+
+class _Server:
+    """Forks a child for each connection, and tells it how the child ended."""
+
+    def __init__(self):
+        self._environment = _read_at_start(os.environ)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(os.environ["MPD_NURSERY"])
+        self._listener.listen(128)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(0, selectors.EVENT_READ, sys.exit)
+
+    def serve(self):
+        while True:
+            for key, _ in self._selector.select():
+                if key.fd in self._selector.get_map():
+                    key.data()
+
+    def _accept(self):
+        connection, _ = self._listener.accept()
+        take = partial(self._fork, connection)
+        self._selector.register(connection, selectors.EVENT_READ, take)
+
+    def _fork(self, connection):
+        self._selector.unregister(connection)
+        order, files, _, _ = socket.recv_fds(connection, _LONGEST_ORDER, 3)
+        if not order:
+            connection.close()
+            return
+        order = json.loads(order)
+        if _read_at_start(order["env"]) != self._environment:
+            connection.send(b"refused")
+            connection.close()
+        else:
+            pid = os.fork()
+            if pid == 0:
+                for key in list(self._selector.get_map().values()):
+                    if key.fd != 0:
+                        os.close(key.fd)
+                self._selector.close()
+                connection.close()
+                _be_child(order, files)
+            connection.send(b"pid %d" % pid)
+            process = os.pidfd_open(pid)
+            ended = partial(self._ended, connection, pid, process)
+            self._selector.register(process, selectors.EVENT_READ, ended)
+            self._selector.register(
+                connection, selectors.EVENT_READ, partial(self._kill, ended, pid)
+            )
+        for file in files:
+            os.close(file)
+
+    def _kill(self, ended, pid):
+        """Let the child die with its client."""
+        os.kill(pid, signal.SIGKILL)
+        ended()
+
+    def _ended(self, connection, pid, process):
+        _, status = os.waitpid(pid, 0)
+        for file in (connection, process):
+            self._selector.unregister(file)
+        os.close(process)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.send(b"ended %d" % status)
+        connection.close()
+        _import_what_it_did(pid)
 
 
 def _serve():
+    """Answer orders until the parent closes our input."""
+    sys.path[0] = str(ROOT)  # as `python -m` has it
+    sys.executable = sys.argv[1]
+    server = _Server()
     from mpd_data.engines.vllm import prepare_environment
 
     prepare_environment(on_cpu=True)
@@ -278,31 +422,11 @@ def _serve():
     import mpd_data.rewrite
     import mpd_data.rollouts  # noqa: F401
 
-    assert threading.active_count() == 1
-    gc.collect()
-    gc.freeze()
+    _freeze()
+    # A terminal's interrupt is for the clients.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     print("ready", flush=True)
-    unread = b""
-    living = {}
-    while True:
-        if select.select([0], [], [], 0.005 if living else None)[0]:
-            data = os.read(0, 1 << 16)
-            if not data:
-                return
-            *lines, unread = (unread + data).split(b"\n")
-            for line in lines:
-                order = json.loads(line)
-                pid = os.fork()
-                if pid == 0:
-                    _be_child(order)
-                living[pid] = order["log"]
-                print("started", order["serial"], pid, flush=True)
-        while living:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                break
-            print("ended", pid, status, flush=True)
-            _import_what_it_did(living.pop(pid))
+    server.serve()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from conftest import (
     rows,
     started,
 )
-from nursery import Death, Nursery
+from nursery import Death
 
 from mpd_data.inspect.validate import validate_round
 from mpd_data.store.locks import is_held
@@ -52,12 +52,6 @@ FOLDERS = {"rollouts": "rollouts", "rewrite": "distill"}
 # Functions in which a writer's thread is killed.
 COMMIT = ("_commit_staged", "commit_file", "describe", "fsync_directory", "short_lock", "_hold")
 APPEND = ("append_manifest",)
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,52 @@
+"""Stand in for `python` where tests start the project's programs: ask the nursery for a fork of its
+process (see nursery.py), pass signals on to it, and end as it ends. Run anything else with Python.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+
+PYTHON = os.environ["MPD_NURSERY_PYTHON"]
+PROGRAMS = {
+    "mpd_data.cli",
+    "mpd_train.cli",
+    "mpd_train.export_cli",
+    "mpd_rounds",
+    "mpd_rounds.cli",
+    "mpd_rounds.study.cli",
+    "mpd_rounds.report.cli",
+}
+
+
+def main():
+    words = sys.argv[1:]
+    if words[:1] != ["-m"] or words[1] not in PROGRAMS:
+        os.execv(PYTHON, [PYTHON, *words])
+    order = {"words": words[1:], "cwd": os.getcwd(), "env": dict(os.environ)}
+    nursery = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    nursery.connect(os.environ["MPD_NURSERY"])
+    # Signals that come before the fork exists wait for it.
+    passed = {signal.SIGINT, signal.SIGTERM}
+    ignored = {number for number in passed if signal.getsignal(number) is signal.SIG_IGN}
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed)
+    order["ignored"] = sorted(ignored)
+    socket.send_fds(nursery, [json.dumps(order).encode()], [0, 1, 2])
+    answer = nursery.recv(64).split()
+    if answer[0] == b"refused":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed)
+        os.execv(PYTHON, [PYTHON, *words])
+    pid = int(answer[1])
+    for number in passed - ignored:
+        signal.signal(number, lambda received, _: os.kill(pid, received))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, passed)
+    ending = nursery.recv(64).split()
+    code = os.waitstatus_to_exitcode(int(ending[1])) if ending else -signal.SIGKILL
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+main()
