@@ -14,8 +14,10 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections import defaultdict
 from contextlib import closing, contextmanager
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 import polars as pl
@@ -36,6 +38,47 @@ MODULES = {
     "mpd-study": "mpd_rounds.study.cli",
     "mpd-report": "mpd_rounds.report.cli",
 }
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-cases",
+        action="store_true",
+        help="run every combination of parameters of tests/test_kl_*.py; without it, each pair of"
+        " values runs once",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Thin the grids of the KL tests: a fault that only three parameters show together is rare."""
+    if config.getoption("all_cases"):
+        return
+    grids = defaultdict(list)
+    for item in items:
+        is_grid = hasattr(item, "callspec") and len(item.callspec.params) > 1
+        if is_grid and item.path.name.startswith("test_kl_"):
+            grids[item.path, item.originalname].append(item)
+    left_out = {item for grid in grids.values() for item in _beyond_pairs(grid)}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _beyond_pairs(grid):
+    """Return the items of a grid that add no pair of values to the others, chosen greedily. In a
+    grid of four parameters or more each kernel (target, kind, divergence) counts as a pair does."""
+    pairs = {}
+    for item in grid:
+        values = [(name, repr(value)) for name, value in sorted(item.callspec.params.items())]
+        pairs[item] = set(combinations(values, 2))
+        if len(values) > 3:
+            kernel = [value for value in values if value[0] in ("target", "kind", "divergence")]
+            pairs[item].add(tuple(kernel))
+    missing = set().union(*pairs.values())
+    while missing:
+        # The first of the best, so that every worker chooses the same.
+        best = max(pairs, key=lambda item: len(pairs[item] & missing))
+        missing -= pairs.pop(best)
+    return list(pairs)
 
 
 # Most tests ask for rows, not for an engine: without vLLM another one makes them.

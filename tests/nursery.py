@@ -1,8 +1,8 @@
 """Start the project's programs quickly, as forks of a process that has imported everything.
 
-A fresh Python takes 15 seconds to import torch, vLLM and transformers on two slow cores; a fork of a
-process that has them takes none. The nursery's process has no engine, no thread and no CUDA. A child
-runs a whole program, from `sys.argv` on, with its own environment, folder and output, as
+A fresh Python takes 15 seconds to import torch, vLLM and transformers on two slow cores; a fork of
+a process that has them takes none. The nursery's process has no engine, no thread and no CUDA. A
+child runs a whole program, from `sys.argv` on, with its own environment, folder and output, as
 `python -m PROGRAM` would.
 
 Tests need not know: conftest.py gives them nursery_client.py in the place of `python`, and the
@@ -180,7 +180,7 @@ class Nursery:
         }
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.connect(self.variables["MPD_NURSERY"])
-        with log.open("wb") as file, open(os.devnull, "rb") as nothing:
+        with log.open("wb") as file, Path(os.devnull).open("rb") as nothing:
             files = [nothing.fileno(), file.fileno(), file.fileno()]
             socket.send_fds(connection, [json.dumps(order).encode()], files)
         return Child(connection, log)
@@ -262,9 +262,9 @@ def _be_child(order, files):
         os.dup2(file, number)
     for file in files:
         os.close(file)
-    sys.stdin = open(0, closefd=False)
-    sys.stdout = open(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(order["env"])
     os.chdir(order["cwd"])

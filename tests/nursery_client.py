@@ -24,7 +24,8 @@ def main():
     words = sys.argv[1:]
     if words[:1] != ["-m"] or words[1] not in PROGRAMS:
         os.execv(PYTHON, [PYTHON, *words])
-    order = {"words": words[1:], "cwd": os.getcwd(), "env": dict(os.environ)}
+    folder = os.getcwd()  # noqa: PTH109  # pathlib takes longer to import than all the rest
+    order = {"words": words[1:], "cwd": folder, "env": dict(os.environ)}
     nursery = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     nursery.connect(os.environ["MPD_NURSERY"])
     # Signals that come before the fork exists wait for it.
