@@ -29,7 +29,7 @@ def write_card(folder: Path, student: ModelFiles, config: TrainConfig) -> None:
         tags=[_TAG],
     )
     loss, optimizer = config.loss, config.optimizer
-    length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epochs"
+    length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epoch(s)"
     facts = {
         "Student": Path(student.name).name if is_folder else student.name,
         "Rounds of data": len(config.shards),

@@ -18,9 +18,23 @@ from mpd_data.common.command import (
 from mpd_data.common.options import build, config_options
 from mpd_train.config import TrainConfig
 
+_BATCHES = (
+    "a batch is a pack of --pack-length tokens, not a number of rows, so that no padding is"
+    " computed. Set --pack-length and --gradient-accumulation-steps"
+)
+_INSTEAD = {
+    "--per-device-train-batch-size": _BATCHES,
+    "--per-device-eval-batch-size": _BATCHES,
+    "--max-length": "no row is cut off. Set --pack-length to at least the longest row's tokens",
+    "--bf16": "use --dtype bfloat16",
+    "--fp16": "float16 gradients underflow without a scaler. Use --dtype bfloat16",
+    "--warmup-steps": "use --warmup-ratio",
+}
+
 
 @click.command(
     cls=Command,
+    instead=_INSTEAD,
     context_settings=CONTEXT,
     epilog=example(
         "mpd-train --shards data/round1 data/round2 --student Qwen/Qwen3-1.7B \\",
@@ -28,7 +42,16 @@ from mpd_train.config import TrainConfig
     ),
 )
 @config_options(
-    TrainConfig, common=("epochs", "max_steps", "pack_length", "learning_rate"), paths=("shards",)
+    TrainConfig,
+    # The names that transformers and TRL have for the same.
+    also={
+        "out": "--output-dir",
+        "student": "--model-name-or-path",
+        "epochs": "--num-train-epochs",
+        "lr_schedule": "--lr-scheduler-type",
+    },
+    common=("epochs", "max_steps", "pack_length", "learning_rate"),
+    paths=("shards",),
 )
 @click.option(
     "--overwrite", is_flag=True, help="Delete the results of this training, then start again."

@@ -125,8 +125,8 @@ class TrainConfig(Strict):
     """Revision of the teacher on the hub."""
     teacher_offload: bool = False
     """Keep the teacher in the CPU's memory and move its layers to the device one by one."""
-    epochs: int = Field(1, ge=1)
-    """Number of passes over the kept rows."""
+    epochs: float = Field(1, gt=0)
+    """Number of passes over the kept rows; 0.5 stops after half of a pass."""
     max_steps: int | None = Field(None, ge=1)
     """Number of optimiser steps to train, instead of --epochs."""
     pack_length: int = Field(4096, ge=2)
@@ -165,3 +165,9 @@ class TrainConfig(Strict):
     lora: LoraConfig = LoraConfig()
     validation: ValidationConfig = ValidationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    @field_validator("epochs")
+    @classmethod
+    def _whole(cls, epochs: float) -> float:
+        """Write 2 as 2, in records and commands."""
+        return int(epochs) if epochs == int(epochs) else epochs

@@ -21,8 +21,13 @@ from mpd_data.common.command import CONTEXT, VERSION, Command, example, run_comm
     "--student",
     help="Folder or hub id of the student that the training began with, if it has moved.",
 )
+@click.option(
+    "--push-to-hub",
+    metavar="OWNER/NAME",
+    help="Then upload model/ to this repository of the Hugging Face Hub. A new one is private.",
+)
 @VERSION
-def cli(checkpoint: Path, out: Path, student: str | None) -> None:
+def cli(checkpoint: Path, out: Path, student: str | None, push_to_hub: str | None) -> None:
     """Export CHECKPOINT as a Hugging Face model (safetensors), during or after its training.
 
     CHECKPOINT is a folder as RUN/checkpoints/step-000050 or best-000040, or the --out of
@@ -33,6 +38,10 @@ def cli(checkpoint: Path, out: Path, student: str | None) -> None:
 
     chosen = export_checkpoint(checkpoint, out, student)
     click.echo(f"wrote {out / 'model'} from {chosen}", err=True)
+    if push_to_hub is not None:
+        from mpd_data.common import hub
+
+        click.echo(hub.push(out / "model", push_to_hub, ["*"], is_dataset=False, public=False))
 
 
 def main() -> None:

@@ -100,9 +100,10 @@ def _nursery():
     return nursery
 
 
-def command(program, *arguments):
-    """Return the words that run a program, in a fork of the nursery's process."""
-    return [str(_nursery().python), "-m", MODULES[program], *map(str, arguments)]
+def command(program, *arguments, fresh=False):
+    """Return the words that run a program, in a fork of the nursery's process or a fresh one."""
+    python = sys.executable if fresh else str(_nursery().python)
+    return [python, "-m", MODULES[program], *map(str, arguments)]
 
 
 def environment():
@@ -129,9 +130,10 @@ def python(source, *arguments, code=0, env=None):
     return finish([sys.executable, "-c", textwrap.dedent(source), *arguments], code, env)
 
 
-def started(program, *arguments, until, stderr=subprocess.DEVNULL, env=None):
-    """Start a real command and return its process as soon as `until()` is true."""
-    words, env = command(program, *arguments), env or environment()
+def started(program, *arguments, until, stderr=subprocess.DEVNULL, env=None, fresh=False):
+    """Start a real command and return its process as soon as `until()` is true. A process that is
+    to be stopped must be `fresh`: SIGSTOP would stop the one that waits for it."""
+    words, env = command(program, *arguments, fresh=fresh), env or environment()
     process = subprocess.Popen(words, cwd=ROOT, env=env, stderr=stderr, text=True)
     while not until():
         assert process.poll() is None, process.communicate()

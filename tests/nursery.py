@@ -262,6 +262,7 @@ def _be_child(order, files):
         os.dup2(file, number)
     for file in files:
         os.close(file)
+    os.setsid()
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = os.fdopen(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
@@ -387,15 +388,16 @@ class _Server:
             process = os.pidfd_open(pid)
             ended = partial(self._ended, connection, pid, process)
             self._selector.register(process, selectors.EVENT_READ, ended)
-            self._selector.register(
-                connection, selectors.EVENT_READ, partial(self._kill, ended, pid)
-            )
+            orphan = partial(self._kill, ended, pid)
+            self._selector.register(connection, selectors.EVENT_READ, orphan)
         for file in files:
             os.close(file)
 
     def _kill(self, ended, pid):
-        """Let the child die with its client."""
+        """Let the child die with its client, and the clients that it has in its group."""
         os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
         ended()
 
     def _ended(self, connection, pid, process):

@@ -33,6 +33,9 @@ def main():
     ignored = {number for number in passed if signal.getsignal(number) is signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, passed)
     order["ignored"] = sorted(ignored)
+    # A signal to a group of ours reaches the programs that the fork starts.
+    order["leads"] = os.getpgrp() == os.getpid()
+    send = os.killpg if order["leads"] else os.kill
     socket.send_fds(nursery, [json.dumps(order).encode()], [0, 1, 2])
     answer = nursery.recv(64).split()
     if answer[0] == b"refused":
@@ -40,7 +43,7 @@ def main():
         os.execv(PYTHON, [PYTHON, *words])
     pid = int(answer[1])
     for number in passed - ignored:
-        signal.signal(number, lambda received, _: os.kill(pid, received))
+        signal.signal(number, lambda received, _: send(pid, received))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, passed)
     ending = nursery.recv(64).split()
     code = os.waitstatus_to_exitcode(int(ending[1])) if ending else -signal.SIGKILL

@@ -204,6 +204,26 @@ def test_a_mistyped_name_gets_the_nearest_one():
     assert "--model" in run("mpd-gen", "rollouts", "--modle", "x", code=2).stderr
 
 
+def test_options_of_other_trainers_are_known(tmp_path):
+    """By their names there, or with the reason why they are not."""
+    ours = {"--shards": tmp_path, "--student": "m", "--out": tmp_path / "o", "--epochs": "0.5"}
+    theirs = {
+        "--shards": tmp_path,
+        "--model-name-or-path": "m",
+        "--output_dir": tmp_path / "o",
+        "--num_train_epochs": "0.5",
+    }
+    said = [
+        CliRunner().invoke(train_cli, [str(word) for pair in words.items() for word in pair])
+        for words in (ours, theirs)
+    ]
+    assert str(said[0].exception) == str(said[1].exception)
+    assert "m: not a folder here" in str(said[0].exception)
+    refused = CliRunner().invoke(train_cli, ["--per_device_train_batch_size", "4"])
+    assert refused.exit_code == 2
+    assert "--pack-length" in refused.output
+
+
 @pytest.mark.parametrize(
     "arguments_, near",
     [

@@ -36,7 +36,8 @@ def arguments(round_dir, student, out, *more):
 
 def stopped_after(steps, words, out):
     """A training that has done so many steps and stands still."""
-    process = started("mpd-train", *words, until=lambda: len(metrics_lines(out)) >= steps)
+    enough = lambda: len(metrics_lines(out)) >= steps  # noqa: E731
+    process = started("mpd-train", *words, until=enough, fresh=True)
     process.send_signal(signal.SIGSTOP)
     return process
 

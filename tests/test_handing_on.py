@@ -4,12 +4,22 @@ import os
 import shutil
 
 import pytest
-from conftest import STUDENT, command, finish, python, rewrite_arguments, run
+from conftest import (
+    STUDENT,
+    command,
+    finish,
+    python,
+    rewrite_arguments,
+    run,
+    train_config,
+    until_a_checkpoint,
+)
 from hub import Hub
 
 from mpd_data.inspect.stats import scan_round
 from mpd_data.store.round import RoundDir
 from mpd_data.store.schema import SCHEMAS
+from mpd_train import train
 
 
 def loaded(round_dir, tmp_path):
@@ -89,6 +99,17 @@ def test_a_model_is_pushed_whole(hub):
     pushed(hub, STUDENT, "team/student", "--public")
     assert hub.private == {"models/team/student": False}
     assert contents(hub.uploads / "models" / "team" / "student") == contents(STUDENT)
+
+
+def test_an_export_is_pushed_as_a_private_model(hub, round_dir, tmp_path):
+    with until_a_checkpoint():
+        train(train_config(round_dir, STUDENT, tmp_path / "run", save_steps=1))
+    out = tmp_path / "out"
+    words = ["mpd-export", tmp_path / "run", "--out", out, "--push-to-hub", "team/tried"]
+    env = {**hub.environment(hub.uploads / "home"), "HF_TOKEN": Hub.token}
+    assert finish(command(*words), env=env).stdout.strip() == f"{hub.url}/team/tried"
+    assert hub.private == {"models/team/tried": True}
+    assert contents(hub.uploads / "models" / "team" / "tried") == contents(out / "model")
 
 
 def test_who_may_not_write_is_told_how(hub, round_dir, tmp_path):

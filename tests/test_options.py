@@ -25,6 +25,7 @@ test_a_teacher_is_taken_to_the_cpu_when_told: mpd-train --teacher-offload
 test_the_command_reports_what_it_found: mpd-gen contamination --prompts --against --prompt-column
     --id-column --against-prompt-column --against-id-column --n --fail-above --json
 test_a_student_that_has_moved_is_named: mpd-export CHECKPOINT --out --student
+test_an_export_is_pushed_as_a_private_model: mpd-export --push-to-hub
 test_refilter_chooses_anew_and_goes_back_without_scoring: mpd-gen rewrite --refilter
 test_scores_are_over_the_vocabulary_of_the_model_that_is_trained: mpd-gen rewrite --student
 test_stats_agree_with_the_rows: mpd-gen stats ROUNDS --json --plot

@@ -82,6 +82,8 @@ def test_packs_epochs_and_steps_are_as_told(trained, few):
     twice, _ = trained(epochs=2)
     packs += make_packs(ShardSet([few]), 600, 0, 1)
     assert column(twice, "loss_tokens") == [p.num_loss_tokens for p in packs]
+    part, _ = trained(epochs=0.3)
+    assert column(part, "loss_tokens") == column(once, "loss_tokens")[: math.ceil(0.3 * len(once))]
     longer, _ = trained(pack_length=1200)
     assert 600 < max(column(longer, "tokens")) <= 1200
     other, _ = trained(seed=1)

@@ -38,7 +38,12 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command with help in sections and with options that take several values."""
+    """A command with help in sections and with options that take several values. `instead` says for
+    options of other tools what to use here."""
+
+    def __init__(self, *args: Any, instead: dict[str, str] | None = None, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._instead = instead or {}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse a command line. Raise click.UsageError with the nearest options to a wrong one."""
@@ -47,6 +52,8 @@ class Command(click.Command):
         try:
             return super().parse_args(ctx, _repeated(options, args))
         except click.NoSuchOption as error:
+            if why := self._instead.get(_dashed(error.option_name)):
+                raise click.UsageError(f"No {error.option_name}: {why}.", ctx) from None
             names = [flag for flag in options if flag.startswith("--")]
             # click's own error would keep only those with a similar spelling.
             near = " or ".join(map(repr, _near_options(error.option_name, names)))

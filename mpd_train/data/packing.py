@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +21,14 @@ def split_packs(shards: ShardSet, config: TrainConfig) -> tuple[list[Pack], list
     wanted = config.max_steps and config.max_steps * config.gradient_accumulation_steps
     packs: list[Pack] = []
     for epoch in itertools.count():
-        if epoch == config.epochs if wanted is None else len(packs) >= wanted:
+        part = config.epochs - epoch if wanted is None else float(len(packs) < wanted)
+        if part <= 0:
             break
         more = make_packs(shards, length, config.seed, epoch, (fraction, 1.0))
         if not more:
             break
-        packs += more
+        # Rounded first: 0.3 of ten packs are 3.0000000000000004.
+        packs += more[: math.ceil(round(part * len(more), 6))]
     packs = packs[:wanted]
     held_out = make_packs(shards, length, 0, 0, (0.0, fraction)) if fraction > 0 else []
     if not packs or (fraction > 0 and not held_out):

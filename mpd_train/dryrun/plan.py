@@ -3,6 +3,7 @@
 The model is built on torch's meta device, from its configuration alone, to count what is trained.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,9 @@ def plan_train_ahead(
         require_same_tokenizer(ahead.tokenizer, tokenizer, student.name, teacher.name)
     check_models(config, student, teacher, device, dtype)
     rows, tokens = ahead.rows, None
-    at_most = ahead.tokens * config.epochs
+    at_most = math.ceil(ahead.tokens * config.epochs)
     if ahead.expected is not None:
-        rows, tokens = ahead.expected[0], ahead.expected[1] * config.epochs
+        rows, tokens = ahead.expected[0], math.ceil(ahead.expected[1] * config.epochs)
     per_step = config.pack_length * config.gradient_accumulation_steps
     steps = -(-(at_most if tokens is None else tokens) // per_step)
     if config.max_steps is not None:
