@@ -113,7 +113,8 @@ def test_the_engine_scores_what_is_trained(tmp_path, family):
     """vLLM's log-probabilities, from which a teacher's record is made, are those of the loss."""
     shutil.copytree(STUDENT, tmp_path / "model")
     # vLLM's attention on a CPU wants heads of 32.
-    sizes = {"hidden_size": 64, "vocab_size": 165}
+    # With weights of 0.5 Granite's own float32 is 1.1e-4 from float64.
+    sizes = {"hidden_size": 64, "vocab_size": 165, "initializer_range": 0.2}
     if family == "Gemma2":
         sizes |= {"head_dim": 32, "attn_logit_softcapping": 5.0}
     model = made(family, tmp_path / "model", 0, **sizes)
@@ -131,10 +132,7 @@ def test_the_engine_scores_what_is_trained(tmp_path, family):
     if model.softcap is not None:
         logits = model.softcap * torch.tanh(logits / model.softcap)
     exact = logits.log_softmax(-1).topk(K, dim=1)
-    apart = (torch.from_numpy(scores.topk_logprobs) - exact.values).abs()
-    # On CPUs without AVX-512 single tokens of Granite are 1.3e-4 apart, and were at any time.
-    assert apart.mean() <= 1e-4
-    assert apart.max() <= 1e-3
+    assert (torch.from_numpy(scores.topk_logprobs) - exact.values).abs().max() <= 1e-4
     assert (torch.from_numpy(scores.topk_ids) == exact.indices).all()
 
 
