@@ -339,7 +339,9 @@ def _freeze():
 
 
 def _read_at_start(environment):
-    return {name: x for name, x in environment.items() if name.startswith(_READ_AT_START)}
+    quieter = "TORCH_CPP_LOG_LEVEL"  # mpd-rounds sets it for its steps
+    names = {name for name in environment if name.startswith(_READ_AT_START)} - {quieter}
+    return {name: environment[name] for name in names}
 
 
 class _Server:
