@@ -26,7 +26,7 @@ endif
 # Triton reads TRITON_INTERPRET when it is imported, so these tests run by themselves.
 KERNELS := $(filter-out tests/test_kl_sharded.py,$(wildcard tests/test_kl_*.py))
 
-.PHONY: help install test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder site test fuzz lint retrain
+.PHONY: help install test-all test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder site test fuzz lint retrain
 install: .venv/.installed
 
 help:
@@ -112,8 +112,9 @@ site: .venv/.installed
 .venv/.browser: .venv/.installed scripts/browser.sh tests/browser.py
 	./scripts/browser.sh
 
-test: lint site .venv/.browser
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNELS)
+# test-all: with every combination of the losses' parameters, where test has each pair of them.
+test test-all: lint site .venv/.browser
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNELS) $(if $(@:test=),--all-cases)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(KERNELS:%=--ignore=%)
 
 fuzz: .venv/.installed

@@ -4,6 +4,7 @@ If MPD_TEST_DATA names a folder with prompts and a round, they are used (see ign
 """
 
 import atexit
+import fcntl
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ import textwrap
 import time
 from collections import defaultdict
 from contextlib import closing, contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 
@@ -170,6 +171,7 @@ def rollout_arguments(prompts, out, **changed):
         "--dtype": "float32",
         "--max-tokens": 400,
         "--max-num-seqs": 64,
+        "--kv-cache-gib": 0.25,
         **ENGINE,
         **changed,
     }
@@ -185,6 +187,7 @@ def rewrite_arguments(shards, **changed):
         "--dtype": "float32",
         "--max-tokens": 200,
         "--max-num-seqs": 64,
+        "--kv-cache-gib": 0.25,
         **ENGINE,
         **changed,
     }
@@ -192,32 +195,54 @@ def rewrite_arguments(shards, **changed):
 
 
 @pytest.fixture(scope="session")
-def prompts(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """`made_once(NAME, make)` returns a folder that `make(folder)` filled, in one of the workers
+    for all of them."""
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+
+    def of(name, make):
+        folder, done = common / "shared" / name, common / "shared" / f".{name}"
+        folder.parent.mkdir(exist_ok=True)
+        with (common / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def prompts(made_once):
     """A JSONL file of 60 held-out problems, made by the shipped script."""
     if "MPD_TEST_DATA" in os.environ:
         return Path(os.environ["MPD_TEST_DATA"]) / "validation.jsonl"
-    return make_prompts(tmp_path_factory.mktemp("prompts"))
+    return made_once("prompts", make_prompts) / "validation.jsonl"
 
 
 @pytest.fixture(scope="session")
-def round_dir(prompts, tmp_path_factory):
+def round_dir(prompts, made_once):
     """A round with rollouts and rewrites, made by the real commands. Never write to it."""
     if "MPD_TEST_DATA" in os.environ:
         return Path(os.environ["MPD_TEST_DATA"]) / "round1"
-    out = tmp_path_factory.mktemp("data") / "round1"
-    make_round(prompts, out)
-    return out
+    return made_once("round1", partial(make_round, prompts))
 
 
 @pytest.fixture(scope="session")
-def both_dir(round_dir, tmp_path_factory):
+def both_dir(round_dir, made_once):
     """The same rewrites, scored in both contexts: some when they were made, the rest by a refilter.
     Never write to it."""
-    out = without_rewrites(round_dir, tmp_path_factory.mktemp("both") / "round1")
-    told = {"--score-context": "both", "--rows-per-shard": 100}
-    run("mpd-gen", *rewrite_arguments(out, **told, **{"--max-ratio": 0.5}))
-    run("mpd-gen", *rewrite_arguments(out, **told), "--refilter")
-    return out
+
+    def make(out):
+        told = {"--score-context": "both", "--rows-per-shard": 100}
+        without_rewrites(round_dir, out)
+        run("mpd-gen", *rewrite_arguments(out, **told, **{"--max-ratio": 0.5}))
+        run("mpd-gen", *rewrite_arguments(out, **told), "--refilter")
+
+    return made_once("both", make)
 
 
 def make_prompts(folder):
