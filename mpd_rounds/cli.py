@@ -181,12 +181,16 @@ def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
     summary = summarize(pipeline, plan, round_, judged)
     summary["failed_rows"] = runner.failed_rows
     write_json_atomic(out / "summary.json", summary)
-    from mpd_train.card import add_results  # it imports slowly
+    # They import slowly.
+    from mpd_train.card import add_results
+    from mpd_train.metrics import record_evaluation
 
     for r in range(1, round_ + 1):
         names = [chosen.name for chosen in pipeline.evaluation]
         results = {name: comparison.evaluate(plan.evaluation(r, name)) for name in names}
-        add_results(Path(plan.student(r)), f"{pipeline.name}, round {r}", results)
+        model = Path(plan.student(r))
+        add_results(model, f"{pipeline.name}, round {r}", results)
+        record_evaluation(model.parent, results)
     names = ["base", *(f"round {r}" for r in range(1, round_ + 1))]
     headline = pipeline.evaluation[0].name
     lengths = {name: plan.evaluation(r, headline) for r, name in enumerate(names)}

@@ -1,82 +1,23 @@
 """Record a training's progress: metrics.jsonl, trackers, stderr."""
 
-import importlib
 import json
-import os
 import resource
 import sys
-import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from pydantic import Field
 
-from mpd_data.common.errors import DataError, requires
-from mpd_data.common.files import atomic_file, read_json, read_json_lines, write_json_atomic
+from mpd_data.common.errors import DataError
+from mpd_data.common.files import atomic_file, read_json_lines
+from mpd_data.common.hashing import content_key
 from mpd_data.common.meter import Meter
 from mpd_data.common.records import Record, require
+from mpd_data.store.run_record import read_record
 from mpd_train.config import TrainConfig
-
-_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
-_PROJECT = "mpd"
-
-
-def load_trackers(names: list[str]) -> dict[str, Any]:
-    """Return the trackers' modules by name. Raise ConfigError for one that is not installed."""
-    modules = {}
-    for name in names:
-        with requires(name, f"--report-to {name}"):
-            modules[name] = importlib.import_module(_MODULES[name])
-    return modules
-
-
-class Trackers:
-    """The trackers of one training.
-
-    A run is named after the training's folder, as transformers does, in the project "mpd";
-    WANDB_PROJECT, WANDB_NAME, TRACKIO_PROJECT and TRACKIO_NAME in the environment come first. A
-    training that is resumed after step `done` goes on in the same run; the `repeated` records that
-    the run has from after that step are not sent again. tensorboard takes them anew (purge_step).
-    Tested with wandb offline and with trackio's local database.
-    """
-
-    def __init__(
-        self, modules: dict[str, Any], out: Path, config: dict[str, Any], done: int, repeated: int
-    ) -> None:
-        self._writer: Any = None
-        self._repeated = repeated
-        self._runs = {name: module for name, module in modules.items() if name != "tensorboard"}
-        if "tensorboard" in modules:
-            folder = str(out / "tensorboard")
-            self._writer = modules["tensorboard"].SummaryWriter(folder, purge_step=done + 1)
-        for tracker, run in self._runs.items():
-            names = {"PROJECT": _PROJECT, "NAME": os.path.relpath(out)}
-            project, name = (
-                os.environ.get(f"{tracker.upper()}_{key}") or value for key, value in names.items()
-            )
-            again: dict[str, Any] = {"resume": "allow"}
-            if tracker == "wandb":
-                again["id"] = os.environ.get("WANDB_RUN_ID") or _run_id(out, done + repeated > 0)
-            run.init(project=project, name=name, config=config, **again)
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Pass on a line of metrics.jsonl."""
-        values = {name: value for name, value in record.items() if name != "step"}
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, record["step"])
-        if self._repeated:
-            self._repeated -= 1
-            return
-        for run in self._runs.values():
-            run.log(values, step=record["step"])
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        for run in self._runs.values():
-            run.finish()
+from mpd_train.tracking import Trackers, load_trackers, remember, told
 
 
 class Recorder:
@@ -90,6 +31,8 @@ class Recorder:
         self._metrics, repeated = _open_metrics(config.out / "metrics.jsonl", done)
         settings = config.model_dump(mode="json")
         self._trackers = Trackers(tracker_modules, config.out, settings, done, repeated)
+        if done + repeated == 0:
+            self._trackers.log_rounds(config.shards)
         self._meter = Meter("train", total, "step", done)
         self._text = ""
 
@@ -121,22 +64,27 @@ class Recorder:
         self._metrics.close()
 
 
+def record_evaluation(out: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Send the results of evaluation sets by name (`mpd_data.inspect.compare.evaluate`), of the
+    model that the training in `out` made, to the runs that it has in its trackers, once. Raise
+    ConfigError for a tracker that is not installed any more."""
+    config = read_record(out, "training")["details"]["config"]
+    known = told(out)
+    now = known | {"evaluation": content_key(dict(results))}
+    if not config["report_to"] or now == known:
+        return
+    step = read_metrics(out / "metrics.jsonl")[-1]["step"]
+    trackers = Trackers(load_trackers(config["report_to"]), out, config, step, 0)
+    trackers.log_evaluation(step, results)
+    trackers.close()
+    remember(out, told(out) | now)
+
+
 def peak_memory() -> int:
     """Return the most bytes that this process has used: of the GPU, or of RAM without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _run_id(out: Path, resumed: bool) -> str:
-    """Return the id of the wandb run of the training in `out`, a new one unless it is resumed."""
-    path = out / "tracker.json"
-    if resumed and path.exists():
-        saved = read_json(path, "Delete it: the tracker begins another run.", ("wandb",))
-        return str(saved["wandb"])
-    run_id = uuid.uuid4().hex
-    write_json_atomic(path, {"wandb": run_id})
-    return run_id
 
 
 class _Line(Record):

@@ -15,12 +15,12 @@ from mpd_data.common.weights import require_whole
 from mpd_data.store.run_record import read_record, require_kind, require_same_settings, write_record
 from mpd_train.config import TrainConfig
 from mpd_train.data.shard_set import ShardSet
-from mpd_train.metrics import load_trackers
 from mpd_train.model import liger
 from mpd_train.model.attention import attention
 from mpd_train.model.causal_lm import CausalLM
 from mpd_train.model.device import choose_device, compute_dtype
 from mpd_train.model.loading import load_student
+from mpd_train.tracking import load_trackers
 
 # Settings that may differ on resuming: paths, and models, which are identified by their content.
 _NOT_IDENTITY = {
@@ -204,7 +204,8 @@ def claim(
     if overwrite:
         doomed.mkdir(parents=True)
         # Away at once under their names, the model first: a kill leaves no half of it behind.
-        for name in ("model", "adapter", "tensorboard", "checkpoints", "metrics.jsonl", "run.json"):
+        folders = ("model", "adapter", "tensorboard", "checkpoints")
+        for name in (*folders, "metrics.jsonl", "tracker.json", "run.json"):
             if (out / name).exists():
                 (out / name).replace(doomed / name)
         shutil.rmtree(doomed)

@@ -2,17 +2,20 @@
 
 import json
 import sqlite3
+import struct
 import sys
+import textwrap
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 
+import polars as pl
 import pytest
 from conftest import STUDENT, environment, metrics, python, train_config
 
 from mpd_data.common.errors import ConfigError
+from mpd_data.inspect.stats import scan_round
 from mpd_train.loop import train
-from mpd_train.metrics import Trackers
+from mpd_train.tracking import TRACES
 
 
 def config(round_dir, out, tracker):
@@ -28,6 +31,7 @@ def test_tensorboard_holds_the_metrics(round_dir, tmp_path):
     events = accumulator.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     records = metrics(out)
+    assert events.Scalars("rewrites/ok")[0].step == 0
     for name in ("loss", "kl", "grad_norm", "validation_loss"):
         written = [(r["step"], r[name]) for r in records if name in r]
         read = [(e.step, e.value) for e in events.Scalars(name)]
@@ -49,41 +53,125 @@ def test_trackio_holds_the_metrics(round_dir, tmp_path):
         asked = "select run_name, step, metrics from metrics order by id"
         found = database.execute(asked).fetchall()
     assert [Path(name).name for name in {name for name, *_ in found}] == ["run"]
-    assert [json.loads(values) | {"step": step} for _, step, values in found] == records
+    first, *others = ((step, json.loads(values)) for _, step, values in found)
+    assert first[0] == 0
+    assert len(first[1]["traces"]["_value"]) == TRACES
+    assert [values | {"step": step} for step, values in others] == records
 
 
-def test_trackers_are_named_by_their_own_variables(tmp_path, monkeypatch):
-    begun = []
-    module = SimpleNamespace(init=lambda **settings: begun.append(settings))
-    monkeypatch.chdir(tmp_path)
-    out = tmp_path / "runs" / "round1"
-    out.mkdir(parents=True)
-    for _ in range(2):
-        for tracker in ("wandb", "trackio"):
-            Trackers({tracker: module}, out, {}, 0, 0)
-        for name in ("WANDB", "TRACKIO"):
-            monkeypatch.setenv(f"{name}_PROJECT", f"team {name}")
-            monkeypatch.setenv(f"{name}_NAME", "mine")
-    named = [(s["project"], s["name"]) for s in begun]
-    default = ("mpd", "runs/round1")
-    assert named == [default, default, ("team WANDB", "mine"), ("team TRACKIO", "mine")]
+def in_wandb(folder, source, *arguments, **variables):
+    """Run Python source with wandb offline; return its runs in the order of their beginning: the
+    run's record, its values by step, its tables."""
+    folder.mkdir(exist_ok=True)
+    offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true"}
+    before = "import os, sys\nfrom pathlib import Path\nimport wandb\n"
+    before += "from mpd_train.tracking import Trackers\n"
+    program = before + textwrap.dedent(source)
+    python(program, *map(str, arguments), env=environment() | offline | variables)
+    runs = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        kinds = {kind: [] for kind in ("run", "history")}
+        for record in wandb_records(path):
+            kind = record.WhichOneof("record_type")
+            if kind in kinds:
+                kinds[kind].append(getattr(record, kind))
+        values = [
+            {item.key or item.nested_key[0]: item.value_json for item in line.item}
+            for line in kinds["history"]
+        ]
+        steps = {
+            int(line["_step"]): {
+                name: json.loads(value) for name, value in line.items() if name[0] != "_"
+            }
+            for line in values
+        }
+        tables = [json.loads(p.read_text()) for p in path.parent.glob("files/media/table/*.json")]
+        runs.append((kinds["run"][0], steps, tables))
+    return runs
+
+
+def wandb_records(path):
+    """Yield the records of a wandb file: LevelDB's log format, after a head of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (room := 32768 - at % 32768) < 7:
+            at += room
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(whole)
+            whole = b""
+
+
+def test_a_wandb_run_is_named_by_its_own_variables(tmp_path):
+    pytest.importorskip("wandb")
+    source = """
+        os.chdir(sys.argv[1])
+        out = Path("runs/round1")
+        out.mkdir(parents=True, exist_ok=True)
+        Trackers({"wandb": wandb}, out, {}, 0, 0).close()
+        """
+    ((run, *_),) = in_wandb(tmp_path / "a", source, tmp_path)
+    assert (run.project, run.display_name, run.run_group) == ("mpd", "runs/round1", "")
+    told = {"WANDB_PROJECT": "team", "WANDB_NAME": "mine", "WANDB_RUN_GROUP": "pipeline"}
+    ((run, *_),) = in_wandb(tmp_path / "b", source, tmp_path, **told)
+    assert (run.project, run.display_name, run.run_group) == ("team", "mine", "pipeline")
 
 
 def test_a_resumed_training_goes_on_in_its_run(tmp_path):
-    begun, sent = [], []
-    module = SimpleNamespace(
-        init=lambda **settings: begun.append(settings),
-        log=lambda values, step: sent.append((step, values["loss"])),
-    )
-    records = [{"step": step, "loss": float(step)} for step in (1, 2, 2, 3)]
-    # Killed after three records, resumed after the first step; then begun anew in its place.
-    for done, repeated, todo in ((0, 0, records[:3]), (1, 2, records[1:]), (0, 0, records[:1])):
-        trackers = Trackers({"wandb": module}, tmp_path, {}, done, repeated)
-        for record in todo:
+    pytest.importorskip("wandb")
+    source = """
+        records = [{"step": step, "loss": float(step)} for step in (1, 2, 2, 3)]
+        done, repeated, first, last = map(int, sys.argv[2:])
+        trackers = Trackers({"wandb": wandb}, Path(sys.argv[1]), {}, done, repeated)
+        for record in records[first:last]:
             trackers.log(record)
-    assert sent == [(1, 1.0), (2, 2.0), (2, 2.0), (3, 3.0), (1, 1.0)]
-    first, resumed, anew = (settings["id"] for settings in begun)
+        trackers.close()
+        """
+    # Killed after three records, resumed after the first step; then begun anew in its place.
+    for told in ((0, 0, 0, 3), (1, 2, 1, 4), (0, 0, 0, 1)):
+        runs = in_wandb(tmp_path / "w", source, tmp_path, *told)
+    assert [list(steps) for _, steps, _ in runs] == [[1, 2], [3], [1]]
+    first, resumed, anew = (run.run_id for run, *_ in runs)
     assert first == resumed != anew
+
+
+def test_a_round_its_traces_and_its_evaluation_are_in_the_run(round_dir, tmp_path):
+    pytest.importorskip("wandb")
+    source = """
+        import json
+        from mpd_train.config import TrainConfig
+        from mpd_train.loop import train
+        from mpd_train.metrics import record_evaluation
+        train(TrainConfig(**json.loads(sys.argv[1])))
+        for accuracy in (0.5, 0.5, 0.6):
+            found = {"accuracy": accuracy, "mean_tokens": 40.0, "truncated": None}
+            record_evaluation(Path(sys.argv[2]), {"test": found})
+        """
+    out = tmp_path / "run"
+    options = config(round_dir, out, "wandb").model_dump(mode="json")
+    runs = in_wandb(tmp_path / "w", source, json.dumps(options), out)
+    assert len({run.run_id for run, *_ in runs}) == 1
+    (_, training, (table,)), *evaluations = runs
+    last = metrics(out)[-1]["step"]
+    # The same result is sent once.
+    sent = [{last + 1: {"test/accuracy": x, "test/mean_tokens": 40.0}} for x in (0.5, 0.6)]
+    assert [steps for _, steps, _ in evaluations] == sent
+    statuses = scan_round(round_dir, "distill").collect()["status"].value_counts(normalize=True)
+    shares = {f"rewrites/{status}": share for status, share in statuses.rows()}
+    first = training.pop(0)
+    assert {name: first[name] for name in shares} == pytest.approx(shares)
+    assert set(training) == set(range(1, last + 1))
+    row = dict(zip(table["columns"], table["data"][0], strict=True))
+    assert len(table["data"]) == TRACES
+    assert row["num_rewritten_tokens"] < row["num_completion_tokens"]
+    kept = scan_round(round_dir, "distill").filter(pl.col("rewrite") == row["rewrite"]).collect()
+    drafts = scan_round(round_dir).filter(pl.col("completion") == row["completion"]).collect()
+    assert set(kept["rollout_id"]) & set(drafts["row_id"])
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])

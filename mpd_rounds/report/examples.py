@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import polars as pl
 
-from mpd_data.inspect.stats import collect, scan, scan_round
+from mpd_data.inspect.stats import collect, scan_round
+from mpd_data.inspect.traces import kept_pairs
 
 REWRITES = 2  # of each round
 PAIRS = 3  # problems before and after
@@ -92,33 +93,20 @@ def shortened(text: str, most: int) -> str:
 
 
 def kept_rewrites(folder: Path) -> list[Example]:
-    """Return the kept rewrites of a round with the smallest keys, and their drafts."""
-    distill = scan([folder], "distill")
-    if distill is None:
-        return []
-    kept = distill.filter(pl.col("status") == "ok")
-    chosen = collect(kept.select("row_id").bottom_k(REWRITES, by="row_id"))["row_id"]
-    rewrites = collect(
-        distill.filter(pl.col("row_id").is_in(chosen.implode())).select(
-            "row_id", "rollout_id", "rewrite", "num_rewritten_tokens", "is_correct"
-        )
-    ).sort("row_id")
-    texts = _texts(scan_round(folder), "row_id", rewrites["rollout_id"])
-    drafts = {row["row_id"]: row for row in texts.to_dicts()}
+    """Return the first `kept_pairs` of a round."""
     pairs = []
-    for row in rewrites.to_dicts():
-        draft = drafts[row["rollout_id"]]
+    for row in kept_pairs(folder, REWRITES).to_dicts():
         before, after = word_diff(
-            shortened(draft["completion"], MOST_WORDS), shortened(row["rewrite"], MOST_WORDS)
+            shortened(row["completion"], MOST_WORDS), shortened(row["rewrite"], MOST_WORDS)
         )
-        tokens = draft["num_completion_tokens"]
+        tokens = row["num_completion_tokens"]
         saved = 1 - row["num_rewritten_tokens"] / tokens
         facts = [f"{row['num_rewritten_tokens']:,} tokens", f"{100 * saved:.0f}% fewer"]
         traces = [
-            Trace("draft", [f"{tokens:,} tokens"], before, draft["is_correct"]),
-            Trace("kept rewrite", facts, after, row["is_correct"]),
+            Trace("draft", [f"{tokens:,} tokens"], before, row["is_correct"]),
+            Trace("kept rewrite", facts, after, row["rewrite_is_correct"]),
         ]
-        pairs.append(Example(draft["problem"], draft["gold_answer"], traces))
+        pairs.append(Example(row["problem"], row["gold_answer"], traces))
     return pairs
 
 

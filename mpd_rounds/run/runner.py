@@ -76,7 +76,9 @@ class Runner:
         self._path = self._finished.path
         if self._path.exists():
             self._path.write_bytes(self._finished.whole)
-        self._environment = {**os.environ, **environment}
+        # wandb shows the trainings of a pipeline together.
+        group = {"WANDB_RUN_GROUP": os.path.relpath(out)}
+        self._environment = {**group, **os.environ, **environment}
         # A pipeline may be a task of a SLURM job array; its stages are not parts of that array.
         self._environment.pop("SLURM_ARRAY_TASK_COUNT", None)
         self._total = total
