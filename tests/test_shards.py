@@ -257,25 +257,6 @@ def test_an_unwritable_place_is_an_error(tmp_path):
         pass
 
 
-WRITER = """
-    import sys
-    from pathlib import Path
-    sys.path.insert(0, "tests")
-    from test_shards import rollout_row
-    from mpd_data.store.round import RoundDir
-    from mpd_data.store.writer import ShardWriter
-    round_dir = RoundDir(Path(sys.argv[1]))
-    with round_dir.lock():
-        done = round_dir.recover("rollouts")
-        print("ready", flush=True)
-        with ShardWriter(round_dir, "rollouts", {"eos_token_id": 2}, rows_per_shard=7) as writer:
-            for i in range(700):
-                row = rollout_row(i)
-                if row["row_id"] not in done:
-                    writer.add(row)
-"""
-
-
 def test_a_damaged_key_column_is_set_aside_too(tmp_path):
     """Whole footer, whole size, rotten bytes."""
     round_dir = write(tmp_path / "r", map(rollout_row, range(200)), rows_per_shard=100)
@@ -374,50 +355,91 @@ def test_discarding_leaves_nothing_of_a_stage(tmp_path):
         assert round_dir.recover("rollouts") == set()
 
 
-# Dies at the n-th of its own system calls that change the disk.
-CRASHER = """
-    import os, sys
+# For each line of its input, a child that makes or completes a round. It dies at the n-th of its
+# own system calls that change the disk.
+FORKS = """
+    import os, sys, traceback
     from pathlib import Path
     sys.path.insert(0, "tests")
     from test_shards import rollout_row
     from mpd_data.store.round import RoundDir
     from mpd_data.store.writer import ShardWriter
-    left = int(sys.argv[2])
-    def die(event, arguments):
-        global left
-        changes = event in ("os.link", "os.rename", "os.remove", "os.mkdir", "os.truncate") or (
-            event == "open" and sys.argv[1] in str(arguments[0])
-        )
-        if changes:
-            left -= 1
-            if left < 0:
-                os._exit(9)
-    round_dir = RoundDir(Path(sys.argv[1]))
-    sys.addaudithook(die)
-    with round_dir.lock():
-        round_dir.claim("rollouts", {"seed": 0}, {})
-        done = round_dir.recover("rollouts")
-        with ShardWriter(round_dir, "rollouts", {"eos_token_id": 2}, rows_per_shard=2) as writer:
-            for i in range(4):
-                row = rollout_row(i)
-                if row["row_id"] not in done:
-                    writer.add(row)
+
+    def make(path, count, left):
+        def die(event, arguments):
+            nonlocal left
+            changes = event in ("os.link", "os.rename", "os.remove", "os.mkdir", "os.truncate") or (
+                event == "open" and path in str(arguments[0])
+            )
+            if changes:
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+        round_dir = RoundDir(Path(path))
+        sys.addaudithook(die)
+        with round_dir.lock():
+            round_dir.claim("rollouts", {"seed": 0}, {})
+            done = round_dir.recover("rollouts")
+            print("ready", flush=True)
+            size = max(2, count // 100)
+            settings = {"eos_token_id": 2}
+            with ShardWriter(round_dir, "rollouts", settings, rows_per_shard=size) as writer:
+                for i in range(count):
+                    row = rollout_row(i)
+                    if row["row_id"] not in done:
+                        writer.add(row)
+
+    for line in sys.stdin:
+        path, count, left = line.split("\\t")
+        pid = os.fork()
+        if pid == 0:
+            try:
+                make(path, int(count), int(left))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        print("pid", pid, flush=True)
+        print("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
-def test_death_between_any_two_system_calls(tmp_path):
+@pytest.fixture
+def forks():
+    """`forks(path, count, left)` makes a round of `count` rows in a process that dies at its change
+    number `left`, or is killed after `seconds`. Return its exit code."""
+    words = [sys.executable, "-c", textwrap.dedent(FORKS)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, text=True, bufsize=1, **pipes) as process:
+
+        def fork(path, count, left=100_000, seconds=None):
+            process.stdin.write(f"{path}\t{count}\t{left}\n")
+            for line in process.stdout:
+                word, *number = line.split()
+                if word == "pid":
+                    pid = int(*number)
+                elif word == "ready" and seconds is not None:
+                    time.sleep(seconds)
+                    os.kill(pid, signal.SIGKILL)
+                elif word == "ended":
+                    return int(*number)
+            raise AssertionError("the forks' parent is dead")
+
+        yield fork
+        process.stdin.close()
+
+
+def test_death_between_any_two_system_calls(forks, tmp_path):
     """The same round, killed at its 1st, 2nd, 3rd … change of the disk, each time from anew and
     each time completed afterwards to the same rows."""
     expected = {f"{i:032x}" for i in range(4)}
     deaths = 0
     for n in range(0, 200, 2):
         path = tmp_path / f"r{n}"
-        run = [sys.executable, "-c", textwrap.dedent(CRASHER), str(path)]
-        died = subprocess.run([*run, str(n)], check=False).returncode == 9
-        if not died:
+        if forks(path, 4, n) != 9:
             break
         deaths += 1
-        assert subprocess.run([*run, "10000"], check=False).returncode == 0, n
+        assert forks(path, 4) == 0, n
         assert RoundDir(path).keys("rollouts") == expected, n
         assert validate_round(path) == [], n
     else:
@@ -425,21 +447,13 @@ def test_death_between_any_two_system_calls(tmp_path):
     assert deaths > 10
 
 
-def test_sigkill_at_random_moments(tmp_path):
+def test_sigkill_at_random_moments(forks, tmp_path):
     rng = random.Random(0)
-    kills = 0
-    for _ in range(25):
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(WRITER), tmp_path / "r"], stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(rng.uniform(0, 0.15))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    python(WRITER, tmp_path / "r")
-    assert kills >= 3
-    round_dir = RoundDir(tmp_path / "r")
+    path = tmp_path / "r"
+    codes = [forks(path, 700, seconds=rng.uniform(0, 0.15)) for _ in range(25)]
+    assert codes.count(-signal.SIGKILL) >= 3
+    assert forks(path, 700) == 0
+    round_dir = RoundDir(path)
     assert round_dir.keys("rollouts") == {f"{i:032x}" for i in range(700)}
-    assert validate_round(tmp_path / "r") == []
+    assert validate_round(path) == []
     assert list(round_dir.staging.iterdir()) == []
