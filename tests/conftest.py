@@ -155,7 +155,10 @@ def num_shards(out, stage="rollouts"):
 
 def invoke(command, *arguments):
     """Run a click command in this process. Return its exit code or raise its MPDError."""
-    code = command.main(list(map(str, arguments)), standalone_mode=False)
+    with pytest.MonkeyPatch.context() as patch:
+        # What it starts is a fork.
+        patch.setattr(sys, "executable", str(_nursery().python))
+        code = command.main(list(map(str, arguments)), standalone_mode=False)
     return code if isinstance(code, int) else 0
 
 
