@@ -429,7 +429,8 @@ def _serve():
 
     prepare_environment(on_cpu=True)
     for name in _ENGINES:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # vLLM is not everywhere
+            importlib.import_module(name)
     import mpd_data.rewrite
     import mpd_data.rollouts  # noqa: F401
 
