@@ -149,7 +149,7 @@ def done(file, tmp_path_factory):
 
 def test_a_stage_that_is_killed_has_failed(file, tmp_path):
     with in_its_first_stages(file, tmp_path / "out", 1) as process:
-        asked = ["pgrep", "-P", str(process.pid)]
+        asked = ["pgrep", "-f", f"mpd_data.cli .*{tmp_path}"]
         (stage,) = subprocess.run(asked, capture_output=True, text=True).stdout.split()
         os.kill(int(stage), signal.SIGKILL)
         figures, said = process.communicate(timeout=900)
