@@ -3,8 +3,8 @@
     python examples/trl_trainer.py --student pipelines/pocket/models/student \\
         --round data/round1 --out runs/trl
 
-For those who use TRL (`pip install trl`). `SFTConfig` and `peft_config` work as usual; settings that
-change rows (packing, max_length) do not act, because rows come as token ids with a score of each.
+For those who use TRL (`pip install trl`): its settings and `peft_config` work as usual. Those that
+change rows (packing, max_length) do not act: rows come as token ids, with a record for each.
 """
 
 import torch
