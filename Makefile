@@ -106,7 +106,7 @@ lint: .venv/.installed
 site: .venv/.installed
 	rm -rf build/pages
 	mkdir -p build/pages
-	git ls-files -z '*.md' '*.ipynb' '*.svg' '*.png' '*.py' '*.sh' '*.toml' LICENSE Dockerfile | xargs -0 cp --parents -t build/pages
+	git ls-files -z '*.md' '*.ipynb' '*.svg' '*.png' '*.py' '*.sh' '*.toml' '*.yaml' LICENSE Dockerfile | xargs -0 cp --parents -t build/pages
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown build/pages/docs/notebook.ipynb
 	sed -i 's/notebook\.ipynb/notebook.md/g' build/pages/*.md build/pages/docs/*.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
