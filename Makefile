@@ -9,6 +9,7 @@
 # make install         the project and its tested dependencies                      .venv
 # make lint            ruff, mypy and the import rules
 # make site            the documentation as a site                                  build/site
+# make notebook        run docs/notebook.ipynb and write its outputs anew
 # make test            lint, site and all tests
 # make fuzz            10,000 cases of damaged input, for a night
 # make test-lowest     a quick part of the tests with the lowest versions    build/lowest
@@ -26,7 +27,7 @@ endif
 # Triton reads TRITON_INTERPRET when it is imported, so these tests run by themselves.
 KERNELS := $(filter-out tests/test_kl_sharded.py,$(wildcard tests/test_kl_*.py))
 
-.PHONY: help install test-all test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder site test fuzz lint retrain
+.PHONY: help install test-all test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder notebook site test fuzz lint retrain
 install: .venv/.installed
 
 help:
@@ -105,15 +106,26 @@ lint: .venv/.installed
 site: .venv/.installed
 	rm -rf build/pages
 	mkdir -p build/pages
-	git ls-files -z '*.md' '*.svg' '*.png' '*.py' '*.sh' '*.toml' LICENSE Dockerfile | xargs -0 cp --parents -t build/pages
+	git ls-files -z '*.md' '*.ipynb' '*.svg' '*.png' '*.py' '*.sh' '*.toml' '*.yaml' LICENSE Dockerfile | xargs -0 cp --parents -t build/pages
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown build/pages/docs/notebook.ipynb
+	sed -i 's/notebook\.ipynb/notebook.md/g' build/pages/*.md build/pages/docs/*.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebook: .venv/.installed
+	$(BIN)/python tests/run_notebook.py
+
+# lm_eval brings 250 MB, scipy and scikit-learn among them, for one test.
+build/lm-eval/.installed: .venv/.installed constraints/lm-eval.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target build/lm-eval -r constraints/lm-eval.txt || \
+		$(BIN)/python -m pip install -qq --no-deps --target build/lm-eval -r constraints/lm-eval.txt
+	touch $@
 
 # Only the tests need a browser.
 .venv/.browser: .venv/.installed scripts/browser.sh tests/browser.py
 	./scripts/browser.sh
 
 # test-all: with every combination of the losses' parameters, where test has each pair of them.
-test test-all: lint site .venv/.browser
+test test-all: lint site .venv/.browser build/lm-eval/.installed
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNELS) $(if $(@:test=),--all-cases)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(KERNELS:%=--ignore=%)
 

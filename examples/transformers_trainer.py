@@ -6,7 +6,7 @@
 
 For those who have a Trainer already. mpd-train does the same faster: it packs rows instead of
 padding them, and does not hold the round in memory. The loss of a step is one mean over all its
-tokens, as there. TRL's trainers are subclasses of this Trainer and take the same method.
+tokens, as there. trl_trainer.py does the same in TRL's SFTTrainer, with the parts from here.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from typing import Any
 
 import polars as pl
 import torch
+from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from mpd_data.inspect.stats import scan_round
@@ -25,18 +25,10 @@ COLUMNS = ["input_ids", "loss_start", "topk_ids", "topk_logprobs", "tail_logprob
 NO_TOKEN = -100
 
 
-class Rewrites(Dataset):
-    """The kept rewrites of a round, with the teacher's log-probabilities of their tokens."""
-
-    def __init__(self, path: str) -> None:
-        kept = scan_round(path, "distill").filter(pl.col("status") == "ok").select(COLUMNS)
-        self.rows = kept.collect().to_dicts()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return self.rows[i]
+def rewrites(path: str) -> Dataset:
+    """Return the kept rewrites of a round, with the teacher's log-probabilities of their tokens."""
+    kept = scan_round(path, "distill").filter(pl.col("status") == "ok").select(COLUMNS)
+    return Dataset.from_polars(kept.collect())
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -62,36 +54,53 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     }
 
 
-class MPDTrainer(Trainer):
-    """A Trainer whose loss is the divergence from the teacher."""
+class TeacherLoss:
+    """Beside a Trainer in the bases of a class: its loss is the divergence from the teacher."""
 
-    # The loss is divided by the tokens of the whole step, so the Trainer must not divide it again.
-    model_accepts_loss_kwargs = True
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Count the tokens of the whole step, by which the loss is divided.
+        self.model_accepts_loss_kwargs = True
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:  # fmt: skip
         """Return the loss in nats per token of the step: the sum over this batch's tokens, divided
-        by the number of tokens in all batches of the step."""
+        by the number of tokens in all batches of the step, those of other processes included."""
         is_loss_token = inputs["labels"][:, 1:] != NO_TOKEN
-        body = model.base_model
-        states = body(inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        hidden = states.last_hidden_state[:, :-1][is_loss_token]  # [n, H]: they predict the tokens
+        # Through the model, since wrappers for several processes act there; it makes the logits of
+        # the last token alone.
+        states = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            output_hidden_states=True,
+            logits_to_keep=1,
+            use_cache=False,
+        )
+        hidden = states.hidden_states[-1][:, :-1][is_loss_token]  # [n, H]: they predict the tokens
         out = sparse_kl(
             hidden,
-            model.get_output_embeddings().weight,
+            self.accelerator.unwrap_model(model).get_output_embeddings().weight,
             inputs["topk_ids"],
             inputs["topk_logprobs"],
             inputs["tail_logprobs"],
             normalizer=len(hidden) if num_items_in_batch is None else num_items_in_batch,
             divergence=Divergence("forward_kl"),
         )
-        return (out.loss, states) if return_outputs else out.loss
+        # Gradients are averaged over the processes.
+        loss = out.loss if num_items_in_batch is None else out.loss * self.args.world_size
+        return (loss, states) if return_outputs else loss
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+class MPDTrainer(TeacherLoss, Trainer):
+    """Transformers' Trainer with this loss."""
+
+
+def read_command(about: str) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Return the command's options, and the settings that follow for transformers' or TRL's
+    trainer."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--student", required=True)
     parser.add_argument("--round", required=True)
     parser.add_argument("--out", required=True)
@@ -100,26 +109,37 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4, help="rows on each device")
     parser.add_argument("--accumulation", type=int, default=4, help="batches per step")
     args = parser.parse_args()
-    settings = TrainingArguments(
-        output_dir=args.out,
-        max_steps=args.steps,
-        learning_rate=args.learning_rate,
-        per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.accumulation,
-        logging_steps=1,
-        remove_unused_columns=False,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=not torch.cuda.is_available(),
-        disable_tqdm=True,
-    )
-    student = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32)
-    trainer = MPDTrainer(student, settings, collate, Rewrites(args.round))
+    return args, {
+        "output_dir": args.out,
+        "max_steps": args.steps,
+        "learning_rate": args.learning_rate,
+        "per_device_train_batch_size": args.batch_size,
+        "gradient_accumulation_steps": args.accumulation,
+        "logging_steps": 1,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": torch.cuda.is_available(),
+        "disable_tqdm": True,
+    }
+
+
+def finish(trainer: Trainer, out: str) -> None:
+    """Train, save the model in `out` and print the losses."""
     trainer.train()
-    trainer.save_model(args.out)
-    for record in trainer.state.log_history:
-        if "loss" in record:
-            print(f"step {record['step']}: loss {record['loss']:.6f} nats per token")
+    trainer.save_model(out)
+    if trainer.is_world_process_zero():
+        for record in trainer.state.log_history:
+            if "loss" in record:
+                print(f"step {record['step']}: loss {record['loss']:.6f} nats per token")
+
+
+def main() -> None:
+    args, settings = read_command(__doc__)
+    student = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32)
+    data = rewrites(args.round)
+    finish(MPDTrainer(student, TrainingArguments(**settings), collate, data), args.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from mpd_data.common import signals
 from mpd_data.common.errors import ConfigError, MPDError
-from mpd_data.common.machine import device_name
+from mpd_data.common.machine import device_name, free_gpu_memory
 from mpd_data.store.locks import folder_lock
 from mpd_data.store.run_record import require_kind
 from mpd_train import checkpoint
@@ -67,6 +67,8 @@ def train(config: TrainConfig, overwrite: bool = False) -> Path:
             ) from error
         except OSError as error:
             raise checkpoint.stopped_by(error, config.out) from error
+        finally:
+            free_gpu_memory()
 
 
 def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:

@@ -18,6 +18,7 @@ DOCUMENTS = sorted(
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "docs").glob("*.ipynb"),
         *(ROOT / "benchmarks").glob("*.md"),
         *(ROOT / "pipelines").glob("*/README.md"),
         *(ROOT / "data").glob("*.md"),

@@ -1,4 +1,4 @@
-"""The example runs as shipped, and student = teacher gives it no loss."""
+"""The examples run as shipped, and student = teacher gives no loss."""
 
 import math
 import re
@@ -10,10 +10,10 @@ from conftest import ROOT, STUDENT, TEACHER, environment
 from transformers import AutoModelForCausalLM
 
 
-def losses_of(*arguments, example="minimal_mpd"):
+def losses_of(*arguments, example="minimal_mpd", launcher=()):
     """The loss of each step, from the example's output."""
     done = subprocess.run(
-        [sys.executable, f"examples/{example}.py", *map(str, arguments)],
+        [sys.executable, *launcher, f"examples/{example}.py", *map(str, arguments)],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -36,16 +36,18 @@ def test_a_student_that_is_its_own_teacher_has_no_loss():
     assert loss > 1e-3
 
 
-def test_the_loss_in_transformers_own_trainer(round_dir, tmp_path):
-    """It learns, and a step has one mean over its tokens, however its rows are divided."""
+def test_the_loss_in_other_trainers(round_dir, tmp_path):
+    """It learns, and a step has one mean over its tokens, however its rows are divided: into
+    batches, among processes, by transformers' Trainer or TRL's."""
 
-    def losses(rows, batches, steps):
-        told = ["--student", STUDENT, "--round", round_dir, "--out", tmp_path / str(rows)]
+    def losses(name, rows, batches, *launcher, steps=2):
+        told = ["--student", STUDENT, "--round", round_dir, "--out", tmp_path / name]
         told += ["--batch-size", rows, "--accumulation", batches, "--learning-rate", 1e-3]
-        return losses_of(*told, "--steps", steps, example="transformers_trainer")
+        return losses_of(*told, "--steps", steps, example=name, launcher=launcher)
 
-    first, *_, last = losses(4, 4, 6)
+    first, *_, last = losses("transformers_trainer", 4, 4, steps=6)
     assert 0 < last < 0.8 * first
-    (whole,) = losses(16, 1, 1)
-    assert whole == pytest.approx(first, rel=1e-4)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "16")
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert losses("transformers_trainer", 4, 2, *two)[0] == pytest.approx(first, rel=1e-4)
+    assert losses("trl_trainer", 16, 1)[0] == pytest.approx(first, rel=1e-4)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "trl_trainer")

@@ -1,5 +1,6 @@
 """The machine, its GPUs and the installed versions."""
 
+import gc
 import platform
 import shutil
 import subprocess
@@ -52,6 +53,15 @@ def gpus(fields: str = "name,memory.total,driver_version") -> list[str]:
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     lines = [] if answer.returncode else answer.stdout.splitlines()
     return [line.strip() for line in lines if line.strip()]
+
+
+def free_gpu_memory() -> None:
+    """Give a model that is no longer referenced, and what torch keeps for later tensors, back to
+    the GPU: in a notebook the next engine is another process, which finds only what is free."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def device_name() -> str:

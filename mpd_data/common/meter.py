@@ -1,4 +1,4 @@
-"""Show progress on stderr: a bar on a terminal, a line every 15 seconds elsewhere."""
+"""Show progress on stderr: a bar on a terminal or in a notebook, else a line every 15 seconds."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ class Meter:
         self._last_line = time.monotonic()
         self._bar = tqdm(
             total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not _can_redraw(),
         )  # fmt: skip
 
     def advance(self, units: int = 1) -> None:
@@ -41,3 +41,9 @@ class Meter:
         left = "" if seconds_left is None else f", {seconds_left:.0f} s left"
         counts = f"{self.done}/{self.total} {self._unit}s"
         print(f"{self._label}: {counts}, {text}{left}", file=sys.stderr, flush=True)
+
+
+def _can_redraw() -> bool:
+    """Return whether stderr can replace a line that it has shown: a notebook's kernel can, though
+    it is no terminal."""
+    return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")

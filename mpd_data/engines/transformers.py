@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from mpd_data.common.errors import EngineError, MPDError, reason_of, requires
+from mpd_data.common.machine import free_gpu_memory
 from mpd_data.common.models import ModelFiles, has_softcap, load_tokenizer
 from mpd_data.common.weights import load_model
 from mpd_data.config import EngineConfig, SamplingConfig
@@ -219,6 +220,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         del self._model
+        free_gpu_memory()
 
 
 def _adapted(base: Any, model: ModelFiles) -> Any:
