@@ -38,6 +38,7 @@ MODULES = {
     "mpd-rounds": "mpd_rounds.cli",
     "mpd-study": "mpd_rounds.study.cli",
     "mpd-report": "mpd_rounds.report.cli",
+    "torchrun": "torch.distributed.run",
 }
 
 

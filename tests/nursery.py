@@ -41,23 +41,14 @@ ROOT = Path(__file__).resolve().parents[1]
 _ENGINES = ("vllm", "mpd_data.engines.vllm", "mpd_data.engines.transformers")
 # A process reads these when it starts or imports, so a fork cannot have others.
 _READ_AT_START = (
-    *(
-        "PYTHON",
-        "LANG",
-        "LC_",
-        "TZ",
-        "OMP_",
-        "MKL_",
-        "CUDA_",
-        "HF_",
-        "HUGGINGFACE_",
-        "TRANSFORMERS_",
-    ),
-    *("TOKENIZERS_", "VLLM_", "TORCH", "PYTORCH", "TRITON", "POLARS_", "RAY_", "NCCL_", "GLOO_"),
+    *("PYTHON", "LANG", "LC_", "TZ", "OMP_", "MKL_", "CUDA_", "TRITON", "TORCH_", "TORCHINDUCTOR"),
+    *("PYTORCH", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "VLLM_", "POLARS_", "RAY_"),
 )
 # An engine that a test has started in its own process leaves these to the programs that it starts;
 # mpd-rounds gives its steps one.
-_OF_ENGINES = ("VLLM_", "TORCH", "PYTORCH", "KMP_", "LD_", "LOCAL_", "AITER", "TOKENIZERS_")
+_OF_ENGINES = (
+    *("VLLM_", "TORCH_", "TORCHINDUCTOR", "PYTORCH", "KMP_", "LD_", "AITER", "TOKENIZERS_"),
+)
 # What a program has imported, the nursery imports too, of these packages.
 _IMPORTED = (
     "mpd_data",

@@ -17,11 +17,14 @@ PROGRAMS = {
     "mpd_rounds.cli",
     "mpd_rounds.study.cli",
     "mpd_rounds.report.cli",
+    "torch.distributed.run",
 }
 
 
 def main():
     words = sys.argv[1:]
+    if words[:1] == ["-u"]:  # torchrun's
+        words = words[1:]
     if words[:1] != ["-m"] or words[1] not in PROGRAMS:
         os.execv(PYTHON, [PYTHON, *words])
     folder = os.getcwd()  # noqa: PTH109  # pathlib takes longer to import than all the rest

@@ -16,6 +16,7 @@ from conftest import (
     ROOT,
     STUDENT,
     TEACHER,
+    command,
     environment,
     finish,
     invoke,
@@ -49,11 +50,9 @@ def words(arguments):
     return [str(x) for pair in arguments.items() for x in pair]
 
 
-def torchrun(size, arguments, program=("-m", "mpd_train.cli")):
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(size), *program, *words(arguments),
-    ]  # fmt: skip
+def torchrun(size, arguments, program=("-m", "mpd_train.cli"), fresh=False):
+    among = ("--standalone", "--nproc-per-node", size)
+    return command("torchrun", *among, *program, *words(arguments), fresh=fresh)
 
 
 def with_ranks(size, arguments, code=0, *switches, **told):
@@ -66,7 +65,7 @@ def alone(arguments):
 
 def killed_after(steps, size, arguments, out):
     """Several processes that train, killed after so many steps of theirs."""
-    launch = torchrun(size, arguments)
+    launch = torchrun(size, arguments, fresh=True)
     process = subprocess.Popen(launch, env=environment(), stderr=subprocess.DEVNULL)
     while len(metrics_lines(out)) < steps:
         assert process.poll() is None
