@@ -524,7 +524,7 @@ def test_an_engine_process_that_is_killed_ends_the_job_at_once(nursery, undistur
     out = tmp_path / "r"
     arguments = truth.job.arguments(out, **{"--rows-per-shard": 1})
     apart = {"env": environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}}
-    two = {"until": lambda: num_shards(out) >= 2, "stderr": subprocess.PIPE}
+    two = {"until": lambda: num_shards(out) >= 2, "stderr": subprocess.PIPE, "fresh": True}
     process = started("mpd-gen", *arguments, **two, **apart)
     os.kill(engine_of(process.pid), signal.SIGKILL)
     _, said = process.communicate(timeout=60)  # not a speed: without an end it would hang for ever
