@@ -9,7 +9,6 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT, STUDENT, rows, tied_student, train_config
-from nursery import Nursery
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
@@ -24,12 +23,6 @@ from mpd_train.setup import setup
 
 MAX_TOKENS = 120
 NUM_PROMPTS = 24
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
