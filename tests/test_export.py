@@ -158,7 +158,8 @@ def test_each_tensor_keeps_its_dtype_and_the_rest_its_content(tmp_path):
     config = json.loads((start / "config.json").read_text())
     (start / "config.json").write_text(json.dumps(config | CONFIG))
     (start / "generation_config.json").write_text(GENERATION)
-    export(CausalLM(resolve_model(str(start)), CPU, torch.float32, False), tmp_path / "out")
+    config = train_config(tmp_path, start, tmp_path / "run")
+    export(CausalLM(resolve_model(str(start)), CPU, torch.float32, False), tmp_path / "out", config)
     assert_the_same(tmp_path / "out" / "model", start)
 
 
@@ -175,7 +176,8 @@ def test_where_transformers_joins_tensors_too(tmp_path):
     for name, x in tensors.items():
         tensors[name] = x if ".gate." in name else x.bfloat16()
     save_file(tensors, start / "model.safetensors", metadata={"format": "pt"})
-    export(CausalLM(resolve_model(str(start)), CPU, torch.float32, False), tmp_path / "out")
+    config = train_config(tmp_path, start, tmp_path / "run")
+    export(CausalLM(resolve_model(str(start)), CPU, torch.float32, False), tmp_path / "out", config)
     assert_the_same(tmp_path / "out" / "model", start)
 
 
