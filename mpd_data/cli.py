@@ -143,11 +143,12 @@ def rollouts(
     elif config.parts.workers > 1:
         failed = workers.run_workers("rollouts", config, limit)
         click.echo(f"{config.out}: all workers finished{_quality(config)}", err=True)
-        _exit_if_failed("some" if failed else 0)
+        _exit_if_failed("some" if failed else 0, config.out, "rollouts")
         return
     outcome = run_rollouts(config, overwrite, limit)
     summary = f"{config.out}: {outcome.total:,} rollouts, {outcome.written:,} of them new"
-    _finish(f"{summary}{_quality(config)}", outcome.failed, outcome.remaining)
+    _finish(f"{summary}{_quality(config)}", outcome.remaining)
+    _exit_if_failed(outcome.failed, config.out, "rollouts")
 
 
 def _quality(config: RolloutsConfig) -> str:
@@ -223,7 +224,7 @@ def rewrite(
         if config.student_option is not None and config.parts.num_shards is None:
             ask_student(config)
         click.echo(f"{config.shards}: all workers finished{_shares(config)}", err=True)
-        _exit_if_failed("some" if failed else 0)
+        _exit_if_failed("some" if failed else 0, config.shards, "distill")
         return
     outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite, limit)
     counts = ", ".join(f"{n:,} {status}" for status, n in sorted(outcome.statuses.items()))
@@ -238,6 +239,8 @@ def rewrite(
             "Read some in distill/*.parquet (columns rewrite, status): does the teacher follow the"
             " template, is --max-tokens long enough?"
         )
+        if set(outcome.statuses) == {"malformed"}:
+            hint = _how_malformed(config)
         if set(outcome.statuses) == {"draft_truncated"}:
             hint = (
                 "Every draft was cut off at the student's --max-tokens: run mpd-gen rollouts with a"
@@ -256,7 +259,23 @@ def rewrite(
             err=True,
         )
     summary = f"{config.shards}: {counts}; {outcome.written:,} rows new"
-    _finish(f"{summary}{_shares(config)}", outcome.failed, outcome.remaining)
+    _finish(f"{summary}{_shares(config)}", outcome.remaining)
+    _exit_if_failed(outcome.failed, config.shards, "distill")
+
+
+def _how_malformed(config: RewriteConfig) -> str:
+    """Return what a rewrite looks like, and what the template expects."""
+    from mpd_data.inspect.stats import collect, scan_round
+    from mpd_data.prompts.template import load_template
+
+    (first,) = collect(scan_round(config.shards, "distill").select("rewrite").head(1))["rewrite"]
+    expected = load_template(config.template).output
+    return (
+        f"The teacher's turns are not of the form that the template {config.template} has in"
+        f" `output`: {expected!r}. One of them: {first[:200]!r}. Write a template in words that"
+        " this teacher follows (docs/guide.md, The rewrite template), and begin the rewrites anew"
+        " with --overwrite."
+    )
 
 
 def _shares(config: RewriteConfig) -> str:
@@ -294,17 +313,21 @@ def _with_part(config: Any, overwrite: bool) -> Any:
     return config.model_copy(update={"parts": parts})
 
 
-def _finish(summary: str, failed: int, remaining: int) -> None:
+def _finish(summary: str, remaining: int) -> None:
     click.echo(summary, err=True)
     if remaining:
         click.echo(f"{remaining:,} remaining; run without --limit for the rest.", err=True)
-    _exit_if_failed(failed)
 
 
-def _exit_if_failed(rows: int | str) -> None:
-    if rows:
-        click.echo(f"{rows} rows failed; see errors/*.parquet (column message).", err=True)
-        raise click.exceptions.Exit(workers.EXIT_FAILED_ROWS)
+def _exit_if_failed(rows: int | str, folder: Path, stage: str) -> None:
+    if not rows:
+        return
+    from mpd_data.inspect.stats import collect, scan_round
+
+    messages = scan_round(folder, "errors").filter(stage=stage).select("message")
+    first = "".join(f" The first: {message}" for message in collect(messages.head(1))["message"])
+    click.echo(f"{rows} rows failed; see errors/*.parquet (column message).{first}", err=True)
+    raise click.exceptions.Exit(workers.EXIT_FAILED_ROWS)
 
 
 @cli.command(epilog=example("mpd-gen status data/round1"))

@@ -185,12 +185,15 @@ def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
     from mpd_train.card import add_results
     from mpd_train.metrics import record_evaluation
 
-    for r in range(1, round_ + 1):
-        names = [chosen.name for chosen in pipeline.evaluation]
-        results = {name: comparison.evaluate(plan.evaluation(r, name)) for name in names}
+    sets = [chosen.name for chosen in pipeline.evaluation]
+    base, *results = (
+        {name: comparison.evaluate(plan.evaluation(r, name)) for name in sets}
+        for r in range(round_ + 1)
+    )
+    for r, found in enumerate(results, start=1):
         model = Path(plan.student(r))
-        add_results(model, f"{pipeline.name}, round {r}", results)
-        record_evaluation(model.parent, results)
+        add_results(model, f"{pipeline.name}, round {r}", base, found)
+        record_evaluation(model.parent, found)
     names = ["base", *(f"round {r}" for r in range(1, round_ + 1))]
     headline = pipeline.evaluation[0].name
     lengths = {name: plan.evaluation(r, headline) for r, name in enumerate(names)}

@@ -1,6 +1,7 @@
 """The README.md of an exported model or adapter: its head, which the Hub reads, and how it was
 trained."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mpd_data.common.files import atomic_file
 from mpd_data.common.models import ModelFiles
+from mpd_data.store.run_record import read_record
 from mpd_train.config import TrainConfig
 
 _TAG = "mixed-policy-distillation"
+_RESULTS = "## Results\n\n"
+Results = dict[str, dict[str, Any]]
 
 
 def write_card(folder: Path, student: ModelFiles, config: TrainConfig) -> None:
@@ -32,7 +36,7 @@ def write_card(folder: Path, student: ModelFiles, config: TrainConfig) -> None:
     length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epoch(s)"
     facts = {
         "Student": Path(student.name).name if is_folder else student.name,
-        "Rounds of data": len(config.shards),
+        **_made_by(config.shards[-1]),
         "Loss": f"{loss.divergence}, {loss.ce_weight:g} of cross-entropy",
         "Training": f"{length}, learning rate {optimizer.learning_rate:g}, seed {config.seed}",
     }
@@ -43,6 +47,17 @@ def write_card(folder: Path, student: ModelFiles, config: TrainConfig) -> None:
         f" teacher's rewrites of its own.\n\n{text}\n"
     )
     card.save(folder / "README.md")
+
+
+def _made_by(shards: Path) -> dict[str, str]:
+    """Return who wrote the rewrites of a round, by its run.json."""
+    stage = read_record(shards).get("stages", {}).get("distill", {})
+    told = stage.get("details", {}).get("config", {})
+    if not told:
+        return {}
+    teacher = str(told["teacher"])
+    name = Path(teacher).name if Path(teacher).is_dir() else teacher
+    return {"Teacher": name, "Scored under": f"the {told['score_context']} prompt"}
 
 
 def _card_of(model: Path) -> ModelCardData | None:
@@ -57,10 +72,11 @@ def _card_of(model: Path) -> ModelCardData | None:
     return data
 
 
-def add_results(folder: Path, name: str, results: dict[str, dict[str, Any]]) -> None:
-    """Write a model's results into its card in `folder`, as the model `name`.
+def add_results(folder: Path, name: str, base: Results, results: Results) -> None:
+    """Write a model's results into its card in `folder`, as the model `name`, beside those of the
+    `base` that the first round began with.
 
-    `results`: what `mpd_data.inspect.compare.evaluate` returns, by evaluation set. A card that is
+    Results are what `mpd_data.inspect.compare.evaluate` returns, by evaluation set. A card that is
     not there, or has another head than ours, is left alone.
     """
     path = folder / "README.md"
@@ -83,5 +99,27 @@ def add_results(folder: Path, name: str, results: dict[str, dict[str, Any]]) -> 
         if result[metric] is not None and (interval := result[f"{metric}_interval"])
         for low, high in [interval]
     ]
+    before = re.sub("^# .*", lambda _: f"# {name}", card.text.partition(_RESULTS)[0], flags=re.M)
+    card.text = f"{before.rstrip()}\n\n{_RESULTS}{_table(base, results)}"
     with atomic_file(path) as file:
         file.write(str(card))
+
+
+def _table(base: Results, results: Results) -> str:
+    lines = ["| problems | | base | this model |", "|---|---|---|---|"]
+    for chosen, result in results.items():
+        for metric in ("accuracy", "mean_tokens"):
+            before, now = (_with_interval(each, metric) for each in (base[chosen], result))
+            words = metric.replace("_", " ")
+            lines.append(f"| {chosen}: {result['problems']} | {words} | {before} | {now} |")
+    return "\n".join([*lines, "", "With 95% intervals over the problems.", ""])
+
+
+def _with_interval(result: dict[str, Any], metric: str) -> str:
+    """Return a value as a cell: percent or tokens; a dash without gold answers."""
+    value, interval = result[metric], result[f"{metric}_interval"]
+    if value is None:
+        return "-"
+    scale, unit = (100, "%") if metric == "accuracy" else (1, "")
+    around = "" if interval is None else " [{:.1f}, {:.1f}]".format(*(scale * x for x in interval))
+    return f"{scale * value:.1f}{unit}{around}"

@@ -27,6 +27,7 @@ _INSTEAD = {
     "--per-device-eval-batch-size": _BATCHES,
     "--max-length": "no row is cut off. Set --pack-length to at least the longest row's tokens",
     "--bf16": "use --dtype bfloat16",
+    "--push-to-hub": "run mpd-gen push OUT/model OWNER/NAME afterwards",
     "--fp16": "float16 gradients underflow without a scaler. Use --dtype bfloat16",
     "--warmup-steps": "use --warmup-ratio",
 }

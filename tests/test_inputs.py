@@ -242,7 +242,7 @@ def test_worked_examples_are_earlier_turns():
         ("You shorten", "{{draft}}", "`system` uses \\['draft'\\]; it can use no {{placeholders}}"),
         ("Mara has", "{{draft}} has", "`example 2` uses"),
         ("<solution>", "<solution>T", "`rewrite` of example 3 is not of the form"),
-        ("version = 1", "verzion = 1", "not a rewrite template"),
+        ("version = 1", "verzion = 1", "verzion: unknown setting. Did you mean 'version'"),
         ("version = 1", "version = ", "not TOML"),
     ],
 )

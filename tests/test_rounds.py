@@ -95,7 +95,11 @@ def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
     card = (out / "train" / "round2" / "model" / "README.md").read_text()
     assert card.count("type: mean_tokens") == 3 and card.count("type: accuracy") == 3
     assert f"value: {round(summary['final']['accuracy'], 4)}" in card
-    assert "learning rate" in card
+    assert "learning rate" in card and "* Teacher: teacher" in card
+    row = next(line for line in card.splitlines() if " accuracy | " in line)
+    cells = [cell.strip() for cell in row.split("|")[3:5]]
+    sides = [summary[side]["accuracy"] for side in ("base", "final")]
+    assert [cell.split()[0] for cell in cells] == [f"{100 * side:.1f}%" for side in sides]
     assert run("mpd-rounds", *arguments).stderr.count("done before") == 15
 
 

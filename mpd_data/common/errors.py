@@ -61,6 +61,7 @@ def pip_install(extra: str) -> str:
     command = f"pip install 'mixed-policy-distillation[{extra}]'"
     if extra == "gpu":
         command += " on a CUDA machine, [cpu] in place of [gpu] on another"
+        command += ". Or give --backend transformers, which is slower and needs no vLLM"
     return command
 
 

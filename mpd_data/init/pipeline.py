@@ -121,6 +121,11 @@ def _notes(
             'the student is its own teacher: with score_context = "problem" it learns nothing. Set'
             ' "rewrite", with a template whose turn is the trace.'
         )
+    if not models.gpus:
+        lines.append(
+            "without a GPU a round has few prompts and few test problems: enough to see that all"
+            " works, too few to judge a model by. Raise both num_prompts for that."
+        )
     if not models.spells_instructions:
         lines.append(
             "the tokenizer cannot spell the built-in instructions: give a prompt_template and a"
@@ -149,6 +154,7 @@ def _render(folder: Path, config: InitConfig, models: detect.Models, **values: A
         config=config,
         models=models,
         gpu=bool(models.gpus),
+        tiny=is_small,
         vllm=importlib.util.find_spec("vllm") is not None,
         threads="1" if is_small else str(os.cpu_count() or 1),
         run_command=f"mpd-rounds {pipeline} --out {out}",

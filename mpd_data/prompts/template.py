@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from mpd_data.common.errors import ConfigError, did_you_mean
 from mpd_data.common.files import read_toml
 from mpd_data.common.hashing import content_key
+from mpd_data.common.options import parse
 from mpd_data.config import Strict
 from mpd_data.prompts.chat import ChatFormatter, Names
 
@@ -117,14 +118,12 @@ def load_template(name: str) -> RewriteTemplate:
         return DRAFT
     path = BUILT_IN.get(name, Path(name))
     try:
-        template = RewriteTemplate(**read_toml(path))
+        template = parse(RewriteTemplate, read_toml(path), str(path))
         groups = set(re.compile(template.output).groupindex)
     except OSError as error:
         built_in = [*BUILT_IN, DRAFT.name]
         hint = did_you_mean(name, built_in) or f" The built-in ones are {', '.join(built_in)}."
         raise ConfigError(f"{path}: no template to read ({error.strerror}).{hint}") from error
-    except (ValidationError, TypeError) as error:
-        raise ConfigError(f"{path}: not a rewrite template: {error}") from error
     except re.error as error:
         raise ConfigError(f"{path}: `output` is not a regular expression: {error}") from error
     examples = list(enumerate(template.example, start=1))

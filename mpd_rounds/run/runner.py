@@ -149,7 +149,8 @@ class Runner:
         if code not in (0, EXIT_FAILED_ROWS):
             raise MPDError(
                 f"{step.label} ended with exit code {code}; see its message above. Finished work"
-                " is kept: fix the cause and run the same command again."
+                " is kept: fix the cause and run the same command again. To begin this step anew,"
+                " run its own command, above, with --overwrite."
             )
         self.failed_rows |= code == EXIT_FAILED_ROWS
         record = {
