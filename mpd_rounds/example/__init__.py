@@ -4,7 +4,7 @@ Its files are pipelines/pocket of the repository. The wheel has the ones that it
 package (`force-include` in pyproject.toml); a checkout finds them where they are.
 """
 
-import importlib
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -23,7 +23,8 @@ def write(folder: Path) -> Path:
     """Write the example into `folder`: models, prompts, template, pipeline. Return the pipeline's
     path. What exists stays as it is, so an edited file is used.
 
-    The pipeline's paths, relative to the repository, become paths in `folder`.
+    The pipeline's paths, relative to the repository, become paths in `folder`. Where there is no
+    vLLM, its stages take the transformers engine.
     """
     prompts = importlib.import_module(f"{__name__}.pocket.prompts")
     source = Path(prompts.__file__ or "").parent
@@ -40,6 +41,8 @@ def write(folder: Path) -> Path:
             here = json.dumps(str(folder), ensure_ascii=False)[:-1]  # TOML's strings are JSON's
             text = text.replace('"pipelines/pocket/', f"{here}/")
             text = text.replace('"data/pocket/', f"{here}/data/")
+            if importlib.util.find_spec("vllm") is None:
+                text = text.replace("engine = {", 'engine = { backend = "transformers",')
             partial.write_text(text, encoding="utf-8")
         else:
             shutil.rmtree(partial, ignore_errors=True)
