@@ -432,7 +432,8 @@ def test_a_checkpoint_that_cannot_be_written_is_one_message(round_dir, trained, 
     arguments = as_arguments(round_dir, out)
     limit = 2 << 20
     stopped = subprocess.run(
-        command("mpd-train", *arguments), env=environment(), capture_output=True, text=True,
+        command("mpd-train", *arguments, fresh=True),
+        env=environment(), capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     assert stopped.returncode == 1
