@@ -164,6 +164,7 @@ def invoke(command, *arguments):
 
 
 def rollout_arguments(prompts, out, **changed):
+    """Return the words of `mpd-gen rollouts` with small settings; None leaves one out."""
     settings = {
         "--model": STUDENT,
         "--prompts": prompts,
@@ -179,7 +180,7 @@ def rollout_arguments(prompts, out, **changed):
         **ENGINE,
         **changed,
     }
-    return ["rollouts", *(str(x) for pair in settings.items() for x in pair)]
+    return ["rollouts", *(str(x) for pair in settings.items() if pair[1] is not None for x in pair)]
 
 
 def rewrite_arguments(shards, **changed):
@@ -195,7 +196,7 @@ def rewrite_arguments(shards, **changed):
         **ENGINE,
         **changed,
     }
-    return ["rewrite", *(str(x) for pair in settings.items() for x in pair)]
+    return ["rewrite", *(str(x) for pair in settings.items() if pair[1] is not None for x in pair)]
 
 
 @pytest.fixture(scope="session")

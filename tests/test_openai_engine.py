@@ -97,7 +97,8 @@ def teacher(tmp_path_factory):
 
 
 def served(url, name="pocket"):
-    return {"--engine": "openai", "--base-url": url, "--served-model": name, "--dtype": "auto"}
+    names = {"--engine": "openai", "--base-url": url, "--served-model": name}
+    return names | {"--dtype": "auto", "--kv-cache-gib": None}
 
 
 def test_rewrites_are_those_of_an_engine_here(round_dir, teacher, tmp_path, monkeypatch):
@@ -278,14 +279,17 @@ def test_a_server_that_stays_away_ends_the_job(prompts, tmp_path, monkeypatch):
 
 
 def test_one_refused_request_hurts_no_other(teacher, tmp_path, monkeypatch):
-    """An id that the model does not have: vLLM answers 400, and the row is an error."""
+    """An id that the model does not have, sent past the guard: vLLM answers 400, and the row is an
+    error."""
     monkeypatch.setenv("MPD_API_KEY", KEY)
     engine = start_engine(
         resolve_model(str(TEACHER), served="pocket"),
         EngineConfig(backend="openai", base_url=teacher.url),
     )
     try:
-        engine.submit_generate("bad", [5, 10**6], SamplingConfig(max_tokens=4), 0)
+        with pytest.raises(RequestError, match="1000000 has no embedding"):
+            engine.submit_generate("bad", [5, 10**6], SamplingConfig(max_tokens=4), 0)
+        engine.inner.submit_generate("bad", [5, 10**6], SamplingConfig(max_tokens=4), 0)
         engine.submit_generate("good", [5, 9], SamplingConfig(max_tokens=4), 0)
         with pytest.raises(RequestError, match="leave no room"):
             engine.submit_generate("long", [5] * 10**5, SamplingConfig(max_tokens=4), 0)
@@ -313,8 +317,8 @@ def test_a_url_is_a_servers_and_no_secret(prompts, tmp_path, url, message):
 
 def test_a_server_and_its_settings_go_together(prompts, tmp_path):
     for changed in (
-        {"--engine": "openai"},
-        {"--base-url": "http://h:1"},
+        {"--engine": "openai", "--kv-cache-gib": None},
+        {"--base-url": "http://h:1", "--kv-cache-gib": None},
         {**served("http://h:1"), "--tensor-parallel-size": 2},
         {**served("http://h:1"), "--pipeline-parallel-size": 2},
     ):
