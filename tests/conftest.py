@@ -38,7 +38,6 @@ MODULES = {
     "mpd-rounds": "mpd_rounds.cli",
     "mpd-study": "mpd_rounds.study.cli",
     "mpd-report": "mpd_rounds.report.cli",
-    "torchrun": "torch.distributed.run",
 }
 
 
@@ -103,9 +102,10 @@ def _nursery():
 
 
 def command(program, *arguments, fresh=False):
-    """Return the words that run a program, in a fork of the nursery's process or a fresh one."""
+    """Return the words that run a program or a module, in a fork of the nursery's process or a
+    fresh one."""
     python = sys.executable if fresh else str(_nursery().python)
-    return [python, "-m", MODULES[program], *map(str, arguments)]
+    return [python, "-m", MODULES.get(program, program), *map(str, arguments)]
 
 
 def environment():

@@ -52,7 +52,7 @@ def words(arguments):
 
 def torchrun(size, arguments, program=("-m", "mpd_train.cli"), fresh=False):
     among = ("--standalone", "--nproc-per-node", size)
-    return command("torchrun", *among, *program, *words(arguments), fresh=fresh)
+    return command("torch.distributed.run", *among, *program, *words(arguments), fresh=fresh)
 
 
 def with_ranks(size, arguments, code=0, *switches, **told):
