@@ -325,7 +325,9 @@ def _exit_if_failed(rows: int | str, folder: Path, stage: str) -> None:
     from mpd_data.inspect.stats import collect, scan_round
 
     messages = scan_round(folder, "errors").filter(stage=stage).select("message")
-    first = "".join(f" The first: {message}" for message in collect(messages.head(1))["message"])
+    first = "".join(
+        f" The first: {plain(message)}" for message in collect(messages.head(1))["message"]
+    )
     click.echo(f"{rows} rows failed; see errors/*.parquet (column message).{first}", err=True)
     raise click.exceptions.Exit(workers.EXIT_FAILED_ROWS)
 

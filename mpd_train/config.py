@@ -125,7 +125,7 @@ class TrainConfig(Strict):
     """Revision of the teacher on the hub."""
     teacher_offload: bool = False
     """Keep the teacher in the CPU's memory and move its layers to the device one by one."""
-    epochs: float = Field(1, gt=0)
+    epochs: float = Field(1, gt=0, allow_inf_nan=False)
     """Number of passes over the kept rows; 0.5 stops after half of a pass."""
     max_steps: int | None = Field(None, ge=1)
     """Number of optimiser steps to train, instead of --epochs."""

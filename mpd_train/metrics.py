@@ -68,12 +68,12 @@ def record_evaluation(out: Path, results: Mapping[str, Mapping[str, Any]]) -> No
     """Send the results of evaluation sets by name (`mpd_data.inspect.compare.evaluate`), of the
     model that the training in `out` made, to the runs that it has in its trackers, once. Raise
     ConfigError for a tracker that is not installed any more."""
-    config = read_record(out, "training")["details"]["config"]
+    config = read_record(out, "training").get("details", {}).get("config", {})
     known = told(out)
     now = known | {"evaluation": content_key(dict(results))}
-    if not config["report_to"] or now == known:
+    if not config.get("report_to") or now == known:
         return
-    step = read_metrics(out / "metrics.jsonl")[-1]["step"]
+    step = max((record["step"] for record in read_metrics(out / "metrics.jsonl")), default=0)
     trackers = Trackers(load_trackers(config["report_to"]), out, config, step, 0)
     trackers.log_evaluation(step, results)
     trackers.close()

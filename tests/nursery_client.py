@@ -37,8 +37,7 @@ def main():
     signal.pthread_sigmask(signal.SIG_BLOCK, passed)
     order["ignored"] = sorted(ignored)
     # A signal to a group of ours reaches the programs that the fork starts.
-    order["leads"] = os.getpgrp() == os.getpid()
-    send = os.killpg if order["leads"] else os.kill
+    send = os.killpg if os.getpgrp() == os.getpid() else os.kill
     socket.send_fds(nursery, [json.dumps(order).encode()], [0, 1, 2])
     answer = nursery.recv(64).split()
     if answer[0] == b"refused":

@@ -219,6 +219,9 @@ def test_options_of_other_trainers_are_known(tmp_path):
     ]
     assert str(said[0].exception) == str(said[1].exception)
     assert "m: not a folder here" in str(said[0].exception)
+    for epochs in ("inf", "nan", "0"):
+        given = [str(word) for pair in (ours | {"--epochs": epochs}).items() for word in pair]
+        assert "--epochs" in CliRunner().invoke(train_cli, given).output
     refused = CliRunner().invoke(train_cli, ["--per_device_train_batch_size", "4"])
     assert refused.exit_code == 2
     assert "--pack-length" in refused.output
