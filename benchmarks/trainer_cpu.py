@@ -38,7 +38,7 @@ def make_round(folder: Path, count: int, vocab: int = VOCAB) -> None:
     import pyarrow.parquet as pq
 
     from mpd_data.store.round import RoundDir
-    from mpd_data.store.schema import METADATA_KEY
+    from mpd_data.store.schema import DISTILL_SCHEMA, METADATA_KEY
     from mpd_data.store.writer import ShardWriter
 
     golden = RoundDir(ROOT / "tests" / "data" / "golden" / "round1").shard_paths("distill")[0]
@@ -46,7 +46,9 @@ def make_round(folder: Path, count: int, vocab: int = VOCAB) -> None:
     metadata = json.loads(table.schema.metadata[METADATA_KEY]) | {"vocab_size": vocab}
     for known in ("schema_version", "stage"):
         del metadata[known]
-    like, k = table.slice(0, 1).to_pylist()[0], metadata["num_logprobs"]
+    # Columns that are younger than these shards are null.
+    like = dict.fromkeys(DISTILL_SCHEMA.names) | table.slice(0, 1).to_pylist()[0]
+    k = metadata["num_logprobs"]
     rng = np.random.default_rng(0)
     rows = []
     for i in range(count):

@@ -149,8 +149,8 @@ class TrainConfig(Strict):
     """Keep activations in the CPU's memory until the backward pass."""
     attn_implementation: str | None = None
     """Attention: sdpa, flash_attention_2 or another of transformers, or varlen, torch's own for
-    packed sequences. Default: eager if the attention has a soft cap; in bfloat16 on CUDA flash
-    attention if installed, else varlen; otherwise transformers' default."""
+    packed sequences. Default: eager if the attention has a soft cap; in bfloat16 flash attention if
+    installed (CUDA), else varlen; otherwise transformers' default."""
     max_loss: float = Field(100.0, gt=0)
     """Stop if the loss of a step is larger, in nats per token."""
     seed: int = Field(0, ge=0)

@@ -1,6 +1,7 @@
 """Attention for packs, and where a training may have it.
 
-torch's kernels run on CUDA alone: `python -m pytest --noconftest -m gpu tests/test_attention.py`.
+torch's kernels for packs run on CUDA alone: `python -m pytest --noconftest -m gpu
+tests/test_attention.py`.
 """
 
 from pathlib import Path
@@ -30,13 +31,20 @@ def test_boundaries_are_where_positions_begin_again():
     assert found["max_length_q"] == found["max_length_k"] == 7
 
 
-def test_a_cpu_leaves_the_choice_to_transformers_and_refuses_varlen():
+def test_a_cpu_computes_each_sequence_alone_in_bfloat16():
     cpu = torch.device("cpu")
+    assert attention(config(), cpu, torch.bfloat16, []) == "varlen"
+    settings = {
+        "float32": (config(), torch.float32),
+        "compiled": (config(compile=True), torch.bfloat16),
+    }
+    for taken, dtype in settings.values():
+        assert attention(taken, cpu, dtype, []) is None
+        with pytest.raises(ConfigError, match="varlen: runs in bfloat16 alone, .* --compile"):
+            changed = taken.model_copy(update={"attn_implementation": "varlen"})
+            attention(changed, cpu, dtype, [])
     for dtype in (torch.float32, torch.bfloat16):
-        assert attention(config(), cpu, dtype, []) is None
         assert attention(config(attn_implementation="eager"), cpu, dtype, []) == "eager"
-        with pytest.raises(ConfigError, match="varlen: runs on CUDA .* in bfloat16 alone"):
-            attention(config(attn_implementation="varlen"), cpu, dtype, [])
     assert is_short("varlen") and is_short("flash_attention_2")
     assert not is_short("sdpa") and not is_short(None)
 
@@ -75,14 +83,19 @@ def gemma2(**changed):
     )  # fmt: skip
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+ON_A_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
 @pytest.mark.parametrize("window", [None, 100])
-def test_varlen_sees_each_sequence_by_itself(tmp_path, window):
+def test_varlen_sees_each_sequence_by_itself(tmp_path, window, device):
     """Packed, in bfloat16, as far from float32 as sdpa in bfloat16 with one sequence at a time."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    device = torch.device("cuda")
+    device = torch.device(device)
     torch.manual_seed(0)
     sliding = {} if window is None else {
         "use_sliding_window": True, "sliding_window": window, "max_window_layers": 0,

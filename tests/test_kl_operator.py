@@ -119,6 +119,24 @@ def test_a_tied_head_gets_both_gradients():
     assert cases.relative(*gradients) <= 1e-12
 
 
+def test_products_elsewhere_are_as_exact_as_before():
+    """In bfloat16 a CPU may round the products within the operator alone, also where it fails."""
+    setting = torch.backends.mkldnn.matmul
+    data = cases.make(n=2)
+    head, states = data["weight"].bfloat16(), data["hidden"].bfloat16()
+    ids, *record = cases.teacher_of("sparse", data)
+    for before in ("none", "ieee"):
+        setting.fp32_precision = before
+        try:
+            sparse_kl(states, head, ids, *record, normalizer=2.0)
+            assert setting.fp32_precision == before
+            with pytest.raises(ValueError, match="outside the vocabulary"):
+                sparse_kl(states, head, ids + len(head), *record, normalizer=2.0)
+            assert setting.fp32_precision == before
+        finally:
+            setting.fp32_precision = "none"
+
+
 def test_a_scaled_loss_and_a_second_backward():
     data = cases.make()
     _, dh, dw = cases.run("sparse", data, torch.float64, CPU)

@@ -1,16 +1,18 @@
 """Choose the attention implementation, and register torch's own for packs.
 
-The sequences of a pack do not see each other. flash-attn, and torch's kernels behind `varlen`,
-compute each by itself; the others compute the whole pack's square under a mask, which for a pack of
-32k tokens takes more time than the rest of a small model.
+The sequences of a pack do not see each other. flash-attn and `varlen` compute each by itself; the
+others compute the whole pack's square under a mask, which for a pack of 32k tokens takes more time
+than the rest of a small model.
 """
 
 import inspect
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import ModelFiles, has_softcap, load_config
@@ -25,9 +27,14 @@ def attention(
     """Return the implementation that `models` are loaded with, registered with transformers; None
     leaves the choice to it. Raise ConfigError for one that cannot run or that would leave out a
     part of a model's attention."""
-    fits = device.type == "cuda" and dtype == torch.bfloat16
-    # The devices that torch's kernels support.
-    fits_varlen = fits and torch.cuda.get_device_capability(device) >= (8, 0)
+    short, on_cpu = dtype == torch.bfloat16, device.type == "cpu"
+    fits = short and device.type == "cuda"
+    if on_cpu:
+        # The loop over sequences has another length for each pack: it would be compiled each time.
+        fits_varlen = short and not config.compile
+    else:
+        # The devices that torch's kernels support.
+        fits_varlen = fits and torch.cuda.get_device_capability(device) >= (8, 0)
     name = config.attn_implementation
     configs = [(x.name, load_config(x, config.trust_remote_code)) for x in models]
     for model, settings in configs:
@@ -49,8 +56,8 @@ def attention(
     if name == VARLEN:
         if not fits_varlen:
             raise ConfigError(
-                "--attn-implementation varlen: runs on CUDA (Ampere or newer) in bfloat16 alone."
-                " Leave it out, or give sdpa."
+                "--attn-implementation varlen: runs in bfloat16 alone, on CUDA (Ampere or newer)"
+                " or on a CPU without --compile. Leave it out, or give sdpa."
             )
         _register()
     return name
@@ -112,11 +119,10 @@ def _varlen(
     """Compute attention with transformers' signature: query [1, heads, T, width], key and value
     with the same number of heads or a divisor of it. Without boundaries there is one sequence.
     Return [1, T, heads, width]."""
-    from torch.nn.attention.varlen import varlen_attn
-
     length = query.shape[2]
-    unsupported = dropout > 0 or any(x is not None for x in (softcap, s_aux, attention_mask))
-    if unsupported or value.shape[-1] != query.shape[-1]:
+    on_cpu = query.device.type == "cpu"
+    unsupported = any(x is not None for x in (softcap, s_aux, attention_mask))
+    if unsupported or (not on_cpu and (dropout > 0 or value.shape[-1] != query.shape[-1])):
         raise ConfigError(
             f"{type(module).__name__}: uses attention features that varlen does not support"
             " (dropout, a soft cap, sinks, a mask, or values of another width). Give"
@@ -129,15 +135,43 @@ def _varlen(
     if torch.is_autocast_enabled(query.device.type):
         # Norms with float32 weights leave queries and keys in float32.
         dtype = torch.get_autocast_dtype(query.device.type)
-    q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    if on_cpu:
+        ends = cu_seq_lens_q.tolist()
+        out = _one_by_one(query, key, value, ends, dropout, scaling, sliding_window)
+        return out.transpose(1, 2), None
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     more: dict[str, Any] = {}
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         # Before torch 2.12 fewer heads of keys are accepted without this option.
         more["enable_gqa"] = True
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     # A Tensor, unless the logsumexp is requested too.
-    out: Tensor = varlen_attn(  # type: ignore[assignment]
+    out = varlen_attn(  # type: ignore[assignment]
         q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
         scale=scaling, window_size=window, **more,
     )  # fmt: skip
     return out.unsqueeze(0), None
+
+
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, ends: list[int], dropout: float,
+    scaling: float | None, sliding_window: int | None,
+) -> Tensor:  # fmt: skip
+    """Compute the attention [1, heads, T, width] of each sequence of a pack by torch's kernel for
+    one. `ends`: 0 and the end of each."""
+    grouped, parts = query.shape[1] != key.shape[1], []
+    for start, end in pairwise(ends):
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        mask = None
+        if sliding_window is not None and end - start > sliding_window:
+            places = torch.arange(end - start)
+            distance = places[:, None] - places
+            mask = (distance >= 0) & (distance < sliding_window)
+        part = scaled_dot_product_attention(
+            q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        )
+        parts.append(part)
+    return torch.cat(parts, 2)
