@@ -11,6 +11,7 @@
 # make site            the documentation as a site                                  build/site
 # make notebook        run docs/notebook.ipynb and write its outputs anew
 # make test            lint, site and all tests
+# make test-any-order  all tests in an order of chance, which is printed
 # make fuzz            10,000 cases of damaged input, for a night
 # make test-lowest     a quick part of the tests with the lowest versions    build/lowest
 # make test-newest     the same with the newest                              build/newest
@@ -27,7 +28,7 @@ endif
 # Triton reads TRITON_INTERPRET when it is imported, so these tests run by themselves.
 KERNELS := $(filter-out tests/test_kl_sharded.py,$(wildcard tests/test_kl_*.py))
 
-.PHONY: help install test-all test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder notebook site test fuzz lint retrain
+.PHONY: help install test-all test-any-order test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder notebook site test fuzz lint retrain
 install: .venv/.installed
 
 help:
@@ -125,9 +126,11 @@ build/lm-eval/.installed: .venv/.installed constraints/lm-eval.txt
 	./scripts/browser.sh
 
 # test-all: with every combination of the losses' parameters, where test has each pair of them.
-test test-all: lint site .venv/.browser build/lm-eval/.installed
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNELS) $(if $(@:test=),--all-cases)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(KERNELS:%=--ignore=%)
+test test-all test-any-order: lint site .venv/.browser build/lm-eval/.installed
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(ORDER) $(KERNELS) $(if $(filter test-all,$@),--all-cases)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ORDER) $(KERNELS:%=--ignore=%)
+
+test-any-order: ORDER := -p randomly --randomly-dont-reset-seed
 
 fuzz: .venv/.installed
 	./scripts/fuzz.sh

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mpd_data.common.files import atomic_file
+from mpd_data.common.hub import dataset_of
 from mpd_data.common.models import ModelFiles
 from mpd_data.store.run_record import read_record
 from mpd_train.config import TrainConfig
@@ -21,7 +22,8 @@ def write_card(folder: Path, student: ModelFiles, config: TrainConfig) -> None:
     """Write the card of the model, or the adapter, in `folder`. `student`: what was trained.
 
     The base model and the licence are those that the student's own card declares, where it has one:
-    a student of a later round is a folder of an earlier one. A hub id is its own base.
+    a student of a later round is a folder of an earlier one. A hub id is its own base. Datasets are
+    those of the hub that the rounds' prompts come from.
     """
     own = _card_of(student.path)
     is_folder = Path(student.name).is_dir()
@@ -30,6 +32,7 @@ def write_card(folder: Path, student: ModelFiles, config: TrainConfig) -> None:
         license=own.license if own else None,
         library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
         pipeline_tag="text-generation",
+        datasets=_datasets(config.shards) or None,
         tags=[_TAG],
     )
     loss, optimizer = config.loss, config.optimizer
@@ -58,6 +61,14 @@ def _made_by(shards: Path) -> dict[str, str]:
     teacher = str(told["teacher"])
     name = Path(teacher).name if Path(teacher).is_dir() else teacher
     return {"Teacher": name, "Scored under": f"the {told['score_context']} prompt"}
+
+
+def _datasets(rounds: list[Path]) -> list[str]:
+    """Return the hub's datasets that the prompts of `rounds` come from, by their run.json."""
+    stages = (read_record(each).get("stages", {}).get("rollouts", {}) for each in rounds)
+    prompts = (stage.get("details", {}).get("config", {}).get("prompts", []) for stage in stages)
+    found = (dataset_of(source) for sources in prompts for source in sources)
+    return list(dict.fromkeys(name for name in found if name))
 
 
 def _card_of(model: Path) -> ModelCardData | None:

@@ -1,5 +1,6 @@
 """What others do with a round: open it with `datasets`, see it on the Hub."""
 
+import json
 import os
 import shutil
 
@@ -15,7 +16,9 @@ from conftest import (
     until_a_checkpoint,
 )
 from hub import Hub
+from huggingface_hub import ModelCard
 
+from mpd_data.common.hub import dataset_of
 from mpd_data.inspect.stats import scan_round
 from mpd_data.store.round import RoundDir
 from mpd_data.store.schema import SCHEMAS
@@ -101,15 +104,37 @@ def test_a_model_is_pushed_whole(hub):
     assert contents(hub.uploads / "models" / "team" / "student") == contents(STUDENT)
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    {
+        "hf://team/sums?split=train": "team/sums",
+        "hf://team/sums@main?split=train&config=main": "team/sums",
+        "hf://datasets/team/sums/data/*.parquet": "team/sums",
+        "hf://datasets/team/sums@1.0/train.jsonl": "team/sums",
+        "hf://datasets/sums?split=train": "datasets/sums",
+        "data/team/sums.jsonl": None,
+        "s3://team/sums": None,
+    }.items(),
+)
+def test_the_dataset_of_a_source(source, expected):
+    assert dataset_of(source) == expected
+
+
 def test_an_export_is_pushed_as_a_private_model(hub, round_dir, tmp_path):
+    copy = shutil.copytree(round_dir, tmp_path / "round1")
+    told = json.loads((copy / "run.json").read_text())
+    sources = ["hf://team/sums?split=train", "more.jsonl", "hf://datasets/team/sums/b.jsonl"]
+    told["stages"]["rollouts"]["details"]["config"]["prompts"] = sources
+    (copy / "run.json").write_text(json.dumps(told))
     with until_a_checkpoint():
-        train(train_config(round_dir, STUDENT, tmp_path / "run", save_steps=1))
+        train(train_config(copy, STUDENT, tmp_path / "run", save_steps=1))
     out = tmp_path / "out"
     words = ["mpd-export", tmp_path / "run", "--out", out, "--push-to-hub", "team/tried"]
     env = {**hub.environment(hub.uploads / "home"), "HF_TOKEN": Hub.token}
     assert finish(command(*words), env=env).stdout.strip() == f"{hub.url}/team/tried"
     assert hub.private == {"models/team/tried": True}
     assert contents(hub.uploads / "models" / "team" / "tried") == contents(out / "model")
+    assert ModelCard.load(out / "model" / "README.md").data.datasets == ["team/sums"]
 
 
 def test_who_may_not_write_is_told_how(hub, round_dir, tmp_path):

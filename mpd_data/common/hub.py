@@ -1,9 +1,17 @@
 """Send a folder to the Hugging Face Hub."""
 
+import re
 from pathlib import Path
 
 from mpd_data.common.errors import ConfigError, requires
 from mpd_data.common.models import hub_failures
+
+
+def dataset_of(source: str) -> str | None:
+    """Return OWNER/NAME of the hub's dataset that a source of prompts names (hf://OWNER/NAME… or
+    hf://datasets/OWNER/NAME…); None for other sources."""
+    match = re.match(r"hf://(?:datasets/(?=[^/]+/))?([\w.-]+/[\w.-]+)", source)
+    return match and match[1]
 
 
 def push(folder: Path, repository: str, patterns: list[str], is_dataset: bool, public: bool) -> str:

@@ -31,13 +31,12 @@ def round_card(stages: Mapping[str, Mapping[str, Any]]) -> str:
         config = stages[name].get("details", {}).get("config", {})
         models = {part: _shown(config.get(part)) for part in ("model", "teacher")}
         body.append(f"* `{name}`: {_SAYS[name].format(**models)}")
-    loads = [
-        f'{name} = load_dataset("FOLDER_OR_REPOSITORY", "{name}", split="train")' for name in names
-    ]
+    loads = [f'{name} = load_dataset(".", "{name}", split="train")' for name in names]
     return "\n".join([
         "---", "configs:", *front, "tags:", "- mixed-policy-distillation", "---",
         "# A round of Mixed-Policy Distillation", "",
         *body, "",
+        "In place of `.`: the path of this folder, or its repository on the Hub.", "",
         "```python", "from datasets import load_dataset", "", *loads, "```", "",
         "`run.json` has the settings. No licence is declared: those of the prompts and of the"
         " models decide.", "",
