@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 fatal, 2 usage, 3 done with failed rows (in errors/), 130 
 """
 
 import dataclasses
-import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from mpd_data.common.command import (
 )
 from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.options import build, config_options
-from mpd_data.common.text import plain
+from mpd_data.common.text import json_text, plain
 from mpd_data.config import (
     ContaminationConfig,
     InitConfig,
@@ -341,7 +340,7 @@ def status(rounds: tuple[Path, ...], as_json: bool) -> None:
 
     statuses = {str(path): round_status(path) for path in rounds}
     text = [f"{plain(path)}\n{show_status(status)}" for path, status in statuses.items()]
-    click.echo(json.dumps(statuses, indent=2) if as_json else "\n\n".join(text))
+    click.echo(json_text(statuses) if as_json else "\n\n".join(text))
 
 
 @cli.command(epilog=example("mpd-gen stats data/round1 data/round2 --by family --plot lengths.png"))
@@ -364,7 +363,7 @@ def stats(rounds: tuple[Path, ...], as_json: bool, by: str | None, plot: Path | 
         title = f"by {plain(by)}" if name == "groups" else name.replace("_", " ")
         text = format_histogram(rows) if name == "trace_lengths" else format_table(rows)
         parts.append(f"{title}\n{text}")
-    click.echo(json.dumps(tables, indent=2) if as_json else "\n\n".join(parts))
+    click.echo(json_text(tables) if as_json else "\n\n".join(parts))
     if plot is not None:
         plot_lengths({str(path): path for path in rounds}, plot)
         click.echo(f"wrote {plot}", err=True)
@@ -380,7 +379,7 @@ def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
     from mpd_data.inspect import compare as comparison
 
     result = comparison.compare(base, new, by)
-    click.echo(json.dumps(result, indent=2) if as_json else comparison.show(result, by))
+    click.echo(json_text(result) if as_json else comparison.show(result, by))
 
 
 @cli.command(epilog=example("mpd-gen validate data/round*"))
@@ -425,7 +424,7 @@ def contamination(as_json: bool, **options: Any) -> None:
         pairs(config.against, column, config.against_id_column),
         config.n,
     )
-    click.echo(json.dumps(dataclasses.asdict(result), indent=2) if as_json else check.show(result))
+    click.echo(json_text(dataclasses.asdict(result)) if as_json else check.show(result))
     if config.fail_above is not None and result.share > config.fail_above:
         raise MPDError(
             f"{result.overlapping:,} of {result.num_evaluation:,} evaluation prompts overlap with"
@@ -468,7 +467,7 @@ def env(as_json: bool) -> None:
     versions = environment()
     width = max(map(len, versions))
     lines = [f"{name.ljust(width)}  {value}" for name, value in versions.items()]
-    click.echo(json.dumps(versions, indent=2) if as_json else "\n".join(lines))
+    click.echo(json_text(versions) if as_json else "\n".join(lines))
 
 
 def main() -> None:

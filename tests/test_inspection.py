@@ -77,6 +77,15 @@ def same_lengths(found, tokens):
         assert found[f"p{round(100 * q)}"] == tokens.quantile(q, "nearest"), q
 
 
+def test_what_a_damaged_cell_makes_of_a_mean_is_null(round_dir, tmp_path):
+    """JSON has no NaN."""
+    damaged = shutil.copytree(round_dir, tmp_path / "round")
+    edit_rows(damaged, "rollouts", lambda row: row.update(repetition=float("nan")))
+    said = run("mpd-gen", "stats", damaged, "--json").stdout
+    tables = json.loads(said, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert [row["repetition"] for row in tables["behaviour"]] == [None]
+
+
 def test_histograms_count_the_rows_in_the_same_bins(round_dir, longer):
     tables = json.loads(run("mpd-gen", "stats", round_dir, longer, "--json").stdout)
     edges = []

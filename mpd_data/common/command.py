@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mpd_data.common import signals
-from mpd_data.common.errors import MPDError, missing_package
+from mpd_data.common.errors import MPDError, did_you_mean, missing_package
 from mpd_data.common.files import DISK_ERRORS
 from mpd_data.common.text import plain, plain_lines
 from mpd_data.common.version import __version__
@@ -90,6 +90,10 @@ class Group(click.Group):
         """Return the command that `args` begin with. Raise click.UsageError if none does."""
         if instead := self._replaced.get(args[0]):
             raise click.UsageError(f"{args[0]!r} no longer exists. Use: {instead}", ctx)
+        if self.get_command(ctx, args[0]) is None and args[0][:1] != "-":
+            # Before click 8.3 its own message names none.
+            hint = did_you_mean(args[0], self.commands)
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
         return super().resolve_command(ctx, args)
 
 

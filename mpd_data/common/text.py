@@ -1,8 +1,10 @@
-"""Format plain-text tables and histograms.
+"""Format plain-text tables and histograms, and JSON.
 
 Cells are data: control characters are escaped, and no markup is interpreted.
 """
 
+import json
+import math
 from itertools import accumulate
 from typing import Any
 
@@ -25,6 +27,20 @@ def plain(value: Any) -> str:
 def plain_lines(text: str) -> str:
     """Return text for a terminal: line breaks stay, other control characters are escaped."""
     return "\n".join(plain(line) for line in text.split("\n"))
+
+
+def json_text(value: Any) -> str:
+    """Return what a --json option prints. A number that is not finite is null, as JSON requires:
+    a damaged cell makes such a mean."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

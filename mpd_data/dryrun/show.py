@@ -1,6 +1,5 @@
 """Print plans as tables or JSON."""
 
-import json
 import os
 import shlex
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from mpd_data.common.text import format_table, plain_lines
+from mpd_data.common.text import format_table, json_text, plain_lines
 from mpd_data.dryrun.plan import Shown, StagePlan
 
 
@@ -154,6 +153,6 @@ def totals(plans: list[StagePlan]) -> dict[str, str]:
 def print_plan(plan: StagePlan, as_json: bool) -> None:
     """Print a stage's plan, as JSON or as text. Raise Exit with code 1 where the run would end
     without a result, so that a script does not go on."""
-    click.echo(json.dumps(asdict(plan), indent=2) if as_json else show(plan))
+    click.echo(json_text(asdict(plan)) if as_json else show(plan))
     if plan.refusal is not None:
         raise click.exceptions.Exit(1)

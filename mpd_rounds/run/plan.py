@@ -7,7 +7,6 @@ or else of the same stage in the newest earlier round.
 """
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ import click
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import ModelFiles, resolve_model
-from mpd_data.common.text import plain_lines
+from mpd_data.common.text import json_text, plain_lines
 from mpd_data.config import RewriteConfig, RolloutsConfig
 from mpd_data.dryrun.learned import Learned, learn
 from mpd_data.dryrun.plan import Lengths, Shown, StagePlan
@@ -349,7 +348,7 @@ def _budget(parts: str, total: int, limit_name: str, limit: int, otherwise: str)
 def show_pipeline(plan: PipelinePlan, as_json: bool) -> None:
     """Print a pipeline's plan: as JSON or as text. Raise Exit with code 1 where a step would end
     without a result."""
-    click.echo(json.dumps(plan.as_json(), indent=2) if as_json else _text(plan))
+    click.echo(json_text(plan.as_json()) if as_json else _text(plan))
     if any(step.refusal is not None for step in plan.remaining()):
         raise click.exceptions.Exit(1)
 
