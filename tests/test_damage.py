@@ -201,6 +201,47 @@ def test_the_trainer_reads_large_types_and_refuses_other_kinds(folder):
         ShardSet([folder])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("loss_start", None, "row 1: kept, with 50 num_rewritten_tokens from loss_start 0 on"),
+        ("num_rewritten_tokens", None, "row 1: kept, with 0 num_rewritten_tokens"),
+        ("num_rewritten_tokens", -1, "row 1: kept, with -1 num_rewritten_tokens"),
+        ("num_rewritten_tokens", 49, r"row 1 of row group 0: \d+ input_ids, expected loss_start"),
+        ("input_ids", None, "row 1 of row group 0: 0 input_ids, expected loss_start"),
+    ],
+)
+def test_the_trainer_never_leaves_out_a_damaged_row(folder, name, value, message):
+    pytest.importorskip("torch")
+    from mpd_train.data.batches import load_pack
+    from mpd_train.data.packing import make_packs
+    from mpd_train.data.shard_set import ShardSet
+
+    def change(table):
+        rows = table.to_pylist()
+        rows[1][name] = value
+        return pa.Table.from_pylist(rows, schema=table.schema)
+
+    rewritten(folder / "distill" / "part-00001.parquet", change)
+    with pytest.raises(DataError, match=rf"part-00001\.parquet, {message}"):
+        shards = ShardSet([folder])
+        for pack in make_packs(shards, 600, 0, 0):
+            load_pack(shards, pack)
+
+
+@pytest.mark.parametrize("text", ["null", '{"pad_token_id": "one"}', "{", DEEP, "[]"])
+def test_a_damaged_generation_config_is_not_taken_for_none(tmp_path, text):
+    """The model's end tokens are in it."""
+    pytest.importorskip("transformers")
+    from mpd_data.common.models import end_tokens, load_tokenizer, resolve_model
+
+    model = shutil.copytree(STUDENT, tmp_path / "model")
+    (model / "generation_config.json").write_text(text)
+    files = resolve_model(str(model))
+    with pytest.raises(ConfigError, match=r"generation_config\.json: cannot be read"):
+        end_tokens(files, load_tokenizer(files, False))
+
+
 def test_stats_of_other_columns_is_one_error(folder, shard):
     rewritten(shard, lambda table: table.append_column("mine", pa.array([1] * len(table))))
     with pytest.raises(DataError, match="mpd-gen validate"):

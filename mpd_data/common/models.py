@@ -174,12 +174,17 @@ def load_config(model: ModelFiles, trust_remote_code: bool = False) -> Any:
 
 def end_tokens(model: ModelFiles, tokenizer: Any, trust_remote_code: bool = False) -> list[int]:
     """Return the ids that end a turn, as vLLM and transformers take them: the tokenizer's end
-    token, then those of the generation config, or of config.json where there is none."""
+    token, then those of the generation config, or of config.json where there is none. Raise
+    ConfigError for one that cannot be read."""
     from transformers import GenerationConfig
 
-    try:
-        generation = GenerationConfig.from_pretrained(str(model.path))
-    except OSError:
+    path = model.path / "generation_config.json"
+    if path.exists():
+        try:
+            generation = GenerationConfig.from_pretrained(str(model.path))
+        except Exception as error:  # transformers raises all kinds for what the file may hold
+            raise ConfigError(f"{path}: cannot be read: {reason_of(error)}") from error
+    else:
         generation = GenerationConfig.from_model_config(load_config(model, trust_remote_code))
     named = generation.eos_token_id
     more = named if isinstance(named, list) else [] if named is None else [named]

@@ -32,7 +32,7 @@ from mpd_data.prompts.sources import columns_of, read_rows
 from mpd_data.prompts.special import CLOSE, Spelling
 from mpd_data.prompts.template import load_template
 from mpd_data.prompts.thinking import thinking_switch
-from mpd_data.prompts.values import as_json
+from mpd_data.prompts.values import as_json, is_unicode
 
 # Usual column names, the most specific first. Two columns from one group are ambiguous.
 _PROBLEMS = (
@@ -88,6 +88,9 @@ def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) ->
     Raise ConfigError if the columns are ambiguous or missing, DataError for a bad row.
     """
     columns = columns_of(source)
+    for name in columns:
+        if not is_unicode(name):
+            raise ConfigError(f"{source}: the column {name!r} is not UTF-8. Rename it.")
 
     def choose(option: str, role: str, given: str | None, usual: Any) -> str | None:
         if train is not None:
@@ -353,7 +356,7 @@ def _own_sampling(model: ModelFiles) -> dict[str, Any]:
         SamplingConfig(**sampling)
         if not all(map(math.isfinite, sampling.values())):
             raise ValueError(sampling)
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         # Missing, or unusable values.
         return {"temperature": 1.0}
     return sampling
@@ -381,21 +384,22 @@ def plan_budget(models: Models, prompts: list[Prompt]) -> Budget:
     asking = load_template(models.template)
     students = ChatFormatter(models.student.tokenizer)
     teachers = asking.formatter(models.teacher.tokenizer, default_thinking=False)
-    prompt, rewrite_prompt, longest = 0, 0, ""
+    prompt, rewrite_prompt, longest, reason = 0, 0, "", PromptError()
     for candidate in sorted(prompts, key=lambda p: len(p.text.encode()), reverse=True)[:_MEASURED]:
         try:
             message = fill_prompt(models.prompt_template, candidate.message)
             _, ids = students.render(message, candidate.turns)
             _, rewriting = teachers.render(asking.message(candidate.text, ""))
-        except PromptError:
+        except PromptError as error:
+            reason = error
             continue  # its stage will record it as an error row, with the reason
         if len(rewriting) > rewrite_prompt:
             longest = candidate.source
         prompt, rewrite_prompt = max(prompt, len(ids)), max(rewrite_prompt, len(rewriting))
     if not rewrite_prompt:
         raise ConfigError(
-            f"{prompts[0].source}: the chat template can lay out none of the prompts: they are"
-            " empty, or contain control tokens."
+            f"{prompts[0].source}: the chat templates of {models.student.files.name} and"
+            f" {models.teacher.files.name} can lay out none of the prompts. The last one: {reason}"
         )
     # A system message and examples come on top: the teacher keeps them in its cache.
     plain_teachers = ChatFormatter(models.teacher.tokenizer, default_thinking=False)

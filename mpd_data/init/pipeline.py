@@ -207,8 +207,10 @@ def _write(folder: Path, files: dict[str, str]) -> None:
                 file.write(files[name])
                 file.flush()  # a full disk is noticed before any file has its name
     except UnicodeEncodeError as error:
+        line = error.object[: error.start].rpartition("\n")[2] + error.object[error.start :]
         raise ConfigError(
-            "a path or column is not UTF-8, and TOML cannot spell it: rename it."
+            f"{folder}: TOML cannot spell {plain(line.splitlines()[0])}, which is not UTF-8. Rename"
+            " that path or column."
         ) from error
     except OSError as error:
         raise MPDError(f"{folder}: cannot be written: {error.strerror}.") from error

@@ -98,22 +98,28 @@ def load_pack(shards: ShardSet, pack: Pack) -> Batch:
     parts: defaultdict[str, list[npt.NDArray[Any]]] = defaultdict(list)
     start, teacher_start = 0, 0
     for group, row in pack.rows:
-        kept_before = int(np.count_nonzero(shards.groups[group].num_loss_tokens[:row]))
+        source = shards.groups[group]
+        kept_before = int(np.count_nonzero(source.num_loss_tokens[:row]))
         columns = {name: column[kept_before] for name, column in shards.load(group).items()}
         values = {
             name: scalar.values.to_numpy(zero_copy_only=False)
             for name, scalar in columns.items()
-            if name != "loss_start" and scalar.is_valid
+            if scalar.is_valid
         }
-        sequence = values["input_ids"]
-        first = int(columns["loss_start"].as_py())
-        num_loss = len(sequence) - first
+        sequence = values.get("input_ids", np.empty(0, np.int32))
+        if len(sequence) != source.num_tokens[row]:
+            raise DataError(
+                f"{source.path}, row {row} of row group {source.index}: {len(sequence)} input_ids,"
+                f" expected loss_start + num_rewritten_tokens = {source.num_tokens[row]}. Check the"
+                " round with `mpd-gen validate`."
+            )
+        num_loss = int(source.num_loss_tokens[row])
+        first = len(sequence) - num_loss
         records = []
         for prefix in shards.targets.prefixes:
             names = [prefix + name for name in SCORES]
             ids, logprobs, tail = (values.get(name, np.empty(0, np.float16)) for name in names)
             if not len(ids) == len(logprobs) == num_loss * k or len(tail) != num_loss:
-                source = shards.groups[group]
                 raise DataError(
                     f"{source.path}, row {row} of row group {source.index}: {num_loss} loss tokens"
                     f" but {len(ids)} {names[0]}, {len(logprobs)} {names[1]} and {len(tail)}"
@@ -123,7 +129,7 @@ def load_pack(shards: ShardSet, pack: Pack) -> Batch:
         taught = shards.targets.taught(sequence[first:], records)
         context = values.get("teacher_prompt_ids", sequence[:first])
         for ids in (sequence, context, *(record.ids for record in records)):
-            require_ids(ids, shards.metadata["vocab_size"], shards.groups[group], row)
+            require_ids(ids, shards.metadata["vocab_size"], source, row)
         read = np.concatenate([context, sequence[first:]])
         of_row = {
             "input_ids": sequence,

@@ -138,7 +138,7 @@ class ShardSet:
                 first = next(iter(self._cache))
                 held -= self.groups[first].kept_tokens
                 del self._cache[first]
-            columns = ["input_ids", "loss_start"]
+            columns = ["input_ids"]
             columns += ["teacher_prompt_ids"] if self.targets.with_draft else []
             for prefix in self.targets.prefixes:
                 columns += [prefix + name for name in SCORES]
@@ -170,14 +170,22 @@ def _shards_of(path: Path) -> list[Path]:
 
 
 def _groups_of(path: Path) -> list[_Group]:
-    """Return the row groups of a shard. Raise DataError if it cannot be read."""
+    """Return the row groups of a shard. Raise DataError if it cannot be read, or if a kept row has
+    no place for its rewrite."""
     columns = ["row_id", "prompt_id", "status", "loss_start", "num_rewritten_tokens"]
     with open_shard(path) as file:
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     table = read_columns(path, columns)
-    kept = pc.equal(table["status"], "ok").to_numpy()
+    kept = pc.equal(table["status"], "ok").fill_null(False).to_numpy()
     loss = table["num_rewritten_tokens"].fill_null(0).to_numpy().astype(np.int64)
-    num_tokens = table["loss_start"].fill_null(0).to_numpy() + loss
+    start = table["loss_start"].fill_null(0).to_numpy()
+    for row in np.flatnonzero(kept & ((loss < 1) | (start < 1)))[:1]:
+        raise DataError(
+            f"{path}, row {row}: kept, with {loss[row]} num_rewritten_tokens from loss_start"
+            f" {start[row]} on; expected at least 1 of both. Check the round with `mpd-gen"
+            " validate`."
+        )
+    num_tokens = start + loss
     num_loss_tokens = np.where(kept, loss, 0)
     # Each prompt is hashed once for each shard: its samples are mostly next to each other.
     prompts = table["prompt_id"].combine_chunks().dictionary_encode()
