@@ -4,6 +4,7 @@ torch's kernels for packs run on CUDA alone: `python -m pytest --noconftest -m g
 tests/test_attention.py`.
 """
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -61,15 +62,17 @@ def test_a_soft_cap_is_not_left_out(tmp_path):
             attention(config(attn_implementation="sdpa"), cpu, torch.float32, models)
     assert attention(config(), cpu, torch.float32, [plain]) is None
     ids = torch.arange(1, 40)[None]
-    states = [
-        CausalLM(capped, cpu, torch.float32, False, name).states(ids, None)
-        for name in (attention(config(), cpu, torch.float32, [capped]), "sdpa")
-    ]
+
+    def states(name):
+        return CausalLM(capped, cpu, torch.float32, False, name).states(ids, None)
+
     exact = Gemma2ForCausalLM.from_pretrained(
         tmp_path / "capped", attn_implementation="eager"
     ).model(ids).last_hidden_state  # fmt: skip
-    assert torch.equal(states[0], exact)
-    assert not torch.allclose(states[1], exact, rtol=1e-2, atol=1e-2)
+    assert torch.equal(states(attention(config(), cpu, torch.float32, [capped])), exact)
+    # Newer releases of transformers refuse it.
+    with contextlib.suppress(ConfigError):
+        assert not torch.allclose(states("sdpa"), exact, rtol=1e-2, atol=1e-2)
 
 
 def gemma2(**changed):
