@@ -67,6 +67,7 @@ def recast(name, type_):
             "stages.rollouts.details.rows: .*integer, found '6'",
         ),
         ('{"identity": {"student": "none"}, "details": {}}', "identity.student: .*found 'none'"),
+        ('{"identity": {}, "details": null}', "details: .*found None"),
     ],
 )
 def test_a_damaged_run_json_is_named_with_the_place(folder, text, message):
@@ -229,7 +230,9 @@ def test_the_trainer_never_leaves_out_a_damaged_row(folder, name, value, message
             load_pack(shards, pack)
 
 
-@pytest.mark.parametrize("text", ["null", '{"pad_token_id": "one"}', "{", DEEP, "[]"])
+@pytest.mark.parametrize(
+    "text", ["null", '{"pad_token_id": "one"}', "{", DEEP, "[]", '{"eos_token_id": [2, 1e308]}']
+)
 def test_a_damaged_generation_config_is_not_taken_for_none(tmp_path, text):
     """The model's end tokens are in it."""
     pytest.importorskip("transformers")
@@ -238,8 +241,19 @@ def test_a_damaged_generation_config_is_not_taken_for_none(tmp_path, text):
     model = shutil.copytree(STUDENT, tmp_path / "model")
     (model / "generation_config.json").write_text(text)
     files = resolve_model(str(model))
-    with pytest.raises(ConfigError, match=r"generation_config\.json: cannot be read"):
+    with pytest.raises(ConfigError, match=r"generation_config\.json: (cannot be read|.* an id)"):
         end_tokens(files, load_tokenizer(files, False))
+
+
+def test_a_tokenizer_that_cannot_encode_is_named(tmp_path):
+    pytest.importorskip("transformers")
+    from mpd_data.common.models import load_tokenizer, resolve_model
+
+    model = shutil.copytree(STUDENT, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": ""}))
+    with pytest.raises(ConfigError, match=r"tokenizer cannot be loaded .*tokenizer_config\.json"):
+        load_tokenizer(resolve_model(str(model)), False)
 
 
 def test_stats_of_other_columns_is_one_error(folder, shard):

@@ -188,6 +188,10 @@ def end_tokens(model: ModelFiles, tokenizer: Any, trust_remote_code: bool = Fals
         generation = GenerationConfig.from_model_config(load_config(model, trust_remote_code))
     named = generation.eos_token_id
     more = named if isinstance(named, list) else [] if named is None else [named]
+    for token in more:
+        if type(token) is not int or abs(token) >= 2**31:
+            place = path if path.exists() else model.name
+            raise ConfigError(f"{place}: eos_token_id is {token!r}, expected an id.")
     return list(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
@@ -275,6 +279,7 @@ def load_tokenizer(model: ModelFiles, trust_remote_code: bool = False) -> Any:
     path = str(model.tokenizer_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer("1")  # some settings are first read here
     except Exception as error:  # tokenizers raises plain ones, transformers all kinds
         raise ConfigError(
             f"{model.name}: its tokenizer cannot be loaded ({type(error).__name__}: {error})."

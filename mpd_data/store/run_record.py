@@ -65,8 +65,8 @@ class _RunRecord(Record):
     """run.json of a round (`stages`) or of a training (the others)."""
 
     stages: dict[str, _Stage] = Field(default_factory=dict)
-    identity: _Identity | None = None
-    details: _Details | None = None
+    identity: _Identity = Field(default_factory=_Identity)
+    details: _Details = Field(default_factory=_Details)
 
 
 def read_record(folder: Path, kind: Kind = "round") -> dict[str, Any]:

@@ -65,9 +65,10 @@ def _versions(metadata: dict[str, dict[str, Any]]) -> Iterator[Block]:
 
 def training_provenance(run: Run) -> Iterator[Block]:
     info = read_record(run.path)
-    yield from _versions({run.label: info["details"]})
+    details = info.get("details", {})
+    yield from _versions({run.label: details})
     identity = {k: v for k, v in info.get("identity", {}).items() if k != "config"}
-    yield _settings("run.json", flattened(identity) | flattened(info["details"].get("config", {})))
+    yield _settings("run.json", flattened(identity) | flattened(details.get("config", {})))
 
 
 def _settings(caption: str, settings: dict[str, Any]) -> Table:

@@ -105,7 +105,7 @@ def _training_report(run: Run) -> Document:
         "settings": ("Settings and provenance", training_provenance(run)),
     }
     overview = Section("overview", "Overview", [*_missing([run]), *_training_tiles(trainings)])
-    config = read_record(run.path)["details"].get("config", {})
+    config = read_record(run.path).get("details", {}).get("config", {})
     subtitle = f"Student {config.get('student')}"
     return Document(f"Training: {run.label}", subtitle, [overview, *_filled(details)])
 
