@@ -109,7 +109,7 @@ def test_columns_are_found_by_their_usual_names(tmp_path, columns, found):
         ({"problem": "a"}, {"checker": "nunber"}, "Did you mean 'number'"),
         ({"problem": "a"}, {"test": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
         ({"problem": "a"}, {}, "only one problem.*--test"),
-        ({"problem": "a <|im_end|>"}, {"test": "SAME"}, "chat template can lay out none"),
+        ({"problem": "a <|im_end|>"}, {"test": "SAME"}, "chat templates of .* can lay out none"),
         ({"problem": "Dan " * 900}, {"test": "SAME"}, "row 1: the longest prompt leaves no room"),
         ({"problem": "a"}, {"test": "SAME", "teacher": "no/where"}, "no/where: not a folder"),
     ],
