@@ -197,6 +197,17 @@ def test_the_split_loses_nothing_and_shares_nothing(tmp_path, suffix):
     assert len(problems[1]) == 20
 
 
+def test_a_row_that_lacks_a_key_is_left_out_of_the_split(tmp_path):
+    given = rows(50)
+    (lacking := dict(given[0])).pop("problem")
+    path = write_jsonl(tmp_path / "p.jsonl", [lacking, *given[1:]])
+    _, said = made(tmp_path / "o", prompts=path)
+    names = ("train.jsonl", "test.jsonl")
+    lines = [line for n in names for line in (tmp_path / "o" / n).read_text().splitlines()]
+    assert sorted(json.loads(line)["id"] for line in lines) == sorted(r["id"] for r in given[1:])
+    assert "1 rows cannot be used" in said, said
+
+
 def test_doubled_problems_are_taken_once(tmp_path):
     given = [{"problem": r["problem"]} for r in rows(20)]
     path = write_jsonl(tmp_path / "p.jsonl", given + given)

@@ -49,10 +49,13 @@ def prompt_of(
     row: Row, prompt_column: str, id_column: str | None = None, answer_column: str | None = None,
     metadata_columns: Sequence[str] = (),
 ) -> Prompt:  # fmt: skip
-    """Return the prompt of a row; one with a flaw where the row cannot be used."""
+    """Return the prompt of a row; one with a flaw where the row cannot be used. A cell that the row
+    lacks is None."""
     if row.flaw is not None:
         return Prompt(content_key(["unusable", row.flaw]), "", None, row.place, {}, row.flaw)
-    cells, flaw = _escape(row.cells, [c for c in (prompt_column, answer_column) if c])
+    columns = [c for c in (prompt_column, answer_column, id_column, *metadata_columns) if c]
+    whole = {c: row.cells.get(c) for c in columns}
+    cells, flaw = _escape(whole, [c for c in (prompt_column, answer_column) if c])
     flaws = [flaw] if flaw else []
 
     def read(column: str, convert: Callable[[], Any]) -> Any:
