@@ -67,6 +67,8 @@ _IMPORTED = (
     "vllm",
     "peft",
     "matplotlib",
+    "pandas",
+    "pyarrow",
 )
 _LONGEST_ORDER = 1 << 17
 _CHANGES = ("os.link", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.rmdir")
@@ -334,10 +336,12 @@ def _import_what_it_did(pid):
 
 def _freeze():
     """Check that a fork loses no thread. Exempt all objects from garbage collection: a child's
-    would visit them and copy their pages."""
+    would visit them and copy their pages. vLLM undoes that when an engine closes, and collects
+    three times: a second of a core, for a process that ends."""
     assert threading.active_count() == 1
     gc.collect()
     gc.freeze()
+    gc.unfreeze = lambda: None
 
 
 def _read_at_start(environment):
