@@ -402,7 +402,9 @@ class FilterConfig(Strict):
     heading = "Filters"
 
     drafts: Literal["any", "correct", "incorrect"] = "any"
-    """Keep only rewrites of drafts that are correct, or incorrect, or of any."""
+    """Rewrite only drafts that are correct, or incorrect, or any. Without a gold answer a draft is
+    of both kinds. "correct" saves the teacher's time for drafts whose rewrites --keep-answer and
+    --require-correct reject together."""
     keep_answer: bool = True
     """Keep only rewrites with the same answer as their draft."""
     corrections: bool = False

@@ -28,7 +28,7 @@ from mpd_data.engines.start import start_engine
 from mpd_data.prompts.chat import PromptError
 from mpd_data.prompts.thinking import ThinkingCounter
 from mpd_data.rewrite_setup import OMISSION, ROLLOUT_COLUMNS, RewriteSetup, setup, thinks
-from mpd_data.select.filters import settle
+from mpd_data.select.filters import settle, wants_draft
 from mpd_data.select.pass_rates import PassRates
 from mpd_data.select.second_pass import put_in_place
 from mpd_data.select.student import ask_student
@@ -155,6 +155,9 @@ class RewriteJob:
         group = Group(rollout, rows)
         if rollout["finish_reason"] == "length" and not self.prepared.takes_parts(rollout):
             self._finish_without_rewrite(group, "draft_truncated")
+            return
+        if not wants_draft(rollout["is_correct"], config.filters):
+            self._finish_without_rewrite(group, "draft_rejected")
             return
         run.failures.tried += len(rows)
         if not self.prepared.template.asks:

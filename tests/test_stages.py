@@ -16,12 +16,14 @@ from conftest import (
     STUDENT,
     TEACHER,
     TEMPLATE,
+    assert_near,
     invoke,
     model_with,
     other_tokenizer,
     python,
     rewrite_arguments,
     rows,
+    run,
     write_jsonl,
 )
 from hub import Hub
@@ -31,7 +33,7 @@ from mpd_data import rewrite_setup
 from mpd_data.cli import cli
 from mpd_data.common.errors import ConfigError, EngineError, MPDError
 from mpd_data.common.models import load_tokenizer, resolve_model
-from mpd_data.config import EngineConfig, RewriteConfig, RolloutsConfig
+from mpd_data.config import EngineConfig, FilterConfig, RewriteConfig, RolloutsConfig
 from mpd_data.dryrun.refilter import plan_refilter
 from mpd_data.dryrun.rewrite import plan_rewrite
 from mpd_data.prompts.budget import Budget
@@ -450,6 +452,45 @@ def test_candidates_their_choice_and_their_seed(drafts, tmp_path):
     assert not set(found[0]["row_id"]) & set(found[1]["row_id"])
     both = found[0].join(found[1], on=["rollout_id", "candidate_idx"])
     assert (both["rewrite"] != both["rewrite_right"]).any()
+
+
+def test_the_teacher_is_not_asked_about_drafts_of_the_other_kind(drafts, tmp_path):
+    """The rows of the others are those of a round that asks about all, and no filter can later
+    admit what was not rewritten."""
+    whole = rewritten(drafts, tmp_path / "all")
+    out = tmp_path / "some"
+    asked = rewriting(
+        shutil.copytree(drafts, out), template=str(TEMPLATE), filters={"drafts": "correct"}
+    )
+    plan = plan_rewrite(rewrite_setup.setup(asked, weights=False))
+    run_rewrite(asked)
+    frame = rows(out, "distill")
+    wrong = ~pl.col("draft_is_correct")
+    assert plan.details == {"not asked: draft_rejected": whole.filter(wrong).height}
+    unasked = frame.filter(wrong)
+    assert 0 < unasked.height < 12
+    assert set(unasked["status"]) == {"draft_rejected"}
+    assert unasked["rewrite"].null_count() == unasked["input_ids"].null_count() == unasked.height
+    texts = ["row_id", "status", "rewrite", "input_ids"]
+    assert frame.filter(~wrong).select(texts).equals(whole.filter(~wrong).select(texts))
+    assert_near(frame.filter(~wrong), whole.filter(~wrong))
+    run("mpd-gen", "validate", out)
+    for kind in ("any", "incorrect"):
+        message = f"--drafts {kind} admits {unasked.height} drafts"
+        loosened = asked.model_copy(update={"filters": FilterConfig(drafts=kind)})
+        for go in (run_refilter, plan_refilter):
+            with pytest.raises(ConfigError, match=message):
+                go(loosened)
+    stricter = FilterConfig(drafts="correct", max_ratio=0.5)
+    run_refilter(asked.model_copy(update={"filters": stricter}))
+    again = rows(out, "distill")
+    assert again.filter(wrong).equals(unasked)
+    assert "longer" in set(again["status"])
+    # A round that asked about all can do without some, and go back.
+    everything = rewriting(tmp_path / "all", template=str(TEMPLATE))
+    run_refilter(everything.model_copy(update={"filters": FilterConfig(drafts="correct")}))
+    run_refilter(everything)
+    assert rows(tmp_path / "all", "distill").equals(whole)
 
 
 def test_shards_of_rewrites_close_by_age(drafts, tmp_path):

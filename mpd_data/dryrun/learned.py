@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mpd_data.store.round import RoundDir
+from mpd_data.store.schema import not_asked
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def learn(
     else:
         table = round_dir.table(stage, ["num_rewritten_tokens", "status"], paths)
         not_generated = pa.array(["draft_truncated", "too_long"])
-        table = table.filter(pc.invert(pc.is_in(table["status"], not_generated)))
+        unasked = pc.or_(not_asked(table), pc.is_in(table["status"], not_generated))
+        table = table.filter(pc.invert(unasked))
         tokens = table["num_rewritten_tokens"]
         kept = tokens.filter(pc.equal(table["status"], "ok"))
     total = pc.sum(tokens).as_py()

@@ -8,7 +8,12 @@ from mpd_data.dryrun.plan import StagePlan, distill_bytes, make_plan
 from mpd_data.engines.start import notes_of
 from mpd_data.select.filters import settle
 from mpd_data.select.pass_rates import PassRates
-from mpd_data.select.refilter import changed_rules, check_refilter, require_teacher
+from mpd_data.select.refilter import (
+    changed_rules,
+    check_refilter,
+    require_asked,
+    require_teacher,
+)
 from mpd_data.select.second_pass import LIGHT
 from mpd_data.select.student import candidates, choosing_student
 from mpd_data.stage import model_of, refuse_half_refiltered
@@ -25,6 +30,7 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
     saved = check_refilter(round_dir, config)
     unchanged = changed_rules(config, saved) is None
     paths = round_dir.scan_shards("distill").paths
+    require_asked(config, round_dir, paths)
     before = Counter(round_dir.count_statuses(paths))
     after: Counter[str] = Counter()
     rollouts = unscored = tokens = waiting = 0

@@ -10,6 +10,7 @@ from mpd_data.dryrun.plan import Lengths, Shown, StagePlan, distill_bytes, make_
 from mpd_data.engines.start import notes_of
 from mpd_data.prompts.chat import PromptError
 from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, RewriteSetup, thinks
+from mpd_data.select.filters import wants_draft
 from mpd_data.select.pass_rates import PassRates
 from mpd_data.select.student import waiting_rollouts
 from mpd_data.store.keys import KeySet
@@ -18,6 +19,7 @@ from mpd_data.store.round import RoundDir
 # Why the teacher is not asked about a rollout, and what to change.
 _REMEDIES = {
     "draft_truncated": "sample the drafts with a higher --max-tokens, or rewrite with --cut-drafts",
+    "draft_rejected": "give another --drafts",
     "too_long": "lower --max-tokens, raise --max-model-len, or give --cut-drafts",
 }
 
@@ -60,6 +62,9 @@ def plan_rewrite(
         remaining += 1
         if rollout["finish_reason"] == "length" and not setup.takes_parts(rollout):
             not_asked["draft_truncated"] += 1
+            continue
+        if not wants_draft(rollout["is_correct"], config.filters):
+            not_asked["draft_rejected"] += 1
             continue
         if not setup.template.asks:
             asked += 1

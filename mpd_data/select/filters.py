@@ -21,8 +21,7 @@ def status_of(row: Mapping[str, Any], filters: FilterConfig) -> str:
     repetition, is_correct, answer_support and weakest_step. A row without a gold answer, a pass
     rate, an overlap or a measure passes the filters that need one.
     """
-    unwanted = {"any": None, "correct": False, "incorrect": True}[filters.drafts]
-    if unwanted is not None and row["draft_is_correct"] is unwanted:
+    if not wants_draft(row["draft_is_correct"], filters):
         return "draft_rejected"
     # None: the draft has no answer to keep.
     corrected = filters.corrections and row["is_correct"]
@@ -47,6 +46,12 @@ def status_of(row: Mapping[str, Any], filters: FilterConfig) -> str:
         if least is not None and row[name] is not None and row[name] < least:
             return "unsupported"
     return "ok"
+
+
+def wants_draft(is_correct: bool | None, filters: FilterConfig) -> bool:
+    """Return whether rewrites of such a draft may be kept. None: it has no gold answer."""
+    unwanted = {"any": None, "correct": False, "incorrect": True}[filters.drafts]
+    return is_correct is None or is_correct is not unwanted
 
 
 def _limit(easy: float, hard: float | None, pass_rate: float | None) -> float:
@@ -93,7 +98,8 @@ def settle(
 ) -> list[dict[str, Any]]:
     """Set the status of all rewrites of one rollout, given in order of candidate_idx.
 
-    Rows whose status is in UNUSABLE keep it. Rows that pass but are not chosen get "not_chosen".
+    Rows whose status is in UNUSABLE keep it, and so do those that the teacher was not asked about.
+    Rows that pass but are not chosen get "not_chosen".
     If the student measures them, or with "likeliest" chooses (student.py), it has the last word:
     until then all rows that pass are "not_chosen", except that of equal texts the student need not
     choose.
@@ -102,7 +108,8 @@ def settle(
     student.
     """
     for row in rows:
-        if row["status"] not in UNUSABLE:
+        unasked = row["status"] == "draft_rejected" and row["num_rewritten_tokens"] is None
+        if row["status"] not in UNUSABLE and not unasked:
             row["status"] = status_of(row, filters)
     passed = [row for row in rows if row["status"] == "ok"]
     if measures or (choose == "likeliest" and len({row["rewrite"] for row in passed}) > 1):

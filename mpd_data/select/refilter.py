@@ -8,6 +8,7 @@ measures are forgotten when this one is to measure.
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mpd_data.common.errors import ConfigError
@@ -17,7 +18,7 @@ from mpd_data.config import RewriteConfig
 from mpd_data.engines.protocol import Engine
 from mpd_data.engines.scores import score_columns, scoring_contexts
 from mpd_data.engines.start import start_engine
-from mpd_data.select.filters import settle
+from mpd_data.select.filters import settle, wants_draft
 from mpd_data.select.pass_rates import PassRates
 from mpd_data.select.second_pass import (
     MEASURED_BY,
@@ -33,6 +34,7 @@ from mpd_data.select.student import choosing_student, decide_by_student
 from mpd_data.stage import Outcome, model_of
 from mpd_data.store.round import REFILTERED, RoundDir
 from mpd_data.store.run_record import require_kind
+from mpd_data.store.schema import not_asked
 from mpd_data.store.shards import read_metadata
 
 
@@ -52,6 +54,7 @@ def run_refilter(config: RewriteConfig) -> Outcome:
             paths = round_dir.shard_paths("distill")
             if not paths:
                 raise ConfigError(f"{config.shards}: no rewrites here; run mpd-gen rewrite first.")
+            require_asked(config, round_dir, paths)
             metadata = read_metadata(paths[0])
             entry = round_dir.run_info()["stages"]["distill"]
             measured_by = entry.get(MEASURED_BY)
@@ -97,6 +100,20 @@ def changed_rules(config: RewriteConfig, saved: dict[str, Any]) -> dict[str, Any
     """Return the filters and the choice of `config`, or None if they are the saved ones."""
     rules = {"filters": config.filters.identity(), "choose": config.choose}
     return rules if differences({name: saved.get(name) for name in REFILTERED}, rules) else None
+
+
+def require_asked(config: RewriteConfig, round_dir: RoundDir, paths: list[Path]) -> None:
+    """Raise ConfigError where the filters of `config` admit drafts that were never rewritten."""
+    columns = ["status", "num_rewritten_tokens", "draft_is_correct"]
+    table = round_dir.table("distill", columns, paths)
+    kinds = table.filter(not_asked(table))["draft_is_correct"].to_pylist()
+    missing = sum(wants_draft(is_correct, config.filters) for is_correct in kinds)
+    if missing:
+        raise ConfigError(
+            f"{config.shards}: --drafts {config.filters.drafts} admits {missing:,} drafts that the"
+            " teacher was not asked to rewrite. Give the --drafts that the rewrites were made with,"
+            " or make new rewrites: --overwrite without --refilter."
+        )
 
 
 def require_teacher(config: RewriteConfig, teacher: ModelFiles, metadata: dict[str, Any]) -> None:

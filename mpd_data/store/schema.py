@@ -9,6 +9,7 @@ null.
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mpd_data.common.hashing import content_key
 
@@ -17,15 +18,24 @@ SCHEMA_VERSION = 2
 FINISH_REASONS = ("stop", "length")
 
 # A rewrite has the first status that applies, in this order. `draft_truncated`: the rollout hit its
-# length limit, so it has no answer to keep and the teacher is not asked.
+# length limit, so it has no answer to keep and the teacher is not asked. Nor is it asked about a
+# `draft_rejected`; such a row has a rewrite only where a later filter rejected the draft.
 STATUSES = (
-    "draft_truncated", "too_long", "truncated", "malformed", "check_failed", "draft_rejected",
+    "draft_truncated", "draft_rejected", "too_long", "truncated", "malformed", "check_failed",
     "answer_changed", "longer", "too_short", "copied", "repetitive", "incorrect", "unsupported",
     "not_chosen", "ok",
 )  # fmt: skip
 
 # Decided while rewriting: no filter can make such a row usable for training.
 UNUSABLE = ("draft_truncated", "too_long", "truncated", "malformed", "check_failed")
+
+
+def not_asked(table: pa.Table) -> pa.Array:
+    """Return for each row of a table with `status` and `num_rewritten_tokens` whether the teacher
+    did not rewrite the draft because of its kind."""
+    rejected = pc.equal(table["status"], "draft_rejected")
+    return pc.and_(rejected, pc.is_null(table["num_rewritten_tokens"]))
+
 
 # Values from a closed set are plain strings in the file: Arrow dictionary types read back from
 # several files become unlike Categoricals in Polars. Writing and `validate` enforce the sets.

@@ -23,11 +23,11 @@ _STAGES: dict[str, Callable[[Funnel], int]] = {
 
 _REASONS = {
     "draft_truncated": "the draft hit its limit, so the teacher was not asked",
+    "draft_rejected": "the draft is not of the kind that is rewritten",
     "too_long": "does not fit the teacher's context",
     "truncated": "the rewrite hit its limit",
     "malformed": "not in the template's format, or without an answer",
     "check_failed": "the answer's check failed",
-    "draft_rejected": "the draft is not of the kind that is kept",
     "answer_changed": "another answer than the draft's",
     "longer": "longer than the draft allows",
     "too_short": "shorter than the draft allows",
