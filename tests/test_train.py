@@ -159,8 +159,8 @@ def test_a_shift_of_the_teacher_alone_would_not_be_zero(round_dir, student, teac
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_cached_loss_bounds_the_dense_one(shards, student, teacher, name):
-    cached, _ = loss_of(student, None, shards, LossConfig(divergence=name), num_packs=3)
-    dense, _ = loss_of(student, teacher, shards, LossConfig(divergence=name), num_packs=3)
+    cached, _ = loss_of(student, None, shards, LossConfig(divergence=name), num_packs=1)
+    dense, _ = loss_of(student, teacher, shards, LossConfig(divergence=name), num_packs=1)
     assert cached <= dense * 1.002 + 1e-4
     assert cached >= 0.9 * dense - 1e-4
 
