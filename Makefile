@@ -10,6 +10,7 @@
 # make lint            ruff, mypy and the import rules
 # make site            the documentation as a site                                  build/site
 # make notebook        run docs/notebook.ipynb and write its outputs anew
+# make check           lint, and the tests that start no engine: two minutes
 # make test            lint, site and all tests
 # make test-any-order  all tests in an order of chance, which is printed
 # make fuzz            10,000 cases of damaged input, for a night
@@ -32,7 +33,11 @@ KERNELS := $(filter-out tests/test_kl_sharded.py,$(wildcard tests/test_kl_*.py))
 # imports vLLM then compiles 4,500 modules each time: 20 s of a core.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install test-all test-any-order test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder notebook site test fuzz lint retrain
+# Files without engines and trainings.
+FAST := $(addprefix tests/test_,checkers.py contamination.py damage.py docs.py flops.py gate.py gold_answers.py \
+	inputs.py options.py packing.py public.py validation.py weights.py)
+
+.PHONY: help install check test-all test-any-order test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder notebook site test fuzz lint retrain
 install: .venv/.installed
 
 help:
@@ -128,6 +133,9 @@ build/lm-eval/.installed: .venv/.installed constraints/lm-eval.txt
 # Only the tests need a browser.
 .venv/.browser: .venv/.installed scripts/browser.sh tests/browser.py
 	./scripts/browser.sh
+
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(FAST)
 
 # test-all: with every combination of the losses' parameters, where test has each pair of them.
 test test-all test-any-order: lint site .venv/.browser build/lm-eval/.installed

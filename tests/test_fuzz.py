@@ -195,14 +195,14 @@ def readable_rows(folder, stage):
 
 
 def rows_of(folder, stage):
-    """The key of each row, and what it is of."""
-    columns = {"rollouts": ("prompt_id", "sample_idx"), "distill": ("rollout_id", "candidate_idx")}
-    columns = ["row_id", *columns[stage]]
-    return [
-        (row["row_id"], tuple(row.values())[1:])
-        for path in sorted((folder / stage).glob("part-*.parquet"))
-        for row in pq.read_table(path, columns=columns, partitioning=None).to_pylist()
-    ]
+    """The key of each row, and what it is of, as far as its shard has the columns."""
+    place = {"rollouts": ("prompt_id", "sample_idx"), "distill": ("rollout_id", "candidate_idx")}
+    rows = []
+    for path in sorted((folder / stage).glob("part-*.parquet")):
+        names = pq.read_schema(path).names
+        columns = [name for name in ("row_id", *place[stage]) if name in names]
+        rows += pq.read_table(path, columns=columns, partitioning=None).to_pylist()
+    return [(row["row_id"], tuple(map(row.get, place[stage]))) for row in rows]
 
 
 def content_of(folder, stage):
