@@ -240,6 +240,8 @@ def rewrite(
         )
         if set(outcome.statuses) == {"malformed"}:
             hint = _how_malformed(config)
+        if set(outcome.statuses) == {"draft_rejected"}:
+            hint = f"No draft is {config.filters.drafts}: give another --drafts."
         if set(outcome.statuses) == {"draft_truncated"}:
             hint = (
                 "Every draft was cut off at the student's --max-tokens: run mpd-gen rollouts with a"

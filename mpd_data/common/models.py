@@ -168,7 +168,7 @@ def load_config(model: ModelFiles, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoConfig.from_pretrained(str(model.path), trust_remote_code=trust_remote_code)
-    except Exception as error:
+    except Exception as error:  # transformers raises all kinds
         raise ConfigError(f"{model.name}: cannot be loaded: {reason_of(error)}") from error
 
 
