@@ -10,7 +10,7 @@
 # make lint            ruff, mypy and the import rules
 # make site            the documentation as a site                                  build/site
 # make notebook        run docs/notebook.ipynb and write its outputs anew
-# make check           lint, and the tests that start no engine: two minutes
+# make check           lint, and the tests that start no engine
 # make test            lint, site and all tests
 # make test-any-order  all tests in an order of chance, which is printed
 # make fuzz            10,000 cases of damaged input, for a night
