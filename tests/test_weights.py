@@ -3,6 +3,7 @@ before an engine starts or a step is done."""
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -273,6 +274,20 @@ def test_headers_say_what_loading_says(tmp_path, family):
     assert (headers.missing, headers.unknown) == (loaded.missing, loaded.unknown)
     with pytest.raises(ConfigError, match="another.weight"):
         require_whole(model)
+
+
+def test_an_architecture_that_cannot_be_compared_is_named(made, tensors, capsys):
+    unknown = made(tensors, "unknown", model_type="for_vllm_alone", architectures=["ForVllmAlone"])
+    require_whole(files(unknown))
+    assert re.search("were not compared with .*for_vllm_alone", capsys.readouterr().err)
+    with pytest.raises(ValueError, match="for_vllm_alone"):
+        load_model(files(unknown), False)
+    # Its own code makes a tensor on the CPU when it is built.
+    config = transformers.MiniMaxConfig(**SIZES, num_local_experts=2)
+    transformers.MiniMaxForCausalLM(config).save_pretrained(minimax := unknown.parent / "minimax")
+    (minimax / "generation_config.json").unlink()
+    require_whole(files(minimax))
+    assert not capsys.readouterr().err
 
 
 # -- quantised models and adapters ---------------------------------------------------------

@@ -13,13 +13,14 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mpd_data.common.errors import ConfigError, reason_of
-from mpd_data.common.models import ModelFiles, load_config, weight_files
+from mpd_data.common.models import ModelFiles, weight_files
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,8 @@ def require_whole(files: ModelFiles, trust_remote_code: bool = False) -> None:
     are read, but for a tied pair that is stored twice.
 
     Nothing is compared where the weights are not here (a server has them, or a dry run has not
-    fetched them), and where transformers does not know the architecture. Of a quantised model the
-    modules are compared.
+    fetched them). Where transformers cannot load the architecture without contents, say so on
+    stderr. Of a quantised model the modules are compared.
     """
     if files.served is not None:
         return
@@ -161,15 +162,19 @@ def _require_whole(
 ) -> None:
     """Do the work of `require_whole`, once for each `config` and `state` of the files."""
     stored = stored_tensors(model_files(files.path))
+    compare = _compare_modules if is_quantised(files) else _compare
     try:
-        model = skeleton(files, trust_remote_code, None)
-    except ConfigError:
-        # Of an architecture that only the engine knows, say: whoever needs it loads it, and fails.
+        model = _skeleton(files, trust_remote_code, None)
+        compare(files, model, stored)
+    except _CannotLoadError as error:
+        # An architecture that only the engine knows, say.
+        print(
+            f"{files.name}: its tensors were not compared with its architecture, because"
+            f" transformers could not load it without contents: {error}. mpd-train and --backend"
+            " transformers compare them when they load the model; vLLM does not.",
+            file=sys.stderr,
+        )
         return
-    if is_quantised(files):
-        _compare_modules(files, model, stored)
-    else:
-        _compare(files, model, stored)
     if files.adapter is not None:
         _compare_with_adapter(files, model)
 
@@ -195,17 +200,25 @@ def load_model(files: ModelFiles, trust_remote_code: bool, **settings: Any) -> A
 def skeleton(files: ModelFiles, trust_remote_code: bool, dtype: Any) -> Any:
     """Return the model without weights, on torch's meta device; for an adapter its base. Without a
     `dtype` it has torch's. Raise ConfigError if its configuration cannot be used."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(files, trust_remote_code)
     try:
+        return _skeleton(files, trust_remote_code, dtype)
+    except _CannotLoadError as error:
+        raise ConfigError(f"{files.name}: cannot be loaded: {error}") from error
+
+
+def _skeleton(files: ModelFiles, trust_remote_code: bool, dtype: Any) -> Any:
+    """Return like `skeleton`. Raise _CannotLoadError if the configuration cannot be used."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(files.path), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, dtype=dtype or torch.float32
             )
     except Exception as error:  # transformers raises all kinds
-        raise ConfigError(f"{files.name}: cannot be loaded: {reason_of(error)}") from error
+        raise _CannotLoadError(reason_of(error)) from error
 
 
 def is_quantised(files: ModelFiles) -> bool:
@@ -215,6 +228,10 @@ def is_quantised(files: ModelFiles) -> bool:
     if any(config.get("quantization_config") is not None for config in configs):
         return True
     return any((files.path / name).is_file() for name in _QUANTISED)
+
+
+class _CannotLoadError(Exception):
+    """transformers cannot load an architecture without contents. The message is its reason."""
 
 
 @dataclass(frozen=True)
@@ -269,8 +286,6 @@ def _is_of(model: Any, name: str, module: Any) -> bool:
 def _compare(files: ModelFiles, model: Any, stored: Mapping[str, Stored]) -> None:
     """Raise ConfigError unless the tensors `stored` are those of `model`, a skeleton."""
     unlike = _as_loaded(model, stored)
-    if unlike is None:
-        return
     remedy = ""
     if unlike.unknown:
         for prefix, left in _PREFIXES.items():
@@ -327,15 +342,15 @@ def _equal(a: Any, b: Any) -> bool:
     return True
 
 
-def _as_loaded(model: Any, stored: Mapping[str, Stored]) -> _Unlike | None:
-    """Return what transformers would say after it has loaded the tensors `stored`; None for a
-    family whose own code cannot do it without contents."""
+def _as_loaded(model: Any, stored: Mapping[str, Stored]) -> _Unlike:
+    """Return what transformers would say after it has loaded the tensors `stored`. Raise
+    _CannotLoadError for a family whose own code cannot do it without contents."""
     import torch
     from torch.overrides import TorchFunctionMode
     from transformers.utils import logging
 
     class OnMeta(TorchFunctionMode):
-        """All that is put on a device is put on the meta device."""
+        """All tensors are on the meta device, those too that a model computes when it is built."""
 
         def __torch_function__(
             self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -345,7 +360,11 @@ def _as_loaded(model: Any, stored: Mapping[str, Stored]) -> _Unlike | None:
                 kwargs["device"] = "meta"
             if func is torch.Tensor.to:
                 args = ["meta" if isinstance(x, str | torch.device) else x for x in args]
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            # An empty tensor tells which device is the default one, and that must not be "meta".
+            if isinstance(result, torch.Tensor) and result.numel():
+                result = result.to("meta")
+            return result
 
     tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
     config = copy.deepcopy(model.config)
@@ -362,8 +381,10 @@ def _as_loaded(model: Any, stored: Mapping[str, Stored]) -> _Unlike | None:
                 None, config=config, state_dict=tensors, output_loading_info=True,
                 ignore_mismatched_sizes=True, dtype=torch.float32,
             )  # fmt: skip
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, NotImplementedError):
-        return None
+    except (
+        RuntimeError, TypeError, ValueError, AttributeError, KeyError, NotImplementedError
+    ) as error:  # fmt: skip
+        raise _CannotLoadError(reason_of(error)) from error
     finally:
         logging.set_verbosity(verbosity)
     found = _Unlike.of(info)
@@ -393,8 +414,6 @@ def _compare_modules(files: ModelFiles, model: Any, stored: Mapping[str, Stored]
     where it has none for a module. What a module's tensors are is the method's own affair, and
     modules that transformers puts together from others are not looked at."""
     unlike = _as_loaded(model, stored)
-    if unlike is None:
-        return
     modules = {name: module for name, module in model.named_modules() if name}
     packed, containers, unknown = set(), set(), set()
     for name in unlike.unknown:
