@@ -4,9 +4,12 @@ Exit codes: 0 done, 1 fatal, 2 usage, 3 done with failed rows (in errors/), 130 
 (run the same command again to resume). Results go to stdout, progress and messages to stderr.
 """
 
+import contextlib
 import dataclasses
 import os
 import shlex
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ from mpd_data.config import (
 )
 from mpd_data.parts import workers
 from mpd_data.store.locks import WHOLE
+from mpd_data.store.run_record import kind_of
 
 _OVERWRITE = click.option(
     "--overwrite", is_flag=True, help="Delete what this stage has written here, then start again."
@@ -72,7 +76,18 @@ class _RoundFolder(click.Path):
         return path
 
 
+class _RunFolder(_RoundFolder):
+    """A round's folder, or that of a training, a pipeline run or a study."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(os.fsdecode(click.Path.convert(self, value, param, ctx)))
+        is_run = kind_of(path) in ("training", "pipeline", "study")
+        return path if is_run else super().convert(value, param, ctx)
+
+
 _LISTED = 20
+# Of status --watch.
+_SECONDS_PER_LOOK = 2.0
 _ROUND = _RoundFolder(exists=True, file_okay=False)
 
 
@@ -151,14 +166,17 @@ def rollouts(
 
 
 def _quality(config: RolloutsConfig) -> str:
-    """Return the end of a message: which fractions are correct, lack an answer, are truncated."""
+    """Return the end of a message: mean tokens, and which fractions are correct, lack an answer,
+    are truncated."""
     from mpd_data.inspect.stats import outcome_rates
 
     if workers.is_worker():
         return ""  # the command that started the workers says it once
     rates = outcome_rates(config.out)
     names = {"accuracy": "correct", "no_answer": "without an answer", "truncated": "truncated"}
-    parts = [f"{rate:.1%} {names[name]}" for name, rate in rates.items() if rate is not None]
+    mean = rates.pop("mean_tokens")
+    parts = [] if mean is None else [f"{mean:,.1f} tokens on average"]
+    parts += [f"{rate:.1%} {names[name]}" for name, rate in rates.items() if rate is not None]
     if rates["truncated"] == 1:
         parts[-1] += (
             f"\nEvery rollout was cut off at --max-tokens {config.sampling.max_tokens}, so none can"
@@ -333,16 +351,32 @@ def _exit_if_failed(rows: int | str, folder: Path, stage: str) -> None:
     raise click.exceptions.Exit(workers.EXIT_FAILED_ROWS)
 
 
-@cli.command(epilog=example("mpd-gen status data/round1"))
-@click.argument("rounds", nargs=-1, required=True, type=_ROUND)
+@cli.command(epilog=example("mpd-gen status data/round1", "mpd-gen status runs/demo --watch"))
+@click.argument("folders", nargs=-1, required=True, type=_RunFolder(exists=True, file_okay=False))
 @_JSON
-def status(rounds: tuple[Path, ...], as_json: bool) -> None:
-    """Show how far the stages of ROUNDS are. Lists the processes that write there."""
-    from mpd_data.inspect.status import round_status, show_status
+@click.option(
+    "--watch",
+    is_flag=True,
+    help="Show it anew every two seconds, until nothing runs any more. Ctrl-C ends the display, not"
+    " the job.",
+)
+def status(folders: tuple[Path, ...], as_json: bool, watch: bool) -> None:
+    """Show how far the work in FOLDERS is: rounds, trainings, runs of mpd-rounds or mpd-study. Also
+    lists the processes that write there."""
+    from mpd_data.inspect.status import is_at_work, show_status, status_of
 
-    statuses = {str(path): round_status(path) for path in rounds}
-    text = [f"{plain(path)}\n{show_status(status)}" for path, status in statuses.items()]
-    click.echo(json_text(statuses) if as_json else "\n\n".join(text))
+    if watch and as_json:
+        raise click.UsageError("--watch and --json do not go together.")
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            statuses = {str(path): status_of(path) for path in folders}
+            text = [f"{plain(path)}\n{show_status(status)}" for path, status in statuses.items()]
+            if watch and sys.stdout.isatty():
+                click.clear()
+            click.echo(json_text(statuses) if as_json else "\n\n".join(text))
+            if not watch or not any(map(is_at_work, statuses.values())):
+                return
+            time.sleep(_SECONDS_PER_LOOK)
 
 
 @cli.command(epilog=example("mpd-gen stats data/round1 data/round2 --by family --plot lengths.png"))

@@ -313,7 +313,8 @@ class RewriteJob:
         self.run.writer.add(*rows)
         tokens = sum(row["num_rewritten_tokens"] or 0 for row in rows)
         truncated = sum(row["status"] == "truncated" for row in rows)
-        self.run.progress.update(tokens, truncated, self.run.engine.in_flight)
+        kept = sum(row["status"] == "ok" for row in rows)
+        self.run.progress.update(tokens, truncated, kept)
 
     def _finish_without_rewrite(self, group: Group, status: str) -> None:
         """Write one row for a rollout that gets no rewrite, whatever --num-candidates is."""

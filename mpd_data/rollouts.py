@@ -370,4 +370,4 @@ class RolloutJob:
         row["check_error"] = verdict.error
         self.run.writer.add(row)
         tokens, truncated = row["num_completion_tokens"], row["finish_reason"] == "length"
-        self.run.progress.update(tokens, truncated, self.run.engine.in_flight)
+        self.run.progress.update(tokens, truncated)

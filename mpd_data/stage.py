@@ -138,7 +138,7 @@ class StageRun:
     def advance(self, wait: bool) -> None:
         """Commit the shard that is due by age. `pump` calls this after each step."""
         self.writer.commit_if_due()
-        self.progress.tick()
+        self.progress.tick(self.engine.in_flight, self.engine.underway)
 
     def work(
         self,

@@ -43,6 +43,7 @@ from mpd_data.inspect import compare as comparison
 from mpd_data.inspect import frontier
 from mpd_data.inspect.stats import plot_lengths
 from mpd_data.parts.workers import EXIT_FAILED_ROWS
+from mpd_data.store.locks import folder_lock
 from mpd_data.store.run_record import require_kind, write_record
 from mpd_rounds import example as examples
 from mpd_rounds.run import gate
@@ -154,9 +155,14 @@ def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
     """Run the unfinished stages of `pipeline` in `out`. Return the summary, with `failed_rows` true
     if a stage left rows in errors/."""
     require_kind(out, "pipeline")
-    plan = Plan(pipeline, out)
     check_inputs(pipeline, out)
-    runner = Runner(out, pipeline.environment, len(plan.all_steps()))
+    # mpd-gen status sees by it that the run is alive.
+    with folder_lock(out):
+        return _run_steps(pipeline, Plan(pipeline, out), out)
+
+
+def _run_steps(pipeline: Pipeline, plan: Plan, out: Path) -> dict[str, Any]:
+    runner = Runner(out, pipeline.environment, plan.all_steps())
     write_record(out, "pipeline", pipeline.model_dump(mode="json"))
     measured = [*plan.evaluations(0), *plan.baselines(from_rewrites=False)]
     runner.run(measured, pipeline.parallel_evaluations)

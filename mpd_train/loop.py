@@ -85,7 +85,8 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     packs, held_out = split_packs(prepared.shards, config)
     if ranks.first:
         name = "cpu" if device.type == "cpu" else device_name()
-        claim(config.out, prepared.identity, config, name, overwrite)
+        steps = -(-len(packs) // size)
+        claim(config.out, prepared.identity, config, name, steps, overwrite)
 
     model_folder = config.out / "model"
     done = _steps_done(config.out, ranks)

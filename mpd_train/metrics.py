@@ -1,18 +1,17 @@
 """Record a training's progress: metrics.jsonl, trackers, stderr."""
 
 import json
-import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from pydantic import Field
 
 from mpd_data.common.errors import DataError
 from mpd_data.common.files import atomic_file, read_json_lines
 from mpd_data.common.hashing import content_key
+from mpd_data.common.machine import peak_memory
 from mpd_data.common.meter import Meter
 from mpd_data.common.records import Record, require
 from mpd_data.store.run_record import read_record
@@ -78,13 +77,6 @@ def record_evaluation(out: Path, results: Mapping[str, Mapping[str, Any]]) -> No
     trackers.log_evaluation(step, results)
     trackers.close()
     remember(out, told(out) | now)
-
-
-def peak_memory() -> int:
-    """Return the most bytes that this process has used: of the GPU, or of RAM without one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class _Line(Record):

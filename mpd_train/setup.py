@@ -194,9 +194,14 @@ def check_claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def claim(
-    out: Path, identity: dict[str, Any], config: TrainConfig, device: str, overwrite: bool
+    out: Path,
+    identity: dict[str, Any],
+    config: TrainConfig,
+    device: str,
+    steps: int,
+    overwrite: bool,
 ) -> None:
-    """Record the run's settings and device. Raise ConfigError like `check_claim`."""
+    """Record settings, device and number of steps. Raise ConfigError like `check_claim`."""
     require_kind(out, "training")
     doomed = out / ".discarded"
     if doomed.exists():
@@ -210,5 +215,6 @@ def claim(
                 (out / name).replace(doomed / name)
         shutil.rmtree(doomed)
     if not check_claim(out, identity):
-        details = {"config": config.model_dump(mode="json"), "device": device, **provenance()}
+        about = {"device": device, "steps": steps, **provenance()}
+        details = {"config": config.model_dump(mode="json"), **about}
         write_record(out, "training", {"identity": identity, "details": details})

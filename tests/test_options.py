@@ -46,7 +46,8 @@ test_a_cpu_cannot_run_the_kernels: mpd-train --liger-kernel
 test_a_student_answers_at_its_token_budget: mpd-gen rollouts --token-budget --budget-text
 test_a_hopeless_job_stops_early: mpd-gen rollouts --max-error-rate
 test_a_hopeless_rewrite_stops_early: mpd-gen rewrite --max-error-rate
-test_a_scheduler_that_ends_a_job_loses_no_finished_row: mpd-gen status ROUNDS --json
+test_a_scheduler_that_ends_a_job_loses_no_finished_row: mpd-gen status FOLDERS --json
+test_watch_ends_with_the_work: mpd-gen status --watch
 test_one_part_after_another_makes_the_round: mpd-gen rollouts/rewrite --shard-index --num-shards
 test_workers_make_the_rows_of_one_process: mpd-gen rollouts/rewrite --workers
 test_a_budget_that_does_not_hold_is_said: mpd-rounds --set

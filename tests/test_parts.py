@@ -78,7 +78,10 @@ def test_workers_make_the_rows_of_one_process(round_dir, prompts, tmp_path):
     assert {"rewrite-0-of-2", "rewrite-1-of-2"} < writers(out).keys()
     run("mpd-gen", "validate", out)
     again = run("mpd-gen", *rollout_arguments(prompts, out)).stderr
-    assert re.search(r"240 rollouts, 0 of them new, [\d.]+% correct, [\d.]+% trunc", again)
+    assert re.search(
+        r"240 rollouts, 0 of them new, [\d.]+ tokens on average, [\d.]+% correct, [\d.]+% trunc",
+        again,
+    )
 
 
 def test_a_limit_is_shared_among_workers(prompts, tmp_path):

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.config import RolloutsConfig
+from mpd_data.inspect.status import show_status, status_of
 from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.plan import plan_pipeline
 from mpd_rounds.run.runner import Finished, Runner, _inputs
@@ -50,7 +51,16 @@ def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    # The command is a child of the nursery, which ends it a moment later.
+    while (said := status_of(out))["state"] == "running":
+        time.sleep(0.05)
+    assert said["state"] == "stopped"
+    assert [step["state"] for step in said["steps"]][-1] == "waiting"
     done = run("mpd-rounds", *arguments)
+    said = status_of(out)
+    assert (said["kind"], said["state"]) == ("pipeline", "finished")
+    assert {step["state"] for step in said["steps"]} == {"finished"}
+    assert f"finished: {len(said['steps'])} of {len(said['steps'])} steps" in show_status(said)
     assert "done before" in done.stderr
     assert "mpd-train --shards" in done.stderr
 
@@ -344,7 +354,7 @@ def test_changed_inputs_and_torn_records_are_done_again(tmp_path):
     (tmp_path / "finished.jsonl").write_text(json.dumps(record) + '\n{"command": ["mp')
 
     def is_done():
-        Runner(tmp_path, {}, 1)
+        Runner(tmp_path, {}, [])
         assert (tmp_path / "finished.jsonl").read_text().endswith("\n")
         return Finished(tmp_path).holds(step)
 

@@ -2,6 +2,7 @@
 
 import gc
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,15 @@ def free_gpu_memory() -> None:
     if torch is not None and torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has used: of the GPU where its torch uses one, else
+    of RAM."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def device_name() -> str:

@@ -14,7 +14,7 @@ from mpd_data.common.errors import EngineError
 from mpd_data.common.ids import unknown_id
 from mpd_data.common.models import ModelFiles
 from mpd_data.config import SamplingConfig
-from mpd_data.engines.protocol import Completion, Engine, Refused, RequestError, Scores
+from mpd_data.engines.protocol import Completion, Engine, Refused, RequestError, Scores, Underway
 
 # Continuations of which the log-probabilities are looked at, in engines that return them. Those of
 # all would cost time, and a model that gives NaN does so from its first tokens, mostly.
@@ -37,6 +37,9 @@ class Guarded:
     @property
     def in_flight(self) -> int:
         return self.inner.in_flight
+
+    def underway(self) -> Underway | None:
+        return self.inner.underway()
 
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,

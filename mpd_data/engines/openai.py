@@ -102,6 +102,9 @@ class OpenAIEngine:
 
     # -- the protocol -------------------------------------------------------------------
 
+    def underway(self) -> None:
+        """Return None: an answer comes when its request has ended."""
+
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,
         logprobs: bool = False,

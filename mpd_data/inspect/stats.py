@@ -414,13 +414,18 @@ def support_quantiles(distill: pl.LazyFrame, folders: pl.Enum) -> list[dict[str,
 
 
 def outcome_rates(folder: Path) -> dict[str, float | None]:
-    """Return `accuracy`, `truncated` and `no_answer` of a round's rollouts, as fractions; None for
-    what is not known: accuracy without gold answers, and all three without rollouts."""
+    """Return `accuracy`, `truncated` and `no_answer` of a round's rollouts, as fractions, and their
+    `mean_tokens`; None for what is not known: accuracy without gold answers, and all without
+    rollouts."""
     rollouts = scan([folder], "rollouts")
     if rollouts is None:
-        return dict.fromkeys(("accuracy", "truncated", "no_answer"))
-    rows = rollouts.select("is_correct", "finish_reason", lacks_answer=pl.col("answer").is_null())
-    rates: dict[str, float | None] = collect(rows.select(*RATES)).to_dicts()[0]
+        return dict.fromkeys(("accuracy", "truncated", "no_answer", "mean_tokens"))
+    rows = rollouts.select(
+        "is_correct", "finish_reason", "num_completion_tokens",
+        lacks_answer=pl.col("answer").is_null(),
+    )  # fmt: skip
+    mean = pl.col("num_completion_tokens").mean().alias("mean_tokens")
+    rates: dict[str, float | None] = collect(rows.select(*RATES, mean)).to_dicts()[0]
     return rates
 
 

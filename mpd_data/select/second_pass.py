@@ -132,7 +132,7 @@ class Pass(ABC):
         self.decide(group)
         self.run.writer.add(*group.rows)
         tokens = sum(row["num_rewritten_tokens"] or 0 for row in group.rows)
-        self.run.progress.update(tokens, 0, 0)
+        self.run.progress.update(tokens, 0)
 
 
 def prompt_of(row: Row) -> list[int]:

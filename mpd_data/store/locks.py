@@ -101,6 +101,8 @@ def _hold(path: Path, seconds: float, refusal: MPDError) -> Iterator[None]:
     try:
         if not _take(fd, path, seconds):
             raise refusal
+        # The file's time says since when the folder is held (mpd-gen status).
+        os.utime(fd)
         yield
     finally:
         os.close(fd)

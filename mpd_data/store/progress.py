@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,11 +14,13 @@ from pydantic import Field
 
 from mpd_data.common.errors import MPDError
 from mpd_data.common.files import atomic_file, read_json
-from mpd_data.common.machine import device_name
+from mpd_data.common.machine import device_name, peak_memory
 from mpd_data.common.meter import Meter
 from mpd_data.common.records import Record, require
 
 _SECONDS_PER_STATUS = 2.0
+_SECONDS_PER_LOOK = 1.0
+_LOOKS = 30
 
 
 class _Report(Record):
@@ -31,6 +34,14 @@ class _Report(Record):
     recent_tokens_per_second: float
     in_flight: int
     seconds_left: float | None = Field(ge=0)
+    # Reports of earlier versions lack these.
+    tokens: int = 0
+    truncated: int = 0
+    tokens_per_second: float = 0.0
+    running: int | None = None
+    kept: int | None = None
+    quiet_seconds: float = Field(0.0, ge=0)
+    memory_gib: float | None = None
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -51,10 +62,13 @@ class Progress:
         self._meter = Meter(label, total, "row")
         self._status = status
         self._rows = self._failed = self._tokens = self._truncated = self._in_flight = 0
+        self._kept: int | None = None
+        self._running: int | None = None
         self._started = time.time()
-        self._begun = self._last_status = time.monotonic()
+        self._begun = self._last_status = self._last_look = self._last_token = time.monotonic()
         self._start_seconds = 0.0
-        self._recent: deque[tuple[float, int]] = deque([(self._begun, 0)], maxlen=200)
+        # Tokens so far, those of unfinished rows too, at each look of the last half minute.
+        self._looks: deque[tuple[float, int]] = deque([(self._begun, 0)], maxlen=_LOOKS)
         status.parent.mkdir(exist_ok=True)
         self._write("starting")
 
@@ -62,7 +76,9 @@ class Progress:
         """End the time that counts as the engine's start; rates count from here."""
         now = time.monotonic()
         self._start_seconds, self._begun = now - self._begun, now
-        self._recent = deque([(now, 0)], maxlen=200)
+        self._last_token = now
+        self._looks.clear()
+        self._looks.append((now, 0))
         self._write("running")
 
     def speed(self, backend: str) -> dict[str, Any] | None:
@@ -87,37 +103,59 @@ class Progress:
         """Count `rows` that will not come."""
         self._failed += rows
 
-    def update(self, tokens: int, truncated: int, in_flight: int) -> None:
-        """Count a finished row of `tokens` tokens; `truncated`: 1 where it hit its length limit."""
+    def update(self, tokens: int, truncated: int, kept: int | None = None) -> None:
+        """Count a finished row of `tokens` tokens; `truncated`: 1 where it hit its length limit;
+        `kept`: how many rewrites of it are kept."""
         self._rows += 1
         self._tokens += tokens
         self._truncated += truncated
-        self._in_flight = in_flight
-        self._recent.append((time.monotonic(), self._tokens))
+        if kept is not None:
+            self._kept = (self._kept or 0) + kept
         self._meter.advance()
-        self.tick()
 
-    def tick(self) -> None:
-        """Show progress and renew an old status file; call it also while no row finishes."""
+    def tick(self, in_flight: int, underway: Callable[[], tuple[int, int] | None]) -> None:
+        """Show progress and renew an old status file; call it after each step of an engine that has
+        `in_flight` requests. `underway` returns how many of them have begun and have how many
+        tokens, None where that is not known. It is called once a second."""
+        now = time.monotonic()
+        if now - self._last_look < _SECONDS_PER_LOOK:
+            return
+        self._last_look, self._in_flight = now, in_flight
+        running, tokens = underway() or (None, 0)
+        self._running = running
+        # A row's tokens are counted when it is written: between its last token and then they are
+        # in neither sum.
+        before = self._looks[-1][1]
+        made = max(before, self._tokens + tokens)
+        self._looks.append((now, made))
+        if made > before:
+            self._last_token = now
         self._meter.show(self._text(), self._seconds_left())
-        if time.monotonic() - self._last_status >= _SECONDS_PER_STATUS:
+        if now - self._last_status >= _SECONDS_PER_STATUS:
             self._write("running")
 
     def _speeds(self) -> tuple[float, float]:
-        """Return tokens per second, recent and overall."""
+        """Return tokens per second: of the last half minute, and of this run."""
         now = time.monotonic()
-        then, tokens = self._recent[0]
-        recent = (self._tokens - tokens) / max(now - then, 1e-9)
-        return recent, self._tokens / max(now - self._begun, 1e-9)
+        then, tokens = self._looks[0]
+        made = max(self._looks[-1][1], self._tokens)
+        recent = (made - tokens) / max(now - then, 1e-9)
+        return recent, made / max(now - self._begun, 1e-9)
 
     def _text(self) -> str:
         recent, lifetime = self._speeds()
-        share = self._truncated / max(self._rows, 1)
-        failed = f", {self._failed} failed" if self._failed else ""
-        return (
-            f"{recent:,.0f} tok/s (all {lifetime:,.0f}), {self._in_flight} in flight,"
-            f" {share:.1%} truncated{failed}"
-        )
+        parts = [f"{recent:,.0f} tok/s (all {lifetime:,.0f})"]
+        if self._running is None and self._in_flight:
+            parts.append(f"{self._in_flight:,} in flight")
+        if self._running is not None:
+            parts.append(f"{self._running:,} of {self._in_flight:,} running")
+        if self._rows:
+            parts.append(f"{self._truncated / self._rows:.1%} truncated")
+        if self._kept is not None:
+            parts.append(f"{self._kept:,} kept")
+        if self._failed:
+            parts.append(f"{self._failed} failed")
+        return ", ".join(parts)
 
     @property
     def done(self) -> int:
@@ -143,11 +181,15 @@ class Progress:
             "rows": self.done,
             "total": self._meter.total,
             "failed": self._failed,
-            "tokens": self._tokens,
+            "tokens": max(self._looks[-1][1], self._tokens),
             "tokens_per_second": round(lifetime, 1),
             "recent_tokens_per_second": round(recent, 1),
             "in_flight": self._in_flight,
+            "running": self._running,
             "truncated": self._truncated,
+            "kept": self._kept,
+            "quiet_seconds": round(time.monotonic() - self._last_token, 1),
+            "memory_gib": round(peak_memory() / 2**30, 2),
             "seconds_left": None if left is None else round(left, 1),
         }
         try:
@@ -164,8 +206,8 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._in_flight, self._running = 0, None
         self._meter.close(self._text())
-        self._in_flight = 0
         if kind is None:
             self._write("finished")
             return

@@ -45,6 +45,7 @@ class _Identity(Record):
 class _Details(Record):
     config: dict[str, Any] = Field(default_factory=dict)
     rows: int | None = Field(None, ge=0)
+    steps: int | None = Field(None, ge=0)
 
 
 class _Speed(Record):

@@ -14,7 +14,7 @@ import click
 
 from mpd_data.common import signals
 from mpd_data.common.errors import MPDError
-from mpd_data.common.files import read_json_lines
+from mpd_data.common.files import read_json_lines, write_json_atomic
 from mpd_data.common.records import Record, require
 from mpd_data.parts.workers import EXIT_FAILED_ROWS
 from mpd_rounds.run.steps import Step
@@ -63,15 +63,20 @@ class Finished:
 
     def holds(self, step: Step) -> bool:
         """Return whether `step` has finished with the inputs that exist now."""
-        now = ([step.program, *step.command], _inputs(step))
+        now = (step.words, _inputs(step))
         return step.out.exists() and any((r["command"], r["inputs"]) == now for r in self.records)
 
 
 class Runner:
-    """Runs steps as processes and records the finished ones in OUT/finished.jsonl."""
+    """Runs steps as processes. Records all that there are in OUT/steps.json, for `mpd-gen status`,
+    and the finished ones in OUT/finished.jsonl."""
 
-    def __init__(self, out: Path, environment: dict[str, str], total: int) -> None:
-        out.mkdir(parents=True, exist_ok=True)
+    def __init__(self, out: Path, environment: dict[str, str], steps: list[Step]) -> None:
+        planned = [
+            {"label": s.label, "folder": os.path.relpath(s.folder, out), "command": s.words}
+            for s in steps
+        ]
+        write_json_atomic(out / "steps.json", {"steps": planned})
         self._finished = Finished(out)
         self._path = self._finished.path
         if self._path.exists():
@@ -81,7 +86,7 @@ class Runner:
         self._environment = {**group, **os.environ, **environment}
         # A pipeline may be a task of a SLURM job array; its stages are not parts of that array.
         self._environment.pop("SLURM_ARRAY_TASK_COUNT", None)
-        self._total = total
+        self._total = len(steps)
         self._number = 0
         self._running: set[subprocess.Popen[str]] = set()
         self._is_ending = False
@@ -103,7 +108,7 @@ class Runner:
                 click.echo(f"{head}: done before", err=True)
                 continue
             click.echo(f"{head}: {step.why}", err=True)
-            click.echo(f"    {step.program} {shlex.join(step.command)}", err=True)
+            click.echo(f"    {shlex.join(step.words)}", err=True)
             remaining.append(step)
         together = min(parallel, len(remaining))
         failed: list[tuple[Step, MPDError]] = []
@@ -155,7 +160,7 @@ class Runner:
         self.failed_rows |= code == EXIT_FAILED_ROWS
         record = {
             "label": step.label,
-            "command": [step.program, *step.command],
+            "command": step.words,
             "inputs": _inputs(step),
             "seconds": round(time.monotonic() - begun, 1),
             "exit_code": code,

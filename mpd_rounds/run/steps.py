@@ -94,6 +94,16 @@ class Step:
     config: RolloutsConfig | RewriteConfig | TrainConfig
     reads: tuple[Path, ...] = ()
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the round or training that it writes."""
+        return self.out.parent if self.out.name in ("distill", "model") else self.out
+
+    @property
+    def words(self) -> list[str]:
+        """The command, with its program."""
+        return [self.program, *self.command]
+
 
 _COMMANDS: dict[type[BaseModel], tuple[str, ...]] = {
     RolloutsConfig: ("mpd-gen", "rollouts"),

@@ -24,6 +24,7 @@ from pydantic import Field, field_validator
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.hashing import content_key
 from mpd_data.config import Strict
+from mpd_data.store.locks import folder_lock
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind, write_record
 from mpd_rounds.run.runner import Runner
@@ -248,8 +249,16 @@ def run_study(study: Study, out: Path, groups: tuple[str, ...] = ()) -> StudyOut
     """
     runs = Planner(study, out).runs(groups)
     waves = waves_of(runs)
+    # mpd-gen status sees by it that the study is alive.
+    with folder_lock(out):
+        return _run_waves(study, runs, waves, out)
+
+
+def _run_waves(
+    study: Study, runs: list[SettingRun], waves: list[list[Step]], out: Path
+) -> StudyOutcome:
     pipeline = runs[0].pipeline
-    runner = Runner(out, pipeline.environment, sum(map(len, waves)))
+    runner = Runner(out, pipeline.environment, [step for wave in waves for step in wave])
     write_record(out, "study", study.model_dump(mode="json"))
     failed: dict[Path, str] = {}
     stopped: dict[tuple[str, int], str] = {}
