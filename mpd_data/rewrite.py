@@ -313,8 +313,7 @@ class RewriteJob:
         self.run.writer.add(*rows)
         tokens = sum(row["num_rewritten_tokens"] or 0 for row in rows)
         truncated = sum(row["status"] == "truncated" for row in rows)
-        kept = sum(row["status"] == "ok" for row in rows)
-        self.run.progress.update(tokens, truncated, kept)
+        self.run.progress.update(tokens, truncated, sum(row["status"] == "ok" for row in rows))
 
     def _finish_without_rewrite(self, group: Group, status: str) -> None:
         """Write one row for a rollout that gets no rewrite, whatever --num-candidates is."""

@@ -85,8 +85,7 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     packs, held_out = split_packs(prepared.shards, config)
     if ranks.first:
         name = "cpu" if device.type == "cpu" else device_name()
-        steps = -(-len(packs) // size)
-        claim(config.out, prepared.identity, config, name, steps, overwrite)
+        claim(config.out, prepared.identity, config, name, -(-len(packs) // size), overwrite)
 
     model_folder = config.out / "model"
     done = _steps_done(config.out, ranks)

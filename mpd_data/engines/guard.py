@@ -14,7 +14,7 @@ from mpd_data.common.errors import EngineError
 from mpd_data.common.ids import unknown_id
 from mpd_data.common.models import ModelFiles
 from mpd_data.config import SamplingConfig
-from mpd_data.engines.protocol import Completion, Engine, Refused, RequestError, Scores, Underway
+from mpd_data.engines.protocol import Completion, Engine, Refused, RequestError, Scores
 
 # Continuations of which the log-probabilities are looked at, in engines that return them. Those of
 # all would cost time, and a model that gives NaN does so from its first tokens, mostly.
@@ -38,7 +38,7 @@ class Guarded:
     def in_flight(self) -> int:
         return self.inner.in_flight
 
-    def underway(self) -> Underway | None:
+    def underway(self) -> tuple[int, int] | None:
         return self.inner.underway()
 
     def submit_generate(

@@ -9,7 +9,7 @@ cannot hold. Each is imported only when it is started.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,13 +49,6 @@ class Scores:
     target_logprobs: Float32s
 
 
-class Underway(NamedTuple):
-    """Continuations that have their first token and not their last: how many, and their tokens."""
-
-    running: int
-    tokens: int
-
-
 @dataclass(frozen=True)
 class Refused:
     """The engine refuses this one request, after it was submitted; others are not affected."""
@@ -78,8 +71,8 @@ class Engine(Protocol):
     def in_flight(self) -> int:
         """Requests submitted and not yet returned."""
 
-    def underway(self) -> Underway | None:
-        """Return how far the requests in flight are; None where a server does not say."""
+    def underway(self) -> tuple[int, int] | None:
+        """Return how many requests have begun, and their tokens; None where it is not known."""
 
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,

@@ -28,7 +28,7 @@ from mpd_data.common.machine import free_gpu_memory
 from mpd_data.common.models import ModelFiles, has_softcap, load_tokenizer
 from mpd_data.common.weights import load_model
 from mpd_data.config import EngineConfig, SamplingConfig
-from mpd_data.engines.protocol import Completion, Scores, Underway
+from mpd_data.engines.protocol import Completion, Scores
 from mpd_data.prompts.special import turn_of
 
 _BATCHED_TOKENS = 2048
@@ -103,9 +103,9 @@ class TransformersEngine:
     def in_flight(self) -> int:
         return len(self._rows) + len(self._to_score)
 
-    def underway(self) -> Underway:
+    def underway(self) -> tuple[int, int]:
         lengths = [len(row.completion_ids) for row in self._rows]
-        return Underway(sum(length > 0 for length in lengths), sum(lengths))
+        return sum(length > 0 for length in lengths), sum(lengths)
 
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,

@@ -16,7 +16,7 @@ from mpd_data.common.errors import EngineError, MPDError, reason_of, requires
 from mpd_data.common.models import MERGE, ModelFiles, load_tokenizer
 from mpd_data.common.weights import is_quantised
 from mpd_data.config import EngineConfig, SamplingConfig
-from mpd_data.engines.protocol import Completion, RequestError, Scores, Underway
+from mpd_data.engines.protocol import Completion, RequestError, Scores
 from mpd_data.prompts.special import turn_of
 
 
@@ -133,11 +133,11 @@ class VLLMEngine:
     def in_flight(self) -> int:
         return len(self._open)
 
-    def underway(self) -> Underway:
+    def underway(self) -> tuple[int, int]:
         # vLLM's outputs come when a request ends, and its own metrics cost time in each step.
         states = self._engine.output_processor.request_states.values()
         lengths = [state.detokenizer.num_output_tokens() for state in states]
-        return Underway(sum(length > 0 for length in lengths), sum(lengths))
+        return sum(length > 0 for length in lengths), sum(lengths)
 
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,

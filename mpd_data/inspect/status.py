@@ -106,8 +106,8 @@ class _Step(Record):
 
 def training_status(path: Path) -> dict[str, Any]:
     """Return how far the training in `path` is: `state`, `step` of `steps`, the newest metrics,
-    `seconds_left`, and `heard`, the seconds since its last step or start. The state is "stopped" where no
-    process holds the folder and no model is written: killed, interrupted or failed."""
+    `seconds_left`, and `heard`, the seconds since its last step or start. The state is "stopped"
+    where no process holds the folder and no model is written: killed, interrupted or failed."""
     details = read_record(path, "training").get("details", {})
     metrics = path / "metrics.jsonl"
     remedy = "Remove the line."

@@ -99,10 +99,9 @@ def settle(
     """Set the status of all rewrites of one rollout, given in order of candidate_idx.
 
     Rows whose status is in UNUSABLE keep it, and so do those that the teacher was not asked about.
-    Rows that pass but are not chosen get "not_chosen".
-    If the student measures them, or with "likeliest" chooses (student.py), it has the last word:
-    until then all rows that pass are "not_chosen", except that of equal texts the student need not
-    choose.
+    Rows that pass but are not chosen get "not_chosen". If the student measures them, or with
+    "likeliest" chooses (student.py), it has the last word: until then all rows that pass are
+    "not_chosen", except that of equal texts the student need not choose.
 
     Return the rows that need log-probabilities: those that are kept, or all that wait for the
     student.
