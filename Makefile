@@ -10,6 +10,7 @@
 # make lint            ruff, mypy and the import rules
 # make site            the documentation as a site                                  build/site
 # make notebook        run docs/notebook.ipynb and write its outputs anew
+# make screenshots     the pictures in docs/, of a finished make demo
 # make check           lint, and the tests that start no engine
 # make test            lint, site and all tests
 # make test-any-order  all tests in an order of chance, which is printed
@@ -37,7 +38,7 @@ export PYTHONDONTWRITEBYTECODE :=
 FAST := $(addprefix tests/test_,checkers.py contamination.py damage.py docs.py flops.py gate.py gold_answers.py \
 	inputs.py options.py packing.py public.py validation.py weights.py)
 
-.PHONY: help install check test-all test-any-order test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder notebook site test fuzz lint retrain
+.PHONY: help install check test-all test-any-order test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder notebook site screenshots test fuzz lint retrain
 install: .venv/.installed
 
 help:
@@ -123,6 +124,9 @@ site: .venv/.installed
 
 notebook: .venv/.installed
 	$(BIN)/python tests/run_notebook.py
+
+screenshots: .venv/.browser
+	$(BIN)/python scripts/screenshots.py $(OUT)
 
 # lm_eval brings 250 MB, scipy and scikit-learn among them, for one test.
 build/lm-eval/.installed: .venv/.installed constraints/lm-eval.txt

@@ -418,6 +418,44 @@ def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
     click.echo(json_text(result) if as_json else comparison.show(result, by))
 
 
+@cli.command(
+    epilog=example(
+        "mpd-gen view data/round1",
+        "mpd-gen view data/round* --evaluations eval/base-test eval/round2-test --out traces.html",
+    )
+)
+@click.argument("rounds", nargs=-1, required=True, type=_ROUND)
+@click.option(
+    "--evaluations",
+    nargs=2,
+    type=_ROUND,
+    metavar="BASE NEW",
+    help="Also show the samples of two models side by side, problem by problem.",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(1),
+    default=2000,
+    show_default=True,
+    help="Show at most this many rows of each round, and this many problems.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="traces.html",
+    show_default=True,
+    help="The page to write.",
+)
+def view(
+    rounds: tuple[Path, ...], evaluations: tuple[Path, Path] | None, rows: int, out: Path
+) -> None:
+    """Write a page to browse the drafts and rewrites of ROUNDS. It needs no network."""
+    from mpd_data.inspect.view import write_view
+
+    write_view(rounds, out, evaluations, rows)
+    click.echo(f"wrote {out}", err=True)
+
+
 @cli.command(epilog=example("mpd-gen validate data/round*"))
 @click.argument("rounds", nargs=-1, required=True, type=_ROUND)
 def validate(rounds: tuple[Path, ...]) -> None:

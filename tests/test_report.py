@@ -16,7 +16,6 @@ import polars as pl
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from browser import HOW, find_browser
 from conftest import (
     ROOT,
     STUDENT,
@@ -31,7 +30,6 @@ from conftest import (
     run,
     write_jsonl,
 )
-from playwright.sync_api import sync_playwright
 
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.inspect.compare import compare
@@ -146,18 +144,6 @@ def longer(made, tmp_path_factory):
     settings = json.loads((folder / "pipeline.json").read_text())
     (folder / "pipeline.json").write_text(json.dumps({**settings, "rounds": 2}))
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        path = find_browser(playwright.chromium.executable_path)
-        if path is None:
-            # Where nobody reads what was skipped, a skipped test is none.
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(HOW)
-        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 class Page(HTMLParser):

@@ -1,0 +1,235 @@
+"""What the trace browser shows, as plain values for JSON.
+
+Names are short, since they are repeated for each row. page.js reads them:
+
+    i row id        p prompt id     r round         s status        f problem (text)
+    g gold answer   m metadata      d draft         w rewrite       o whether the draft is right
+    k whether the rewrite is right  a whether it keeps the draft's answer
+    n tokens of the draft           t tokens of the rewrite         x what else is known, by name
+    v the rewrite's tokens: `ids`, `q` (of each: -10 ln p under the teacher; -1: not in its top K),
+      `h` (100 times the entropy of its distribution) and `top` (ids and -10 ln p of the best)
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from mpd_data.common.errors import ConfigError
+from mpd_data.common.models import load_tokenizer, resolve_model, tokenizer_hash
+from mpd_data.inspect.stats import collect, scan, scan_round
+from mpd_data.prompts.special import Spelling
+from mpd_data.store.round import RoundDir
+from mpd_data.store.shards import read_metadata
+
+# Bytes of text in a page. A browser takes some seconds for more.
+_MOST_TEXT = 48_000_000
+# Of the teacher's distribution at a token.
+_BEST = 4
+_MEASURES = (
+    "compression_ratio", "draft_overlap", "repetition", "pass_rate", "answer_support",
+    "weakest_step",
+)  # fmt: skip
+_DISTILL = (
+    "row_id", "rollout_id", "prompt_id", "round", "status", "rewrite", "rewrite_answer",
+    "keeps_answer", "is_correct", "num_original_tokens", "num_rewritten_tokens", "check_error",
+    *_MEASURES,
+)  # fmt: skip
+_SCORED = ("row_id", "input_ids", "loss_start", "topk_ids", "topk_logprobs", "tail_logprobs")
+_ROLLOUT = (
+    "row_id", "prompt_id", "round", "problem", "gold_answer", "metadata", "completion", "answer",
+    "is_correct", "finish_reason", "num_completion_tokens", "repetition",
+)  # fmt: skip
+
+
+def rewrites_of(folder: Path, count: int) -> dict[str, Any]:
+    """Return `rows` of a round, `count` at most, those with the smallest keys; how many there are
+    in `total`; the `limits` of the filters; and the text of the tokens in them as `pieces`, by id.
+    A round without rewrites gives its drafts. `note` says what cannot be shown."""
+    distill = scan([folder], "distill")
+    if distill is None:
+        rollouts = scan_round(folder)
+        total = collect(rollouts.select(pl.len())).item()
+        chosen = collect(rollouts.select("row_id").bottom_k(count, by="row_id"))["row_id"]
+        rows = [_draft(row) for row in _of(rollouts, chosen, _ROLLOUT)]
+        return {"rows": _within(rows), "total": total, "limits": {}, "pieces": {}, "note": ""}
+    total = collect(distill.select(pl.len())).item()
+    chosen = collect(distill.select("row_id").bottom_k(count, by="row_id"))["row_id"]
+    found = _of(distill, chosen, _DISTILL)
+    drafts = pl.Series([row["rollout_id"] for row in found]).unique()
+    by_id = {row["row_id"]: row for row in _of(scan_round(folder), drafts, _ROLLOUT)}
+    rows = _within([_rewrite(row, by_id.get(row["rollout_id"], {})) for row in found])
+    spelling, note = _spelling(folder)
+    pieces: dict[int, str] = {}
+    if spelling is not None:
+        kept = pl.Series([row["i"] for row in rows if row["s"] == "ok"], dtype=pl.String)
+        scored = {row["row_id"]: row for row in _of(distill, kept, _SCORED)}
+        for row in rows:
+            if row["i"] in scored and scored[row["i"]]["topk_ids"]:
+                row["v"] = _tokens(scored[row["i"]])
+                _spell(row["v"], spelling, pieces)
+    limits = read_metadata(RoundDir(folder).shard_paths("distill")[0]).get("filters") or {}
+    return {"rows": rows, "total": total, "limits": limits, "pieces": pieces, "note": note}
+
+
+def pairs_of(base: Path, new: Path, count: int) -> list[dict[str, Any]]:
+    """Return `count` problems that both models were asked, those with the smallest ids first: `b`
+    and `a`, the samples of the base and of the new model, and `c`, how much of its share of right
+    samples the problem won."""
+    sides = [scan_round(folder) for folder in (base, new)]
+    ids = [collect(side.select("prompt_id").unique())["prompt_id"] for side in sides]
+    both = ids[0].filter(ids[0].is_in(ids[1].implode())).sort().head(count)
+    found = []
+    for side in sides:
+        rows = collect(side.filter(pl.col("prompt_id").is_in(both.implode())).select(_ROLLOUT))
+        found.append(rows.sort("row_id").partition_by("prompt_id", as_dict=True))
+    pairs = []
+    for prompt in both:
+        before, after = (side[(prompt,)].to_dicts() for side in found)
+        share, base_share = _share_right(after), _share_right(before)
+        change = None if share is None or base_share is None else round(share - base_share, 4)
+        pairs.append(
+            {
+                "i": prompt,
+                "f": before[0]["problem"],
+                "g": before[0]["gold_answer"],
+                "m": _metadata(before[0]),
+                "b": [_sample(row) for row in before],
+                "a": [_sample(row) for row in after],
+                "c": change,
+            }
+        )
+    return _within(pairs)
+
+
+def _share_right(rows: Sequence[dict[str, Any]]) -> float | None:
+    right = [row["is_correct"] for row in rows if row["is_correct"] is not None]
+    return sum(right) / len(right) if right else None
+
+
+def _sample(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "d": row["completion"], "o": row["is_correct"], "n": row["num_completion_tokens"],
+        "cut": row["finish_reason"] == "length",
+    }  # fmt: skip
+
+
+def _of(frame: pl.LazyFrame, keys: pl.Series, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the rows with these keys, in order of their keys."""
+    rows = collect(frame.filter(pl.col("row_id").is_in(keys.implode())).select(columns))
+    return rows.sort("row_id").to_dicts()
+
+
+def _within(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first rows, as many as `_MOST_TEXT` allows."""
+    size = 0
+    for number, row in enumerate(rows):
+        size += len(json.dumps(row, ensure_ascii=False))
+        if size > _MOST_TEXT:
+            return rows[:number]
+    return rows
+
+
+def _metadata(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a rollout whose values are plain, by name."""
+    try:
+        values = json.loads(row.get("metadata") or "{}")
+    except ValueError:
+        return {}
+    plain = (str, int, float, bool)
+    return {k: v for k, v in values.items() if isinstance(v, plain)} if values else {}
+
+
+def _draft(row: dict[str, Any]) -> dict[str, Any]:
+    known = {"finish_reason": row["finish_reason"], "draft answer": row["answer"]}
+    return {
+        "i": row["row_id"], "p": row["prompt_id"], "r": row["round"], "s": "draft",
+        "f": row["problem"], "g": row["gold_answer"], "m": _metadata(row), "d": row["completion"],
+        "w": None, "o": row["is_correct"], "k": None, "a": None,
+        "n": row["num_completion_tokens"], "t": None,
+        "x": known | {"repetition": _rounded(row["repetition"])},
+    }  # fmt: skip
+
+
+def _rewrite(row: dict[str, Any], draft: dict[str, Any]) -> dict[str, Any]:
+    measures = {name: _rounded(row[name]) for name in _MEASURES}
+    known = {
+        "draft answer": draft.get("answer"), "rewrite answer": row["rewrite_answer"],
+        "check error": row["check_error"],
+    }  # fmt: skip
+    return {
+        "i": row["row_id"], "p": row["prompt_id"], "r": row["round"], "s": row["status"],
+        "f": draft.get("problem", ""), "g": draft.get("gold_answer"), "m": _metadata(draft),
+        "d": draft.get("completion", ""), "w": row["rewrite"], "o": draft.get("is_correct"),
+        "k": row["is_correct"], "a": row["keeps_answer"], "n": row["num_original_tokens"],
+        "t": row["num_rewritten_tokens"],
+        "x": {name: value for name, value in (known | measures).items() if value is not None},
+    }  # fmt: skip
+
+
+def _rounded(value: float | None) -> float | None:
+    # NaN is no JSON.
+    return None if value is None or not np.isfinite(value) else round(value, 3)
+
+
+def _tokens(row: dict[str, Any]) -> dict[str, Any]:
+    ids = np.asarray(row["input_ids"][row["loss_start"] :])
+    top_ids = np.asarray(row["topk_ids"]).reshape(len(ids), -1)
+    top = np.asarray(row["topk_logprobs"], dtype=np.float64).reshape(len(ids), -1)
+    tail = np.asarray(row["tail_logprobs"], dtype=np.float64)
+    is_target = top_ids == ids[:, None]
+    chosen = np.where(is_target.any(1), (top * is_target).sum(1), np.inf)
+    mass = np.concatenate([np.exp(top), np.exp(tail)[:, None]], axis=1)
+    logs = np.concatenate([top, tail[:, None]], axis=1)
+    terms = np.where(mass > 0, mass * np.where(mass > 0, logs, 0.0), 0.0)
+    return {
+        "ids": ids.tolist(),
+        "q": [-1 if value == np.inf else _tenths(value) for value in chosen],
+        "h": np.rint(-100 * terms.sum(1)).astype(int).tolist(),
+        "top": [
+            [part for pair in zip(of, map(_tenths, at), strict=True) for part in pair]
+            for of, at in zip(top_ids[:, :_BEST].tolist(), top[:, :_BEST].tolist(), strict=True)
+        ],
+    }
+
+
+def _tenths(logprob: float) -> int:
+    return min(round(-10 * logprob), 999) if np.isfinite(logprob) else 999
+
+
+def _spelling(folder: Path) -> tuple[Spelling | None, str]:
+    """Return what spells the round's tokens, or why there is none."""
+    info = RoundDir(folder).run_info()
+    config = info["stages"]["rollouts"]["details"].get("config", {})
+    name = config.get("model")
+    if not isinstance(name, str):
+        return None, "The round does not say which model sampled it, so tokens are not shown."
+    try:
+        files = resolve_model(name, config.get("revision"), weights=False)
+        tokenizer = load_tokenizer(files)
+    except ConfigError as error:
+        return None, f"Tokens are not shown: {error}"
+    saved = read_metadata(RoundDir(folder).shard_paths("distill")[0]).get("tokenizer")
+    if saved != tokenizer_hash(tokenizer):
+        return None, f"Tokens are not shown: the tokenizer of {name} is not the round's any more."
+    return Spelling(tokenizer), ""
+
+
+def _spell(tokens: dict[str, Any], spelling: Spelling, pieces: dict[int, str]) -> None:
+    """Add the text of ids that are not known yet, each as it stands after another token."""
+    for before, token in _neighbours(tokens):
+        if token not in pieces:
+            first, both = spelling.decode([before]), spelling.decode([before, token])
+            pieces[token] = both[len(first) :] if both.startswith(first) else both
+
+
+def _neighbours(tokens: dict[str, Any]) -> Iterator[tuple[int, int]]:
+    ids = tokens["ids"]
+    for at, token in enumerate(ids):
+        before = ids[at - 1] if at else ids[-1]
+        yield before, token
+        for other in tokens["top"][at][::2]:
+            yield before, other

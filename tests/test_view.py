@@ -1,0 +1,196 @@
+"""`mpd-gen view`: the page against the rows, in a real browser."""
+
+import json
+import math
+import re
+import shutil
+from urllib.parse import quote
+
+import polars as pl
+import pytest
+from conftest import edit_rows, invoke, rows
+
+from mpd_data.cli import cli
+from mpd_data.inspect.view import write_view
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202e\ud83d"
+SHOWN = "[...document.querySelectorAll('#list li')].map(line => line.dataset.key)"
+
+
+@pytest.fixture(scope="module")
+def page(round_dir, tmp_path_factory):
+    """The page of a round; its rollouts stand for two models of which the second lost answers."""
+    folder = tmp_path_factory.mktemp("view")
+    worse = shutil.copytree(round_dir, folder / "worse")
+    shutil.rmtree(worse / "distill")
+
+    def spoil(row):
+        if row["sample_idx"] == 0:
+            row["is_correct"] = False
+
+    edit_rows(worse, "rollouts", spoil)
+    invoke(cli, "view", round_dir, "--evaluations", round_dir, worse, "--out", folder / "t.html")
+    return folder / "t.html"
+
+
+@pytest.fixture
+def opened(page, browser):
+    """A function that opens the page; it must ask for nothing, and say nothing on the console."""
+    tabs, said = [], []
+
+    def open_page(part="", **settings):
+        tab = browser.new_page(**{"viewport": {"width": 1280, "height": 800}, **settings})
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda asked: asked.url.startswith("file:") or said.append(asked.url))
+        tab.goto(page.as_uri() + part)
+        tab.wait_for_selector("#list li")
+        tabs.append(tab)
+        return tab
+
+    yield open_page
+    for tab in tabs:
+        tab.close()
+    assert not said
+
+
+def chosen(tab, **settings):
+    """The keys of the rows that pass these filters, in order."""
+    for name, value in settings.items():
+        place = tab.locator(f"[name='{name}']")
+        if place.evaluate("field => field.tagName") == "SELECT":
+            place.select_option(value)
+        else:
+            place.fill(str(value))
+    return tab.evaluate(SHOWN)
+
+
+def test_filters_and_order_are_those_of_the_rows(round_dir, opened):
+    tab, distill = opened(), rows(round_dir, "distill")
+    assert chosen(tab) == sorted(distill["row_id"])
+    for status in distill["status"].unique():
+        expected = distill.filter(pl.col("status") == status)["row_id"]
+        assert chosen(tab, status=status) == sorted(expected)
+    rounded = pl.col("compression_ratio").cast(pl.Float64).round(3)
+    kept = distill.filter(pl.col("status") == "ok").with_columns(ratio=rounded)
+    by_ratio = kept.sort("ratio", "row_id")["row_id"].to_list()
+    assert chosen(tab, status="ok", measure="ratio", order="up") == by_ratio
+    middle = kept["ratio"].sort()[kept.height // 2]
+    assert set(chosen(tab, least=middle)) == set(kept.filter(pl.col("ratio") >= middle)["row_id"])
+    assert chosen(tab, status="", measure="", least="", search="no such words") == []
+    assert "No row passes" in tab.inner_text("#row")
+    drafts = rows(round_dir, "rollouts")
+    right = drafts.filter(pl.col("is_correct"))["row_id"].implode()
+    broke = distill.filter(pl.col("rollout_id").is_in(right) & ~pl.col("is_correct"))
+    assert chosen(tab, search="", verdict="broke") == sorted(broke["row_id"])
+
+
+def test_a_row_shows_its_traces_and_the_teachers_probabilities(round_dir, opened):
+    scored = rows(round_dir, "distill").filter(pl.col("status") == "ok").row(0, named=True)
+    tab = opened(f"#{scored['row_id']}")
+    (draft,) = rows(round_dir, "rollouts").filter(row_id=scored["rollout_id"]).to_dicts()
+    assert tab.inner_text(".problem") == draft["problem"]
+    texts = tab.locator(".trace pre").all_text_contents()
+    assert texts == [draft["completion"], scored["rewrite"]]
+    assert tab.locator(".trace del").count() > 0
+    tab.keyboard.press("t")
+    ids = scored["input_ids"][scored["loss_start"] :]
+    assert tab.locator(".token").count() == len(ids)
+    k = len(scored["topk_ids"]) // len(ids)
+    at = next(i for i in range(1, len(ids)) if scored["topk_logprobs"][i * k] < -0.01)
+    tab.locator(".token").nth(at).hover()
+    best = math.exp(-round(-10 * scored["topk_logprobs"][at * k]) / 10)
+    assert tab.inner_text("#token").splitlines()[1].startswith(f"{best:.3f}")
+
+
+def test_answers_lost_stand_side_by_side(round_dir, opened):
+    tab = opened()
+    tab.click("#tab-pairs")
+    first = rows(round_dir, "rollouts").filter(pl.col("sample_idx") == 0)
+    lost = first.filter(pl.col("is_correct"))["prompt_id"].to_list()
+    assert lost
+    assert chosen(tab, change="lost") == [f"pair-{prompt}" for prompt in sorted(lost)]
+    assert (
+        tab.locator(".trace .right").count() > tab.locator(".trace:nth-child(even) .right").count()
+    )
+    assert chosen(tab, change="won") == []
+
+
+def test_the_keyboard_steps_and_the_address_names_the_row(round_dir, opened):
+    tab, keys = opened(), sorted(rows(round_dir, "distill")["row_id"])
+    tab.keyboard.press("Escape")
+    for key in ("j", "ArrowDown", "k"):
+        tab.keyboard.press(key)
+    assert tab.evaluate("location.hash") == f"#{keys[1]}"
+    assert tab.locator("[aria-selected=true][role=option]").count() == 1
+    tab.keyboard.press("/")
+    tab.keyboard.type("jk")
+    assert tab.locator("[name=search]").input_value() == "jk"
+    prompt = rows(round_dir, "rollouts")["prompt_id"][0]
+    tab = opened("#" + quote(f"pair-{prompt}"))
+    assert tab.locator("#tab-pairs").get_attribute("aria-selected") == "true"
+    assert tab.locator(".trace").count() > 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_all_of_it(opened, scheme):
+    tab = opened(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    tab.keyboard.press("t")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    style = "getComputedStyle(document.documentElement)"
+    ink, paper = (
+        sum(map(int, re.findall(r"\d+", tab.evaluate(f"{style}.{name}"))))
+        for name in ("color", "backgroundColor")
+    )
+    assert (ink > paper) is (scheme == "dark")
+
+
+def test_hostile_text_stays_text(round_dir, tmp_path, browser):
+    folder = shutil.copytree(round_dir, tmp_path / "round")
+
+    def spoil(row):
+        for name in ("problem", "completion", "rewrite", "gold_answer"):
+            if row.get(name) is not None:
+                row[name] = row[name] + HOSTILE.encode("utf-8", "ignore").decode()
+        if "metadata" in row:
+            row["metadata"] = json.dumps({HOSTILE: HOSTILE, "half": row["sample_idx"]})
+
+    edit_rows(folder, "rollouts", spoil)
+    edit_rows(folder, "distill", spoil)
+    write_view([folder], tmp_path / "t.html")
+    tab, alerts = browser.new_page(), []
+    tab.on("dialog", lambda dialog: (alerts.append(1), dialog.dismiss()))
+    tab.goto((tmp_path / "t.html").as_uri())
+    tab.wait_for_selector("#list li")
+    assert tab.evaluate("document.images.length") == 0
+    assert tab.evaluate("document.scripts.length") == 2
+    text = tab.inner_text("body")
+    assert "<img src=x onerror=alert(2)>" in text
+    assert not set(text) & {"\x1b", "\u202e"}
+    assert not alerts
+    tab.close()
+
+
+def test_a_page_holds_no_more_rows_than_asked_and_says_so(round_dir, tmp_path, browser):
+    invoke(cli, "view", round_dir, "--rows", 7, "--out", tmp_path / "t.html")
+    tab = browser.new_page()
+    tab.goto((tmp_path / "t.html").as_uri())
+    tab.wait_for_selector("#list li")
+    assert tab.evaluate(SHOWN) == sorted(rows(round_dir, "distill")["row_id"])[:7]
+    assert "7 of 240 rows" in tab.inner_text("#notes")
+    tab.close()
+
+
+def test_a_round_whose_model_is_gone_is_shown_without_tokens(round_dir, tmp_path, browser):
+    folder = shutil.copytree(round_dir, tmp_path / "round")
+    record = json.loads((folder / "run.json").read_text())
+    record["stages"]["rollouts"]["details"]["config"]["model"] = "/no/such/model"
+    (folder / "run.json").write_text(json.dumps(record))
+    write_view([folder], tmp_path / "t.html")
+    tab = browser.new_page()
+    tab.goto((tmp_path / "t.html").as_uri())
+    tab.wait_for_selector("#list li")
+    assert "Tokens are not shown" in tab.inner_text("#notes")
+    assert tab.locator(".colours").count() == 0
+    tab.close()
