@@ -262,7 +262,7 @@ def test_each_command_refuses_a_folder_of_another_kind(kind, name, old, tmp_path
     commands = [
         ("round", cli, rollout_arguments(recipe / "x.jsonl", out), [[], dry, anew, dry + anew]),
         ("round", cli, rewrite_arguments(out), [[], dry, anew, dry + anew, ["--refilter"]]),
-        ("round", cli, ["status", out], [[]]),
+        ("round", cli, ["view", out, "--out", tmp_path / "page"], [[]]),
         ("round", cli, ["stats", out], [[]]),
         ("round", cli, ["validate", out], [[]]),
         ("training", train_cli, training, [[], dry, anew, dry + anew]),
