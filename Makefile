@@ -128,10 +128,10 @@ notebook: .venv/.installed
 screenshots: .venv/.browser
 	$(BIN)/python scripts/screenshots.py $(OUT)
 
-# lm_eval brings 250 MB, scipy and scikit-learn among them, for one test.
-build/lm-eval/.installed: .venv/.installed constraints/lm-eval.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target build/lm-eval -r constraints/lm-eval.txt || \
-		$(BIN)/python -m pip install -qq --no-deps --target build/lm-eval -r constraints/lm-eval.txt
+# Each is for one test alone: lm_eval brings 250 MB, MLflow other versions of what the engines have.
+build/%/.installed: .venv/.installed constraints/%.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target build/$* -r constraints/$*.txt || \
+		$(BIN)/python -m pip install -qq --no-deps --target build/$* -r constraints/$*.txt
 	touch $@
 
 # Only the tests need a browser.
@@ -142,7 +142,7 @@ check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(FAST)
 
 # test-all: with every combination of the losses' parameters, where test has each pair of them.
-test test-all test-any-order: lint site .venv/.browser build/lm-eval/.installed
+test test-all test-any-order: lint site .venv/.browser build/lm-eval/.installed build/mlflow/.installed
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(ORDER) $(KERNELS) $(if $(filter test-all,$@),--all-cases)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ORDER) $(KERNELS:%=--ignore=%)
 

@@ -155,7 +155,9 @@ class TrainConfig(Strict):
     """Stop if the loss of a step is larger, in nats per token."""
     seed: int = Field(0, ge=0)
     """Seed of the order of the rows."""
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
+        default_factory=list
+    )
     """Trackers to send the metrics to."""
     save_steps: int = Field(50, ge=1)
     """Number of optimiser steps between checkpoints."""

@@ -1,6 +1,7 @@
 """Trackers get what metrics.jsonl gets."""
 
 import json
+import os
 import sqlite3
 import struct
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from conftest import STUDENT, environment, metrics, python, train_config
+from conftest import ROOT, STUDENT, environment, metrics, python, train_config
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.inspect.stats import scan_round
@@ -181,3 +182,43 @@ def test_a_missing_tracker_is_refused_before_training(round_dir, tmp_path, track
     with pytest.raises(ConfigError, match=rf"mixed-policy-distillation\[{tracker}\]"):
         train(config(round_dir, tmp_path / "run", tracker))
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+MLFLOW = ROOT / "build" / "mlflow"
+
+
+def test_mlflow_holds_the_metrics_and_a_resumed_training_goes_on_in_its_run(round_dir, tmp_path):
+    if not (MLFLOW / "mlflow").exists():
+        how = "no mlflow: make build/mlflow/.installed"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(how)
+    out, store = tmp_path / "run", tmp_path / "mlflow"
+    options = config(round_dir, out, "mlflow").model_dump(mode="json")
+    told = {"MLFLOW_TRACKING_URI": store.as_uri(), "MLFLOW_EXPERIMENT_NAME": "team"}
+    told |= {"MLFLOW_ALLOW_FILE_STORE": "1", "WANDB_RUN_GROUP": "pipeline"}
+    program = f"import sys, json; sys.path.append({str(MLFLOW)!r});"
+    program += "from mpd_train.config import TrainConfig; from mpd_train.loop import train;"
+    begin = program + "train(TrainConfig(**json.loads(sys.argv[1])))"
+    python(begin, json.dumps(options), env=environment() | told)
+    more = program + (
+        "from pathlib import Path; from mpd_train.tracking import Trackers, load_trackers;"
+        "t = Trackers(load_trackers(['mlflow']), Path(sys.argv[1]), {}, 1, 0);"
+        "t.log({'step': 99, 'loss': 0.5}); t.close()"
+    )
+    python(more, out, env=environment() | told)
+    (run,) = (path.parent for path in store.glob("*/*/metrics"))
+    assert "name: team" in (run.parent / "meta.yaml").read_text()
+    assert (run / "tags" / "group").read_text() == "pipeline"
+    assert (run / "params" / "loss.divergence").read_text() == options["loss"]["divergence"]
+    for name in ("loss", "kl", "validation_loss"):
+        lines = [line.split() for line in (run / "metrics" / name).read_text().splitlines()]
+        found = [(int(step), float(value)) for _, value, step in lines]
+        expected = [(r["step"], r[name]) for r in metrics(out) if name in r]
+        assert found == expected + [(99, 0.5)] * (name == "loss")
+    (traces,) = run.glob("artifacts/traces.json")
+    assert len(json.loads(traces.read_text())["rewrite"]) == TRACES
+    nowhere = environment() | {"MLFLOW_TRACKING_URI": "sqlite:///x.db"}
+    look = program + (
+        "from mpd_train import tracking; tracking.find_spec = lambda name: None;"
+        "tracking.load_trackers(['mlflow'])"
+    )
+    assert "Name a server in MLFLOW_TRACKING_URI" in python(look, code=1, env=nowhere).stderr
