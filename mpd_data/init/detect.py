@@ -32,7 +32,7 @@ from mpd_data.prompts.sources import columns_of, read_rows
 from mpd_data.prompts.special import CLOSE, Spelling
 from mpd_data.prompts.template import load_template
 from mpd_data.prompts.thinking import thinking_switch
-from mpd_data.prompts.values import as_json, is_unicode
+from mpd_data.prompts.values import as_json
 
 # Usual column names, the most specific first. Two columns from one group are ambiguous.
 _PROBLEMS = (
@@ -88,9 +88,6 @@ def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) ->
     Raise ConfigError if the columns are ambiguous or missing, DataError for a bad row.
     """
     columns = columns_of(source)
-    for name in columns:
-        if not is_unicode(name):
-            raise ConfigError(f"{source}: the column {name!r} is not UTF-8. Rename it.")
 
     def choose(option: str, role: str, given: str | None, usual: Any) -> str | None:
         if train is not None:
