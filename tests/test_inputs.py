@@ -288,8 +288,12 @@ def test_a_column_of_the_wrong_type_names_its_option(tmp_path):
 
 
 def test_models_that_cannot_be_used_are_named(tmp_path):
-    with pytest.raises(ConfigError, match="no config.json"):
+    with pytest.raises(ConfigError, match=r"no config.json .*tokenizer.json\)\.$"):
         resolve_model(str(tmp_path))
+    (tmp_path / "round1").mkdir()
+    (tmp_path / "round1" / "model").symlink_to(STUDENT)
+    with pytest.raises(ConfigError, match=f"Did you mean '{tmp_path}/round1/model'?"):
+        resolve_model(str(tmp_path / "round1"), weights=False)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match="vocab_size"):

@@ -23,7 +23,7 @@ from mpd_data.common.models import (
     tokenizer_hash,
 )
 from mpd_data.common.text import plain
-from mpd_data.common.weights import count_weights
+from mpd_data.common.weights import count_weights, require_whole
 from mpd_data.config import InitConfig, SamplingConfig
 from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.reader import fill_prompt, load_prompts, same
@@ -303,7 +303,9 @@ def look_at_models(config: InitConfig) -> Models:
     names = (config.student, config.teacher)
     files = [resolve_model(name, weights=False) for name in names]
     tokenizers = [load_tokenizer(each) for each in files]
-    require_same_tokenizer(tokenizer_hash(tokenizers[0]), tokenizers[1], *names)
+    require_same_tokenizer(tokenizer_hash(tokenizers[0]), tokenizers[1], *names, names[0])
+    for each in files:
+        require_whole(each)
     student, teacher = map(Model.of, files, tokenizers)
     thinks = (
         student.switch is not None
