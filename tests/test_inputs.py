@@ -147,7 +147,7 @@ def test_the_choice_of_prompts_does_not_depend_on_their_order(tmp_path):
     chosen = {p.id for p in choose_prompts(prompts, 10, "0/1")}
     assert {p.id for p in choose_prompts(prompts[::-1], 10, "0/1")} == chosen
     assert {p.id for p in choose_prompts(prompts, 10, "0/2")} != chosen
-    with pytest.raises(ConfigError, match="only 50"):
+    with pytest.raises(ConfigError, match=f"--num-prompts 51: only 50 prompts in {path}. Lower"):
         choose_prompts(prompts, 51, "")
 
 
