@@ -201,7 +201,7 @@ def setup(
         )
     tokenizer = load_tokenizer(teacher, code)
     drafted, name = student["tokenizer"], f"the student of {config.shards}"
-    require_same_tokenizer(drafted, tokenizer, name, config.teacher)
+    require_same_tokenizer(drafted, tokenizer, name, config.teacher, student["model"]["name"])
     writing = template.formatter(
         tokenizer, config.template_kwargs, thinking=config.thinking, default_thinking=False
     )
@@ -215,7 +215,7 @@ def setup(
     if config.student is not None:
         trained = resolve_model(config.student, trust_remote_code=code, weights=False)
         own, name = load_tokenizer(trained, code), f"the sampler of {config.shards}"
-        require_same_tokenizer(drafted, own, name, config.student)
+        require_same_tokenizer(drafted, own, name, config.student, student["model"]["name"])
         sizes.append(trained.vocab_size)
     vocab_size = min(sizes)
     k = min(config.num_logprobs, vocab_size)

@@ -197,8 +197,8 @@ def setup(
     prepared = RolloutSetup(
         config, chosen, model, tokenizer, formatter, turn, context, budget, row_identity, identity
     )
-    if not weights and not overwrite:
-        saved = round_dir.check("rollouts", identity, prepared.details())
+    if not overwrite:
+        saved = round_dir.check("rollouts", identity, prepared.details(), {p.id for p in chosen})
         prepared = prepared.at(saved["begun"] if saved and "begun" in saved else None)
     return prepared
 

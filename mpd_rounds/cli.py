@@ -144,10 +144,12 @@ def check_inputs(pipeline: Pipeline, out: Path) -> None:
     this machine runs them, and all that a dry run checks. Raise ConfigError or DataError."""
     from mpd_rounds.run.plan import plan_pipeline
 
-    resolve_model(pipeline.student)
-    for step in Plan(pipeline, out).training(1):
-        if isinstance(step.config, RewriteConfig):
-            resolve_model(pipeline.teacher, served=step.config.engine.served(pipeline.teacher))
+    sampling, rewriting, _ = Plan(pipeline, out).training(1)
+    with pipeline.explaining(sampling):
+        resolve_model(pipeline.student)
+    assert isinstance(rewriting.config, RewriteConfig)
+    with pipeline.explaining(rewriting):
+        resolve_model(pipeline.teacher, served=rewriting.config.engine.served(pipeline.teacher))
     plan_pipeline(pipeline, out)
 
 

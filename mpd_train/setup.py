@@ -146,8 +146,9 @@ def setup(config: TrainConfig, weights: bool = True, overwrite: bool = False) ->
                 )
             tokenizer = load_tokenizer(files, code)
             require_same_tokenizer(
-                shards.metadata["tokenizer"], tokenizer, str(config.shards[0]), files.name
-            )
+                shards.metadata["tokenizer"], tokenizer, str(config.shards[0]), files.name,
+                shards.metadata["teacher"]["name"],
+            )  # fmt: skip
             _require_room(shards, files)
     attn_implementation = check_models(config, student, teacher, device, dtype)
     identity = {

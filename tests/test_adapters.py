@@ -94,8 +94,12 @@ def test_adapter_and_base_both_name_the_model(models, exact_student, tmp_path):
 
     assert version(base_model_name_or_path=str(tmp_path / "base")) == whole.version
     assert version(lora_alpha=10) != whole.version
-    with pytest.raises(ConfigError, match="its base is not available: nowhere/at-all"):
-        version(base_model_name_or_path="nowhere/at-all")
+    for base in ("nowhere/at-all", str(tmp_path / "nowhere")):
+        said = f"its base is not available: {base}: .*adapter_config.json names it: set base_model"
+        with pytest.raises(ConfigError, match=said):
+            version(base_model_name_or_path=base)
+    with pytest.raises(ConfigError, match="config.json: base_model_name_or_path is null. Set it"):
+        version(base_model_name_or_path=None)
     with pytest.raises(ConfigError, match="type IA3"):
         version(peft_type="IA3")
     weights = load_file(moved / "adapter_model.safetensors")
@@ -297,7 +301,7 @@ def test_an_embedding_beside_the_adapter_is_merged_and_not_trained_further(
 def test_a_dry_run_misses_an_adapters_weights(models, round_dir, tmp_path):
     shutil.copytree(models[0], tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"no \*.safetensors here"):
+    with pytest.raises(ConfigError, match=r"adapter: no adapter_model.safetensors here"):
         setup(config(round_dir, tmp_path / "adapter", tmp_path / "run"), weights=False)
 
 

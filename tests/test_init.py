@@ -10,9 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import STUDENT, TEACHER, TEMPLATE, python, run, write_jsonl
 from hub import Hub
+from safetensors.torch import load_file, save_file
 
 from mpd_data.common.errors import ConfigError, DataError, MPDError
 from mpd_data.common.hashing import content_key
+from mpd_data.common.models import resolve_model
+from mpd_data.common.weights import skeleton
 from mpd_data.config import InitConfig
 from mpd_data.init.detect import held_out
 from mpd_data.init.pipeline import run_init, toml_value
@@ -59,6 +62,21 @@ def changed_model(source, out, tokenizer=None, template=None, **config):
         with (out / "chat_template.jinja").open("a") as file:
             file.write(template)
     return out
+
+
+def with_weights_of_its_config(folder):
+    """A model folder with weights of the shapes that its configuration gives, without content: the
+    file has holes and takes no room."""
+    header, end = {}, 0
+    model = skeleton(resolve_model(str(folder), weights=False), False, None)
+    for name, tensor in model.state_dict().items():
+        begin, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return folder
 
 
 @pytest.fixture
@@ -265,7 +283,7 @@ def test_a_long_context_is_cut_on_a_cpu(tmp_path):
     student = changed_model(STUDENT, tmp_path / "s", **large)
     sizes = {"num_hidden_layers": 40, "hidden_size": 4096, "intermediate_size": 12_288}
     sizes |= {"head_dim": 128, "layer_types": ["full_attention"] * 40}
-    teacher = changed_model(TEACHER, tmp_path / "t", **sizes, **large)
+    teacher = with_weights_of_its_config(changed_model(TEACHER, tmp_path / "t", **sizes, **large))
     pipeline, notes = made(tmp_path / "o", prompts=path, student=student, teacher=teacher)
     assert pipeline.rollouts["engine"]["max_model_len"] == 2048
     assert pipeline.rewrite["engine"]["max_model_len"] == 2048
@@ -307,6 +325,7 @@ def test_small_teachers_get_examples_where_the_student_does_not_think(tmp_path):
     # Without the usual fields in its config, a model's files say its size.
     config = models["teacher"] / "config.json"
     config.write_text(config.read_text().replace('"hidden_size"', '"n_embd"'))
+    with_weights_of_its_config(models["teacher"])
     pipeline, notes = made(tmp_path / "o5", prompts=path, **models)
     assert pipeline.rewrite["template"] == "examples"
 
@@ -338,8 +357,24 @@ def test_sampling_is_the_makers(tmp_path):
 def test_different_tokenizers_are_refused(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", rows(60))
     teacher = changed_model(TEACHER, tmp_path / "t", ("shells", "shillings"))
-    with pytest.raises(ConfigError, match="have different tokenizers"):
+    said = r"have different tokenizers \(.*; id \d+ is 'shillings' in one and 'shells' in the other"
+    with pytest.raises(ConfigError, match=said):
         made(tmp_path / "o", prompts=path, teacher=teacher)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("of", ["student", "teacher"])
+def test_a_model_that_is_not_whole_is_refused(tmp_path, of):
+    path = write_jsonl(tmp_path / "p.jsonl", rows(60))
+    model = changed_model({"student": STUDENT, "teacher": TEACHER}[of], tmp_path / "m")
+    file = model / "model.safetensors"
+    content, tensors = file.read_bytes(), load_file(file)
+    save_file({f"module.{name}": tensor for name, tensor in tensors.items()}, file)
+    with pytest.raises(ConfigError, match="behind a prefix, 'module.'"):
+        made(tmp_path / "o", prompts=path, **{of: model})
+    file.write_bytes(content[:-100])
+    with pytest.raises(ConfigError, match="bytes, its header says"):
+        made(tmp_path / "o", prompts=path, **{of: model})
     assert not (tmp_path / "o").exists()
 
 

@@ -1,10 +1,12 @@
 """Prompts, answers and templates: which inputs are accepted, and the messages for the others."""
 
 import gzip
+import io
 import json
 import os
 import re
 import shutil
+import zipfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +16,7 @@ from conftest import STUDENT, TEACHER, TEMPLATE, write_jsonl
 from mpd_data.checkers.builtin import NumberChecker
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.files import read_json, read_json_lines
+from mpd_data.common.hashing import content_key
 from mpd_data.common.models import load_tokenizer, resolve_model, tokenizer_hash
 from mpd_data.inspect.status import round_status
 from mpd_data.prompts.chat import ChatFormatter, PromptError
@@ -144,7 +147,7 @@ def test_the_choice_of_prompts_does_not_depend_on_their_order(tmp_path):
     chosen = {p.id for p in choose_prompts(prompts, 10, "0/1")}
     assert {p.id for p in choose_prompts(prompts[::-1], 10, "0/1")} == chosen
     assert {p.id for p in choose_prompts(prompts, 10, "0/2")} != chosen
-    with pytest.raises(ConfigError, match="only 50"):
+    with pytest.raises(ConfigError, match=f"--num-prompts 51: only 50 prompts in {path}. Lower"):
         choose_prompts(prompts, 51, "")
 
 
@@ -285,8 +288,12 @@ def test_a_column_of_the_wrong_type_names_its_option(tmp_path):
 
 
 def test_models_that_cannot_be_used_are_named(tmp_path):
-    with pytest.raises(ConfigError, match="no config.json"):
+    with pytest.raises(ConfigError, match=r"no config.json .*tokenizer.json\)\.$"):
         resolve_model(str(tmp_path))
+    (tmp_path / "round1").mkdir()
+    (tmp_path / "round1" / "model").symlink_to(STUDENT)
+    with pytest.raises(ConfigError, match=f"Did you mean '{tmp_path}/round1/model'?"):
+        resolve_model(str(tmp_path / "round1"), weights=False)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match="vocab_size"):
@@ -388,6 +395,15 @@ def test_a_folder_that_is_not_one_set_is_refused(tmp_path, names, message):
         prompts_of(tmp_path)
 
 
+def zipped(*names):
+    """The bytes of a zip archive."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in names:
+            archive.writestr(name, "<a/>")
+    return content.getvalue()
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -396,7 +412,18 @@ def test_a_folder_that_is_not_one_set_is_refused(tmp_path, names, message):
         ("u32.jsonl", LINES.decode().encode("utf-32"), "UTF-32"),
         ("torn.jsonl.gz", gzip.compress(LINES * 99, mtime=0)[:-20], "damaged"),
         ("torn.jsonl.zst", pa.compress(LINES * 9, codec="zstd", asbytes=True)[:-9], "damaged"),
-        ("p.txt", LINES, "prompts are read from"),
+        ("p.txt", LINES, r"prompts are read from .* files\.$"),
+        ("p.xlsx", b"PK", "prompts are read from .*Save the sheet as .*CSV UTF-8"),
+        ("book.csv", zipped("[Content_Types].xml", "xl/workbook.xml"), "Excel.*Save the sheet as"),
+        ("old.csv", b"\xd0\xcf\x11\xe0\0\0", "Excel.*Save the sheet as"),
+        ("zip.jsonl", zipped("p.jsonl"), "a zip archive.*Unpack it"),
+        ("a.csv", b"Nr;Aufgabe\n1;a\n", "divided by semicolons, expected commas.*Save it as"),
+        ("a.csv", b"Nr\tAufgabe\n1\ta\n", r"divided by tabs, expected commas. Name it \*.tsv"),
+        ("a.csv", b"Nr|Aufgabe\n1|a\n", "divided by pipes, expected commas. Save it as"),
+        ("a.tsv", b"Nr,Aufgabe\n1,a\n", r"divided by commas, expected tabs. Name it \*.csv"),
+        ("a.csv", b"Nr,L\xf6sung\n1,a\n", r"column 'L\\xf6sung' holds bytes .*iconv -f WINDOWS"),
+        ("a.jsonl", b'{"L\xf6sung": "a"}\n', r"column 'L\\xf6sung' holds bytes .*iconv"),
+        ("a.jsonl", b'{"\\ud800": "a"}\n', "half a character. Write the character whole"),
         ("empty.jsonl", b"", "no prompts"),
         ("empty.json.gz", gzip.compress(b"", mtime=0), "no prompts"),
         ("empty.parquet", b"", "not a whole Parquet"),
@@ -407,8 +434,36 @@ def test_a_folder_that_is_not_one_set_is_refused(tmp_path, names, message):
 )
 def test_what_is_no_prompt_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises((ConfigError, DataError), match=f"{name}.*{message}"):
-        prompts_of(tmp_path / name)
+    for read in (prompts_of, columns_of):
+        with pytest.raises((ConfigError, DataError), match=f"{name}.*{message}"):
+            read(tmp_path / name)
+
+
+def test_a_column_with_a_delimiter_in_its_name_can_be_named(tmp_path):
+    (tmp_path / "p.csv").write_text("a;b\nx\n")
+    assert [p.text for p in load_prompts([tmp_path / "p.csv"], "a;b")] == ["x"]
+
+
+def test_flaws_have_hints_that_are_no_part_of_ids(tmp_path):
+    """Rounds that older versions began have the ids of flaws without hints."""
+    path = tmp_path / "p.jsonl"
+    lines = [
+        b'{"problem": "whole"}', b'{"problem": "torn', b'{"problem": "torn",',
+        b'{"problem": "a" 1}', b'{"problem": "\xff"}', b'{"problem": "\\ud800"}',
+        b'{"problem": [{"role": "user", "content": "\xff"}]}',
+    ]  # fmt: skip
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    whole, torn, comma, wrong, byte, half, turn = load_prompts([path], "problem")
+    assert whole.flaw is None
+    for prompt in (torn, comma):
+        bare, hint = prompt.flaw.split("). ")
+        assert hint.startswith("The line ends inside an object or a text: was it cut short?")
+        assert prompt.id == content_key(["unusable", f"{bare})"])
+    assert "cut short" not in wrong.flaw
+    assert "iconv -f WINDOWS-1252 -t UTF-8" in byte.flaw and "iconv" in turn.flaw
+    assert "iconv" not in half.flaw and "Write the character whole" in half.flaw
+    was = "column 'problem' holds bytes that are not UTF-8, or half a character"
+    assert turn.id == content_key(["unusable", was])
 
 
 def test_what_is_no_file_is_named(tmp_path):

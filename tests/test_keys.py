@@ -6,13 +6,14 @@ import shutil
 import time
 import tracemalloc
 from datetime import datetime
+from functools import partial
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import STUDENT, TEACHER, TEMPLATE, rows
+from conftest import STUDENT, TEACHER, TEMPLATE, rows, write_jsonl
 
 from mpd_data import rewrite_setup, rollouts
 from mpd_data.common.errors import ConfigError, DataError
@@ -218,6 +219,37 @@ def test_a_prompt_that_is_laid_out_otherwise_is_refused(prompts, tmp_path):
     with pytest.raises(ConfigError, match=message):
         plan_rollouts(rollouts.setup(config, weights=False))
     assert len(rows(config.out)) == 3
+
+
+def test_prompts_that_changed_are_named(tmp_path):
+    """One that has rows is gone, one without rows is new, and the file has another name."""
+    path = tmp_path / "p.jsonl"
+    lines = [{"id": f"n{i}", "problem": f"{i} + {i}", "answer": str(2 * i)} for i in range(4)]
+    write_jsonl(path, lines)
+    config = sampling(tmp_path, DATED, path)
+    run_rollouts(config, limit=1)
+    (done,) = rows(config.out)["prompt_id"]
+    gone = [line for line in lines if line["id"] != done]
+    changed = [line if line["id"] == done else line | {"answer": "9"} for line in lines]
+    cases = [
+        ([*gone, lines[0] | {"id": "new"}], f"has rows of the prompt '{done}' \\('{done[1:]} [+]"),
+        (changed, "are among them by their ids: others were added or removed, or an answer"),
+    ]
+    for now, message in cases:
+        write_jsonl(path, now)
+        said = (
+            rf"prompts: the content differs\n[\s\S]*The prompts are those of {path}\. .*{message}"
+        )
+        for call in (run_rollouts, partial(rollouts.setup, weights=False)):
+            with pytest.raises(ConfigError, match=said):
+                call(config)
+    other = write_jsonl(tmp_path / "other.jsonl", changed)
+    moved = config.model_copy(update={"prompts": [str(other)]})
+    with pytest.raises(ConfigError, match=f"those of {other}, they were those of {path}"):
+        run_rollouts(moved)
+    write_jsonl(path, lines)
+    run_rollouts(config)
+    assert len(rows(config.out)) == 8
 
 
 @pytest.mark.parametrize(

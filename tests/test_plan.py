@@ -86,7 +86,9 @@ def test_a_new_round_is_planned_and_not_made(round_dir, prompts, tmp_path):
     assert "first prompt (" in said
     assert "<|im_start|>user\n  | " in said
     assert re.search("tokens remaining, at most +96,000", said)
-    assert "--limit 64" in said
+    assert "make a few (--limit 64), then plan again" in said
+    few = ask("mpd-gen", *arguments, "--num-prompts", 16)
+    assert "since no rows exist yet." in few and "--limit" not in few
     assert not (tmp_path / "data").exists()
 
 
@@ -607,6 +609,50 @@ def test_the_qwen3_evaluations_are_checked_as_its_page_says(qwen_hub, tmp_path):
     evaluated = [url for x in pipeline["evaluation"] for url in x["rollouts"]["prompts"]]
     assert re.findall(r"--against '(\S+)'", block) == evaluated
     assert re.findall(r"train='(\S+)'", block) == pipeline["rollouts"]["prompts"]
+
+
+@pytest.mark.parametrize(
+    "setting, option",
+    [("num_logprobs=8", "--overwrite"), ("filters.max_ratio=0.8", "--refilter")],
+)
+def test_a_step_of_other_settings_is_refused_with_its_command(
+    pocket, round_dir, tmp_path, monkeypatch, setting, option
+):
+    """The command does what the message says: it goes on with the new settings."""
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "run"
+    with_first_round(pocket, round_dir, out)
+    arguments = [pocket, "--out", out, "--set", f"rewrite.{setting}"]
+    with pytest.raises(ConfigError, match="round 1: rewrite: .*with other settings") as raised:
+        ask("mpd-rounds", *arguments)
+    assert str(raised.value) in run("mpd-rounds", *arguments, code=1).stderr.replace("error: ", "")
+    program, *words = shlex.split(str(raised.value).splitlines()[-1])
+    assert words[-1] == option
+    assert dry(program, *words)["refusal"] is None
+
+
+def test_whose_a_path_is_that_does_not_exist_is_said(pocket, tmp_path, monkeypatch):
+    """A pipeline file that is run in another folder than its own paths."""
+    (tmp_path / "run1").mkdir()
+    (tmp_path / "else").mkdir()
+    write_jsonl(tmp_path / "run1" / "test.jsonl", [{"id": "1", "problem": "a", "answer": "1"}])
+    text = pocket.read_text().replace('"pipelines/', f'"{ROOT}/pipelines/')
+    (tmp_path / "run1" / "pipeline.toml").write_text(text)
+    monkeypatch.chdir(tmp_path / "else")
+    file, prompts = "../run1/pipeline.toml", "['run1/test.jsonl']"
+    arguments = [file, "--out", "o", "--set", f"evaluation.1.rollouts.prompts={prompts}"]
+    with pytest.raises(ConfigError) as raised:
+        ask("mpd-rounds", *arguments)
+    message = str(raised.value)
+    assert message.startswith("base: evaluate greedy: run1/test.jsonl: no such file.")
+    assert f" evaluation.greedy.rollouts.prompts in {file} names it. Paths of a pipe" in message
+    assert message.endswith(f"change it, or run this in {tmp_path}, where it is.")
+    (tmp_path / "run1" / "test.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"in which the command runs: change it\.$"):
+        ask("mpd-rounds", *arguments)
+    shutil.copytree(STUDENT, tmp_path / "run1" / "model")
+    with pytest.raises(ConfigError, match=f"student in {file} names it.*run this in {tmp_path}, "):
+        ask("mpd-rounds", file, "--out", "o", "--set", "student=run1/model")
 
 
 def test_a_budget_that_does_not_hold_is_said(pocket, tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def test_csv_gives_the_prompts_of_jsonl(tmp_path):
         (b"", "no header"),
         (b"Problems,x\na,b\n", "no column 'problem'; .* Did you mean 'Problems'\\?"),
         (b"problem,problem\na,b\n", "names the column 'problem' 2 times"),
-        (b"problem;x\na;b\n", "divided by semicolons"),
+        (b"problem;x\na;b\n", "divided by semicolons.*Save it as.*with commas"),
         (b"problem,x\n,b\n", "row 1: column 'problem' holds nothing"),
     ],
 )

@@ -21,6 +21,11 @@ class ConfigError(MPDError, ValueError):
     """Settings that contradict each other, the data, or an earlier run of the same round."""
 
 
+class OtherSettingsError(ConfigError):
+    """Settings other than those that a folder was begun with. The message names an option of the
+    command that begins anew, or applies them."""
+
+
 class DataError(MPDError, ValueError):
     """A file or a row that is not what the contract says."""
 

@@ -25,6 +25,8 @@ _OTHERS = (
     (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"),
 )  # fmt: skip
+_ZIP, _OLD_OFFICE = b"PK\3\4", b"\xd0\xcf\x11\xe0"
+SAVE_THE_SHEET = "Save the sheet as *.csv, in Excel as CSV UTF-8 (comma delimited)."
 
 
 def other_encoding(head: bytes) -> str | None:
@@ -33,6 +35,10 @@ def other_encoding(head: bytes) -> str | None:
     for mark, name in _OTHERS:
         if head.startswith(mark):
             return f"{name} text. Save it as UTF-8: iconv -f {name} -t UTF-8 OLD > NEW."
+    if (head.startswith(_ZIP) and b"xl/" in head) or head.startswith(_OLD_OFFICE):
+        return f"a workbook of Excel, or another office file, not text. {SAVE_THE_SHEET}"
+    if head.startswith(_ZIP):
+        return f"a zip archive, not text. Unpack it; if it is a workbook: {SAVE_THE_SHEET}"
     if b"\0" in head:
         return "not text: it has zero bytes. Expected UTF-8 (UTF-16 is not read)."
     return None

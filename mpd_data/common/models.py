@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from mpd_data.common.errors import ConfigError, did_you_mean, reason_of
+from mpd_data.common.errors import ConfigError, did_you_mean, reason_of, suggestion
 from mpd_data.common.files import read_json, sha256_of
 from mpd_data.common.hashing import content_key
 from mpd_data.common.positions import context_of_positions, has_longrope
@@ -105,6 +105,12 @@ def _version(path: Path, config: str, weights: bool, served: str | None) -> str:
 def weight_files(path: Path) -> list[Path]:
     """Return the weights of a model's or adapter's folder. Raise ConfigError where it has none."""
     files = sorted(path.glob("*.safetensors"))
+    if not files and (path / _ADAPTER).is_file():
+        raise ConfigError(
+            f"{path}: no adapter_model.safetensors here, the weights of the adapter that"
+            f" {_ADAPTER} describes. Copy it from where the adapter was saved (weights in pickle"
+            " formats, *.bin, are not read: save the adapter again with peft)."
+        )
     if not files:
         raise ConfigError(
             f"{path}: no *.safetensors here. Expected a Hugging Face model folder; weights in"
@@ -136,9 +142,14 @@ def resolve_model(
     if (path / _ADAPTER).is_file():
         return _on_base(name, path, commit, trust_remote_code, weights, served)
     if commit is None and not (path / "config.json").is_file():
+        # A training has its model in model/; a pipeline's run has a link to its best one.
+        inner = [
+            path / part for part in ("model", "best") if (path / part / "config.json").exists()
+        ]
         raise ConfigError(
             f"{path}: no config.json here. Expected a Hugging Face model folder"
             " (config.json, *.safetensors, tokenizer.json)."
+            + suggestion(str(inner[0]) if inner else None)
         )
     version = commit or _version(path, sha256_of(path / "config.json"), weights, served)
     wanted = "a language model's configuration with vocab_size and max_position_embeddings"
@@ -199,26 +210,34 @@ def _on_base(
     name: str, path: Path, commit: str | None, code: bool, weights: bool, served: str | None
 ) -> ModelFiles:
     """Return the model that consists of the adapter in `path` and its base."""
-    wanted = "peft's configuration with peft_type and base_model_name_or_path"
+    wanted = f"peft's configuration with peft_type and {_BASE}"
     with _expecting(path / _ADAPTER, wanted):
         settings = read_json(path / _ADAPTER)
-        kind, base_name = settings["peft_type"], settings["base_model_name_or_path"]
+        kind, base_name = settings["peft_type"], settings[_BASE]
     if kind != "LORA":
         raise ConfigError(
             f"{name}: an adapter of type {kind}; LORA is the one that engines run. Merge it into"
             " its base and give the merged folder."
         )
+    if not isinstance(base_name, str) or not base_name:
+        raise ConfigError(
+            f"{path / _ADAPTER}: {_BASE} is {json.dumps(base_name)}. Set it to the folder or hub id"
+            " of the model that the adapter was trained on."
+        )
     try:
-        base = resolve_model(str(base_name), settings.get("revision"), code, weights, served)
+        base = resolve_model(base_name, settings.get("revision"), code, weights, served)
     except ConfigError as error:
-        reason = "is an adapter, and its base is not available"
-        raise ConfigError(f"{name} {reason}: {error}") from error
+        raise ConfigError(
+            f"{name} is an adapter, and its base is not available: {error} {path / _ADAPTER} names"
+            f" it: set {_BASE} there to the folder or hub id of the model that the adapter was"
+            " trained on, or give the two merged."
+        ) from error
     if base.adapter is not None:
         raise ConfigError(
             f"{name}: an adapter on {base_name}, which is an adapter too. Merge that one first."
         )
     # Where the base lies does not change what the two compute.
-    del settings["base_model_name_or_path"]
+    del settings[_BASE]
     settings.pop("revision", None)
     version = commit or _version(path, content_key(settings), weights, served)
     both = "unhashed" if "unhashed" in (base.version, version) else f"{base.version}+{version}"
@@ -310,16 +329,39 @@ def chat_template_hash(tokenizer: Any) -> str:
     return content_key(tokenizer.chat_template)
 
 
-def require_same_tokenizer(saved_hash: str, tokenizer: Any, saved: str, now: str) -> None:
+def require_same_tokenizer(
+    saved_hash: str, tokenizer: Any, saved: str, now: str, model: str
+) -> None:
     """Raise ConfigError unless `tokenizer`, that of `now`, has the content hash that `saved` was
-    made with."""
+    made with. `model` had that hash then; where it has it still, the message says what differs."""
     hash_now = tokenizer_hash(tokenizer)
     if hash_now != saved_hash:
+        what = f"content {hash_now[:12]} and {saved_hash[:12]}"
+        with contextlib.suppress(ConfigError):
+            other = load_tokenizer(resolve_model(model, weights=False))
+            if tokenizer_hash(other) == saved_hash:
+                what = f"{_how_they_differ(tokenizer, other)}; {what}"
         raise ConfigError(
-            f"{now} and {saved} have different tokenizers (content {hash_now[:12]} and"
-            f" {saved_hash[:12]}). Token ids are compared position by position, so both models"
-            " must share one vocabulary: choose models of one family."
+            f"{now} and {saved} have different tokenizers ({what}). Token"
+            " ids are compared position by position, so both models must share one vocabulary:"
+            " choose models of one family."
         )
 
 
-_ADAPTER = "adapter_config.json"
+def _how_they_differ(tokenizer: Any, other: Any) -> str:
+    """Return how two tokenizers differ, for a message: sizes and the first id with another token,
+    or else the parts of them that differ."""
+    tokens, others = ({i: t for t, i in each.get_vocab().items()} for each in (tokenizer, other))
+    for number in range(max([*tokens, *others], default=-1) + 1):
+        one, two = tokens.get(number), others.get(number)
+        if one != two:
+            said = ["no token" if token is None else repr(token) for token in (one, two)]
+            first = f"id {number:,} is {said[0]} in one and {said[1]} in the other"
+            return f"{len(tokens):,} and {len(others):,} tokens; {first}"
+    both = [json.loads(each.backend_tokenizer.to_str()) for each in (tokenizer, other)]
+    names = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+    parts = [name for name in names if both[0][name] != both[1][name]]
+    return f"the same tokens, but in tokenizer.json {' and '.join(parts)} differ"
+
+
+_ADAPTER, _BASE = "adapter_config.json", "base_model_name_or_path"

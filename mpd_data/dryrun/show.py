@@ -15,6 +15,8 @@ from tqdm import tqdm
 from mpd_data.common.text import format_table, json_text, plain_lines
 from mpd_data.dryrun.plan import Shown, StagePlan
 
+_FEW = 64  # rows from which lengths and speed can be told
+
 
 def _existing(path: Path) -> Path:
     """Return `path`, or its nearest parent that exists."""
@@ -97,21 +99,28 @@ def all_notes(plan: StagePlan) -> list[str]:
         if plan.command == "mpd-train":
             notes.append("The time is not known: plan again after the first steps.")
         elif plan.is_bound:
-            notes.append(
-                "The figures are upper bounds, since no rows exist yet: make a few (--limit 64),"
-                " then plan again."
-            )
+            few = _few(plan, ": make a few ({}), then plan again")
+            notes.append(f"The figures are upper bounds, since no rows exist yet{few}.")
         elif plan.tokens_expected is not None:
-            notes.append(
-                "No speed of this backend is recorded: make a few rows (--limit 64), then plan"
-                " again."
-            )
+            few = _few(plan, ": make a few rows ({}), then plan again")
+            notes.append(f"No speed of this backend is recorded{few}.")
     if plan.disk_bytes is not None and plan.disk_bytes > free_bytes(Path(plan.out)):
         notes.append(f"{plan.out}: less disk is free than this may take.")
     folder = _existing(Path(plan.out))
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         notes.append(f"{folder}: cannot be written; the run would stop.")
     return notes
+
+
+def few_rows(plan: StagePlan) -> str:
+    """Return the option that makes a few rows; "" where a step has no more than these."""
+    return f"--limit {_FEW}" if plan.remaining > _FEW else ""
+
+
+def _few(plan: StagePlan, text: str) -> str:
+    """Return `text` with that option, "" where there is none."""
+    option = few_rows(plan)
+    return text.format(option) if option else ""
 
 
 def steps_table(steps: list[tuple[str, StagePlan | None]]) -> str:

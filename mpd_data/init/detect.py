@@ -23,7 +23,7 @@ from mpd_data.common.models import (
     tokenizer_hash,
 )
 from mpd_data.common.text import plain
-from mpd_data.common.weights import count_weights
+from mpd_data.common.weights import count_weights, require_whole
 from mpd_data.config import InitConfig, SamplingConfig
 from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.reader import fill_prompt, load_prompts, same
@@ -32,7 +32,7 @@ from mpd_data.prompts.sources import columns_of, read_rows
 from mpd_data.prompts.special import CLOSE, Spelling
 from mpd_data.prompts.template import load_template
 from mpd_data.prompts.thinking import thinking_switch
-from mpd_data.prompts.values import as_json, is_unicode
+from mpd_data.prompts.values import as_json
 
 # Usual column names, the most specific first. Two columns from one group are ambiguous.
 _PROBLEMS = (
@@ -88,9 +88,6 @@ def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) ->
     Raise ConfigError if the columns are ambiguous or missing, DataError for a bad row.
     """
     columns = columns_of(source)
-    for name in columns:
-        if not is_unicode(name):
-            raise ConfigError(f"{source}: the column {name!r} is not UTF-8. Rename it.")
 
     def choose(option: str, role: str, given: str | None, usual: Any) -> str | None:
         if train is not None:
@@ -306,7 +303,9 @@ def look_at_models(config: InitConfig) -> Models:
     names = (config.student, config.teacher)
     files = [resolve_model(name, weights=False) for name in names]
     tokenizers = [load_tokenizer(each) for each in files]
-    require_same_tokenizer(tokenizer_hash(tokenizers[0]), tokenizers[1], *names)
+    require_same_tokenizer(tokenizer_hash(tokenizers[0]), tokenizers[1], *names, names[0])
+    for each in files:
+        require_whole(each)
     student, teacher = map(Model.of, files, tokenizers)
     thinks = (
         student.switch is not None

@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 
 from mpd_data.common.errors import ConfigError, DataError
-from mpd_data.common.files import BOM, other_encoding
+from mpd_data.common.files import BOM, SAVE_THE_SHEET, other_encoding
 
 # The reader of each ending. A file of text may be compressed: .gz or .zst follows.
 KINDS = {
@@ -22,6 +22,7 @@ KINDS = {
     ".parquet": "parquet",
 }  # fmt: skip
 _COMPRESSED = (".gz", ".zst")
+_WORKBOOKS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers")
 EXPECTED = "*.jsonl, *.json, *.csv, *.tsv (also .gz and .zst) or *.parquet"
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _SETS = (re.compile(r"(?<![a-z])train", re.I), re.compile(r"(?<![a-z])(test|val|dev|eval)", re.I))
@@ -64,7 +65,8 @@ def local_files(source: str | Path, also: str = "") -> list[Path]:
             )
     for file in files:
         if ending_of(file) not in KINDS:
-            raise ConfigError(f"{file}: prompts are read from {EXPECTED} files.")
+            hint = f" {SAVE_THE_SHEET}" if ending_of(file) in _WORKBOOKS else ""
+            raise ConfigError(f"{file}: prompts are read from {EXPECTED} files.{hint}")
     return files
 
 

@@ -122,13 +122,13 @@ def fill_prompt(template: str, problem: str) -> str:
 
 
 def choose_prompts(prompts: list[Prompt], count: int | None, key: str) -> list[Prompt]:
-    """Return a pseudo-random choice of `count` prompts, or all of them if `count` is None. The
-    choice does not depend on the order of the prompts. Each `key` (round and seed) gives another
-    choice. Raise ConfigError if there are fewer than `count` prompts."""
+    """Return a pseudo-random choice of `count` prompts (None: all), whatever their order. Each
+    `key` (round and seed) gives another choice. Raise ConfigError for too few prompts."""
     if count is None:
         return prompts
-    if count > len(prompts):
-        raise ConfigError(f"--num-prompts {count}: only {len(prompts)} prompts were given.")
+    if count > (n := len(prompts)):
+        at = ", ".join(dict.fromkeys(p.source.rpartition(", row ")[0] for p in prompts))
+        raise ConfigError(f"--num-prompts {count}: only {n} prompts in {at}. Lower it or add rows.")
     return sorted(prompts, key=lambda prompt: content_key([key, prompt.id]))[:count]
 
 

@@ -12,7 +12,7 @@ from mpd_data.common.errors import DataError
 from mpd_data.common.hashing import content_key
 from mpd_data.prompts.messages import Conversation, Turn, is_conversation, read_conversation
 from mpd_data.prompts.sources import Row, Unreadable
-from mpd_data.prompts.values import NOT_UNICODE, as_json, as_text, is_unicode
+from mpd_data.prompts.values import as_json, as_text, is_unicode, not_unicode, without_hint
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def prompt_of(
     """Return the prompt of a row; one with a flaw where the row cannot be used. A cell that the row
     lacks is None."""
     if row.flaw is not None:
-        return Prompt(content_key(["unusable", row.flaw]), "", None, row.place, {}, row.flaw)
+        unusable = content_key(["unusable", without_hint(row.flaw)])
+        return Prompt(unusable, "", None, row.place, {}, row.flaw)
     columns = [c for c in (prompt_column, answer_column, id_column, *metadata_columns) if c]
     whole = {c: row.cells.get(c) for c in columns}
     cells, flaw = _escape(whole, [c for c in (prompt_column, answer_column) if c])
@@ -87,7 +88,7 @@ def prompt_of(
     if identifier is None:
         # Without turns before it a message is the same prompt as its text.
         what = [turns.earlier, text] if turns and turns.earlier else text
-        identifier = content_key(["unusable", flaws[0]] if text is None else what)
+        identifier = content_key(["unusable", without_hint(flaws[0])] if text is None else what)
     flaw = flaws[0] if flaws else None
     return Prompt(
         identifier, text or "", answer, row.place, metadata, flaw, missing, conversation=turns
@@ -111,9 +112,9 @@ def _turns(value: Sequence[Any], column: str) -> Conversation:
         conversation = read_conversation(value)
     except ValueError as error:
         raise DataError(f"column {column!r}: {error}") from error
-    texts = [text for _, text in conversation.earlier]
-    if not all(map(is_unicode, [*texts, conversation.last])):
-        raise DataError(f"column {column!r} {NOT_UNICODE}")
+    for text in (*(text for _, text in conversation.earlier), conversation.last):
+        if not is_unicode(text):
+            raise DataError(f"column {column!r} {not_unicode(text)}")
     return conversation
 
 
@@ -123,4 +124,4 @@ def _escape(row: Mapping[str, Any], columns: list[str]) -> tuple[Mapping[str, An
     if not bad:
         return row, None
     escaped = {c: row[c].encode("utf-8", "backslashreplace").decode("utf-8") for c in bad}
-    return {**row, **escaped}, f"column {bad[0]!r} {NOT_UNICODE}"
+    return {**row, **escaped}, f"column {bad[0]!r} {not_unicode(row[bad[0]])}"

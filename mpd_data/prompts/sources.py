@@ -4,6 +4,7 @@ Every source yields rows with their cells by column. Only the needed columns are
 allows it. A row that cannot be read is a row with a flaw; the others are read all the same.
 """
 
+import contextlib
 import csv
 import io
 import itertools
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from mpd_data.common.errors import ConfigError, DataError, did_you_mean, requires
 from mpd_data.common.models import hub_failures
 from mpd_data.prompts.files import EXPECTED, KINDS, ending_of, local_files, open_text
-from mpd_data.prompts.values import short_floats
+from mpd_data.prompts.values import CUT_SHORT, is_unicode, not_unicode, short_floats
 
 HUB = "hf://"
 HUB_FILES = f"{HUB}datasets/"
@@ -32,6 +33,7 @@ _KEEP = "surrogateescape"
 _FORM = "hf://OWNER/NAME[@REVISION]?split=SPLIT[&config=CONFIG]"
 _FILES_FORM = f"{HUB_FILES}OWNER/NAME[@REVISION]/PATH"
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?/(.+)")
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "pipes"}
 _MANY = 100  # columns, or rows to find them in
 
 
@@ -100,6 +102,7 @@ def columns_of(source: str | Path) -> list[str]:
     for row in itertools.islice(read_rows(source, None), _MANY):
         names |= dict.fromkeys(row.cells)
     if names:
+        _require_names(source, names)
         return list(names)
     raise ConfigError(f"{source}: no prompts. Expected at least one row.")
 
@@ -107,15 +110,35 @@ def columns_of(source: str | Path) -> list[str]:
 def _require(where: object, columns: Iterable[str], found: list[str]) -> None:
     for column in columns:
         if column not in found:
+            _require_names(where, found)
             hint = did_you_mean(column, found)
-            for sign, name in ((";", "semicolons"), ("\t", "tabs")):
-                if len(found) == 1 and sign in found[0]:
-                    hint = f" Its cells seem to be divided by {name}: save it with commas."
             raise DataError(
                 f"{where}: no column {column!r}; found {', '.join(map(repr, found)) or 'none'}."
                 f"{hint} Name the columns with --prompt-column, --id-column,"
                 " --answer-column, --metadata-columns and --examples-column."
             )
+
+
+def _require_names(where: object, found: Iterable[str]) -> None:
+    """Raise DataError for a name of a column that is not Unicode."""
+    for name in found:
+        if not is_unicode(name):
+            shown = name.encode("utf-8", "surrogatepass").decode("utf-8", "backslashreplace")
+            with contextlib.suppress(UnicodeEncodeError):
+                shown = name.encode("utf-8", _KEEP).decode("utf-8", "backslashreplace")
+            raise DataError(f"{where}: the name of the column '{shown}' {not_unicode(name)}.")
+
+
+def _require_delimiter(where: object, name: str, delimiter: str) -> None:
+    """Raise DataError where `name`, that of a table's only column, seems to be several."""
+    found = max(_DELIMITERS, key=name.count)
+    if name.count(found):
+        remedy = {"\t": "Name it *.tsv", ",": "Name it *.csv"}.get(found, "Save it as *.csv")
+        remedy += "." if found in "\t," else ", with commas between cells."
+        raise DataError(
+            f"{where}: found one column, {name!r}. Its cells seem to be divided by"
+            f" {_DELIMITERS[found]}, expected {_DELIMITERS[delimiter]}. {remedy}"
+        )
 
 
 def _require_once(where: object, columns: Iterable[str], found: list[str]) -> None:
@@ -186,7 +209,7 @@ def _json_rows(name: str, path: Path) -> Rows:
         for number, value in _json_values(name, file):
             place = f"{name}, row {number}"
             if isinstance(value, ValueError | RecursionError):
-                yield Row(place, {}, f"not a JSON object ({value})")
+                yield Row(place, {}, f"not a JSON object ({value}){_cut_short(value)}")
             elif not isinstance(value, dict):
                 yield Row(place, {}, f"found {type(value).__name__}, expected an object")
             else:
@@ -230,6 +253,15 @@ def _json_value(text: bytes) -> Any:
         return error
 
 
+def _cut_short(error: Exception) -> str:
+    """Return a hint where a line gave `error` because it ends too early."""
+    if not isinstance(error, json.JSONDecodeError):
+        return ""
+    # Within a text the line's end is a character that JSON does not allow there.
+    at_end = error.pos >= len(error.doc.rstrip())
+    return CUT_SHORT if at_end or error.msg.startswith("Unterminated string") else ""
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
@@ -262,6 +294,10 @@ def _csv_rows(name: str, path: Path, columns: list[str] | None) -> Rows:
             header = next(reader, None)
             if not header:
                 raise DataError(f"{name}: no header. The first line must name the columns.")
+            if columns is None or not set(columns) <= set(header):
+                _require_names(name, header)
+                if len(header) == 1:
+                    _require_delimiter(name, header[0], comma)
             columns = header if columns is None else columns
             _require(name, columns, header)
             _require_once(name, columns, header)
@@ -283,7 +319,7 @@ def _csv_rows(name: str, path: Path, columns: list[str] | None) -> Rows:
         except csv.Error as error:
             raise DataError(
                 f"{name}, row {number + 1} (line {reader.line_num}): not CSV ({error}). Expected"
-                f" {'tabs' if comma != ',' else 'commas'} between cells, and double quotes inside a"
+                f" {_DELIMITERS[comma]} between cells, and double quotes inside a"
                 " quoted cell doubled."
             ) from error
 

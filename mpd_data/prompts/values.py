@@ -5,6 +5,7 @@ All readers yield Python values of cells; here they get one meaning, whatever th
 
 import datetime
 import math
+import re
 import uuid
 from collections.abc import Mapping
 from decimal import Decimal
@@ -14,7 +15,16 @@ import pyarrow as pa
 
 from mpd_data.common.errors import DataError
 
-NOT_UNICODE = "holds bytes that are not UTF-8, or half a character"
+_NOT_UNICODE = "holds bytes that are not UTF-8, or half a character"
+_TO_UTF8 = (
+    ". Save the file as UTF-8. If it is Windows-1252 or Latin-1 (a guess): iconv -f WINDOWS-1252"
+    " -t UTF-8 OLD > NEW"
+)
+_WHOLE = ". Write the character whole, or leave it out"
+CUT_SHORT = ". The line ends inside an object or a text: was it cut short? Write it again"
+# What messages add to a flaw. It is no part of the ids that are made of flaws, so that rounds of
+# older versions resume.
+_HINTS = (_TO_UTF8, _WHOLE, CUT_SHORT)
 # Spellings of a missing value that tables export, in lower case. Not "none", "na" or "-": these are
 # also answers (the none of a multiple choice, sodium, a sign).
 _MISSING = frozenset(("", "n/a", "#n/a", "<na>", "nan", "null", "\\n"))
@@ -56,7 +66,7 @@ def as_text(value: Any, column: str, option: str, scalars: bool = False) -> str 
             f" the column that holds it with {option}."
         )
     if not is_unicode(value):
-        raise DataError(f"{name} {NOT_UNICODE}.")
+        raise DataError(f"{name} {not_unicode(value)}.")
     return value
 
 
@@ -94,7 +104,7 @@ def as_json(value: Any, where: str) -> Any:
         # Such as a picture that `datasets` has decoded.
         raise DataError(f"{where} holds {type(value).__name__}, not text. Leave the column out.")
     if not is_unicode(text):
-        raise DataError(f"{where} {NOT_UNICODE}.")
+        raise DataError(f"{where} {not_unicode(text)}.")
     return text
 
 
@@ -114,6 +124,17 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def not_unicode(text: str) -> str:
+    """Return what is wrong with `text`, which is not Unicode, and the remedy, to follow a name."""
+    # Readers keep bytes that are not UTF-8 as these.
+    return _NOT_UNICODE + (_TO_UTF8 if re.search("[\udc80-\udcff]", text) else _WHOLE)
+
+
+def without_hint(flaw: str) -> str:
+    """Return a flaw without what messages add to it."""
+    return next((flaw.removesuffix(hint) for hint in _HINTS if flaw.endswith(hint)), flaw)
 
 
 def short_floats(column: pa.Array) -> list[float | None]:

@@ -124,7 +124,10 @@ def require_teacher(config: RewriteConfig, teacher: ModelFiles, metadata: dict[s
             f" ({metadata['teacher']['name']}). Give that one: it has to score what is newly kept."
         )
     tokenizer = load_tokenizer(teacher, config.trust_remote_code)
-    require_same_tokenizer(metadata["tokenizer"], tokenizer, str(config.shards), config.teacher)
+    require_same_tokenizer(
+        metadata["tokenizer"], tokenizer, str(config.shards), config.teacher,
+        metadata["teacher"]["name"],
+    )  # fmt: skip
 
 
 @dataclass

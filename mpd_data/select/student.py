@@ -80,7 +80,8 @@ def choosing_student(
                 f" will be trained as --student, or leave {option} out."
             )
     own_tokenizer = load_tokenizer(student, config.trust_remote_code)
-    require_same_tokenizer(tokenizer, own_tokenizer, f"the drafts of {config.shards}", student.name)
+    drafts = f"the drafts of {config.shards}"
+    require_same_tokenizer(tokenizer, own_tokenizer, drafts, student.name, name)
     require_whole(student, config.trust_remote_code)
     require_scores(student, config.engine)
     return student

@@ -4,7 +4,7 @@ import contextlib
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mpd_data.common.errors import DataError
+from mpd_data.common.errors import DataError, OtherSettingsError
 from mpd_data.store.card import update_card
 from mpd_data.store.keys import KeySet, Packed
 from mpd_data.store.locks import WHOLE, Part, part_lock, short_lock
@@ -127,10 +127,12 @@ class RoundDir:
             return begun
 
     def check(
-        self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any]
-    ) -> dict[str, Any] | None:
-        """Return `saved_stage`. Raise ConfigError where the stage ran here with another identity:
-        rows of two settings never belong in one round."""
+        self, stage: Stage, identity: Mapping[str, Any], details: Mapping[str, Any],
+        prompt_ids: Set[str] | None = None,
+    ) -> dict[str, Any] | None:  # fmt: skip
+        """Return `saved_stage`. Raise OtherSettingsError where the stage ran here with another
+        identity: rows of two settings never belong in one round. With `prompt_ids`, those that
+        there are now, it says what is known of prompts that changed."""
         saved = self.saved_stage(stage)
         old = saved or {"identity": None, "details": {}}
         counts = {}
@@ -138,16 +140,47 @@ class RoundDir:
         if all("rows" in each and "num_samples" in settings for each, settings in sides):
             before, now = (each["rows"] // settings["num_samples"] for each, settings in sides)
             counts["prompts"] = (before, now)
-        require_same_settings(
-            self.path,
-            "mpd-gen rewrite" if stage == "distill" else f"mpd-gen {stage}",
-            saved and self._with_stop_ids(stage, saved["identity"], identity),
-            identity,
-            _remedy(stage, old["identity"] or {}, identity),
-            bool(self.shard_paths(stage)),
-            counts,
-        )
+        try:
+            require_same_settings(
+                self.path,
+                "mpd-gen rewrite" if stage == "distill" else f"mpd-gen {stage}",
+                saved and self._with_stop_ids(stage, saved["identity"], identity),
+                identity,
+                _remedy(stage, old["identity"] or {}, identity),
+                bool(self.shard_paths(stage)),
+                counts,
+            )
+        except OtherSettingsError as error:
+            if saved is None or prompt_ids is None:
+                raise
+            if saved["identity"].get("prompts") == identity["prompts"]:
+                raise
+            what = self._changed_prompts(saved["details"], details, prompt_ids)
+            raise OtherSettingsError(f"{error}\n{what}") from error
         return saved
+
+    def _changed_prompts(
+        self, saved: Mapping[str, Any], details: Mapping[str, Any], prompt_ids: Set[str]
+    ) -> str:
+        """Return, as sentences, what is known of prompts that changed since the round began."""
+        before, now = (each.get("config", {}).get("prompts", []) for each in (saved, details))
+        said = f"The prompts are those of {', '.join(map(str, now))}"
+        said += "." if before == now else f", they were those of {', '.join(map(str, before))}."
+        try:
+            rows = self.table("rollouts", ["prompt_id", "problem"])
+        except DataError:
+            return said
+        for name, problem in zip(*(column.to_pylist() for column in rows.columns), strict=True):
+            if name not in prompt_ids:
+                start = problem if len(problem) <= 60 else f"{problem[:60]}…"
+                return (
+                    f"{said} The round has rows of the prompt {name!r} ({start!r}), which is not"
+                    " among them now."
+                )
+        return (
+            f"{said} All prompts that the round has rows of are among them by their ids: others"
+            " were added or removed, or an answer, a text or a metadata column changed."
+        )
 
     def _with_stop_ids(
         self, stage: Stage, saved: Mapping[str, Any], identity: Mapping[str, Any]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.common.errors import ConfigError, DataError, OtherSettingsError
 from mpd_data.common.files import read_json, write_json_atomic
 from mpd_data.common.hashing import differences
 from mpd_data.common.records import Record, require
@@ -122,18 +122,18 @@ def require_same_settings(
     has_results: bool,
     counts: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
-    """Raise ConfigError where `label` began in `folder` with other settings than `settings`.
+    """Raise OtherSettingsError where `label` began in `folder` with others than `settings`.
     `saved`: its recorded settings, None where it has none; results without a record are refused
     too. `remedy`: what the user can do. `counts`: as for `differences`."""
     if saved is None:
         if has_results:
-            raise ConfigError(
+            raise OtherSettingsError(
                 f"{folder}: holds results of {label}, but run.json does not say how they were made."
                 f" Restore run.json. {remedy}"
             )
     elif lines := differences(saved, settings, counts=counts):
         listing = "\n  ".join(lines)
-        raise ConfigError(
+        raise OtherSettingsError(
             f"{folder}: {label} was started here with other settings:\n  {listing}\n"
             f"Give the saved settings to resume. {remedy}"
         )

@@ -15,7 +15,6 @@ from typing import Any
 
 import click
 
-from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import ModelFiles, resolve_model
 from mpd_data.common.text import json_text, plain_lines
 from mpd_data.config import RewriteConfig, RolloutsConfig
@@ -23,7 +22,7 @@ from mpd_data.dryrun.learned import Learned, learn
 from mpd_data.dryrun.plan import Lengths, Shown, StagePlan
 from mpd_data.dryrun.rewrite import plan_rewrite, predict
 from mpd_data.dryrun.rollouts import plan_rollouts
-from mpd_data.dryrun.show import free_bytes, shown_text, size_text, steps_table, totals
+from mpd_data.dryrun.show import few_rows, free_bytes, shown_text, size_text, steps_table, totals
 from mpd_data.engines.start import notes_of
 from mpd_data.inspect.compare import graded, per_problem
 from mpd_data.prompts.chat import PromptError
@@ -155,10 +154,7 @@ class _Planner:
                 config = config.model_copy(update={"examples": None})
             # As long as the base's rows, if it has none of its own.
             learned = self._newest.get(label.partition(": ")[2])
-            try:
-                plan, setup = self._rollouts(dataclasses.replace(step, config=config), learned)
-            except ConfigError as error:
-                raise ConfigError(f"{label}: {error}") from error
+            plan, setup = self._rollouts(dataclasses.replace(step, config=config), learned)
             if config is not step.config:
                 budget = self._examples(plan, setup)
                 plan = dataclasses.replace(plan, notes=[*plan.notes, budget], shown=[])
@@ -218,12 +214,16 @@ class _Planner:
             assert isinstance(rewriting.config, RewriteConfig)
             drafts_exist = drafts is None or not (drafts[0].remaining or drafts[0].refusal)
             if drafts_exist:
-                setup = rewrite_setup(rewriting.config, weights=False)
-                plan = plan_rewrite(setup, learned=of_rewrites)
+                with self._pipeline.explaining(rewriting):
+                    setup = rewrite_setup(rewriting.config, weights=False)
+                    plan = plan_rewrite(setup, learned=of_rewrites)
             if plan is None or plan.remaining:
                 # The training's rows are those of rewrites to come.
                 drafts = drafts or self._rollouts(sampling, of_drafts)
-                planned, ahead = self._rewrite(rewriting.config, *drafts, of_drafts, of_rewrites)
+                with self._pipeline.explaining(rewriting):
+                    planned, ahead = self._rewrite(
+                        rewriting.config, *drafts, of_drafts, of_rewrites
+                    )
                 plan = plan or planned
         result.add(rewriting.label, plan)
         if round_ == 1:
@@ -231,10 +231,11 @@ class _Planner:
         plan = None
         if not self._finished.holds(training):
             assert isinstance(training.config, TrainConfig)
-            if ahead is None:
-                plan = plan_train(train_setup(training.config, weights=False), learned=of_steps)
-            else:
-                plan = self._train(training.config, ahead, of_steps)
+            with self._pipeline.explaining(training):
+                if ahead is None:
+                    plan = plan_train(train_setup(training.config, weights=False), learned=of_steps)
+                else:
+                    plan = self._train(training.config, ahead, of_steps)
         result.add(training.label, plan)
 
     def _ahead(
@@ -251,11 +252,12 @@ class _Planner:
         config = step.config
         assert isinstance(config, RolloutsConfig)
         key = config.model_dump_json(include=_SOURCE)
-        if key not in self._prompts:
-            self._prompts[key] = read_prompts(config)
-        model = self._ahead(config.model, config)
-        setup = rollout_setup(config, weights=False, model=model, prompts=self._prompts[key])
-        return plan_rollouts(setup, learned=learned), setup
+        with self._pipeline.explaining(step):
+            if key not in self._prompts:
+                self._prompts[key] = read_prompts(config)
+            model = self._ahead(config.model, config)
+            setup = rollout_setup(config, weights=False, model=model, prompts=self._prompts[key])
+            return plan_rollouts(setup, learned=learned), setup
 
     def _rewrite(
         self, config: RewriteConfig, rollouts: StagePlan, drafts: RolloutSetup,
@@ -369,7 +371,7 @@ def _text(plan: PipelinePlan) -> str:
             " round, then plan again; the pipeline continues from them:"
         )
         few = [
-            f"    {step.command} {shlex.join(step.settings)} --limit 64"
+            f"    {step.command} {shlex.join(step.settings)} {few_rows(step)}".rstrip()
             for label, step in plan.steps
             if step is not None and step.command.startswith("mpd-gen") and "evaluate" not in label
         ]

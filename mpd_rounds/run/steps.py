@@ -1,8 +1,11 @@
 """Read a pipeline file, and build the command of each of its stages."""
 
+import contextlib
 import copy
 import json
 import math
+import os
+import shlex
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
-from mpd_data.common.errors import ConfigError, did_you_mean
+from mpd_data.common.errors import ConfigError, DataError, OtherSettingsError, did_you_mean
 from mpd_data.common.files import read_toml
 from mpd_data.common.options import arguments, parse
 from mpd_data.config import RewriteConfig, RolloutsConfig, Strict
@@ -84,7 +87,7 @@ class SettingsFile(Strict):
 @dataclass(frozen=True)
 class Step:
     """One command of the pipeline, with its settings. `out`: the folder it makes; `reads`: input
-    files that its command does not name."""
+    files that its command does not name; `section`: of the pipeline file."""
 
     label: str
     why: str
@@ -93,6 +96,7 @@ class Step:
     out: Path
     config: RolloutsConfig | RewriteConfig | TrainConfig
     reads: tuple[Path, ...] = ()
+    section: str = ""
 
     @property
     def folder(self) -> Path:
@@ -205,7 +209,42 @@ class Pipeline(SettingsFile):
             )
         config = parse(model, {**given, **fixed}, self.source, section)
         program, *command = _COMMANDS[model]
-        return Step(label, why, program, [*command, *arguments(config)], out, config)
+        command += arguments(config)
+        return Step(label, why, program, command, out, config, section=section)
+
+    @contextlib.contextmanager
+    def explaining(self, step: Step) -> Iterator[None]:
+        """Add to an error about `step` its label, and what helps: its command where it was begun
+        with other settings, the setting that names a file which does not exist."""
+        try:
+            yield
+        except OtherSettingsError as error:
+            option = "--refilter" if "--refilter" in str(error) else "--overwrite"
+            command = shlex.join([*step.words, option])
+            raise ConfigError(f"{step.label}: {error} This is:\n    {command}") from error
+        except (ConfigError, DataError) as error:
+            kind = ConfigError if isinstance(error, ConfigError) else DataError
+            raise kind(f"{step.label}: {error}{self._whose(str(error), step)}") from error
+
+    def _whose(self, message: str, step: Step) -> str:
+        """Return, as a sentence, which setting names the path that `message` begins with, where
+        that is relative and does not exist; "" for other messages."""
+        own = {f"{step.section}.{k}": v for k, v in _dotted(step.config.model_dump())}
+        for name, value in {"student": self.student, "teacher": self.teacher, **own}.items():
+            for path in map(str, value if isinstance(value, list) else [value]):
+                if not message.startswith(f"{path}: ") or Path(path).is_absolute():
+                    continue
+                if os.path.exists(path) or not self.source:  # noqa: PTH110  # as in runner.py
+                    continue
+                folders = [f for f in Path(self.source).resolve().parents if (f / path).exists()]
+                # A model may be one of the hub.
+                if folders or "no such file" in message:
+                    there = f", or run this in {folders[0]}, where it is" if folders else ""
+                    return (
+                        f" {name} in {self.source} names it. Paths of a pipeline file are relative"
+                        f" to the folder in which the command runs: change it{there}."
+                    )
+        return ""
 
     def changes(self, round_: int) -> dict[str, Any]:
         """Return what a round (from 1) changes, by the dotted names of the settings."""

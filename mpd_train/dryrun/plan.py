@@ -104,7 +104,8 @@ def plan_train_ahead(
     if config.teacher is not None:
         teacher = resolve_model(config.teacher, config.teacher_revision, code, weights=False)
         tokenizer = load_tokenizer(teacher, code)
-        require_same_tokenizer(ahead.tokenizer, tokenizer, student.name, teacher.name)
+        name = student.name
+        require_same_tokenizer(ahead.tokenizer, tokenizer, name, teacher.name, name)
     check_models(config, student, teacher, device, dtype)
     rows, tokens = ahead.rows, None
     at_most = math.ceil(ahead.tokens * config.epochs)
