@@ -91,8 +91,8 @@ class Trackers:
     WANDB_PROJECT, WANDB_NAME, TRACKIO_PROJECT, TRACKIO_NAME and MLFLOW_EXPERIMENT_NAME in the
     environment come first. Its group is WANDB_RUN_GROUP. A training that is resumed after step
     `done` goes on in the same run; the `repeated` records that the run has from after that step are
-    not sent again. tensorboard takes them anew (purge_step). Tested with wandb offline, trackio's local database and MLflow's
-    store of files.
+    not sent again. tensorboard takes them anew (purge_step). Tested with wandb offline, trackio's
+    local database and MLflow's store of files.
     """
 
     def __init__(
