@@ -2,6 +2,7 @@
 trained."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,33 @@ _RESULTS = "## Results\n\n"
 Results = dict[str, dict[str, Any]]
 
 
-def write_card(folder: Path, student: ModelFiles, config: TrainConfig) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """What a card says of a training: its settings; the step whose weights are in the folder, and
+    the steps planned, where these are known; and the title of the card."""
+
+    config: TrainConfig
+    title: str
+    step: int | None = None
+    planned: int | None = None
+
+    @property
+    def length(self) -> str:
+        """How long the weights were trained."""
+        config, planned = self.config, self.planned
+        if self.step is not None and self.step != planned:
+            return f"step {self.step:,}" + ("" if planned is None else f" of {planned:,} planned")
+        return f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epoch(s)"
+
+
+def write_card(folder: Path, student: ModelFiles, trained: Trained) -> None:
     """Write the card of the model, or the adapter, in `folder`. `student`: what was trained.
 
     The base model and the licence are those that the student's own card declares, where it has one:
     a student of a later round is a folder of an earlier one. A hub id is its own base. Datasets are
     those of the hub that the rounds' prompts come from.
     """
+    config = trained.config
     own = _card_of(student.path)
     is_folder = Path(student.name).is_dir()
     data = ModelCardData(
@@ -35,17 +56,19 @@ def write_card(folder: Path, student: ModelFiles, config: TrainConfig) -> None:
         datasets=_datasets(config.shards) or None,
         tags=[_TAG],
     )
-    loss, optimizer = config.loss, config.optimizer
-    length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epoch(s)"
+    loss, optimizer, lora = config.loss, config.optimizer, config.lora
+    of_adapters = {"Adapters": f"LoRA of rank {lora.lora_r}"} if lora.lora_r else {}
     facts = {
         "Student": Path(student.name).name if is_folder else student.name,
         **_made_by(config.shards[-1]),
         "Loss": f"{loss.divergence}, {loss.ce_weight:g} of cross-entropy",
-        "Training": f"{length}, learning rate {optimizer.learning_rate:g}, seed {config.seed}",
+        "Training": f"{trained.length}, learning rate {optimizer.learning_rate:g},"
+        f" seed {config.seed}",
+        **of_adapters,
     }
     text = "\n".join(f"* {name}: {value}" for name, value in facts.items())
     card = ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n# {folder.parent.name}\n\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {trained.title}\n\n"
         "A student of Mixed-Policy Distillation (arXiv:2605.08776): it learns shorter traces from a"
         f" teacher's rewrites of its own.\n\n{text}\n"
     )
