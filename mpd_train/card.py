@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mpd_data.common.files import atomic_file
 from mpd_data.common.hub import dataset_of
 from mpd_data.common.models import ModelFiles
+from mpd_data.inspect.compare import count_text, too_few
 from mpd_data.store.run_record import read_record
 from mpd_train.config import TrainConfig
 
@@ -145,8 +146,13 @@ def _table(base: Results, results: Results) -> str:
         for metric in ("accuracy", "mean_tokens"):
             before, now = (_with_interval(each, metric) for each in (base[chosen], result))
             words = metric.replace("_", " ")
-            lines.append(f"| {chosen}: {result['problems']} | {words} | {before} | {now} |")
-    return "\n".join([*lines, "", "With 95% intervals over the problems.", ""])
+            lines.append(f"| {chosen}: {count_text(result)} | {words} | {before} | {now} |")
+    notes = ["With 95% intervals over the problems."]
+    if any(result["graded"] < result["problems"] for result in results.values()):
+        notes.append("Accuracy is that of the problems with gold answers.")
+    few = ((chosen, too_few(result)) for chosen, result in results.items())
+    notes += [f"{chosen}: {warning}." for chosen, warning in few if warning]
+    return "\n".join([*lines, "", " ".join(notes), ""])
 
 
 def _with_interval(result: dict[str, Any], metric: str) -> str:

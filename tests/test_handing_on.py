@@ -9,9 +9,11 @@ import pytest
 from conftest import (
     STUDENT,
     command,
+    edit_rows,
     finish,
     python,
     rewrite_arguments,
+    rows,
     run,
     train_config,
     until_a_checkpoint,
@@ -23,10 +25,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mpd_data.common.hub import dataset_of
+from mpd_data.common.models import resolve_model
+from mpd_data.inspect.compare import evaluate
 from mpd_data.inspect.stats import scan_round
 from mpd_data.store.round import RoundDir
 from mpd_data.store.schema import SCHEMAS
 from mpd_train import train
+from mpd_train.card import Trained, add_results, write_card
 
 # The port of discard, where nothing listens.
 NOBODY = "http://127.0.0.1:9"
@@ -218,6 +223,25 @@ def test_after_a_failed_upload_the_export_says_how_to_upload_it(hub, round_dir, 
     assert "overwrites nothing" in again and f"mpd-gen push {out / 'model'} OWNER/NAME" in again
     pushed(hub, out / "model", "team/tried")
     assert hub.private == {"models/team/tried": True}
+
+
+def test_a_card_says_how_many_problems_its_accuracy_is_over(round_dir, tmp_path):
+    copy, model = shutil.copytree(round_dir, tmp_path / "round"), tmp_path / "model"
+    ids = sorted(set(rows(copy)["prompt_id"]))
+
+    def forget(row):
+        if row["prompt_id"] in ids[:2]:
+            row["is_correct"] = None
+
+    edit_rows(copy, "rollouts", forget)
+    model.mkdir()
+    config = train_config(round_dir, STUDENT, tmp_path / "run")
+    write_card(model, resolve_model(str(STUDENT)), Trained(config, "mine"))
+    found = {"test": evaluate(copy)}
+    add_results(model, "mine", found, found)
+    card = (model / "README.md").read_text()
+    assert f"| test: {len(ids)}, {len(ids) - 2} with gold answers | accuracy | " in card
+    assert "Accuracy is that of the problems with gold answers." in card
 
 
 def test_who_may_not_write_is_told_how(hub, round_dir, tmp_path):
