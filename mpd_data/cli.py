@@ -456,16 +456,20 @@ def view(
     click.echo(f"wrote {out}", err=True)
 
 
+def _require_sound(problems: list[str]) -> None:
+    """Print the first of the `problems` of rounds and raise MPDError if there are any."""
+    if problems:
+        click.echo("\n".join(problems[:50]))
+        raise MPDError(f"{len(problems):,} breaches of the contract.")
+
+
 @cli.command(epilog=example("mpd-gen validate data/round*"))
 @click.argument("rounds", nargs=-1, required=True, type=_ROUND)
 def validate(rounds: tuple[Path, ...]) -> None:
     """Check every shard and row of ROUNDS."""
     from mpd_data.inspect.validate import validate_round
 
-    problems = [problem for path in rounds for problem in validate_round(path)]
-    if problems:
-        click.echo("\n".join(problems[:50]))
-        raise MPDError(f"{len(problems):,} breaches of the contract.")
+    _require_sound([problem for path in rounds for problem in validate_round(path)])
     click.echo("\n".join(f"{path}: sound" for path in rounds))
 
 
@@ -517,12 +521,14 @@ def push(folder: Path, repository: str, public: bool) -> None:
     FOLDER is a round, which becomes a dataset, or a model/ or adapter/ that a training wrote.
     """
     from mpd_data.common import hub
+    from mpd_data.inspect.validate import validate_round
     from mpd_data.store.round import PUBLISHED
     from mpd_data.store.run_record import kind_of
 
     if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        url = hub.push(folder, repository, ["*"], False, public)
+        url = hub.push_model(folder, repository, public)
     elif kind_of(folder) == "round":
+        _require_sound(validate_round(folder))
         url = hub.push(folder, repository, list(PUBLISHED), True, public)
     else:
         raise ConfigError(

@@ -119,6 +119,7 @@ def show(summary: dict[str, Any]) -> None:
         {"set": name, **comparison.side_by_side(result)} for name, result in summary["sets"].items()
     ]
     click.echo(f"\n{format_table(sets)}")
+    show_warnings(summary)
     if summary["frontier"]:
         click.echo()
         show_verdicts(summary)
@@ -126,6 +127,13 @@ def show(summary: dict[str, Any]) -> None:
         for decision in summary["gate"]["rounds"]:
             click.echo(f"\n{gate.shown(decision)}")
         click.echo("\n" + "\n".join(summary["gate"]["text"]))
+
+
+def show_warnings(summary: dict[str, Any]) -> None:
+    """Print which evaluation sets have too few problems for their intervals."""
+    for name, result in summary["sets"].items():
+        if warning := comparison.too_few(result["base"]):
+            click.echo(f"{name}: {warning}")
 
 
 def show_verdicts(summary: dict[str, Any], prefix: str = "") -> None:
@@ -354,6 +362,7 @@ def _run(
         for name, result in summary["sets"].items()
     ]
     click.echo(f"\n{format_table(rows)}")
+    show_warnings(summaries[0])  # all seeds have the same problems
     for summary in summaries:
         show_verdicts(summary, f"seed {summary['seed']}, ")
         for line in summary["gate"]["text"] if "gate" in summary else ():

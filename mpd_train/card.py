@@ -2,6 +2,7 @@
 trained."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mpd_data.common.files import atomic_file
 from mpd_data.common.hub import dataset_of
 from mpd_data.common.models import ModelFiles
+from mpd_data.inspect.compare import count_text, too_few
 from mpd_data.store.run_record import read_record
 from mpd_train.config import TrainConfig
 
@@ -18,13 +20,33 @@ _RESULTS = "## Results\n\n"
 Results = dict[str, dict[str, Any]]
 
 
-def write_card(folder: Path, student: ModelFiles, config: TrainConfig) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """What a card says of a training: its settings; the step whose weights are in the folder, and
+    the steps planned, where these are known; and the title of the card."""
+
+    config: TrainConfig
+    title: str
+    step: int | None = None
+    planned: int | None = None
+
+    @property
+    def length(self) -> str:
+        """How long the weights were trained."""
+        config, planned = self.config, self.planned
+        if self.step is not None and self.step != planned:
+            return f"step {self.step:,}" + ("" if planned is None else f" of {planned:,} planned")
+        return f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epoch(s)"
+
+
+def write_card(folder: Path, student: ModelFiles, trained: Trained) -> None:
     """Write the card of the model, or the adapter, in `folder`. `student`: what was trained.
 
     The base model and the licence are those that the student's own card declares, where it has one:
     a student of a later round is a folder of an earlier one. A hub id is its own base. Datasets are
     those of the hub that the rounds' prompts come from.
     """
+    config = trained.config
     own = _card_of(student.path)
     is_folder = Path(student.name).is_dir()
     data = ModelCardData(
@@ -35,17 +57,19 @@ def write_card(folder: Path, student: ModelFiles, config: TrainConfig) -> None:
         datasets=_datasets(config.shards) or None,
         tags=[_TAG],
     )
-    loss, optimizer = config.loss, config.optimizer
-    length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epoch(s)"
+    loss, optimizer, lora = config.loss, config.optimizer, config.lora
+    of_adapters = {"Adapters": f"LoRA of rank {lora.lora_r}"} if lora.lora_r else {}
     facts = {
         "Student": Path(student.name).name if is_folder else student.name,
         **_made_by(config.shards[-1]),
         "Loss": f"{loss.divergence}, {loss.ce_weight:g} of cross-entropy",
-        "Training": f"{length}, learning rate {optimizer.learning_rate:g}, seed {config.seed}",
+        "Training": f"{trained.length}, learning rate {optimizer.learning_rate:g},"
+        f" seed {config.seed}",
+        **of_adapters,
     }
     text = "\n".join(f"* {name}: {value}" for name, value in facts.items())
     card = ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n# {folder.parent.name}\n\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {trained.title}\n\n"
         "A student of Mixed-Policy Distillation (arXiv:2605.08776): it learns shorter traces from a"
         f" teacher's rewrites of its own.\n\n{text}\n"
     )
@@ -122,8 +146,13 @@ def _table(base: Results, results: Results) -> str:
         for metric in ("accuracy", "mean_tokens"):
             before, now = (_with_interval(each, metric) for each in (base[chosen], result))
             words = metric.replace("_", " ")
-            lines.append(f"| {chosen}: {result['problems']} | {words} | {before} | {now} |")
-    return "\n".join([*lines, "", "With 95% intervals over the problems.", ""])
+            lines.append(f"| {chosen}: {count_text(result)} | {words} | {before} | {now} |")
+    notes = ["With 95% intervals over the problems."]
+    if any(result["graded"] < result["problems"] for result in results.values()):
+        notes.append("Accuracy is that of the problems with gold answers.")
+    few = ((chosen, too_few(result)) for chosen, result in results.items())
+    notes += [f"{chosen}: {warning}." for chosen, warning in few if warning]
+    return "\n".join([*lines, "", " ".join(notes), ""])
 
 
 def _with_interval(result: dict[str, Any], metric: str) -> str:

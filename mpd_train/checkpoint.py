@@ -137,9 +137,11 @@ def save_best(folder: Path, step: int, model: Any, ranks: Ranks) -> None:
     _write(folder / f"best-{step:06d}", weights_of(model), {}, ranks)
 
 
-def load_best(folder: Path, progress: Progress, model: Any) -> None:
-    """Load the weights of the best validation into `model`. Raise DataError like `load`."""
+def load_best(folder: Path, progress: Progress, model: Any) -> int:
+    """Load the weights of the best validation into `model`; return the number of steps before it.
+    Raise DataError like `load`."""
     _read(folder / f"best-{progress.best_step:06d}", weights_of(model), _GO_BACK)
+    return progress.best_step
 
 
 def load_weights(path: Path, model: Any) -> None:

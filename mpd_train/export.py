@@ -18,28 +18,29 @@ from safetensors.torch import load_file, save_file
 
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.files import atomic_folder
+from mpd_data.common.hub import push_command
 from mpd_data.common.models import ModelFiles, resolve_model
 from mpd_data.common.options import parse
 from mpd_data.common.weights import model_files, stored_tensors
 from mpd_data.dryrun.show import size_text
 from mpd_data.store.run_record import read_record, require_kind
 from mpd_train import checkpoint
-from mpd_train.card import write_card
+from mpd_train.card import Trained, write_card
 from mpd_train.config import TrainConfig
 from mpd_train.model import lora
 from mpd_train.model.causal_lm import CausalLM
 from mpd_train.model.loading import load_student
 
 
-def export(student: CausalLM, out: Path, config: TrainConfig) -> None:
+def export(student: CausalLM, out: Path, trained: Trained) -> None:
     """Write `out`/model, and `out`/adapter if adapters were trained; they are merged in place. Each
-    has a card that says how `config` trained it. Raise OSError where they cannot be written."""
+    has a card that says how it was `trained`. Raise OSError where they cannot be written."""
     with _system_errors(out):
         if student.adapted is not None:
             lora.save_and_merge(student.adapted, out / "adapter")
-            write_card(out / "adapter", student.files, config)
+            write_card(out / "adapter", student.files, trained)
         _write_model(student, out / "model")
-        write_card(out / "model", student.files, config)
+        write_card(out / "model", student.files, trained)
 
 
 @contextmanager
@@ -65,16 +66,19 @@ def export_checkpoint(given: Path, out: Path, student: str | None = None) -> Pat
     run, chosen = _find(given)
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        is_model = (out / "model" / "config.json").is_file()
         raise ConfigError(
             f"{out}: not empty, and an export overwrites nothing. Give another --out, or remove it."
+            + is_model * f" To upload the model that is in it: {push_command(out / 'model')}"
         )
-    config, identity = _read_run(run / "run.json")
+    config, identity, planned = _read_run(run / "run.json")
     files = _resolve_student(run, config, identity, student)
     rehearse(files, out)
     with atomic_folder(out) as staging:
         loaded = load_student(config, files, torch.device("cpu"), None)
         checkpoint.load_weights(chosen, loaded.model)
-        export(loaded, staging, config)
+        step = int(chosen.name.partition("-")[2])
+        export(loaded, staging, Trained(config, out.name, step, planned))
     return chosen
 
 
@@ -87,7 +91,7 @@ def _find(given: Path) -> tuple[Path, Path]:
         if (given / "model").is_dir():
             raise ConfigError(
                 f"{given}: this run has finished, and has no checkpoints any more. Its model is in"
-                f" {given / 'model'}."
+                f" {given / 'model'}. To upload it: {push_command(given / 'model')}"
             )
         raise ConfigError(
             f"{given}: no checkpoint of a training in {given / 'checkpoints'}. The first is written"
@@ -109,17 +113,19 @@ def _find(given: Path) -> tuple[Path, Path]:
     return run, path
 
 
-def _read_run(path: Path) -> tuple[TrainConfig, dict[str, str]]:
-    """Return a run's settings, and the identity of its student."""
+def _read_run(path: Path) -> tuple[TrainConfig, dict[str, str], int | None]:
+    """Return a run's settings, the identity of its student, and its planned steps, which an older
+    one did not record."""
     try:
         saved = read_record(path.parent, "training")
-        settings, identity = saved["details"]["config"], saved["identity"]["student"]
+        details, identity = saved["details"], saved["identity"]["student"]
+        settings, planned = details["config"], details.get("steps")
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{path}: expected the settings and the student that mpd-train records"
             f" ({type(error).__name__}: {error})."
         ) from error
-    return parse(TrainConfig, settings, str(path)), identity
+    return parse(TrainConfig, settings, str(path)), identity, planned
 
 
 def _resolve_student(

@@ -41,7 +41,7 @@ def cli(checkpoint: Path, out: Path, student: str | None, push_to_hub: str | Non
     if push_to_hub is not None:
         from mpd_data.common import hub
 
-        click.echo(hub.push(out / "model", push_to_hub, ["*"], is_dataset=False, public=False))
+        click.echo(hub.push_model(out / "model", push_to_hub, public=False))
 
 
 def main() -> None:

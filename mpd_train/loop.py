@@ -16,6 +16,7 @@ from mpd_data.common.machine import device_name, free_gpu_memory
 from mpd_data.store.locks import folder_lock
 from mpd_data.store.run_record import require_kind
 from mpd_train import checkpoint
+from mpd_train.card import Trained
 from mpd_train.config import TrainConfig
 from mpd_train.data.batches import Batch, Loader
 from mpd_train.data.packing import split_packs
@@ -86,10 +87,8 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
     if ranks.first:
         name = "cpu" if device.type == "cpu" else device_name()
         claim(config.out, prepared.identity, config, name, -(-len(packs) // size), overwrite)
-
     model_folder = config.out / "model"
-    done = _steps_done(config.out, ranks)
-    if done is None:
+    if (done := _steps_done(config.out, ranks)) is None:
         if ranks.first:
             # A kill may have come between the export and this.
             _delete_checkpoints(config.out)
@@ -105,11 +104,12 @@ def _train(config: TrainConfig, overwrite: bool, ranks: Ranks) -> Path:
         require_one_model(prepared, student, teacher, packs[0])
     trainer = Trainer(prepared, student, teacher, packs, held_out, done, ranks)
     trainer.run()
+    step = planned = len(trainer.steps)
     if config.validation.early_stopping_patience > 0:
-        checkpoint.load_best(config.out / "checkpoints", trainer.progress, student.model)
+        step = checkpoint.load_best(config.out / "checkpoints", trainer.progress, student.model)
     # With the optimiser's moments, which the export has no use for.
     del trainer
-    _export(config, student, ranks)
+    _export(Trained(config, config.out.resolve().name, step, planned), student, ranks)
     return model_folder
 
 
@@ -278,15 +278,15 @@ class Trainer:
         )
 
 
-def _export(config: TrainConfig, student: CausalLM, ranks: Ranks) -> None:
+def _export(trained: Trained, student: CausalLM, ranks: Ranks) -> None:
     """Write the model, and the adapter if one was trained, then delete the checkpoints."""
     if ranks.size > 1:
-        like = load_student(config, student.files, torch.device("meta"), None)
+        like = load_student(trained.config, student.files, torch.device("meta"), None)
         gather(student.model, like.model, ranks)
         student = like
     if ranks.first:
-        export(student, config.out, config)
-        _delete_checkpoints(config.out)
+        export(student, trained.config.out, trained)
+        _delete_checkpoints(trained.config.out)
     ranks.wait()
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections import Counter, defaultdict
 from itertools import pairwise
-from statistics import fmean, median
+from statistics import fmean
 
 import pyarrow.parquet as pq
 import pytest
@@ -107,7 +107,7 @@ def lengths_by_correctness(found, data):
                 "is_correct": correct,
                 "samples": len(rows),
                 "mean": fmean(row["num_completion_tokens"] for row in rows),
-                "median": median(row["num_completion_tokens"] for row in rows),
+                "median": sorted(row["num_completion_tokens"] for row in rows)[len(rows) // 2],
             }
             for (round_, correct), rows in sorted(
                 grouped(data.rollouts, "round", "is_correct").items(),

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import resolve_model
 from mpd_train import loop
+from mpd_train.card import Trained
 from mpd_train.dryrun.plan import plan_train
 from mpd_train.export import export, rehearse
 from mpd_train.loop import train
@@ -45,10 +46,10 @@ def exported(request, precision, round_dir, exact_student, tmp_path_factory):
     live = []
     export = loop._export
 
-    def seen(config, student, ranks):
+    def seen(trained, student, ranks):
         # The export merges adapters in place.
         live.append(copy.deepcopy(student))
-        export(config, student, ranks)
+        export(trained, student, ranks)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_export", seen)
@@ -158,8 +159,10 @@ def test_each_tensor_keeps_its_dtype_and_the_rest_its_content(tmp_path):
     config = json.loads((start / "config.json").read_text())
     (start / "config.json").write_text(json.dumps(config | CONFIG))
     (start / "generation_config.json").write_text(GENERATION)
-    config = train_config(tmp_path, start, tmp_path / "run")
-    export(CausalLM(resolve_model(str(start)), CPU, torch.float32, False), tmp_path / "out", config)
+    trained = Trained(train_config(tmp_path, start, tmp_path / "run"), "out")
+    export(
+        CausalLM(resolve_model(str(start)), CPU, torch.float32, False), tmp_path / "out", trained
+    )
     assert_the_same(tmp_path / "out" / "model", start)
 
 
@@ -176,8 +179,10 @@ def test_where_transformers_joins_tensors_too(tmp_path):
     for name, x in tensors.items():
         tensors[name] = x if ".gate." in name else x.bfloat16()
     save_file(tensors, start / "model.safetensors", metadata={"format": "pt"})
-    config = train_config(tmp_path, start, tmp_path / "run")
-    export(CausalLM(resolve_model(str(start)), CPU, torch.float32, False), tmp_path / "out", config)
+    trained = Trained(train_config(tmp_path, start, tmp_path / "run"), "out")
+    export(
+        CausalLM(resolve_model(str(start)), CPU, torch.float32, False), tmp_path / "out", trained
+    )
     assert_the_same(tmp_path / "out" / "model", start)
 
 
@@ -231,7 +236,8 @@ def test_no_room_for_an_export_is_an_error_of_the_disk(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
     try:
         with pytest.raises(OSError) as caught:
-            export(student, tmp_path / "run", train_config(tmp_path, STUDENT, tmp_path / "run"))
+            config = train_config(tmp_path, STUDENT, tmp_path / "run")
+            export(student, tmp_path / "run", Trained(config, "run"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.errno == errno.EFBIG

@@ -73,6 +73,10 @@ def test_of_a_training_that_runs_is_killed_and_goes_on(undisturbed, round_dir, t
         found, saved = weights(tmp_path / name), saved_weights(chosen)
         assert same(found, {name: weight.bfloat16() for name, weight in saved.items()})
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["model"]
+    planned = json.loads((out / "run.json").read_text())["details"]["steps"]
+    card = (tmp_path / "killed" / "model" / "README.md").read_text()
+    assert "\n# killed\n" in card
+    assert f"* Training: step {int(chosen.name[5:])} of {planned} planned, learning" in card
     # All that a finished run leaves, and loaded as it is.
     ours, theirs = tmp_path / "running" / "model", undisturbed / "model"
     assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
@@ -96,6 +100,10 @@ def test_of_adapters_the_adapter_and_the_merged_model(round_dir, exact_student, 
     run("mpd-export", out, "--out", tmp_path / "exported")
     chosen = checkpoint.checkpoints(out / "checkpoints")[-1]
     exported = tmp_path / "exported"
+    for name in ("adapter", "model"):
+        card = (exported / name / "README.md").read_text()
+        assert "\n# exported\n" in card and "* Adapters: LoRA of rank 4\n" in card
+        assert f"* Training: step {int(chosen.name[5:])} of " in card
     saved = saved_weights(chosen)
     adapter = load_file(exported / "adapter" / "adapter_model.safetensors")
     assert adapter and same(
@@ -134,6 +142,8 @@ def test_the_best_weights_too(interrupted, tmp_path):
     usual.touch()
     modes = {file.stat().st_mode for file in (tmp_path / "out" / "model").iterdir()}
     assert modes == {usual.stat().st_mode}
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert f"* Training: step {int(best.name[5:])} of " in card
 
 
 def test_a_student_that_has_moved_is_named(interrupted, tmp_path):
@@ -172,7 +182,10 @@ def test_what_is_no_checkpoint_is_said(interrupted, undisturbed, tmp_path):
         assert not (tmp_path / "out").exists()
 
     refused(STUDENT, "not a checkpoint. Expected a folder such as")
-    refused(undisturbed, f"has finished.* is in {undisturbed / 'model'}")
+    command = f"mpd-gen push {undisturbed / 'model'} OWNER/NAME"
+    refused(undisturbed, f"has finished.* is in {undisturbed / 'model'}. To upload it: {command}")
+    card = (undisturbed / "model" / "README.md").read_text()
+    assert "\n# run\n" in card and "* Training: 1 epoch(s), learning" in card
     (saved,) = checkpoint.checkpoints(interrupted / "run" / "checkpoints")
     alone = shutil.copytree(saved, tmp_path / "elsewhere" / "checkpoints" / saved.name)
     refused(alone, "run.json: does not exist")

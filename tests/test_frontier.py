@@ -58,7 +58,8 @@ def test_the_verdict_names_the_strongest_point():
     assert verdict("round 1", points) == (
         "round 1 is not shown to be beyond what is free: it uses 10% [-2, 20] more tokens than"
         " the baseline concise; its accuracy differs by +0.0 points [-2.0, +2.0], nor is it beyond"
-        " baseline terse. Only 12 problems: such intervals are too narrow to rely on."
+        " baseline terse. Only 12 problems: intervals of fewer than 30 problems are too narrow to"
+        " rely on."
     )
     # All free points are less accurate: the most accurate is the rival.
     alone = {"base": against((-0.1, -0.2, 0.0), (0.1, 0.05, 0.15)), "baseline terse": terse}

@@ -2,27 +2,39 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
 from conftest import (
     STUDENT,
     command,
+    edit_rows,
     finish,
     python,
     rewrite_arguments,
+    rows,
     run,
     train_config,
     until_a_checkpoint,
+    with_adapter,
 )
 from hub import Hub
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from mpd_data.common.hub import dataset_of
+from mpd_data.common.models import resolve_model
+from mpd_data.inspect.compare import evaluate
 from mpd_data.inspect.stats import scan_round
 from mpd_data.store.round import RoundDir
 from mpd_data.store.schema import SCHEMAS
 from mpd_train import train
+from mpd_train.card import Trained, add_results, write_card
+
+# The port of discard, where nothing listens.
+NOBODY = "http://127.0.0.1:9"
 
 
 def loaded(round_dir, tmp_path):
@@ -73,9 +85,9 @@ def hub(tmp_path):
         yield serving
 
 
-def pushed(hub, folder, name, *options, token=Hub.token, code=0):
+def pushed(hub, folder, name, *options, token=Hub.token, code=0, **env):
     """Push `folder` as a user with `token`; return the command's result."""
-    env = {**hub.environment(hub.uploads / "home"), "HF_TOKEN": token}
+    env = {**hub.environment(hub.uploads / "home"), "HF_TOKEN": token, **env}
     return finish([*command("mpd-gen", "push", folder, name, *options)], code, env)
 
 
@@ -135,6 +147,101 @@ def test_an_export_is_pushed_as_a_private_model(hub, round_dir, tmp_path):
     assert hub.private == {"models/team/tried": True}
     assert contents(hub.uploads / "models" / "team" / "tried") == contents(out / "model")
     assert ModelCard.load(out / "model" / "README.md").data.datasets == ["team/sums"]
+
+
+def changed_byte(round_dir, folder):
+    copy = shutil.copytree(round_dir, folder)
+    path = sorted((copy / "distill").iterdir())[0]
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+
+
+def cut_short(_, folder):
+    path = shutil.copytree(STUDENT, folder) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def with_a_prefix(_, folder):
+    path = shutil.copytree(STUDENT, folder) / "model.safetensors"
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def without_its_base(_, folder):
+    pytest.importorskip("peft")
+    with_adapter(AutoModelForCausalLM.from_pretrained(STUDENT), ["q_proj"]).save_pretrained(folder)
+    file = folder / "adapter_config.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({**told, "base_model_name_or_path": str(folder / "nowhere")}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (changed_byte, "its bytes have changed(?s:.*)breaches of the contract"),
+        (cut_short, "bytes, its header says"),
+        (with_a_prefix, "behind a prefix, '_orig_mod.'"),
+        (without_its_base, "is an adapter, and its base is not available"),
+    ],
+)
+def test_what_is_damaged_is_not_pushed(hub, round_dir, tmp_path, damage, message):
+    damage(round_dir, tmp_path / "damaged")
+    said = pushed(hub, tmp_path / "damaged", "team/damaged", code=1)
+    assert re.search(message, said.stdout + said.stderr)
+    assert not hub.private
+
+
+@pytest.mark.parametrize(
+    ("name", "env", "remedy"),
+    [
+        ("team/x", {"HF_HUB_OFFLINE": "1"}, "Unset HF_HUB_OFFLINE .*reached"),
+        ("team/x", {"HF_ENDPOINT": NOBODY}, f"network and that {NOBODY} .*try again"),
+        ("bad//x", {}, "of the form OWNER/NAME"),
+        ("team/x", {"HF_TOKEN": "hf_another"}, "Log in to http.* `hf auth login`"),
+    ],
+    ids=["offline", "no network", "bad name", "no right"],
+)
+def test_the_remedy_fits_the_error_of_an_upload(hub, name, env, remedy):
+    said = pushed(hub, STUDENT, name, "--public", code=1, **env).stderr
+    assert re.search(remedy, said)
+    assert ("hf auth login" in said) == ("HF_TOKEN" in env)
+    again = name if name == "team/x" else "OWNER/NAME"
+    assert said.strip().endswith(f"Then: mpd-gen push {STUDENT} {again} --public")
+    assert not hub.private
+
+
+def test_after_a_failed_upload_the_export_says_how_to_upload_it(hub, round_dir, tmp_path):
+    with until_a_checkpoint():
+        train(train_config(round_dir, STUDENT, tmp_path / "run", save_steps=1))
+    out = tmp_path / "out"
+    words = ["mpd-export", tmp_path / "run", "--out", out, "--push-to-hub", "team/tried"]
+    env = {**hub.environment(hub.uploads / "home"), "HF_TOKEN": "hf_another"}
+    failed = finish(command(*words), 1, env).stderr
+    assert f"Then: mpd-gen push {out / 'model'} team/tried" in failed
+    again = finish(command(*words), 1, env).stderr
+    assert "overwrites nothing" in again and f"mpd-gen push {out / 'model'} OWNER/NAME" in again
+    pushed(hub, out / "model", "team/tried")
+    assert hub.private == {"models/team/tried": True}
+
+
+def test_a_card_says_how_many_problems_its_accuracy_is_over(round_dir, tmp_path):
+    copy, model = shutil.copytree(round_dir, tmp_path / "round"), tmp_path / "model"
+    ids = sorted(set(rows(copy)["prompt_id"]))
+
+    def forget(row):
+        if row["prompt_id"] in ids[:2]:
+            row["is_correct"] = None
+
+    edit_rows(copy, "rollouts", forget)
+    model.mkdir()
+    config = train_config(round_dir, STUDENT, tmp_path / "run")
+    write_card(model, resolve_model(str(STUDENT)), Trained(config, "mine"))
+    found = {"test": evaluate(copy)}
+    add_results(model, "mine", found, found)
+    card = (model / "README.md").read_text()
+    assert f"| test: {len(ids)}, {len(ids) - 2} with gold answers | accuracy | " in card
+    assert "Accuracy is that of the problems with gold answers." in card
 
 
 def test_who_may_not_write_is_told_how(hub, round_dir, tmp_path):

@@ -3,8 +3,8 @@
 import json
 import shutil
 from collections import defaultdict
-from itertools import groupby
-from statistics import fmean, median, quantiles
+from itertools import cycle, groupby
+from statistics import fmean, quantiles
 
 import polars as pl
 import pytest
@@ -14,8 +14,16 @@ from conftest import rows as all_rows
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.hashing import content_key
 from mpd_data.common.text import format_histogram
-from mpd_data.inspect.compare import MIN_PROBLEMS, compare, hard_third, on_hard_third, verdict
+from mpd_data.inspect.compare import (
+    MIN_PROBLEMS,
+    compare,
+    evaluate,
+    hard_third,
+    on_hard_third,
+    verdict,
+)
 from mpd_data.inspect.stats import BINS, round_stats
+from mpd_rounds.report.queries import rollout_lengths
 
 HOSTILE = "\x1b[31mred"
 # Read as a glob pattern, this name matches nothing.
@@ -113,10 +121,11 @@ def test_a_histogram_fits_a_terminal_and_is_no_markup(round_dir, tmp_path):
     text = said.partition("trace lengths\n")[2].partition("\nbehaviour")[0]
     assert "…" in text.splitlines()[0]
     assert text.splitlines()[0].endswith("its column")
-    middle = median(row["num_completion_tokens"] for row in rows(round_dir))
+    lengths = sorted(row["num_completion_tokens"] for row in rows(round_dir))
+    middle = lengths[len(lengths) // 2]
     (marked,) = [line for line in text.splitlines() if "%*" in line]
     start, end = marked.split()[0].split("-")
-    assert int(start) <= middle <= int(end) + 1
+    assert int(start) <= middle <= int(end)
     tallest = max(round_stats([round_dir])["trace_lengths"], key=lambda row: row["share"])
     label, share, bar = max(text.splitlines(), key=lambda line: line.count("█")).split()
     assert label == f"{tallest['from']}-{tallest['below'] - 1}"
@@ -148,7 +157,9 @@ def test_histograms_of_many_rounds_stay_narrow(count):
     assert len(full) >= 9
     assert tail.split() == ["20,000+", "<1%", "▏"]
     if count > 1:
-        half = first.split()[1]
+        # As many below as above: the median is the larger one.
+        assert first.split()[1] == "50%"
+        half = second.split()[2]
         assert half.startswith("50%*")
         assert abs(2 * len(half.removeprefix("50%*")) - len(full)) <= 2
 
@@ -375,6 +386,20 @@ def test_intervals_of_few_problems_come_with_a_warning(round_dir):
     assert "too narrow" not in verdict(result)
     result["base"]["problems"] = MIN_PROBLEMS - 1
     assert "only 29 problems: intervals of fewer than 30" in verdict(result)
+    result["base"] |= {"problems": 60, "graded": 29}
+    assert "only 29 problems with gold answers: intervals of fewer than 30" in verdict(result)
+    result["base"]["graded"] = 0  # no accuracy, no interval of it
+    assert "too narrow" not in verdict(result)
+
+
+def test_the_median_is_the_same_everywhere(round_dir, tmp_path):
+    """A value of the set: of an even number of samples the larger of the two in the middle."""
+    folder = shutil.copytree(round_dir, tmp_path / "round")
+    lengths = cycle([10, 20])
+    edit_rows(folder, "rollouts", lambda row: row.update(num_completion_tokens=next(lengths)))
+    assert evaluate(folder)["median_tokens"] == 20
+    assert round_stats([folder])["rollouts"][0]["p50"] == 20
+    assert rollout_lengths(folder).quantile(0.5) == 20
 
 
 def test_one_problem_alone_has_no_interval(round_dir, longer, tmp_path):

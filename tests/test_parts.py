@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -181,6 +182,10 @@ def holder(tmp_path):
     process.wait()
 
 
+def _named(process):
+    return re.escape(f"pid {process.pid} on {socket.gethostname()}")
+
+
 def test_only_the_other_parts_of_a_division_write_beside_a_part(tmp_path, holder):
     round_dir = RoundDir(tmp_path / "r")
     for label, part in [
@@ -190,7 +195,9 @@ def test_only_the_other_parts_of_a_division_write_beside_a_part(tmp_path, holder
         ("rewrite", Part(1, 2)),
     ]:
         with (
-            pytest.raises(ConfigError, match=r"another process is writing.*rollouts-0-of-2"),
+            pytest.raises(
+                ConfigError, match=rf"writing here \(rollouts-0-of-2, {_named(holder)}\)"
+            ),
             round_dir.lock(label, part),
         ):
             pass

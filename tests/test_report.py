@@ -179,6 +179,9 @@ def test_figures_are_those_of_the_rows(made, tmp_path):
     kept = distill.filter(pl.col("status") == "ok")
     assert 0 < kept.height < distill.height
 
+    results = text.partition("**test: results**")[2].partition("**test: behaviour**")[0]
+    assert "Only 12 problems: intervals of fewer than 30 problems are too narrow" in results
+
     left = table(text, "What is left after each stage")
     left = {name: cells["round 1"] for name, cells in left.items()}
     assert left["prompts"] == str(rollouts["prompt_id"].n_unique())

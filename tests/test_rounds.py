@@ -96,6 +96,9 @@ def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
             form, key, factor = figure
             sides = [form.format(factor * result[side][key]) for side in ("base", "new")]
             assert " -> ".join(sides) in line
+    warning = "only 24 problems: intervals of fewer than 30 problems are too narrow to rely on"
+    for name in summary["sets"]:
+        assert f"\n{name}: {warning}\n" in done.stdout
     assert (out / "lengths.png").read_bytes().startswith(b"\x89PNG")
     run("mpd-gen", "validate", out / "data" / "round1", out / "data" / "round2")
     # Round 2 was sampled from round 1's student, not from the base again.
@@ -106,6 +109,7 @@ def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
     assert card.count("type: mean_tokens") == 3 and card.count("type: accuracy") == 3
     assert f"value: {round(summary['final']['accuracy'], 4)}" in card
     assert "learning rate" in card and "* Teacher: teacher" in card
+    assert f"test: {warning}." in card
     row = next(line for line in card.splitlines() if " accuracy | " in line)
     cells = [cell.strip() for cell in row.split("|")[3:5]]
     sides = [summary[side]["accuracy"] for side in ("base", "final")]

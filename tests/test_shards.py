@@ -2,8 +2,10 @@
 
 import os
 import random
+import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -191,7 +193,14 @@ def test_a_second_writer_is_refused(tmp_path):
     code += "with RoundDir(Path(sys.argv[1])).lock(): pass"
     with round_dir.lock():
         other = python(code, tmp_path / "r", code=1)
-    assert "another process is writing here" in other.stderr
+        me = f"pid {os.getpid()} on {socket.gethostname()}"
+        assert re.search(rf"another process is writing here \(\S+, {me}\)\. Wait", other.stderr)
+        # One of an older version is empty; what else it holds is no name.
+        (lock,) = (tmp_path / "r" / ".writers").iterdir()
+        for said in ("", "\xff\n" * 300, "12 of these"):
+            lock.write_text(said)
+            other = python(code, tmp_path / "r", code=1)
+            assert re.search(r"writing here \([^\s,]+\)\. Wait", other.stderr)
     python(code, tmp_path / "r")
 
 

@@ -91,6 +91,8 @@ def test_stops_and_exports_the_best(stopped, round_dir):
     shards = ShardSet([round_dir])
     packs, held_out = split_packs(shards, settings(epochs=10))
     assert len(steps) < len(packs)
+    said = f"step {validations[best]['step']} of {len(packs)} planned"
+    assert f"* Training: {said}," in (stopped / "model" / "README.md").read_text()
     student = CausalLM(
         resolve_model(str(stopped / "model")), torch.device("cpu"), torch.float32, False
     )

@@ -1,10 +1,12 @@
 """Send a folder to the Hugging Face Hub."""
 
 import re
+import shlex
 from pathlib import Path
 
 from mpd_data.common.errors import ConfigError, requires
-from mpd_data.common.models import hub_failures
+from mpd_data.common.models import hub_failures, resolve_model
+from mpd_data.common.weights import require_whole
 
 
 def dataset_of(source: str) -> str | None:
@@ -14,15 +16,30 @@ def dataset_of(source: str) -> str | None:
     return match and match[1]
 
 
+def push_command(folder: Path, repository: str = "OWNER/NAME", public: bool = False) -> str:
+    """Return the command that uploads `folder`, for messages."""
+    return shlex.join(["mpd-gen", "push", str(folder), repository, *["--public"] * public])
+
+
+def push_model(folder: Path, repository: str, public: bool) -> str:
+    """Upload a model's or adapter's folder, like `push`. Raise ConfigError also where its files are
+    not a whole model, and where an adapter's base is not available."""
+    with requires("train", "comparing a model with its architecture before it is uploaded"):
+        require_whole(resolve_model(str(folder), weights=False))
+    return push(folder, repository, ["*"], False, public)
+
+
 def push(folder: Path, repository: str, patterns: list[str], is_dataset: bool, public: bool) -> str:
     """Upload the files of `folder` that match `patterns` to `repository` in one commit; return its
     URL. A repository that does not exist is made, private unless `public`; one that exists stays as
     visible as it is. Files that are there already are not sent again.
 
-    The token is that of `hf auth login`, or HF_TOKEN. Raise ConfigError where the hub refuses.
+    The token is that of `hf auth login`, or HF_TOKEN. Raise ConfigError where the hub refuses or
+    cannot be reached.
     """
     with requires("hub", "pushing to the hub"):
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import HFValidationError
     kind = "dataset" if is_dataset else "model"
     api = HfApi()
     try:
@@ -35,9 +52,38 @@ def push(folder: Path, repository: str, patterns: list[str], is_dataset: bool, p
             commit_message=f"Upload {folder.name} with mixed-policy-distillation",
         )
     except hub_failures() as error:
+        name = "OWNER/NAME" if isinstance(error, HFValidationError) else repository
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise ConfigError(
-            f"{folder}: cannot be pushed to {repository} ({reason}). Log in with `hf auth login`,"
-            " or set HF_TOKEN to a token that may write there, and run it again."
+            f"{folder}: cannot be pushed to {repository} ({reason}). {_remedy(error, api.endpoint)}"
+            f" Then: {push_command(folder, name, public)}"
         ) from error
     return str(url)
+
+
+def _remedy(error: Exception, endpoint: str) -> str:
+    """Return what to do about an `error` of the hub at `endpoint`."""
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    if isinstance(error, HFValidationError):
+        return (
+            "Give a name of the form OWNER/NAME: letters, digits, '-', '_' and '.', at most 96"
+            " characters."
+        )
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
+        return (
+            f"Log in to {endpoint} with `hf auth login`, or set HF_TOKEN to a token that may write"
+            " there."
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, so that {endpoint} can be reached."
+    if status == 404:
+        return f"Check that OWNER is a user or an organisation of {endpoint}."
+    if isinstance(error, OSError) and error.filename is not None:
+        return "Check that this file can be read."
+    return f"Check the network and that {endpoint} (HF_ENDPOINT) is up, or try again later."

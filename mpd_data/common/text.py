@@ -88,7 +88,7 @@ def _bars(folder: str, bins: list[dict[str, Any]], width: int, tallest: float) -
     # The end of a path tells folders apart.
     cells = [name if len(name) <= width + 5 else f"…{name[-(width + 4) :]}"]
     reached = list(accumulate(row["samples"] for row in bins))
-    median = next(i for i, samples in enumerate(reached) if 2 * samples >= reached[-1])
+    median = next(i for i, samples in enumerate(reached) if samples > reached[-1] // 2)
     for index, row in enumerate(bins):
         share = "<1%" if row["share"] < 0.005 else f"{row['share']:.0%}"
         share = share if row["samples"] else ""

@@ -19,7 +19,7 @@ import polars as pl
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.hashing import content_key, differences
 from mpd_data.common.text import format_table, plain
-from mpd_data.inspect.stats import GROUP_ORDER, collect, scan, scan_round, with_group
+from mpd_data.inspect.stats import GROUP_ORDER, collect, quantile, scan, scan_round, with_group
 from mpd_data.store.round import RoundDir
 from mpd_data.store.shards import read_metadata
 
@@ -133,7 +133,7 @@ def evaluate(path: Path) -> dict[str, Any]:
     whole = scan_round(path).select(
         mean=lengths.mean(),
         truncated=truncated,
-        median=lengths.median(),
+        median=quantile(lengths, 0.5),
         thinking=_THINKING,
         answer=_ANSWER,
     )
@@ -365,6 +365,29 @@ def show(result: dict[str, Any], by: str | None) -> str:
     return f"{text}\n\nby {plain(by)}\n{format_table(lines)}"
 
 
+def too_few(side: Mapping[str, Any]) -> str:
+    """Return the warning for the intervals of a result of `evaluate` (or another mapping with
+    `problems`, and `graded` if those with gold answers may be fewer); "" with enough problems."""
+    problems, graded = side["problems"], side.get("graded") or side["problems"]
+    if min(problems, graded) >= MIN_PROBLEMS:
+        return ""
+    count = (
+        f"{graded} problems with gold answers"
+        if problems >= MIN_PROBLEMS
+        else (f"{problems} problem{'s' * (problems != 1)}")
+    )
+    return (
+        f"only {count}: intervals of fewer than {MIN_PROBLEMS} problems are too narrow to rely on"
+    )
+
+
+def count_text(side: Mapping[str, Any]) -> str:
+    """Return the number of problems of a result of `evaluate`, and of those that accuracy is
+    measured on if these are fewer."""
+    problems, graded = side["problems"], side["graded"]
+    return f"{problems:,}" + (f", {graded:,} with gold answers" if graded < problems else "")
+
+
 def verdict(result: dict[str, Any]) -> str:
     """Return the paired differences of `compare` in a sentence, with what limits them."""
     saved, gain = _estimate(result, "token_reduction"), _estimate(result, "accuracy_difference")
@@ -372,12 +395,8 @@ def verdict(result: dict[str, Any]) -> str:
     if result["answer_reduction"] is not None:
         parts = (_estimate(result, f"{part}_reduction") for part in ("thinking", "answer"))
         line += "\nof the thinking part saved {}, of the answer after it {}".format(*parts)
-    problems = result["base"]["problems"]
-    if problems < MIN_PROBLEMS:
-        line += (
-            f"\nonly {problems} problems: intervals of fewer than {MIN_PROBLEMS} problems are too"
-            " narrow to rely on"
-        )
+    if warning := too_few(result["base"]):
+        line += f"\n{warning}"
     if result["settings_that_differ"]:
         line += "\nsampled differently (saved: base, now: new): "
         line += "; ".join(result["settings_that_differ"])

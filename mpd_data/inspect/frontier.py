@@ -21,7 +21,7 @@ from typing import Any
 import polars as pl
 
 from mpd_data.common.errors import ConfigError
-from mpd_data.inspect.compare import MIN_PROBLEMS, evaluate, paired, per_problem
+from mpd_data.inspect.compare import evaluate, paired, per_problem, too_few
 
 MARGIN = 0.02
 
@@ -125,9 +125,8 @@ def verdict(model: str, against: Mapping[str, Mapping[str, Any]]) -> str:
         f"{model} {head}: it uses {tokens} {'fewer' if saved >= 0 else 'more'} tokens than the"
         f" {name}; its accuracy differs by {gained}{more}."
     )
-    if one["problems"] < MIN_PROBLEMS:
-        sentence += f" Only {one['problems']} problems: such intervals are too narrow to rely on."
-    return sentence
+    warning = too_few(one)
+    return f"{sentence} {warning.capitalize()}." if warning else sentence
 
 
 def _is_less_accurate(one: Mapping[str, Any]) -> bool:

@@ -148,6 +148,12 @@ def of_lengths(rollouts: pl.LazyFrame) -> pl.DataFrame:
     return collect(groups.len("samples")).sort("tokens")
 
 
+def quantile(values: pl.Expr, q: float) -> pl.Expr:
+    """Return a quantile as every table of this project has it: one of the values, without
+    interpolation; of two that are equally near the larger. The median is that of q = 0.5."""
+    return values.quantile(q, "nearest")
+
+
 def _mean_tokens(where: pl.Expr | None = None) -> pl.Expr:
     """Return the mean tokens of rows of `of_lengths`; null for no rows."""
     tokens, samples = pl.col("tokens"), pl.col("samples")
@@ -366,7 +372,7 @@ def _by_group(rollouts: pl.LazyFrame) -> list[dict[str, Any]]:
         accuracy,
         no_answer,
         tokens.mean().alias("mean_tokens"),
-        *(tokens.quantile(q, "nearest").alias(f"p{round(q * 100)}") for q in (0.5, 0.9)),
+        *(quantile(tokens, q).alias(f"p{round(q * 100)}") for q in (0.5, 0.9)),
         truncated,
         pl.col("round").first(),
     )
@@ -385,7 +391,7 @@ def _rewrites_by_status(distill: pl.LazyFrame, folders: pl.Enum) -> list[dict[st
         pl.col("num_rewritten_tokens").mean().alias("mean_rewritten"),
         pl.col("repetition").mean(),
         pl.col("compression_ratio").mean().alias("mean_ratio"),
-        pl.col("compression_ratio").quantile(0.5, "nearest").alias("median_ratio"),
+        quantile(pl.col("compression_ratio"), 0.5).alias("median_ratio"),
     )
     share = (pl.col("rows") / pl.col("rows").sum().over("folder")).alias("share")
     ordered = by_status.with_columns(share).sort(
@@ -405,7 +411,7 @@ def support_quantiles(distill: pl.LazyFrame, folders: pl.Enum) -> list[dict[str,
             pl.lit(name).first().alias("measure"),
             pl.len().alias("rewrites"),
             *(
-                value.quantile(q, "nearest").cast(pl.Float64).alias(f"p{round(q * 100)}")
+                quantile(value, q).cast(pl.Float64).alias(f"p{round(q * 100)}")
                 for q in SUPPORT_QUANTILES
             ),
         )

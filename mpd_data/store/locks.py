@@ -6,12 +6,15 @@ system forwards locks (NFS does).
     .lock                      short_lock: held for a moment by whoever changes shared files;
                                folder_lock: held by a training for as long as it runs
     .writers/rollouts-0-of-4   part_lock: held by the process that writes this part, for its life
+
+A file says which process took its lock last, for messages alone: PID on HOST.
 """
 
 import contextlib
 import fcntl
 import os
 import re
+import socket
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
@@ -24,6 +27,8 @@ from mpd_data.common.errors import ConfigError, MPDError
 _TEST_SECONDS = 0.5
 # A short lock is held longest at a stage's start, for a look at every shard of the round.
 _SHORT_LOCK_SECONDS = 600.0
+# Bytes of a lock file that are read.
+_LONGEST_NAME = 300
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,29 @@ def is_held(path: Path) -> bool:
     return False
 
 
+def _holder(path: Path) -> str:
+    """Return "pid PID on HOST" of the process that took the lock at `path` last; "" where the file
+    does not say: an older one is empty."""
+    with contextlib.suppress(OSError):
+        with path.open("rb") as file:
+            said = file.read(_LONGEST_NAME).decode(errors="replace")
+        if re.fullmatch(r"\d+ on \S+\n", said):
+            return f"pid {said.strip()}"
+    return ""
+
+
 @contextlib.contextmanager
-def _hold(path: Path, seconds: float, refusal: MPDError) -> Iterator[None]:
-    """Hold the lock at `path`; raise `refusal` where another process holds it for `seconds`."""
+def _hold(path: Path, seconds: float, refusal: Callable[[str], MPDError]) -> Iterator[None]:
+    """Hold the lock at `path`. Raise what `refusal` makes of the holder's name where another
+    process holds it for `seconds`."""
     fd = _open(path)
     try:
         if not _take(fd, path, seconds):
-            raise refusal
+            raise refusal(_holder(path))
+        # Nothing but messages depends on it: a full disk does not stop whoever holds the lock.
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
+            os.write(fd, f"{os.getpid()} on {socket.gethostname()}\n".encode())
         # The file's time says since when the folder is held (mpd-gen status).
         os.utime(fd)
         yield
@@ -108,9 +129,12 @@ def _hold(path: Path, seconds: float, refusal: MPDError) -> Iterator[None]:
         os.close(fd)
 
 
-def _busy(folder: Path, who: str = "", hint: str = "") -> ConfigError:
+def _busy(folder: Path, *who: str, hint: str = "") -> ConfigError:
+    """Return the error that another process writes `folder`; `who` it is, as far as is known."""
+    known = f" ({', '.join(filter(None, who))})" if any(who) else ""
     return ConfigError(
-        f"{folder}: another process is writing here{who}. Wait for it, or give another --out.{hint}"
+        f"{folder}: another process is writing here{known}. Wait for it, or give another --out."
+        f"{hint}"
     )
 
 
@@ -118,7 +142,7 @@ def _busy(folder: Path, who: str = "", hint: str = "") -> ConfigError:
 def folder_lock(folder: Path) -> Iterator[None]:
     """Make `folder` and hold it for one writing process. Raise ConfigError where another process
     holds it or it cannot be written."""
-    with _hold(folder / ".lock", _TEST_SECONDS, _busy(folder)):
+    with _hold(folder / ".lock", _TEST_SECONDS, lambda holder: _busy(folder, holder)):
         yield
 
 
@@ -128,10 +152,13 @@ def short_lock(folder: Path) -> Iterator[None]:
     ConfigError where the folder cannot be written, MPDError where another process holds it for too
     long."""
     path = folder / ".lock"
-    refusal = MPDError(
-        f"{path}: held by another process for {_SHORT_LOCK_SECONDS:.0f} s. Is one stopped"
-        " (Ctrl-Z) or its node unreachable? End it, then run the same command again."
-    )
+
+    def refusal(holder: str) -> MPDError:
+        return MPDError(
+            f"{path}: held by {holder or 'another process'} for {_SHORT_LOCK_SECONDS:.0f} s. Is it"
+            " stopped (Ctrl-Z) or its node unreachable? End it, then run the same command again."
+        )
+
     with _hold(path, _SHORT_LOCK_SECONDS, refusal):
         yield
 
@@ -155,11 +182,12 @@ def part_lock(folder: Path, label: str, part: Part, if_alone: Callable[[], None]
             others = [path for path in own.parent.glob("*") if path != own]
             writing = [path for path in others if is_held(path)]
             sibling = re.compile(rf"{re.escape(label)}-\d+-of-{part.count}")
-            stranger = next((p.name for p in writing if not sibling.fullmatch(p.name)), None)
+            stranger = next((path for path in writing if not sibling.fullmatch(path.name)), None)
             if stranger is not None:
                 hint = " Parts of one stage run side by side if all have the same --num-shards."
-                raise _busy(folder, f" ({stranger})", hint)
-            stack.enter_context(_hold(own, _TEST_SECONDS, _busy(folder, f" ({own.name})")))
+                raise _busy(folder, stranger.name, _holder(stranger), hint=hint)
+            refusal = lambda holder: _busy(folder, own.name, holder)  # noqa: E731
+            stack.enter_context(_hold(own, _TEST_SECONDS, refusal))
             if not writing:
                 for dead in others:
                     dead.unlink()

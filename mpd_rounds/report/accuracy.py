@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from mpd_data.inspect import compare as comparison
 from mpd_data.inspect.stats import MARKERS
 from mpd_rounds.report import plots, queries
 from mpd_rounds.report.document import (
@@ -101,10 +102,12 @@ def _result_tables(
             points(paired.get("accuracy_difference"), paired.get("accuracy_difference_interval")),
             "{} [{}, {}]".format(*tokens),
             percent(paired.get("token_reduction"), paired.get("token_reduction_interval")),
-            _problems(side),
+            comparison.count_text(side),
             f"{side['samples']:,}",
         ])  # fmt: skip
     notes = dict.fromkeys(f"{labels[-1]}: {m.note}." for labels, m in lines if m.note is not None)
+    few = dict.fromkeys(comparison.too_few(measured.side) for _, measured in lines)
+    notes |= dict.fromkeys(f"{warning.capitalize()}." for warning in few if warning)
     yield Table(
         f"{name}: results",
         [*heads, "accuracy [95%]", "against base", "mean tokens [95%]", "saved [95%]", "problems",
@@ -132,14 +135,6 @@ def _result_tables(
         len(heads),
         _BEHAVIOUR if explained else "",
     )  # fmt: skip
-
-
-def _problems(side: dict[str, Any]) -> str:
-    """Return the number of problems, and of those that accuracy is measured on if these are
-    fewer."""
-    graded = side["graded"]
-    fewer = f", {graded:,} with gold answers" if graded < side["problems"] else ""
-    return f"{side['problems']:,}{fewer}"
 
 
 def _hard_tables(

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.files import write_json_atomic
 from mpd_data.config import RewriteConfig
-from mpd_data.inspect.compare import mean_accuracy, paired, per_problem
-from mpd_data.inspect.stats import collect, round_stats, scan_round
+from mpd_data.inspect.compare import mean_accuracy, paired, per_problem, too_few
+from mpd_data.inspect.stats import collect, quantile, round_stats, scan_round
 from mpd_rounds.report.run import read_metrics
 from mpd_rounds.study.study import Group, SettingRun, Study, StudyOutcome
 
@@ -101,7 +101,7 @@ def _figures(paths: list[Path], bases: list[Path], references: list[Path]) -> di
     tokens = pl.col("num_completion_tokens")
     median, p95 = collect(
         pl.concat(map(scan_round, paths)).select(
-            median=tokens.median(), p95=tokens.quantile(0.95, "nearest")
+            median=quantile(tokens, 0.5), p95=quantile(tokens, 0.95)
         )
     ).row(0)
     stats = [round_stats([path]) for path in paths]
@@ -199,10 +199,12 @@ def tables(group: Group, settings: list[dict[str, Any]]) -> list[str]:
     against = [_against(name, figures[sets[0]]) for name, figures in models]
     others = [_others(name, figures) for name, figures in models]
     behaviour = [_behaviour(name, figures[sets[0]]) for name, figures in models]
+    warning = too_few(models[0][1][sets[0]])
+    few = f" {warning.capitalize()}." if warning else ""
     return [
         f"Last round on `{sets[0]}`: mean over seeds (lowest to highest seed). The 95% intervals"
         f" against the base and against `{group.reference}` are paired over problems and hold the"
-        f" trained models fixed.\n\n{_markdown(against)}",
+        f" trained models fixed.{few}\n\n{_markdown(against)}",
         f"All evaluation sets: accuracy / mean tokens.\n\n{_markdown(others)}",
         f"Behaviour on `{sets[0]}`.\n\n{_markdown(behaviour)}",
         f"Costs, means over seeds.\n\n{_markdown(list(map(_costs, settings)))}",
