@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from conftest import (
     write_jsonl,
 )
 
+from mpd_data.cli import cli as gen_cli
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.inspect.compare import compare
 from mpd_data.store.round import RoundDir
@@ -333,6 +335,14 @@ def test_token_lists_are_not_read(copied, tmp_path):
     with pytest.raises(Exception):  # noqa: B017, whatever Polars makes of it
         rows(copied / "data" / "round1", "distill")
     assert report(copied, tmp_path / "after") == before
+
+
+def test_the_reports_command_writes_the_browser_of_its_traces(made, tmp_path):
+    text = report(made, tmp_path)["report.md"]
+    (line,) = re.findall("^mpd-gen (view .*)$", text, re.MULTILINE)
+    assert str(made / "eval" / "round1-test") in line
+    invoke(gen_cli, *shlex.split(line), "--out", tmp_path / "traces.html")
+    assert (tmp_path / "traces.html").stat().st_size > 10_000
 
 
 def test_hostile_text_stays_text(longer, tmp_path, browser):

@@ -1,5 +1,6 @@
 """The sections of a report, of one run or of several."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from mpd_rounds.report.card import data_card
 from mpd_rounds.report.data_and_training import funnel_tables, training_curves
 from mpd_rounds.report.document import (
     Block,
+    Code,
     Document,
     Examples,
     Notice,
@@ -245,6 +247,12 @@ def _rewrites(run: Run) -> Iterator[Block]:
         if rewrites := examples.kept_rewrites(folder):
             yield Examples(round_name(n).capitalize(), intro, rewrites)
             intro = ""
+    if not intro:
+        ends = _ends(run)
+        evaluations = ["--evaluations", *map(str, ends[:2])] if ends else []
+        words = ["mpd-gen", "view", *map(str, run.rounds.values()), *evaluations]
+        yield Paragraph("To see all rows, to filter them and to compare both models' samples:")
+        yield Code(shlex.join(words), "sh")
 
 
 def _ends(run: Run) -> tuple[Path, Path, str] | None:
