@@ -8,6 +8,7 @@ A notebook can query the shards without this module:
 
 import itertools
 import json
+import textwrap
 from collections.abc import Sequence
 from math import comb
 from pathlib import Path
@@ -30,6 +31,9 @@ SUPPORT_QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75)
 
 # Maximum bins of a histogram. The last bin begins below the largest 99th percentile of a round.
 BINS = 20
+
+# Most bins of a plot, and characters in a line of its labels.
+_PLOT_BINS, _PLOT_LABEL = 150, 28
 
 # Of `light` rollouts, as fractions.
 RATES = (
@@ -447,9 +451,10 @@ def rewrite_rates(folder: Path, max_overlap: float) -> tuple[float, float]:
 
 
 def plot_lengths(series: dict[str, Path], out: Path) -> None:
-    """Draw the distribution of completion tokens of each round in `series` (label -> folder) to
-    `out` (PNG, SVG or PDF by its ending). Raise ConfigError."""
+    """Draw the completion tokens of each round in `series` (label -> folder) to `out` (PNG, SVG or
+    PDF by its ending), a row for each, the first in grey. Raise ConfigError."""
     import matplotlib
+    import numpy as np
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -458,24 +463,34 @@ def plot_lengths(series: dict[str, Path], out: Path) -> None:
     for label, path in series.items():
         tokens = collect(scan_round(path).select("num_completion_tokens"))
         lengths[label] = tokens.to_series().to_numpy()
-    longest = max(values.max() for values in lengths.values())
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    colours = plt.get_cmap("viridis")
-    for i, (label, values) in enumerate(lengths.items()):
-        colour = colours(0.9 * i / max(len(lengths) - 1, 1))
-        for style, alpha in (("stepfilled", 0.35), ("step", 1)):
-            axes.hist(
-                values, bins=60, range=(0, longest), density=True, histtype=style, alpha=alpha,
-                color=colour,
-            )  # fmt: skip
-        axes.axvline(values.mean(), color=colour, linestyle="--", linewidth=1)
-        axes.plot([], [], color=colour, linewidth=6, label=f"{label}: mean {values.mean():.1f}")
-    axes.set_xlabel("trace tokens (dashed: mean)")
-    axes.set_ylabel("density")
-    axes.spines[["top", "right"]].set_visible(False)
-    for text in axes.legend(frameon=False).get_texts():
+    longest = int(max(values.max() for values in lengths.values()))
+    width = -(-(longest + 1) // _PLOT_BINS)
+    edges = np.arange(0, longest + 1 + width, width)
+    figure, axes = plt.subplots(
+        len(lengths), figsize=(8, 0.6 + 1.0 * len(lengths)), sharex=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for number, (axis, (label, values)) in enumerate(zip(axes[:, 0], lengths.items(), strict=True)):
+        colour = "#7d8590" if number == 0 and len(lengths) > 1 else "#1f5fa8"
+        counts, _ = np.histogram(values, edges)
+        axis.stairs(counts, edges, fill=True, color=colour, alpha=0.75)
+        mean, median = values.mean(), np.sort(values)[len(values) // 2]
+        axis.axvline(mean, color="#1a1d21", linewidth=1.2)
+        # Where there is room for the words: on the side that has less.
+        words, side = f" mean {mean:.1f}, median {median:.0f} ", mean > longest / 2
+        axis.annotate(
+            words, (mean, 0.93), xycoords=("data", "axes fraction"), fontsize=9, va="top",
+            ha="right" if side else "left",
+        )  # fmt: skip
         # Labels are data and may hold dollar signs.
-        text.set_parse_math(False)
+        name = textwrap.fill(label, _PLOT_LABEL)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", parse_math=False)
+        axis.set_yticks([])
+        axis.set_ylim(0, 1.25 * max(counts.max(), 1))
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    axes[-1, 0].set_xlabel("trace tokens")
+    axes[-1, 0].set_xlim(0, longest + width)
+    axes[-1, 0].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     try:
         figure.savefig(out, dpi=150)
     except (ValueError, OSError) as error:
