@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -61,6 +62,12 @@ def test_a_status_tells_work_from_silence_and_death(tmp_path, monkeypatch):
         shown.tick(3, lambda: (2, 31))
         said = writer(tmp_path)
         assert (said["rows"], said["tokens"], said["kept"]) == (1, 71, 1)
+        monkeypatch.setattr(status, "_SILENT_SECONDS", -1.0)
+        assert writer(tmp_path)["state"] == "silent"
+        # An old speed is none.
+        assert not re.search(
+            r"running|\d left", show_status(round_status(tmp_path)).splitlines()[-1]
+        )
         monkeypatch.setattr(status, "_STALLED_SECONDS", -1.0)
         assert writer(tmp_path)["state"] == "stalled"
         assert "stalled" in show_status(round_status(tmp_path))
@@ -68,6 +75,7 @@ def test_a_status_tells_work_from_silence_and_death(tmp_path, monkeypatch):
     assert writer(tmp_path)["state"] == "finished"
     path.write_text(report)
     assert writer(tmp_path)["state"] == "died"
+    assert "The same command as before goes on" in show_status(round_status(tmp_path))
 
 
 def test_the_status_of_a_training(tmp_path):

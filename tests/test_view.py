@@ -4,14 +4,16 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 from urllib.parse import quote
 
 import polars as pl
 import pytest
-from conftest import edit_rows, invoke, rows
+from conftest import STUDENT, edit_rows, invoke, rows
 
 from mpd_data.cli import cli
 from mpd_data.inspect.view import write_view
+from mpd_data.inspect.view.rows import rewrites_of
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202e\ud83d"
 SHOWN = "[...document.querySelectorAll('#list li')].map(line => line.dataset.key)"
@@ -77,7 +79,7 @@ def test_filters_and_order_are_those_of_the_rows(round_dir, opened):
     assert chosen(tab, status="ok", measure="ratio", order="up") == by_ratio
     middle = kept["ratio"].sort()[kept.height // 2]
     assert set(chosen(tab, least=middle)) == set(kept.filter(pl.col("ratio") >= middle)["row_id"])
-    assert chosen(tab, status="", measure="", least="", search="no such words") == []
+    assert chosen(tab, status="", measure="", search="no such words") == []
     assert "No row passes" in tab.inner_text("#row")
     drafts = rows(round_dir, "rollouts")
     right = drafts.filter(pl.col("is_correct"))["row_id"].implode()
@@ -99,8 +101,13 @@ def test_a_row_shows_its_traces_and_the_teachers_probabilities(round_dir, opened
     k = len(scored["topk_ids"]) // len(ids)
     at = next(i for i in range(1, len(ids)) if scored["topk_logprobs"][i * k] < -0.01)
     tab.locator(".token").nth(at).hover()
-    best = math.exp(-round(-10 * scored["topk_logprobs"][at * k]) / 10)
-    assert tab.inner_text("#token").splitlines()[1].startswith(f"{best:.3f}")
+    best = math.exp(scored["topk_logprobs"][at * k])
+    said = tab.inner_text("#token").splitlines()
+    assert float(said[1].split()[0]) == pytest.approx(best, abs=0.002)
+    assert sum(float(line.split()[0]) for line in said[1:]) <= 1.003
+    tab.keyboard.press("ArrowRight")
+    assert tab.inner_text("#token").splitlines() != said
+    assert tab.locator(".token.pinned").get_attribute("data-at") == str(at + 1)
 
 
 def test_answers_lost_stand_side_by_side(round_dir, opened):
@@ -113,6 +120,10 @@ def test_answers_lost_stand_side_by_side(round_dir, opened):
     assert (
         tab.locator(".trace .right").count() > tab.locator(".trace:nth-child(even) .right").count()
     )
+    assert re.search(r"lost: \d/4 right before, \d/4 after", tab.inner_text("h2"))
+    tab.reload()
+    tab.wait_for_selector("#list li")
+    assert tab.evaluate(SHOWN) == [f"pair-{prompt}" for prompt in sorted(lost)]
     assert chosen(tab, change="won") == []
 
 
@@ -122,6 +133,9 @@ def test_the_keyboard_steps_and_the_address_names_the_row(round_dir, opened):
     for key in ("j", "ArrowDown", "k"):
         tab.keyboard.press(key)
     assert tab.evaluate("location.hash") == f"#{keys[1]}"
+    for key, at in (("End", -1), ("Home", 0)):
+        tab.keyboard.press(key)
+        assert tab.evaluate("location.hash") == f"#{keys[at]}"
     assert tab.locator("[aria-selected=true][role=option]").count() == 1
     tab.keyboard.press("/")
     tab.keyboard.type("jk")
@@ -191,6 +205,23 @@ def test_a_round_whose_model_is_gone_is_shown_without_tokens(round_dir, tmp_path
     tab = browser.new_page()
     tab.goto((tmp_path / "t.html").as_uri())
     tab.wait_for_selector("#list li")
-    assert "Tokens are not shown" in tab.inner_text("#notes")
+    assert "Tokens are not shown: the student of the round, /no/such/model" in tab.inner_text(
+        "#notes"
+    )
     assert tab.locator(".colours").count() == 0
     tab.close()
+
+
+def test_a_round_is_shown_with_its_tokens_from_any_folder(round_dir, tmp_path, monkeypatch):
+    """Its record names the student relative to the folder where its command ran."""
+    place = tmp_path / "place"
+    folder = Path(shutil.copytree(round_dir, place / "data" / "round1"))
+    shutil.copytree(STUDENT, place / "models" / "student")
+    record = json.loads((folder / "run.json").read_text())
+    settings = record["stages"]["rollouts"]["details"]["config"]
+    settings |= {"model": "models/student", "out": "data/round1"}
+    (folder / "run.json").write_text(json.dumps(record))
+    monkeypatch.chdir(tmp_path)
+    found = rewrites_of(folder, 20)
+    assert found["note"] == ""
+    assert found["pieces"]

@@ -21,7 +21,9 @@ from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import kind_of, read_record, require_kind
 from mpd_data.store.schema import STAGES
 
-_AT_WORK = ("starting", "running", "stalled")
+_AT_WORK = ("starting", "running", "silent", "stalled")
+# A process that works reports every two seconds, and after each step of its engine.
+_SILENT_SECONDS = 30.0
 # A process that made no token, or no step, for this long is called stalled. A step of a large model
 # on a CPU takes minutes.
 _STALLED_SECONDS = 600.0
@@ -53,8 +55,8 @@ def is_at_work(status: dict[str, Any]) -> bool:
 def round_status(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Return `stages`, the committed and requested rows of each stage of the round at `path`, and
     `writers`, the last report of each process that writes or wrote there. The state of a writer is
-    "died" if it reported work and no longer holds its lock, and "stalled" if it holds it and makes
-    no tokens.
+    "died" if it reported work and no longer holds its lock; "silent" if it holds it and has not
+    reported for a while; "stalled" if it has made no tokens for long.
 
     Only manifests and status files are read. Raise ConfigError if there is no round, DataError for
     a damaged file.
@@ -71,6 +73,8 @@ def round_status(path: Path) -> dict[str, list[dict[str, Any]]]:
         quiet = report.get("quiet_seconds", 0.0) + heard
         if report["state"] == "running" and quiet > _STALLED_SECONDS:
             report["state"] = "stalled"
+        elif report["state"] == "running" and heard > _SILENT_SECONDS:
+            report["state"] = "silent"
         writers.append({"writer": file.stem, **report, "heard": heard})
     stages = []
     for stage in STAGES:
@@ -89,7 +93,10 @@ def round_status(path: Path) -> dict[str, list[dict[str, Any]]]:
             }
         )
     if not stages and not writers:
-        raise ConfigError(f"{path}: no round here. Give the --out of mpd-gen rollouts.")
+        raise ConfigError(
+            f"{path}: no round here, no training and no run. Give the --out of mpd-gen rollouts,"
+            " mpd-train, mpd-rounds or mpd-study."
+        )
     return {"stages": stages, "writers": writers}
 
 
@@ -160,6 +167,7 @@ class _Planned(Record):
 
 
 class _FinishedStep(Record):
+    label: str
     command: list[str]
     seconds: float = 0.0
 
@@ -171,17 +179,21 @@ def pipeline_status(path: Path) -> dict[str, Any]:
     labels that have none in `not_estimated`."""
     planned_file, finished_file = path / "steps.json", path / "finished.jsonl"
     remedy = "Run mpd-rounds again: it writes the file anew."
-    try:
-        planned = read_json(planned_file, remedy)
-    except FileNotFoundError as error:
-        runs = sorted(str(file.parent) for file in path.glob("seed*/steps.json"))
-        hint = f"Give one of its seeds: {', '.join(runs)}." if runs else "Run mpd-rounds on it."
-        raise ConfigError(f"{path}: no steps are recorded here. {hint}") from error
-    require(_Planned, planned, str(planned_file), remedy)
     finished = read_json_lines(finished_file, "Remove the line.")
     for number, line in enumerate(finished, start=1):
         place = f"{finished_file}, line {number}: not a finished step"
         require(_FinishedStep, line, place, "Remove the line.")
+    try:
+        planned = read_json(planned_file, remedy)
+    except FileNotFoundError as error:
+        if runs := sorted(str(file.parent) for file in path.glob("seed*/finished.jsonl")):
+            hint = f"Give the runs of its seeds: {' '.join(runs)}"
+            raise ConfigError(f"{path}: a run with several seeds. {hint}") from error
+        # Of an earlier version, which did not record what is still to come.
+        steps = [{"label": line["label"], "folder": ".", "command": line["command"]}
+                 for line in finished]  # fmt: skip
+        planned = {"steps": steps}
+    require(_Planned, planned, str(planned_file), remedy)
     took = {tuple(line["command"]): line.get("seconds", 0.0) for line in finished}
     is_alive = is_held(path / ".lock")
     steps = [
@@ -198,8 +210,8 @@ def pipeline_status(path: Path) -> dict[str, Any]:
 def _has_ended(path: Path) -> bool:
     """Return whether the last start of a pipeline came to its summary: its gate may have left out
     the last rounds."""
-    summary = path / "summary.json"
-    started = (path / "steps.json").stat().st_mtime_ns
+    summary, steps = path / "summary.json", path / "steps.json"
+    started = steps.stat().st_mtime_ns if steps.exists() else 0
     return summary.exists() and summary.stat().st_mtime_ns >= started
 
 
@@ -268,6 +280,8 @@ def show_status(status: dict[str, Any]) -> str:
         parts.append(f"{len(status['writers']) - len(writers)} writers have finished.")
     if writers:
         parts.append(format_table([_cells(report) for report in writers]))
+    if not is_at_work(status) and any(report["state"] != "finished" for report in writers):
+        parts.append(_RESUME)
     return "\n\n".join(parts)
 
 
@@ -291,6 +305,8 @@ def _show_steps(status: dict[str, Any]) -> str:
         for step in shown
     ]
     parts = [head, format_table(rows)] if rows else [head]
+    if status["state"] == "stopped":
+        parts.append(_RESUME)
     at_work = [(step["label"], report) for step in steps for report in step["at_work"]]
     for is_round in (True, False):
         cells = [
@@ -321,27 +337,27 @@ def _cells(report: dict[str, Any]) -> dict[str, Any]:
     """Return a writer's line of the table."""
     rows, running = report["rows"], report.get("running")
     in_flight = f"{report['in_flight']:,}"
-    is_running = report["state"] == "running"
+    state = report["state"]
+    is_running, is_alive = state == "running", state in _AT_WORK
     quiet = report.get("quiet_seconds", 0.0) + report["heard"]
     failed = f", {report['failed']:,} failed" if report["failed"] else ""
     kept = report.get("kept")
     return {
         "writer": report["writer"],
-        "state": report["state"],
+        "state": state,
         "rows": f"{_bar(rows, report['total'])}{_of(rows, report['total'])}{failed}",
         "tokens": report["tokens"],
         "tok/s": round(report["recent_tokens_per_second"]) if is_running else None,
-        "running": in_flight if running is None else f"{running:,} of {in_flight}",
+        "running": (in_flight if running is None else f"{running:,} of {in_flight}")
+        if is_running
+        else None,
         "cut off": report["truncated"],
         "kept": kept,
         "GiB": report.get("memory_gib"),
         "left": _left(report),
         # What a process that starts or has ended says of itself does not grow old.
-        "last token": f"{_duration(quiet)} ago"
-        if is_running or report["state"] == "stalled"
-        else None,
+        "last token": f"{_duration(quiet)} ago" if is_alive and state != "starting" else None,
         "process": f"{report['host']}:{report['pid']}",
-        "last report": f"{_duration(report['heard'])} ago",
     }
 
 
@@ -362,6 +378,7 @@ def _bar(done: int, total: int | None) -> str:
 
 
 _BAR = 10
+_RESUME = "Nothing works here. The same command as before goes on where it stopped."
 
 
 def _duration(seconds: float) -> str:

@@ -20,8 +20,9 @@ const REASONS = {
   not_chosen: "another candidate was chosen",
 };
 const MEASURES = {
-  "": ["order of the keys", () => null],
+  "": ["nothing", () => null],
   ratio: ["length ratio", (row) => row.x.compression_ratio],
+  saved: ["tokens saved", (row) => (row.t === null ? null : row.n - row.t)],
   rewrite: ["tokens of the rewrite", (row) => row.t],
   draft: ["tokens of the draft", (row) => row.n],
   overlap: ["share copied from the draft", (row) => row.x.draft_overlap],
@@ -29,9 +30,12 @@ const MEASURES = {
   support: ["support of the answer", (row) => row.x.answer_support],
   step: ["weakest step", (row) => row.x.weakest_step],
   pass: ["student's pass rate", (row) => row.x.pass_rate],
-  surprise: ["teacher's mean −ln p", (row) => row.v && meanOf(row.v.q)],
-  worst: ["teacher's largest −ln p", (row) => row.v && Math.max(...row.v.q.map(tenth))],
+  surprise: ["teacher's surprise: mean −ln p", (row) => row.v && meanOf(row.v.q)],
+  worst: ["teacher's surprise: largest −ln p", (row) => row.v && Math.max(...row.v.q.map(nats))],
+  entropy: ["teacher's largest entropy", (row) => row.v && Math.max(...row.v.h) / 100],
 };
+// What is known of a row, by the names that the filters use.
+const NAMES = { compression_ratio: "length ratio", draft_overlap: "share copied from the draft", pass_rate: "student's pass rate", answer_support: "support of the answer", weakest_step: "weakest step" };
 const VERDICTS = {
   "": ["any", () => true],
   kept: ["draft right, rewrite right", (row) => row.o === true && row.k === true],
@@ -46,14 +50,14 @@ const CHANGES = {
   "": ["all problems", () => true],
   lost: ["answers lost", (pair) => pair.c < 0],
   won: ["answers won", (pair) => pair.c > 0],
-  same: ["neither", (pair) => pair.c === 0],
+  same: ["unchanged", (pair) => pair.c === 0],
 };
 const MOST_VALUES = 60; // of a metadata key that becomes a filter
 const MOST_CELLS = 4e6; // of a comparison of two traces
 
 const byId = (id) => document.getElementById(id);
-const tenth = (q) => (q < 0 ? 0 : q / 10);
-const meanOf = (q) => q.reduce((sum, value) => sum + tenth(value), 0) / Math.max(q.length, 1);
+const nats = (q) => (q < 0 ? 0 : q / 1000);
+const meanOf = (q) => q.reduce((sum, value) => sum + nats(value), 0) / Math.max(q.length, 1);
 
 function element(tag, content, properties = {}) {
   const made = document.createElement(tag);
@@ -138,7 +142,7 @@ class Page {
       round.total > round.rows.length ? `${round.name}: ${round.rows.length.toLocaleString("en")} of ${round.total.toLocaleString("en")} rows.` : "",
       round.note,
     ]);
-    byId("notes").textContent = notes.filter(Boolean).join(" ");
+    this.notes = notes.filter(Boolean);
     const tabs = [["rewrites", "Drafts and rewrites", this.rows], ["pairs", "Before and after", this.pairs]];
     for (const [mode, label, items] of tabs) {
       if (!items.length) continue;
@@ -149,6 +153,8 @@ class Page {
     byId("filters").addEventListener("input", (event) => {
       // Who sorts wants to see what comes first.
       if (/^(measure|order)$/.test(event.target.name)) this.current = this.deselected();
+      // Bounds of one measure mean nothing for another.
+      if (event.target.name === "measure") for (const name of ["least", "most"]) byId("filters").elements[name].value = "";
       this.filter();
     });
     byId("filters").addEventListener("submit", (event) => event.preventDefault());
@@ -158,30 +164,43 @@ class Page {
     });
     document.addEventListener("keydown", (event) => this.press(event));
     window.addEventListener("hashchange", () => this.follow());
+    const asked = location.hash;
     if (!this.rows.length && !this.pairs.length) byId("count").textContent = "There are no rows.";
-    else if (!this.follow()) this.show(this.rows.length ? "rewrites" : "pairs");
+    else if (!this.follow()) {
+      if (asked.length > 1) this.notes.push(`The row of this address is not on the page: ${asked}`);
+      this.show(this.rows.length ? "rewrites" : "pairs");
+    }
+    byId("notes").textContent = printable(this.notes.join(" "));
   }
 
   get items() {
     return this.mode === "pairs" ? this.pairs : this.rows;
   }
 
-  // Show the row that the page's address names. Return whether there is one.
+  // Show the row that the page's address names, among those that pass its filters. Return whether
+  // there is one.
   follow() {
-    const key = decodeURIComponent(location.hash.slice(1));
+    const [first, ...rest] = location.hash.slice(1).split("&");
+    const key = decodeURIComponent(first);
     const row = [...this.rows, ...this.pairs].find((item) => item.key === key);
     if (!row) return false;
     if (this.current && this.current.key === key) return true;
     const mode = row.isPair ? "pairs" : "rewrites";
-    if (this.mode !== mode || !this.shown.includes(row)) this.show(mode);
+    if (this.mode !== mode || !this.shown.includes(row)) this.show(mode, new URLSearchParams(rest.join("&")));
+    if (!this.shown.includes(row)) this.show(mode);
     this.choose(this.shown.indexOf(row));
     return true;
   }
 
-  show(mode) {
+  show(mode, given = []) {
     this.mode = mode;
     for (const tab of byId("tabs").children) tab.setAttribute("aria-selected", tab.id === `tab-${mode}`);
     byId("filters").replaceChildren(...this.controls());
+    for (const [name, value] of given) {
+      const field = byId("filters").elements[name];
+      if (field) field.value = value;
+    }
+    byId("list").scrollTop = 0;
     this.filter();
   }
 
@@ -192,7 +211,8 @@ class Page {
 
   controls() {
     const items = this.items, made = [];
-    made.push(element("label", ["Search", element("input", [], { type: "search", name: "search", placeholder: "problem, draft, rewrite" })]));
+    const sought = this.mode === "pairs" ? "problem, samples" : "problem, traces";
+    made.push(element("label", ["Search", element("input", [], { type: "search", name: "search", placeholder: sought })]));
     if (this.mode === "pairs") {
       const count = (test) => items.filter(test).length.toLocaleString("en");
       made.push(this.select("change", "Answers", Object.entries(CHANGES).map(([value, [text, test]]) => [value, `${text} (${count(test)})`])));
@@ -206,7 +226,7 @@ class Page {
       const usable = Object.entries(MEASURES).filter(([name, [, of]]) => !name || items.some((row) => Number.isFinite(of(row))));
       made.push(this.select("measure", "Sort by", usable.map(([value, [text]]) => [value, text])));
       made.push(this.select("order", "Order", [["up", "smallest first"], ["down", "largest first"]]));
-      for (const [name, label] of [["least", "From"], ["most", "To"]]) made.push(element("label", [label, element("input", [], { type: "number", name, step: "any" })]));
+      for (const [name, label] of [["least", "At least"], ["most", "At most"]]) made.push(element("label", [label, element("input", [], { type: "number", name, step: "any" })]));
     }
     for (const name of new Set(items.flatMap((row) => Object.keys(row.m)))) {
       const values = [...new Set(items.map((row) => row.m[name]).filter((value) => value !== undefined).map(String))].sort();
@@ -223,6 +243,10 @@ class Page {
     const most = given("most") === "" ? Infinity : Number(given("most"));
     const bounded = least > -Infinity || most < Infinity;
     const metadata = [...form].filter(([name, value]) => name.startsWith("meta:") && value);
+    for (const name of ["least", "most", "order"]) {
+      const field = byId("filters").elements[name];
+      if (field) field.disabled = !given("measure");
+    }
     const isShown = (row) => {
       if (this.mode === "pairs" ? !isOf(row) : !isRight(row)) return false;
       if (given("status") && row.s !== given("status")) return false;
@@ -235,7 +259,10 @@ class Page {
       return !words || this.textOf(row).includes(words);
     };
     this.shown = this.items.filter(isShown);
-    if (given("measure")) {
+    if (this.mode === "pairs" && given("change")) {
+      // The largest change first.
+      this.shown.sort((a, b) => Math.abs(b.c) - Math.abs(a.c));
+    } else if (given("measure")) {
       const sign = given("order") === "down" ? -1 : 1, last = (value) => (Number.isFinite(value) ? 0 : 1);
       this.shown = this.shown.map((row) => [measure(row), row])
         .sort(([a], [b]) => last(a) - last(b) || sign * (a - b)).map(([, row]) => row);
@@ -244,7 +271,7 @@ class Page {
     const of = this.items.length.toLocaleString("en");
     byId("count").textContent = `${this.shown.length.toLocaleString("en")} of ${of} ${this.mode === "pairs" ? "problems" : "rows"}`;
     const kept = this.shown.indexOf(this.current);
-    if (this.shown.length) this.choose(Math.max(kept, 0), false);
+    if (this.shown.length) this.choose(Math.max(kept, 0));
     else byId("row").replaceChildren(element("p", "No row passes these filters."));
   }
 
@@ -256,8 +283,8 @@ class Page {
   line(row) {
     if (row.line) return row.line;
     const head = row.isPair
-      ? [row.c === null ? "no gold answer" : row.c < 0 ? "lost" : row.c > 0 ? "won" : "same", `${mean(row.b)} → ${mean(row.a)}`]
-      : [row.s, row.t === null ? `${row.n}` : `${row.n} → ${row.t}`];
+      ? [`${changeOf(row)}${row.c === null ? "" : ` ${right(row.b)} → ${right(row.a)}`}`, `${mean(row.b)} → ${mean(row.a)} tokens`]
+      : [row.s, `${row.t === null ? row.n : `${row.n} → ${row.t}`} tokens`];
     const line = element("li", [
       element("div", head.map((text) => element("span", text)), { className: "head" }),
       element("div", printable(row.f).slice(0, 160), { className: "text" }),
@@ -279,7 +306,9 @@ class Page {
     this.current.line.setAttribute("aria-selected", "true");
     byId("list").setAttribute("aria-activedescendant", this.current.line.id);
     if (scroll) this.current.line.scrollIntoView({ block: "nearest" });
-    history.replaceState(null, "", `#${encodeURIComponent(this.current.key)}`);
+    const given = new URLSearchParams([...new FormData(byId("filters"))].filter(([name, value]) => value && name !== "order"));
+    if (given.has("measure")) given.set("order", byId("filters").elements.order.value);
+    history.replaceState(null, "", `#${encodeURIComponent(this.current.key)}${given.size ? `&${given}` : ""}`);
     this.draw();
   }
 
@@ -315,12 +344,16 @@ class Page {
       traces.push(this.trace("rewrite", row.k, facts.filter(Boolean).join(" · "), isColoured ? this.tokens(row.v, round.pieces) : after));
     }
     parts.push(element("div", traces, { className: "traces" }));
-    if (row.v && this.colour !== "difference") parts.push(element("p", "Point at a token: what the teacher would have written there.", { id: "token" }));
+    if (row.v && this.colour !== "difference") {
+      const meaning = this.colour === "entropy" ? "The darker a token, the less sure the teacher was there" : "The darker a token, the less likely the teacher finds it";
+      parts.push(element("p", `${meaning} (darkest: ${this.colour === "entropy" ? "1 nat" : "13%"} and ${this.colour === "entropy" ? "more" : "less"}). Point at one, or press ← and →: what the teacher would have written.`, { id: "token", "aria-live": "polite" }));
+    }
+    if (row.w !== null && !row.v && !round.note) parts.push(element("p", "It was not kept, so the teacher did not score its tokens.", { className: "facts" }));
     const known = { ...row.m, ...row.x };
     if (row.a !== null && row.a !== undefined) known["keeps the draft's answer"] = row.a ? "yes" : "no";
     known.row = row.i;
     known.prompt = row.p;
-    const lines = Object.entries(known).filter(([, value]) => value !== null).flatMap(([name, value]) => [element("dt", printable(name.replaceAll("_", " "))), element("dd", printable(value))]);
+    const lines = Object.entries(known).filter(([, value]) => value !== null).flatMap(([name, value]) => [element("dt", printable(NAMES[name] ?? name.replaceAll("_", " "))), element("dd", printable(value))]);
     parts.push(element("dl", lines));
     const limits = Object.entries(round.limits).filter(([, value]) => value !== null).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`);
     if (limits.length) parts.push(element("p", `Filters: ${limits.join(", ")}`, { className: "facts" }));
@@ -333,7 +366,7 @@ class Page {
     const [base, now] = [side(row.b, "before"), side(row.a, "after")];
     const traces = [];
     for (let i = 0; i < Math.max(base.length, now.length); i++) traces.push(base[i] || element("div", ""), now[i] || element("div", ""));
-    const change = row.c === null ? "no gold answer" : row.c < 0 ? "answers lost" : row.c > 0 ? "answers won" : "as many right answers as before";
+    const change = row.c === null ? "no gold answer" : `${changeOf(row)}: ${right(row.b)} right before, ${right(row.a)} after`;
     return [element("h2", change), element("p", `before: ${this.names[0]} · after: ${this.names[1]}`, { className: "facts" }), ...this.question(row), element("div", traces, { className: "traces" })];
   }
 
@@ -344,9 +377,11 @@ class Page {
 
   tokens(values, pieces) {
     const show = (id) => JSON.stringify(pieces[id] ?? `<${id}>`);
-    const chance = (q) => (q < 0 ? "below those stored" : Math.exp(-q / 10).toFixed(3));
+    const chance = (q) => (q < 0 ? "below those stored" : Math.exp(-nats(q)).toFixed(3));
     const spans = values.ids.map((id, at) => {
-      const heat = this.colour === "entropy" ? values.h[at] / 200 : values.q[at] < 0 ? 1 : Math.min(values.q[at] / 40, 1);
+      // The root makes a small doubt visible.
+      const doubt = this.colour === "entropy" ? values.h[at] / 100 : values.q[at] < 0 ? 1 : nats(values.q[at]) / 2;
+      const heat = Math.sqrt(Math.max(doubt, 0));
       const piece = pieces[id] ?? `<${id}>`;
       // A token's text is known as it stands after another.
       const span = element("span", printable(at ? piece : piece.trimStart()), { className: "token" });
@@ -355,8 +390,7 @@ class Page {
       return span;
     });
     const box = element("span", spans);
-    const tell = (event) => {
-      const span = event.target.closest(".token");
+    const tell = (span) => {
       if (!span) return;
       const at = Number(span.dataset.at), best = values.top[at], lines = [];
       for (let i = 0; i < best.length; i += 2) lines.push(`${chance(best[i + 1])}  ${printable(show(best[i]))}`);
@@ -364,8 +398,11 @@ class Page {
       for (const other of box.querySelectorAll(".pinned")) other.classList.remove("pinned");
       span.classList.add("pinned");
     };
-    box.addEventListener("mouseover", tell);
-    box.addEventListener("click", tell);
+    for (const kind of ["mouseover", "click"]) box.addEventListener(kind, (event) => tell(event.target.closest(".token")));
+    this.step = (by) => {
+      const pinned = box.querySelector(".pinned"), at = pinned ? spans.indexOf(pinned) + by : 0;
+      tell(spans[Math.min(Math.max(at, 0), spans.length - 1)]);
+    };
     return [box];
   }
 
@@ -377,6 +414,9 @@ class Page {
     const inList = event.target.id === "list";
     if (event.key === "j" || (inList && event.key === "ArrowDown")) this.choose(at + 1);
     else if (event.key === "k" || (inList && event.key === "ArrowUp")) this.choose(at - 1);
+    else if (inList && event.key === "Home") this.choose(0);
+    else if (inList && event.key === "End") this.choose(this.shown.length - 1);
+    else if (/^Arrow(Left|Right)$/.test(event.key) && byId("token")) this.step(event.key === "ArrowLeft" ? -1 : 1);
     else if (event.key === "/") byId("filters").elements.search.focus();
     else if (event.key === "t" && this.current && this.current.v) {
       this.colour = { difference: "probability", probability: "entropy", entropy: "difference" }[this.colour];
@@ -386,6 +426,15 @@ class Page {
   }
 }
 
+function right(samples) {
+  return `${samples.filter((sample) => sample.o).length}/${samples.length}`;
+}
+
+function changeOf(pair) {
+  return pair.c === null ? "no gold answer" : pair.c < 0 ? "lost" : pair.c > 0 ? "won" : "unchanged";
+}
+
+// The mean number of tokens.
 function mean(samples) {
   return Math.round(samples.reduce((sum, sample) => sum + sample.n, 0) / samples.length);
 }

@@ -4,6 +4,7 @@ import base64
 import gzip
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -30,6 +31,9 @@ def write_view(
         "pairs": [] if evaluations is None else pairs_of(*evaluations, rows),
         "names": [str(path) for path in evaluations or ()],
     }
+    for shown in data["rounds"]:
+        if shown["note"]:
+            print(f"{shown['name']}: {shown['note']}", file=sys.stderr)
     with atomic_file(out) as file:
         file.write(render(data))
 

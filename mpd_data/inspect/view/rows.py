@@ -6,8 +6,8 @@ Names are short, since they are repeated for each row. page.js reads them:
     g gold answer   m metadata      d draft         w rewrite       o whether the draft is right
     k whether the rewrite is right  a whether it keeps the draft's answer
     n tokens of the draft           t tokens of the rewrite         x what else is known, by name
-    v the rewrite's tokens: `ids`, `q` (of each: -10 ln p under the teacher; -1: not in its top K),
-      `h` (100 times the entropy of its distribution) and `top` (ids and -10 ln p of the best)
+    v the rewrite's tokens: `ids`, `q` (of each: -1000 ln p under the teacher; -1: not in its top
+      K), `h` (100 times the entropy of its distribution) and `top` (ids and -1000 ln p of the best)
 """
 
 import json
@@ -187,17 +187,17 @@ def _tokens(row: dict[str, Any]) -> dict[str, Any]:
     terms = np.where(mass > 0, mass * np.where(mass > 0, logs, 0.0), 0.0)
     return {
         "ids": ids.tolist(),
-        "q": [-1 if value == np.inf else _tenths(value) for value in chosen],
+        "q": [-1 if value == np.inf else _thousandths(value) for value in chosen],
         "h": np.rint(-100 * terms.sum(1)).astype(int).tolist(),
         "top": [
-            [part for pair in zip(of, map(_tenths, at), strict=True) for part in pair]
+            [part for pair in zip(of, map(_thousandths, at), strict=True) for part in pair]
             for of, at in zip(top_ids[:, :_BEST].tolist(), top[:, :_BEST].tolist(), strict=True)
         ],
     }
 
 
-def _tenths(logprob: float) -> int:
-    return min(round(-10 * logprob), 999) if np.isfinite(logprob) else 999
+def _thousandths(logprob: float) -> int:
+    return min(round(-1000 * logprob), 99_999) if np.isfinite(logprob) else 99_999
 
 
 def _spelling(folder: Path) -> tuple[Spelling | None, str]:
@@ -208,14 +208,26 @@ def _spelling(folder: Path) -> tuple[Spelling | None, str]:
     if not isinstance(name, str):
         return None, "The round does not say which model sampled it, so tokens are not shown."
     try:
-        files = resolve_model(name, config.get("revision"), weights=False)
+        path = _where_it_ran(folder, config, name)
+        files = resolve_model(path, config.get("revision"), weights=False)
         tokenizer = load_tokenizer(files)
-    except ConfigError as error:
-        return None, f"Tokens are not shown: {error}"
+    except ConfigError:
+        return None, f"Tokens are not shown: the student of the round, {name}, is not here."
     saved = read_metadata(RoundDir(folder).shard_paths("distill")[0]).get("tokenizer")
     if saved != tokenizer_hash(tokenizer):
         return None, f"Tokens are not shown: the tokenizer of {name} is not the round's any more."
     return Spelling(tokenizer), ""
+
+
+def _where_it_ran(folder: Path, config: dict[str, Any], name: str) -> str:
+    """Return the path of a model that the round names relative to where its command ran: that is
+    known where `folder` ends with the round's own --out."""
+    out = Path(str(config.get("out", ""))).parts
+    here = folder.resolve().parts
+    if not out or here[-len(out) :] != out:
+        return name
+    there = Path(*here[: -len(out)]) / name
+    return str(there) if there.is_dir() else name
 
 
 def _spell(tokens: dict[str, Any], spelling: Spelling, pieces: dict[int, str]) -> None:
