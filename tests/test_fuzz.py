@@ -212,7 +212,7 @@ def content_of(folder, stage):
 
 # -- rounds -----------------------------------------------------------------------------------
 
-INSPECTIONS = ("stats", "stats --json", "stats --by", "validate", "compare", "status")
+INSPECTIONS = ("stats", "stats --json", "stats --by", "validate", "compare", "status", "view")
 
 
 @fuzz(0.4)
@@ -244,6 +244,7 @@ def test_a_damaged_round_is_inspected(draw, folder):
         "validate": [round_],
         "compare": draw(st.permutations([round_, SOUND])),
         "status": [round_, *draw(st.sampled_from([[], ["--json"]]))],
+        "view": [round_, "--evaluations", round_, SOUND, "--out", folder / "traces.html"],
     }[command]
     ended = call("mpd-gen", command.split()[0], *arguments, names=[*names, round_])
     assert files_of(round_, set()) == before, "it only reads"
@@ -445,6 +446,7 @@ def test_a_damaged_training_goes_on(draw, folder):
         ("mpd-train", *TRAINING, "--shards", SOUND, "--out", out),
         ("mpd-export", out, "--out", folder / "model", "--student", STUDENT),
         ("mpd-report", out, "--out", folder / "report"),
+        ("mpd-gen", "status", out),
     ]))  # fmt: skip
     ended = call(*words, names=["training", "step-"])
     if words[0] == "mpd-train" and "--dry-run" not in words and not ended.code:

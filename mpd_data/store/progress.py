@@ -34,10 +34,9 @@ class _Report(Record):
     recent_tokens_per_second: float
     in_flight: int
     seconds_left: float | None = Field(ge=0)
+    tokens: int = Field(ge=0)
+    truncated: int = Field(ge=0)
     # Reports of earlier versions lack these.
-    tokens: int = 0
-    truncated: int = 0
-    tokens_per_second: float = 0.0
     running: int | None = None
     kept: int | None = None
     quiet_seconds: float = Field(0.0, ge=0)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from mpd_data.common.errors import ConfigError
+from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.models import load_tokenizer, resolve_model, tokenizer_hash
 from mpd_data.inspect.stats import collect, scan, scan_round
 from mpd_data.prompts.special import Spelling
@@ -69,7 +69,7 @@ def rewrites_of(folder: Path, count: int) -> dict[str, Any]:
         scored = {row["row_id"]: row for row in _of(distill, kept, _SCORED)}
         for row in rows:
             if row["i"] in scored and scored[row["i"]]["topk_ids"]:
-                row["v"] = _tokens(scored[row["i"]])
+                row["v"] = _tokens(scored[row["i"]], f"{folder}/distill")
                 _spell(row["v"], spelling, pieces)
     limits = read_metadata(RoundDir(folder).shard_paths("distill")[0]).get("filters") or {}
     return {"rows": rows, "total": total, "limits": limits, "pieces": pieces, "note": note}
@@ -139,8 +139,14 @@ def _metadata(row: dict[str, Any]) -> dict[str, Any]:
         values = json.loads(row.get("metadata") or "{}")
     except ValueError:
         return {}
-    plain = (str, int, float, bool)
-    return {k: v for k, v in values.items() if isinstance(v, plain)} if values else {}
+    if not isinstance(values, dict):
+        return {}
+    # NaN is no JSON.
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, str | int) or (isinstance(value, float) and np.isfinite(value))
+    }
 
 
 def _draft(row: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +181,17 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or not np.isfinite(value) else round(value, 3)
 
 
-def _tokens(row: dict[str, Any]) -> dict[str, Any]:
+def _tokens(row: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return what the page shows of a scored row. Raise DataError where scores and tokens do not
+    belong together."""
+    counts = [len(row[name] or ()) for name in ("topk_ids", "topk_logprobs", "tail_logprobs")]
+    n = len((row["input_ids"] or ())[row["loss_start"] or 0 :])
+    is_whole = n and counts[0] == counts[1] and counts[0] % n == 0 and counts[2] == n
+    if not is_whole or None in (*row["input_ids"], *row["topk_ids"], *row["topk_logprobs"]):
+        raise DataError(
+            f"{source}: the scores of row {row['row_id']} do not fit its tokens. mpd-gen validate"
+            " says what is damaged."
+        )
     ids = np.asarray(row["input_ids"][row["loss_start"] :])
     top_ids = np.asarray(row["topk_ids"]).reshape(len(ids), -1)
     top = np.asarray(row["topk_logprobs"], dtype=np.float64).reshape(len(ids), -1)
@@ -202,8 +218,8 @@ def _thousandths(logprob: float) -> int:
 
 def _spelling(folder: Path) -> tuple[Spelling | None, str]:
     """Return what spells the round's tokens, or why there is none."""
-    info = RoundDir(folder).run_info()
-    config = info["stages"]["rollouts"]["details"].get("config", {})
+    stages = RoundDir(folder).run_info().get("stages", {})
+    config = stages.get("rollouts", {}).get("details", {}).get("config", {})
     name = config.get("model")
     if not isinstance(name, str):
         return None, "The round does not say which model sampled it, so tokens are not shown."
@@ -233,7 +249,7 @@ def _where_it_ran(folder: Path, config: dict[str, Any], name: str) -> str:
 def _spell(tokens: dict[str, Any], spelling: Spelling, pieces: dict[int, str]) -> None:
     """Add the text of ids that are not known yet, each as it stands after another token."""
     for before, token in _neighbours(tokens):
-        if token not in pieces:
+        if token not in pieces and min(before, token) >= 0:
             first, both = spelling.decode([before]), spelling.decode([before, token])
             pieces[token] = both[len(first) :] if both.startswith(first) else both
 
