@@ -191,6 +191,8 @@ def test_mlflow_holds_the_metrics_and_a_resumed_training_goes_on_in_its_run(roun
     if not (MLFLOW / "mlflow").exists():
         how = "no mlflow: make build/mlflow/.installed"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(how)
+    # What it needs besides comes with vLLM.
+    pytest.importorskip("opentelemetry.proto")
     out, store = tmp_path / "run", tmp_path / "mlflow"
     options = config(round_dir, out, "mlflow").model_dump(mode="json")
     told = {"MLFLOW_TRACKING_URI": store.as_uri(), "MLFLOW_EXPERIMENT_NAME": "team"}
