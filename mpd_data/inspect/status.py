@@ -219,13 +219,12 @@ def _step_status(path: Path, step: dict[str, Any], seconds: float | None) -> dic
     """Return the status of a step that took `seconds`, None where it has not finished."""
     folder, program = path / step["folder"], step["command"]
     state, at_work = "waiting" if seconds is None else "finished", []
-    if not (folder / "run.json").exists():
-        pass
-    elif program[0] == "mpd-train":
+    has_begun = (folder / "run.json").exists()
+    if has_begun and program[0] == "mpd-train":
         found = training_status(folder)
         if seconds is None:
             state, at_work = found["state"], [found] if is_at_work(found) else []
-    else:
+    elif has_begun:
         # The second pass over rewrites is a part of its step.
         names = (program[1], "refilter") if program[1] == "rewrite" else (program[1],)
         own = [w for w in round_status(folder)["writers"] if w["writer"].startswith(names)]
