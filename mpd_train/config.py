@@ -42,11 +42,17 @@ class LossConfig(Strict):
     targets: Literal["problem", "rewrite", "mixed", "masked"] | None = None
     """Which of the teacher's distributions to learn, of rewrites that were scored in both contexts:
     that under the problem or the rewrite prompt; mixed: that under the problem where the draft gave
-    a token away, elsewhere that under the rewrite prompt; masked: that under the rewrite prompt,
-    without the tokens given away. Default: problem; with one score context, that one."""
+    a number away, elsewhere that under the rewrite prompt; masked: that under the rewrite prompt,
+    without the numbers given away. Default: problem; with one score context, that one."""
     leak_nats: float | None = Field(None, gt=0)
-    """The draft gave a token away if it raises the log-probability that the teacher gives the token
-    by more than this, in nats. For mixed and masked targets. Default: 1."""
+    """The draft gave a number away if it raises the log-probability of one of its tokens by more
+    than this, in nats, where the teacher expects a number without the draft, too. For mixed and
+    masked targets. Default: 1."""
+
+    @property
+    def by_token(self) -> bool:
+        """Whether the targets depend on what the draft gave away."""
+        return self.targets in ("mixed", "masked")
 
 
 class LoraConfig(Strict):

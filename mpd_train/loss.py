@@ -97,7 +97,7 @@ class Sums:
         loss, weight, given_away, *sums = ranks.sum(self._sums.tolist())
         # Weights are 0 or 1. Where all are 0, so are the sums.
         record = {x: y / max(weight, 1.0) for x, y in zip(self._names, sums, strict=True)}
-        if self._loss.targets in ("mixed", "masked"):
+        if self._loss.by_token:
             record["given_away"] = given_away / num_tokens
         return weight, {"loss": loss, **record}
 

@@ -69,7 +69,7 @@ def check_settings(config: TrainConfig) -> tuple[dict[str, Any], torch.device, t
     if config.loss.divergence_clip is not None and config.loss.entry_clip is not None:
         raise ConfigError("--divergence-clip and --entry-clip are two clips: give one of them.")
     targets = config.loss.targets
-    if config.loss.leak_nats is not None and targets not in ("mixed", "masked"):
+    if config.loss.leak_nats is not None and not config.loss.by_token:
         raise ConfigError("--leak-nats: give --targets mixed or masked too, which depend on it.")
     if targets == "mixed" and config.teacher is not None:
         raise ConfigError(
@@ -128,7 +128,7 @@ def setup(config: TrainConfig, weights: bool = True, overwrite: bool = False) ->
         student = student.as_saved(saved.get("student"))
         teacher = teacher and teacher.as_saved(saved.get("teacher"))
     tracker_modules, device, dtype = check_settings(config)
-    shards = ShardSet(config.shards, config.loss)
+    shards = ShardSet(config.shards, config.loss, load_tokenizer(student, code))
     vocab_size = int(shards.metadata["vocab_size"])
     recorded, temperature = shards.metadata["score_temperature"], config.loss.kl_temperature
     if teacher is None and temperature != recorded:
@@ -151,7 +151,7 @@ def setup(config: TrainConfig, weights: bool = True, overwrite: bool = False) ->
             )  # fmt: skip
             _require_room(shards, files)
     attn_implementation = check_models(config, student, teacher, device, dtype)
-    identity = {
+    identity: dict[str, Any] = {
         "config": config.model_dump(mode="json", exclude=_NOT_IDENTITY),
         "shards": shards.identity(),
         "student": student.identity(),
@@ -159,6 +159,9 @@ def setup(config: TrainConfig, weights: bool = True, overwrite: bool = False) ->
         # Increased when the same settings give other packs than before.
         "packing": 2,
     }
+    if config.loss.by_token:
+        # Changed when the same settings make other targets than before.
+        identity["given_away"] = "numbers"
     if resuming_dry:
         check_claim(config.out, identity)
     return TrainSetup(

@@ -121,12 +121,12 @@ def test_several_processes_do_what_one_does(one, round_dir, tmp_path, size):
 
 def test_the_mean_is_over_the_weights_of_all_processes(both_dir, tmp_path):
     alone_and_together(
-        both_dir, tmp_path, {"--targets": "masked", "--leak-nats": 0.2, "--max-steps": 2}
+        both_dir, tmp_path, {"--targets": "masked", "--leak-nats": 0.005, "--max-steps": 2}
     )
     ours, theirs = metrics(tmp_path / "two"), metrics(tmp_path / "one")
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["given_away"] == pytest.approx(other["given_away"])
-        assert 0.01 < mine["given_away"] < 0.9
+        assert 0.005 < mine["given_away"] < 0.9
 
 
 def test_a_crash_while_python_ends_does_not_fail_a_finished_training(round_dir, tmp_path):

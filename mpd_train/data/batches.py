@@ -126,10 +126,10 @@ def load_pack(shards: ShardSet, pack: Pack) -> Batch:
                     f" {names[2]}, with K = {k}. Check the round with `mpd-gen validate`."
                 )
             records.append(Record(ids.reshape(-1, k), logprobs.reshape(-1, k), tail))
-        taught = shards.targets.taught(sequence[first:], records)
         context = values.get("teacher_prompt_ids", sequence[:first])
         for ids in (sequence, context, *(record.ids for record in records)):
             require_ids(ids, shards.metadata["vocab_size"], source, row)
+        taught = shards.targets.taught(sequence[first:], records, shards.numbers)
         read = np.concatenate([context, sequence[first:]])
         of_row = {
             "input_ids": sequence,

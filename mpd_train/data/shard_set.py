@@ -12,6 +12,7 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,10 +73,10 @@ class ShardSet:
 
     Raise ConfigError if there are no shards, if they do not fit together (another tokenizer, K,
     score context or temperature) or to the targets of `loss`, or if no row was kept; DataError for
-    a file that cannot be read.
+    a file that cannot be read. tokenizer: the student's, for targets that differ by token.
     """
 
-    def __init__(self, paths: list[Path], loss: LossConfig | None = None) -> None:
+    def __init__(self, paths: list[Path], loss: LossConfig | None = None, tokenizer: Any = None):
         self.files = [file for path in paths for file in _shards_of(path)]
         self.metadata = read_metadata(self.files[0])
         for file, found in zip(self.files, read_all(read_metadata, self.files), strict=True):
@@ -93,8 +94,8 @@ class ShardSet:
                 f"{self.files[0]}: holds {self.metadata.get('stage')}, expected distill shards."
                 " Run mpd-gen rewrite on the round first."
             )
-        score_context = self.metadata["score_context"]
-        self.targets = Targets.of(loss or LossConfig(), score_context, str(paths[0]))
+        self.targets = Targets.of(loss or LossConfig(), self.metadata["score_context"], paths[0])
+        self.numbers = self.targets.numbers(tokenizer, self.metadata["vocab_size"])
         self.groups = [group for part in read_all(_groups_of, self.files) for group in part]
         self.num_rows = sum(int((g.num_loss_tokens > 0).sum()) for g in self.groups)
         if self.num_rows == 0:
@@ -138,8 +139,7 @@ class ShardSet:
                 first = next(iter(self._cache))
                 held -= self.groups[first].kept_tokens
                 del self._cache[first]
-            columns = ["input_ids"]
-            columns += ["teacher_prompt_ids"] if self.targets.with_draft else []
+            columns = ["input_ids", *["teacher_prompt_ids"] * self.targets.with_draft]
             for prefix in self.targets.prefixes:
                 columns += [prefix + name for name in SCORES]
             try:
