@@ -187,11 +187,14 @@ class SamplingConfig(Strict):
     multiply it (vllm, openai). Above 1 the model repeats less."""
     max_tokens: int = Field(2048, ge=1)
     """Longest completion, in tokens. Longer ones are truncated."""
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Strings before which a completion ends, as if the model had ended its turn there. For base
+    models, which may go on with a next problem."""
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Rounds that were begun before these settings existed must find their identity again.
-        off = {"min_p": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+        off = {"min_p": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "stop": []}
         values: dict[str, Any] = dump(self)
         return {k: v for k, v in values.items() if k not in off or v != off[k]}
 

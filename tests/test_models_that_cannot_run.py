@@ -222,7 +222,7 @@ def test_scores_of_no_probability_are_numbers():
     from mpd_data.engines.guard import Guarded
     from mpd_data.engines.protocol import Scores
 
-    guarded = Guarded(start_engine(resolve_model(str(STUDENT)), EngineConfig(**ON_CPU)), None)
+    guarded = Guarded(start_engine(resolve_model(str(STUDENT)), EngineConfig(**ON_CPU)), None, None)
     ids, logprobs = np.array([[4, 5]]), np.array([[0.0, -np.inf]], dtype=np.float32)
     scores = Scores("one", ids, logprobs, logprobs[:, 1])
     assert guarded._looked_at(scores) is scores

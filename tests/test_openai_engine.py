@@ -123,6 +123,18 @@ def test_rewrites_are_those_of_an_engine_here(round_dir, teacher, tmp_path, monk
     assert info["identity"]["teacher"]["served"] == "pocket"
 
 
+def test_stop_strings_end_a_rewrite(round_dir, teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPD_API_KEY", KEY)
+    folder = without_rewrites(round_dir, tmp_path / "r")
+    told = {"--stop": "answer", "--limit": 20, **served(teacher.url)}
+    run("mpd-gen", *rewrite_arguments(folder, **told))
+    whole = dict(rows(round_dir, "distill").select("rollout_id", "rewrite").iter_rows())
+    cut = rows(folder, "distill")
+    assert cut.height == 20
+    for rollout_id, rewrite in cut.select("rollout_id", "rewrite").iter_rows():
+        assert rewrite.strip() == whole[rollout_id].partition("answer")[0].strip()
+
+
 def test_scores_are_exact_and_samples_follow_their_seed(round_dir, teacher, monkeypatch):
     """Float32 on both sides: scores within 1e-4, samples token for token."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)

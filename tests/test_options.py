@@ -128,6 +128,8 @@ test_the_device_is_the_one_given: mpd-train --device
 test_the_learning_rate_is_the_one_given: mpd-train --learning-rate
 test_the_loss_is_the_one_asked_for: mpd-train --divergence --beta --alpha --ce-weight
     --divergence-clip --entry-clip
+test_stop_strings_end_a_rewrite: mpd-gen rewrite --stop
+test_stop_strings_end_a_sample: mpd-gen rollouts --stop
 test_targets_are_those_asked_for: mpd-train --targets --leak-nats
 test_without_the_tail_the_top_k_are_renormalised: mpd-train --tail
 test_the_second_moment_decays_as_told: mpd-train --adam-beta2

@@ -22,6 +22,8 @@ from mpd_data.cli import cli
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import load_tokenizer, resolve_model
 from mpd_data.config import RolloutsConfig
+from mpd_data.engines.protocol import Completion, RequestError
+from mpd_data.engines.stop_strings import ended
 from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.special import Spelling, control_tokens, turn_of
 from mpd_data.rollouts import run_rollouts, setup
@@ -133,6 +135,41 @@ def test_a_trace_decodes_to_its_own_text_after_the_prompt(kind, tmp_path):
         assert written == trace
         assert whole == f"{shown}{turn.lead}{trace}{end}", trace
         assert turn.read(ids[:-1], before) == trace
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_completion_ends_before_a_stop_string(kind, tmp_path):
+    """Whether the engine stopped there, or went on to an end token or its limit."""
+    _, tokenizer, turn = model_with(tmp_path / "m", KINDS[kind]())
+    _, before = prompt_of(tokenizer)
+    said = "The answer is 5 .\n\nThe é — 漢 answer"
+    ids = turn.spelling.place(before, said).ids
+    for stop in (
+        ["\n\n"],
+        ["swer is"],
+        ["Nothing", "5", " is"],
+        ["漢"],
+        ["é — 漢 ", "e é"],
+        [said],
+    ):
+        at = min(said.index(one) for one in stop if one in said)
+        for completion in (
+            Completion("k", [*ids, turn.stop_ids[0]], "stop", [-1.0] * (len(ids) + 1)),
+            Completion("k", ids, "length"),
+            Completion("k", ids, "stop"),
+        ):
+            found = ended(completion, before, stop, turn)
+            assert found.finish_reason == "stop"
+            assert found.token_ids[-1] == turn.end_id
+            assert found.logprobs is None
+            assert turn.spelling.decode(found.token_ids[:-1], before) == said[:at]
+            # The ids that lie before it are those of the completion.
+            same = sum(a == b for a, b in zip(found.token_ids, ids, strict=False))
+            assert same >= len(turn.spelling.place(before, said[:at]).ids) - 2
+    whole = Completion("k", [*ids, turn.stop_ids[0]], "stop")
+    assert ended(whole, before, ["Nothing"], turn) is whole
+    with pytest.raises(RequestError, match="stopped at the token .* no end token"):
+        ended(Completion("k", ids, "stop"), before, ["Nothing"], turn)
 
 
 def test_ids_stay_where_nothing_was_wrong():

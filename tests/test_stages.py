@@ -36,6 +36,7 @@ from mpd_data.common.models import load_tokenizer, resolve_model
 from mpd_data.config import EngineConfig, FilterConfig, RewriteConfig, RolloutsConfig
 from mpd_data.dryrun.refilter import plan_refilter
 from mpd_data.dryrun.rewrite import plan_rewrite
+from mpd_data.inspect.validate import validate_round
 from mpd_data.prompts.budget import Budget
 from mpd_data.rewrite import run_rewrite
 from mpd_data.rollouts import run_rollouts, setup
@@ -196,6 +197,34 @@ def test_a_token_budget_needs_a_text_and_room(prompts, tmp_path, settings, messa
     )
     with pytest.raises(ConfigError, match=message):
         setup(config)
+
+
+@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+def test_stop_strings_end_a_sample(prompts, tmp_path, backend):
+    engine = ENGINE | {"backend": backend}
+    told = {"max_tokens": 250, "temperature": 0.0}
+    whole, cut = (
+        sampled(prompts, tmp_path / f"r{len(stop)}", engine=engine, sampling={**told, "stop": stop})
+        for stop in ([], ["second", "Wed :"])
+    )
+    assert validate_round(tmp_path / "r2") == []
+    shortened = 0
+    pairs = zip(*(frame.sort("prompt").rows(named=True) for frame in (whole, cut)), strict=True)
+    for old, new in pairs:
+        found = [old["completion"].find(one) for one in ("second", "Wed :")]
+        at = min((place for place in found if place >= 0), default=None)
+        assert new["completion"].strip() == old["completion"][:at].strip()
+        if at is not None:
+            shortened += 1
+            assert new["finish_reason"] == "stop"
+            assert new["completion_ids"][-1] == old["completion_ids"][-1] == 2
+            assert (
+                new["completion_ids"][:-1]
+                == old["completion_ids"][: len(new["completion_ids"]) - 1]
+            )
+    assert shortened > 0
+    # They decide what a row is.
+    assert not set(whole["row_id"]) & set(cut["row_id"])
 
 
 @pytest.mark.parametrize("formats, found", [(["hashes"], False), (["phrase", "hashes"], True)])
@@ -742,6 +771,14 @@ def test_penalties_are_the_engines(prompts, drafts, tmp_path, name):
         True,
         True,
     ]
+
+
+def test_stop_strings_end_a_rewrite(drafts, tmp_path, greedy_rewrites):
+    frame = rewritten(drafts, tmp_path / "r", sampling={"max_tokens": 200, "stop": ["answer"]})
+    for rollout_id, rewrite in frame.select("rollout_id", "rewrite").iter_rows():
+        whole = greedy_rewrites[rollout_id]
+        assert rewrite.strip() == whole[: whole.index("answer")].strip()
+    assert set(frame["status"]) == {"malformed"}
 
 
 @pytest.mark.parametrize("penalty", [{"presence_penalty": 1.0}, {"repetition_penalty": 1.1}])

@@ -1,8 +1,9 @@
-"""Refuse requests that no engine can answer, and answers that are no numbers.
+"""What holds for all engines: refuse requests that none can answer, and answers that are no
+numbers; end completions at stop strings.
 
-Engines do neither. vLLM samples a token that has no embedding from whatever lies behind the table,
-and dies when it scores it; transformers raises an IndexError that ends the job. From logits that
-are NaN, of a damaged weight or an overflow, all of them take the token 0.
+Engines refuse neither. vLLM samples a token that has no embedding from whatever lies behind the
+table, and dies when it scores it; transformers raises an IndexError that ends the job. From logits
+that are NaN, of a damaged weight or an overflow, all of them take the token 0.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from mpd_data.common.ids import unknown_id
 from mpd_data.common.models import ModelFiles
 from mpd_data.config import SamplingConfig
 from mpd_data.engines.protocol import Completion, Engine, Refused, RequestError, Scores
+from mpd_data.engines.stop_strings import ended
+from mpd_data.prompts.special import Turn
 
 # Continuations of which the log-probabilities are looked at, in engines that return them. Those of
 # all would cost time, and a model that gives NaN does so from its first tokens, mostly.
@@ -23,16 +26,18 @@ _LOOKED_AT = 8
 
 class Guarded:
     """An `inner` engine behind a check of its requests: ids of `model`'s embedding, and room for
-    one more token; and of its results, see `step`."""
+    one more token; and of its results, see `step`. `turn`: of the model."""
 
-    def __init__(self, inner: Engine, model: ModelFiles) -> None:
+    def __init__(self, inner: Engine, model: ModelFiles, turn: Turn) -> None:
         self.inner = inner
         self.max_model_len = inner.max_model_len
         self.max_in_flight = inner.max_in_flight
-        self._model = model
+        self._model, self._turn = model, turn
         self._rest = _LOOKED_AT
         # Requests whose log-probabilities are wanted here alone.
         self._own: set[str] = set()
+        # Of requests with stop strings: the prompt and these.
+        self._stops: dict[str, tuple[list[int], list[str]]] = {}
 
     @property
     def in_flight(self) -> int:
@@ -51,6 +56,8 @@ class Guarded:
         self._rest -= looks
         if looks and not logprobs:
             self._own.add(key)
+        if sampling.stop:
+            self._stops[key] = prompt_ids, sampling.stop
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
         self._check(context_ids + target_ids)
@@ -69,7 +76,7 @@ class Guarded:
         FloatingPointError, where scores are no numbers, and where the log-probabilities of one of
         the first continuations are none."""
         try:
-            return [self._looked_at(result) for result in self.inner.step()]
+            return [self._ended(self._looked_at(result)) for result in self.inner.step()]
         except FloatingPointError as error:
             raise EngineError(
                 f"{self._model.name}: the logits are not finite ({error}), so what would be sampled"
@@ -90,6 +97,15 @@ class Guarded:
             if result.key in self._own:
                 self._own.discard(result.key)
                 return replace(result, logprobs=None)
+        return result
+
+    def _ended(self, result: Completion | Scores | Refused) -> Completion | Scores | Refused:
+        before, stop = self._stops.pop(result.key, ([], []))
+        if isinstance(result, Completion) and stop:
+            try:
+                return ended(result, before, stop, self._turn)
+            except RequestError as error:
+                return Refused(result.key, str(error))
         return result
 
     def close(self) -> None:

@@ -178,13 +178,17 @@ class OpenAIEngine:
             "presence_penalty": sampling.presence_penalty,
             "frequency_penalty": 0.0,
         }
+        if sampling.stop:
+            settings["stop"] = sampling.stop
         if logprobs:
             settings["logprobs"] = 0
         choice = await self._complete(prompt_ids, settings)
         token_ids, reason = self._token_ids(choice), choice.get("finish_reason")
         if reason not in ("stop", "length"):
             raise EngineError(f"{self._url}: request {key} ended by {reason!r}")
-        if reason == "stop" and (not token_ids or token_ids[-1] not in self._end_ids):
+        has_end = bool(token_ids) and token_ids[-1] in self._end_ids
+        # Whether it was a stop string, guard.py sees.
+        if reason == "stop" and not has_end and not sampling.stop:
             raise EngineError(
                 f"{self._url}: a completion stopped at the token {token_ids[-1:]}, which is none of"
                 f" {self._model}'s end tokens {sorted(self._end_ids)}. Start the server with the"

@@ -109,4 +109,4 @@ def start_engine(
         from mpd_data.engines.vllm import VLLMEngine
 
         engine = VLLMEngine(model, config, trust_remote_code, context, max_logprobs)
-    return Guarded(engine, model)
+    return Guarded(engine, model, turn)

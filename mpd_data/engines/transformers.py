@@ -91,7 +91,8 @@ class TransformersEngine:
         self._max_num_seqs = config.max_num_seqs
         self._batched_tokens = config.max_num_batched_tokens or _BATCHED_TOKENS
         tokenizer = load_tokenizer(model, trust_remote_code)
-        self._stop_ids = turn_of(model, tokenizer, trust_remote_code).stop_ids
+        turn = turn_of(model, tokenizer, trust_remote_code)
+        self._stop_ids, self._spelling = turn.stop_ids, turn.spelling
         # The model's own defaults (a repetition penalty, say) are not the stage's settings.
         self._model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=self._stop_ids, pad_token_id=self._stop_ids[0]
@@ -153,11 +154,16 @@ class TransformersEngine:
             new = tokens[:room]
             stops = [i for i, token in enumerate(new) if token in self._stop_ids]
             row.completion_ids += new[: stops[0] + 1] if stops else new
-            if stops or len(row.completion_ids) == row.limit:
+            is_stopped = bool(stops) or (bool(sampling.stop) and self._says_stop(row))
+            if is_stopped or len(row.completion_ids) == row.limit:
                 self._rows.remove(row)
-                reason = "stop" if stops else "length"
+                reason = "stop" if is_stopped else "length"
                 results.append(Completion(row.key, row.completion_ids, reason))
         return results
+
+    def _says_stop(self, row: _Row) -> bool:
+        text = self._spelling.decode(row.completion_ids, row.prompt_ids)
+        return any(one in text for one in row.sampling.stop)
 
     def _left_padded(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Return ids and attention mask, int64 [B, T], with the padding on the left."""

@@ -159,7 +159,10 @@ class VLLMEngine:
             stop_token_ids=self._stop_ids,
             # Of the sampled token alone.
             logprobs=0 if logprobs else None,
-            detokenize=False,
+            stop=sampling.stop,
+            skip_special_tokens=False,
+            # Text is only needed to find stop strings.
+            detokenize=bool(sampling.stop),
             # Otherwise each step makes an output for each sequence, to be thrown away here.
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
