@@ -9,6 +9,7 @@ import subprocess
 import time
 from contextlib import contextmanager
 
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, command, environment, invoke, run
@@ -19,7 +20,7 @@ from mpd_data.store.round import RoundDir
 from mpd_data.store.shards import read_metadata
 from mpd_data.store.writer import ShardWriter
 from mpd_rounds.study.cli import cli
-from mpd_rounds.study.results import _figures
+from mpd_rounds.study.results import _figures, _limits
 from mpd_rounds.study.study import Planner, load_study, run_study, waves_of
 
 POCKET = ROOT / "pipelines" / "pocket" / "study.toml"
@@ -140,11 +141,15 @@ def test_told_to_end_it_lets_its_stages_commit_and_begins_no_other(file, tmp_pat
     assert not (out / "finished.jsonl").exists()
 
 
+ONE_SEED = ("seeds=[0]", "pipeline.baseline=[{kind='calculation'}]")
+
+
 @pytest.fixture(scope="module")
 def done(file, tmp_path_factory):
-    """The group `loss` with one seed."""
+    """The group `loss` with one seed and a baseline."""
     out = tmp_path_factory.mktemp("done") / "out"
-    return out, run("mpd-study", file, "--out", out, "--group", "loss", "--set", "seeds=[0]")
+    words = [word for value in ONE_SEED for word in ("--set", value)]
+    return out, run("mpd-study", file, "--out", out, "--group", "loss", *words)
 
 
 def test_a_stage_that_is_killed_has_failed(file, tmp_path):
@@ -169,15 +174,32 @@ def kinds(out):
 
 def test_settings_share_the_stages_they_share(done):
     out, process = done
-    assert kinds(out) == {"evaluate": 3, "rewrite": 1, "rollouts": 1, "train": 2}
-    assert "[7/7]" in process.stderr
+    assert kinds(out) == {"evaluate": 4, "rewrite": 1, "rollouts": 1, "train": 2}
+    assert "[8/8]" in process.stderr
 
 
 def test_figures_are_those_of_the_folders(done, file):
     out, process = done
     said = process.stdout
     group = json.loads((out / "loss.json").read_text())
-    runs = {r.setting: r for r in Planner(load_study(file, ("seeds=[0]",)), out).runs(("loss",))}
+    runs = {r.setting: r for r in Planner(load_study(file, ONE_SEED), out).runs(("loss",))}
+    ((name, free),) = group["baselines"].items()
+    assert name == "baseline calculation"
+    base, new = (
+        where["held-out"]
+        for where in (runs["forward"].evaluations[0], runs["forward"].baselines["calculation"])
+    )
+    (row,) = pl.scan_parquet(new / "rollouts/*.parquet").head(1).collect().rows(named=True)
+    assert "Write only the calculation" in row["prompt"]
+    alone, both = evaluate(new), compare(base, new)
+    figures = free["held-out"]
+    assert (figures["accuracy"], figures["mean_tokens"]) == pytest.approx(
+        (alone["accuracy"], alone["mean_tokens"])
+    )
+    assert figures["against_base"]["accuracy_difference"] == pytest.approx(
+        both["accuracy_difference"]
+    )
+    assert re.search(rf"\| {name} \| {100 * alone['accuracy']:.1f} \|", said)
     for setting in group["settings"]:
         own = runs[setting["name"]]
         base, new = (own.evaluations[i]["held-out"] for i in (0, 1))
@@ -260,6 +282,12 @@ def test_one_setting_changes_the_folders_that_follow_from_it(file, tmp_path):
         (["seeds=[0, 0]"], [], "a seed is listed twice"),
         (["group.0.set={'environment.X'='1'}"], [], "must be the same for all settings"),
         (["group.0.set={'train.nonsense'=1}"], [], "nonsense"),
+        (["pipeline.baseline=[{kind='few_shot'}]"], [], "'few-shot' shows rewrites of round 1"),
+        (
+            ["pipeline.baseline=[{kind='concise',sets=['held-out']}]"],
+            [],
+            "a study measures it on those of each group",
+        ),
     ],
 )
 def test_bad_studies_are_named(file, tmp_path, overrides, groups, message):
@@ -322,3 +350,18 @@ def test_other_problems_are_not_compared(done, file, tmp_path):
                 writer.add(row)
     with pytest.raises(ConfigError, match="do not have the same problems"):
         _figures([fewer.path], [base], [base])
+
+
+@pytest.mark.parametrize(
+    "values, limits",
+    [
+        ([70, 74, 76, 85, 86, 89, 24], (70 - 0.12 * 19, 89 + 0.12 * 19)),
+        ([40, 41, 42, 300, 43, 44], (40 - 0.12 * 4, 44 + 0.12 * 4)),
+        ([40, 60, 80, 100, 120], (40 - 0.12 * 80, 120 + 0.12 * 80)),
+        # Of four values none is an exception.
+        ([40, 41, 42, 300], (40 - 0.12 * 260, 300 + 0.12 * 260)),
+        ([50, 50], (49, 51)),
+    ],
+)
+def test_one_value_far_from_all_others_does_not_make_the_plot_small(values, limits):
+    assert _limits(values) == pytest.approx(limits)

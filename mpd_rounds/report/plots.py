@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter, StrMethodFormatter
 
+from mpd_rounds.report.labels import write_names
 from mpd_rounds.report.queries import Histogram, LengthCounts
 
 # Placeholders that the page replaces by its own colours. Each is used for nothing else.
@@ -134,7 +135,7 @@ def pareto(title: str, lines: dict[str, list[Point]], wide: bool) -> str:
                 if len(lines) == 1 or index == len(points) - 1:
                     name = point.label if len(lines) == 1 else label
                     named.append((name, point, MUTED if is_base else shade))
-        _finish(axes, title, named, size)
+        _finish(axes, title, named)
 
     return _draw(*size, draw)
 
@@ -164,17 +165,15 @@ def frontier(
             _cross(axes, point, BASE_COLOUR if index == 0 else colour, hollow=True)
             shade = MUTED if index == 0 else colour
             named.append((point.label.removeprefix(BASELINE), point, shade))
-        _finish(axes, title, named, size)
+        _finish(axes, title, named)
 
     return _draw(*size, draw)
 
 
-def _finish(
-    axes: Any, title: str, named: list[tuple[str, Point, str]], size: tuple[int, int]
-) -> None:
-    """Write the names of points, the title and the axes' labels."""
+def _finish(axes: Any, title: str, named: list[tuple[str, Point, str]]) -> None:
+    """Write the title, the axes' labels and the names of points. The frontier rises through the
+    baselines, so there is more room below them."""
     axes.margins(x=0.16, y=0.14)
-    _label(axes, named, (0.85 * size[0], 0.8 * size[1]))
     axes.set_title(title)
     axes.set_xlabel("mean tokens per trace")
     axes.set_ylabel("accuracy")
@@ -182,6 +181,14 @@ def _finish(
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if high - low > 0.06 else 1))
+    write_names(
+        axes,
+        [
+            (text, point.tokens, point.accuracy, colour, point.label.startswith(BASELINE))
+            for text, point, colour in named
+        ],
+        PAPER,
+    )
 
 
 def _cross(axes: Any, point: Point, colour: str, hollow: bool) -> None:
@@ -191,42 +198,6 @@ def _cross(axes: Any, point: Point, colour: str, hollow: bool) -> None:
     fill = PAPER if hollow else colour
     axes.plot(point.tokens, point.accuracy, marker="o", markersize=6.5, color=colour,
               markerfacecolor=fill, markeredgewidth=1.6, zorder=4)  # fmt: skip
-
-
-# Offsets of a label from its point, in pixels; the first free one is used.
-_PLACES = ((9, 7), (9, -17), (-9, 7), (-9, -17), (9, 22), (9, -32), (-9, 22), (-9, -32))
-# The frontier rises through its points, so the place to the right and below is free.
-_BELOW = ((9, -17), (-9, 7), (9, -32), (-9, 22), (9, 7), (-9, -17), (9, 22), (-9, -32))
-_LETTER, _LINE = 7.0, 13.0  # approximate size of a bold letter, in pixels
-_MARKER = 6.0  # half the size of a marker
-
-
-def _label(axes: Any, named: list[tuple[str, Point, str]], size: tuple[float, float]) -> None:
-    """Write the names of points so that they cover neither each other nor a point. `size`: of the
-    axes, in pixels. Baselines are below the frontier, the others above their points."""
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    at = [
-        ((p.tokens - left) / (right - left) * size[0], (p.accuracy - low) / (high - low) * size[1])
-        for _, p, _ in named
-    ]
-    # Left, right, bottom and top of what is there.
-    taken = [(x - _MARKER, x + _MARKER, y - _MARKER, y + _MARKER) for x, y in at]
-    for (name, point, colour), (x, y) in zip(named, at, strict=True):
-        width = _LETTER * len(name)
-        for dx, dy in _BELOW if point.label.startswith(BASELINE) else _PLACES:
-            start = x + dx if dx > 0 else x + dx - width
-            box = (start, start + width, y + dy, y + dy + _LINE)
-            inside = start >= 0 and box[1] <= size[0] and box[2] >= 0
-            if inside and not any(
-                box[0] < b[1] and b[0] < box[1] and box[2] < b[3] and b[2] < box[3] for b in taken
-            ):
-                break
-        taken.append(box)
-        behind = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5, "alpha": 0.75}
-        axes.annotate(
-            name, (point.tokens, point.accuracy), xytext=(dx, dy), textcoords="offset points",
-            ha="left" if dx > 0 else "right", color=colour, fontweight="bold", zorder=5, bbox=behind
-        )  # fmt: skip
 
 
 def lengths(title: str, panels: dict[str, dict[str, tuple[LengthCounts, Histogram]]]) -> str:

@@ -18,6 +18,8 @@ from mpd_data.common.files import write_json_atomic
 from mpd_data.config import RewriteConfig
 from mpd_data.inspect.compare import mean_accuracy, paired, per_problem, too_few
 from mpd_data.inspect.stats import collect, quantile, round_stats, scan_round
+from mpd_rounds.report.labels import write_names
+from mpd_rounds.report.plots import BASELINE
 from mpd_rounds.report.run import read_metrics
 from mpd_rounds.study.study import Group, SettingRun, Study, StudyOutcome
 
@@ -47,13 +49,17 @@ def write_results(study: Study, outcome: StudyOutcome, out: Path) -> str:
             if name in names
         }
         settings: list[dict[str, Any]] = []
+        baselines: dict[str, dict[str, Any]] = {}
         if group.reference not in halted:
             whole = [name for name in names if name not in halted]
             settings = [_setting(group, name, outcome.runs) for name in whole]
-            plot(group.title, settings, out / f"{group.name}.svg")
-            text += [f"{table}\n" for table in tables(group, settings)]
+            baselines = _baselines(group, outcome.runs)
+            plot(group, settings, baselines, out / f"{group.name}.svg")
+            text += [f"{table}\n" for table in tables(group, settings, baselines)]
         text += [f"Did not finish: {label}: {why}\n" for label, why in stopped.items()]
-        figures = {"seeds": study.seeds, "settings": settings, "stopped": stopped}
+        figures = {
+            "seeds": study.seeds, "settings": settings, "baselines": baselines, "stopped": stopped,
+        }  # fmt: skip
         write_json_atomic(out / f"{group.name}.json", figures)
         pages.append("\n".join(text))
         (out / f"{group.name}.md").write_text(pages[-1], encoding="utf-8")
@@ -76,6 +82,23 @@ def _setting(group: Group, name: str, runs: list[SettingRun]) -> dict[str, Any]:
             figures[chosen] = _figures(paths, bases, references)
         rounds.append({"round": round_, "sets": figures})
     return {"name": name, "costs": [_cost(run) for run in own], "rounds": rounds}
+
+
+def _baselines(group: Group, runs: list[SettingRun]) -> dict[str, dict[str, Any]]:
+    """Return the figures over all seeds of each baseline of the reference, by evaluation set."""
+    reference = [run for run in runs if run.setting == group.reference]
+    last = max(reference[0].evaluations)
+    return {
+        f"{BASELINE}{name}": {
+            chosen: _figures(
+                [run.baselines[name][chosen] for run in reference],
+                [run.evaluations[0][chosen] for run in reference],
+                [run.evaluations[last][chosen] for run in reference],
+            )
+            for chosen in sets
+        }
+        for name, sets in reference[0].baselines.items()
+    }
 
 
 def _over_seeds(frames: list[pl.DataFrame]) -> pl.DataFrame:
@@ -183,9 +206,11 @@ def _cost(run: SettingRun) -> dict[str, Any]:
 # -- tables and plots ---------------------------------------------------------------------------
 
 
-def tables(group: Group, settings: list[dict[str, Any]]) -> list[str]:
-    """Return Markdown tables: the settings against base and reference, on all sets, their
-    behaviour, and their costs."""
+def tables(
+    group: Group, settings: list[dict[str, Any]], baselines: dict[str, dict[str, Any]]
+) -> list[str]:
+    """Return Markdown tables: baselines and settings against base and reference, on all sets,
+    their behaviour, and the settings' costs."""
     sets = list(settings[0]["rounds"][0]["sets"])
     bases: list[Any] = []
     models: list[tuple[str, dict[str, Any]]] = []  # name, figures by evaluation set
@@ -195,6 +220,8 @@ def tables(group: Group, settings: list[dict[str, Any]]) -> list[str]:
             # Settings that start from another student have another base.
             models.append((f"base of {setting['name']}" if bases else "base", first))
             bases.append(first)
+            if len(bases) == 1:
+                models += baselines.items()
         models.append((setting["name"], last))
     against = [_against(name, figures[sets[0]]) for name, figures in models]
     others = [_others(name, figures) for name, figures in models]
@@ -293,44 +320,97 @@ def _markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plot(title: str, settings: list[dict[str, Any]], out: Path) -> None:
-    """Plot accuracy against tokens on the first evaluation set. Each setting is a line from the
-    base through its rounds, with the 95% interval of the last round's difference from the base.
-    Settings without accuracy or intervals (a single problem) are left out."""
+_OURS, _OTHERS, _FREE, _BASE = "#1f5fa8", "#b4531a", "#5c636b", "#1a1d21"
+
+
+def plot(
+    group: Group, settings: list[dict[str, Any]], baselines: dict[str, dict[str, Any]], out: Path
+) -> None:
+    """Plot accuracy against tokens on the first evaluation set.
+
+    Each setting is a line from its base (a square) through its rounds, with the 95% interval of the
+    last round's difference from the base. The reference and its variants ("REFERENCE, ...") have
+    one colour, the other settings another; baselines are hollow. A value that lies far from all
+    others is drawn at the edge, with its figures. Settings without accuracy or intervals (a single
+    problem) are left out."""
+    first = group.evaluation[0]
+    lines = []  # name, colour, figures of base and rounds
+    for setting in settings:
+        name, points = setting["name"], [r["sets"][first] for r in setting["rounds"]]
+        is_ours = name == group.reference or name.startswith(f"{group.reference}, ")
+        lines.append((name, _OURS if is_ours else _OTHERS, points))
+    base = next(points[0] for name, _, points in lines if name == group.reference)
+    for name, figures in baselines.items():
+        lines.append((name.removeprefix(BASELINE), _FREE, [base, figures[first]]))
+    lines = [
+        (name, colour, points) for name, colour, points in lines
+        if points[-1]["against_base"]["accuracy_difference_interval"] is not None
+    ]  # fmt: skip
     # `parse_math` off: labels are data and may hold dollar signs.
     style = {
         "svg.hashsalt": "study", "svg.fonttype": "path", "text.parse_math": False,
-        "axes.spines.top": False, "axes.spines.right": False,
+        "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 72,
     }  # fmt: skip
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(9, 5.6), layout="constrained")
         axes = figure.add_subplot()
-        colours = itertools.cycle(matplotlib.color_sequences["tab20"])
-        for setting, colour in zip(settings, colours, strict=False):
-            points = [next(iter(r["sets"].values())) for r in setting["rounds"]]
-            change = points[-1]["against_base"]
-            if change["accuracy_difference_interval"] is None:
+        axes.grid(alpha=0.25)
+        named: list[tuple[str, float, float, str, bool]] = []
+        bases = {(points[0]["mean_tokens"], points[0]["accuracy"]) for _, _, points in lines}
+        for x, y in sorted(bases):
+            axes.plot(x, 100 * y, "s", color=_BASE, markersize=6, zorder=4)
+            named.append(("base", x, 100 * y, _BASE, False))
+        every = [point for _, _, points in lines for point in points]
+        x_limits = _limits([p["mean_tokens"] for p in every])
+        y_limits = _limits([100 * p["accuracy"] for p in every])
+        for name, colour, points in lines:
+            last = points[-1]
+            x, y = last["mean_tokens"], 100 * last["accuracy"]
+            at = min(max(x, x_limits[0]), x_limits[1]), min(max(y, y_limits[0]), y_limits[1])
+            if at != (x, y):
+                text = f"{name}: {x:,.0f} tokens, {y:.0f}%"
+                axes.plot(*at, marker="X", color=colour, markersize=8, zorder=4, clip_on=False)
+                named.append((text, *at, colour, False))
                 continue
-            x = [p["mean_tokens"] for p in points]
-            y = [100 * p["accuracy"] for p in points]
-            axes.plot(x, y, color=colour, linewidth=1, alpha=0.6)
-            axes.plot(x[1:-1], y[1:-1], "o", color=colour, markersize=3)
-            at_x = [x[0] * (1 - share) for share in reversed(change["token_reduction_interval"])]
-            at_y = [y[0] + 100 * bound for bound in change["accuracy_difference_interval"]]
-            axes.errorbar(
-                x[-1], y[-1], xerr=_errors(x[-1], at_x), yerr=_errors(y[-1], at_y), fmt="o",
-                color=colour, markersize=6, linewidth=1, label=setting["name"],
-            )  # fmt: skip
-            axes.plot(x[0], y[0], "s", color="black", markersize=6)
+            is_free = colour == _FREE
+            if not is_free:
+                way = [(p["mean_tokens"], 100 * p["accuracy"]) for p in points]
+                axes.plot(*zip(*way, strict=True), color=colour, linewidth=1, alpha=0.35, zorder=2)
+                for round_ in way[1:-1]:
+                    axes.plot(*round_, "o", color=colour, markersize=3)
+            _whiskers(axes, points[0], last, colour)
+            axes.plot(x, y, "o", color=colour, markersize=6.5, markeredgewidth=1.5, zorder=4,
+                      markerfacecolor="white" if is_free else colour)  # fmt: skip
+            named.append((name, x, y, colour, is_free))
+        axes.set_xlim(*x_limits)
+        axes.set_ylim(*y_limits)
         axes.set_xlabel("mean tokens of a trace")
         axes.set_ylabel("accuracy, %")
-        axes.set_title(f"{title} (squares: before training)", fontsize=11, loc="left")
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.set_title(group.title, fontsize=11, loc="left")
+        write_names(axes, named, "white")
         figure.savefig(out, metadata={"Date": None})
 
 
-def _errors(value: float, interval: list[float]) -> list[list[float]]:
-    """Return how far an interval reaches below and above a value."""
-    low, high = interval
-    return [[max(value - low, 0)], [max(high - value, 0)]]
+def _whiskers(axes: Any, base: dict[str, Any], last: dict[str, Any], colour: str) -> None:
+    """Draw the intervals of a model's differences from its base, around its point."""
+    change = last["against_base"]
+    saved, gained = change["token_reduction_interval"], change["accuracy_difference_interval"]
+    tokens = [base["mean_tokens"] * (1 - share) for share in saved]
+    accuracy = [100 * (base["accuracy"] + points) for points in gained]
+    thin = {"color": colour, "linewidth": 1.2, "alpha": 0.45, "zorder": 3}
+    axes.hlines(100 * last["accuracy"], *tokens, **thin)
+    axes.vlines(last["mean_tokens"], *accuracy, **thin)
+
+
+def _limits(values: list[float]) -> tuple[float, float]:
+    """Return an axis' limits, with a margin. A value without which the others need less than half
+    of the axis is left outside."""
+    ordered = sorted(values)
+    if len(ordered) > 4:
+        whole = ordered[-1] - ordered[0]
+        for rest in (ordered[1:], ordered[:-1]):
+            if rest[-1] - rest[0] < whole / 2:
+                ordered = rest
+                break
+    margin = 0.12 * (ordered[-1] - ordered[0]) or 1.0
+    return ordered[0] - margin, ordered[-1] + margin

@@ -87,13 +87,14 @@ class Study(SettingsFile):
 class SettingRun:
     """A setting with one seed. `stages`: its steps in order, those in one list independent of each
     other; `evaluations`: folders by round (0: the base) and evaluation set; rounds between base and
-    last have the first set only."""
+    last have the first set only; `baselines`: folders by baseline and evaluation set."""
 
     setting: str
     seed: int
     pipeline: Pipeline
     stages: list[list[Step]] = field(default_factory=list)
     evaluations: dict[int, dict[str, Path]] = field(default_factory=dict)
+    baselines: dict[str, dict[str, Path]] = field(default_factory=dict)
     shards: list[Path] = field(default_factory=list)
     trained: list[Path] = field(default_factory=list)
 
@@ -172,6 +173,17 @@ class Planner:
         pipeline = Pipeline.from_values(values, where)
         if pipeline.gate is not None:
             raise ConfigError(f"{where}: a study runs all rounds of each setting; remove [gate].")
+        for baseline in pipeline.baseline:
+            if baseline.shows_rewrites:
+                raise ConfigError(
+                    f"{where}: baseline {baseline.name!r} shows rewrites of round 1, and each"
+                    " setting has others. Give it examples of its own: rollouts.examples."
+                )
+            if baseline.sets:
+                raise ConfigError(
+                    f"{where}: baseline {baseline.name!r} names sets; a study measures it on those"
+                    " of each group. Remove sets."
+                )
         sets = {chosen.name: chosen for chosen in pipeline.evaluation}
         if unknown := [name for name in group.evaluation if name not in sets]:
             raise ConfigError(
@@ -189,6 +201,16 @@ class Planner:
     def _lay_out(self, run: SettingRun) -> None:
         p, student = run.pipeline, run.pipeline.student
         self._evaluate(run, student, 0)
+        for baseline in p.baseline:
+            measured = {
+                chosen.name: p.baseline_step(baseline, chosen, _UNNAMED, _UNNAMED)
+                for chosen in p.evaluation
+            }
+            steps = {
+                name: self._named(run, step, "out", "evaluate") for name, step in measured.items()
+            }
+            run.baselines[baseline.name] = {name: step.out for name, step in steps.items()}
+            run.stages[0] += steps.values()
         for round_ in range(1, p.rounds + 1):
             sampling = p.rollouts_step(student, round_, _UNNAMED)
             rollouts = self._named(run, sampling, "out", "rollouts")
