@@ -220,15 +220,17 @@ def test_figures_are_those_of_the_rows(made, tmp_path):
     assert line["accuracy \\[95%\\]"].startswith(f"{100 * result['new']['accuracy']:.1f}% ")
 
     lengths = table(text, "Tokens per trace")
-    for label, column in (
-        ("test, base", rows(made / "eval" / "base-test", "rollouts")["num_completion_tokens"]),
-        ("round 1, drafts", rollouts["num_completion_tokens"]),
-        ("round 1, kept rewrites", kept["num_rewritten_tokens"]),
+    for label, frame, column in (
+        ("test, base", rows(made / "eval" / "base-test"), "num_completion_tokens"),
+        ("round 1, drafts", rollouts, "num_completion_tokens"),
+        ("round 1, kept rewrites", kept, "num_rewritten_tokens"),
     ):
-        values = sorted(column)
+        values, thinking = sorted(frame[column]), frame["num_thinking_tokens"].mean()
         assert lengths[label] == {
             "traces": str(len(values)),
             "mean": f"{sum(values) / len(values):.1f}",
+            "thinking": f"{thinking:.1f}",
+            "answer": f"{sum(values) / len(values) - thinking:.1f}",
             # Of an even number of samples the upper one, as numpy rounds a rank of one half up.
             "median": str(values[int(0.5 * (len(values) - 1) + 0.5)]),
             "95%": str(values[int(0.95 * (len(values) - 1) + 0.5)]),

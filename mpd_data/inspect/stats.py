@@ -248,6 +248,23 @@ def _parts(traces: pl.LazyFrame, name: str, tokens: str) -> list[dict[str, Any]]
     return collect(known.sort("folder")).to_dicts()
 
 
+def mean_tokens(traces: pl.LazyFrame, tokens: str) -> tuple[float, float | None]:
+    """Return the mean tokens of traces, and of their thinking part: None where it is not known of
+    all, or none has one. `tokens`: the column of all tokens of a trace."""
+    thinking = pl.col("num_thinking_tokens")
+    known = (thinking.null_count() == 0) & (thinking.sum() > 0)
+    both = traces.select(mean=pl.col(tokens).mean(), part=pl.when(known).then(thinking.mean()))
+    mean, part = collect(both).row(0)
+    return mean, part
+
+
+def mean_text(mean: float, thinking: float | None) -> str:
+    """Return a mean of tokens in words, with its two parts where they are known."""
+    if thinking is None:
+        return f"{mean:,.1f}"
+    return f"{mean:,.1f} ({thinking:,.1f} thinking + {mean - thinking:,.1f} answer)"
+
+
 def trace_lengths(lengths: pl.DataFrame, p99: dict[str, int]) -> list[dict[str, Any]]:
     """Return histograms of completion tokens, one row for each folder and bin. A bin counts samples
     of at least `from` and fewer than `below` tokens (None: no bound). All folders have the same
@@ -459,10 +476,12 @@ def plot_lengths(series: dict[str, Path], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lengths = {}
+    lengths, parts = {}, {}
     for label, path in series.items():
-        tokens = collect(scan_round(path).select("num_completion_tokens"))
+        rollouts = scan_round(path)
+        tokens = collect(rollouts.select("num_completion_tokens"))
         lengths[label] = tokens.to_series().to_numpy()
+        parts[label] = mean_text(*mean_tokens(rollouts, "num_completion_tokens"))
     longest = int(max(values.max() for values in lengths.values()))
     width = -(-(longest + 1) // _PLOT_BINS)
     edges = np.arange(0, longest + 1 + width, width)
@@ -477,7 +496,7 @@ def plot_lengths(series: dict[str, Path], out: Path) -> None:
         mean, median = values.mean(), np.sort(values)[len(values) // 2]
         axis.axvline(mean, color="#1a1d21", linewidth=1.2)
         # Where there is room for the words: on the side that has less.
-        words, side = f" mean {mean:.1f}, median {median:.0f} ", mean > longest / 2
+        words, side = f" mean {parts[label]}, median {median:.0f} ", mean > longest / 2
         axis.annotate(
             words, (mean, 0.93), xycoords=("data", "axes fraction"), fontsize=9, va="top",
             ha="right" if side else "left",

@@ -274,13 +274,13 @@ def _difference(side: dict[str, Any]) -> tuple[float | None, list[float] | None]
 
 def lengths(run: Run) -> Iterator[Block]:
     """Yield how long the traces of a run are: on held-out problems, and drafts and rewrites."""
-    drawn, rows = [], []
+    drawn, named = [], {}
     panels: dict[str, dict[str, LengthCounts]] = {}
     if run.headline is not None:
         for n, folder in run.evaluations[run.headline].items():
             label = round_name(n)
             panels[label] = {label: queries.rollout_lengths(folder)}
-            rows.append([f"{run.headline}, {label}", *_length_cells(panels[label][label])])
+            named[f"{run.headline}, {label}"] = panels[label][label]
         drawn.append(_lengths_plot(f"Held-out problems ({run.headline})", panels))
     panels = {}
     for n, folder in run.rounds.items():
@@ -289,7 +289,7 @@ def lengths(run: Run) -> Iterator[Block]:
         if kept is not None:
             panel["kept rewrites"] = kept
         panels[round_name(n)] = panel
-        rows += [[f"{round_name(n)}, {name}", *_length_cells(c)] for name, c in panel.items()]
+        named |= {f"{round_name(n)}, {name}": counts for name, counts in panel.items()}
     if panels:
         drawn.append(_lengths_plot("Training rounds: drafts and kept rewrites", panels))
     if drawn:
@@ -298,7 +298,11 @@ def lengths(run: Run) -> Iterator[Block]:
             " mean (solid) and the median (dashed), the triangle the 95th percentile."
         )
         yield Plots(drawn, caption)
-        yield Table("Tokens per trace", ["", "traces", "mean", "median", "95%", "longest"], rows)
+        # The two parts of the mean, where there are two.
+        parts = ["thinking", "answer"] * any(c.thinking is not None for c in named.values())
+        rows = [[name, *_length_cells(counts, bool(parts))] for name, counts in named.items()]
+        columns = ["", "traces", "mean", *parts, "median", "95%", "longest"]
+        yield Table("Tokens per trace", columns, rows)
 
 
 def _lengths_plot(title: str, panels: dict[str, dict[str, LengthCounts]]) -> Plot:
@@ -309,7 +313,7 @@ def _lengths_plot(title: str, panels: dict[str, dict[str, LengthCounts]]) -> Plo
         for a, panel in panels.items()
     }
     alt = "; ".join(
-        f"{a}{'' if a == b else f', {b}'}: mean {number(counts.mean)}, median"
+        f"{a}{'' if a == b else f', {b}'}: mean {counts.mean_text}, median"
         f" {counts.quantile(0.5):,}, 95% up to {counts.quantile(0.95):,} tokens"
         for a, panel in panels.items()
         for b, counts in panel.items()
@@ -317,6 +321,10 @@ def _lengths_plot(title: str, panels: dict[str, dict[str, LengthCounts]]) -> Plo
     return Plot(plots.lengths(title, drawn), f"{title}. {alt}")
 
 
-def _length_cells(counts: LengthCounts) -> list[str]:
+def _length_cells(counts: LengthCounts, parts: bool) -> list[str]:
+    means: list[float | None] = [counts.mean]
+    if parts:
+        thinking = counts.thinking
+        means += [thinking, None if thinking is None else counts.mean - thinking]
     quantiles = (f"{counts.quantile(q):,}" for q in (0.5, 0.95, 1.0))
-    return [f"{counts.samples:,}", number(counts.mean), *quantiles]
+    return [f"{counts.samples:,}", *map(number, means), *quantiles]

@@ -221,7 +221,7 @@ def lengths(title: str, panels: dict[str, dict[str, tuple[LengthCounts, Histogra
                 x = min(p95, histogram.edges[-1])
                 axes.plot(x, 0, marker="^", color=colour, markersize=6, clip_on=False, zorder=5)
                 text = "" if alone else f"{name}: "
-                text += f"mean {counts.mean:,.0f} · median {median:,} · 95% ≤ {p95:,}"
+                text += f"mean {counts.mean_text} · median {median:,} · 95% ≤ {p95:,}"
                 shade = MUTED if grey else colour
                 axes.text(0.995, 0.97 - 0.2 * place, text, transform=axes.transAxes, ha="right",
                           va="top", color=shade, fontsize=10)  # fmt: skip

@@ -16,6 +16,8 @@ from mpd_data.inspect import frontier
 from mpd_data.inspect.stats import (
     collect,
     difficulties,
+    mean_text,
+    mean_tokens,
     of_lengths,
     of_prompts,
     round_stats,
@@ -46,17 +48,20 @@ CURVES: tuple[tuple[tuple[str, ...], str], ...] = (
 @dataclass(frozen=True)
 class LengthCounts:
     """A distribution of trace lengths. `counts` has a row for each length, with the columns
-    `tokens`, ascending, and `samples`."""
+    `tokens`, ascending, and `samples`; `mean`, and that of the `thinking` part, if there is one:
+    see `mean_tokens`."""
 
     counts: pl.DataFrame
+    mean: float
+    thinking: float | None
 
     @property
     def samples(self) -> int:
         return int(self.counts["samples"].sum())
 
     @property
-    def mean(self) -> float:
-        return float((self.counts["tokens"] * self.counts["samples"]).sum() / self.samples)
+    def mean_text(self) -> str:
+        return mean_text(self.mean, self.thinking)
 
     def quantile(self, q: float) -> int:
         """Return a quantile of the lengths, without interpolation."""
@@ -91,8 +96,9 @@ def histograms(lengths: dict[str, LengthCounts]) -> dict[str, Histogram]:
 
 def rollout_lengths(folder: Path) -> LengthCounts:
     """Return the lengths of the rollouts in a round's folder, which must hold some."""
-    counts = of_lengths(scan_round(folder)).group_by("tokens").agg(pl.col("samples").sum())
-    return LengthCounts(counts.sort("tokens"))
+    rollouts = scan_round(folder)
+    counts = of_lengths(rollouts).group_by("tokens").agg(pl.col("samples").sum())
+    return LengthCounts(counts.sort("tokens"), *mean_tokens(rollouts, "num_completion_tokens"))
 
 
 def rewrite_lengths(folder: Path) -> LengthCounts | None:
@@ -100,9 +106,9 @@ def rewrite_lengths(folder: Path) -> LengthCounts | None:
     frame = scan([folder], "distill")
     if frame is None:
         return None
-    kept = frame.filter(pl.col("status") == "ok").group_by(tokens="num_rewritten_tokens")
-    counts = collect(kept.agg(samples=pl.len())).sort("tokens")
-    return LengthCounts(counts) if counts.height else None
+    kept, tokens = frame.filter(pl.col("status") == "ok"), "num_rewritten_tokens"
+    counts = collect(kept.group_by(tokens=tokens).agg(samples=pl.len())).sort("tokens")
+    return LengthCounts(counts, *mean_tokens(kept, tokens)) if counts.height else None
 
 
 @dataclass(frozen=True)
