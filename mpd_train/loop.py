@@ -8,7 +8,6 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from mpd_data.common import signals
 from mpd_data.common.errors import ConfigError, MPDError
@@ -18,10 +17,11 @@ from mpd_data.store.run_record import require_kind
 from mpd_train import checkpoint
 from mpd_train.card import Trained
 from mpd_train.config import TrainConfig
-from mpd_train.data.batches import Batch, Loader
+from mpd_train.data.batches import Loader
 from mpd_train.data.packing import split_packs
 from mpd_train.data.shard_set import Pack
 from mpd_train.distributed import Ranks, ranks
+from mpd_train.diverged import diverged
 from mpd_train.export import export, rehearse
 from mpd_train.flops import peak_flops, step_flops
 from mpd_train.loss import Sums, pack_loss, validate
@@ -31,6 +31,7 @@ from mpd_train.model.device import autocast
 from mpd_train.model.loading import load_models, load_student
 from mpd_train.model.sharding import clip_grad_norm, gather
 from mpd_train.optimizer import learning_rate, make_optimizer
+from mpd_train.row_log import RowLog
 from mpd_train.self_check import require_one_model
 from mpd_train.setup import TrainSetup, claim, setup
 
@@ -162,9 +163,12 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, or until validation has not improved for long enough."""
         patience = self.config.validation.early_stopping_patience
-        with closing(Loader(self.shards, self.device)) as loader, self.recorder or nullcontext():
-            self.loader = loader
-            self.batches = loader.batches(self.steps[self.done :], self.ranks)
+        with (
+            closing(Loader(self.shards, self.device)) as self.loader,
+            closing(RowLog(self.config.out, self.shards, self.done, self.ranks)) as self.rows,
+            self.recorder or nullcontext(),
+        ):
+            self.batches = self.loader.batches(self.steps[self.done :], self.ranks)
             for step in range(self.done, len(self.steps)):
                 signals.check()
                 if 0 < patience <= self.progress.misses:
@@ -188,7 +192,7 @@ class Trainer:
         # their weights is known after the last pack.
         loss_tokens = sum(pack.num_loss_tokens for pack in packs)
         sums, waited, batches = Sums(config.loss), 0.0, []
-        for _ in ranks.share(packs):
+        for pack in ranks.share(packs):
             before = time.perf_counter()
             batch = next(self.batches)
             waited += time.perf_counter() - before
@@ -201,6 +205,7 @@ class Trainer:
                 )  # fmt: skip
             output.loss.backward()  # type: ignore[no-untyped-call]
             sums.add(output, batch)
+            self.rows.add(pack, output.per_token, batch)
             batches.append(batch)
         weight, record = sums.per_token(loss_tokens, ranks)
         scale = loss_tokens / max(weight, 1.0)
@@ -211,9 +216,12 @@ class Trainer:
         norm = clip_grad_norm(self.student.model, config.optimizer.max_grad_norm)
         record["loss"] *= scale / ranks.size
         if not (record["loss"] <= config.max_loss and math.isfinite(norm)):
-            raise self._diverged(step, record["loss"], norm, batches)
+            raise diverged(
+                config, self.shards, step + 1, packs, batches, record["loss"], norm, ranks
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.rows.write(step + 1)
         if self.recorder is not None:
             seconds = time.perf_counter() - begun
             record |= {
@@ -256,26 +264,6 @@ class Trainer:
                 self.checkpoints, done, self.student.model, self.optimizer, self.progress,
                 self.ranks,
             )  # fmt: skip
-
-    def _diverged(self, step: int, loss: float, norm: float, batches: list[Batch]) -> MPDError:
-        """Save this process's batches of the step, a file for each pack; return the error that
-        says so, and names the first 20 of its rows: FILE:ROW_GROUP:ROW."""
-        folder = self.config.out / "failed" / f"step-{step + 1:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, batch in enumerate(batches):
-            tensors = {name: x.cpu().contiguous() for name, x in vars(batch).items()}
-            save_file(tensors, folder / f"rank-{self.ranks.rank}-pack-{index}.safetensors")
-        groups = self.shards.groups
-        places = [(groups[g], r) for pack in self.steps[step] for g, r in pack.rows][:20]
-        rows = ", ".join(f"{group.path.name}:{group.index}:{row}" for group, row in places)
-        # Until every process has saved its own: torchrun ends the others when one exits.
-        self.ranks.wait()
-        return MPDError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; expected at most --max-loss"
-            f" {self.config.max_loss:g} and finite gradients. Its batches are in {folder}, from"
-            f" these rows: {rows}. The last checkpoint is from before it. Check the round with"
-            " mpd-gen validate; for a lower --learning-rate give another --out or --overwrite."
-        )
 
 
 def _export(trained: Trained, student: CausalLM, ranks: Ranks) -> None:

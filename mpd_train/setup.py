@@ -213,7 +213,7 @@ def claim(
     if overwrite:
         doomed.mkdir(parents=True)
         # Away at once under their names, the model first: a kill leaves no half of it behind.
-        folders = ("model", "adapter", "tensorboard", "checkpoints")
+        folders = ("model", "adapter", "tensorboard", "checkpoints", "rows")
         for name in (*folders, "metrics.jsonl", "tracker.json", "run.json"):
             if (out / name).exists():
                 (out / name).replace(doomed / name)

@@ -373,6 +373,16 @@ def metrics(out):
     return [json.loads(line) for line in metrics_lines(out)]
 
 
+def row_log(out):
+    """Return what a training wrote of its rows, whatever the process: the divergence by step and
+    row."""
+    files = sorted((out / "rows").glob("rank-*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    found = {(line["step"], line["row"]): line["kl"] for line in lines}
+    assert len(found) == len(lines)
+    return dict(sorted(found.items()))
+
+
 def losses(out):
     return [record["loss"] for record in metrics(out) if "loss" in record]
 

@@ -22,6 +22,7 @@ from conftest import (
     invoke,
     metrics,
     metrics_lines,
+    row_log,
     run,
     saved_weights,
     tied_student,
@@ -89,6 +90,9 @@ def assert_same(found, expected, student=STUDENT):
                 assert mine[name] == pytest.approx(other[name], rel=2e-4, abs=1e-5), name
         assert mine.get("loss_tokens") == other.get("loss_tokens")
         assert mine.get("tokens") == other.get("tokens")
+    ours, theirs = row_log(found), row_log(expected)
+    assert list(ours) == list(theirs)
+    assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=2e-3, abs=2e-5)
     a, b = weights(found), weights(expected)
     assert a.keys() == b.keys()
     start = load_file(student / "model.safetensors")

@@ -23,6 +23,7 @@ from conftest import (
     metrics_lines,
     other_tokenizer,
     rewrite_arguments,
+    row_log,
     run,
     tied_student,
     train_config,
@@ -256,6 +257,7 @@ def test_sigkill_and_resume_give_the_same_curve_and_weights(trained, round_dir, 
     resumed = run("mpd-train", *arguments)
     assert "resuming after step" in resumed.stderr
     assert losses(out) == losses(trained)
+    assert row_log(out) == row_log(trained)
     ours, theirs = weights(out), weights(trained)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     again = run("mpd-train", *arguments)

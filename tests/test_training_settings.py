@@ -6,11 +6,22 @@ import math
 import shutil
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import STUDENT, TEACHER, edit_rows, invoke, metrics, train_config, weights
+from conftest import (
+    STUDENT,
+    TEACHER,
+    edit_rows,
+    invoke,
+    metrics,
+    row_log,
+    rows,
+    train_config,
+    weights,
+)
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -101,6 +112,24 @@ def test_a_number_of_steps_takes_the_passes_that_it_needs(trained, few):
     assert column(pairs, "loss_tokens") == [
         sum(p.num_loss_tokens for p in packs[i : i + 2]) for i in (0, 2)
     ]
+
+
+def test_each_row_has_its_divergence_of_each_step(trained, few):
+    records, out = trained(epochs=2, gradient_accumulation_steps=2)
+    found = row_log(out)
+    kept = rows(few, "distill").filter(pl.col("status") == "ok")
+    sizes = {row[:16]: n for row, n in kept.select("row_id", "num_rewritten_tokens").iter_rows()}
+    for record in records:
+        of_step = {row: kl for (step, row), kl in found.items() if step == record["step"]}
+        tokens = [sizes[row] for row in of_step]
+        assert sum(tokens) == record["loss_tokens"]
+        mean = np.average(list(of_step.values()), weights=tokens)
+        assert mean == pytest.approx(record["kl"], rel=1e-4)
+    # Each row once in each of two epochs, and not as far from the teacher the second time.
+    assert len(found) == 2 * len(sizes)
+    by_row = {row: [kl for (_, one), kl in found.items() if one == row] for row in sizes}
+    assert sum(first > second for first, second in by_row.values()) > 0.8 * len(sizes)
+    assert min(first for first, _ in by_row.values()) < max(first for first, _ in by_row.values())
 
 
 def test_accumulated_packs_are_one_step(trained, few):
