@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import polars as pl
 import pytest
-from conftest import STUDENT, edit_rows, invoke, rows
+from conftest import STUDENT, edit_rows, invoke, python, rows
 
 from mpd_data.cli import cli
 from mpd_data.inspect.view import write_view
@@ -247,6 +247,15 @@ def test_a_round_whose_model_is_gone_is_shown_without_tokens(round_dir, tmp_path
     )
     assert tab.locator(".colours").count() == 0
     tab.close()
+
+
+def test_a_round_is_shown_without_the_libraries_of_models(round_dir, tmp_path):
+    words = ["view", str(round_dir), "--out", str(tmp_path / "t.html")]
+    code = f"import sys; sys.modules['transformers'] = None; sys.argv[1:] = {words!r}\n"
+    done = python(f"{code}from mpd_data.cli import main; main()")
+    assert "Tokens are not shown" in done.stderr
+    assert "mixed-policy-distillation[train]" in done.stderr
+    assert (tmp_path / "t.html").stat().st_size > 10_000
 
 
 def test_a_round_is_shown_with_its_tokens_from_any_folder(round_dir, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from test_view import HOSTILE, SHOWN
 
 from mpd_data.cli import cli
 from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.inspect.view.index import Index
 
 FILTERS = [
     {},
@@ -196,6 +197,13 @@ def test_a_search_finds_texts_and_keys(rounds, served, opened):
         expected = texts.filter(hit)["row_id"].sort().to_list()
         found, _ = chosen(tab, {"search": words, "at": "0"})
         assert found == expected, name
+
+
+def test_a_search_that_nobody_waits_for_ends(round_dir):
+    index = Index([round_dir])
+    with pytest.raises(ZeroDivisionError):
+        index.find({"search": "is"}, lambda: 1 / 0)
+    assert index.find({"search": "is"})["total"] > 0
 
 
 def test_hostile_text_stays_text_when_it_is_served(round_dir, tmp_path, opened):

@@ -81,10 +81,17 @@ def scan(rounds: list[Path], stage: Stage) -> pl.LazyFrame | None:
     return pl.concat(frames) if frames else None
 
 
-def scan_shards(files: Sequence[Path], stage: Stage) -> pl.LazyFrame:
-    """Return the rows of shards of one stage, in their order."""
-    schema = pl.DataFrame(SCHEMAS[stage].empty_table()).schema
-    return pl.scan_parquet(list(files), glob=False, schema=schema, missing_columns="insert")
+def scan_shards(
+    files: Sequence[Path], stage: Stage, path_column: str | None = None
+) -> pl.LazyFrame:
+    """Return the rows of shards of one stage, in their order, with the shard's path in a column."""
+    return pl.scan_parquet(
+        list(files),
+        glob=False,
+        schema=pl.DataFrame(SCHEMAS[stage].empty_table()).schema,
+        missing_columns="insert",
+        include_file_paths=path_column,
+    )
 
 
 def scan_round(folder: str | Path, stage: Stage = "rollouts") -> pl.LazyFrame:

@@ -8,8 +8,7 @@ A row has the values that it has in a page of one file (rows.py), so that both s
 import bisect
 import itertools
 import re
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +16,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow as pa
 
 from mpd_data.common.errors import ConfigError, DataError, did_you_mean
 from mpd_data.inspect.stats import collect, scan_round, scan_shards
@@ -33,10 +31,9 @@ from mpd_data.inspect.view.rows import (
     tokens_of,
 )
 from mpd_data.prompts.special import Spelling
-from mpd_data.store.keys import Packed
 from mpd_data.store.round import RoundDir
 from mpd_data.store.schema import STATUSES, Stage
-from mpd_data.store.shards import pack_keys, read_all, read_columns, read_metadata, read_rows
+from mpd_data.store.shards import read_all, read_metadata, read_rows
 
 # Rows of a list. Each of their problems is in another shard.
 _LINES = 100
@@ -44,8 +41,8 @@ _LINES = 100
 _MOST_VALUES = 60
 # Letters of a problem in a list.
 _MOST_TEXT = 200
-# Shards of which a search looks after one another whether it is still wanted.
-_SEARCHED = 32
+# Shards that are scanned together. Between them a search looks whether it is still wanted.
+_TOGETHER = 32
 # Of the latest choices of filters the rows are remembered: 4 bytes for each.
 _REMEMBERED = 8
 _STATUSES = pl.Enum([*STATUSES, "draft"])
@@ -105,21 +102,21 @@ class _Codes:
 
     def __init__(self) -> None:
         self.known: dict[str, dict[str, int]] = {}
-        self._lock = threading.Lock()
 
-    def read(self, texts: pa.ChunkedArray) -> dict[str, npt.NDArray[np.uint8]]:
+    def read(self, texts: pl.Series) -> dict[str, npt.NDArray[np.uint8]]:
         """Return a column of numbers for each key in the metadata of some rows."""
-        encoded = texts.combine_chunks().dictionary_encode()
+        each = texts.drop_nulls().unique()
         found: dict[str, npt.NDArray[np.uint8]] = {}
-        with self._lock:
-            for at, text in enumerate(encoded.dictionary.to_pylist()):
-                for name, value in metadata_of({"metadata": text}).items():
-                    codes = self.known.setdefault(name, {})
-                    if len(codes) <= _MOST_VALUES:
-                        codes.setdefault(_as_in_javascript(value), len(codes) + 1)
-                    column = found.setdefault(name, np.zeros(len(encoded.dictionary) + 1, np.uint8))
-                    column[at] = codes.get(_as_in_javascript(value), 0)
-        indices = encoded.indices.fill_null(len(encoded.dictionary)).to_numpy()
+        for at, text in enumerate(each):
+            for name, value in metadata_of({"metadata": text}).items():
+                codes = self.known.setdefault(name, {})
+                if len(codes) <= _MOST_VALUES:
+                    codes.setdefault(_as_in_javascript(value), len(codes) + 1)
+                column = found.setdefault(name, np.zeros(len(each) + 1, np.uint8))
+                column[at] = codes.get(_as_in_javascript(value), 0)
+        indices = texts.replace_strict(
+            each, range(len(each)), default=len(each), return_dtype=pl.UInt32
+        ).to_numpy()
         return {self.column(name): column[indices] for name, column in found.items()}
 
     def column(self, name: str) -> str:
@@ -147,18 +144,22 @@ class _Shards:
     ) -> pl.DataFrame:
         """Return the `columns` of all rows, their `keys` as two numbers each, and their metadata's
         `codes`."""
-        stored = sorted({name for column in columns.values() for name in column.meta.root_names()})
-        names = [*keys, *stored, *(["metadata"] if codes else [])]
-
-        def read(path: Path) -> pl.DataFrame:
-            table = read_columns(path, names)
-            frame = collect(pl.DataFrame(table.select(stored)).lazy().select(**columns))
-            for key in keys:
-                frame = frame.with_columns(**_halves(key, pack_keys(path, key, table[key])))
-            return frame.with_columns(**codes.read(table["metadata"])) if codes else frame
-
-        parts = list(read_all(read, self._paths))
-        self._ends = list(itertools.accumulate(map(len, parts)))
+        halves = {
+            f"{key}_{half}": pl.col(key)
+            .str.slice(16 * half, 16)
+            .str.to_integer(base=16, dtype=pl.UInt64)
+            for key in keys
+            for half in (0, 1)
+        }
+        more = ["path", "metadata"] if codes else ["path"]
+        parts, lengths = list[pl.DataFrame](), dict[str, int]()
+        for rows in self._groups("path"):
+            part = collect(rows.select(*more, **columns, **halves))
+            lengths |= part.group_by("path").len().iter_rows()
+            if codes:
+                part = part.with_columns(**codes.read(part["metadata"]))
+            parts.append(part.drop(more))
+        self._ends = list(itertools.accumulate(lengths.get(str(path), 0) for path in self._paths))
         return pl.concat(parts, how="diagonal", rechunk=True)
 
     def read(self, numbers: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -182,16 +183,14 @@ class _Shards:
         texts = (pl.col(name).str.to_lowercase() for name in columns)
         holds = pl.any_horizontal(text.str.contains(words, literal=True) for text in texts)
         found = []
-        for first in range(0, len(self._paths), _SEARCHED):
+        for rows in self._groups():
             go_on()
-            rows = scan_shards(self._paths[first : first + _SEARCHED], self._stage)
             found.append(collect(rows.select(holds.fill_null(False).alias("holds")))["holds"])
         return pl.concat(found)
 
-
-def _halves(key: str, packed: Packed) -> dict[str, pl.Series]:
-    numbers = packed.view(">u8").astype(np.uint64).reshape(-1, 2)
-    return {f"{key}_{half}": pl.Series(numbers[:, half]) for half in (0, 1)}
+    def _groups(self, path_column: str | None = None) -> Iterator[pl.LazyFrame]:
+        for first in range(0, len(self._paths), _TOGETHER):
+            yield scan_shards(self._paths[first : first + _TOGETHER], self._stage, path_column)
 
 
 class _Round:

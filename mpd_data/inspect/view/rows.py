@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.common.errors import ConfigError, DataError, pip_install
 from mpd_data.common.models import load_tokenizer, resolve_model, tokenizer_hash
 from mpd_data.inspect.stats import collect, scan, scan_round
 from mpd_data.prompts.special import Spelling
@@ -229,6 +229,11 @@ def spelling_of(folder: Path) -> tuple[Spelling | None, str]:
         tokenizer = load_tokenizer(files)
     except ConfigError:
         return None, f"Tokens are not shown: the student of the round, {name}, is not here."
+    except ModuleNotFoundError as error:
+        return (
+            None,
+            f"Tokens are not shown ({error}). Install what reads them: {pip_install('train')}.",
+        )
     saved = read_metadata(RoundDir(folder).shard_paths("distill")[0]).get("tokenizer")
     if saved != tokenizer_hash(tokenizer):
         return None, f"Tokens are not shown: the tokenizer of {name} is not the round's any more."

@@ -12,13 +12,13 @@ import json
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from anyio import from_thread, to_thread
+from anyio import from_thread
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -34,7 +34,7 @@ _HOST = "127.0.0.1"
 
 
 class _Gone(Exception):
-    """Nobody waits for the answer."""
+    """Nobody waits for the answer, or the server ends."""
 
 
 def serve_view(
@@ -56,9 +56,9 @@ def serve_view(
         index = Index(rounds)
         page = render(index.rounds, evaluations, most_pairs, index.facets())
         print(f"http://{_HOST}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
-        # An answer that an interrupt meets gets a second more.
-        config = uvicorn.Config(_app(index, page), log_level="error", timeout_graceful_shutdown=1)
-        uvicorn.Server(config).run(sockets=[listener])
+        app = _app(index, page)
+        app.state.server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        app.state.server.run(sockets=[listener])
 
 
 def _app(index: Index, page: str) -> Starlette:
@@ -70,10 +70,9 @@ def _app(index: Index, page: str) -> Starlette:
 
     async def answer(work: Callable[..., dict[str, Any]], *given: Any) -> Response:
         try:
-            said = await to_thread.run_sync(partial(work, *given), abandon_on_cancel=True)
-            status = 200
+            said, status = await run_in_threadpool(work, *given), 200
         except _Gone:
-            said, status = {}, 499
+            said, status = {"error": "The search was given up."}, 503
         except (MPDError, OSError) as error:
             print(f"error: {plain_lines(str(error))}", file=sys.stderr, flush=True)
             said, status = {"error": str(error)}, 500
@@ -87,7 +86,7 @@ def _app(index: Index, page: str) -> Starlette:
         given = dict(request.query_params)
 
         def go_on() -> None:
-            if from_thread.run(request.is_disconnected):
+            if request.app.state.server.should_exit or from_thread.run(request.is_disconnected):
                 raise _Gone
 
         if "search" not in given:
