@@ -25,7 +25,7 @@ from mpd_data.common.command import (
     example,
     run_command,
 )
-from mpd_data.common.errors import ConfigError, MPDError
+from mpd_data.common.errors import ConfigError, MPDError, requires
 from mpd_data.common.options import build, config_options
 from mpd_data.common.text import json_text, plain
 from mpd_data.config import (
@@ -86,6 +86,8 @@ class _RunFolder(_RoundFolder):
 
 
 _LISTED = 20
+# Of view --serve.
+_PORT = 8765
 # Of status --watch.
 _SECONDS_PER_LOOK = 2.0
 _ROUND = _RoundFolder(exists=True, file_okay=False)
@@ -422,6 +424,7 @@ def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
     epilog=example(
         "mpd-gen view data/round1",
         "mpd-gen view data/round* --evaluations eval/base-test eval/round2-test --out traces.html",
+        "mpd-gen view data/round* --serve",
     )
 )
 @click.argument("rounds", nargs=-1, required=True, type=_ROUND)
@@ -437,21 +440,47 @@ def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
     type=click.IntRange(1),
     default=2000,
     show_default=True,
-    help="Show at most this many rows of each round, and this many problems.",
+    help="Show at most this many rows of each round (with --serve all), and this many problems.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    default="traces.html",
-    show_default=True,
+    show_default="traces.html",
     help="The page to write.",
 )
+@click.option(
+    "--serve",
+    is_flag=True,
+    help="Write no page but serve it, to browsers on this machine, with all rows: for rounds that"
+    " are too large for a file.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    show_default=str(_PORT),
+    help="Of --serve; 0: a free one.",
+)
 def view(
-    rounds: tuple[Path, ...], evaluations: tuple[Path, Path] | None, rows: int, out: Path
+    rounds: tuple[Path, ...],
+    evaluations: tuple[Path, Path] | None,
+    rows: int,
+    out: Path | None,
+    serve: bool,
+    port: int | None,
 ) -> None:
     """Write a page to browse the drafts and rewrites of ROUNDS. It needs no network."""
     from mpd_data.inspect.view import write_view
 
+    if serve:
+        if out is not None:
+            raise click.UsageError("--serve writes no page: it takes no --out.")
+        with requires("serve", "mpd-gen view --serve"):
+            from mpd_data.inspect.view.serve import serve_view
+        serve_view(rounds, _PORT if port is None else port, evaluations, rows)
+        return
+    if port is not None:
+        raise click.UsageError("--port goes with --serve.")
+    out = out or Path("traces.html")
     write_view(rounds, out, evaluations, rows)
     click.echo(f"wrote {out}", err=True)
 

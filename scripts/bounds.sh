@@ -15,7 +15,7 @@ bin=build/$versions/bin
 [ -x "$bin/python" ] || "$uv" venv --quiet --python "${PYTHON:-python3}" "build/$versions"
 # shellcheck disable=SC2086  # no or two words
 "$uv" pip install --quiet --python "$bin/python" $constraints pytest hatchling setuptools \
-    --editable '.[train,openai,lora,hub,checkers,reasoning-gym,liger,ray,tensorboard,trackio,wandb]'
+    --editable '.[train,openai,lora,hub,checkers,reasoning-gym,liger,ray,serve,tensorboard,trackio,wandb]'
 "$uv" pip check --python "$bin/python"
 "$uv" pip list --python "$bin/python" | grep -E '^(click|polars|pyarrow|pydantic|torch|transformers) '
 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$bin/python" -m pytest -q tests/test_cli.py tests/test_filters.py \

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import polars as pl
 import pytest
-from conftest import STUDENT, edit_rows, invoke, rows
+from conftest import STUDENT, edit_rows, invoke, python, rows
 
 from mpd_data.cli import cli
 from mpd_data.inspect.view import write_view
@@ -146,6 +146,43 @@ def test_the_keyboard_steps_and_the_address_names_the_row(round_dir, opened):
     assert tab.locator(".trace").count() > 1
 
 
+def test_back_goes_to_the_row_before_and_its_filters(round_dir, opened):
+    tab, keys = opened(), sorted(rows(round_dir, "distill")["row_id"])
+    began = tab.evaluate("history.length")
+    tab.keyboard.press("j")
+    assert chosen(tab, status="ok")
+    tab.locator("[name=search]").press_sequentially("is")
+    address = tab.evaluate("location.hash")
+    assert "&status=ok&search=is" in address.replace("search=is&status=ok", "status=ok&search=is")
+    assert tab.evaluate("history.length") == began + 1
+    tab.keyboard.press("Escape")
+    tab.keyboard.press("j")
+    assert tab.evaluate("history.length") == began + 2
+    tab.go_back()
+    assert tab.evaluate("location.hash") == address
+    assert tab.locator("[name=search]").input_value() == "is"
+    tab.go_back()
+    assert tab.evaluate("location.hash") == f"#{keys[0]}"
+    tab.wait_for_selector(f"[data-key='{keys[0]}'][aria-selected=true]")
+    assert tab.evaluate(SHOWN) == keys
+    tab.go_forward()
+    tab.wait_for_function("document.querySelector('[name=status]').value === 'ok'")
+
+
+def test_arrow_keys_move_among_the_tabs(opened):
+    tab = opened()
+    tab.locator("#tab-rows").focus()
+    for key, name in (("ArrowRight", "pairs"), ("ArrowRight", "rows"), ("ArrowLeft", "pairs"),
+                      ("Home", "rows"), ("End", "pairs")):  # fmt: skip
+        tab.keyboard.press(key)
+        assert tab.evaluate("document.activeElement.id") == f"tab-{name}"
+        assert tab.locator("[role=tab][aria-selected=true]").get_attribute("id") == f"tab-{name}"
+        assert tab.locator("[role=tab][tabindex='0']").count() == 1
+        panel = tab.locator("[role=tabpanel]")
+        assert panel.get_attribute("aria-labelledby") == f"tab-{name}"
+        assert tab.evaluate(SHOWN)[0].startswith("pair-") is (name == "pairs")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_all_of_it(opened, scheme):
     tab = opened(viewport={"width": 390, "height": 800}, color_scheme=scheme)
@@ -210,6 +247,15 @@ def test_a_round_whose_model_is_gone_is_shown_without_tokens(round_dir, tmp_path
     )
     assert tab.locator(".colours").count() == 0
     tab.close()
+
+
+def test_a_round_is_shown_without_the_libraries_of_models(round_dir, tmp_path):
+    words = ["view", str(round_dir), "--out", str(tmp_path / "t.html")]
+    code = f"import sys; sys.modules['transformers'] = None; sys.argv[1:] = {words!r}\n"
+    done = python(f"{code}from mpd_data.cli import main; main()")
+    assert "Tokens are not shown" in done.stderr
+    assert "mixed-policy-distillation[train]" in done.stderr
+    assert (tmp_path / "t.html").stat().st_size > 10_000
 
 
 def test_a_round_is_shown_with_its_tokens_from_any_folder(round_dir, tmp_path, monkeypatch):

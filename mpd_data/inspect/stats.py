@@ -77,10 +77,21 @@ def scan(rounds: list[Path], stage: Stage) -> pl.LazyFrame | None:
         for file in {*files[:1], *round_dir.unindexed(stage)}:
             read_metadata(file)
         if files:
-            schema = pl.DataFrame(SCHEMAS[stage].empty_table()).schema
-            frame = pl.scan_parquet(files, glob=False, schema=schema, missing_columns="insert")
-            frames.append(frame.with_columns(folder=pl.lit(str(path))))
+            frames.append(scan_shards(files, stage).with_columns(folder=pl.lit(str(path))))
     return pl.concat(frames) if frames else None
+
+
+def scan_shards(
+    files: Sequence[Path], stage: Stage, path_column: str | None = None
+) -> pl.LazyFrame:
+    """Return the rows of shards of one stage, in their order, with the shard's path in a column."""
+    return pl.scan_parquet(
+        list(files),
+        glob=False,
+        schema=pl.DataFrame(SCHEMAS[stage].empty_table()).schema,
+        missing_columns="insert",
+        include_file_paths=path_column,
+    )
 
 
 def scan_round(folder: str | Path, stage: Stage = "rollouts") -> pl.LazyFrame:

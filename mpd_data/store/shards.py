@@ -16,7 +16,9 @@ another file (writer.py). A row's key (`row_id`) is the hash of what determines 
 computes the missing rows by set difference, whatever the order of its input.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import bisect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +191,30 @@ def read_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
                 f"{path}: damaged ({error}). Move it out of its folder and run the stage that wrote"
                 " it again: it makes the missing rows anew."
             ) from error
+
+
+def read_rows(path: Path, numbers: Sequence[int], columns: list[str]) -> list[dict[str, Any]]:
+    """Return the rows with these `numbers` in a shard, in their order, by reading the row groups in
+    which they are. Raise DataError where they cannot be read."""
+    with open_shard(path) as file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        ends = list(itertools.accumulate(sizes))
+        groups: dict[int, pa.Table] = {}
+        found = []
+        try:
+            for number in numbers:
+                at = bisect.bisect_right(ends, number)
+                if at not in groups:
+                    table = file.read_row_group(at, columns=columns, use_threads=False)
+                    groups[at] = with_added_columns(table, path, columns)
+                first = ends[at] - sizes[at]
+                found += groups[at].slice(number - first, 1).to_pylist()
+        except PARQUET_ERRORS as error:
+            raise DataError(
+                f"{path}: row {number} cannot be read ({error}). mpd-gen validate says what is"
+                " damaged."
+            ) from error
+    return found
 
 
 def read_keys(path: Path, name: str = "row_id") -> Packed:

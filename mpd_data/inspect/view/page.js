@@ -56,6 +56,7 @@ const MOST_VALUES = 60; // of a metadata key that becomes a filter
 const MOST_CELLS = 4e6; // of a comparison of two traces
 
 const byId = (id) => document.getElementById(id);
+const numeral = (number) => number.toLocaleString("en");
 const nats = (q) => (q < 0 ? 0 : q / 1000);
 const meanOf = (q) => q.reduce((sum, value) => sum + nats(value), 0) / Math.max(q.length, 1);
 
@@ -129,34 +130,137 @@ function compared(draft, rewrite) {
   return [marked(left, found[0], "del"), marked(right, found[1], "ins")];
 }
 
+// -- where the rows come from --------------------------------------------------------------------
+//
+// Of a file, all of them are in the page; of a server, it asks for those that it shows. Both have
+//   facets(mode)               what there is to choose among: the number of rows (`size`), `statuses` with their counts,
+//                              the `measures` that any row has, `metadata` as names with their values
+//   find(mode, given, wanted)  of the rows that pass the filters `given`, in order, how many there are (`total`) and a
+//                              list of them: `rows`, from number `offset` on. It is the one with the row `wanted.key`
+//                              or number `wanted.number`, else the first.
+//   whole(row)                 a row of such a list with its texts
+// and `pause`: after how many milliseconds without a further letter to search for what was typed.
+
+class Embedded {
+  pause = 0;
+
+  constructor(data) {
+    this.rounds = data.rounds;
+    this.names = data.names;
+    this.pairs = data.pairs.map((pair) => ({ ...pair, key: `pair-${pair.i}`, isPair: true }));
+    this.rows = data.rounds.flatMap((round, at) => (round.rows ?? []).map((row) => ({ ...row, key: row.i, at })));
+  }
+
+  facets(mode) {
+    const items = this[mode], statuses = new Map(), metadata = new Map();
+    for (const row of items) {
+      statuses.set(row.s, (statuses.get(row.s) || 0) + 1);
+      for (const [name, value] of Object.entries(row.m)) metadata.set(name, (metadata.get(name) ?? new Set()).add(String(value)));
+    }
+    const measures = Object.entries(MEASURES).filter(([, [, of]]) => mode === "rows" && items.some((row) => Number.isFinite(of(row))));
+    return { size: items.length, statuses: [...statuses], measures: measures.map(([name]) => name), metadata: [...metadata].map(([name, values]) => [name, [...values].sort()]) };
+  }
+
+  async find(mode, given) {
+    const words = (given.search || "").toLowerCase();
+    const [, isOf] = CHANGES[given.change || ""], [, isRight] = VERDICTS[given.verdict || ""], [, measure] = MEASURES[given.measure || ""];
+    const least = Number(given.least ?? -Infinity), most = Number(given.most ?? Infinity);
+    const bounded = least > -Infinity || most < Infinity;
+    const metadata = Object.entries(given).filter(([name]) => name.startsWith("meta:"));
+    const isShown = (row) => {
+      if (row.isPair ? !isOf(row) : !isRight(row)) return false;
+      if (given.status && row.s !== given.status) return false;
+      if (given.at && row.at !== Number(given.at)) return false;
+      if (metadata.some(([name, value]) => String(row.m[name.slice(5)]) !== value)) return false;
+      if (given.measure && bounded) {
+        const value = measure(row);
+        if (!Number.isFinite(value) || value < least || value > most) return false;
+      }
+      return !words || this.textOf(row).includes(words);
+    };
+    let rows = this[mode].filter(isShown);
+    if (mode === "pairs" && given.change) {
+      // The largest change first.
+      rows.sort((a, b) => Math.abs(b.c) - Math.abs(a.c));
+    } else if (given.measure) {
+      const sign = given.order === "down" ? -1 : 1, last = (value) => (Number.isFinite(value) ? 0 : 1);
+      rows = rows.map((row) => [measure(row), row])
+        .sort(([a], [b]) => last(a) - last(b) || sign * (a - b)).map(([, row]) => row);
+    }
+    return { rows, offset: 0, total: rows.length };
+  }
+
+  textOf(row) {
+    const traces = row.isPair ? [...row.b, ...row.a].map((sample) => sample.d) : [row.d, row.w];
+    return (row.text ??= [row.f, row.g, row.i, ...traces].join("\n").toLowerCase());
+  }
+
+  async whole(row) {
+    return row;
+  }
+}
+
+class Served extends Embedded {
+  pause = 400;
+
+  constructor(data) {
+    super(data);
+    this.known = data.facets;
+  }
+
+  // Pairs are few: they are in the page.
+  facets(mode) {
+    return mode === "pairs" ? super.facets(mode) : this.known;
+  }
+
+  async find(mode, given, wanted) {
+    if (mode === "pairs") return super.find(mode, given);
+    // The server need not finish what nobody waits for.
+    if (this.asked) this.asked.abort();
+    this.asked = new AbortController();
+    const found = await this.ask("rows", { ...given, ...wanted }, this.asked.signal);
+    for (const row of found.rows) row.key = row.i;
+    return found;
+  }
+
+  async whole(row) {
+    if (row.isPair || "d" in row) return row;
+    const { row: whole, pieces } = await this.ask("row", { key: row.key });
+    this.rounds[row.at].pieces = { ...this.rounds[row.at].pieces, ...pieces };
+    return Object.assign(row, whole);
+  }
+
+  async ask(what, given, signal) {
+    const answer = await fetch(`${what}?${new URLSearchParams(given)}`, { signal }).catch((error) => {
+      throw error.name === "AbortError" ? error : new Error("The server does not answer: mpd-gen view --serve has ended.");
+    });
+    const said = await answer.json();
+    if (!answer.ok) throw new Error(said.error);
+    return said;
+  }
+}
+
 // -- the page -----------------------------------------------------------------------------------
 
 class Page {
-  constructor(data) {
-    this.pairs = data.pairs.map((pair) => ({ ...pair, key: `pair-${pair.i}`, isPair: true }));
-    this.rounds = data.rounds;
-    this.rows = data.rounds.flatMap((round, at) => round.rows.map((row) => ({ ...row, key: row.i, at })));
-    this.names = data.names;
+  constructor(source) {
+    this.source = source;
     this.colour = "difference";
-    const notes = data.rounds.flatMap((round) => [
-      round.total > round.rows.length ? `${round.name}: ${round.rows.length.toLocaleString("en")} of ${round.total.toLocaleString("en")} rows.` : "",
+    this.turn = 0; // of what was asked of the source: an answer to something older is dropped
+    this.notes = source.rounds.flatMap((round) => [
+      round.rows && round.total > round.rows.length ? `${round.name}: ${numeral(round.rows.length)} of ${numeral(round.total)} rows.` : "",
       round.note,
-    ]);
-    this.notes = notes.filter(Boolean);
-    const tabs = [["rewrites", "Drafts and rewrites", this.rows], ["pairs", "Before and after", this.pairs]];
-    for (const [mode, label, items] of tabs) {
-      if (!items.length) continue;
-      const tab = element("button", `${label} (${items.length.toLocaleString("en")})`, { type: "button", role: "tab", id: `tab-${mode}` });
-      tab.addEventListener("click", () => this.show(mode));
+    ]).filter(Boolean);
+    const tabs = [["rows", "Drafts and rewrites"], ["pairs", "Before and after"]];
+    for (const [mode, label] of tabs) {
+      const { size } = source.facets(mode);
+      if (!size) continue;
+      const tab = element("button", `${label} (${numeral(size)})`, { type: "button", role: "tab", id: `tab-${mode}` });
+      tab.setAttribute("aria-controls", "panel");
+      tab.addEventListener("click", () => this.show(mode, [], {}, "push"));
       byId("tabs").append(tab);
     }
-    byId("filters").addEventListener("input", (event) => {
-      // Who sorts wants to see what comes first.
-      if (/^(measure|order)$/.test(event.target.name)) this.current = this.deselected();
-      // Bounds of one measure mean nothing for another.
-      if (event.target.name === "measure") for (const name of ["least", "most"]) byId("filters").elements[name].value = "";
-      this.filter();
-    });
+    byId("filters").addEventListener("input", (event) => this.change(event.target));
     byId("filters").addEventListener("submit", (event) => event.preventDefault());
     byId("list").addEventListener("click", (event) => {
       const line = event.target.closest("li");
@@ -164,44 +268,38 @@ class Page {
     });
     document.addEventListener("keydown", (event) => this.press(event));
     window.addEventListener("hashchange", () => this.follow());
-    const asked = location.hash;
-    if (!this.rows.length && !this.pairs.length) byId("count").textContent = "There are no rows.";
-    else if (!this.follow()) {
-      if (asked.length > 1) this.notes.push(`The row of this address is not on the page: ${asked}`);
-      this.show(this.rows.length ? "rewrites" : "pairs");
-    }
     byId("notes").textContent = printable(this.notes.join(" "));
+    if (!byId("tabs").children.length) byId("count").textContent = "There are no rows.";
+    else this.follow();
   }
 
-  get items() {
-    return this.mode === "pairs" ? this.pairs : this.rows;
+  // Show the row that the page's address names: among the rows that pass its filters, else among all.
+  async follow() {
+    const given = new URLSearchParams(`key=${location.hash.slice(1)}`), key = given.get("key");
+    const mode = key.startsWith("pair-") ? "pairs" : "rows";
+    const missing = key ? [`The row of this address is not here: ${location.hash}`] : [];
+    if (key && byId(`tab-${mode}`)) {
+      for (const filters of [given, []]) if (await this.show(mode, filters, { key }, "follow") !== false) return;
+    }
+    byId("notes").textContent = printable([...this.notes, ...missing].join(" "));
+    this.show(byId("tabs").firstChild.id.slice(4));
   }
 
-  // Show the row that the page's address names, among those that pass its filters. Return whether
-  // there is one.
-  follow() {
-    const [first, ...rest] = location.hash.slice(1).split("&");
-    const key = decodeURIComponent(first);
-    const row = [...this.rows, ...this.pairs].find((item) => item.key === key);
-    if (!row) return false;
-    if (this.current && this.current.key === key) return true;
-    const mode = row.isPair ? "pairs" : "rewrites";
-    if (this.mode !== mode || !this.shown.includes(row)) this.show(mode, new URLSearchParams(rest.join("&")));
-    if (!this.shown.includes(row)) this.show(mode);
-    this.choose(this.shown.indexOf(row));
-    return true;
-  }
-
-  show(mode, given = []) {
+  // Show the rows of a tab that pass the filters `given`. Return like `filter`.
+  show(mode, given = [], wanted = {}, step = "replace") {
     this.mode = mode;
-    for (const tab of byId("tabs").children) tab.setAttribute("aria-selected", tab.id === `tab-${mode}`);
+    for (const tab of byId("tabs").children) {
+      const isChosen = tab.id === `tab-${mode}`;
+      tab.setAttribute("aria-selected", isChosen);
+      tab.tabIndex = isChosen ? 0 : -1;
+    }
+    byId("panel").setAttribute("aria-labelledby", `tab-${mode}`);
     byId("filters").replaceChildren(...this.controls());
     for (const [name, value] of given) {
       const field = byId("filters").elements[name];
       if (field) field.value = value;
     }
-    byId("list").scrollTop = 0;
-    this.filter();
+    return this.filter(wanted, step);
   }
 
   select(name, label, choices) {
@@ -210,74 +308,98 @@ class Page {
   }
 
   controls() {
-    const items = this.items, made = [];
+    const { statuses, measures, metadata } = this.source.facets(this.mode), made = [];
     const sought = this.mode === "pairs" ? "problem, samples" : "problem, traces";
     made.push(element("label", ["Search", element("input", [], { type: "search", name: "search", placeholder: sought })]));
     if (this.mode === "pairs") {
-      const count = (test) => items.filter(test).length.toLocaleString("en");
+      const count = (test) => numeral(this.source.pairs.filter(test).length);
       made.push(this.select("change", "Answers", Object.entries(CHANGES).map(([value, [text, test]]) => [value, `${text} (${count(test)})`])));
     } else {
-      const statuses = new Map();
-      for (const row of items) statuses.set(row.s, (statuses.get(row.s) || 0) + 1);
-      const known = [...statuses].sort((a, b) => b[1] - a[1]).map(([s, n]) => [s, `${s} (${n.toLocaleString("en")})`]);
+      const known = [...statuses].sort((a, b) => b[1] - a[1]).map(([s, n]) => [s, `${s} (${numeral(n)})`]);
       made.push(this.select("status", "Status", [["", "all"], ...known]));
       made.push(this.select("verdict", "Answers", Object.entries(VERDICTS).map(([value, [text]]) => [value, text])));
-      if (this.rounds.length > 1) made.push(this.select("at", "Round", [["", "all"], ...this.rounds.map((round, at) => [String(at), round.name])]));
-      const usable = Object.entries(MEASURES).filter(([name, [, of]]) => !name || items.some((row) => Number.isFinite(of(row))));
-      made.push(this.select("measure", "Sort by", usable.map(([value, [text]]) => [value, text])));
+      if (this.source.rounds.length > 1) made.push(this.select("at", "Round", [["", "all"], ...this.source.rounds.map((round, at) => [String(at), round.name])]));
+      made.push(this.select("measure", "Sort by", ["", ...measures].map((value) => [value, MEASURES[value][0]])));
       made.push(this.select("order", "Order", [["up", "smallest first"], ["down", "largest first"]]));
       for (const [name, label] of [["least", "At least"], ["most", "At most"]]) made.push(element("label", [label, element("input", [], { type: "number", name, step: "any" })]));
     }
-    for (const name of new Set(items.flatMap((row) => Object.keys(row.m)))) {
-      const values = [...new Set(items.map((row) => row.m[name]).filter((value) => value !== undefined).map(String))].sort();
+    for (const [name, values] of metadata) {
       if (values.length > 1 && values.length <= MOST_VALUES) made.push(this.select(`meta:${name}`, printable(name), [["", "all"], ...values.map((value) => [value, printable(value)])]));
     }
     return made;
   }
 
-  filter() {
-    const form = new FormData(byId("filters")), given = (name) => form.get(name) || "";
-    const words = given("search").toLowerCase();
-    const [, isOf] = CHANGES[given("change")], [, isRight] = VERDICTS[given("verdict")], [, measure] = MEASURES[given("measure")];
-    const least = given("least") === "" ? -Infinity : Number(given("least"));
-    const most = given("most") === "" ? Infinity : Number(given("most"));
-    const bounded = least > -Infinity || most < Infinity;
-    const metadata = [...form].filter(([name, value]) => name.startsWith("meta:") && value);
-    for (const name of ["least", "most", "order"]) {
-      const field = byId("filters").elements[name];
-      if (field) field.disabled = !given("measure");
-    }
-    const isShown = (row) => {
-      if (this.mode === "pairs" ? !isOf(row) : !isRight(row)) return false;
-      if (given("status") && row.s !== given("status")) return false;
-      if (given("at") && row.at !== Number(given("at"))) return false;
-      if (metadata.some(([name, value]) => String(row.m[name.slice(5)]) !== value)) return false;
-      if (given("measure") && bounded) {
-        const value = measure(row);
-        if (!Number.isFinite(value) || value < least || value > most) return false;
-      }
-      return !words || this.textOf(row).includes(words);
-    };
-    this.shown = this.items.filter(isShown);
-    if (this.mode === "pairs" && given("change")) {
-      // The largest change first.
-      this.shown.sort((a, b) => Math.abs(b.c) - Math.abs(a.c));
-    } else if (given("measure")) {
-      const sign = given("order") === "down" ? -1 : 1, last = (value) => (Number.isFinite(value) ? 0 : 1);
-      this.shown = this.shown.map((row) => [measure(row), row])
-        .sort(([a], [b]) => last(a) - last(b) || sign * (a - b)).map(([, row]) => row);
-    }
-    byId("list").replaceChildren(...this.shown.map((row) => this.line(row)));
-    const of = this.items.length.toLocaleString("en");
-    byId("count").textContent = `${this.shown.length.toLocaleString("en")} of ${of} ${this.mode === "pairs" ? "problems" : "rows"}`;
-    const kept = this.shown.indexOf(this.current);
-    if (this.shown.length) this.choose(Math.max(kept, 0));
-    else byId("row").replaceChildren(element("p", "No row passes these filters."));
+  // A filter was changed.
+  change(field) {
+    // Who sorts wants to see what comes first.
+    const stays = !/^(measure|order)$/.test(field.name) && this.current;
+    // Bounds of one measure mean nothing for another.
+    if (field.name === "measure") for (const name of ["least", "most"]) byId("filters").elements[name].value = "";
+    const pause = field.tagName === "INPUT" ? this.source.pause : 0;
+    const ask = () => this.filter(stays ? { key: stays.key } : {});
+    clearTimeout(this.timer);
+    byId("list").setAttribute("aria-busy", "true");
+    if (pause) this.timer = setTimeout(ask, pause);
+    else ask();
   }
 
-  textOf(row) {
-    const traces = row.isPair ? [...row.b, ...row.a].map((sample) => sample.d) : [row.d, row.w];
-    return (row.text ??= [row.f, row.g, row.i, ...traces].join("\n").toLowerCase());
+  // List the rows that pass the filters and open the one that is `wanted`, else the first; who follows an address wants no
+  // other. Return whether it is among them, nothing where the answer came too late or is an error.
+  async filter(wanted, step = "replace") {
+    const given = this.given = {};
+    for (const name of ["least", "most", "order"]) {
+      const field = byId("filters").elements[name];
+      if (field) field.disabled = !byId("filters").elements.measure.value;
+    }
+    for (const [name, value] of new FormData(byId("filters"))) if (value) given[name] = value;
+    const turn = ++this.turn;
+    byId("list").setAttribute("aria-busy", "true");
+    byId("count").textContent = given.search ? "Searching the texts of all rows …" : "Reading the rows …";
+    let found;
+    try {
+      found = await this.source.find(this.mode, given, wanted);
+    } catch (error) {
+      if (turn === this.turn) this.fail(error, true);
+      return undefined;
+    }
+    if (turn !== this.turn) return undefined;
+    const at = wanted.number === undefined ? found.rows.findIndex((row) => row.key === wanted.key) : wanted.number - found.offset;
+    if (step === "follow" && at < 0) return false;
+    this.shown = found.rows;
+    this.offset = found.offset;
+    this.total = found.total;
+    byId("list").replaceChildren(...this.shown.map((row) => this.line(row)));
+    byId("list").setAttribute("aria-busy", "false");
+    byId("list").scrollTop = 0;
+    const isPart = this.total > this.shown.length, last = this.offset + this.shown.length;
+    const part = isPart ? `: ${numeral(this.offset + 1)} to ${numeral(last)}` : "";
+    byId("count").textContent = `${numeral(this.total)} of ${numeral(this.source.facets(this.mode).size)} ${this.mode === "pairs" ? "problems" : "rows"}${part}`;
+    byId("pages").replaceChildren(...(isPart ? [this.turner("← rows before", this.offset - 1), this.turner("rows after →", last)] : []));
+    if (this.shown.length) this.choose(Math.max(at, 0), step);
+    else byId("row").replaceChildren(element("p", "No row passes these filters."));
+    return at >= 0;
+  }
+
+  turner(text, number) {
+    const button = element("button", text, { type: "button", disabled: number < 0 || number >= this.total });
+    button.addEventListener("click", () => {
+      this.go(number);
+      byId("list").focus(); // the button is about to go
+    });
+    return button;
+  }
+
+  // Say what went wrong in place of the row, or of the whole list.
+  fail(error, isList) {
+    if (isList) {
+      this.shown = [];
+      this.total = 0;
+      byId("list").replaceChildren();
+      byId("list").setAttribute("aria-busy", "false");
+      byId("count").textContent = "The rows cannot be read.";
+    }
+    byId("row").replaceChildren(element("p", printable(error.message), { role: "alert" }));
+    byId("row").setAttribute("aria-busy", "false");
   }
 
   line(row) {
@@ -294,27 +416,37 @@ class Page {
     return (row.line = line);
   }
 
-  deselected() {
-    if (this.current && this.current.line) this.current.line.setAttribute("aria-selected", "false");
-    return null;
+  // Open the row that is number `number` of those that pass the filters.
+  go(number) {
+    const at = number - this.offset;
+    if (at in this.shown) this.choose(at);
+    else if (number >= 0 && number < this.total) this.filter({ number }, "push");
   }
 
-  choose(at, scroll = true) {
-    if (at < 0 || at >= this.shown.length) return;
-    this.deselected();
-    this.current = this.shown[at];
-    this.current.line.setAttribute("aria-selected", "true");
-    byId("list").setAttribute("aria-activedescendant", this.current.line.id);
-    if (scroll) this.current.line.scrollIntoView({ block: "nearest" });
-    const given = new URLSearchParams([...new FormData(byId("filters"))].filter(([name, value]) => value && name !== "order"));
-    if (given.has("measure")) given.set("order", byId("filters").elements.order.value);
-    history.replaceState(null, "", `#${encodeURIComponent(this.current.key)}${given.size ? `&${given}` : ""}`);
-    this.draw();
+  // Open a row of the list. A row that somebody opens is a step of the browser's history, a letter in a filter is none.
+  async choose(at, step = "push") {
+    if (this.current && this.current.line) this.current.line.setAttribute("aria-selected", "false");
+    const row = this.current = this.shown[at];
+    row.line.setAttribute("aria-selected", "true");
+    byId("list").setAttribute("aria-activedescendant", row.line.id);
+    row.line.scrollIntoView({ block: "nearest" });
+    const given = new URLSearchParams(this.given);
+    const address = `#${encodeURIComponent(row.key)}${given.size ? `&${given}` : ""}`;
+    if (address !== location.hash) history[step === "push" ? "pushState" : "replaceState"](null, "", address);
+    byId("row").setAttribute("aria-busy", "true");
+    try {
+      await this.source.whole(row);
+    } catch (error) {
+      if (row === this.current) this.fail(error, false);
+      return;
+    }
+    if (row === this.current) this.draw();
   }
 
   draw() {
     const row = this.current;
     byId("row").replaceChildren(...(row.isPair ? this.pair(row) : this.rewrite(row)));
+    byId("row").setAttribute("aria-busy", "false");
     byId("row").scrollTop = 0;
   }
 
@@ -324,7 +456,7 @@ class Page {
   }
 
   rewrite(row) {
-    const round = this.rounds[row.at];
+    const round = this.source.rounds[row.at];
     const parts = [element("h2", `${row.s}: ${REASONS[row.s] || ""}`), ...this.question(row)];
     const colours = [["difference", "difference"], ["probability", "teacher's probability"], ["entropy", "teacher's entropy"]];
     if (row.v) {
@@ -367,7 +499,7 @@ class Page {
     const traces = [];
     for (let i = 0; i < Math.max(base.length, now.length); i++) traces.push(base[i] || element("div", ""), now[i] || element("div", ""));
     const change = row.c === null ? "no gold answer" : `${changeOf(row)}: ${right(row.b)} right before, ${right(row.a)} after`;
-    return [element("h2", change), element("p", `before: ${this.names[0]} · after: ${this.names[1]}`, { className: "facts" }), ...this.question(row), element("div", traces, { className: "traces" })];
+    return [element("h2", change), element("p", `before: ${this.source.names[0]} · after: ${this.source.names[1]}`, { className: "facts" }), ...this.question(row), element("div", traces, { className: "traces" })];
   }
 
   trace(title, isRight, facts, content) {
@@ -410,12 +542,18 @@ class Page {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "Escape") return byId("list").focus();
     if (/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
-    const at = this.shown ? this.shown.indexOf(this.current) : -1;
+    const tabs = [...byId("tabs").children], tab = tabs.indexOf(event.target);
+    const at = this.shown && this.current ? this.offset + this.shown.indexOf(this.current) : 0;
     const inList = event.target.id === "list";
-    if (event.key === "j" || (inList && event.key === "ArrowDown")) this.choose(at + 1);
-    else if (event.key === "k" || (inList && event.key === "ArrowUp")) this.choose(at - 1);
-    else if (inList && event.key === "Home") this.choose(0);
-    else if (inList && event.key === "End") this.choose(this.shown.length - 1);
+    if (tab >= 0 && /^(Arrow(Left|Right)|Home|End)$/.test(event.key)) {
+      const next = { ArrowLeft: tab - 1, ArrowRight: tab + 1, Home: 0, End: -1 }[event.key];
+      const chosen = tabs.at(next % tabs.length);
+      chosen.focus();
+      chosen.click();
+    } else if (event.key === "j" || (inList && event.key === "ArrowDown")) this.go(at + 1);
+    else if (event.key === "k" || (inList && event.key === "ArrowUp")) this.go(at - 1);
+    else if (inList && event.key === "Home") this.go(0);
+    else if (inList && event.key === "End") this.go(this.total - 1);
     else if (/^Arrow(Left|Right)$/.test(event.key) && byId("token")) this.step(event.key === "ArrowLeft" ? -1 : 1);
     else if (event.key === "/") byId("filters").elements.search.focus();
     else if (event.key === "t" && this.current && this.current.v) {
@@ -439,6 +577,6 @@ function mean(samples) {
   return Math.round(samples.reduce((sum, sample) => sum + sample.n, 0) / samples.length);
 }
 
-readData().then((data) => new Page(data), (error) => {
+readData().then((data) => new Page(data.facets ? new Served(data) : new Embedded(data)), (error) => {
   byId("count").textContent = `The rows cannot be read: ${error}. Is the file whole, and the browser of 2023 or newer?`;
 });

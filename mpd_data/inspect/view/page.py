@@ -26,27 +26,35 @@ def write_view(
     """Write the page of `rounds` to `out`, with `rows` of each at most, and the problems of two
     `evaluations` side by side: of the base, and of a new model on the same prompts. Raise DataError
     for a damaged shard, ConfigError for a folder without rollouts."""
+    shown = [{"name": str(path), **rewrites_of(path, rows)} for path in rounds]
+    page = render(shown, evaluations, rows)
+    with atomic_file(out) as file:
+        file.write(page)
+
+
+def render(
+    rounds: Sequence[dict[str, Any]],
+    evaluations: tuple[Path, Path] | None,
+    most_pairs: int,
+    facets: dict[str, Any] | None = None,
+) -> str:
+    """Return the page of `rounds`. With `facets` it has not their rows and asks its server for
+    them. Texts in it stay text: they are in a compressed block that the script reads, and the
+    script makes text nodes of them."""
     data: dict[str, Any] = {
-        "rounds": [{"name": str(path), **rewrites_of(path, rows)} for path in rounds],
-        "pairs": [] if evaluations is None else pairs_of(*evaluations, rows),
+        "rounds": rounds,
+        "pairs": [] if evaluations is None else pairs_of(*evaluations, most_pairs),
         "names": [str(path) for path in evaluations or ()],
+        "facets": facets,
     }
-    for shown in data["rounds"]:
+    for shown in rounds:
         if shown["note"]:
             print(f"{shown['name']}: {shown['note']}", file=sys.stderr)
-    with atomic_file(out) as file:
-        file.write(render(data))
-
-
-def render(data: dict[str, Any]) -> str:
-    """Return the page that shows `data`. Texts in it stay text: they are in a compressed block that
-    the script reads, and the script makes text nodes of them."""
     # Half of a surrogate pair, which a tokenizer can leave, is no UTF-8.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     block = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
     here = resources.files("mpd_data.inspect.view")
     script = here.joinpath("page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(
         loader=PackageLoader("mpd_data.inspect", "view"),
         autoescape=True,
@@ -56,6 +64,18 @@ def render(data: dict[str, Any]) -> str:
     return environment.get_template("page.html.j2").render(
         style=Markup(here.joinpath("page.css").read_text(encoding="utf-8")),
         script=Markup(script),
-        digest=digest,
+        policy=Markup(policy(facets is not None)),
         block=block,
+    )
+
+
+def policy(asks: bool) -> str:
+    """Return the Content-Security-Policy of a page: it runs the one script, and reaches nothing, or
+    its own server where it `asks` one."""
+    script = resources.files("mpd_data.inspect.view").joinpath("page.js").read_bytes()
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+    reached = "connect-src 'self'; " if asks else ""
+    return (
+        f"default-src 'none'; {reached}style-src 'unsafe-inline'; script-src 'sha256-{digest}';"
+        " base-uri 'none'; form-action 'none'"
     )

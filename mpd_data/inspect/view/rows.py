@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from mpd_data.common.errors import ConfigError, DataError
+from mpd_data.common.errors import ConfigError, DataError, pip_install
 from mpd_data.common.models import load_tokenizer, resolve_model, tokenizer_hash
 from mpd_data.inspect.stats import collect, scan, scan_round
 from mpd_data.prompts.special import Spelling
@@ -29,17 +29,17 @@ from mpd_data.store.shards import read_metadata
 _MOST_TEXT = 48_000_000
 # Of the teacher's distribution at a token.
 _BEST = 4
-_MEASURES = (
+MEASURES = (
     "compression_ratio", "draft_overlap", "repetition", "pass_rate", "answer_support",
     "weakest_step",
 )  # fmt: skip
-_DISTILL = (
+DISTILL = (
     "row_id", "rollout_id", "prompt_id", "round", "status", "rewrite", "rewrite_answer",
     "keeps_answer", "is_correct", "num_original_tokens", "num_rewritten_tokens", "check_error",
-    *_MEASURES,
+    *MEASURES,
 )  # fmt: skip
-_SCORED = ("row_id", "input_ids", "loss_start", "topk_ids", "topk_logprobs", "tail_logprobs")
-_ROLLOUT = (
+SCORED = ("row_id", "input_ids", "loss_start", "topk_ids", "topk_logprobs", "tail_logprobs")
+ROLLOUT = (
     "row_id", "prompt_id", "round", "problem", "gold_answer", "metadata", "completion", "answer",
     "is_correct", "finish_reason", "num_completion_tokens", "repetition",
 )  # fmt: skip
@@ -54,23 +54,23 @@ def rewrites_of(folder: Path, count: int) -> dict[str, Any]:
         rollouts = scan_round(folder)
         total = collect(rollouts.select(pl.len())).item()
         chosen = collect(rollouts.select("row_id").bottom_k(count, by="row_id"))["row_id"]
-        rows = [_draft(row) for row in _of(rollouts, chosen, _ROLLOUT)]
+        rows = [draft_row(row) for row in _of(rollouts, chosen, ROLLOUT)]
         return {"rows": _within(rows), "total": total, "limits": {}, "pieces": {}, "note": ""}
     total = collect(distill.select(pl.len())).item()
     chosen = collect(distill.select("row_id").bottom_k(count, by="row_id"))["row_id"]
-    found = _of(distill, chosen, _DISTILL)
+    found = _of(distill, chosen, DISTILL)
     drafts = pl.Series([row["rollout_id"] for row in found]).unique()
-    by_id = {row["row_id"]: row for row in _of(scan_round(folder), drafts, _ROLLOUT)}
-    rows = _within([_rewrite(row, by_id.get(row["rollout_id"], {})) for row in found])
-    spelling, note = _spelling(folder)
+    by_id = {row["row_id"]: row for row in _of(scan_round(folder), drafts, ROLLOUT)}
+    rows = _within([rewrite_row(row, by_id.get(row["rollout_id"], {})) for row in found])
+    spelling, note = spelling_of(folder)
     pieces: dict[int, str] = {}
     if spelling is not None:
         kept = pl.Series([row["i"] for row in rows if row["s"] == "ok"], dtype=pl.String)
-        scored = {row["row_id"]: row for row in _of(distill, kept, _SCORED)}
+        scored = {row["row_id"]: row for row in _of(distill, kept, SCORED)}
         for row in rows:
             if row["i"] in scored and scored[row["i"]]["topk_ids"]:
-                row["v"] = _tokens(scored[row["i"]], f"{folder}/distill")
-                _spell(row["v"], spelling, pieces)
+                row["v"] = tokens_of(scored[row["i"]], f"{folder}/distill")
+                spell(row["v"], spelling, pieces)
     limits = read_metadata(RoundDir(folder).shard_paths("distill")[0]).get("filters") or {}
     return {"rows": rows, "total": total, "limits": limits, "pieces": pieces, "note": note}
 
@@ -84,7 +84,7 @@ def pairs_of(base: Path, new: Path, count: int) -> list[dict[str, Any]]:
     both = ids[0].filter(ids[0].is_in(ids[1].implode())).sort().head(count)
     found = []
     for side in sides:
-        rows = collect(side.filter(pl.col("prompt_id").is_in(both.implode())).select(_ROLLOUT))
+        rows = collect(side.filter(pl.col("prompt_id").is_in(both.implode())).select(ROLLOUT))
         found.append(rows.sort("row_id").partition_by("prompt_id", as_dict=True))
     pairs = []
     for prompt in both:
@@ -96,7 +96,7 @@ def pairs_of(base: Path, new: Path, count: int) -> list[dict[str, Any]]:
                 "i": prompt,
                 "f": before[0]["problem"],
                 "g": before[0]["gold_answer"],
-                "m": _metadata(before[0]),
+                "m": metadata_of(before[0]),
                 "b": [_sample(row) for row in before],
                 "a": [_sample(row) for row in after],
                 "c": change,
@@ -133,7 +133,7 @@ def _within(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _metadata(row: dict[str, Any]) -> dict[str, Any]:
+def metadata_of(row: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata of a rollout whose values are plain, by name."""
     try:
         values = json.loads(row.get("metadata") or "{}")
@@ -149,26 +149,26 @@ def _metadata(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _draft(row: dict[str, Any]) -> dict[str, Any]:
+def draft_row(row: dict[str, Any]) -> dict[str, Any]:
     known = {"finish_reason": row["finish_reason"], "draft answer": row["answer"]}
     return {
         "i": row["row_id"], "p": row["prompt_id"], "r": row["round"], "s": "draft",
-        "f": row["problem"], "g": row["gold_answer"], "m": _metadata(row), "d": row["completion"],
+        "f": row["problem"], "g": row["gold_answer"], "m": metadata_of(row), "d": row["completion"],
         "w": None, "o": row["is_correct"], "k": None, "a": None,
         "n": row["num_completion_tokens"], "t": None,
         "x": known | {"repetition": _rounded(row["repetition"])},
     }  # fmt: skip
 
 
-def _rewrite(row: dict[str, Any], draft: dict[str, Any]) -> dict[str, Any]:
-    measures = {name: _rounded(row[name]) for name in _MEASURES}
+def rewrite_row(row: dict[str, Any], draft: dict[str, Any]) -> dict[str, Any]:
+    measures = {name: _rounded(row[name]) for name in MEASURES}
     known = {
         "draft answer": draft.get("answer"), "rewrite answer": row["rewrite_answer"],
         "check error": row["check_error"],
     }  # fmt: skip
     return {
         "i": row["row_id"], "p": row["prompt_id"], "r": row["round"], "s": row["status"],
-        "f": draft.get("problem", ""), "g": draft.get("gold_answer"), "m": _metadata(draft),
+        "f": draft.get("problem", ""), "g": draft.get("gold_answer"), "m": metadata_of(draft),
         "d": draft.get("completion", ""), "w": row["rewrite"], "o": draft.get("is_correct"),
         "k": row["is_correct"], "a": row["keeps_answer"], "n": row["num_original_tokens"],
         "t": row["num_rewritten_tokens"],
@@ -181,7 +181,7 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or not np.isfinite(value) else round(value, 3)
 
 
-def _tokens(row: dict[str, Any], source: str) -> dict[str, Any]:
+def tokens_of(row: dict[str, Any], source: str) -> dict[str, Any]:
     """Return what the page shows of a scored row. Raise DataError where scores and tokens do not
     belong together."""
     counts = [len(row[name] or ()) for name in ("topk_ids", "topk_logprobs", "tail_logprobs")]
@@ -216,7 +216,7 @@ def _thousandths(logprob: float) -> int:
     return min(round(-1000 * logprob), 99_999) if np.isfinite(logprob) else 99_999
 
 
-def _spelling(folder: Path) -> tuple[Spelling | None, str]:
+def spelling_of(folder: Path) -> tuple[Spelling | None, str]:
     """Return what spells the round's tokens, or why there is none."""
     stages = RoundDir(folder).run_info().get("stages", {})
     config = stages.get("rollouts", {}).get("details", {}).get("config", {})
@@ -229,6 +229,11 @@ def _spelling(folder: Path) -> tuple[Spelling | None, str]:
         tokenizer = load_tokenizer(files)
     except ConfigError:
         return None, f"Tokens are not shown: the student of the round, {name}, is not here."
+    except ModuleNotFoundError as error:
+        return (
+            None,
+            f"Tokens are not shown ({error}). Install what reads them: {pip_install('train')}.",
+        )
     saved = read_metadata(RoundDir(folder).shard_paths("distill")[0]).get("tokenizer")
     if saved != tokenizer_hash(tokenizer):
         return None, f"Tokens are not shown: the tokenizer of {name} is not the round's any more."
@@ -246,7 +251,7 @@ def _where_it_ran(folder: Path, config: dict[str, Any], name: str) -> str:
     return str(there) if there.is_dir() else name
 
 
-def _spell(tokens: dict[str, Any], spelling: Spelling, pieces: dict[int, str]) -> None:
+def spell(tokens: dict[str, Any], spelling: Spelling, pieces: dict[int, str]) -> None:
     """Add the text of ids that are not known yet, each as it stands after another token."""
     for before, token in _neighbours(tokens):
         if token not in pieces and min(before, token) >= 0:

@@ -1,0 +1,78 @@
+"""What browsing a round of a million rewrites costs: `mpd-gen view --serve` as its page asks it.
+
+    PYTHONPATH=. python benchmarks/view.py --out /tmp/scale
+
+makes the synthetic round of scale.py there, unless it exists, serves it, and prints the seconds
+until the server answers and of each kind of request, and the server's peak memory.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+from benchmarks.scale import ROWS_PER_SHARD, make_round
+
+# The server remembers which rows pass, so that each choice is asked for the first time here.
+REQUESTS = {
+    "first list": {},
+    "a list in the middle": {"number": "500000"},
+    "filter by status": {"status": "ok"},
+    "filter by answers": {"verdict": "broke"},
+    "filter by metadata and a bound": {"meta:level": "3", "measure": "repetition", "least": "0.5"},
+    "order": {"measure": "ratio", "order": "down"},
+    "search": {"search": "hmm it holds"},
+    "the next list of a search": {"search": "hmm it holds", "number": "100"},
+}
+
+
+def peak_memory(process: int) -> float:
+    """The peak resident memory of a process in GB."""
+    status = Path(f"/proc/{process}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e9
+
+
+def measure(folder: Path) -> None:
+    """Serve the round in `folder` and print the table."""
+    began = time.perf_counter()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mpd_data.cli", "view", folder, "--serve", "--port", "0"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        address = server.stdout.readline().split()[0]
+        print("| | seconds | rows |\n|---|---|---|")
+        print(f"| start | {time.perf_counter() - began:.2f} | |")
+        with httpx.Client(base_url=address, timeout=600) as client:
+            for name, given in REQUESTS.items():
+                began = time.perf_counter()
+                found = client.get("/rows", params=given).raise_for_status().json()
+                print(f"| {name} | {time.perf_counter() - began:.2f} | {found['total']:,} |")
+            began = time.perf_counter()
+            client.get("/row", params={"key": found["rows"][-1]["i"]}).raise_for_status()
+            print(f"| a row | {time.perf_counter() - began:.2f} | 1 |")
+        print(f"\npeak memory of the server: {peak_memory(server.pid):.2f} GB")
+    finally:
+        server.kill()
+        server.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the round; kept")
+    parser.add_argument("--rows", type=int, default=1_070_000, help="of drafts, if it is made")
+    arguments = parser.parse_args()
+    folder = arguments.out / "whole"
+    if not folder.exists():
+        make_round(arguments.out, math.ceil(arguments.rows / ROWS_PER_SHARD), 2)
+    measure(folder)
+
+
+if __name__ == "__main__":
+    main()
