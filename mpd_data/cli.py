@@ -436,6 +436,13 @@ def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
     help="Also show the samples of two models side by side, problem by problem.",
 )
 @click.option(
+    "--training",
+    "trainings",
+    multiple=True,
+    type=_ROUND,
+    help="Folder of a training on the rounds: its rows get their divergence. May be repeated.",
+)
+@click.option(
     "--rows",
     type=click.IntRange(1),
     default=2000,
@@ -463,6 +470,7 @@ def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
 def view(
     rounds: tuple[Path, ...],
     evaluations: tuple[Path, Path] | None,
+    trainings: tuple[Path, ...],
     rows: int,
     out: Path | None,
     serve: bool,
@@ -476,12 +484,12 @@ def view(
             raise click.UsageError("--serve writes no page: it takes no --out.")
         with requires("serve", "mpd-gen view --serve"):
             from mpd_data.inspect.view.serve import serve_view
-        serve_view(rounds, _PORT if port is None else port, evaluations, rows)
+        serve_view(rounds, _PORT if port is None else port, evaluations, rows, trainings)
         return
     if port is not None:
         raise click.UsageError("--port goes with --serve.")
     out = out or Path("traces.html")
-    write_view(rounds, out, evaluations, rows)
+    write_view(rounds, out, evaluations, rows, trainings)
     click.echo(f"wrote {out}", err=True)
 
 

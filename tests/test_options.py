@@ -50,6 +50,7 @@ test_a_scheduler_that_ends_a_job_loses_no_finished_row: mpd-gen status FOLDERS -
 test_watch_ends_with_the_work: mpd-gen status --watch
 test_answers_lost_stand_side_by_side: mpd-gen view ROUNDS --evaluations --out
 test_a_page_holds_no_more_rows_than_asked_and_says_so: mpd-gen view --rows
+test_rows_are_in_order_of_what_the_training_found: mpd-gen view --training
 test_a_server_has_the_port_that_it_is_told: mpd-gen view --serve --port
 test_one_part_after_another_makes_the_round: mpd-gen rollouts/rewrite --shard-index --num-shards
 test_workers_make_the_rows_of_one_process: mpd-gen rollouts/rewrite --workers

@@ -268,6 +268,6 @@ def test_a_round_is_shown_with_its_tokens_from_any_folder(round_dir, tmp_path, m
     settings |= {"model": "models/student", "out": "data/round1"}
     (folder / "run.json").write_text(json.dumps(record))
     monkeypatch.chdir(tmp_path)
-    found = rewrites_of(folder, 20)
+    found = rewrites_of(folder, 20, {})
     assert found["note"] == ""
     assert found["pieces"]

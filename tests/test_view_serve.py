@@ -10,12 +10,24 @@ from contextlib import contextmanager
 import httpx
 import polars as pl
 import pytest
-from conftest import ROOT, command, edit_rows, environment, invoke, python, rows
+from conftest import (
+    ROOT,
+    STUDENT,
+    command,
+    edit_rows,
+    environment,
+    invoke,
+    python,
+    row_log,
+    rows,
+    train_config,
+)
 from test_view import HOSTILE, SHOWN
 
 from mpd_data.cli import cli
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.inspect.view.index import Index
+from mpd_train.loop import train
 
 FILTERS = [
     {},
@@ -29,6 +41,7 @@ FILTERS = [
     {"verdict": "unknown"},
     {"meta:family": "tally", "status": "ok"},
     {"at": "1", "verdict": "wrong"},
+    {"measure": "kl", "order": "down"},
     {"search": "IS 4", "status": "ok"},
     {"search": "no such words"},
 ]
@@ -64,16 +77,26 @@ def rounds(round_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(rounds):
-    with server(*rounds, "--evaluations", *rounds, "--port", 0) as (address, _):
+def training(round_dir, tmp_path_factory):
+    """Some steps on the round, which do not meet all of its rows."""
+    out = tmp_path_factory.mktemp("training") / "run"
+    train(train_config(round_dir, STUDENT, out, max_steps=4))
+    return out
+
+
+@pytest.fixture(scope="module")
+def served(rounds, training):
+    more = ("--evaluations", *rounds, "--training", training)
+    with server(*rounds, *more, "--port", 0) as (address, _):
         yield address
 
 
 @pytest.fixture(scope="module")
-def file(rounds, tmp_path_factory):
+def file(rounds, training, tmp_path_factory):
     """The same as a page of one file."""
     out = tmp_path_factory.mktemp("view") / "t.html"
-    invoke(cli, "view", *rounds, "--evaluations", *rounds, "--out", out)
+    more = ("--evaluations", *rounds, "--training", training)
+    invoke(cli, "view", *rounds, *more, "--out", out)
     return out.as_uri()
 
 
@@ -143,6 +166,22 @@ def test_a_server_shows_the_rows_of_a_page_in_its_order(rounds, served, file, op
     assert here.evaluate(options) == [x for x in there.evaluate(options) if x not in not_there]
 
 
+def test_rows_are_in_order_of_what_the_training_found(training, served, opened):
+    found = {row: kl for _, row, kl in row_log(training)}
+    tab = opened(served)
+    keys, _ = chosen(tab, {"measure": "kl", "order": "down", "least": "0", "most": "100"})
+    assert len(keys) == len(found) > 20
+    assert [round(found[key[:16]], 3) for key in keys] == sorted(
+        (round(kl, 3) for kl in found.values()), reverse=True
+    )
+    assert f"divergence in training\n{round(found[keys[0][:16]], 3)}" in tab.inner_text("#row")
+
+
+def test_a_folder_without_divergences_is_refused(round_dir, tmp_path):
+    with pytest.raises(ConfigError, match=r"no rows/rank-\*.jsonl here"):
+        invoke(cli, "view", round_dir, "--training", round_dir, "--out", tmp_path / "t.html")
+
+
 def test_an_address_opens_its_row(rounds, served, file, opened):
     distill, drafts = rows(rounds[0], "distill").sort("row_id"), rows(rounds[1])
     kept = distill.with_row_index().filter(pl.col("status") == "ok")
@@ -200,7 +239,7 @@ def test_a_search_finds_texts_and_keys(rounds, served, opened):
 
 
 def test_a_search_that_nobody_waits_for_ends(round_dir):
-    index = Index([round_dir])
+    index = Index([round_dir], {})
     with pytest.raises(ZeroDivisionError):
         index.find({"search": "is"}, lambda: 1 / 0)
     assert index.find({"search": "is"})["total"] > 0

@@ -23,6 +23,7 @@ from mpd_data.inspect.view.rows import (
     DISTILL,
     ROLLOUT,
     SCORED,
+    Divergences,
     draft_row,
     metadata_of,
     rewrite_row,
@@ -65,7 +66,7 @@ _MEASURES = {
     "saved": pl.col("n") - pl.col("t"),
     "rewrite": pl.col("t"),
     "draft": pl.col("n"),
-    **{name: pl.col(name).cast(pl.Float64).round(3) for name in _STORED},
+    **{name: pl.col(name).cast(pl.Float64).round(3) for name in (*_STORED, "kl")},
 }
 
 
@@ -93,7 +94,7 @@ _OF_REWRITES = {
 GoOn = Callable[[], object]
 _T = TypeVar("_T")
 _NO_ROWS = pl.DataFrame(
-    schema={"k": pl.Boolean, "t": pl.Int32, **dict.fromkeys(_STORED, pl.Float32)}
+    schema={"k": pl.Boolean, "t": pl.Int32, **dict.fromkeys([*_STORED, "kl"], pl.Float32)}
 )
 
 
@@ -196,11 +197,11 @@ class _Shards:
 class _Round:
     """A round: `frame` has its rows by their keys, rewrites, or drafts where it has no rewrites."""
 
-    def __init__(self, folder: Path, codes: _Codes) -> None:
+    def __init__(self, folder: Path, codes: _Codes, trained: Divergences) -> None:
         self._drafts = _Shards(folder, "rollouts")
         self._rewrites: _Shards | None = None
         self._spelling: Spelling | None = None
-        self._folder, self.note = folder, ""
+        self._folder, self.note, self._trained = folder, "", trained
         self.limits: dict[str, Any] = {}
         drafts = self._drafts.load(["row_id"], _OF_DRAFTS, codes).with_row_index("draft")
         if shards := RoundDir(folder).shard_paths("distill"):
@@ -208,6 +209,12 @@ class _Round:
             self._spelling, self.note = spelling_of(folder)
             self._rewrites = _Shards(folder, "distill")
             rows = self._rewrites.load(["row_id", "rollout_id"], _OF_REWRITES)
+            if trained:
+                keys = pl.Series([int(row, 16) for row in trained], dtype=pl.UInt64)
+                kl = pl.DataFrame({"row_id_0": keys, "kl": list(trained.values())})
+                rows = rows.join(
+                    kl.cast({"kl": pl.Float32}), on="row_id_0", how="left", maintain_order="left"
+                )
             rows = rows.with_row_index("number").join(
                 drafts.drop("n", "repetition"),
                 left_on=["rollout_id_0", "rollout_id_1"],
@@ -244,7 +251,8 @@ class _Round:
             )
         if self._rewrites is None:
             return draft_row(row), {}
-        shown, pieces = rewrite_row(row, found[0] if found else {}), dict[int, str]()
+        shown = rewrite_row(row, found[0] if found else {}, self._trained)
+        pieces: dict[int, str] = {}
         if self._spelling is not None and row["status"] == "ok":
             (scored,) = self._rewrites.read([number], SCORED)
             if scored["topk_ids"]:
@@ -256,9 +264,9 @@ class _Round:
 class Index:
     """The rows of rounds, those of one after those of another."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    def __init__(self, folders: Sequence[Path], trained: Divergences) -> None:
         codes = _Codes()
-        self._rounds = [_Round(folder, codes) for folder in folders]
+        self._rounds = [_Round(folder, codes, trained) for folder in folders]
         frames = [
             one.frame.with_columns(at=pl.lit(at, pl.UInt16)) for at, one in enumerate(self._rounds)
         ]

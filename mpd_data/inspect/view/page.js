@@ -30,12 +30,13 @@ const MEASURES = {
   support: ["support of the answer", (row) => row.x.answer_support],
   step: ["weakest step", (row) => row.x.weakest_step],
   pass: ["student's pass rate", (row) => row.x.pass_rate],
+  kl: ["divergence in training", (row) => row.x.divergence],
   surprise: ["teacher's surprise: mean −ln p", (row) => row.v && meanOf(row.v.q)],
   worst: ["teacher's surprise: largest −ln p", (row) => row.v && Math.max(...row.v.q.map(nats))],
   entropy: ["teacher's largest entropy", (row) => row.v && Math.max(...row.v.h) / 100],
 };
 // What is known of a row, by the names that the filters use.
-const NAMES = { compression_ratio: "length ratio", draft_overlap: "share copied from the draft", pass_rate: "student's pass rate", answer_support: "support of the answer", weakest_step: "weakest step" };
+const NAMES = { compression_ratio: "length ratio", draft_overlap: "share copied from the draft", pass_rate: "student's pass rate", answer_support: "support of the answer", weakest_step: "weakest step", divergence: "divergence in training" };
 const VERDICTS = {
   "": ["any", () => true],
   kept: ["draft right, rewrite right", (row) => row.o === true && row.k === true],

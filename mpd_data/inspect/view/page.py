@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mpd_data.common.files import atomic_file
-from mpd_data.inspect.view.rows import pairs_of, rewrites_of
+from mpd_data.inspect.view.rows import divergences, pairs_of, rewrites_of
 
 
 def write_view(
@@ -22,11 +22,14 @@ def write_view(
     out: Path,
     evaluations: tuple[Path, Path] | None = None,
     rows: int = 2000,
+    trainings: Sequence[Path] = (),
 ) -> None:
     """Write the page of `rounds` to `out`, with `rows` of each at most, and the problems of two
-    `evaluations` side by side: of the base, and of a new model on the same prompts. Raise DataError
-    for a damaged shard, ConfigError for a folder without rollouts."""
-    shown = [{"name": str(path), **rewrites_of(path, rows)} for path in rounds]
+    `evaluations` side by side: of the base, and of a new model on the same prompts. `trainings` on
+    the rounds add the rows' divergences. Raise DataError for a damaged shard, ConfigError for a
+    folder without rollouts."""
+    trained = divergences(trainings)
+    shown = [{"name": str(path), **rewrites_of(path, rows, trained)} for path in rounds]
     page = render(shown, evaluations, rows)
     with atomic_file(out) as file:
         file.write(page)

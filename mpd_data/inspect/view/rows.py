@@ -11,7 +11,7 @@ Names are short, since they are repeated for each row. page.js reads them:
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 
 from mpd_data.common.errors import ConfigError, DataError, pip_install
+from mpd_data.common.files import read_json_lines
 from mpd_data.common.models import load_tokenizer, resolve_model, tokenizer_hash
 from mpd_data.inspect.stats import collect, scan, scan_round
 from mpd_data.prompts.special import Spelling
@@ -45,7 +46,30 @@ ROLLOUT = (
 )  # fmt: skip
 
 
-def rewrites_of(folder: Path, count: int) -> dict[str, Any]:
+# Of a training's rows, by the first 16 digits of their keys.
+Divergences = Mapping[str, float]
+
+
+def divergences(trainings: Sequence[Path]) -> dict[str, float]:
+    """Return how far the student was from the teacher on each row of these trainings, in nats per
+    token, when they last met it. Raise ConfigError for a folder that does not say, DataError for a
+    damaged file."""
+    latest: dict[str, tuple[int, float]] = {}
+    for folder in trainings:
+        files = sorted((folder / "rows").glob("rank-*.jsonl"))
+        if not files:
+            raise ConfigError(
+                f"{folder}: no rows/rank-*.jsonl here, in which mpd-train writes the rows'"
+                " divergences. Give the folder of a training."
+            )
+        for file in files:
+            for line in read_json_lines(file, "Remove the line.", ("step", "row", "kl")):
+                met = line["step"], line["kl"]
+                latest[line["row"]] = max(latest.get(line["row"], met), met)
+    return {row: kl for row, (_, kl) in latest.items()}
+
+
+def rewrites_of(folder: Path, count: int, trained: Divergences) -> dict[str, Any]:
     """Return `rows` of a round, `count` at most, those with the smallest keys; how many there are
     in `total`; the `limits` of the filters; and the text of the tokens in them as `pieces`, by id.
     A round without rewrites gives its drafts. `note` says what cannot be shown."""
@@ -61,7 +85,8 @@ def rewrites_of(folder: Path, count: int) -> dict[str, Any]:
     found = _of(distill, chosen, DISTILL)
     drafts = pl.Series([row["rollout_id"] for row in found]).unique()
     by_id = {row["row_id"]: row for row in _of(scan_round(folder), drafts, ROLLOUT)}
-    rows = _within([rewrite_row(row, by_id.get(row["rollout_id"], {})) for row in found])
+    rows = [rewrite_row(row, by_id.get(row["rollout_id"], {}), trained) for row in found]
+    rows = _within(rows)
     spelling, note = spelling_of(folder)
     pieces: dict[int, str] = {}
     if spelling is not None:
@@ -160,8 +185,9 @@ def draft_row(row: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rewrite_row(row: dict[str, Any], draft: dict[str, Any]) -> dict[str, Any]:
+def rewrite_row(row: dict[str, Any], draft: dict[str, Any], trained: Divergences) -> dict[str, Any]:
     measures = {name: _rounded(row[name]) for name in MEASURES}
+    measures["divergence"] = _rounded(trained.get(row["row_id"][:16]))
     known = {
         "draft answer": draft.get("answer"), "rewrite answer": row["rewrite_answer"],
         "check error": row["check_error"],

@@ -29,6 +29,7 @@ from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.text import plain_lines
 from mpd_data.inspect.view.index import Index
 from mpd_data.inspect.view.page import policy, render
+from mpd_data.inspect.view.rows import divergences
 
 _HOST = "127.0.0.1"
 
@@ -42,8 +43,10 @@ def serve_view(
     port: int,
     evaluations: tuple[Path, Path] | None = None,
     most_pairs: int = 2000,
+    trainings: Sequence[Path] = (),
 ) -> None:
     """Serve the page of `rounds` on a `port` of this machine (0: a free one) until an interrupt.
+    `trainings` on the rounds add the rows' divergences.
     Raise DataError for a damaged shard, ConfigError for a folder without rollouts and for a port
     that is taken."""
     try:
@@ -53,7 +56,7 @@ def serve_view(
             f"--port {port}: {error.strerror}. Choose another, or 0 for one that is free."
         ) from error
     with listener:
-        index = Index(rounds)
+        index = Index(rounds, divergences(trainings))
         page = render(index.rounds, evaluations, most_pairs, index.facets())
         print(f"http://{_HOST}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
         app = _app(index, page)
