@@ -1,9 +1,4 @@
-"""What each row's divergence was when the training met it: OUT/rows/rank-N.jsonl.
-
-Each process writes a file of its own, a line for each row of its packs: `step`, from 1; `row`, the
-first 16 digits of its `row_id`; `kl`, the mean over its loss tokens, by weight, in nats, before the
-step changed the student.
-"""
+"""Write how far the student was from the teacher on each row (mpd_data/store/trained_rows.py)."""
 
 import json
 from pathlib import Path
@@ -11,13 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpd_data.common.files import atomic_file, read_json_lines
+from mpd_data.common.files import atomic_file
+from mpd_data.store.trained_rows import read_row_log, row_log, row_logs
 from mpd_train.data.batches import Batch
 from mpd_train.data.shard_set import Pack, ShardSet
 from mpd_train.distributed import Ranks
-
-FOLDER = "rows"
-_REMEDY = "Remove the line."
 
 
 class RowLog:
@@ -25,17 +18,17 @@ class RowLog:
     off first. Raise DataError for a damaged line."""
 
     def __init__(self, out: Path, shards: ShardSet, done: int, ranks: Ranks) -> None:
-        folder = out / FOLDER
+        own = row_log(out, ranks.rank)
         if ranks.first:
-            folder.mkdir(exist_ok=True)
-            for path in folder.glob("rank-*.jsonl"):
-                lines = read_json_lines(path, _REMEDY, ("step", "row", "kl"))
-                kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= done]
+            own.parent.mkdir(exist_ok=True)
+            for path in row_logs(out):
+                lines = (line for line in read_row_log(path) if line["step"] <= done)
+                kept = [json.dumps(line) + "\n" for line in lines]
                 with atomic_file(path) as file:
                     file.write("".join(kept))
         ranks.wait()
         self._shards = shards
-        self._file = (folder / f"rank-{ranks.rank}.jsonl").open("a", encoding="utf-8")
+        self._file = own.open("a", encoding="utf-8")
         self._held: list[tuple[Pack, Tensor]] = []
 
     def add(self, pack: Pack | None, per_token: Tensor, batch: Batch) -> None:

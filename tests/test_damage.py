@@ -23,6 +23,7 @@ from mpd_data.store.progress import Progress, read_report
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import read_record
 from mpd_data.store.shards import read_batches, read_columns, read_metadata
+from mpd_data.store.trained_rows import read_row_log, row_log
 from mpd_data.store.writer import commit_file
 
 RECORDED = ROOT / "tests" / "data" / "recorded"
@@ -440,6 +441,27 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path, line, message):
     path.write_text("\n".join([*lines, line]) + "\n")
     with pytest.raises(DataError, match=rf"metrics\.jsonl, line 4: .*{message}"):
         read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"step": 2, "row": "00000000000000aa"}', "kl: Field required"),
+        ('{"step": "2", "row": "00000000000000aa", "kl": 0.1}', "step: "),
+        ('{"step": 2, "row": "00AA", "kl": 0.1}', "row: "),
+        ('{"step": 2, "row": "00000000000000aa", "kl": NaN}', "kl: |NaN"),
+        (DEEP, "nested too deeply"),
+    ],
+)
+def test_a_damaged_line_of_a_trainings_rows_is_named(tmp_path, line, message):
+    path = row_log(tmp_path, 0)
+    path.parent.mkdir()
+    lines = [json.dumps({"step": i, "row": f"{i:016x}", "kl": 0.5}) for i in (1, 2)]
+    path.write_text("\n".join(lines) + '\n{"step": 3, "ro')
+    assert [found["step"] for found in read_row_log(path)] == [1, 2]
+    path.write_text("\n".join([*lines, line]) + "\n")
+    with pytest.raises(DataError, match=rf"rank-0\.jsonl, line 3: .*({message})"):
+        read_row_log(path)
 
 
 @pytest.mark.parametrize("line", ["", "[]", '{"command": ["mpd-gen"], "inputs": {}}', DEEP])

@@ -433,7 +433,11 @@ def test_a_damaged_training_goes_on(draw, folder):
     shutil.copytree(RECORDED / "training", out)
     checkpoint = out / "checkpoints" / "step-000003"
     tensors = next(checkpoint.glob("*.safetensors"))
-    files = [out / "run.json", out / "metrics.jsonl", checkpoint / "state.json", tensors]
+    found = out / "rows" / "rank-0.jsonl"
+    found.parent.mkdir()
+    lines = [{"step": 1 + i % 4, "row": f"{i:016x}", "kl": i / 7} for i in range(9)]
+    found.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files = [out / "run.json", out / "metrics.jsonl", checkpoint / "state.json", tensors, found]
     victim = draw(st.sampled_from(files))
     done = damage(draw, victim, draw(st.sampled_from(files)))
     if draw(st.integers(0, 9)) == 0:
@@ -447,6 +451,7 @@ def test_a_damaged_training_goes_on(draw, folder):
         ("mpd-export", out, "--out", folder / "model", "--student", STUDENT),
         ("mpd-report", out, "--out", folder / "report"),
         ("mpd-gen", "status", out),
+        ("mpd-gen", "view", SOUND, "--training", out, "--out", folder / "traces.html"),
     ]))  # fmt: skip
     ended = call(*words, names=["training", "step-"])
     if words[0] == "mpd-train" and "--dry-run" not in words and not ended.code:

@@ -19,12 +19,12 @@ import numpy as np
 import polars as pl
 
 from mpd_data.common.errors import ConfigError, DataError, pip_install
-from mpd_data.common.files import read_json_lines
 from mpd_data.common.models import load_tokenizer, resolve_model, tokenizer_hash
 from mpd_data.inspect.stats import collect, scan, scan_round
 from mpd_data.prompts.special import Spelling
 from mpd_data.store.round import RoundDir
 from mpd_data.store.shards import read_metadata
+from mpd_data.store.trained_rows import read_row_log, row_logs
 
 # Bytes of text in a page. A browser takes some seconds for more.
 _MOST_TEXT = 48_000_000
@@ -56,14 +56,14 @@ def divergences(trainings: Sequence[Path]) -> dict[str, float]:
     damaged file."""
     latest: dict[str, tuple[int, float]] = {}
     for folder in trainings:
-        files = sorted((folder / "rows").glob("rank-*.jsonl"))
+        files = row_logs(folder)
         if not files:
             raise ConfigError(
                 f"{folder}: no rows/rank-*.jsonl here, in which mpd-train writes the rows'"
                 " divergences. Give the folder of a training."
             )
         for file in files:
-            for line in read_json_lines(file, "Remove the line.", ("step", "row", "kl")):
+            for line in read_row_log(file):
                 met = line["step"], line["kl"]
                 latest[line["row"]] = max(latest.get(line["row"], met), met)
     return {row: kl for row, (_, kl) in latest.items()}
