@@ -6,15 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from pydantic import Field
-
-from mpd_data.common.errors import DataError
-from mpd_data.common.files import atomic_file, read_json_lines
+from mpd_data.common.files import atomic_file
 from mpd_data.common.hashing import content_key
 from mpd_data.common.machine import peak_memory
 from mpd_data.common.meter import Meter
-from mpd_data.common.records import Record, require
 from mpd_data.store.run_record import read_record
+from mpd_data.store.trainings import metrics_file, read_metrics
 from mpd_train.config import TrainConfig
 from mpd_train.tracking import Trackers, load_trackers, remember, told
 
@@ -27,7 +24,7 @@ class Recorder:
     ) -> None:
         if done:
             print(f"resuming after step {done} of {total}", file=sys.stderr)
-        self._metrics, repeated = _open_metrics(config.out / "metrics.jsonl", done)
+        self._metrics, repeated = _open_metrics(config.out, done)
         settings = config.model_dump(mode="json")
         self._trackers = Trackers(tracker_modules, config.out, settings, done, repeated)
         if done + repeated == 0:
@@ -72,42 +69,18 @@ def record_evaluation(out: Path, results: Mapping[str, Mapping[str, Any]]) -> No
     now = known | {"evaluation": content_key(dict(results))}
     if not config.get("report_to") or now == known:
         return
-    step = max((record["step"] for record in read_metrics(out / "metrics.jsonl")), default=0)
+    step = max((record["step"] for record in read_metrics(out)), default=0)
     trackers = Trackers(load_trackers(config["report_to"]), out, config, step, 0)
     trackers.log_evaluation(step, results)
     trackers.close()
     remember(out, told(out) | now)
 
 
-class _Line(Record):
-    """A line of metrics.jsonl: of a step, or of a validation, which has no tokens."""
-
-    step: int = Field(ge=0)
-    tokens: int | None = Field(None, ge=1)
-    seconds: float = Field(0.0, ge=0)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl; none where there is no file. A last line without its
-    end is left out: a kill tears it. Raise DataError for another damaged line, and for a step that
-    is there twice."""
-    remedy, newest = "Remove the line.", 0
-    records = read_json_lines(path, remedy)
-    for number, record in enumerate(records, start=1):
-        place = f"{path}, line {number}: not a line of metrics"
-        require(_Line, record, place, remedy)
-        if "tokens" in record:
-            if record["step"] <= newest:
-                raise DataError(f"{place} (step {record['step']} after {newest}). {remedy}")
-            newest = record["step"]
-    return records
-
-
-def _open_metrics(path: Path, done: int) -> tuple[TextIO, int]:
+def _open_metrics(out: Path, done: int) -> tuple[TextIO, int]:
     """Open metrics.jsonl for appending, cut back to the steps that the checkpoint holds. Return it,
     and how many records were cut off. Raise DataError like `read_metrics`."""
     # Steps after the checkpoint are done again.
-    lines = read_metrics(path)
+    path, lines = metrics_file(out), read_metrics(out)
     kept = [json.dumps(record) + "\n" for record in lines if record["step"] <= done]
     with atomic_file(path) as file:
         file.write("".join(kept))

@@ -1,4 +1,4 @@
-"""Write how far the student was from the teacher on each row (mpd_data/store/trained_rows.py)."""
+"""Write how far the student was from the teacher on each row (mpd_data/store/trainings.py)."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mpd_data.common.files import atomic_file
-from mpd_data.store.trained_rows import read_row_log, row_log, row_logs
+from mpd_data.store.trainings import read_row_log, row_log, row_logs
 from mpd_train.data.batches import Batch
 from mpd_train.data.shard_set import Pack, ShardSet
 from mpd_train.distributed import Ranks

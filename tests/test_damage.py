@@ -23,7 +23,7 @@ from mpd_data.store.progress import Progress, read_report
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import read_record
 from mpd_data.store.shards import read_batches, read_columns, read_metadata
-from mpd_data.store.trained_rows import read_row_log, row_log
+from mpd_data.store.trainings import read_metrics, read_row_log, row_log
 from mpd_data.store.writer import commit_file
 
 RECORDED = ROOT / "tests" / "data" / "recorded"
@@ -432,15 +432,13 @@ def test_only_errors_of_the_disk_are_told_as_such(tmp_path):
     ],
 )
 def test_a_damaged_line_of_metrics_is_named(tmp_path, line, message):
-    from mpd_train.metrics import read_metrics
-
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "tokens": 9, "loss": 1.0}) for step in (1, 2, 3)]
     path.write_text("\n".join(lines) + '\n{"step": 4, "to')
-    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
     path.write_text("\n".join([*lines, line]) + "\n")
     with pytest.raises(DataError, match=rf"metrics\.jsonl, line 4: .*{message}"):
-        read_metrics(path)
+        read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize(

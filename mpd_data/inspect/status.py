@@ -20,6 +20,7 @@ from mpd_data.store.progress import read_report
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import kind_of, read_record, require_kind
 from mpd_data.store.schema import STAGES
+from mpd_data.store.trainings import metrics_file, read_metrics
 
 _AT_WORK = ("starting", "running", "silent", "stalled")
 # A process that works reports every two seconds, and after each step of its engine.
@@ -103,29 +104,17 @@ def round_status(path: Path) -> dict[str, list[dict[str, Any]]]:
 # -- a training -----------------------------------------------------------------------------------
 
 
-class _Step(Record):
-    """A line of metrics.jsonl: of a step, or of a validation, which has no tokens."""
-
-    step: int
-    tokens: int | None = None
-    seconds: float = 0.0
-
-
 def training_status(path: Path) -> dict[str, Any]:
     """Return how far the training in `path` is: `state`, `step` of `steps`, the newest metrics,
     `seconds_left`, and `heard`, the seconds since its last step or start. The state is "stopped"
     where no process holds the folder and no model is written: killed, interrupted or failed."""
     details = read_record(path, "training").get("details", {})
-    metrics = path / "metrics.jsonl"
-    remedy = "Remove the line."
-    lines = read_json_lines(metrics, remedy)
-    for number, line in enumerate(lines, start=1):
-        require(_Step, line, f"{metrics}, line {number}: not a line of metrics", remedy)
+    lines = read_metrics(path)
     steps = [line for line in lines if "tokens" in line]
     last = steps[-1] if steps else {}
     lock = path / ".lock"
     begun = lock.stat().st_mtime if lock.exists() else 0.0
-    told = metrics.stat().st_mtime if steps else 0.0
+    told = metrics_file(path).stat().st_mtime if steps else 0.0
     heard = max(time.time() - max(begun, told), 0.0)
     pace = [line.get("seconds", 0.0) for line in steps[-_LAST_STEPS:]]
     per_step = sum(pace) / len(pace) if pace else None

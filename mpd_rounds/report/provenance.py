@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from mpd_data.common.files import read_json_lines
 from mpd_data.store.run_record import read_record
 from mpd_rounds.report.document import Block, Table
-from mpd_rounds.report.run import Run, read_lines, round_name, shard_metadata
+from mpd_rounds.report.run import Run, round_name, shard_metadata
 
 # Settings that come first in the table.
 _FIRST = ("name", "student", "teacher", "rounds", "seed", "licenses")
@@ -43,7 +44,10 @@ def _times(run: Run) -> Iterator[Block]:
     """Yield the seconds that each step took the last time it ran."""
     path = run.path / "finished.jsonl"
     if path.is_file():
-        seconds = {str(r["label"]): r["seconds"] for r in read_lines(path, "label", "seconds")}
+        seconds = {
+            str(r["label"]): r["seconds"]
+            for r in read_json_lines(path, "Remove the line.", ("label", "seconds"))
+        }
         rows = [[label, f"{float(taken):,.0f}"] for label, taken in seconds.items()]
         yield Table("Time of the steps", ["", "seconds"], rows)
 

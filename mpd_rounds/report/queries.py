@@ -27,7 +27,8 @@ from mpd_data.inspect.stats import (
     trace_lengths,
 )
 from mpd_data.store.schema import STATUSES
-from mpd_rounds.report.run import BASE, Run, count, read_metrics, round_name
+from mpd_data.store.trainings import read_metrics
+from mpd_rounds.report.run import BASE, Run, count, round_name
 
 # The curves of a training, in order: (columns of metrics.jsonl, title).
 CURVES: tuple[tuple[tuple[str, ...], str], ...] = (

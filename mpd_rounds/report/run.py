@@ -3,7 +3,7 @@
 Only light columns and settings are read, and nothing is written.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any
 import polars as pl
 
 from mpd_data.common.errors import ConfigError, DataError
-from mpd_data.common.files import read_json, read_json_lines
+from mpd_data.common.files import read_json
 from mpd_data.common.text import plain
 from mpd_data.inspect.stats import collect, scan
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import read_record
 from mpd_data.store.schema import Stage
 from mpd_data.store.shards import read_metadata
+from mpd_data.store.trainings import read_metrics
 
 BASE = 0  # the round of a model that has not been trained
 
@@ -269,17 +270,6 @@ def _count_rewritten_or_failed(folder: Path) -> int:
 
 
 # -- files ----------------------------------------------------------------------------------
-
-
-def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a training's metrics.jsonl. Raise DataError, as `read_lines`."""
-    return read_lines(folder / "metrics.jsonl", "step")
-
-
-def read_lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSONL file, as `read_json_lines`. Raise DataError for a line that is
-    no JSON object with these keys."""
-    yield from read_json_lines(path, "Remove the line.", keys)
 
 
 def rollouts_info(folder: Path) -> dict[str, Any]:

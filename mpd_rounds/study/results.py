@@ -18,9 +18,9 @@ from mpd_data.common.files import write_json_atomic
 from mpd_data.config import RewriteConfig
 from mpd_data.inspect.compare import mean_accuracy, paired, per_problem, too_few
 from mpd_data.inspect.stats import collect, quantile, round_stats, scan_round
+from mpd_data.store.trainings import read_metrics
 from mpd_rounds.report.labels import write_names
 from mpd_rounds.report.plots import BASELINE
-from mpd_rounds.report.run import read_metrics
 from mpd_rounds.study.study import Group, SettingRun, Study, StudyOutcome
 
 # Of the last optimiser step.

@@ -16,13 +16,13 @@ from mpd_data.dryrun.learned import Learned
 from mpd_data.dryrun.plan import StagePlan, make_plan
 from mpd_data.dryrun.show import size_text
 from mpd_data.store.run_record import read_record
+from mpd_data.store.trainings import read_metrics
 from mpd_train import checkpoint
 from mpd_train.config import TrainConfig
 from mpd_train.data.packing import overlong, split_packs
 from mpd_train.data.targets import Targets
 from mpd_train.dryrun.memory import plan_memory
 from mpd_train.export import rehearse
-from mpd_train.metrics import read_metrics
 from mpd_train.model import lora
 from mpd_train.setup import TrainSetup, check_models, check_settings
 
@@ -84,7 +84,7 @@ class RoundAhead:
 
 def learn_steps(out: Path) -> Learned | None:
     """Return the speed of the steps in a training's metrics.jsonl, None where there are none."""
-    steps = [step for step in read_metrics(out / "metrics.jsonl") if step.get("tokens")]
+    steps = [step for step in read_metrics(out) if step.get("tokens")]
     if not steps:
         return None
     details = read_record(out, "training").get("details", {})

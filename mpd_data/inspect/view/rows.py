@@ -24,7 +24,7 @@ from mpd_data.inspect.stats import collect, scan, scan_round
 from mpd_data.prompts.special import Spelling
 from mpd_data.store.round import RoundDir
 from mpd_data.store.shards import read_metadata
-from mpd_data.store.trained_rows import read_row_log, row_logs
+from mpd_data.store.trainings import read_row_log, row_logs
 
 # Bytes of text in a page. A browser takes some seconds for more.
 _MOST_TEXT = 48_000_000
