@@ -426,10 +426,15 @@ def test_of_two_that_start_at_once_one_is_refused(nursery, undisturbed, tmp_path
         out = tmp_path / f"r{attempt}"
         arguments = truth.job.arguments(out)
         racers = [nursery.start(arguments) for _ in range(2)]
-        codes = {racer.wait(): racer for racer in racers}
-        assert set(codes) == {0, 1}, [racer.said() for racer in racers]
-        assert "another process is writing here" in codes[1].said()
-        assert "Traceback" not in codes[1].said()
+        codes = [racer.wait() for racer in racers]
+        said = [racer.said() for racer in racers]
+        assert sorted(codes) in ([0, 1], [0, 0]), said
+        if 1 in codes:
+            assert "another process is writing here" in said[codes.index(1)]
+        else:
+            # On a busy machine one may begin when the other has ended.
+            assert sum("24 rollouts, 0 of them new" in one for one in said) == 1, said
+        assert not any("Traceback" in one for one in said)
         assert differences(truth.rows, out, "rollouts") == (0, 0)
 
 
