@@ -688,5 +688,5 @@ def test_metrics_lines_lie_about_nothing(copied, tmp_path):
     write_jsonl(path, [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 0.5}])
     assert table(report(copied, tmp_path)["report.md"], "Trainings")["round 1"]["steps"] == "2"
     write_jsonl(path, [{"loss": 1}])
-    with pytest.raises(DataError, match=r"metrics.jsonl, line 1: a JSON object without step"):
+    with pytest.raises(DataError, match=r"metrics.jsonl, line 1: .*step: Field required"):
         write_report([copied], tmp_path)
