@@ -30,14 +30,14 @@ from mpd_data.store.trainings import read_row_log, row_logs
 _MOST_TEXT = 48_000_000
 # Of the teacher's distribution at a token.
 _BEST = 4
-MEASURES = (
+_MEASURES = (
     "compression_ratio", "draft_overlap", "repetition", "pass_rate", "answer_support",
     "weakest_step",
 )  # fmt: skip
 DISTILL = (
     "row_id", "rollout_id", "prompt_id", "round", "status", "rewrite", "rewrite_answer",
     "keeps_answer", "is_correct", "num_original_tokens", "num_rewritten_tokens", "check_error",
-    *MEASURES,
+    *_MEASURES,
 )  # fmt: skip
 SCORED = ("row_id", "input_ids", "loss_start", "topk_ids", "topk_logprobs", "tail_logprobs")
 ROLLOUT = (
@@ -186,7 +186,7 @@ def draft_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def rewrite_row(row: dict[str, Any], draft: dict[str, Any], trained: Divergences) -> dict[str, Any]:
-    measures = {name: _rounded(row[name]) for name in MEASURES}
+    measures = {name: _rounded(row[name]) for name in _MEASURES}
     measures["divergence"] = _rounded(trained.get(row["row_id"][:16]))
     known = {
         "draft answer": draft.get("answer"), "rewrite answer": row["rewrite_answer"],
