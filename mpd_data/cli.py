@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -372,7 +373,11 @@ def status(folders: tuple[Path, ...], as_json: bool, watch: bool) -> None:
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             statuses = {str(path): status_of(path) for path in folders}
-            text = [f"{plain(path)}\n{show_status(status)}" for path, status in statuses.items()]
+            # The terminal's width; a file has none.
+            columns = shutil.get_terminal_size((sys.maxsize, 0)).columns
+            text = [
+                f"{plain(path)}\n{show_status(status, columns)}" for path, status in statuses.items()
+            ]
             if watch and sys.stdout.isatty():
                 click.clear()
             click.echo(json_text(statuses) if as_json else "\n\n".join(text))

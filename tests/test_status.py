@@ -70,6 +70,10 @@ def test_a_status_tells_work_from_silence_and_death(tmp_path, monkeypatch):
         monkeypatch.setattr(status, "_STALLED_SECONDS", -1.0)
         assert writer(tmp_path)["state"] == "stalled"
         assert "stalled" in show_status(round_status(tmp_path))
+        # A line that is wider than the terminal would break anywhere.
+        narrow = show_status(round_status(tmp_path), 80).splitlines()
+        assert max(map(len, narrow)) <= 80
+        assert any("state: stalled" in line and "tokens: 71" in line for line in narrow)
         report = path.read_text()
     assert writer(tmp_path)["state"] == "finished"
     path.write_text(report)

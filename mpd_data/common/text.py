@@ -5,6 +5,7 @@ Cells are data: control characters are escaped, and no markup is interpreted.
 
 import json
 import math
+import sys
 from itertools import accumulate
 from typing import Any
 
@@ -43,8 +44,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """Return rows with the same keys as aligned columns, numbers aligned to the right."""
+def format_table(rows: list[dict[str, Any]], most_columns: int = sys.maxsize) -> str:
+    """Return rows with the same keys as aligned columns, numbers aligned to the right. A table with
+    more than `most_columns` letters in a line becomes a block of lines for each row."""
     columns = []
     for name in rows[0]:
         values = [row[name] for row in rows]
@@ -53,7 +55,25 @@ def format_table(rows: list[dict[str, Any]]) -> str:
         is_number = all(isinstance(value, int | float | None) for value in values)
         lines = [head, "-" * width, *cells]
         columns.append([x.rjust(width) if is_number else x.ljust(width) for x in lines])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+    table = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+    if max(map(len, table)) <= most_columns:
+        return "\n".join(table)
+    return "\n\n".join(_block(row, most_columns) for row in rows)
+
+
+def _block(row: dict[str, Any], most_columns: int) -> str:
+    """Return a row as its first value and, indented, the names and values of the others."""
+    first, *others = row.items()
+    lines = [plain(first[1])]
+    for name, value in others:
+        if value is None:
+            continue
+        cell = f"{plain(name)}: {plain(value)}"
+        if len(lines) > 1 and len(lines[-1]) + 3 + len(cell) <= most_columns:
+            lines[-1] += f"   {cell}"
+        else:
+            lines.append(f"  {cell}")
+    return "\n".join(lines)
 
 
 def format_histogram(rows: list[dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@ Only what these write for themselves is read: manifests, progress reports, metri
 says whether a process lives; a report says what it does.
 """
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -251,13 +252,14 @@ def _kind(step: dict[str, Any]) -> str:
 # -- as text --------------------------------------------------------------------------------------
 
 
-def show_status(status: dict[str, Any]) -> str:
-    """Return what `status_of` or `round_status` returns as tables."""
+def show_status(status: dict[str, Any], columns: int = sys.maxsize) -> str:
+    """Return what `status_of` or `round_status` returns as text for a terminal that is `columns`
+    wide."""
     kind = status.get("kind", "round")
     if kind == "training":
-        return format_table([_training_cells(status)])
+        return format_table([_training_cells(status)], columns)
     if kind in ("pipeline", "study"):
-        return _show_steps(status)
+        return _show_steps(status, columns)
     parts = []
     if status["stages"]:
         rows = [row | {"bytes": tqdm.format_sizeof(row["bytes"], "B")} for row in status["stages"]]
@@ -267,13 +269,13 @@ def show_status(status: dict[str, Any]) -> str:
         writers = [report for report in writers if report["state"] != "finished"]
         parts.append(f"{len(status['writers']) - len(writers)} writers have finished.")
     if writers:
-        parts.append(format_table([_cells(report) for report in writers]))
+        parts.append(format_table([_cells(report) for report in writers], columns))
     if not is_at_work(status) and any(report["state"] != "finished" for report in writers):
         parts.append(_RESUME)
     return "\n\n".join(parts)
 
 
-def _show_steps(status: dict[str, Any]) -> str:
+def _show_steps(status: dict[str, Any], columns: int) -> str:
     steps = status["steps"]
     finished = sum(step["state"] == "finished" for step in steps)
     head = f"{status['state']}: {finished} of {len(steps)} steps finished"
@@ -303,7 +305,7 @@ def _show_steps(status: dict[str, Any]) -> str:
             if ("writer" in report) is is_round
         ]
         if cells:
-            parts.append(format_table(cells))
+            parts.append(format_table(cells, columns))
     return "\n\n".join(parts)
 
 
