@@ -1,15 +1,21 @@
-"""What browsing a round of a million rewrites costs: `mpd-gen view --serve` as its page asks it.
+"""What browsing costs.
 
     PYTHONPATH=. python benchmarks/view.py --out /tmp/scale
 
-makes the synthetic round of scale.py there, unless it exists, serves it, and prints the seconds
-until the server answers and of each kind of request, and the server's peak memory.
+makes the synthetic round of a million rewrites of scale.py there, unless it exists, serves it, and
+prints the seconds until the server answers and of each kind of request, and the server's peak
+memory.
+
+    PYTHONPATH=.:tests python benchmarks/view.py --page runs/demo/data/round1
+
+writes the page of one file and prints the seconds in which a real browser opens it and filters it.
 """
 
 import argparse
 import math
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -63,11 +69,59 @@ def measure(folder: Path) -> None:
         server.wait()
 
 
+# From an event on a filter to the frame after the list is there again.
+FILTER = """([name, value]) => new Promise((done) => {
+  const field = document.querySelector(`[name=${name}]`), began = performance.now();
+  field.value = value;
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+  const look = () => document.querySelector("#list").ariaBusy === "false"
+    ? setTimeout(() => done(performance.now() - began)) : requestAnimationFrame(look);
+  requestAnimationFrame(look);
+})"""
+
+
+def measure_page(folder: Path) -> None:
+    """Print the table of the page of one file of the round in `folder`."""
+    from browser import HOW, find_browser
+    from playwright.sync_api import sync_playwright
+
+    with tempfile.TemporaryDirectory() as made, sync_playwright() as playwright:
+        page = Path(made) / "traces.html"
+        subprocess.run(
+            [sys.executable, "-m", "mpd_data.cli", "view", folder, "--out", page],
+            check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        path = find_browser(playwright.chromium.executable_path)
+        if path is None:
+            sys.exit(HOW)
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        tab = chromium.new_page()
+        tab.goto("about:blank")
+        began = time.perf_counter()
+        tab.goto(page.as_uri(), wait_until="commit")
+        tab.wait_for_selector("#list li")
+        opened = time.perf_counter() - began
+        print(f"{page.stat().st_size / 1e6:.1f} MB, {tab.text_content('#count')}\n")
+        print(f"| | ms |\n|---|---|\n| open | {1000 * opened:.0f} |")
+        for name, value in (
+            ("status", "ok"), ("verdict", "kept"), ("measure", "ratio"), ("order", "down"),
+            ("search", "check"), ("search", ""),
+        ):  # fmt: skip
+            took = tab.evaluate(FILTER, [name, value])
+            print(f"| {name} {value!r} | {took:.0f} |")
+        chromium.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the round; kept")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="folder for the synthetic round; kept")
+    where.add_argument("--page", type=Path, help="a round for the page of one file")
     parser.add_argument("--rows", type=int, default=1_070_000, help="of drafts, if it is made")
     arguments = parser.parse_args()
+    if arguments.page:
+        measure_page(arguments.page)
+        return
     folder = arguments.out / "whole"
     if not folder.exists():
         make_round(arguments.out, math.ceil(arguments.rows / ROWS_PER_SHARD), 2)
