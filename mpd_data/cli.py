@@ -375,9 +375,7 @@ def status(folders: tuple[Path, ...], as_json: bool, watch: bool) -> None:
             statuses = {str(path): status_of(path) for path in folders}
             # The terminal's width; a file has none.
             columns = shutil.get_terminal_size((sys.maxsize, 0)).columns
-            text = [
-                f"{plain(path)}\n{show_status(status, columns)}" for path, status in statuses.items()
-            ]
+            text = [f"{plain(path)}\n{show_status(x, columns)}" for path, x in statuses.items()]
             if watch and sys.stdout.isatty():
                 click.clear()
             click.echo(json_text(statuses) if as_json else "\n\n".join(text))

@@ -4,10 +4,12 @@
     -> log-probabilities of the rewrite -> distill/part-*.parquet
 
 These steps overlap: a rewrite that passes the filters is submitted for scoring while others are
-still generated. Every rewrite becomes one row. A rejected one has the reason in `status` and no
-log-probabilities. The rows of one rollout are committed together, because one choice is made among
-them. When the student measures or chooses (select/student.py), all rewrites that pass are scored,
-and the choice follows after the teacher's engine has ended.
+still generated. Where the draft is in the score context, the teacher wrote most rewrites in the
+place in which they are scored, and these keep the log-probabilities that they were sampled from.
+Every rewrite becomes one row. A rejected one has the reason in `status` and no log-probabilities.
+The rows of one rollout are committed together, because one choice is made among them. When the
+student measures or chooses (select/student.py), all rewrites that pass are scored, and the choice
+follows after the teacher's engine has ended.
 """
 
 import functools
@@ -103,13 +105,15 @@ def distill(
 @dataclass
 class Group:
     """A rollout and the rows of its rewrites, by row_id. `draft_ids`: the tokens of it that the
-    teacher is shown. `unjudged` rewrites are being generated or checked; `unscored` are the keys of
-    requests for the teacher's log-probabilities."""
+    teacher is shown. `written`: the scores of rewrites that the teacher wrote, id for id as their
+    trace, after `teacher_prompt_ids`. `unjudged` rewrites are being generated or checked;
+    `unscored` are the keys of requests for the teacher's log-probabilities."""
 
     rollout: dict[str, Any]
     rows: dict[str, dict[str, Any]]
     teacher_prompt_ids: list[int] = field(default_factory=list)
     draft_ids: list[int] = field(default_factory=list)
+    written: dict[str, Scores] = field(default_factory=dict)
     unjudged: set[str] = field(default_factory=set)
     unscored: set[str] = field(default_factory=set)
 
@@ -169,9 +173,11 @@ class RewriteJob:
                 self._finish_without_rewrite(group, "too_long")
                 return
             group.teacher_prompt_ids, group.draft_ids = asked.teacher_prompt_ids, asked.draft_ids
+            is_context = config.score_context != "problem" and asked.is_scored
+            k = self.prepared.engine_k if is_context else 0
             for row_id in rows:
                 seed = seed_of(row_id)
-                run.engine.submit_generate(row_id, asked.prompt_ids, config.sampling, seed)
+                run.engine.submit_generate(row_id, asked.prompt_ids, config.sampling, seed, k=k)
                 group.unjudged.add(row_id)
                 self._groups[row_id] = group
         except (PromptError, RequestError) as error:
@@ -193,9 +199,7 @@ class RewriteJob:
         if isinstance(result, Scores):
             # A row that was refused in its other context is gone.
             if row_id in group.rows:
-                prefix = result.key.removesuffix(row_id)
-                k, vocab_size = self.prepared.k, self.prepared.vocab_size
-                group.rows[row_id] |= score_columns(result, k, vocab_size, prefix)
+                self._set_scores(group.rows[row_id], result, result.key.removesuffix(row_id))
         else:
             self._fail(group, row_id, f"the engine refused it: {result.message}")
             if row_id in group.unjudged:
@@ -237,6 +241,8 @@ class RewriteJob:
             self._fail(group, row["row_id"], unknown)
             return None
         row |= self._trace_columns(rollout, *written)
+        if completion.scores is not None and completion.token_ids == written[1]:
+            group.written[row["row_id"]] = completion.scores
         row["draft_overlap"] = overlap(group.draft_ids, written[1])
         if self.prepared.config.score_context != "problem":
             row["teacher_prompt_ids"] = group.teacher_prompt_ids
@@ -293,15 +299,22 @@ class RewriteJob:
             if max(map(len, contexts.values())) + len(targets) + 1 > self.prepared.context:
                 row["status"] = "too_long"
                 continue
+            known = group.written.get(row["row_id"])
             try:
                 for prefix, context in contexts.items():
                     key = prefix + row["row_id"]
+                    if known is not None and context == group.teacher_prompt_ids:
+                        self._set_scores(row, known, prefix)
+                        continue
                     self.run.engine.submit_score(key, context, targets, self.prepared.engine_k)
                     group.unscored.add(key)
                     self._groups[key] = group
             except RequestError as error:
                 self._fail(group, row["row_id"], error)
         self._finish_if_complete(group)
+
+    def _set_scores(self, row: dict[str, Any], scores: Scores, prefix: str) -> None:
+        row |= score_columns(scores, self.prepared.k, self.prepared.vocab_size, prefix)
 
     # -- writing ----------------------------------------------------------------------
 
@@ -313,7 +326,9 @@ class RewriteJob:
         self.run.writer.add(*rows)
         tokens = sum(row["num_rewritten_tokens"] or 0 for row in rows)
         truncated = sum(row["status"] == "truncated" for row in rows)
-        self.run.progress.update(tokens, truncated, sum(row["status"] == "ok" for row in rows))
+        kept = [row["row_id"] for row in rows if row["status"] == "ok"]
+        written = sum(row_id in group.written for row_id in kept)
+        self.run.progress.update(tokens, truncated, len(kept), written)
 
     def _finish_without_rewrite(self, group: Group, status: str) -> None:
         """Write one row for a rollout that gets no rewrite, whatever --num-candidates is."""

@@ -53,6 +53,11 @@ class Asked:
     teacher_prompt_ids: list[int]
     draft_ids: list[int] = field(default_factory=list)
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether the rewrite is written where it is scored, with the draft in the context."""
+        return self.prompt_ids == self.teacher_prompt_ids
+
 
 @dataclass(frozen=True)
 class RewriteSetup:

@@ -91,6 +91,32 @@ def test_what_is_in_the_prefix_cache_is_scored_too(teacher_engine, teacher, roun
         assert np.abs(scores.target_logprobs - exact[at, target].numpy()).max() <= 1e-4
 
 
+def test_scores_of_what_is_written_are_those_of_a_second_pass(teacher_engine, round_dir):
+    """To 1e-4 in float32, whatever the sampling does to the distribution that is sampled from."""
+    row = kept(round_dir)[0]
+    context = row["teacher_prompt_ids"]
+    for key, sampling in (
+        ("greedy", SamplingConfig(max_tokens=200, temperature=0)),
+        ("warm", SamplingConfig(max_tokens=200, temperature=1.5, top_p=0.9, min_p=0.01)),
+        ("penal", SamplingConfig(max_tokens=200, presence_penalty=1, repetition_penalty=1.2)),
+    ):
+        teacher_engine.submit_generate(key, context, sampling, 3, k=64)
+        written = drained(teacher_engine)[key]
+        teacher_engine.submit_score(key, context, written.token_ids, 64)
+        second = drained(teacher_engine)[key]
+        assert written.scores.topk_ids.shape == (len(written.token_ids), 64)
+        for name in ("topk_logprobs", "target_logprobs"):
+            difference = getattr(written.scores, name) - getattr(second, name)
+            assert np.abs(difference).max() <= 1e-4
+        # Equal ones may change places.
+        assert (written.scores.topk_ids == second.topk_ids).mean() > 0.99
+
+
+def test_no_second_pass_where_the_teachers_turn_is_the_trace(round_dir):
+    speed = RoundDir(round_dir).run_info()["stages"]["distill"]["speed"]
+    assert speed["scored_while_writing"] == speed["kept"] == len(kept(round_dir))
+
+
 @pytest.mark.parametrize("index", range(5))
 def test_stored_records_equal_transformers(teacher, round_dir, index):
     """Position by position under the context the shard says, end token included."""

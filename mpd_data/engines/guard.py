@@ -48,11 +48,11 @@ class Guarded:
 
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,
-        logprobs: bool = False,
+        logprobs: bool = False, k: int = 0,
     ) -> None:  # fmt: skip
         self._check(prompt_ids)
         looks = self._rest > 0
-        self.inner.submit_generate(key, prompt_ids, sampling, seed, logprobs or looks)
+        self.inner.submit_generate(key, prompt_ids, sampling, seed, logprobs or looks, k)
         self._rest -= looks
         if looks and not logprobs:
             self._own.add(key)
@@ -86,12 +86,13 @@ class Guarded:
             ) from error
 
     def _looked_at(self, result: Completion | Scores | Refused) -> Completion | Scores | Refused:
-        if isinstance(result, Scores):
+        scores = result.scores if isinstance(result, Completion) else result
+        if isinstance(scores, Scores):
             # A token may have no probability at all, the best one may not.
-            best = result.topk_logprobs[:, 0]
-            if np.isnan(result.topk_logprobs).any() or not np.isfinite(best).all():
+            best = scores.topk_logprobs[:, 0]
+            if np.isnan(scores.topk_logprobs).any() or not np.isfinite(best).all():
                 raise FloatingPointError(f"scores of {result.key}")
-        elif isinstance(result, Completion) and result.logprobs is not None:
+        if isinstance(result, Completion) and result.logprobs is not None:
             if not np.isfinite(result.logprobs).all():
                 raise FloatingPointError(f"tokens of {result.key}")
             if result.key in self._own:

@@ -107,7 +107,7 @@ class OpenAIEngine:
 
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,
-        logprobs: bool = False,
+        logprobs: bool = False, k: int = 0,
     ) -> None:  # fmt: skip
         self._submit(key, self._generate(key, prompt_ids, sampling, seed, logprobs))
 

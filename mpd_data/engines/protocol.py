@@ -23,17 +23,6 @@ Float32s = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Completion:
-    """One sampled continuation. `token_ids` ends with the end token if `finish_reason` is
-    "stop"; "length" means cut at the limit. `logprobs`: of these tokens at temperature 1."""
-
-    key: str
-    token_ids: list[int]
-    finish_reason: str
-    logprobs: list[float] | None = None
-
-
-@dataclass(frozen=True)
 class Scores:
     """A model's distributions over the last n tokens of a sequence: row i is over token i, given
     all tokens before it. Natural logarithms at temperature 1.
@@ -47,6 +36,19 @@ class Scores:
     topk_ids: Int32s
     topk_logprobs: Float32s
     target_logprobs: Float32s
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation. `token_ids` ends with the end token if `finish_reason` is
+    "stop"; "length" means cut at the limit. `logprobs`: of these tokens at temperature 1.
+    `scores`: of the same tokens, where they were asked for and the engine has them."""
+
+    key: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[float] | None = None
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,11 @@ class Engine(Protocol):
 
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,
-        logprobs: bool = False,
+        logprobs: bool = False, k: int = 0,
     ) -> None:  # fmt: skip
         """Submit a request for one continuation, with `logprobs` where the engine is not of the
-        trainer's own code. Raise RequestError if refused."""
+        trainer's own code. With `k` the engine may add the scores of the continuation, of the `k`
+        best tokens at each place; vLLM does. Raise RequestError if refused."""
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
         """Submit a request for the `k` best tokens at each place of `target_ids`, which follow

@@ -7,7 +7,6 @@ them learns to stop.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from mpd_data.engines.protocol import Completion, RequestError
 from mpd_data.prompts.special import Turn
@@ -54,6 +53,4 @@ def ended(
                 " part before it"
             )
         rest = placed.ids
-    return replace(
-        completion, token_ids=[*said[:low], *rest, turn.end_id], finish_reason="stop", logprobs=None
-    )
+    return Completion(completion.key, [*said[:low], *rest, turn.end_id], "stop")

@@ -110,7 +110,7 @@ class TransformersEngine:
 
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,
-        logprobs: bool = False,
+        logprobs: bool = False, k: int = 0,
     ) -> None:  # fmt: skip
         limit = min(sampling.max_tokens, self.max_model_len - len(prompt_ids))
         self._rows.append(_Row(key, prompt_ids, sampling, seed, limit))

@@ -78,6 +78,8 @@ class VLLMEngine:
         self._stop_ids = turn_of(model, tokenizer, trust_remote_code).stop_ids
         self.max_model_len = context
         self.max_in_flight = 2 * config.max_num_seqs
+        self._max_num_seqs = config.max_num_seqs
+        self._speculates = config.engine_kwargs.get("speculative_config") is not None
         settings: dict[str, Any] = {
             "dtype": config.dtype,
             "max_model_len": context,
@@ -141,11 +143,12 @@ class VLLMEngine:
 
     def submit_generate(
         self, key: str, prompt_ids: list[int], sampling: SamplingConfig, seed: int,
-        logprobs: bool = False,
+        logprobs: bool = False, k: int = 0,
     ) -> None:  # fmt: skip
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        k = k if self._can_score(sampling.max_tokens, k) else 0
         params = SamplingParams(
             n=1,
             temperature=sampling.temperature,
@@ -157,8 +160,9 @@ class VLLMEngine:
             max_tokens=sampling.max_tokens,
             seed=seed,
             stop_token_ids=self._stop_ids,
-            # Of the sampled token alone.
-            logprobs=0 if logprobs else None,
+            # 0: of the sampled token alone. Raw ones, before temperature and penalties.
+            logprobs=k or (0 if logprobs else None),
+            flat_logprobs=k > 0,
             stop=sampling.stop,
             skip_special_tokens=False,
             # Text is only needed to find stop strings.
@@ -167,6 +171,12 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self._submit(key, {"prompt_token_ids": prompt_ids}, params, 0, 0)
+
+    def _can_score(self, max_tokens: int, k: int) -> bool:
+        """Return whether continuations are scored while they are generated: the lists of all that
+        run together stay small, and no draft model guesses tokens."""
+        entries = max_tokens * (k + 1) * self._max_num_seqs
+        return entries * _BYTES_PER_SCORE <= _MOST_BYTES and not self._speculates
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
         # vLLM gives no log-probabilities where it reads its prefix cache, so by default it computes
@@ -191,6 +201,8 @@ class VLLMEngine:
         self._open[request_id] = (key, start, k)
 
     def step(self) -> list[Completion | Scores]:
+        from vllm.logprobs import FlatLogprobs
+
         try:
             outputs = self._engine.step()
         except Exception as error:  # whatever it is, what the engine had in hand is gone
@@ -212,11 +224,15 @@ class VLLMEngine:
             sample = output.outputs[0]
             if sample.finish_reason not in ("stop", "length"):
                 raise EngineError(f"request {key} ended by {sample.finish_reason!r}")
-            token_ids, logprobs = list(sample.token_ids), None
-            if sample.logprobs is not None:
+            token_ids, logprobs, scores = list(sample.token_ids), None, None
+            if isinstance(sample.logprobs, FlatLogprobs):
+                width = sample.logprobs.end_indices[0]
+                scores = _scores(key, sample.logprobs, 0, width - 1)
+                logprobs = scores.target_logprobs.tolist()
+            elif sample.logprobs is not None:
                 pairs = zip(sample.logprobs, token_ids, strict=True)
                 logprobs = [float(best[token].logprob) for best, token in pairs]
-            results.append(Completion(key, token_ids, sample.finish_reason, logprobs))
+            results.append(Completion(key, token_ids, sample.finish_reason, logprobs, scores))
         return results
 
     def close(self) -> None:
@@ -241,6 +257,8 @@ _LESS_MEMORY = (
     "Finished rows are committed; run the same command again to go on. If it dies again, lower"
     " --max-num-seqs or --max-model-len."
 )
+# vLLM keeps the scores of a running request in lists of Python: 84 bytes for a token of the top K.
+_BYTES_PER_SCORE, _MOST_BYTES = 84, 4 << 30
 # Which kernel runs, and what it takes, depends on the machine: int8 on a CPU with AMX is one.
 _NO_FLOAT32 = (
     "The model is quantised, and some of vLLM's kernels for such models do not take float32: give"
@@ -315,17 +333,18 @@ def _load(llm: Any, adapter: Path) -> Any:
 
 
 def _scores(key: str, flat: Any, start: int, k: int) -> Scores:
-    """Return scores from vLLM's flat prompt log-probabilities: each position after the first holds
-    the sequence's own token and then the k best, which may contain it again."""
+    """Return scores from vLLM's flat log-probabilities of a prompt or a completion: each position
+    from `start` on holds the sequence's own token and then the k best, which may contain it again.
+    A prompt's first position is empty."""
     first = flat.start_indices[start]
     ids = np.asarray(flat.token_ids[first:], dtype=np.int32)
     logprobs = np.asarray(flat.logprobs[first:], dtype=np.float32)
     rows = len(flat) - start
-    if start == 0 or len(ids) != rows * (k + 1):
+    if len(ids) != rows * (k + 1):
         raise EngineError(
             f"scoring {key}: expected {rows} positions of {k + 1} log-probabilities, found"
-            f" {len(ids)}. This vLLM has another layout of prompt log-probabilities; use a version"
-            " that pyproject.toml names."
+            f" {len(ids)}. This vLLM has another layout of log-probabilities; use a version that"
+            " pyproject.toml names."
         )
     ids, logprobs = ids.reshape(rows, k + 1), logprobs.reshape(rows, k + 1)
     if np.isnan(logprobs).any():

@@ -62,6 +62,7 @@ class Progress:
         self._status = status
         self._rows = self._failed = self._tokens = self._truncated = self._in_flight = 0
         self._kept: int | None = None
+        self._scored_while_writing = 0
         self._running: int | None = None
         self._started = time.time()
         self._begun = self._last_status = self._last_look = self._last_token = time.monotonic()
@@ -82,9 +83,12 @@ class Progress:
 
     def speed(self, backend: str) -> dict[str, Any] | None:
         """Return rows and tokens of this run, seconds of the engine's start and of the work after
-        it, device and `backend`; None where no token was made."""
+        it, device and `backend`, of rewrites also how many are kept and how many of these needed no
+        second pass for scores with the draft; None where no token was made."""
         if not self._tokens:
             return None
+        written = self._scored_while_writing
+        kept = {"kept": self._kept, "scored_while_writing": written} if self._kept else {}
         return {
             "device": "server" if backend == "openai" else device_name(),
             "backend": backend,
@@ -92,6 +96,7 @@ class Progress:
             "tokens": self._tokens,
             "start_seconds": round(self._start_seconds, 1),
             "seconds": round(time.monotonic() - self._begun, 1),
+            **kept,
         }
 
     def skip(self, rows: int = 1) -> None:
@@ -102,14 +107,18 @@ class Progress:
         """Count `rows` that will not come."""
         self._failed += rows
 
-    def update(self, tokens: int, truncated: int, kept: int | None = None) -> None:
+    def update(
+        self, tokens: int, truncated: int, kept: int | None = None, written: int = 0
+    ) -> None:
         """Count a finished row of `tokens` tokens; `truncated`: 1 where it hit its length limit;
-        `kept`: how many rewrites of it are kept."""
+        `kept`: how many rewrites of it are kept; `written`: how many of these were scored while
+        they were written."""
         self._rows += 1
         self._tokens += tokens
         self._truncated += truncated
         if kept is not None:
             self._kept = (self._kept or 0) + kept
+            self._scored_while_writing += written
         self._meter.advance()
 
     def tick(self, in_flight: int, underway: Callable[[], tuple[int, int] | None]) -> None:
