@@ -430,13 +430,13 @@ def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
         "mpd-gen view data/round* --serve",
     )
 )
-@click.argument("rounds", nargs=-1, required=True, type=_ROUND)
+@click.argument("rounds", nargs=-1, type=_ROUND)
 @click.option(
     "--evaluations",
     nargs=2,
     type=_ROUND,
     metavar="BASE NEW",
-    help="Also show the samples of two models side by side, problem by problem.",
+    help="Show the samples of two models side by side, problem by problem, too or alone.",
 )
 @click.option(
     "--training",
@@ -482,6 +482,8 @@ def view(
     """Write a page to browse the drafts and rewrites of ROUNDS. It needs no network."""
     from mpd_data.inspect.view import write_view
 
+    if not rounds and (evaluations is None or serve or trainings):
+        raise click.UsageError("Give the folder of a round, or --evaluations BASE NEW.")
     if serve:
         if out is not None:
             raise click.UsageError("--serve writes no page: it takes no --out.")

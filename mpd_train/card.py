@@ -3,6 +3,7 @@ trained."""
 
 import re
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mpd_data.common.files import atomic_file
 from mpd_data.common.hub import dataset_of
 from mpd_data.common.models import ModelFiles
 from mpd_data.inspect.compare import count_text, too_few
+from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import read_record
 from mpd_train.config import TrainConfig
 
@@ -62,11 +64,12 @@ def write_card(folder: Path, student: ModelFiles, trained: Trained) -> None:
     facts = {
         "Student": Path(student.name).name if is_folder else student.name,
         **_made_by(config.shards[-1]),
-        "Loss": f"{loss.divergence}, {loss.ce_weight:g} of cross-entropy",
+        "Loss": loss.divergence + (f", {loss.ce_weight:g} of cross-entropy" * (loss.ce_weight > 0)),
         "Training": f"{trained.length}, learning rate {optimizer.learning_rate:g},"
         f" seed {config.seed}",
         **of_adapters,
     }
+    facts["Made with"] = f"mixed-policy-distillation {version('mixed-policy-distillation')}"
     text = "\n".join(f"* {name}: {value}" for name, value in facts.items())
     card = ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {trained.title}\n\n"
@@ -84,7 +87,17 @@ def _made_by(shards: Path) -> dict[str, str]:
         return {}
     teacher = str(told["teacher"])
     name = Path(teacher).name if Path(teacher).is_dir() else teacher
-    return {"Teacher": name, "Scored under": f"the {told['score_context']} prompt"}
+    counts = RoundDir(shards).count_statuses()
+    seen = {
+        "problem": "after the problem alone",
+        "rewrite": "after the problem and the draft",
+        "both": "after the problem, and after the problem and the draft",
+    }
+    return {
+        "Teacher": name,
+        "Rewrites": f"{counts.get('ok', 0):,} kept of {sum(counts.values()):,}, of the last round",
+        "Teacher's probabilities": seen[told["score_context"]],
+    }
 
 
 def _datasets(rounds: list[Path]) -> list[str]:

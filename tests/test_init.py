@@ -315,7 +315,7 @@ def test_small_teachers_get_examples_where_the_student_does_not_think(tmp_path):
     assert pipeline.rewrite["template"] == "tags"
     assert "filters" not in pipeline.rewrite
     assert "`examples` has no layout" in notes
-    assert "cannot spell the built-in instructions" in notes
+    assert "cannot spell the words of the built-in templates" in notes
     # A chat template without a system message.
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     teacher = changed_model(models["teacher"], tmp_path / "t1", template=no_system)

@@ -7,13 +7,16 @@ import shutil
 from pathlib import Path
 from urllib.parse import quote
 
+import click
 import polars as pl
 import pytest
 from conftest import STUDENT, edit_rows, invoke, python, rows
 
 from mpd_data.cli import cli
+from mpd_data.common.errors import ConfigError
 from mpd_data.inspect.view import write_view
 from mpd_data.inspect.view.rows import rewrites_of
+from mpd_data.store.trainings import row_log
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202e\ud83d"
 SHOWN = "[...document.querySelectorAll('#list li')].map(line => line.dataset.key)"
@@ -85,6 +88,48 @@ def test_filters_and_order_are_those_of_the_rows(round_dir, opened):
     right = drafts.filter(pl.col("is_correct"))["row_id"].implode()
     broke = distill.filter(pl.col("rollout_id").is_in(right) & ~pl.col("is_correct"))
     assert chosen(tab, search="", verdict="broke") == sorted(broke["row_id"])
+
+
+def test_what_is_typed_and_chosen_stays_to_be_seen(round_dir, opened):
+    tab = opened()
+    ratios = rows(round_dir, "distill").drop_nulls("compression_ratio")["compression_ratio"]
+    chosen(tab, measure="ratio", order="down")
+    shown = tab.inner_text("#list li .value")
+    assert float(shown) == pytest.approx(ratios.max(), abs=0.001)
+    assert "answer: not known, see mpd-gen rewrite --support" in tab.inner_text("[name=measure]")
+    tab.keyboard.press("/")
+    tab.keyboard.type("nothing has these words")
+    tab.keyboard.press("Escape")
+    assert tab.input_value("[name=search]") == "nothing has these words"
+    assert "search=nothing" in tab.url
+    tab.reload()
+    tab.wait_for_selector("text=No row passes these filters.")
+    assert tab.input_value("[name=search]") == "nothing has these words"
+    tab.click("text=Clear the filters")
+    assert chosen(tab) == sorted(rows(round_dir, "distill")["row_id"])
+    tab.locator("body").press("ArrowDown")
+    assert tab.locator("#list li[aria-selected=true]").count() == 1
+    assert tab.get_attribute("#list li:nth-child(2)", "aria-selected") == "true"
+
+
+def test_what_has_nothing_in_common_is_refused(round_dir, page, tmp_path):
+    with pytest.raises(click.UsageError, match="--evaluations BASE NEW"):
+        invoke(cli, "view")
+    worse = page.parent / "worse"
+    invoke(cli, "view", "--evaluations", round_dir, worse, "--out", tmp_path / "pairs.html")
+    other = shutil.copytree(worse, tmp_path / "other")
+
+    def rename(row):
+        row["prompt_id"] += "-other"
+
+    edit_rows(other, "rollouts", rename)
+    with pytest.raises(ConfigError, match="have no problem in common"):
+        invoke(cli, "view", "--evaluations", round_dir, other, "--out", tmp_path / "q.html")
+    file = row_log(tmp_path / "training", 0)
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"row": "0" * 16, "step": 1, "kl": 0.5}) + "\n")
+    with pytest.raises(ConfigError, match="this training met no row of"):
+        invoke(cli, "view", round_dir, "--training", tmp_path / "training")
 
 
 def test_a_row_shows_its_traces_and_the_teachers_probabilities(round_dir, opened):
@@ -242,7 +287,7 @@ def test_a_round_whose_model_is_gone_is_shown_without_tokens(round_dir, tmp_path
     tab = browser.new_page()
     tab.goto((tmp_path / "t.html").as_uri())
     tab.wait_for_selector("#list li")
-    assert "Tokens are not shown: the student of the round, /no/such/model" in tab.inner_text(
+    assert "they need the tokenizer of /no/such/model, which is not here" in tab.inner_text(
         "#notes"
     )
     assert tab.locator(".colours").count() == 0
@@ -253,7 +298,7 @@ def test_a_round_is_shown_without_the_libraries_of_models(round_dir, tmp_path):
     words = ["view", str(round_dir), "--out", str(tmp_path / "t.html")]
     code = f"import sys; sys.modules['transformers'] = None; sys.argv[1:] = {words!r}\n"
     done = python(f"{code}from mpd_data.cli import main; main()")
-    assert "Tokens are not shown" in done.stderr
+    assert "not shown" in done.stderr
     assert "mixed-policy-distillation[train]" in done.stderr
     assert (tmp_path / "t.html").stat().st_size > 10_000
 

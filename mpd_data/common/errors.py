@@ -35,9 +35,15 @@ class EngineError(MPDError, RuntimeError):
 
 
 def reason_of(error: Exception) -> str:
-    """Return what another library's error says, for a message; its traceback goes to the debug log.
-    Libraries raise all kinds where they cannot run a model, and some have no text."""
+    """Return what another library's error says, for a message, and what it came from; its traceback
+    goes to the debug log. Libraries raise all kinds where they cannot run a model, and some have no
+    text."""
     _log.debug("%s", error, exc_info=error)
+    origin: BaseException = error
+    while origin.__cause__ is not None:
+        origin = origin.__cause__
+    if origin is not error and (first := str(origin).strip().partition("\n")[0]):
+        return f"{type(error).__name__}: {error} ({type(origin).__name__}: {first})"
     name, text = type(error).__name__, str(error).strip()
     if not text and (frames := traceback.extract_tb(error.__traceback__)):
         return f"{name} in {frames[-1].filename}, line {frames[-1].lineno}"

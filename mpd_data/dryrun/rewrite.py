@@ -7,7 +7,6 @@ from typing import Any
 
 from mpd_data.dryrun.learned import Learned, learn
 from mpd_data.dryrun.plan import Lengths, Shown, StagePlan, distill_bytes, make_plan
-from mpd_data.engines.start import notes_of
 from mpd_data.prompts.chat import PromptError
 from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, RewriteSetup, thinks
 from mpd_data.select.filters import wants_draft
@@ -88,7 +87,7 @@ def plan_rewrite(
             contexts += len(request.teacher_prompt_ids)
         longest = int(config.filters.largest_ratio * rollout["num_completion_tokens"])
         kept_at_most += min(longest, config.sampling.max_tokens)
-    notes, refusal = notes_of(config.engine, setup.teacher_turn), None
+    notes, refusal = setup.notes(), None
     if config.student_option is not None:
         notes.append(
             "The student judges the rewrites afterwards. The plan leaves out its time, and the disk"

@@ -66,10 +66,10 @@ _SENTENCE = 16
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts of one source, and the columns they were read from. `num_repeated`: rows that repeat
-    an id; `rejected_ids`: an id column whose values do not tell rows apart. `unusable`: the rows
-    that are no prompts, with the reasons; `left_out`: columns that a split did not write, as JSON
-    cannot hold them."""
+    """Prompts of one source, its `columns`, and those they were read from. `num_repeated`: rows
+    that repeat an id; `rejected_ids`: an id column whose values do not tell rows apart. `unusable`:
+    the rows that are no prompts, with the reasons; `left_out`: columns that a split did not write,
+    as JSON cannot hold them."""
 
     source: str
     problem: str
@@ -80,6 +80,7 @@ class PromptSet:
     rejected_ids: str | None
     unusable: list[Prompt] = field(default_factory=list)
     left_out: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
 
 def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) -> PromptSet:
@@ -141,7 +142,9 @@ def read_prompt_set(source: str, config: InitConfig, train: PromptSet | None) ->
     prompts = [prompt for prompt in every if prompt.flaw is None]
     unusable = [prompt for prompt in every if prompt.flaw is not None]
     repeated = rows - len(every)
-    return PromptSet(source, problem, answer, id_, prompts, repeated, rejected, unusable)
+    return PromptSet(
+        source, problem, answer, id_, prompts, repeated, rejected, unusable, columns=tuple(columns)
+    )
 
 
 def _names(columns: list[str]) -> str:

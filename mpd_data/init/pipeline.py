@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import textwrap
 from itertools import groupby
@@ -82,7 +83,9 @@ def _notes(
     """Return what was detected, and what to look at, in lines."""
     lines = []
     for name, side in sides.items():
-        answers = "none" if side.answer is None else repr(side.answer)
+        answers = repr(side.answer)
+        if side.answer is None:
+            answers = f"none (of {', '.join(side.columns)}; --answer-column names one)"
         ids = "hash of the problem" if side.id is None else repr(side.id)
         lines.append(
             f"{name}: {len(side.prompts):,} prompts from {side.source}; problem {side.problem!r},"
@@ -128,8 +131,9 @@ def _notes(
         )
     if not models.spells_instructions:
         lines.append(
-            "the tokenizer cannot spell the built-in instructions: give a prompt_template and a"
-            " rewrite template in words that the models know"
+            "the tokenizer cannot spell the words of the built-in templates, so rewriting with them"
+            " will fail. Write a rewrite template in words that the models know, and name it in"
+            " [rewrite]"
         )
     turns = (turn_of(model.files, model.tokenizer) for model in (models.student, models.teacher))
     lines += dict.fromkeys(turn.note for turn in turns if turn.note is not None)
@@ -180,10 +184,11 @@ def _in_comment(value: Any) -> str:
 
 
 def _wrap_comments(text: str) -> str:
-    """Return the TOML with each paragraph of comment lines wrapped; "#   " lines are kept."""
+    """Return the TOML with each paragraph of comment lines wrapped. Lines after "#   ", tables and
+    settings in comments stay as they are."""
     lines = []
     for is_prose, group in groupby(
-        text.split("\n"), lambda line: line.startswith("# ") and not line.startswith("#   ")
+        text.split("\n"), lambda line: re.match(r"# (?!  |\[|\w+ = )", line) is not None
     ):
         if is_prose:
             prose = " ".join(line[2:] for line in group)

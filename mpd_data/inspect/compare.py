@@ -344,12 +344,16 @@ def side_by_side(result: dict[str, Any]) -> dict[str, str]:
     }
 
 
+# A third is chosen by each half, and a problem may be in both.
+_HARD = "the hard third: what the base solves least often in half of its samples, by the other half"
+
+
 def show(result: dict[str, Any], by: str | None) -> str:
     """Return the tables and the verdict of `compare`."""
     text = f"{table({side: result[side] for side in ('base', 'new')})}\n{verdict(result)}"
     if (hard := result["hard_third"]) is not None:
         line = {"problems": hard["problems"], **side_by_side(hard)}
-        text += f"\n\nthe hard third: what the base solves least often\n{format_table([line])}"
+        text += f"\n\n{_HARD}\n{format_table([line])}"
     if by is None:
         return text
     counts = [{"problems": g["problems"], "graded": g["base"]["graded"]} for g in result["groups"]]

@@ -77,6 +77,10 @@ def round_status(path: Path) -> dict[str, list[dict[str, Any]]]:
             report["state"] = "stalled"
         elif report["state"] == "running" and heard > _SILENT_SECONDS:
             report["state"] = "silent"
+        if report["state"] not in _AT_WORK:
+            # What it said of its work when it ended, or was killed, is true no more.
+            report |= {"in_flight": 0, "running": None, "seconds_left": None}
+            report["recent_tokens_per_second"] = 0.0
         writers.append({"writer": file.stem, **report, "heard": heard})
     stages = []
     for stage in STAGES:
@@ -262,7 +266,17 @@ def show_status(status: dict[str, Any], columns: int = sys.maxsize) -> str:
         return _show_steps(status, columns)
     parts = []
     if status["stages"]:
-        rows = [row | {"bytes": tqdm.format_sizeof(row["bytes"], "B")} for row in status["stages"]]
+        rows = [
+            {
+                "stage": row["stage"],
+                "saved": row["rows"],
+                "of": row["asked"],
+                "tokens": row["tokens"],
+                "shards": row["shards"],
+                "bytes": tqdm.format_sizeof(row["bytes"], "B"),
+            }
+            for row in status["stages"]
+        ]
         parts.append(format_table(rows))
     writers = status["writers"]
     if len(writers) > _MANY:
@@ -282,7 +296,7 @@ def _show_steps(status: dict[str, Any], columns: int) -> str:
     if status["seconds_left"] is not None:
         unknown = len(status["not_estimated"])
         if status["seconds_left"]:
-            head += f", about {_duration(status['seconds_left'])} left"
+            head += f", about {_until(status['seconds_left'])} left"
         if unknown:
             head += f"; {unknown} of the others are of kinds that were not timed yet"
     shown = [step for step in steps if len(steps) <= _MANY or step["state"] != "finished"]
@@ -353,7 +367,7 @@ def _cells(report: dict[str, Any]) -> dict[str, Any]:
 
 def _left(report: dict[str, Any]) -> str | None:
     is_known = report["state"] == "running" and report["seconds_left"] is not None
-    return _duration(report["seconds_left"]) if is_known else None
+    return _until(report["seconds_left"]) if is_known else None
 
 
 def _of(done: int, total: int | None) -> str:
@@ -368,7 +382,15 @@ def _bar(done: int, total: int | None) -> str:
 
 
 _BAR = 10
-_RESUME = "Nothing works here. The same command as before goes on where it stopped."
+_RESUME = "No process works here. The same command as before goes on where it stopped."
+
+
+def _until(seconds: float) -> str:
+    """Return how long it will take, and the clock's time at its end."""
+    end = time.localtime(time.time() + seconds)
+    return (
+        f"{_duration(seconds)} ({time.strftime('%H:%M' if seconds < 72_000 else '%a %H:%M', end)})"
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -69,6 +69,11 @@ class Spelling:
         first, both = self._decode(tail), self._decode([*tail, *ids])
         return both[len(first) :] if both.startswith(first) else self._decode(ids)
 
+    def unspelt(self, text: str) -> list[str]:
+        """Return the words of a text that no tokens spell, each once."""
+        words = dict.fromkeys(text.split())
+        return [word for word in words if self.place([], word) is None]
+
     def place(self, before: Sequence[int], text: str) -> Placed | None:
         """Return the tokens of `text` after the ids `before`, which stay as they are.
 

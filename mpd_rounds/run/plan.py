@@ -23,7 +23,6 @@ from mpd_data.dryrun.plan import Lengths, Shown, StagePlan
 from mpd_data.dryrun.rewrite import plan_rewrite, predict
 from mpd_data.dryrun.rollouts import plan_rollouts
 from mpd_data.dryrun.show import few_rows, free_bytes, shown_text, size_text, steps_table, totals
-from mpd_data.engines.start import notes_of
 from mpd_data.inspect.compare import graded, per_problem
 from mpd_data.prompts.chat import PromptError
 from mpd_data.prompts.rows import Prompt
@@ -318,7 +317,7 @@ class _Planner:
             shown=shown,
             reasons=reasons,
             details={"longest rewrite prompt + draft + rewrite": in_all},
-            notes=[*notes, *notes_of(config.engine, setup.teacher_turn)],
+            notes=[*notes, *setup.notes()],
         )
         most = asked * (config.num_candidates if config.choose == "all" else 1)
         expected = None

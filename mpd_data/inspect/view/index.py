@@ -310,6 +310,8 @@ class Index:
             number = 0 if places is None else places
         offset = number - number % _LINES
         shown = self._frame[passing[offset : offset + _LINES]]
+        if measure := given.get("measure"):
+            shown = shown.with_columns(value=_known(_MEASURES, "measure", measure))
         problems: dict[tuple[int, int], str] = {}
         for at, one in enumerate(self._rounds):
             drafts = shown.filter(pl.col("at") == at)["draft"].drop_nulls().to_list()
@@ -318,7 +320,7 @@ class Index:
             {
                 "i": f"{row['row_id_0']:016x}{row['row_id_1']:016x}",
                 "f": problems.get((row["at"], row["draft"]), "")[:_MOST_TEXT],
-                **{name: row[name] for name in ("at", "s", "n", "t")},
+                **{name: row[name] for name in ("at", "s", "n", "t", "value") if name in row},
             }
             for row in shown.to_dicts()
         ]

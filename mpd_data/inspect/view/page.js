@@ -30,13 +30,15 @@ const MEASURES = {
   support: ["support of the answer", (row) => row.x.answer_support],
   step: ["weakest step", (row) => row.x.weakest_step],
   pass: ["student's pass rate", (row) => row.x.pass_rate],
-  kl: ["divergence in training", (row) => row.x.divergence],
+  kl: ["divergence in training, nats per token", (row) => row.x.divergence],
   surprise: ["teacher's surprise: mean −ln p", (row) => row.v && meanOf(row.v.q)],
   worst: ["teacher's surprise: largest −ln p", (row) => row.v && Math.max(...row.v.q.map(nats))],
   entropy: ["teacher's largest entropy", (row) => row.v && Math.max(...row.v.h) / 100],
 };
 // What is known of a row, by the names that the filters use.
-const NAMES = { compression_ratio: "length ratio", draft_overlap: "share copied from the draft", pass_rate: "student's pass rate", answer_support: "support of the answer", weakest_step: "weakest step", divergence: "divergence in training" };
+const NAMES = { compression_ratio: "length ratio", draft_overlap: "share copied from the draft", pass_rate: "student's pass rate", answer_support: "support of the answer", weakest_step: "weakest step", divergence: "divergence in training, nats per token" };
+// Measures that a round may lack, and what makes them.
+const MADE_BY = { support: "mpd-gen rewrite --support", kl: "mpd-gen view --training" };
 const VERDICTS = {
   "": ["any", () => true],
   kept: ["draft right, rewrite right", (row) => row.o === true && row.k === true],
@@ -118,8 +120,8 @@ function marked(words, isCommon, tag) {
   for (let i = 0; i < words.length; ) {
     let end = i;
     while (end < words.length && isCommon[end] === isCommon[i]) end++;
-    const text = printable(words.slice(i, end).join(""));
-    parts.push(isCommon[i] ? text : element(tag, text));
+    const text = printable(words.slice(i, end).join("")), bare = text.trimEnd();
+    parts.push(...(isCommon[i] ? [text] : [element(tag, bare), text.slice(bare.length)]));
     i = end;
   }
   return parts;
@@ -248,10 +250,12 @@ class Page {
     this.source = source;
     this.colour = "difference";
     this.turn = 0; // of what was asked of the source: an answer to something older is dropped
-    this.notes = source.rounds.flatMap((round) => [
+    const notes = source.rounds.flatMap((round) => [
       round.rows && round.total > round.rows.length ? `${round.name}: ${numeral(round.rows.length)} of ${numeral(round.total)} rows.` : "",
       round.note,
-    ]).filter(Boolean);
+    ]);
+    this.notes = [...new Set(notes)].filter(Boolean);
+    byId("token-keys").hidden = source.rounds.every((round) => round.note);
     const tabs = [["rows", "Drafts and rewrites"], ["pairs", "Before and after"]];
     for (const [mode, label] of tabs) {
       const { size } = source.facets(mode);
@@ -265,7 +269,10 @@ class Page {
     byId("filters").addEventListener("submit", (event) => event.preventDefault());
     byId("list").addEventListener("click", (event) => {
       const line = event.target.closest("li");
-      if (line) this.choose(this.shown.findIndex((item) => item.key === line.dataset.key));
+      if (!line) return;
+      this.choose(this.shown.findIndex((item) => item.key === line.dataset.key));
+      // On a narrow screen the row is below the list.
+      if (getComputedStyle(byId("panel")).display === "block") byId("row").scrollIntoView();
     });
     document.addEventListener("keydown", (event) => this.press(event));
     window.addEventListener("hashchange", () => this.follow());
@@ -278,6 +285,9 @@ class Page {
   async follow() {
     const given = new URLSearchParams(`key=${location.hash.slice(1)}`), key = given.get("key");
     const mode = key.startsWith("pair-") ? "pairs" : "rows";
+    given.delete("key");
+    // Of filters that no row passes.
+    if (given.size && (key === "" || key === "pair-") && byId(`tab-${mode}`)) return this.show(mode, given);
     const missing = key ? [`The row of this address is not here: ${location.hash}`] : [];
     if (key && byId(`tab-${mode}`)) {
       for (const filters of [given, []]) if (await this.show(mode, filters, { key }, "follow") !== false) return;
@@ -320,7 +330,12 @@ class Page {
       made.push(this.select("status", "Status", [["", "all"], ...known]));
       made.push(this.select("verdict", "Answers", Object.entries(VERDICTS).map(([value, [text]]) => [value, text])));
       if (this.source.rounds.length > 1) made.push(this.select("at", "Round", [["", "all"], ...this.source.rounds.map((round, at) => [String(at), round.name])]));
-      made.push(this.select("measure", "Sort by", ["", ...measures].map((value) => [value, MEASURES[value][0]])));
+      const sorts = this.select("measure", "Sort by", ["", ...measures].map((value) => [value, MEASURES[value][0]]));
+      if (statuses.some(([status]) => status !== "draft")) {
+        const missing = Object.entries(MADE_BY).filter(([name]) => !measures.includes(name));
+        sorts.lastChild.append(...missing.map(([name, command]) => element("option", `${MEASURES[name][0]}: not known, see ${command}`, { disabled: true })));
+      }
+      made.push(sorts);
       made.push(this.select("order", "Order", [["up", "smallest first"], ["down", "largest first"]]));
       for (const [name, label] of [["least", "At least"], ["most", "At most"]]) made.push(element("label", [label, element("input", [], { type: "number", name, step: "any" })]));
     }
@@ -369,7 +384,7 @@ class Page {
     this.shown = found.rows;
     this.offset = found.offset;
     this.total = found.total;
-    byId("list").replaceChildren(...this.shown.map((row) => this.line(row)));
+    byId("list").replaceChildren(...this.shown.map((row) => this.line(row, given.measure)));
     byId("list").setAttribute("aria-busy", "false");
     byId("list").scrollTop = 0;
     const isPart = this.total > this.shown.length, last = this.offset + this.shown.length;
@@ -377,7 +392,13 @@ class Page {
     byId("count").textContent = `${numeral(this.total)} of ${numeral(this.source.facets(this.mode).size)} ${this.mode === "pairs" ? "problems" : "rows"}${part}`;
     byId("pages").replaceChildren(...(isPart ? [this.turner("← rows before", this.offset - 1), this.turner("rows after →", last)] : []));
     if (this.shown.length) this.choose(Math.max(at, 0), step);
-    else byId("row").replaceChildren(element("p", "No row passes these filters."));
+    else {
+      this.current = null;
+      history.replaceState(null, "", `#${this.mode === "pairs" ? "pair-" : ""}&${new URLSearchParams(given)}`);
+      const button = element("button", "Clear the filters", { type: "button" });
+      button.addEventListener("click", () => this.show(this.mode, [], {}, "push"));
+      byId("row").replaceChildren(element("p", `No ${this.mode === "pairs" ? "problem" : "row"} passes these filters.`), button);
+    }
     return at >= 0;
   }
 
@@ -403,18 +424,29 @@ class Page {
     byId("row").setAttribute("aria-busy", "false");
   }
 
-  line(row) {
-    if (row.line) return row.line;
+  // The line of a row in the list, with what the list is sorted by.
+  line(row, measure) {
+    if (row.line) {
+      row.line.querySelector(".value").textContent = this.valueOf(row, measure);
+      return row.line;
+    }
     const head = row.isPair
       ? [`${changeOf(row)}${row.c === null ? "" : ` ${right(row.b)} → ${right(row.a)}`}`, `${mean(row.b)} → ${mean(row.a)} tokens`]
       : [row.s, `${row.t === null ? row.n : `${row.n} → ${row.t}`} tokens`];
+    const value = element("span", this.valueOf(row, measure), { className: "value" });
     const line = element("li", [
-      element("div", head.map((text) => element("span", text)), { className: "head" }),
+      element("div", [element("span", head[0]), value, element("span", head[1])], { className: "head" }),
       element("div", printable(row.f).slice(0, 160), { className: "text" }),
     ], { role: "option" });
     line.dataset.key = row.key;
     line.id = `line-${row.key}`;
     return (row.line = line);
+  }
+
+  valueOf(row, measure) {
+    if (!measure || row.isPair) return "";
+    const value = row.value === undefined ? MEASURES[measure][1](row) : row.value;
+    return Number.isFinite(value) ? numeral(value) : "–";
   }
 
   // Open the row that is number `number` of those that pass the filters.
@@ -489,7 +521,7 @@ class Page {
     const lines = Object.entries(known).filter(([, value]) => value !== null).flatMap(([name, value]) => [element("dt", printable(NAMES[name] ?? name.replaceAll("_", " "))), element("dd", printable(value))]);
     parts.push(element("dl", lines));
     const limits = Object.entries(round.limits).filter(([, value]) => value !== null).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`);
-    if (limits.length) parts.push(element("p", `Filters: ${limits.join(", ")}`, { className: "facts" }));
+    if (limits.length) parts.push(element("p", `Settings of the round: ${limits.join(", ")}`, { className: "facts" }));
     return parts;
   }
 
@@ -541,11 +573,14 @@ class Page {
 
   press(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key === "Escape") return byId("list").focus();
+    if (event.key === "Escape") {
+      event.preventDefault(); // which would empty the search and not say so
+      return byId("list").focus();
+    }
     if (/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
     const tabs = [...byId("tabs").children], tab = tabs.indexOf(event.target);
     const at = this.shown && this.current ? this.offset + this.shown.indexOf(this.current) : 0;
-    const inList = event.target.id === "list";
+    const inList = event.target.id === "list" || event.target === document.body;
     if (tab >= 0 && /^(Arrow(Left|Right)|Home|End)$/.test(event.key)) {
       const next = { ArrowLeft: tab - 1, ArrowRight: tab + 1, Home: 0, End: -1 }[event.key];
       const chosen = tabs.at(next % tabs.length);

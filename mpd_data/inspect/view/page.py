@@ -28,7 +28,7 @@ def write_view(
     `evaluations` side by side: of the base, and of a new model on the same prompts. `trainings` on
     the rounds add the rows' divergences. Raise DataError for a damaged shard, ConfigError for a
     folder without rollouts."""
-    trained = divergences(trainings)
+    trained = divergences(trainings, rounds)
     shown = [{"name": str(path), **rewrites_of(path, rows, trained)} for path in rounds]
     page = render(shown, evaluations, rows)
     with atomic_file(out) as file:

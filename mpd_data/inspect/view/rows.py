@@ -50,10 +50,14 @@ ROLLOUT = (
 Divergences = Mapping[str, float]
 
 
-def divergences(trainings: Sequence[Path]) -> dict[str, float]:
+def divergences(trainings: Sequence[Path], rounds: Sequence[Path]) -> dict[str, float]:
     """Return how far the student was from the teacher on each row of these trainings, in nats per
-    token, when they last met it. Raise ConfigError for a folder that does not say, DataError for a
-    damaged file."""
+    token, when they last met it, before the step. Raise ConfigError for a folder that does not say
+    and for a training that met no row of the `rounds`, DataError for a damaged file."""
+    frame = scan(list(rounds), "distill")
+    keys = pl.Series("row", [], pl.String)
+    if trainings and frame is not None:
+        keys = collect(frame.select(row=pl.col("row_id").str.slice(0, 16)))["row"]
     latest: dict[str, tuple[int, float]] = {}
     for folder in trainings:
         files = row_logs(folder)
@@ -62,10 +66,18 @@ def divergences(trainings: Sequence[Path]) -> dict[str, float]:
                 f"{folder}: no rows/rank-*.jsonl here, in which mpd-train writes the rows'"
                 " divergences. Give the folder of a training."
             )
+        own: dict[str, tuple[int, float]] = {}
         for file in files:
             for line in read_row_log(file):
                 met = line["step"], line["kl"]
-                latest[line["row"]] = max(latest.get(line["row"], met), met)
+                own[line["row"]] = max(own.get(line["row"], met), met)
+        if not keys.is_in(list(own)).any():
+            raise ConfigError(
+                f"{folder}: this training met no row of {', '.join(map(str, rounds))}. Give one on"
+                " these rounds."
+            )
+        for row, met in own.items():
+            latest[row] = max(latest.get(row, met), met)
     return {row: kl for row, (_, kl) in latest.items()}
 
 
@@ -107,6 +119,11 @@ def pairs_of(base: Path, new: Path, count: int) -> list[dict[str, Any]]:
     sides = [scan_round(folder) for folder in (base, new)]
     ids = [collect(side.select("prompt_id").unique())["prompt_id"] for side in sides]
     both = ids[0].filter(ids[0].is_in(ids[1].implode())).sort().head(count)
+    if both.is_empty():
+        raise ConfigError(
+            f"{base} and {new} have no problem in common. Give two models' answers to the same"
+            " problems."
+        )
     found = []
     for side in sides:
         rows = collect(side.filter(pl.col("prompt_id").is_in(both.implode())).select(ROLLOUT))
@@ -254,7 +271,11 @@ def spelling_of(folder: Path) -> tuple[Spelling | None, str]:
         files = resolve_model(path, config.get("revision"), weights=False)
         tokenizer = load_tokenizer(files)
     except ConfigError:
-        return None, f"Tokens are not shown: the student of the round, {name}, is not here."
+        return (
+            None,
+            f"Tokens and their colours are not shown: they need the tokenizer of {name}, which is"
+            " not here. Run mpd-gen view in the folder in which the round was made.",
+        )
     except ModuleNotFoundError as error:
         return (
             None,

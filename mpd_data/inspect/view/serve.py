@@ -56,7 +56,7 @@ def serve_view(
             f"--port {port}: {error.strerror}. Choose another, or 0 for one that is free."
         ) from error
     with listener:
-        index = Index(rounds, divergences(trainings))
+        index = Index(rounds, divergences(trainings, rounds))
         page = render(index.rounds, evaluations, most_pairs, index.facets())
         print(f"http://{_HOST}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
         app = _app(index, page)
