@@ -4,12 +4,11 @@
     -> log-probabilities of the rewrite -> distill/part-*.parquet
 
 These steps overlap: a rewrite that passes the filters is submitted for scoring while others are
-still generated. Where the draft is in the score context, the teacher wrote most rewrites in the
-place in which they are scored, and these keep the log-probabilities that they were sampled from.
-Every rewrite becomes one row. A rejected one has the reason in `status` and no log-probabilities.
-The rows of one rollout are committed together, because one choice is made among them. When the
-student measures or chooses (select/student.py), all rewrites that pass are scored, and the choice
-follows after the teacher's engine has ended.
+still generated. One that was written in its score context keeps the log-probabilities that it was
+sampled from. Every rewrite becomes one row. A rejected one has the reason in `status` and no
+log-probabilities. The rows of one rollout are committed together, because one choice is made among
+them. When the student measures or chooses (select/student.py), all rewrites that pass are scored,
+and the choice follows after the teacher's engine has ended.
 """
 
 import functools
@@ -105,9 +104,9 @@ def distill(
 @dataclass
 class Group:
     """A rollout and the rows of its rewrites, by row_id. `draft_ids`: the tokens of it that the
-    teacher is shown. `written`: the scores of rewrites that the teacher wrote, id for id as their
-    trace, after `teacher_prompt_ids`. `unjudged` rewrites are being generated or checked;
-    `unscored` are the keys of requests for the teacher's log-probabilities."""
+    teacher is shown. `written`: scores of rewrites that the teacher wrote as they are scored.
+    `unjudged` rewrites are being generated or checked; `unscored` are the keys of requests for the
+    teacher's log-probabilities."""
 
     rollout: dict[str, Any]
     rows: dict[str, dict[str, Any]]
@@ -120,9 +119,8 @@ class Group:
     @property
     def is_part(self) -> bool:
         """Whether the teacher was shown less than a whole draft."""
-        rollout = self.rollout
-        is_cut = len(self.draft_ids) < len(rollout["completion_ids"])
-        return is_cut or rollout["finish_reason"] == "length"
+        is_cut = len(self.draft_ids) < len(self.rollout["completion_ids"])
+        return is_cut or self.rollout["finish_reason"] == "length"
 
 
 @dataclass
@@ -173,8 +171,9 @@ class RewriteJob:
                 self._finish_without_rewrite(group, "too_long")
                 return
             group.teacher_prompt_ids, group.draft_ids = asked.teacher_prompt_ids, asked.draft_ids
-            is_context = config.score_context != "problem" and asked.is_scored
-            k = self.prepared.engine_k if is_context else 0
+            k = 0
+            if config.score_context != "problem" and asked.prompt_ids == asked.teacher_prompt_ids:
+                k = self.prepared.engine_k
             for row_id in rows:
                 seed = seed_of(row_id)
                 run.engine.submit_generate(row_id, asked.prompt_ids, config.sampling, seed, k=k)
@@ -212,8 +211,7 @@ class RewriteJob:
         """Use the draft as its own rewrite, id for id."""
         rollout = group.rollout
         group.draft_ids = rollout["completion_ids"]
-        (row_id,) = group.rows
-        row = group.rows[row_id]
+        ((row_id, row),) = group.rows.items()
         row |= {"rewrite": rollout["completion"], "rewrite_finish_reason": "stop"}
         row |= self._trace_columns(rollout, rollout["completion"], rollout["completion_ids"])
         group.unjudged.add(row_id)
@@ -326,9 +324,8 @@ class RewriteJob:
         self.run.writer.add(*rows)
         tokens = sum(row["num_rewritten_tokens"] or 0 for row in rows)
         truncated = sum(row["status"] == "truncated" for row in rows)
-        kept = [row["row_id"] for row in rows if row["status"] == "ok"]
-        written = sum(row_id in group.written for row_id in kept)
-        self.run.progress.update(tokens, truncated, len(kept), written)
+        kept = {row["row_id"] for row in rows if row["status"] == "ok"}
+        self.run.progress.update(tokens, truncated, len(kept), len(kept & group.written.keys()))
 
     def _finish_without_rewrite(self, group: Group, status: str) -> None:
         """Write one row for a rollout that gets no rewrite, whatever --num-candidates is."""

@@ -14,9 +14,8 @@ from mpd_data.common.models import (
     require_same_tokenizer,
     resolve_model,
 )
-from mpd_data.common.text import plain
 from mpd_data.config import RewriteConfig
-from mpd_data.engines.start import context_of, notes_of
+from mpd_data.engines.start import context_of
 from mpd_data.prompts.chat import ChatFormatter
 from mpd_data.prompts.special import CLOSE, Turn, after_thinking, turn_of
 from mpd_data.prompts.template import RewriteTemplate, load_template
@@ -54,11 +53,6 @@ class Asked:
     teacher_prompt_ids: list[int]
     draft_ids: list[int] = field(default_factory=list)
 
-    @property
-    def is_scored(self) -> bool:
-        """Whether the rewrite is written where it is scored, with the draft in the context."""
-        return self.prompt_ids == self.teacher_prompt_ids
-
 
 @dataclass(frozen=True)
 class RewriteSetup:
@@ -86,17 +80,6 @@ class RewriteSetup:
         """How many log-probabilities the engine returns for each token. The teacher's embedding
         rows beyond the student's may be among them; `score_columns` drops these."""
         return self.k + self.teacher.vocab_size - self.vocab_size
-
-    def notes(self) -> list[str]:
-        """Return what a dry run says of the teacher, its engine and the template."""
-        notes = notes_of(self.config.engine, self.teacher_turn)
-        words = self.template.message("", "") if self.template.asks else ""
-        if unspelt := self.writing.spelling.unspelt(words):
-            notes.append(
-                f"The teacher's tokenizer cannot spell {len(unspelt)} words of the template, as"
-                f" {plain(unspelt[0])!r}. Write one in words that it knows (--template FILE)."
-            )
-        return notes
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata that the stage's shards carry."""

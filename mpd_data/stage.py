@@ -47,8 +47,7 @@ def model_of(config: RolloutsConfig | RewriteConfig, weights: bool = True) -> Mo
 class Outcome:
     """What one run of a stage leaves behind.
 
-    total: rows of the stage that exist now (rollouts: of this process's part).
-    written: rows that this run committed.
+    total: rows that exist now (rollouts: of this process's part). written: those of this run.
     failed: requests that failed for good, earlier runs included; errors/ has a row for each.
     remaining: what a --limit left over: samples for rollouts, rollouts for rewrite.
     statuses: number of rewrites by status, in the whole round; empty for rollouts.
@@ -199,9 +198,8 @@ def open_run(
 ) -> Iterator[CheckedRun]:
     """Open what a stage needs besides its engine; on leaving, commit the rows that are left.
 
-    metadata: what the shards record about themselves.
-    checker, formats: how answers are compared, and where they may be in a text.
-    total: rows that will exist in the end.
+    metadata: what the shards record about themselves. checker, formats: how answers are compared,
+    and where they may be in a text. total: rows that will exist in the end.
     """
     round_dir, config, command = opened.round_dir, opened.config, COMMANDS[opened.stage]
     output, checks = config.output.model_dump(), config.checks

@@ -254,7 +254,7 @@ def _pipeline_file(
         yield examples.write(folder), out
         if folder != out / "example":
             click.echo(
-                f"{folder} was for this dry run and is gone. A run has these files in {out}/example.",
+                f"{folder} was for this dry run and is gone. A run has its files in {out}/example.",
                 err=True,
             )
 

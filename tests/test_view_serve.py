@@ -174,7 +174,10 @@ def test_rows_are_in_order_of_what_the_training_found(training, served, opened):
     assert [round(found[key[:16]], 3) for key in keys] == sorted(
         (round(kl, 3) for kl in found.values()), reverse=True
     )
-    assert f"divergence in training\n{round(found[keys[0][:16]], 3)}" in tab.inner_text("#row")
+    assert (
+        f"divergence in training, nats per token\n{round(found[keys[0][:16]], 3)}"
+        in tab.inner_text("#row")
+    )
 
 
 def test_a_folder_without_divergences_is_refused(round_dir, tmp_path):

@@ -5,8 +5,10 @@ from array import array
 from collections import Counter
 from typing import Any
 
+from mpd_data.common.text import plain
 from mpd_data.dryrun.learned import Learned, learn
 from mpd_data.dryrun.plan import Lengths, Shown, StagePlan, distill_bytes, make_plan
+from mpd_data.engines.start import notes_of
 from mpd_data.prompts.chat import PromptError
 from mpd_data.rewrite_setup import ROLLOUT_COLUMNS, RewriteSetup, thinks
 from mpd_data.select.filters import wants_draft
@@ -87,7 +89,7 @@ def plan_rewrite(
             contexts += len(request.teacher_prompt_ids)
         longest = int(config.filters.largest_ratio * rollout["num_completion_tokens"])
         kept_at_most += min(longest, config.sampling.max_tokens)
-    notes, refusal = setup.notes(), None
+    notes, refusal = notes_on(setup), None
     if config.student_option is not None:
         notes.append(
             "The student judges the rewrites afterwards. The plan leaves out its time, and the disk"
@@ -116,6 +118,18 @@ def plan_rewrite(
         },
         notes=notes,
     )
+
+
+def notes_on(setup: RewriteSetup) -> list[str]:
+    """Return what a plan says of the teacher, its engine and the template."""
+    notes = notes_of(setup.config.engine, setup.teacher_turn)
+    words = setup.template.message("", "") if setup.template.asks else ""
+    if unspelt := setup.writing.spelling.unspelt(words):
+        notes.append(
+            f"The teacher's tokenizer cannot spell {len(unspelt)} words of the template, as"
+            f" {plain(unspelt[0])!r}. Write one in words that it knows (--template FILE)."
+        )
+    return notes
 
 
 def predict(

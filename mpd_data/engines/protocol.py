@@ -81,8 +81,7 @@ class Engine(Protocol):
         logprobs: bool = False, k: int = 0,
     ) -> None:  # fmt: skip
         """Submit a request for one continuation, with `logprobs` where the engine is not of the
-        trainer's own code. With `k` the engine may add the scores of the continuation, of the `k`
-        best tokens at each place; vLLM does. Raise RequestError if refused."""
+        trainer's own code. With `k` vLLM adds its scores. Raise RequestError if refused."""
 
     def submit_score(self, key: str, context_ids: list[int], target_ids: list[int], k: int) -> None:
         """Submit a request for the `k` best tokens at each place of `target_ids`, which follow

@@ -20,7 +20,7 @@ from mpd_data.common.text import json_text, plain_lines
 from mpd_data.config import RewriteConfig, RolloutsConfig
 from mpd_data.dryrun.learned import Learned, learn
 from mpd_data.dryrun.plan import Lengths, Shown, StagePlan
-from mpd_data.dryrun.rewrite import plan_rewrite, predict
+from mpd_data.dryrun.rewrite import notes_on, plan_rewrite, predict
 from mpd_data.dryrun.rollouts import plan_rollouts
 from mpd_data.dryrun.show import few_rows, free_bytes, shown_text, size_text, steps_table, totals
 from mpd_data.inspect.compare import graded, per_problem
@@ -317,7 +317,7 @@ class _Planner:
             shown=shown,
             reasons=reasons,
             details={"longest rewrite prompt + draft + rewrite": in_all},
-            notes=[*notes, *setup.notes()],
+            notes=[*notes, *notes_on(setup)],
         )
         most = asked * (config.num_candidates if config.choose == "all" else 1)
         expected = None
