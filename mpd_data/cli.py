@@ -415,12 +415,25 @@ def stats(rounds: tuple[Path, ...], as_json: bool, by: str | None, plot: Path | 
 @click.argument("new", type=_ROUND)
 @_JSON
 @_BY
-def compare(base: Path, new: Path, as_json: bool, by: str | None) -> None:
+@click.option(
+    "--serve",
+    "at_once",
+    type=click.IntRange(1),
+    help="Also run both models, with this many requests at a time: requests per hour, time to an"
+    " answer, and after how many requests NEW's run has paid for itself.",
+)
+def compare(base: Path, new: Path, as_json: bool, by: str | None, at_once: int | None) -> None:
     """Compare NEW with BASE on the same prompts. Both are folders with rollouts."""
     from mpd_data.inspect import compare as comparison
 
     result = comparison.compare(base, new, by)
-    click.echo(json_text(result) if as_json else comparison.show(result, by))
+    text = comparison.show(result, by)
+    if at_once is not None:
+        from mpd_data.inspect import serving
+
+        result["served"] = serving.serve_both(base, new, at_once)
+        text += f"\n\n{serving.show(result['served'])}"
+    click.echo(json_text(result) if as_json else text)
 
 
 @cli.command(

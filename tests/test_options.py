@@ -38,6 +38,7 @@ test_thinking_is_set_where_there_is_a_switch: mpd-gen init --teacher
 test_job_scripts_are_written_when_asked_for: mpd-gen init --slurm
 test_what_is_lost_without_gold_answers_is_said: mpd-gen init --checker
 test_compare_by_a_metadata_key: mpd-gen compare BASE NEW --json --by
+test_what_is_served_are_the_rollouts: mpd-gen compare --serve
 test_stats_by_a_metadata_key: mpd-gen stats --by
 test_a_server_that_dies_ends_the_job_and_the_rest_follows: mpd-gen rollouts --base-url
     --served-model
