@@ -153,9 +153,10 @@ def _hard_tables(
                 f"{hard['problems']:,}",
             ])  # fmt: skip
     note = (
-        "The third of the problems that the base solves least often. One half of its samples"
-        " chooses them and the other half of all samples is measured, both ways round: what is"
-        " chosen for bad luck would seem to improve."
+        "The third of the problems that the base solves least often. A problem chosen for bad luck"
+        " would seem to improve, so one half of the base's samples chooses the third and the other"
+        " half of all samples is measured; then the halves change places. A problem can be in both"
+        " of these thirds or in one, so together they are more than a third."
     )
     if rows:
         yield Table(

@@ -76,7 +76,9 @@ def training_provenance(run: Run) -> Iterator[Block]:
 
 
 def _settings(caption: str, settings: dict[str, Any]) -> Table:
-    rows = [[name, setting_text(value)] for name, value in flattened(settings).items()]
+    # What is off says nothing.
+    given = {name: x for name, x in flattened(settings).items() if x is not None and x != []}
+    rows = [[name, setting_text(value)] for name, value in given.items()]
     return Table(caption, ["setting", "value"], rows, left=2)
 
 

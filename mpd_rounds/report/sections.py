@@ -291,6 +291,8 @@ def _worst(run: Run) -> Iterator[Block]:
                 "The problems with the largest loss: a right sample of the base, a wrong one now."
             )
             yield Examples("Answers lost", intro, lost.examples)
+            words = ["mpd-gen", "view", "--evaluations", str(base), str(last)]
+            yield Paragraph(f"To see all of them: {shlex.join(words)}")
     intro = f"Of {name}, on {run.headline}."
     yield Examples("Longest traces", intro, examples.most(last, "num_completion_tokens", name))
     yield Examples("Most repetitive traces", intro, examples.most(last, "repetition", name))
