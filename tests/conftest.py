@@ -46,8 +46,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--all-cases",
         action="store_true",
-        help="run every combination of parameters of tests/test_kl_*.py; without it, each pair of"
-        " values runs once",
+        help="run every combination of parameters of tests/test_kl_*.py, and all kills of the kill"
+        " matrix; without it, each pair of values runs once, and a third of the kills",
     )
 
 

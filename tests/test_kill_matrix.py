@@ -37,6 +37,7 @@ from mpd_data.store.locks import is_held
 from mpd_data.store.round import RoundDir
 
 # Kills for each stage and engine. vLLM takes three times as long to start.
+# With --all-cases; else a third of them.
 KILLS = {
     ("rollouts", "vllm"): 12,
     ("rewrite", "vllm"): 12,
@@ -196,12 +197,18 @@ def kill_rounds(nursery, truth, kills, folder, seed):
     return figures
 
 
-def test_a_hundred_kills_lose_and_double_nothing(nursery, undisturbed, tmp_path):
+def test_a_hundred_kills_lose_and_double_nothing(nursery, undisturbed, tmp_path, request):
+    share = 1 if request.config.getoption("all_cases") else 3
     jobs = {name: undisturbed(*name) for name in KILLS}
     with ThreadPoolExecutor(2) as pool:
         running = {
             name: pool.submit(
-                kill_rounds, nursery, truth, KILLS[name], tmp_path / "-".join(name), str(name)
+                kill_rounds,
+                nursery,
+                truth,
+                KILLS[name] // share,
+                tmp_path / "-".join(name),
+                str(name),
             )
             for name, truth in jobs.items()
         }
@@ -219,8 +226,8 @@ def test_a_hundred_kills_lose_and_double_nothing(nursery, undisturbed, tmp_path)
     lost, doubled = (sum(getattr(f, n) for f in figures.values()) for n in ("lost", "doubled"))
     print(f"all: kills {kills.total()}, lost {lost}, doubled {doubled}")
     assert (lost, doubled) == (0, 0)
-    assert kills.total() >= 100
-    assert all(kills[how] >= 5 for how in ("clock", "change", "commit", "append")), kills
+    assert kills.total() >= sum(KILLS.values()) // share
+    assert all(kills[how] >= 5 // share for how in ("clock", "change", "commit", "append")), kills
 
 
 # -- disks ---------------------------------------------------------------------------------

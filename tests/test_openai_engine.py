@@ -239,7 +239,7 @@ def test_a_server_that_dies_ends_the_job_and_the_rest_follows(prompts, tmp_path,
     log = tmp_path / "log"
     server = Server(STUDENT, log)
     out = tmp_path / "r"
-    slow = served(server.url) | {"--max-num-seqs": 2}
+    slow = served(server.url) | {"--max-num-seqs": 2, "--num-prompts": 25}
     arguments = [*rollout_arguments(prompts, out, **slow), "--rows-per-shard", 5]
     try:
         two = {"until": lambda: num_shards(out) >= 2, "stderr": subprocess.PIPE}
@@ -249,7 +249,7 @@ def test_a_server_that_dies_ends_the_job_and_the_rest_follows(prompts, tmp_path,
         _, said = process.communicate()
         assert process.returncode == 0, said
         assert "retrying for" in said
-        assert rows(out, "rollouts").height == 240
+        assert rows(out, "rollouts").height == 100
         run("mpd-gen", "validate", out)
 
         class Gone(Plain):

@@ -94,15 +94,16 @@ def file(prompts, tmp_path_factory):
 
 
 @contextmanager
-def in_its_first_stages(file, out, parallel):
+def in_its_first_stages(file, out, parallel, *more):
     """A study's process, in a group of its own, while its first stages, `parallel` of them,
-    sample."""
+    sample. `more`: settings."""
     changed = {
         "parallel": parallel,
         # Long enough that none is at its end yet.
         "pipeline.evaluation.0.rollouts.num_samples": 8,
     }
-    words = [word for name, value in changed.items() for word in ("--set", f"{name}={value}")]
+    settings = [*(f"{name}={value}" for name, value in changed.items()), *more]
+    words = [word for value in settings for word in ("--set", value)]
     process = subprocess.Popen(
         command("mpd-study", file, "--out", out, "--group", "loss", *words),
         cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -153,7 +154,11 @@ def done(file, tmp_path_factory):
 
 
 def test_a_stage_that_is_killed_has_failed(file, tmp_path):
-    with in_its_first_stages(file, tmp_path / "out", 1) as process:
+    # Two samples of each problem: the other seed's stages run to their end.
+    few = "pipeline.evaluation.0.rollouts.num_samples=2"
+    one = "{name='loss', title='One', reference='forward', evaluation=['held-out'],"
+    one += " setting=[{name='forward'}]}"
+    with in_its_first_stages(file, tmp_path / "out", 1, few, f"group=[{one}]") as process:
         asked = ["pgrep", "-f", f"mpd_data.cli .*{tmp_path}"]
         (stage,) = subprocess.run(asked, capture_output=True, text=True).stdout.split()
         os.kill(int(stage), signal.SIGKILL)
