@@ -146,13 +146,13 @@ build/%/.installed: .venv/.installed constraints/%.txt
 check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(FAST)
 
-# test-all: with every combination of the losses' parameters, where test has each pair of them, and with
-# all kills of the kill matrix.
+# test-all, and test-any-order: with every combination of the losses' parameters, where test has each
+# pair of them, and with all kills of the kill matrix.
 test test-all test-any-order: lint site .venv/.browser build/lm-eval/.installed build/mlflow/.installed
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(ORDER) $(KERNELS) $(ALL_CASES)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ORDER) $(KERNELS:%=--ignore=%) $(ALL_CASES)
 
-test-all: ALL_CASES := --all-cases
+test-all test-any-order: ALL_CASES := --all-cases
 test-any-order: ORDER := -p randomly --randomly-dont-reset-seed
 
 fuzz: .venv/.installed
