@@ -69,7 +69,10 @@ class _RoundFolder(click.Path):
         manifests = (
             file for depth in range(1, 4) for file in path.glob(f"{depth * '*/'}*.manifest.jsonl")
         )
-        if rounds := sorted({str(file.parent) for file in manifests}):
+        folders = {file.parent for file in manifests}
+        # Rounds with rewrites before the rollouts of evaluations.
+        by_use = sorted(folders, key=lambda folder: (not (folder / "distill").is_dir(), folder))
+        if rounds := [str(folder) for folder in by_use]:
             more = f" and {len(rounds) - _LISTED} more" if len(rounds) > _LISTED else ""
             raise ConfigError(
                 f"{path}: not a round. The rounds in it: {', '.join(rounds[:_LISTED])}{more}."
