@@ -3,7 +3,6 @@ trained."""
 
 import re
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mpd_data.common.files import atomic_file
 from mpd_data.common.hub import dataset_of
 from mpd_data.common.models import ModelFiles
+from mpd_data.common.version import __version__
 from mpd_data.inspect.compare import count_text, too_few
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import read_record
@@ -69,7 +69,7 @@ def write_card(folder: Path, student: ModelFiles, trained: Trained) -> None:
         f" seed {config.seed}",
         **of_adapters,
     }
-    facts["Made with"] = f"mixed-policy-distillation {version('mixed-policy-distillation')}"
+    facts["Made with"] = f"mixed-policy-distillation {__version__}"
     text = "\n".join(f"* {name}: {value}" for name, value in facts.items())
     card = ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {trained.title}\n\n"

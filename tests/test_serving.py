@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import rollout_arguments, rows, run
+from conftest import TEACHER, rollout_arguments, rows, run
 
 from mpd_data.inspect.serving import show
 
@@ -43,6 +43,18 @@ def test_rollouts_of_no_run_have_no_cost(round_dir, tmp_path):
     said = run("mpd-gen", "compare", alone, alone, "--serve", 64).stdout
     assert "served on this machine" in said
     assert "The run took" not in said
+
+
+def test_another_model_in_its_place_is_refused(runs, tmp_path):
+    other = shutil.copytree(runs / "eval" / "new", tmp_path / "a" / "other")
+    record = json.loads((other / "run.json").read_text())
+    record["stages"]["rollouts"]["details"]["config"]["model"] = str(TEACHER)
+    (other / "run.json").write_text(json.dumps(record))
+    done = run("mpd-gen", "compare", other, other, "--serve", 4, code=1)
+    assert "not the model any more that" in done.stderr
+    (other / "run.json").unlink()
+    done = run("mpd-gen", "compare", other, other, "--serve", 4, code=1)
+    assert "no run.json" in done.stderr
 
 
 def test_a_token_budget_is_not_served(runs, tmp_path):

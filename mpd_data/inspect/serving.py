@@ -17,9 +17,10 @@ import polars as pl
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import resolve_model
+from mpd_data.common.options import parse
 from mpd_data.common.text import format_table
 from mpd_data.config import RolloutsConfig
-from mpd_data.engines.protocol import Completion, Engine, Refused
+from mpd_data.engines.protocol import Completion, Engine, Refused, RequestError
 from mpd_data.engines.start import start_engine
 from mpd_data.inspect.stats import collect, scan_round
 from mpd_data.inspect.status import pipeline_status
@@ -85,8 +86,11 @@ def show(served: dict[str, Any]) -> str:
 
 def _serve(rollouts: Path, at_once: int) -> Served:
     """Start the engine of some rollouts and sample up to 2,000 of them again."""
-    saved = RoundDir(rollouts).run_info()["stages"]["rollouts"]["details"]["config"]
-    config = RolloutsConfig(**saved)
+    round_dir = RoundDir(rollouts)
+    stage = round_dir.run_info().get("stages", {}).get("rollouts")
+    if stage is None:
+        raise ConfigError(f"{rollouts}: no run.json, which says how it was sampled. Restore it.")
+    config = parse(RolloutsConfig, stage["details"]["config"], f"{rollouts}/run.json")
     if config.token_budget is not None:
         raise ConfigError(
             f"{rollouts}: sampled with --token-budget, which no server has. --serve compares"
@@ -99,6 +103,11 @@ def _serve(rollouts: Path, at_once: int) -> Served:
     model = resolve_model(
         name, config.revision, config.trust_remote_code, served=config.engine.served(name)
     )
+    if model.identity() != stage["identity"]["model"]:
+        raise ConfigError(
+            f"{name}: not the model any more that {rollouts} was sampled with. Sample again with"
+            " this one, into another folder."
+        )
     engine_config = config.engine.model_copy(update={"max_num_seqs": at_once})
     with contextlib.closing(start_engine(model, engine_config, config.trust_remote_code)) as engine:
         # The first requests find cold caches.
@@ -115,7 +124,10 @@ def _answer(
         while waiting and engine.in_flight < at_once:
             row_id, prompt_ids = waiting.popleft()
             begun[row_id] = time.monotonic()
-            engine.submit_generate(row_id, prompt_ids, config.sampling, seed_of(row_id))
+            try:
+                engine.submit_generate(row_id, prompt_ids, config.sampling, seed_of(row_id))
+            except RequestError as error:
+                raise ConfigError(f"{config.model}: {error}") from error
         for result in engine.step():
             if isinstance(result, Refused):
                 raise ConfigError(f"{config.model}: {result.message}")
