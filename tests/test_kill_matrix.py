@@ -170,8 +170,10 @@ def kill_rounds(nursery, truth, kills, folder, seed):
     while figures.kills.total() < kills:
         out = folder / f"r{figures.rounds}"
         fresh(out, truth.source)
-        for _ in range(KILLS_PER_ROUND):
-            how = rng.choices(["clock", "change", "commit", "append"], [4, 2, 2, 2])[0]
+        # Each way at least once.
+        every = ["clock", "change", "commit", "append"]
+        more = rng.choices(every, [4, 2, 2, 2], k=KILLS_PER_ROUND - len(every))
+        for how in rng.sample(every + more, KILLS_PER_ROUND):
             death = deaths(out).get(how)
             if death is not None:
                 # In the first third of the run, so that most kills leave work.
