@@ -36,7 +36,8 @@ from mpd_data.config import (
     RewriteConfig,
     RolloutsConfig,
 )
-from mpd_data.parts import workers
+from mpd_data.parts import session, workers
+from mpd_data.parts.serve import serve
 from mpd_data.store.locks import WHOLE
 from mpd_data.store.run_record import kind_of
 
@@ -176,7 +177,7 @@ def _quality(config: RolloutsConfig) -> str:
     are truncated."""
     from mpd_data.inspect.stats import outcome_rates
 
-    if workers.is_worker():
+    if session.is_worker():
         return ""  # the command that started the workers says it once
     rates = outcome_rates(config.out)
     names = {"accuracy": "correct", "no_answer": "without an answer", "truncated": "truncated"}
@@ -245,6 +246,7 @@ def rewrite(
     elif config.parts.workers > 1:
         failed = workers.run_workers("rewrite", config, limit)
         if config.student_option is not None and config.parts.num_shards is None:
+            workers.close_engines()
             ask_student(config)
         click.echo(f"{config.shards}: all workers finished{_shares(config)}", err=True)
         _exit_if_failed("some" if failed else 0, config.shards, "distill")
@@ -252,7 +254,7 @@ def rewrite(
     outcome = run_refilter(config) if refilter else run_rewrite(config, overwrite, limit)
     counts = ", ".join(f"{n:,} {status}" for status, n in sorted(outcome.statuses.items()))
     waiting = 0
-    if config.student_option is not None and not workers.is_worker():
+    if config.student_option is not None and not session.is_worker():
         round_dir = RoundDir(config.shards)
         waiting = waiting_rollouts(round_dir, round_dir.scan_shards("distill").paths)
     # If this part keeps nothing, another part may still keep something.
@@ -308,7 +310,7 @@ def _shares(config: RewriteConfig) -> str:
     copies of their drafts."""
     from mpd_data.inspect.stats import rewrite_rates
 
-    if workers.is_worker():
+    if session.is_worker():
         return ""  # the command that started the workers says it once
     limit = config.filters.max_overlap
     limit = _COPY if limit is None else limit
@@ -609,7 +611,8 @@ def env(as_json: bool) -> None:
 
 
 def main() -> None:
-    workers.end_with_parent()
+    if session.is_session():
+        serve(cli)
     run_command(cli)
 
 

@@ -222,11 +222,8 @@ def sample(
     limit: int | None = None,
     start: StartEngine = start_engine,
 ) -> Outcome:
-    """Run the stage that `run_rollouts` has prepared.
-
-    `start` returns the engine, which is closed at the end. To keep one for the next call, return
-    an engine whose `close` does nothing.
-    """
+    """Run the stage that `run_rollouts` has prepared, with the engine that `start` returns. It is
+    closed at the end."""
     config, identity, details = prepared.config, prepared.identity, prepared.details()
     if (unreadable := unreadable_answers(prepared.prompts, config.checker)[1]) is not None:
         _log.warning(unreadable)

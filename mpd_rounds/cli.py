@@ -172,29 +172,9 @@ def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
 
 
 def _run_steps(pipeline: Pipeline, plan: Plan, out: Path) -> dict[str, Any]:
-    runner = Runner(out, pipeline.environment, plan.all_steps())
-    write_record(out, "pipeline", pipeline.model_dump(mode="json"))
-    measured = [*plan.evaluations(0), *plan.baselines(from_rewrites=False)]
-    runner.run(measured, pipeline.parallel_evaluations)
-    judged, decisions = None, []
-    if pipeline.gate is None:
-        gate.remove(out)
-    for round_ in range(1, pipeline.rounds + 1):
-        sampling, rewriting, training = plan.training(round_)
-        runner.run([sampling])
-        runner.run([rewriting])
-        if round_ == 1:
-            write_examples(plan)
-            runner.run(list(plan.baselines(from_rewrites=True)), pipeline.parallel_evaluations)
-        runner.run([training])
-        runner.run(list(plan.evaluations(round_)), pipeline.parallel_evaluations)
-        if pipeline.gate is not None:
-            decisions.append(gate.decide(plan, pipeline.gate, round_))
-            judged = gate.conclude(plan, decisions)
-            click.echo(judged["text"][0], err=True)
-            if not decisions[-1].goes_on:
-                break
-    summary = summarize(pipeline, plan, round_, judged)
+    with contextlib.closing(Runner(out, pipeline.environment, plan.all_steps())) as runner:
+        last, judged = _run_rounds(pipeline, plan, out, runner)
+    summary = summarize(pipeline, plan, last, judged)
     summary["failed_rows"] = runner.failed_rows
     write_json_atomic(out / "summary.json", summary)
     # They import slowly.
@@ -204,17 +184,45 @@ def _run_steps(pipeline: Pipeline, plan: Plan, out: Path) -> dict[str, Any]:
     sets = [chosen.name for chosen in pipeline.evaluation]
     base, *results = (
         {name: comparison.evaluate(plan.evaluation(r, name)) for name in sets}
-        for r in range(round_ + 1)
+        for r in range(last + 1)
     )
     for r, found in enumerate(results, start=1):
         model = Path(plan.student(r))
         add_results(model, f"{pipeline.name}, round {r}", base, found)
         record_evaluation(model.parent, found)
-    names = ["base", *(f"round {r}" for r in range(1, round_ + 1))]
+    names = ["base", *(f"round {r}" for r in range(1, last + 1))]
     headline = pipeline.evaluation[0].name
     lengths = {name: plan.evaluation(r, headline) for r, name in enumerate(names)}
     plot_lengths(lengths, out / "lengths.png")
     return summary
+
+
+def _run_rounds(
+    pipeline: Pipeline, plan: Plan, out: Path, runner: Runner
+) -> tuple[int, dict[str, Any] | None]:
+    """Run the steps that have not finished. Return the last round, and what the gate concluded."""
+    write_record(out, "pipeline", pipeline.model_dump(mode="json"))
+    measured = [*plan.evaluations(0), *plan.baselines(from_rewrites=False)]
+    runner.run(measured)
+    judged, decisions = None, []
+    if pipeline.gate is None:
+        gate.remove(out)
+    for round_ in range(1, pipeline.rounds + 1):
+        sampling, rewriting, training = plan.training(round_)
+        runner.run([sampling])
+        runner.run([rewriting])
+        if round_ == 1:
+            write_examples(plan)
+            runner.run(list(plan.baselines(from_rewrites=True)))
+        runner.run([training])
+        runner.run(list(plan.evaluations(round_)))
+        if pipeline.gate is not None:
+            decisions.append(gate.decide(plan, pipeline.gate, round_))
+            judged = gate.conclude(plan, decisions)
+            click.echo(judged["text"][0], err=True)
+            if not decisions[-1].goes_on:
+                break
+    return round_, judged
 
 
 def _rates(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, command, environment, inv
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.inspect.compare import compare, evaluate
+from mpd_data.inspect.status import round_status
 from mpd_data.store.round import RoundDir
 from mpd_data.store.shards import read_metadata
 from mpd_data.store.writer import ShardWriter
@@ -159,9 +160,10 @@ def test_a_stage_that_is_killed_has_failed(file, tmp_path):
     one = "{name='loss', title='One', reference='forward', evaluation=['held-out'],"
     one += " setting=[{name='forward'}]}"
     with in_its_first_stages(file, tmp_path / "out", 1, few, f"group=[{one}]") as process:
-        asked = ["pgrep", "-f", f"mpd_data.cli .*{tmp_path}"]
-        (stage,) = subprocess.run(asked, capture_output=True, text=True).stdout.split()
-        os.kill(int(stage), signal.SIGKILL)
+        (folder,) = (tmp_path / "out" / "stages").iterdir()
+        while not (writers := round_status(folder)["writers"]):
+            time.sleep(0.05)
+        os.kill(writers[0]["pid"], signal.SIGKILL)
         figures, said = process.communicate(timeout=900)
     assert process.returncode == 1
     assert "some settings did not finish" in said

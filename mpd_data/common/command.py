@@ -167,20 +167,26 @@ PLAN_JSON = click.option(
 
 
 def run_command(command: click.Command, needs: str = "gpu") -> None:
-    """Run a click command and exit. An error of ours becomes one message and exit code 1; SIGTERM,
-    which schedulers send first, is an interrupt: finished rows are committed. `needs`: the extra
-    to name if a package is missing that the base does not install."""
+    """Run a click command with the words of the command line, as `exit_code` does, and exit."""
+    sys.exit(exit_code(command, None, needs))
+
+
+def exit_code(command: click.Command, words: list[str] | None, needs: str = "gpu") -> int:
+    """Run a click command with `words` (None: of the command line). Return its exit code. An error
+    of ours becomes one message and exit code 1; SIGTERM, which schedulers send first, is an
+    interrupt: finished rows are committed. `needs`: the extra to name if a package is missing that
+    the base does not install."""
     signals.listen()
     try:
         # Without standalone mode click returns the code of an Exit instead of raising it.
-        code = command.main(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        code = command.main(words, standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; run the same command again to resume.", err=True)
-        sys.exit(130)
+        return 130
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except MPDError as error:
         message = plain_lines(str(error))
     except OSError as error:
@@ -199,4 +205,4 @@ def run_command(command: click.Command, needs: str = "gpu") -> None:
             raise
         message = str(missing_package("this command", needs, error))
     click.echo(f"error: {message}", err=True)
-    sys.exit(1)
+    return 1

@@ -109,5 +109,9 @@ class Guarded:
                 return Refused(result.key, str(error))
         return result
 
+    def forget(self) -> None:
+        self._rest = _LOOKED_AT
+        self.inner.forget()
+
     def close(self) -> None:
         self.inner.close()

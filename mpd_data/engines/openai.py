@@ -130,6 +130,9 @@ class OpenAIEngine:
             raise self._failure
         return results
 
+    def forget(self) -> None:
+        pass
+
     def close(self) -> None:
         async def end() -> None:
             tasks = asyncio.all_tasks() - {asyncio.current_task()}

@@ -90,6 +90,9 @@ class Engine(Protocol):
     def step(self) -> Sequence[Completion | Scores | Refused]:
         """Advance all, return what finished. Raise EngineError, FloatingPointError for NaN."""
 
+    def forget(self) -> None:
+        """Forget what is cached of earlier requests, so that the next ones find a new engine."""
+
     def close(self) -> None:
         """Free what the engine holds. Until then no other engine can start in this process."""
 

@@ -1,8 +1,10 @@
-"""Check an engine's settings and start it."""
+"""Check an engine's settings and start it, or take the one that this process has kept."""
 
+import gc
 import sys
 
 from mpd_data.common.errors import ConfigError
+from mpd_data.common.hashing import content_key
 from mpd_data.common.models import MERGE, ModelFiles, load_tokenizer
 from mpd_data.common.weights import require_whole
 from mpd_data.config import EngineConfig
@@ -92,10 +94,17 @@ def start_engine(
     """Return the engine that `config` names, with `model` loaded, behind a check of its requests
     (guard.py). `max_logprobs`: the largest K of its scores. Say on stderr what must be known of the
     model's turns. Raise EngineError where it cannot start, ConfigError like `context_of`."""
+    global _kept
     context = context_of(model, config, trust_remote_code, scores=max_logprobs > 1)
     turn = turn_of(model, load_tokenizer(model, trust_remote_code), trust_remote_code)
     if turn.note is not None:
         print(turn.note, file=sys.stderr)
+    settings = [str(model.path), model.identity(), config.model_dump(mode="json")]
+    key = content_key([*settings, trust_remote_code, max_logprobs])
+    if _kept is not None and _kept.key == key:
+        _kept.forget()
+        return _kept
+    close_kept_engine()
     engine: Engine
     if config.backend == "transformers":
         from mpd_data.engines.transformers import TransformersEngine
@@ -109,4 +118,45 @@ def start_engine(
         from mpd_data.engines.vllm import VLLMEngine
 
         engine = VLLMEngine(model, config, trust_remote_code, context, max_logprobs)
-    return Guarded(engine, model, turn)
+    if not _keeps:
+        return Guarded(engine, model, turn)
+    _kept = _Kept(engine, model, turn)
+    _kept.key = key
+    return _kept
+
+
+class _Kept(Guarded):
+    """An engine that stays open when a stage closes it, unless requests are left in it."""
+
+    key: str
+
+    def close(self) -> None:
+        if self.in_flight:
+            close_kept_engine()
+
+
+# A process can have one engine at a time.
+_keeps = False
+_kept: _Kept | None = None
+
+
+def keep_engine() -> None:
+    """Keep the engine of a stage for the next stage of this process that needs the same model with
+    the same settings. It closes when another one starts."""
+    global _keeps
+    _keeps = True
+
+
+def keeps_engine() -> bool:
+    """Return whether this process keeps engines."""
+    return _keeps
+
+
+def close_kept_engine() -> None:
+    """Free what a kept engine holds."""
+    global _kept
+    if _kept is not None:
+        _kept.inner.close()
+        _kept = None
+        # On a CPU, vLLM's memory goes with the last reference to it.
+        gc.collect()

@@ -228,6 +228,9 @@ class TransformersEngine:
             results.append(Scores(key, *best, logprobs[i, -n:]))
         return results
 
+    def forget(self) -> None:
+        pass
+
     def close(self) -> None:
         del self._model
         free_gpu_memory()

@@ -235,6 +235,10 @@ class VLLMEngine:
             results.append(Completion(key, token_ids, sample.finish_reason, logprobs, scores))
         return results
 
+    def forget(self) -> None:
+        # A prefix that it need not compute again may differ from a new one in the last bit.
+        self._engine.reset_prefix_cache()
+
     def close(self) -> None:
         # vLLM shuts down when the engine is collected as garbage. That may be after the next one
         # has started, and would tear down what the two share.

@@ -196,8 +196,7 @@ def pipeline_status(path: Path) -> dict[str, Any]:
     state = "running" if is_alive else "stopped"
     if not is_alive and (_has_ended(path) or all(step["state"] == "finished" for step in steps)):
         state = "finished"
-    parallel = read_record(path, "pipeline").get("parallel_evaluations", 1)
-    left, unknown = _time_left(steps, parallel) if is_alive else (None, [])
+    left, unknown = _time_left(steps) if is_alive else (None, [])
     return {"state": state, "steps": steps, "seconds_left": left, "not_estimated": unknown}
 
 
@@ -231,10 +230,10 @@ def _step_status(path: Path, step: dict[str, Any], seconds: float | None) -> dic
     }  # fmt: skip
 
 
-def _time_left(steps: Sequence[dict[str, Any]], parallel: int) -> tuple[float | None, list[str]]:
+def _time_left(steps: Sequence[dict[str, Any]]) -> tuple[float | None, list[str]]:
     """Return the seconds that the steps not yet finished will take, those of them that can be told,
     and the labels of the others. A step takes as long as the last one of its kind took: what stands
-    after the round in its label. Evaluations run `parallel` at a time."""
+    after the round in its label."""
     known = {_kind(step): step["seconds"] for step in steps if step["seconds"] is not None}
     left, unknown = 0.0, []
     for step in steps:
@@ -245,7 +244,7 @@ def _time_left(steps: Sequence[dict[str, Any]], parallel: int) -> tuple[float | 
         if seconds is None:
             unknown.append(step["label"])
         else:
-            left += seconds / (parallel if "evaluate" in step["label"] else 1)
+            left += seconds
     return round(left, 1), unknown
 
 

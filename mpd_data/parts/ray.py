@@ -347,6 +347,7 @@ class _Lent:
         self.max_in_flight = engine.max_in_flight
         self.submit_generate = engine.submit_generate
         self.submit_score = engine.submit_score
+        self.forget = engine.forget
         self.underway = engine.underway
 
     @property

@@ -1,26 +1,21 @@
 """`--workers`: run a stage in several processes on this machine, each with its own engine.
 
-Each worker is a command that a user could type, `--shard-index I --num-shards N`, with its share of
-the GPUs in CUDA_VISIBLE_DEVICES. All commit to the same round, each the rows of its part.
+Each worker runs a command that a user could type, `--shard-index I --num-shards N`, with its share
+of the GPUs in CUDA_VISIBLE_DEVICES. All commit to the same round, each the rows of its part.
 """
 
 import os
 import signal
-import subprocess
-import sys
-from contextlib import suppress
-from threading import Thread
-
-import click
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.machine import gpus
 from mpd_data.common.options import arguments
 from mpd_data.config import PartsConfig, RewriteConfig, RolloutsConfig
+from mpd_data.engines.start import close_kept_engine, keeps_engine
+from mpd_data.parts.session import Session
 
 EXIT_FAILED_ROWS = 3  # done with failed rows
-_WORKER = "MPD_GEN_WORKER"  # set in workers: their standard input ends when the parent does
-_is_worker = False
 
 
 def slurm_part() -> tuple[int, int] | None:
@@ -61,6 +56,10 @@ def _shares(workers: int, gpus_each: int) -> list[str | None]:
     return [",".join(devices[i * gpus_each : (i + 1) * gpus_each]) for i in range(workers)]
 
 
+# Workers of the last command, and their GPUs, where this process keeps engines for the next.
+_kept: dict[tuple[int, str | None], Session] = {}
+
+
 def run_workers(command: str, config: RolloutsConfig | RewriteConfig, limit: int | None) -> bool:
     """Run `mpd-gen COMMAND` in `config.parts.workers` processes. Return whether rows failed.
 
@@ -68,78 +67,67 @@ def run_workers(command: str, config: RolloutsConfig | RewriteConfig, limit: int
     rows.
     """
     workers, part = config.parts.workers, config.parts.part
-    processes: list[subprocess.Popen[str]] = []
-    printers: list[Thread] = []
-    try:
-        shares = _shares(workers, config.engine.num_gpus)
-        for i, devices in enumerate(shares):
-            own = PartsConfig(shard_index=part.index * workers + i, num_shards=part.count * workers)
-            words = [command, *arguments(config.model_copy(update={"parts": own}))]
-            if limit is not None:
-                share = limit // workers + (i < limit % workers)
-                if not share:
-                    continue
-                words += ["--limit", str(share)]
+    shares = dict(enumerate(_shares(workers, config.engine.num_gpus)))
+    # This process may have one of its own, on the same GPUs.
+    close_kept_engine()
+    if _kept.keys() != set(shares.items()):
+        end_workers()
+    orders = {}
+    for i, devices in shares.items():
+        own = PartsConfig(shard_index=part.index * workers + i, num_shards=part.count * workers)
+        words = [command, *arguments(config.model_copy(update={"parts": own}))]
+        if limit is not None:
+            share = limit // workers + (i < limit % workers)
+            if not share:
+                continue
+            words += ["--limit", str(share)]
+        if (i, devices) not in _kept:
             share_of_gpus = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
-            process = subprocess.Popen(
-                [sys.executable, "-m", "mpd_data.cli", *words],
-                env={**os.environ, _WORKER: "1", **share_of_gpus},
-                stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-                # An interrupt at the terminal must reach them once, from this process.
-                start_new_session=True,
-            )  # fmt: skip
-            processes.append(process)
-            printers.append(Thread(target=_print_lines, args=(i, process), daemon=True))
-            printers[-1].start()
-        codes = _wait(processes)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-        for process in processes:
-            process.wait()
-        for printer in printers:
-            printer.join()
+            _kept[i, devices] = Session({**os.environ, **share_of_gpus}, piped=True, worker=True)
+        orders[i] = _kept[i, devices], words
+    is_done = False
+    with ThreadPoolExecutor(len(orders)) as pool:
+        running = {
+            pool.submit(session.run, words, f"worker {i} | "): i
+            for i, (session, words) in orders.items()
+        }
+        try:
+            codes = _codes(running)
+            is_done = True
+        finally:
+            if not is_done:
+                for session, _ in orders.values():
+                    session.process.send_signal(signal.SIGINT)
+            if not is_done or not keeps_engine():
+                wait(running)
+                end_workers()
     return EXIT_FAILED_ROWS in codes
 
 
-def is_worker() -> bool:
-    """Return whether this process was started by `run_workers`."""
-    return _is_worker
-
-
-def end_with_parent() -> None:
-    """In a worker, interrupt this process when the parent dies, so that it does not keep the round
-    locked. Elsewhere, do nothing."""
-    global _is_worker
-    if os.environ.pop(_WORKER, None) is None:
-        return
-    _is_worker = True
-
-    def watch() -> None:
-        while os.read(0, 1):
-            pass
-        os.kill(os.getpid(), signal.SIGINT)
-
-    Thread(target=watch, name="parent-watch", daemon=True).start()
-
-
-def _wait(processes: list[subprocess.Popen[str]]) -> list[int]:
+def _codes(running: dict[Future[int], int]) -> list[int]:
     """Return the exit codes. Raise MPDError as soon as a worker fails."""
-    codes: dict[int, int] = {}
-    while len(codes) < len(processes):
-        for i, process in enumerate(processes):
-            with suppress(subprocess.TimeoutExpired):
-                codes[i] = process.wait(0.1)
-            if codes.get(i, 0) not in (0, EXIT_FAILED_ROWS):
+    codes, rest = [], set(running)
+    while rest:
+        # With a limit, so that an interrupt gets through.
+        done, rest = wait(rest, 0.1, FIRST_COMPLETED)
+        for future in done:
+            codes.append(future.result())
+            if codes[-1] not in (0, EXIT_FAILED_ROWS):
                 raise MPDError(
-                    f"worker {i} ended with exit code {codes[i]}; its message is above. Finished"
-                    " rows are committed: fix the cause and run the same command again."
+                    f"worker {running[future]} ended with exit code {codes[-1]}; its message is"
+                    " above. Finished rows are committed: fix the cause and run the same command"
+                    " again."
                 )
-    return list(codes.values())
+    return codes
 
 
-def _print_lines(number: int, process: subprocess.Popen[str]) -> None:
-    assert process.stderr is not None
-    for line in process.stderr:
-        click.echo(f"worker {number} | {line.rstrip()}", err=True)
+def close_engines() -> None:
+    """Free what the engines of kept workers hold."""
+    for session in _kept.values():
+        session.close_engine()
+
+
+def end_workers() -> None:
+    """End the kept workers."""
+    while _kept:
+        _kept.popitem()[1].end()

@@ -1,5 +1,6 @@
 """Run the steps of a pipeline as processes, and record which are finished."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -7,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import click
 
@@ -16,10 +19,23 @@ from mpd_data.common import signals
 from mpd_data.common.errors import MPDError
 from mpd_data.common.files import read_json_lines, write_json_atomic
 from mpd_data.common.records import Record, require
+from mpd_data.config import RolloutsConfig
+from mpd_data.parts.session import Session
 from mpd_data.parts.workers import EXIT_FAILED_ROWS
 from mpd_rounds.run.steps import Step
+from mpd_train.config import TrainConfig
 
 _MODULES = {"mpd-gen": "mpd_data.cli", "mpd-train": "mpd_train.cli"}
+
+
+def _engine_of(step: Step) -> tuple[int, str] | None:
+    """Return the number of workers of `step`, and what their engines are known by: model and
+    settings. None for a step that has a process of its own."""
+    config = step.config
+    if isinstance(config, TrainConfig) or config.parts.ray:
+        return None
+    model = config.model if isinstance(config, RolloutsConfig) else config.teacher
+    return config.parts.workers, json.dumps([model, config.engine.model_dump(mode="json")])
 
 
 def _inputs(step: Step) -> dict[str, str]:
@@ -68,10 +84,13 @@ class Finished:
 
 
 class Runner:
-    """Runs steps as processes. Records all that there are in OUT/steps.json, for `mpd-gen status`,
-    and the finished ones in OUT/finished.jsonl."""
+    """Runs steps as processes; those that generate, in processes that stay (session.py). Records
+    all that there are in OUT/steps.json, for `mpd-gen status`, and the finished ones in
+    OUT/finished.jsonl. `parallel`: steps that may run at the same time."""
 
-    def __init__(self, out: Path, environment: dict[str, str], steps: list[Step]) -> None:
+    def __init__(
+        self, out: Path, environment: dict[str, str], steps: list[Step], parallel: int = 1
+    ) -> None:
         planned = [
             {"label": s.label, "folder": os.path.relpath(s.folder, out), "command": s.words}
             for s in steps
@@ -86,19 +105,22 @@ class Runner:
         self._environment = {**group, **os.environ, **environment}
         # A pipeline may be a task of a SLURM job array; its stages are not parts of that array.
         self._environment.pop("SLURM_ARRAY_TASK_COUNT", None)
-        self._total = len(steps)
+        self._total, self._parallel = len(steps), parallel
         self._number = 0
         self._running: set[subprocess.Popen[str]] = set()
+        # Those that run no step, with the engine that each has.
+        self._idle: list[tuple[Session, tuple[int, str] | None]] = []
+        self._choosing = Lock()
         self._is_ending = False
         self.failed_rows = any(r["exit_code"] == EXIT_FAILED_ROWS for r in self._finished.records)
 
-    def run(self, steps: list[Step], parallel: int = 1) -> None:
-        """Run `steps`, up to `parallel` at a time. Raise MPDError if one fails."""
-        for _, error in self.attempt(steps, parallel):
+    def run(self, steps: list[Step]) -> None:
+        """Run `steps`, which do not need each other. Raise MPDError if one fails."""
+        for _, error in self.attempt(steps):
             raise error
 
-    def attempt(self, steps: list[Step], parallel: int = 1) -> list[tuple[Step, MPDError]]:
-        """Run `steps`, up to `parallel` at a time. Return those that failed."""
+    def attempt(self, steps: list[Step]) -> list[tuple[Step, MPDError]]:
+        """Run `steps`, which do not need each other. Return those that failed."""
         signals.check()
         remaining = []
         for step in steps:
@@ -110,7 +132,13 @@ class Runner:
             click.echo(f"{head}: {step.why}", err=True)
             click.echo(f"    {shlex.join(step.words)}", err=True)
             remaining.append(step)
-        together = min(parallel, len(remaining))
+        together = min(self._parallel, len(remaining))
+        # Those of one engine one after another.
+        needed = list(dict.fromkeys(map(_engine_of, remaining)))
+        remaining.sort(key=lambda step: needed.index(_engine_of(step)))
+        # Others need the memory of engines that stay unused.
+        if len(self._idle) > together or None in needed:
+            self._close_engines(needed)
         failed: list[tuple[Step, MPDError]] = []
         with ThreadPoolExecutor(max(together, 1)) as pool:
             try:
@@ -133,24 +161,23 @@ class Runner:
                 raise
         return failed
 
-    def _run_one(self, step: Step, prefixed: bool) -> None:
+    def close(self) -> None:
+        """End the processes that stay between steps."""
+        while self._idle:
+            self._idle.pop()[0].end()
+
+    def _close_engines(self, needed: list[tuple[int, str] | None]) -> None:
+        for i, (session, engine) in enumerate(self._idle):
+            if engine is not None and engine not in needed:
+                session.close_engine()
+                self._idle[i] = (session, None)
+
+    def _run_one(self, step: Step, is_one_of_several: bool) -> None:
         begun = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, "-m", _MODULES[step.program], *step.command],
-            env=self._environment,
-            # Steps that run at the same time report in lines: their progress bars would mix.
-            stderr=subprocess.PIPE if prefixed else None,
-            encoding="utf-8",
-            errors="replace",
-        )
-        self._running.add(process)
-        if self._is_ending:
-            # It was started after the others were terminated.
-            process.terminate()
-        for line in process.stderr or ():
-            click.echo(f"    {step.label} | {line.rstrip()}", err=True)
-        code = process.wait()
-        self._running.discard(process)
+        if _engine_of(step) is None:
+            code = self._run_process(step, is_one_of_several)
+        else:
+            code = self._run_in_session(step)
         if code not in (0, EXIT_FAILED_ROWS):
             raise MPDError(
                 f"{step.label} ended with exit code {code}; see its message above. Finished work"
@@ -167,3 +194,45 @@ class Runner:
         }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+    def _run_process(self, step: Step, is_one_of_several: bool) -> int:
+        process = subprocess.Popen(
+            [sys.executable, "-m", _MODULES[step.program], *step.command],
+            env=self._environment,
+            # Steps that run at the same time report in lines: their progress bars would mix.
+            stderr=subprocess.PIPE if is_one_of_several else None,
+            encoding="utf-8",
+            errors="replace",
+        )
+        with self._running_as(process):
+            for line in process.stderr or ():
+                click.echo(f"    {step.label} | {line.rstrip()}", err=True)
+            return process.wait()
+
+    def _run_in_session(self, step: Step) -> int:
+        needed = _engine_of(step)
+        with self._choosing:
+            idle = sorted(self._idle, key=lambda one: one[1] != needed)
+            session, engine = idle[0] if idle else (None, None)
+            if session is not None:
+                self._idle.remove((session, engine))
+        session = session or Session(self._environment, piped=self._parallel > 1)
+        with self._running_as(session.process):
+            if engine is not None and needed is not None and engine[0] != needed[0]:
+                session.close_engine()
+            code = session.run(step.command, f"    {step.label} | ")
+        if session.process.poll() is None:
+            self._idle.append((session, needed))
+        return code
+
+    @contextlib.contextmanager
+    def _running_as(self, process: subprocess.Popen[str]) -> Iterator[None]:
+        """Let an interrupt end `process`."""
+        self._running.add(process)
+        if self._is_ending:
+            # It was started after the others were terminated.
+            process.terminate()
+        try:
+            yield
+        finally:
+            self._running.discard(process)

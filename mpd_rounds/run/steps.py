@@ -136,7 +136,6 @@ class Pipeline(SettingsFile):
     rewriter: Literal["student", "teacher"] = "teacher"
     rounds: int = Field(1, ge=1, le=1000)
     seed: int = 0
-    parallel_evaluations: int = Field(1, ge=1)
     environment: dict[str, str] = Field(default_factory=dict)
     licenses: Licenses = Licenses()
     rollouts: dict[str, Any]

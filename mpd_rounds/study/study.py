@@ -35,7 +35,7 @@ _UNNAMED = Path("out")
 _RESULT_OF = "setting:"
 # What a setting cannot change, because the study sets it for all.
 _NOT_ITS_OWN = (
-    "name", "seed", "environment", "evaluation", "baseline", "parallel_evaluations", "licenses",
+    "name", "seed", "environment", "evaluation", "baseline", "licenses",
 )  # fmt: skip
 
 
@@ -280,22 +280,23 @@ def _run_waves(
     study: Study, runs: list[SettingRun], waves: list[list[Step]], out: Path
 ) -> StudyOutcome:
     pipeline = runs[0].pipeline
-    runner = Runner(out, pipeline.environment, [step for wave in waves for step in wave])
-    write_record(out, "study", study.model_dump(mode="json"))
     failed: dict[Path, str] = {}
     stopped: dict[tuple[str, int], str] = {}
-    for wave in waves:
-        going_on = [run for run in runs if (run.setting, run.seed) not in stopped]
-        needed = {step.out for run in going_on for steps in run.stages for step in steps}
-        steps = [step for step in wave if step.out in needed]
-        for step in steps:
-            for source in step.reads:
-                _link_rollouts(source.parent, step.out.parent)
-        failed |= {step.out: str(error) for step, error in runner.attempt(steps, study.parallel)}
-        for run in going_on:
-            errors = [failed[s.out] for stage in run.stages for s in stage if s.out in failed]
-            if errors:
-                stopped[run.setting, run.seed] = errors[0]
+    every = [step for wave in waves for step in wave]
+    with contextlib.closing(Runner(out, pipeline.environment, every, study.parallel)) as runner:
+        write_record(out, "study", study.model_dump(mode="json"))
+        for wave in waves:
+            going_on = [run for run in runs if (run.setting, run.seed) not in stopped]
+            needed = {step.out for run in going_on for steps in run.stages for step in steps}
+            steps = [step for step in wave if step.out in needed]
+            for step in steps:
+                for source in step.reads:
+                    _link_rollouts(source.parent, step.out.parent)
+            failed |= {step.out: str(error) for step, error in runner.attempt(steps)}
+            for run in going_on:
+                errors = [failed[s.out] for stage in run.stages for s in stage if s.out in failed]
+                if errors:
+                    stopped[run.setting, run.seed] = errors[0]
     finished = [run for run in runs if (run.setting, run.seed) not in stopped]
     return StudyOutcome(finished, stopped, runner.failed_rows)
 

@@ -1,0 +1,77 @@
+"""Run mpd-gen commands one after another in a process that stays, with the engine of the last one.
+
+A pipeline runs its generation steps in such processes, and `--workers` its parts. A command that
+needs the model of the one before, with the same engine settings, finds its engine started: the
+evaluation sets of a student and the next round's rollouts, or what a teacher rewrites in a study.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+
+import click
+
+# Set in the environment of a session, and of one that runs a worker's part of a command.
+SESSION, _WORKER = "MPD_GEN_SESSION", "MPD_GEN_WORKER"
+# What an answer begins with. All other text is messages.
+ANSWER = "\0"
+
+
+class Session:
+    """A process that runs mpd-gen commands one after another and keeps its engine. `piped`: its
+    messages are printed line by line; else it has the terminal. `worker`: it runs parts of what
+    this process was asked to do, and is interrupted by this process alone."""
+
+    def __init__(self, environment: dict[str, str], piped: bool, worker: bool = False) -> None:
+        roles = {SESSION: "1", **({_WORKER: "1"} if worker else {})}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mpd_data.cli"],
+            env=environment | roles,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if piped else None,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=worker,
+        )
+
+    def run(self, words: list[str], prefix: str) -> int:
+        """Run the command `words` and print its messages behind `prefix`. Return its exit code; of
+        a process that dies, the process's. No words: close the engine."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        # It may be dead, which the end of its output shows.
+        with suppress(OSError):
+            self.process.stdin.write(f"{json.dumps(words)}\n")
+            self.process.stdin.flush()
+        for line in self.process.stdout:
+            text, is_answer, code = line.rstrip().partition(ANSWER)
+            if text:
+                click.echo(f"{prefix}{text}", err=True)
+            if is_answer:
+                return int(code)
+        # A process that was killed by a signal has a negative code.
+        return self.process.wait() or 1
+
+    def close_engine(self) -> None:
+        """Free what the engine holds, for another process."""
+        self.run([], "")
+
+    def end(self) -> None:
+        """End the process, whose engine goes with it."""
+        assert self.process.stdin is not None
+        with suppress(OSError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def is_session() -> bool:
+    """Return whether this process was started as a session."""
+    return SESSION in os.environ
+
+
+def is_worker() -> bool:
+    """Return whether this process runs a worker's part of a command."""
+    return _WORKER in os.environ
