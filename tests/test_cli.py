@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 
 import pytest
 from click.testing import CliRunner
@@ -180,12 +181,18 @@ def test_version_is_printed():
     assert "version" in run("mpd-gen", "--version").stdout
 
 
-def test_env_names_versions_and_loads_nothing_heavy():
+def test_env_names_versions_and_machine_and_loads_no_engine():
     found = json.loads(run("mpd-gen", "env", "--json").stdout)
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert found["commit"] == (head.stdout.strip() or "-")
+    assert "in bfloat16 (TFLOP/s" in found["products"]
+    assert re.search(r", \d+ cores, \d+ of them idle$", found["cpu"])
     assert found["torch"].startswith("2.")
     assert found["python"].startswith("3.")
     assert "polars" in run("mpd-gen", "env").stdout
-    assert modules_after(running("mpd_data.cli", ["env"])) == set()
+    assert modules_after(running("mpd_data.cli", ["env"])) == {"torch"}
 
 
 @pytest.mark.parametrize("program", ["mpd-train", "mpd-rounds"])

@@ -1,6 +1,7 @@
 """`mpd-gen init`: what it guesses, how it splits, what it refuses, and that the file runs."""
 
 import json
+import os
 import shutil
 import subprocess
 import tomllib
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mpd_data.common.errors import ConfigError, DataError, MPDError
 from mpd_data.common.hashing import content_key
+from mpd_data.common.machine import idle_cores, product_speeds, usable_cores
 from mpd_data.common.models import resolve_model
 from mpd_data.common.weights import skeleton
 from mpd_data.config import InitConfig
@@ -77,6 +79,13 @@ def with_weights_of_its_config(folder):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
     return folder
+
+
+# Of a model of some six billion weights.
+SIZES = {
+    "num_hidden_layers": 40, "hidden_size": 4096, "intermediate_size": 12_288, "head_dim": 128,
+    "layer_types": ["full_attention"] * 40,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -277,13 +286,51 @@ def test_settings_for_a_gpu(tmp_path, gpu):
     assert pipeline.rollouts["num_prompts"] == 40
 
 
+def test_memory_that_others_hold_on_a_gpu_is_left_to_them(tmp_path, gpu):
+    says = "case $1 in *free*) echo '40780 MiB, 81559 MiB';; *) echo 'NVIDIA X';; esac"
+    (tmp_path / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\n{says}\n")
+    path = write_jsonl(tmp_path / "p.jsonl", rows(60))
+    pipeline, _ = made(tmp_path / "o", prompts=path)
+    for section in (pipeline.rollouts, pipeline.rewrite):
+        assert section["engine"]["gpu_memory_utilization"] == 0.45
+
+
+@pytest.mark.parametrize("faster", ["float32", "bfloat16"])
+def test_precision_and_threads_are_the_machines(tmp_path, monkeypatch, faster):
+    """bfloat16 where this CPU has products for it, and for models that are large enough to gain."""
+    speeds = {"float32": 0.05, "bfloat16": 0.05}
+    speeds[faster] = 0.15
+    monkeypatch.setattr("mpd_data.init.pipeline.product_speeds", lambda: speeds)
+    monkeypatch.setattr("mpd_data.init.pipeline.idle_cores", lambda: 7)
+    path = write_jsonl(tmp_path / "p.jsonl", rows(60))
+    pipeline, _ = made(tmp_path / "tiny", prompts=path)
+    assert pipeline.rollouts["engine"]["dtype"] == "float32"
+    assert pipeline.environment["OMP_NUM_THREADS"] == "1"
+    assert "OMP_WAIT_POLICY" not in pipeline.environment
+    teacher = with_weights_of_its_config(changed_model(TEACHER, tmp_path / "t", **SIZES))
+    pipeline, _ = made(tmp_path / "large", prompts=path, teacher=teacher)
+    for section in (pipeline.rollouts, pipeline.rewrite):
+        assert section["engine"]["dtype"] == faster
+    assert pipeline.train.get("dtype") == (None if faster == "float32" else "bfloat16")
+    assert pipeline.environment["OMP_NUM_THREADS"] == "7"
+    assert pipeline.environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    text = " ".join((tmp_path / "large" / "pipeline.toml").read_text().replace("# ", "").split())
+    found = [f"{speeds[dtype]:.2f}" for dtype in ("float32", "bfloat16")]
+    assert f"makes {found[0]} TFLOP/s in float32 and {found[1]} in bfloat16" in text
+
+
+def test_what_the_machine_can_do_is_measured():
+    speeds = product_speeds()
+    assert set(speeds) == {"float32", "bfloat16"}
+    assert all(0 < speed < 1000 for speed in speeds.values())
+    assert 1 <= idle_cores() <= usable_cores() <= os.cpu_count()
+
+
 def test_a_long_context_is_cut_on_a_cpu(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", rows(60))
     large = {"max_position_embeddings": 131_072}
     student = changed_model(STUDENT, tmp_path / "s", **large)
-    sizes = {"num_hidden_layers": 40, "hidden_size": 4096, "intermediate_size": 12_288}
-    sizes |= {"head_dim": 128, "layer_types": ["full_attention"] * 40}
-    teacher = with_weights_of_its_config(changed_model(TEACHER, tmp_path / "t", **sizes, **large))
+    teacher = with_weights_of_its_config(changed_model(TEACHER, tmp_path / "t", **SIZES, **large))
     pipeline, notes = made(tmp_path / "o", prompts=path, student=student, teacher=teacher)
     assert pipeline.rollouts["engine"]["max_model_len"] == 2048
     assert pipeline.rewrite["engine"]["max_model_len"] == 2048

@@ -19,7 +19,7 @@ from mpd_train.export_cli import cli as export
 
 # A test, and the options of commands (arguments in capitals) that it is the one for.
 TESTS = """
-test_env_names_versions_and_loads_nothing_heavy: mpd-gen env --json
+test_env_names_versions_and_machine_and_loads_no_engine: mpd-gen env --json
 test_a_run_goes_on_without_it: mpd-train --compile
 test_a_teacher_is_taken_to_the_cpu_when_told: mpd-train --teacher-offload
 test_the_command_reports_what_it_found: mpd-gen contamination --prompts --against --prompt-column

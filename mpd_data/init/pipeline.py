@@ -8,7 +8,6 @@ evaluation uses training prompts.
 import contextlib
 import importlib.util
 import json
-import os
 import re
 import shlex
 import textwrap
@@ -22,6 +21,7 @@ from markupsafe import Markup
 from mpd_data.checkers.builtin import make_checker
 from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.files import atomic_file
+from mpd_data.common.machine import free_gpu_share, idle_cores, product_speeds
 from mpd_data.common.text import plain
 from mpd_data.config import InitConfig
 from mpd_data.init import detect
@@ -152,6 +152,7 @@ def _render(folder: Path, config: InitConfig, models: detect.Models, **values: A
     environment.filters["toml"] = lambda value: Markup(toml_value(value))
     weights = models.teacher.weights
     is_small = weights is not None and weights < 100_000_000
+    speeds = {} if models.gpus or is_small else product_speeds()
     pipeline, out = (shlex.quote(str(folder / name)) for name in ("pipeline.toml", "out"))
     text = environment.get_template("pipeline.toml.j2").render(
         folder=folder,
@@ -160,7 +161,10 @@ def _render(folder: Path, config: InitConfig, models: detect.Models, **values: A
         gpu=bool(models.gpus),
         tiny=is_small,
         vllm=importlib.util.find_spec("vllm") is not None,
-        threads="1" if is_small else str(os.cpu_count() or 1),
+        speeds={dtype: f"{speed:.2f}" for dtype, speed in speeds.items()},
+        bfloat16=bool(models.gpus) or (bool(speeds) and speeds["bfloat16"] > speeds["float32"]),
+        gpu_share=int(100 * free_gpu_share()) / 100,
+        threads=1 if is_small else idle_cores(),
         run_command=f"mpd-rounds {pipeline} --out {out}",
         **values,
     )
