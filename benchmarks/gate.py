@@ -48,7 +48,7 @@ def main(out: Path) -> None:
     pipeline = _pipeline(out)
     kinds = {
         "as it is": [],
-        "learning rate × 30": [RATE],
+        "learning rate x 30": [RATE],
         "rewrites that are the answer alone": [f"rewrite.template={_answers_only(out)}"],
     }
     print("| round | seed | gate | all problems | the hard third |")

@@ -1,0 +1,1 @@
+"""The commands of mpd-gen. cli.py puts them together."""
