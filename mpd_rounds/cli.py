@@ -358,6 +358,8 @@ def _run(
             click.echo(line)
         click.echo(f"wrote {out / 'summary.json'} and {out / 'lengths.png'}", err=True)
         click.echo(f"mpd-report {shlex.quote(str(out))} draws the report", err=True)
+        model = shlex.quote(Plan(loaded, out).student(summary["final_round"]))
+        click.echo(f"mpd-gen push {model} OWNER/NAME uploads the student", err=True)
         _leave([summary], out)
         return
     summaries = [

@@ -211,6 +211,12 @@ def test_the_remedy_fits_the_error_of_an_upload(hub, name, env, remedy):
     assert not hub.private
 
 
+def test_an_upload_needs_an_owner(hub):
+    said = pushed(hub, STUDENT, "mine", code=1).stderr
+    assert f"Give it: mpd-gen push {STUDENT} OWNER/mine" in said
+    assert not hub.private
+
+
 def test_after_a_failed_upload_the_export_says_how_to_upload_it(hub, round_dir, tmp_path):
     with until_a_checkpoint():
         train(train_config(round_dir, STUDENT, tmp_path / "run", save_steps=1))

@@ -22,6 +22,7 @@ from mpd_data.config import InitConfig
 from mpd_data.init.detect import held_out
 from mpd_data.init.pipeline import run_init, toml_value
 from mpd_data.prompts.reader import load_prompts
+from mpd_data.prompts.template import load_template
 from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.steps import load_pipeline
 
@@ -348,7 +349,10 @@ def test_small_teachers_get_examples_where_the_student_does_not_think(tmp_path):
     }
     pipeline, _ = made(tmp_path / "o", prompts=path, **models)
     rewrite = pipeline.rewrite
-    assert (rewrite["template"], rewrite["score_context"]) == ("examples", "problem")
+    # Its words are to be replaced, because the tokenizer cannot spell them: a copy is there.
+    assert rewrite["template"] == str(tmp_path / "o" / "rewrite.toml")
+    assert load_template(rewrite["template"]) == load_template("examples")
+    assert rewrite["score_context"] == "problem"
     assert rewrite["filters"] == {"max_overlap": 0.9}
     assert pipeline.train["loss"]["divergence"] == "forward_kl"
     # Its own teacher: under its own prompt there is nothing to learn.
@@ -359,22 +363,23 @@ def test_small_teachers_get_examples_where_the_student_does_not_think(tmp_path):
     assert pipeline.rewrite["score_context"] == "problem"
     assert "is its own teacher" in notes
     pipeline, notes = made(tmp_path / "o2", prompts=path)
-    assert pipeline.rewrite["template"] == "tags"
     assert "filters" not in pipeline.rewrite
     assert "`examples` has no layout" in notes
     assert "cannot spell the words of the built-in templates" in notes
+    assert pipeline.rewrite["template"] == str(tmp_path / "o2" / "rewrite.toml")
+    assert load_template(pipeline.rewrite["template"]) == load_template("tags")
     # A chat template without a system message.
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     teacher = changed_model(models["teacher"], tmp_path / "t1", template=no_system)
     pipeline, notes = made(tmp_path / "o4", prompts=path, **models | {"teacher": teacher})
-    assert pipeline.rewrite["template"] == "plain"
+    assert load_template(pipeline.rewrite["template"]) == load_template("plain")
     assert "does not take the system message" in notes
     # Without the usual fields in its config, a model's files say its size.
     config = models["teacher"] / "config.json"
     config.write_text(config.read_text().replace('"hidden_size"', '"n_embd"'))
     with_weights_of_its_config(models["teacher"])
     pipeline, notes = made(tmp_path / "o5", prompts=path, **models)
-    assert pipeline.rewrite["template"] == "examples"
+    assert load_template(pipeline.rewrite["template"]) == load_template("examples")
 
 
 def test_thinking_is_set_where_there_is_a_switch(tmp_path, whole):
@@ -505,7 +510,8 @@ def test_ones_own_split_may_lie_in_the_folder(tmp_path):
     pipeline, _ = made(folder, prompts=train, test=test)
     assert pipeline.evaluation[0].rollouts["prompts"] == [str(test)]
     assert "answer_column" not in pipeline.evaluation[0].rollouts
-    assert len(list(folder.iterdir())) == 3
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["pipeline.toml", "rewrite.toml", "test.jsonl", "train.jsonl"]
 
 
 def test_job_scripts_are_written_when_asked_for(tmp_path):
@@ -549,7 +555,8 @@ def test_a_dataset_of_the_hub_needs_test_prompts(tmp_path):
     assert pipeline.rollouts["prompts"] == [f"{url}train"]
     assert pipeline.evaluation[0].rollouts["prompts"] == [f"{url}test"]
     assert pipeline.rollouts["id_column"] == "id"
-    assert [p.name for p in (tmp_path / "o").iterdir()] == ["pipeline.toml"]
+    names = sorted(path.name for path in (tmp_path / "o").iterdir())
+    assert names == ["pipeline.toml", "rewrite.toml"]
 
 
 def test_the_pipeline_runs(prompts, tmp_path):

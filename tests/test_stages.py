@@ -649,7 +649,12 @@ def test_copies_are_rejected_and_counted(round_dir, tmp_path, capsys):
     assert kept["draft_overlap"].max() <= limit
     shares = f"{kept.height / after.height:.1%} kept, "
     shares += f"{(after['draft_overlap'] > limit).sum() / after.height:.1%} copies (draft_overlap"
-    assert shares in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert shares in said
+    # The share of rewrites that correct their draft, and how to keep them.
+    changed = (after["status"] == "answer_changed") & after["is_correct"]
+    assert changed.mean() > 0.05
+    assert f"; {changed.mean():.1%} correct a wrong draft (--corrections --refilter" in said
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,8 @@ def contamination(as_json: bool, **options: Any) -> None:
 def push(folder: Path, repository: str, public: bool) -> None:
     """Upload FOLDER to OWNER/NAME on the Hugging Face Hub.
 
-    FOLDER is a round, which becomes a dataset, or a model/ or adapter/ that a training wrote.
+    FOLDER is a round, which becomes a dataset, or that of a model or an adapter, as a training's
+    model/ and adapter/.
     """
     from mpd_data.common import hub
     from mpd_data.inspect.validate import validate_round

@@ -222,12 +222,19 @@ def _shares(config: RewriteConfig) -> str:
         return ""  # the command that started the workers says it once
     limit = config.filters.max_overlap
     limit = _COPY if limit is None else limit
-    kept, copied = rewrite_rates(config.shards, limit)
-    return f"; {kept:.1%} kept, {copied:.1%} copies (draft_overlap above {limit:g})"
+    kept, copied, corrected = rewrite_rates(config.shards, limit)
+    text = f"; {kept:.1%} kept, {copied:.1%} copies (draft_overlap above {limit:g})"
+    if copied > _MANY and config.filters.max_overlap is None:
+        text += f"; --max-overlap {limit:g} --refilter rejects them"
+    if corrected > _MANY:
+        text += f"; {corrected:.1%} correct a wrong draft (--corrections --refilter keeps them)"
+    return text
 
 
 # Without --max-overlap a rewrite is called a copy that repeats more of its draft's 4-grams.
 _COPY = 0.9
+# A share of rewrites that is worth a hint.
+_MANY = 0.05
 
 
 def _with_part(config: Any, overwrite: bool) -> Any:

@@ -43,11 +43,19 @@ def reason_of(error: Exception) -> str:
     while origin.__cause__ is not None:
         origin = origin.__cause__
     if origin is not error and (first := str(origin).strip().partition("\n")[0]):
-        return f"{type(error).__name__}: {error} ({type(origin).__name__}: {first})"
+        # Its own message blames the model.
+        remedy = _TORCHVISION if "torchvision::" in first else ""
+        return f"{type(error).__name__}: {error} ({type(origin).__name__}: {first}{remedy})"
     name, text = type(error).__name__, str(error).strip()
     if not text and (frames := traceback.extract_tb(error.__traceback__)):
         return f"{name} in {frames[-1].filename}, line {frames[-1].lineno}"
     return f"{name}: {text}" if text else name
+
+
+_TORCHVISION = (
+    ": the installed torchvision is not for the installed torch. Nothing here needs it: pip"
+    " uninstall torchvision, or install the one for this torch"
+)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

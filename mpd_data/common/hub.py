@@ -40,6 +40,10 @@ def push(folder: Path, repository: str, patterns: list[str], is_dataset: bool, p
     with requires("hub", "pushing to the hub"):
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HFValidationError
+    if "/" not in repository:
+        # The hub takes the token's user for the owner. Here a forgotten owner is a slip.
+        again = push_command(folder, f"OWNER/{repository}", public)
+        raise ConfigError(f"{repository}: an upload needs an owner. Give it: {again}")
     kind = "dataset" if is_dataset else "model"
     api = HfApi()
     try:

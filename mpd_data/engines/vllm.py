@@ -59,8 +59,9 @@ class VLLMEngine:
                 )
             # Compiling one small function of scoring takes a minute on a fresh machine.
             torch._dynamo.config.disable = True
-            # It warns about missing Triton, which a CPU machine does not need.
-            logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+            # They warn about missing Triton, which a CPU machine does not need.
+            for name in ("torch._library.triton", "vllm.triton_utils.importing"):
+                logging.getLogger(name).setLevel(logging.ERROR)
             if "OMP_NUM_THREADS" not in os.environ:
                 # Threads that share cores with others make small models many times slower. Set the
                 # variable for a large model on an idle machine.

@@ -41,7 +41,7 @@ _PROBLEMS = (
 )  # fmt: skip
 _ANSWERS = (
     ("answer", "expected_answer", "final_answer", "gold", "gold_answer"),
-    ("solution", "target", "label"),
+    ("solution", "target", "label", "result"),
 )
 # Any id will do: each is a group of its own, so the first that exists is used.
 _IDS = (("id",), ("problem_id",), ("question_id",), ("unique_id",), ("uid",), ("uuid",), ("idx",))

@@ -28,25 +28,23 @@ from mpd_data.init import detect
 from mpd_data.prompts.reader import same
 from mpd_data.prompts.sources import HUB, HUB_FILES, hub_splits
 from mpd_data.prompts.special import turn_of
+from mpd_data.prompts.template import BUILT_IN
 
 _WIDTH = 98  # of a comment, in columns
 _SLURM = ("mpd-gen.sbatch", "mpd-train.sbatch")
 
 
 def run_init(folder: Path, config: InitConfig) -> list[str]:
-    """Write FOLDER/pipeline.toml, train.jsonl and test.jsonl where a file is split, and SLURM's job
-    scripts if they are asked for. Return lines that say what was detected.
+    """Write FOLDER/pipeline.toml, train.jsonl and test.jsonl where a file is split, rewrite.toml
+    where no built-in template fits, and SLURM's job scripts if they are asked for. Return lines
+    that say what was detected.
 
     Raise ConfigError or DataError for input that makes no pipeline; nothing is written then.
     """
     splits = ["train.jsonl", "test.jsonl"] if config.test is None else []
     scripts = _SLURM if config.slurm else ()
     for name in ("pipeline.toml", *splits, *scripts):
-        if (folder / name).exists():
-            raise ConfigError(
-                f"{folder / name}: exists, and is not overwritten. Choose another folder, or"
-                " remove it."
-            )
+        _refuse_existing(folder / name)
     is_split = config.prompts.startswith(HUB) and not config.prompts.startswith(HUB_FILES)
     if config.test is None and is_split:
         raise ConfigError(
@@ -65,16 +63,28 @@ def run_init(folder: Path, config: InitConfig) -> list[str]:
     checker, why_checker = detect.choose_checker(config.checker, train, test)
     unreadable = detect.unreadable_answers_of(checker, train, test)
     budget = detect.plan_budget(models, [*train.prompts, *test.prompts])
+    template = models.template
+    if not models.spells_instructions:
+        path = folder / "rewrite.toml"
+        _refuse_existing(path)
+        template, files[path.name] = str(path), BUILT_IN[template].read_text(encoding="utf-8")
     for name in scripts:
         files[name] = (Path(__file__).parent / "slurm" / name).read_text(encoding="utf-8")
     files["pipeline.toml"] = _render(
         folder, config, models, train=train, test=test, budget=budget,
-        checker=checker, why_checker=why_checker,
+        checker=checker, why_checker=why_checker, template=template,
     )  # fmt: skip
     _write(folder, files)
     sides = {"training": train, "test": test}
     notes = _notes(sides, models, " ".join([f"{checker}. {why_checker}", *unreadable]), budget)
     return [plain(line) for line in notes]
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise ConfigError(
+            f"{path}: exists, and is not overwritten. Choose another folder, or remove it."
+        )
 
 
 def _notes(
@@ -132,8 +142,8 @@ def _notes(
     if not models.spells_instructions:
         lines.append(
             "the tokenizer cannot spell the words of the built-in templates, so rewriting with them"
-            " will fail. Write a rewrite template in words that the models know, and name it in"
-            " [rewrite]"
+            f" fails. rewrite.toml is a copy of `{models.template}`, with the format in its"
+            " comments: write it anew in words that the models know"
         )
     turns = (turn_of(model.files, model.tokenizer) for model in (models.student, models.teacher))
     lines += dict.fromkeys(turn.note for turn in turns if turn.note is not None)

@@ -467,15 +467,22 @@ def outcome_rates(folder: Path) -> dict[str, float | None]:
     return rates
 
 
-def rewrite_rates(folder: Path, max_overlap: float) -> tuple[float, float]:
-    """Return which fraction of a round's rows of rewrites is kept, and which repeats more than
-    `max_overlap` of its draft; 0 without rows."""
+def rewrite_rates(folder: Path, max_overlap: float) -> tuple[float, float, float]:
+    """Return which fraction of a round's rows of rewrites is kept, which repeats more than
+    `max_overlap` of its draft, and which is rejected because it corrects its draft; 0 without
+    rows."""
     distill = scan([folder], "distill")
     if distill is None:
-        return 0.0, 0.0
-    kept, copied = pl.col("status") == "ok", pl.col("draft_overlap") > max_overlap
-    rates = collect(distill.select(kept.mean(), copied=copied.fill_null(False).mean())).row(0)
-    return rates[0] or 0.0, rates[1] or 0.0
+        return 0.0, 0.0, 0.0
+    status = pl.col("status")
+    shares = {
+        "kept": status == "ok",
+        "copied": pl.col("draft_overlap") > max_overlap,
+        "corrected": (status == "answer_changed") & pl.col("is_correct"),
+    }
+    rates = [share.fill_null(False).mean().alias(name) for name, share in shares.items()]
+    kept, copied, corrected = collect(distill.select(rates)).row(0)
+    return kept or 0.0, copied or 0.0, corrected or 0.0
 
 
 def plot_lengths(series: dict[str, Path], out: Path) -> None:
