@@ -45,8 +45,12 @@ install: .venv/.installed
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
-.venv/.installed: scripts/install.sh scripts/placeholders.py pyproject.toml constraints/cpu.txt constraints/dev.txt
+.venv/.installed: scripts/install.sh scripts/placeholders.py pyproject.toml constraints/cpu.txt
 	./scripts/install.sh
+
+# What only tests, checks and the site need.
+.venv/.tools: .venv/.installed constraints/dev.txt
+	./scripts/install.sh tests
 
 # The script writes this file last, so the others exist too.
 data/pocket/ood.jsonl: .venv/.installed pipelines/pocket/prompts.py pipelines/pocket/world.py
@@ -112,14 +116,14 @@ retrain: .venv/.installed
 	test -f $(MODELS)/teacher/model.safetensors || \
 		OMP_NUM_THREADS=1 $(BIN)/python -m pipelines.pocket.train_models --out $(MODELS)
 
-lint: .venv/.installed
+lint: .venv/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 # The pages link to these files of the repository.
-site: .venv/.installed
+site: .venv/.tools
 	rm -rf build/pages
 	mkdir -p build/pages
 	git ls-files -z '*.md' '*.ipynb' '*.svg' '*.png' '*.py' '*.sh' '*.toml' '*.yaml' LICENSE Dockerfile | xargs -0 cp --parents -t build/pages
@@ -127,20 +131,20 @@ site: .venv/.installed
 	sed -i 's/notebook\.ipynb/notebook.md/g' build/pages/*.md build/pages/docs/*.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-notebook: .venv/.installed
+notebook: .venv/.tools
 	$(BIN)/python tests/run_notebook.py
 
 screenshots: .venv/.browser
 	$(BIN)/python scripts/screenshots.py $(OUT)
 
 # Each is for one test alone: lm_eval brings 250 MB, MLflow other versions of what the engines have.
-build/%/.installed: .venv/.installed constraints/%.txt
+build/%/.installed: .venv/.tools constraints/%.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target build/$* -r constraints/$*.txt || \
 		$(BIN)/python -m pip install -qq --no-deps --target build/$* -r constraints/$*.txt
 	touch $@
 
 # Only the tests need a browser.
-.venv/.browser: .venv/.installed scripts/browser.sh tests/browser.py
+.venv/.browser: .venv/.tools scripts/browser.sh tests/browser.py
 	./scripts/browser.sh
 
 check: lint
@@ -155,8 +159,8 @@ test test-all test-any-order: lint site .venv/.browser build/lm-eval/.installed 
 test-all test-any-order: ALL_CASES := --all-cases
 test-any-order: ORDER := -p randomly --randomly-dont-reset-seed
 
-fuzz: .venv/.installed
+fuzz: .venv/.tools
 	./scripts/fuzz.sh
 
-test-lowest test-newest: .venv/.installed
+test-lowest test-newest: .venv/.tools
 	./scripts/bounds.sh $(@:test-%=%)

