@@ -10,6 +10,7 @@ from contextlib import closing, suppress
 import pytest
 from conftest import ROOT, STUDENT, TEACHER, command, environment, rows, run, small_pocket
 
+from mpd_data.common.errors import MPDError
 from mpd_data.common.models import resolve_model
 from mpd_data.config import EngineConfig, SamplingConfig
 from mpd_data.engines import start
@@ -83,6 +84,11 @@ def test_a_kept_engine_is_taken_for_the_same_settings_alone(monkeypatch):
         other = start.start_engine(student, config.model_copy(update={"max_num_seqs": 3}))
         assert other is not first
         assert start.start_engine(teacher, config) is not other
+        last = start.start_engine(student, config)
+        with pytest.raises(MPDError), closing(last):
+            raise MPDError("of the engine")
+        # It may be dead.
+        assert start.start_engine(student, config) is not last
         # A request that nobody waits for stays in no engine.
         last = start.start_engine(student, config)
         last.submit_generate("b", [1, 2, 3], SamplingConfig(max_tokens=4), 0)

@@ -126,12 +126,13 @@ def start_engine(
 
 
 class _Kept(Guarded):
-    """An engine that stays open when a stage closes it, unless requests are left in it."""
+    """An engine that stays open when a stage closes it, but not after an error or an interrupt, and
+    not with requests in it."""
 
     key: str
 
     def close(self) -> None:
-        if self.in_flight:
+        if self.in_flight or sys.exc_info()[0] is not None:
             close_kept_engine()
 
 

@@ -49,13 +49,15 @@ def serve(command: click.Command) -> None:
 def _orders(is_busy: Event) -> Iterator[list[str]]:
     """Yield the words of each command that the parent sends. Interrupt this process when the parent
     dies while a command runs: nobody waits for it, and it holds a round's lock."""
-    lines: SimpleQueue[str] = SimpleQueue()
+    lines: SimpleQueue[bytes] = SimpleQueue()
 
     def read() -> None:
-        for line in sys.stdin:
-            is_busy.set()
-            lines.put(line)
-        lines.put("")
+        # Unbuffered: at its end Python waits for a buffer's lock, which a reader holds.
+        with os.fdopen(0, "rb", buffering=0, closefd=False) as orders:
+            for line in orders:
+                is_busy.set()
+                lines.put(line)
+        lines.put(b"")
         if is_busy.is_set():
             os.kill(os.getpid(), signal.SIGINT)
 
