@@ -1,5 +1,5 @@
 """Does the gate pass a good round and refuse a bad one? One round of the pocket models with three
-seeds, as it is and made bad on purpose in two ways:
+seeds, as it is and made bad on purpose:
 
     python benchmarks/gate.py --out runs/gate
 
@@ -46,14 +46,18 @@ def main(out: Path) -> None:
     """Run the three kinds of rounds and print the table."""
     out.mkdir(parents=True, exist_ok=True)
     pipeline = _pipeline(out)
+    answers = f"rewrite.template={_answers_only(out)}"
     kinds = {
         "as it is": [],
         "learning rate x 30": [RATE],
-        # They have few tokens. With one epoch the student goes on as before, and loses nothing.
-        "rewrites that are the answer alone, 8 epochs": [
-            f"rewrite.template={_answers_only(out)}",
-            "train.epochs=8",
+        # Fine-tuning: a teacher does not believe an answer without its working, and by its
+        # probabilities the student goes on to think.
+        "fine-tuned on answers alone, 4 epochs": [
+            answers,
+            "train.epochs=4",
+            "train.loss.ce_weight=1.0",
         ],
+        "distilled on answers alone, 8 epochs": [answers, "train.epochs=8"],
     }
     print("| round | seed | gate | all problems | the hard third |")
     print("|---|---|---|---|---|")
