@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import click
@@ -277,6 +278,25 @@ def test_a_scheduler_that_ends_a_job_loses_no_finished_row(prompts, tmp_path):
     assert writer["state"] == "interrupted"
     assert writer["rows"] == status["stages"][0]["rows"] == rows(out, "rollouts").height
     assert status["stages"][0]["asked"] == 240
+
+
+def test_workers_of_a_job_in_the_background_end_with_it(prompts, tmp_path):
+    """A shell makes its background jobs ignore SIGINT, and they hand that on."""
+    out = tmp_path / "r"
+    words = [*rollout_arguments(prompts, out), "--workers", 2, "--rows-per-shard", 1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mpd_data.cli", *map(str, words)],
+        env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+    while not list(out.glob("rollouts/*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert "interrupted" in said
+    assert {one["state"] for one in round_status(out)["writers"]} <= {"interrupted", "finished"}
 
 
 def test_status_is_for_people_too(round_dir, tmp_path, capsys):

@@ -58,8 +58,9 @@ def _orders(is_busy: Event) -> Iterator[list[str]]:
                 is_busy.set()
                 lines.put(line)
         lines.put(b"")
+        # Not SIGINT, which the jobs of a shell's background ignore.
         if is_busy.is_set():
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     Thread(target=read, name="orders", daemon=True).start()
     while line := lines.get():

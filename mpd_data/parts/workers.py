@@ -5,7 +5,6 @@ of the GPUs in CUDA_VISIBLE_DEVICES. All commit to the same round, each the rows
 """
 
 import os
-import signal
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from mpd_data.common.errors import ConfigError, MPDError
@@ -96,8 +95,9 @@ def run_workers(command: str, config: RolloutsConfig | RewriteConfig, limit: int
             is_done = True
         finally:
             if not is_done:
+                # Not SIGINT, which the jobs of a shell's background ignore.
                 for session, _ in orders.values():
-                    session.process.send_signal(signal.SIGINT)
+                    session.process.terminate()
             if not is_done or not keeps_engine():
                 wait(running)
                 end_workers()
