@@ -137,7 +137,7 @@ class Runner:
         needed = list(dict.fromkeys(map(_engine_of, remaining)))
         remaining.sort(key=lambda step: needed.index(_engine_of(step)))
         # Others need the memory of engines that stay unused.
-        if len(self._idle) > together or None in needed:
+        if remaining and (len(self._idle) > together or None in needed):
             self._close_engines(needed)
         failed: list[tuple[Step, MPDError]] = []
         with ThreadPoolExecutor(max(together, 1)) as pool:
