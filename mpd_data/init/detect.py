@@ -315,6 +315,7 @@ def look_at_models(config: InitConfig) -> Models:
         or CLOSE in student.template
         or CLOSE in student.tokenizer.get_vocab()
     )
+    spells = Spelling(student.tokenizer).place([], _BOXED) is not None
     weights = teacher.weights
     if weights is None or weights >= _SMALL:
         size = "of unknown size" if weights is None else f"of about {_billions(weights)}"
@@ -323,9 +324,13 @@ def look_at_models(config: InitConfig) -> Models:
         template = "tags"
         why = (
             f"The teacher is small ({_billions(weights)} weights), but `examples` has no layout"
-            " for a student that thinks. Look at the statuses; if many rewrites are malformed or"
-            " copied, write a template with examples of your own."
+            " for a student that thinks."
         )
+        if spells:
+            why += (
+                " Look at the statuses; if many rewrites are malformed or copied, write a template"
+                " with examples of your own."
+            )
     else:
         template = "examples"
         why = f"`examples`, for a small teacher ({_billions(weights)} weights)."
@@ -337,7 +342,6 @@ def look_at_models(config: InitConfig) -> Models:
                 f"The teacher is small ({_billions(weights)} weights), but its chat template does"
                 " not take the system message and the examples of `examples`."
             )
-    spells = Spelling(student.tokenizer).place([], _BOXED) is not None
     prompt_template, sampling = _BOXED if spells else "{{problem}}", _own_sampling(student.files)
     return Models(student, teacher, sampling, template, why, prompt_template, spells, gpus())
 
