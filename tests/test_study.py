@@ -20,11 +20,13 @@ from mpd_data.inspect.status import round_status
 from mpd_data.store.round import RoundDir
 from mpd_data.store.shards import read_metadata
 from mpd_data.store.writer import ShardWriter
+from mpd_rounds.run.runner import at_once
 from mpd_rounds.study.cli import cli
 from mpd_rounds.study.results import _figures, _limits
 from mpd_rounds.study.study import Planner, load_study, run_study, waves_of
 
 POCKET = ROOT / "pipelines" / "pocket" / "study.toml"
+QWEN = ROOT / "pipelines" / "qwen2.5-coder" / "study.toml"
 TEXT = """
 name = "small"
 seeds = [0, 1]
@@ -274,6 +276,19 @@ def test_one_setting_changes_the_folders_that_follow_from_it(file, tmp_path):
     assert [a == b for a, b in zip(as_is, lr, strict=True)] == [True, True, True, False, False]
     more = folders("pipeline.rollouts.num_prompts=23")
     assert [a == b for a, b in zip(as_is, more, strict=True)] == [True, *[False] * 4]
+
+
+def test_a_step_counts_as_many_processes_as_it_has_workers(tmp_path):
+    # Two trainings at a time, and one generation of two engines.
+    study = load_study(QWEN, ())
+    counts = {
+        step.program: at_once(wave, study.parallel)
+        for wave in waves_of(Planner(study, tmp_path).runs())
+        for step in wave
+        if len(wave) > 1
+    }
+    assert counts == {"mpd-gen": 1, "mpd-train": 2}
+    assert at_once([], 2) == 0
 
 
 @pytest.mark.parametrize(

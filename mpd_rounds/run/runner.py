@@ -38,6 +38,13 @@ def _engine_of(step: Step) -> tuple[int, str] | None:
     return config.parts.workers, json.dumps([model, config.engine.model_dump(mode="json")])
 
 
+def at_once(steps: list[Step], parallel: int) -> int:
+    """Return how many of `steps` run at the same time where `parallel` processes may compute: a
+    step takes as many of them as it has workers."""
+    widest = max((engine[0] for engine in map(_engine_of, steps) if engine), default=1)
+    return min(max(parallel // widest, 1), len(steps))
+
+
 def _inputs(step: Step) -> dict[str, str]:
     """Return size and modification time of each input file of a step, by path. A step whose models,
     prompts or shards have changed since is run again."""
@@ -86,7 +93,7 @@ class Finished:
 class Runner:
     """Runs steps as processes; those that generate, in processes that stay (session.py). Records
     all that there are in OUT/steps.json, for `mpd-gen status`, and the finished ones in
-    OUT/finished.jsonl. `parallel`: steps that may run at the same time."""
+    OUT/finished.jsonl. `parallel`: processes that may compute at the same time."""
 
     def __init__(
         self, out: Path, environment: dict[str, str], steps: list[Step], parallel: int = 1
@@ -132,7 +139,7 @@ class Runner:
             click.echo(f"{head}: {step.why}", err=True)
             click.echo(f"    {shlex.join(step.words)}", err=True)
             remaining.append(step)
-        together = min(self._parallel, len(remaining))
+        together = at_once(remaining, self._parallel)
         # Those of one engine one after another.
         needed = list(dict.fromkeys(map(_engine_of, remaining)))
         remaining.sort(key=lambda step: needed.index(_engine_of(step)))
