@@ -92,10 +92,9 @@ def distill(
                 run.progress.skip(existing)
                 job = RewriteJob(prepared.at(opened.begun), run, rates)
                 run.work(
-                    itertools.islice(job.submissions(), limit),
-                    job.take,
+                    job.submissions(limit), job.take,
                     lambda: start(prepared.teacher, config.engine, config.trust_remote_code, k),
-                )
+                )  # fmt: skip
             written, failed = run.writer.rows_committed, run.failures.count
         statuses = round_dir.count_statuses()
         return Outcome(sum(statuses.values()), written, failed, missing - count, statuses)
@@ -138,11 +137,15 @@ class RewriteJob:
     def _thinking(self) -> ThinkingCounter:
         return ThinkingCounter(self.prepared.tokenizer)
 
-    def submissions(self) -> Iterator[Callable[[], None]]:
-        """Yield a call that begins each rollout without rewrites, if it need not wait."""
-        opened, part = self.run.opened, self.prepared.config.parts.part
-        for rollout in opened.round_dir.rows("rollouts", ROLLOUT_COLUMNS, done=opened.done):
-            if part.holds(rollout["row_id"]) and rollout["row_id"] not in self.rates.waiting:
+    def submissions(self, limit: int | None = None) -> Iterator[Callable[[], None]]:
+        """Yield a call that begins each rollout without rewrites, of the first `limit` alone, if it
+        need not wait. Of each 512 the longest come first: at the end they would run alone."""
+        opened, part, waiting = self.run.opened, self.prepared.config.parts.part, self.rates.waiting
+        rows = opened.round_dir.rows("rollouts", ROLLOUT_COLUMNS, done=opened.done)
+        mine = (r for r in rows if part.holds(r["row_id"]) and r["row_id"] not in waiting)
+        first = itertools.islice(mine, limit)
+        while some := list(itertools.islice(first, 512)):
+            for rollout in sorted(some, key=lambda r: -r["num_completion_tokens"]):
                 yield functools.partial(self._begin, rollout)
 
     # -- rewriting --------------------------------------------------------------------
@@ -247,8 +250,7 @@ class RewriteJob:
         return trace
 
     def _trace_columns(self, rollout: dict[str, Any], trace: str, ids: list[int]) -> dict[str, Any]:
-        """Return the columns of a distill row that follow from its trace, as text and as `ids`,
-        end token included."""
+        """Return the columns that follow from a trace, as text and as `ids`, with its end token."""
         return {
             "num_rewritten_tokens": len(ids),
             "num_thinking_tokens": self._thinking.count(rollout["prompt"], trace, ids),
@@ -288,8 +290,7 @@ class RewriteJob:
         group.unjudged.discard(row_id)
         if group.unjudged:
             return
-        rows = list(group.rows.values())
-        config = self.prepared.config
+        rows, config = list(group.rows.values()), self.prepared.config
         for row in settle(rows, config.filters, config.choose, config.measures):
             contexts = scoring_contexts(row, config.score_context)
             targets = row["input_ids"][row["loss_start"] :]

@@ -3,6 +3,7 @@
 One real vLLM engine per model, in this process.
 """
 
+import itertools
 from contextlib import closing
 
 import numpy as np
@@ -22,12 +23,14 @@ from conftest import (
 from transformers import AutoModelForCausalLM
 
 from mpd_data.common.models import load_tokenizer, resolve_model
-from mpd_data.config import EngineConfig, SamplingConfig
+from mpd_data.config import EngineConfig, RewriteConfig, SamplingConfig
 from mpd_data.engines.protocol import RequestError, Scores
 from mpd_data.engines.scores import as_float16, tail_logprobs
 from mpd_data.engines.start import start_engine
 from mpd_data.prompts.chat import ChatFormatter
 from mpd_data.prompts.template import load_template
+from mpd_data.rewrite import distill
+from mpd_data.rewrite_setup import setup
 from mpd_data.store.round import RoundDir
 from mpd_data.store.shards import read_metadata
 
@@ -115,6 +118,39 @@ def test_scores_of_what_is_written_are_those_of_a_second_pass(teacher_engine, ro
 def test_no_second_pass_where_the_teachers_turn_is_the_trace(round_dir):
     speed = RoundDir(round_dir).run_info()["stages"]["distill"]["speed"]
     assert speed["scored_while_writing"] == speed["kept"] == len(kept(round_dir))
+
+
+def test_the_longest_drafts_are_begun_first(teacher_engine, round_dir, tmp_path):
+    """Among those that a limit leaves. Rows do not depend on the order."""
+    out = without_rewrites(round_dir, tmp_path / "r")
+    begun = []
+
+    class Recorded:
+        def __getattr__(self, name):
+            return getattr(teacher_engine, name)
+
+        def submit_generate(self, key, *given, **named):
+            begun.append(key)
+            teacher_engine.submit_generate(key, *given, **named)
+
+        def close(self):
+            pass
+
+    config = RewriteConfig(
+        teacher=str(TEACHER), shards=out, template=str(TEMPLATE), score_context="rewrite",
+        engine={"dtype": "float32"}, sampling={"max_tokens": 200},
+    )  # fmt: skip
+    outcome = distill(setup(config), limit=20, start=lambda *_: Recorded())
+    written = rows(out, "distill")
+    first = itertools.islice(RoundDir(round_dir).rows("rollouts", ["row_id"]), 20)
+    assert set(written["rollout_id"]) == {row["row_id"] for row in first}
+    assert len(begun) >= 10
+    lengths = dict(written.select("row_id", "num_original_tokens").iter_rows())
+    assert [lengths[key] for key in begun] == sorted(map(lengths.get, begun), reverse=True)
+    same = rows(round_dir, "distill").filter(pl.col("row_id").is_in(written["row_id"].implode()))
+    assert same.select("row_id", "rewrite").equals(written.select("row_id", "rewrite"))
+    speed = RoundDir(out).run_info()["stages"]["distill"]["speed"]
+    assert outcome.remaining == 220 and 0 <= speed.get("half_empty", 0) <= 1
 
 
 @pytest.mark.parametrize("index", range(5))

@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -64,6 +64,8 @@ class Progress:
         self._kept: int | None = None
         self._scored_while_writing = 0
         self._running: int | None = None
+        # By number of requests that ran: how often a look found so many.
+        self._occupancy: Counter[int] = Counter()
         self._started = time.time()
         self._begun = self._last_status = self._last_look = self._last_token = time.monotonic()
         self._start_seconds = 0.0
@@ -83,10 +85,14 @@ class Progress:
 
     def speed(self, backend: str) -> dict[str, Any] | None:
         """Return rows and tokens of this run, seconds of the engine's start and of the work after
-        it, device and `backend`, of rewrites also how many are kept and how many of these needed no
-        second pass for scores with the draft; None where no token was made."""
+        it, device and `backend`; `half_empty`, the share of the time in which less than half as
+        many requests ran as ran at most; of rewrites also how many are kept and how many of these
+        needed no second pass for scores with the draft. None where no token was made."""
         if not self._tokens:
             return None
+        looks, most = self._occupancy.total(), max(self._occupancy, default=0)
+        few = sum(times for number, times in self._occupancy.items() if 2 * number < most)
+        occupancy = {"half_empty": round(few / looks, 2)} if looks else {}
         written = self._scored_while_writing
         kept = {"kept": self._kept, "scored_while_writing": written} if self._kept else {}
         return {
@@ -96,6 +102,7 @@ class Progress:
             "tokens": self._tokens,
             "start_seconds": round(self._start_seconds, 1),
             "seconds": round(time.monotonic() - self._begun, 1),
+            **occupancy,
             **kept,
         }
 
@@ -131,6 +138,8 @@ class Progress:
         self._last_look, self._in_flight = now, in_flight
         running, tokens = underway() or (None, 0)
         self._running = running
+        if running is not None:
+            self._occupancy[running] += 1
         # A row's tokens are counted when it is written: between its last token and then they are
         # in neither sum.
         before = self._looks[-1][1]
