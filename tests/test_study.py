@@ -169,7 +169,7 @@ def test_a_stage_that_is_killed_has_failed(file, tmp_path):
         figures, said = process.communicate(timeout=900)
     assert process.returncode == 1
     assert "some settings did not finish" in said
-    assert "seed 0, base: evaluate held-out ended with exit code -9" in figures
+    assert "seed 0, base: evaluate held-out was killed (SIGKILL)" in figures
     # The other seed's went on.
     finished = (tmp_path / "out" / "finished.jsonl").read_text()
     assert "seed 1, base" in finished

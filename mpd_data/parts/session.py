@@ -7,6 +7,7 @@ evaluation sets of a student and the next round's rollouts, or what a teacher re
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -65,6 +66,19 @@ class Session:
         with suppress(OSError):
             self.process.stdin.close()
         self.process.wait()
+
+
+def ending_of(code: int) -> str:
+    """Return how a process ended that did not succeed, as the rest of a sentence about it."""
+    if code == -signal.SIGKILL:
+        return (
+            "was killed (SIGKILL), as the kernel does where memory runs out; then use fewer workers"
+            " at a time, or lower what one takes: --max-num-batched-tokens and --max-num-seqs of an"
+            " engine, --pack-length of a training"
+        )
+    if code < 0:
+        return f"was ended by signal {-code}"
+    return f"ended with exit code {code}; its message is above"
 
 
 def is_session() -> bool:

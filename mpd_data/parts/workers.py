@@ -12,7 +12,7 @@ from mpd_data.common.machine import gpus
 from mpd_data.common.options import arguments
 from mpd_data.config import PartsConfig, RewriteConfig, RolloutsConfig
 from mpd_data.engines.start import close_kept_engine, keeps_engine
-from mpd_data.parts.session import Session
+from mpd_data.parts.session import Session, ending_of
 
 EXIT_FAILED_ROWS = 3  # done with failed rows
 
@@ -114,9 +114,8 @@ def _codes(running: dict[Future[int], int]) -> list[int]:
             codes.append(future.result())
             if codes[-1] not in (0, EXIT_FAILED_ROWS):
                 raise MPDError(
-                    f"worker {running[future]} ended with exit code {codes[-1]}; its message is"
-                    " above. Finished rows are committed: fix the cause and run the same command"
-                    " again."
+                    f"worker {running[future]} {ending_of(codes[-1])}. Finished rows are committed:"
+                    " fix the cause and run the same command again."
                 )
     return codes
 

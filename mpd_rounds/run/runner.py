@@ -20,7 +20,7 @@ from mpd_data.common.errors import MPDError
 from mpd_data.common.files import read_json_lines, write_json_atomic
 from mpd_data.common.records import Record, require
 from mpd_data.config import RolloutsConfig
-from mpd_data.parts.session import Session
+from mpd_data.parts.session import Session, ending_of
 from mpd_data.parts.workers import EXIT_FAILED_ROWS
 from mpd_rounds.run.steps import Step
 from mpd_train.config import TrainConfig
@@ -187,9 +187,9 @@ class Runner:
             code = self._run_in_session(step)
         if code not in (0, EXIT_FAILED_ROWS):
             raise MPDError(
-                f"{step.label} ended with exit code {code}; see its message above. Finished work"
-                " is kept: fix the cause and run the same command again. To begin this step anew,"
-                " run its own command, above, with --overwrite."
+                f"{step.label} {ending_of(code)}. Finished work is kept: fix the cause and run the"
+                " same command again. To begin this step anew, run its own command, above, with"
+                " --overwrite."
             )
         self.failed_rows |= code == EXIT_FAILED_ROWS
         record = {
