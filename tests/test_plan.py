@@ -37,6 +37,7 @@ from mpd_data.dryrun.plan import distill_bytes, rollout_bytes
 from mpd_data.store.round import RoundDir
 from mpd_rounds.cli import cli as rounds
 from mpd_rounds.run.layout import Plan
+from mpd_rounds.run.plan import plan_pipeline
 from mpd_rounds.run.runner import _inputs
 from mpd_rounds.run.steps import load_pipeline
 from mpd_train.cli import cli as train
@@ -433,6 +434,19 @@ def test_a_later_round_is_planned_from_the_first(pocket, round_dir, tmp_path, mo
     table = run("mpd-rounds", pocket, "--out", out, "--dry-run").stdout
     assert "round 2: train" in table
     assert f"learned from {out}/data/round1 (240 rows): round 2: rollouts" in table
+
+
+def test_an_engine_that_steps_could_share_is_named(pocket, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shared = plan_pipeline(load_pipeline(pocket, ()), tmp_path / "o").notes
+    assert not any("engine starts" in note for note in shared)
+    sets = ("evaluation.1.rollouts.engine.max_num_seqs=8", "rollouts.parts.workers=3")
+    notes = plan_pipeline(load_pipeline(pocket, sets), tmp_path / "o").notes
+    apart = [note for note in notes if "engine starts once more" in note]
+    assert [note.partition(" than")[0] for note in apart] == [
+        "base: evaluate greedy: has another max_num_seqs",
+        "round 1: rollouts: has another workers",
+    ]
 
 
 def test_a_pipeline_is_planned_at_given_rates(pocket, round_dir, tmp_path):

@@ -80,11 +80,19 @@ def test_what_the_model_is_shown_is_right():
         (left, sign, right, result) = re.search(r"(\d+) ([-+*]) (\d+) = (\d+)", solution).groups()
         assert int(result) == {"+": x + y, "-": x - y, "*": x * y}[sign]
         assert (int(left), int(right)) == (x, y) and checker.extract(solution) == result
-    message = load_template(str(FOLDER / "rewrite.toml")).message("PROBLEM", "DRAFT")
-    assert message.endswith("Problem: PROBLEM\nSolution: DRAFT\nShort solution:")
-    for short in re.findall(r"Short solution: (.+)", message):
-        x, y, answer = numbers(short)[:3]
-        assert answer in (x + y, x - y) and checker.extract(short) == str(answer)
+    examples = load_template(str(FOLDER / "rewrite.toml")).example
+    assert len(examples) == 4
+    for example in examples:
+        # Every calculation of the solution, in its order, then the answer, and nothing else.
+        steps = re.findall(r"\d+ [-+*/] \d+ = \d+\. ", example.draft)
+        assert example.rewrite.startswith("".join(steps)) and len(steps) >= 1
+        for step in steps:
+            (left, sign, right, result) = re.match(r"(\d+) (.) (\d+) = (\d+)", step).groups()
+            x, y = int(left), int(right)
+            assert int(result) == {"+": x + y, "-": x - y, "*": x * y, "/": x // y}[sign]
+        assert example.rewrite == "".join(steps) + f"The answer is {result}."
+        assert checker.extract(example.rewrite) == checker.extract(example.draft) == result
+        assert set(numbers(example.problem)) <= set(numbers("".join(steps)))
 
 
 @pytest.fixture(scope="module")

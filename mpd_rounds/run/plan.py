@@ -87,7 +87,7 @@ def plan_pipeline(
     second of a stage (rollouts, rewrite, train), in place of the recorded ones. Raise what a stage
     would raise before it starts its engine."""
     planner = _Planner(pipeline, out)
-    result = PipelinePlan(out, notes=pipeline.changes_text())
+    result = PipelinePlan(out, notes=[*pipeline.changes_text(), *planner.engines_apart()])
     planner.evaluate(result, 0)
     planner.baselines(result, from_rewrites=False)
     if pipeline.gate is not None:
@@ -139,6 +139,25 @@ class _Planner:
         if learned is not None:
             self._newest[stage] = learned
         return self._newest.get(stage)
+
+    def engines_apart(self) -> list[str]:
+        """Return a note for each step that samples the first student with another engine than the
+        first such step, and so cannot use its engine."""
+        first, *others = (
+            step
+            for step in self._commands.all_steps()
+            if isinstance(step.config, RolloutsConfig)
+            and step.config.model == self._pipeline.student
+        )
+        notes = []
+        for step in others:
+            mine, its = map(_engine_settings, (step, first))
+            if unlike := [name for name in mine if mine[name] != its[name]]:
+                notes.append(
+                    f"{step.label}: has another {' and '.join(unlike)} than {first.label}, so the"
+                    " student's engine starts once more"
+                )
+        return notes
 
     def baselines(self, result: PipelinePlan, from_rewrites: bool) -> None:
         """Plan the baselines that show rewrites of round 1, or the others."""
@@ -338,6 +357,11 @@ class _Planner:
         dropped = "training does not start with a row that does not fit"
         note = _budget(parts, prompt + rewrite, limit, room, dropped)
         return dataclasses.replace(plan_train_ahead(config, student, ahead, learned), notes=[note])
+
+
+def _engine_settings(step: Step) -> dict[str, Any]:
+    assert not isinstance(step.config, TrainConfig)
+    return {"workers": step.config.parts.workers, **step.config.engine.model_dump()}
 
 
 def _budget(parts: str, total: int, limit_name: str, limit: int, otherwise: str) -> str:
