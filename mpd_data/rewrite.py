@@ -336,10 +336,9 @@ class RewriteJob:
 
     def _fail(self, group: Group, row_id: str, error: Exception | str) -> None:
         """Move a rewrite from its group to errors/, once."""
-        if group.rows.pop(row_id, None) is None:
-            return
-        message = f"rollout {group.rollout['row_id']}: {error}"
-        self.run.failures.add(row_id, group.rollout["prompt_id"], message)
+        if group.rows.pop(row_id, None) is not None:
+            message = f"rollout {group.rollout['row_id']}: {error}"
+            self.run.failures.add(row_id, group.rollout["prompt_id"], message)
 
 
 def _new_row(
