@@ -352,7 +352,8 @@ def test_small_teachers_get_examples_where_the_student_does_not_think(tmp_path):
     # Its words are to be replaced, because the tokenizer cannot spell them: a copy is there.
     assert rewrite["template"] == str(tmp_path / "o" / "rewrite.toml")
     assert load_template(rewrite["template"]) == load_template("examples")
-    assert rewrite["score_context"] == "problem"
+    # Its whole turn is the trace.
+    assert rewrite["score_context"] == "rewrite"
     assert rewrite["filters"] == {"max_overlap": 0.9}
     assert pipeline.train["loss"]["divergence"] == "forward_kl"
     # Its own teacher: under its own prompt there is nothing to learn.
