@@ -43,7 +43,7 @@ class LossConfig(Strict):
     """Which of the teacher's distributions to learn, of rewrites that were scored in both contexts:
     that under the problem or the rewrite prompt; mixed: that under the problem where the draft gave
     a number away, elsewhere that under the rewrite prompt; masked: that under the rewrite prompt,
-    without the numbers given away. Default: problem; with one score context, that one."""
+    without the numbers given away. Required with both contexts; with one it is that one."""
     leak_nats: float | None = Field(None, gt=0)
     """The draft gave a number away if it raises the log-probability of one of its tokens by more
     than this, in nats, where the teacher expects a number without the draft, too. For mixed and

@@ -181,7 +181,7 @@ def test_tokens_of_numbers_are_those_that_spell_digits_alone():
     tokenizer = load_tokenizer(resolve_model(str(STUDENT)))
     targets = Targets.of(LossConfig(targets="mixed"), "both", "here")
     numbers = targets.numbers(tokenizer, len(tokenizer) + 3)
-    assert Targets.of(LossConfig(), "both", "here").numbers(tokenizer, 200) is None
+    assert Targets.of(LossConfig(targets="problem"), "both", "here").numbers(tokenizer, 200) is None
     words = [tokenizer.decode([i]).strip() for i in np.flatnonzero(numbers)]
     assert sorted(map(int, words)) == list(range(60))
     assert len(numbers) == len(tokenizer) + 3
@@ -264,16 +264,15 @@ def test_targets_are_those_asked_for(both_dir, tmp_path, name):
         )
 
 
-def test_the_default_is_the_problem_and_old_columns_are_enough(both_dir, tmp_path):
-    usual, _, _ = read(both_dir)
-    told, _, _ = read(both_dir, targets="problem")
-    for one, other in zip(usual, told, strict=True):
-        assert all(torch.equal(x, other.__dict__[name]) for name, x in one.__dict__.items())
+def test_both_contexts_ask_which_and_the_problem_needs_its_own_columns_alone(both_dir, tmp_path):
+    with pytest.raises(ConfigError, match="--targets: .* scored in both contexts"):
+        read(both_dir)
+    for batch in read(both_dir, targets="problem")[0]:
         # A teacher in the process reads the problem too.
-        assert torch.equal(one.teacher_input_ids, one.input_ids)
+        assert torch.equal(batch.teacher_input_ids, batch.input_ids)
     broken = shutil.copytree(both_dir, tmp_path / "r")
     edit_rows(broken, "distill", lambda row: row.update(draft_topk_ids=None))
-    assert len(read(broken)[0]) == 2
+    assert len(read(broken, targets="problem")[0]) == 2
     with pytest.raises(DataError, match="0 draft_topk_ids, .* Check the round"):
         read(broken, targets="mixed")
 

@@ -46,8 +46,8 @@ class Taught(NamedTuple):
 
 @dataclass(frozen=True)
 class Targets:
-    """What rows are trained on that were scored in `score_context`, by `--targets` (None: by the
-    score context, with `both` by the problem) and `--leak-nats`."""
+    """What rows are trained on that were scored in `score_context`, by `--targets` and
+    `--leak-nats`."""
 
     score_context: str
     name: str
@@ -63,7 +63,13 @@ class Targets:
                 f" {score_context!r}. Leave the option out, or score them anew, in another folder"
                 " or with --overwrite: mpd-gen rewrite --score-context both."
             )
-        name = loss.targets or ("problem" if score_context == "both" else score_context)
+        if score_context == "both" and loss.targets is None:
+            raise ConfigError(
+                f"--targets: the rewrites of {source} are scored in both contexts. Say which"
+                " distribution to learn: rewrite (after the teacher's prompt, which asks for few"
+                " words), problem (after the student's), mixed or masked."
+            )
+        name = loss.targets or score_context
         return cls(score_context, name, loss.leak_nats or DEFAULT_LEAK_NATS, loss.by_token)
 
     @property
