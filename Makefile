@@ -13,7 +13,9 @@
 # make notebook        run docs/notebook.ipynb and write its outputs anew
 # make screenshots     the pictures in docs/, of a finished make demo
 # make check           lint, and the tests that start no engine
-# make test            lint, site and all tests
+# make test            lint, site, and the tests without the slow ones
+# make test-slow       the slow tests: hundreds of kills, other ways to the same rows, rare settings
+# make test-all        all tests, with all combinations of the losses' parameters and all kills
 # make test-any-order  all tests in an order of chance, which is printed
 # make fuzz            10,000 cases of damaged input, for a night
 # make test-lowest     a quick part of the tests with the lowest versions    build/lowest
@@ -39,7 +41,7 @@ export PYTHONDONTWRITEBYTECODE :=
 FAST := $(addprefix tests/test_,checkers.py contamination.py damage.py docs.py flops.py gate.py gold_answers.py \
 	inputs.py options.py packing.py public.py validation.py weights.py)
 
-.PHONY: help install check test-all test-any-order test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder qwen2.5-coder-study notebook site screenshots test fuzz lint retrain
+.PHONY: help install check test-slow test-all test-any-order test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder qwen2.5-coder-study notebook site screenshots test fuzz lint retrain
 install: .venv/.installed
 
 help:
@@ -152,11 +154,14 @@ check: lint
 
 # test-all, and test-any-order: with every combination of the losses' parameters, where test has each
 # pair of them, and with all kills of the kill matrix.
-test test-all test-any-order: lint site .venv/.browser build/lm-eval/.installed build/mlflow/.installed
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(ORDER) $(KERNELS) $(ALL_CASES)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ORDER) $(KERNELS:%=--ignore=%) $(ALL_CASES)
+test test-all test-any-order: lint site
+test test-slow test-all test-any-order: .venv/.browser build/lm-eval/.installed build/mlflow/.installed
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(ORDER) $(KERNELS) $(WHICH)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ORDER) $(KERNELS:%=--ignore=%) $(WHICH)
 
-test-all test-any-order: ALL_CASES := --all-cases
+test: WHICH := -m 'not slow'
+test-slow: WHICH := -m slow
+test-all test-any-order: WHICH := --all-cases
 test-any-order: ORDER := -p randomly --randomly-dont-reset-seed
 
 fuzz: .venv/.tools

@@ -73,6 +73,7 @@ def test_inspection_loads_nothing_heavy(round_dir, prompts, name):
     assert modules_after(running("mpd_data.cli", words)) == set()
 
 
+@pytest.mark.slow
 def test_import_weights():
     assert modules_after("import mpd_train") == set()
     assert modules_after("import mpd_train.kl") == {"torch"}

@@ -32,6 +32,7 @@ def config(round_dir, out, **changed):
     return train_config(round_dir, STUDENT, out, optimizer={"learning_rate": 5e-4}, **changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, graphs",
     [

@@ -124,6 +124,7 @@ def test_several_processes_do_what_one_does(one, round_dir, tmp_path, size):
     assert_same(tmp_path / "run", one)
 
 
+@pytest.mark.slow
 def test_the_mean_is_over_the_weights_of_all_processes(both_dir, tmp_path):
     alone_and_together(
         both_dir, tmp_path, {"--targets": "masked", "--leak-nats": 0.005, "--max-steps": 2}
@@ -159,6 +160,7 @@ def test_killed_and_resumed_with_another_number_of_processes(one, round_dir, tmp
     assert_same(out, one)
 
 
+@pytest.mark.slow
 def test_what_two_processes_saved_is_exported(one, round_dir, tmp_path):
     out = tmp_path / "run"
     killed_after(3, 2, settings(round_dir, out), out)
@@ -182,6 +184,7 @@ def test_what_two_processes_saved_is_exported(one, round_dir, tmp_path):
     assert_same(out, one)
 
 
+@pytest.mark.slow
 def test_adapters_a_teacher_and_validation(round_dir, tmp_path):
     """Frozen weights among trained ones, a second sharded model, early stopping's best weights."""
     more = {
@@ -195,6 +198,7 @@ def test_adapters_a_teacher_and_validation(round_dir, tmp_path):
         assert torch.allclose(b[name], weight, atol=1e-3), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"--lora-r": 4}])
 def test_a_student_that_is_an_adapter(round_dir, tmp_path, more):
     """Merged, and trained further."""
@@ -211,6 +215,7 @@ def test_a_teacher_is_taken_to_the_cpu_when_told(round_dir, tmp_path):
     assert "--teacher-offload: give --teacher too" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied, size", [(False, 2), (True, 1)])
 def test_a_teacher_in_the_cpus_memory_teaches_the_same(round_dir, tmp_path, tied, size):
     """That its weights lie there shows on a GPU alone."""
@@ -225,6 +230,7 @@ def test_a_teacher_in_the_cpus_memory_teaches_the_same(round_dir, tmp_path, tied
     assert_same(tmp_path / "there", tmp_path / "here")
 
 
+@pytest.mark.slow
 def test_the_shipped_job_script_trains_with_a_process_for_each_gpu(round_dir, tmp_path):
     """As SLURM runs it on one node: bash, with its environment."""
     arguments = settings(round_dir, tmp_path / "run", **{"--epochs": 1})
@@ -236,6 +242,7 @@ def test_the_shipped_job_script_trains_with_a_process_for_each_gpu(round_dir, tm
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_tied_head_is_trained_from_both_its_ends(round_dir, tmp_path):
     tied = tied_student(tmp_path / "tied", "float32")
     more = {"--student": tied, "--epochs": 1}
@@ -256,6 +263,7 @@ def made(family, folder, **changed):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, changed", [("Granite", {"logits_scaling": 4.0}), ("Phi", {})])
 def test_a_scaled_head_and_one_with_a_bias_are_sharded(round_dir, tmp_path, family, changed):
     """The first process alone reads weights; all need what it learns from them."""
@@ -278,6 +286,7 @@ def test_one_process_can_fail_and_begin_again():
             raise ConfigError("failed")
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_sharded(one, round_dir, tmp_path):
     """With recomputation too, in all the order that FSDP asks for."""
     arguments = settings(round_dir, tmp_path / "run")

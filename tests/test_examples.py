@@ -36,6 +36,7 @@ def test_a_student_that_is_its_own_teacher_has_no_loss():
     assert loss > 1e-3
 
 
+@pytest.mark.slow
 def test_the_loss_in_other_trainers(round_dir, tmp_path):
     """It learns, and a step has one mean over its tokens, however its rows are divided: into
     batches, among processes, by transformers' Trainer or TRL's."""

@@ -57,6 +57,7 @@ def undisturbed(round_dir, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_of_a_training_that_runs_is_killed_and_goes_on(undisturbed, round_dir, tmp_path):
     out, words = tmp_path / "run", arguments(round_dir, STUDENT, tmp_path / "run")
     process = stopped_after(6, words, out)
@@ -90,6 +91,7 @@ def test_of_a_training_that_runs_is_killed_and_goes_on(undisturbed, round_dir, t
     assert same(weights(out), weights(undisturbed))
 
 
+@pytest.mark.slow
 def test_of_adapters_the_adapter_and_the_merged_model(round_dir, exact_student, tmp_path):
     peft = pytest.importorskip("peft")
     out, lora = tmp_path / "run", ("--lora-r", 4, "--lora-dropout", 0.1)

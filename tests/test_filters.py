@@ -310,6 +310,7 @@ def test_the_student_chooses_what_it_finds_likeliest(all_kept, likeliest):
     assert (lengths["num_rewritten_tokens"] > lengths["num_rewritten_tokens_right"]).any()
 
 
+@pytest.mark.slow
 def test_a_choice_survives_a_kill_and_is_made_once(sampled, all_kept, likeliest, tmp_path):
     """A kill while the student chooses, then the same command: the choice is as without a kill. And
     --refilter of a round with --choose all makes the same choice."""
@@ -343,6 +344,7 @@ def test_a_choice_survives_a_kill_and_is_made_once(sampled, all_kept, likeliest,
         assert rows(made).select(columns).equals(rows(likeliest).select(columns))
 
 
+@pytest.mark.slow
 def test_parts_leave_the_choice_for_later(sampled, likeliest, tmp_path):
     out = without_rewrites(sampled, tmp_path / "round1")
     asked = varied(out, **{"--choose": "likeliest"})

@@ -237,6 +237,7 @@ def test_what_the_gate_lacks_is_named(plan, tmp_path):
 # -- a real pipeline -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_round_made_bad_is_refused_and_a_good_one_passes(prompts, tmp_path, capsys):
     path, out = small_pocket(prompts, tmp_path), tmp_path / "out"
     text = "[[evaluation]]".join(path.read_text().split("[[evaluation]]")[:2])

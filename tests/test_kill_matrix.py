@@ -199,6 +199,7 @@ def kill_rounds(nursery, truth, kills, folder, seed):
     return figures
 
 
+@pytest.mark.slow
 def test_a_hundred_kills_lose_and_double_nothing(nursery, undisturbed, tmp_path, request):
     share = 1 if request.config.getoption("all_cases") else 3
     jobs = {name: undisturbed(*name) for name in KILLS}
@@ -447,6 +448,7 @@ def test_of_two_that_start_at_once_one_is_refused(nursery, undisturbed, tmp_path
         assert differences(truth.rows, out, "rollouts") == (0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["rollouts", "rewrite"])
 def test_parts_that_start_at_once_while_one_is_killed(nursery, undisturbed, tmp_path, stage):
     truth = undisturbed(stage, "transformers")
@@ -532,6 +534,7 @@ def engine_of(pid):
     return None
 
 
+@pytest.mark.slow
 def test_an_engine_process_that_is_killed_ends_the_job_at_once(nursery, undisturbed, tmp_path):
     """As the kernel kills it when memory runs out: it cannot report its own death."""
     truth = undisturbed("rollouts", "vllm")

@@ -175,6 +175,7 @@ def test_never_holds_tokens_times_vocabulary(kind):
     assert 0 < largest <= n * vocab // 4
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_gpus_that_are_not_here():
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -68,6 +68,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_the_kernels_compute_the_same(round_dir):
     """Loss and all gradients of a pack of the two shortest rows. The model's own forward, into

@@ -65,6 +65,7 @@ def test_merged_generates_what_base_and_adapter_do(trained, base, round_dir):
     assert found != unadapted
 
 
+@pytest.mark.slow
 def test_full_rank_reaches_the_loss_of_full_training(round_dir, base, tmp_path):
     """On the whole round. Full training moves norms and embeddings too, and the paths differ, so
     the two agree as two runs of one method do; adapters of a small rank stay far behind."""

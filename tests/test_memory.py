@@ -27,6 +27,7 @@ def within():
     return environment() | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

@@ -39,6 +39,7 @@ def executed(tmp_path_factory):
     return folder, outputs, last.outputs[0].text
 
 
+@pytest.mark.slow
 def test_it_trains_a_student(executed):
     assert (executed[0] / "runs" / "train" / "model" / "model.safetensors").exists()
 

@@ -232,6 +232,7 @@ def test_a_server_without_vllms_additions_is_refused(choice, message):
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_ends_the_job_and_the_rest_follows(prompts, tmp_path, monkeypatch):
     """A connection that fails is tried again: a server that is back in time loses nothing. An
     error of its own ends the job."""
@@ -266,6 +267,7 @@ def test_a_server_that_dies_ends_the_job_and_the_rest_follows(prompts, tmp_path,
         server.kill()
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_ends_the_job(prompts, tmp_path, monkeypatch):
     """With three seconds of patience in place of two minutes."""
     monkeypatch.setenv("MPD_API_KEY", KEY)

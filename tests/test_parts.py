@@ -86,6 +86,7 @@ def test_workers_make_the_rows_of_one_process(round_dir, prompts, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_limit_is_shared_among_workers(prompts, tmp_path):
     out = tmp_path / "r"
     run("mpd-gen", *rollout_arguments(prompts, out), "--workers", 2, "--limit", 5)
@@ -139,6 +140,7 @@ def test_a_job_array_is_the_default(prompts, tmp_path, monkeypatch, capsys):
         invoke(cli, *rollout_arguments(prompts, out))
 
 
+@pytest.mark.slow
 def test_the_shipped_job_script_makes_the_round_task_by_task(round_dir, prompts, tmp_path):
     """As SLURM runs it: bash, one task after another, the array in its environment."""
     out = tmp_path / "r"
@@ -242,6 +244,7 @@ def test_gpus_are_shared_out(monkeypatch):
     assert _shares(3, 2) == [None, None, None]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_stops_the_rest_and_loses_nothing(round_dir, prompts, tmp_path):
     out = tmp_path / "r"
     arguments = [*rollout_arguments(prompts, out), "--workers", 2, "--rows-per-shard", 5]
@@ -259,6 +262,7 @@ def test_a_worker_that_is_killed_stops_the_rest_and_loses_nothing(round_dir, pro
     run("mpd-gen", "validate", out)
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_ends_a_job_loses_no_finished_row(prompts, tmp_path):
     out = tmp_path / "r"
 

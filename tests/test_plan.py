@@ -242,6 +242,7 @@ def part(round_dir, prompts, tmp_path_factory):
     return rollouts, rewrites
 
 
+@pytest.mark.slow
 def test_a_limited_run_says_what_the_rest_takes(part, round_dir, prompts):
     """Expected tokens and bytes are within a quarter of what the whole round then holds."""
     calls = [
@@ -270,6 +271,7 @@ def test_a_limited_run_says_what_the_rest_takes(part, round_dir, prompts):
         assert plan["device"] == f"{speed['device']}, vllm"
 
 
+@pytest.mark.slow
 def test_without_the_limit_the_rest_follows(part, round_dir, prompts, tmp_path):
     out = shutil.copytree(part[0], tmp_path / "r")
     said = run("mpd-gen", *rollout_arguments(prompts, out)).stderr

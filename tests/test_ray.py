@@ -85,6 +85,7 @@ def at_work(out):
     return {each["pid"] for each in said if each["state"] in ("running", "finished")}
 
 
+@pytest.mark.slow
 def test_two_nodes_make_the_rows_of_one_process(on_cluster, round_dir, prompts, tmp_path):
     out = tmp_path / "round1"
     run("mpd-gen", *rollout_arguments(prompts, out), *TWO)
@@ -125,6 +126,7 @@ def test_a_node_that_dies_costs_and_doubles_no_row(on_cluster, round_dir, prompt
     run("mpd-gen", "validate", out)
 
 
+@pytest.mark.slow
 def test_an_interrupt_commits_what_is_finished(on_cluster, round_dir, prompts, tmp_path):
     out = tmp_path / "round1"
     arguments = [*rollout_arguments(prompts, out), *TWO, "--rows-per-shard", 8]
@@ -153,6 +155,7 @@ def test_an_actors_error_is_one_message(on_cluster, prompts, tmp_path):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_overwrite_and_limit(on_cluster, round_dir, prompts, tmp_path):
     out = shutil.copytree(round_dir, tmp_path / "round1")
     fewer = rollout_arguments(prompts, out, **{"-n": 3})
@@ -163,6 +166,7 @@ def test_overwrite_and_limit(on_cluster, round_dir, prompts, tmp_path):
     assert not (out / "distill").exists()
 
 
+@pytest.mark.slow
 def test_a_bad_prompt_fails_alone(on_cluster, round_dir, prompts, tmp_path):
     """The row is in errors/ and exit code 3 says so, the second time too."""
     with prompts.open(encoding="utf-8") as lines:

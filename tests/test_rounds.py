@@ -126,6 +126,7 @@ def tiny(small, folder):
     return path
 
 
+@pytest.mark.slow
 def test_a_first_student_that_is_an_adapter(small, tmp_path):
     """Sampled from as it is, trained merged; later rounds go on from whole models."""
     pytest.importorskip("peft")
@@ -156,6 +157,7 @@ def test_a_first_student_that_is_an_adapter(small, tmp_path):
     assert found.keys() == load_file(STUDENT / "model.safetensors").keys()
 
 
+@pytest.mark.slow
 def test_seeds_are_run_apart_and_compared(small, tmp_path):
     path = tiny(small, tmp_path)
     out = tmp_path / "o"

@@ -329,6 +329,7 @@ def interrupted(path, pairs, at):
     return False
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_doubles_and_parts_no_rows(tmp_path):
     """Ctrl-C raises wherever the writer is, and leaving it commits what is there: no row twice, no
     pair in half, and the same command makes the rest."""
@@ -458,6 +459,7 @@ def test_death_between_any_two_system_calls(forks, tmp_path):
     assert deaths > 10
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments(forks, tmp_path):
     rng = random.Random(0)
     path = tmp_path / "r"

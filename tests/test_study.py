@@ -122,6 +122,7 @@ def in_its_first_stages(file, out, parallel, *more):
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel, group", [(1, False), (2, False), (2, True)])
 def test_told_to_end_it_lets_its_stages_commit_and_begins_no_other(file, tmp_path, parallel, group):
     """Schedulers signal this process alone, and its stages hear of it from here; or all of its
@@ -156,6 +157,7 @@ def done(file, tmp_path_factory):
     return out, run("mpd-study", file, "--out", out, "--group", "loss", *words)
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_killed_has_failed(file, tmp_path):
     # Two samples of each problem: the other seed's stages run to their end.
     few = "pipeline.evaluation.0.rollouts.num_samples=2"

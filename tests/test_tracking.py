@@ -187,6 +187,7 @@ def test_a_missing_tracker_is_refused_before_training(round_dir, tmp_path, track
 MLFLOW = ROOT / "build" / "mlflow"
 
 
+@pytest.mark.slow
 def test_mlflow_holds_the_metrics_and_a_resumed_training_goes_on_in_its_run(round_dir, tmp_path):
     if not (MLFLOW / "mlflow").exists():
         how = "no mlflow: make build/mlflow/.installed"

@@ -166,6 +166,7 @@ def test_the_cached_loss_bounds_the_dense_one(shards, student, teacher, name):
     assert cached >= 0.9 * dense - 1e-4
 
 
+@pytest.mark.slow
 def test_dense_equals_cached_at_full_k(round_dir, student, teacher, tmp_path):
     out = shutil.copytree(round_dir, tmp_path / "round1", ignore=shutil.ignore_patterns("distill*"))
     vocab = student.head().shape[0]
@@ -428,6 +429,7 @@ def test_a_nan_loss_stops_with_the_rows_named(round_dir, tmp_path):
     assert all(torch.equal(found[name], value) for name, value in vars(batch).items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_is_one_message(round_dir, trained, tmp_path):
     """The kernel refuses files above a size, as a full disk would; the rest follows."""
     out = tmp_path / "run"

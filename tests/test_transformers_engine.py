@@ -186,6 +186,7 @@ def test_no_vllm_is_needed(prompts, tmp_path):
     assert read_metadata(shard)["backend"] == "transformers"
 
 
+@pytest.mark.slow
 def test_a_round_of_its_own_equals_vllms(round_dir, prompts, tmp_path):
     """The whole of stage one. Greedy rollouts are the same ids; sampled rewrites of vLLM's
     rollouts are kept alike; scores differ by rounding."""
