@@ -377,15 +377,21 @@ def test_other_problems_are_not_compared(done, file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "values, limits",
+    "values, intervals, limits",
     [
-        ([70, 74, 76, 85, 86, 89, 24], (70 - 0.12 * 19, 89 + 0.12 * 19)),
-        ([40, 41, 42, 300, 43, 44], (40 - 0.12 * 4, 44 + 0.12 * 4)),
-        ([40, 60, 80, 100, 120], (40 - 0.12 * 80, 120 + 0.12 * 80)),
+        ([70, 74, 76, 85, 86, 89, 24], [], (70, 89)),
+        ([40, 41, 42, 300, 43, 44], [(39, 45), (298, 303)], (39, 45)),
+        ([40, 60, 80, 100, 120], [(70, 130), (30, 50)], (30, 130)),
         # Of four values none is an exception.
-        ([40, 41, 42, 300], (40 - 0.12 * 260, 300 + 0.12 * 260)),
-        ([50, 50], (49, 51)),
+        ([40, 41, 42, 300], [(298, 303)], (40, 303)),
     ],
 )
-def test_one_value_far_from_all_others_does_not_make_the_plot_small(values, limits):
-    assert _limits(values) == pytest.approx(limits)
+def test_one_value_far_from_all_others_does_not_make_the_plot_small(values, intervals, limits):
+    """Nor are the intervals of the others cut off."""
+    low, high = _limits(values, intervals)
+    margin = 0.06 * (limits[1] - limits[0])
+    assert (low, high) == pytest.approx((limits[0] - margin, limits[1] + margin))
+
+
+def test_equal_values_have_room_around_them():
+    assert _limits([50, 50], []) == (49, 51)

@@ -361,8 +361,9 @@ def plot(
             axes.plot(x, 100 * y, "s", color=_BASE, markersize=6, zorder=4)
             named.append(("base", x, 100 * y, _BASE, False))
         every = [point for _, _, points in lines for point in points]
-        x_limits = _limits([p["mean_tokens"] for p in every])
-        y_limits = _limits([100 * p["accuracy"] for p in every])
+        bounds = {name: _bounds(points[0], points[-1]) for name, _, points in lines}
+        x_limits = _limits([p["mean_tokens"] for p in every], [x for x, _ in bounds.values()])
+        y_limits = _limits([100 * p["accuracy"] for p in every], [y for _, y in bounds.values()])
         for name, colour, points in lines:
             last = points[-1]
             x, y = last["mean_tokens"], 100 * last["accuracy"]
@@ -378,7 +379,9 @@ def plot(
                 axes.plot(*zip(*way, strict=True), color=colour, linewidth=1, alpha=0.35, zorder=2)
                 for round_ in way[1:-1]:
                     axes.plot(*round_, "o", color=colour, markersize=3)
-            _whiskers(axes, points[0], last, colour)
+            thin: dict[str, Any] = {"color": colour, "linewidth": 1.2, "alpha": 0.45, "zorder": 3}
+            axes.hlines(y, *bounds[name][0], **thin)
+            axes.vlines(x, *bounds[name][1], **thin)
             axes.plot(x, y, "o", color=colour, markersize=6.5, markeredgewidth=1.5, zorder=4,
                       markerfacecolor="white" if is_free else colour)  # fmt: skip
             named.append((name, x, y, colour, is_free))
@@ -391,20 +394,21 @@ def plot(
         figure.savefig(out, metadata={"Date": None})
 
 
-def _whiskers(axes: Any, base: dict[str, Any], last: dict[str, Any], colour: str) -> None:
-    """Draw the intervals of a model's differences from its base, around its point."""
+def _bounds(
+    base: dict[str, Any], last: dict[str, Any]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the intervals of a model's difference from its base, around its tokens and its
+    accuracy in %."""
     change = last["against_base"]
     saved, gained = change["token_reduction_interval"], change["accuracy_difference_interval"]
-    tokens = [base["mean_tokens"] * (1 - share) for share in saved]
-    accuracy = [100 * (base["accuracy"] + points) for points in gained]
-    thin = {"color": colour, "linewidth": 1.2, "alpha": 0.45, "zorder": 3}
-    axes.hlines(100 * last["accuracy"], *tokens, **thin)
-    axes.vlines(last["mean_tokens"], *accuracy, **thin)
+    tokens = (base["mean_tokens"] * (1 - saved[1]), base["mean_tokens"] * (1 - saved[0]))
+    accuracy = (100 * (base["accuracy"] + gained[0]), 100 * (base["accuracy"] + gained[1]))
+    return tokens, accuracy
 
 
-def _limits(values: list[float]) -> tuple[float, float]:
+def _limits(values: list[float], bounds: list[tuple[float, float]]) -> tuple[float, float]:
     """Return an axis' limits, with a margin. A value without which the others need less than half
-    of the axis is left outside."""
+    of the axis is left outside; the intervals `bounds` around the others are inside."""
     ordered = sorted(values)
     if len(ordered) > 4:
         whole = ordered[-1] - ordered[0]
@@ -412,5 +416,8 @@ def _limits(values: list[float]) -> tuple[float, float]:
             if rest[-1] - rest[0] < whole / 2:
                 ordered = rest
                 break
-    margin = 0.12 * (ordered[-1] - ordered[0]) or 1.0
-    return ordered[0] - margin, ordered[-1] + margin
+    inside = [b for b in bounds if b[0] <= ordered[-1] and ordered[0] <= b[1]]
+    low = min([ordered[0], *(b[0] for b in inside)])
+    high = max([ordered[-1], *(b[1] for b in inside)])
+    margin = 0.06 * (high - low) or 1.0
+    return low - margin, high + margin
