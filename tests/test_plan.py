@@ -314,11 +314,12 @@ def test_a_shorter_run_does_not_replace_a_longer_ones_speed(tmp_path):
     round_dir.claim("rollouts", {"a": 1}, {})
 
     def record(count, device):
-        speed = {"rows": count, "device": device, "backend": "vllm"}
-        speed |= {"tokens": 9, "start_seconds": 1.0, "seconds": 1.0}
+        # A run that rejects rows without an engine has many of them.
+        speed = {"rows": 100 - count, "tokens": count, "device": device, "backend": "vllm"}
+        speed |= {"start_seconds": 1.0, "seconds": 1.0}
         round_dir.record_speed("rollouts", speed)
         round_dir.claim("rollouts", {"a": 1}, {"more": count})
-        return round_dir.run_info()["stages"]["rollouts"]["speed"]["rows"]
+        return round_dir.run_info()["stages"]["rollouts"]["speed"]["tokens"]
 
     assert record(10, "cpu") == 10
     assert record(5, "cpu") == 10
