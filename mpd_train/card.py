@@ -4,6 +4,7 @@ trained."""
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -18,7 +19,6 @@ from mpd_data.store.run_record import read_record
 from mpd_train.config import TrainConfig
 
 _TAG = "mixed-policy-distillation"
-_RESULTS = "## Results\n\n"
 Results = dict[str, dict[str, Any]]
 
 
@@ -63,7 +63,7 @@ def write_card(folder: Path, student: ModelFiles, trained: Trained) -> None:
     of_adapters = {"Adapters": f"LoRA of rank {lora.lora_r}"} if lora.lora_r else {}
     facts = {
         "Student": Path(student.name).name if is_folder else student.name,
-        **_made_by(config.shards[-1]),
+        **_made_by(config),
         "Loss": loss.divergence + (f", {loss.ce_weight:g} of cross-entropy" * (loss.ce_weight > 0)),
         "Training": f"{trained.length}, learning rate {optimizer.learning_rate:g},"
         f" seed {config.seed}",
@@ -74,15 +74,38 @@ def write_card(folder: Path, student: ModelFiles, trained: Trained) -> None:
     card = ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {trained.title}\n\n"
         "A student of Mixed-Policy Distillation (arXiv:2605.08776): it learns shorter traces from a"
-        f" teacher's rewrites of its own.\n\n{text}\n"
+        f" teacher's rewrites of its own.\n\n{text}\n{_prompt(config.shards[-1])}"
     )
     card.save(folder / "README.md")
 
 
-def _made_by(shards: Path) -> dict[str, str]:
-    """Return who wrote the rewrites of a round, by its run.json."""
-    stage = read_record(shards).get("stages", {}).get("distill", {})
-    told = stage.get("details", {}).get("config", {})
+def _settings(shards: Path, stage: str) -> dict[str, Any]:
+    """Return the settings of a round's stage, by its run.json; nothing where it has none."""
+    found = read_record(shards).get("stages", {}).get(stage, {}).get("details", {})
+    settings: dict[str, Any] = found.get("config", {})
+    return settings
+
+
+def _prompt(shards: Path) -> str:
+    """Return a section on the prompt that the student was trained to answer, by a round's run.json.
+    Nothing where it is the problem as it is."""
+    settings = _settings(shards, "rollouts")
+    texts = {
+        "System message": settings.get("system_prompt"),
+        "User's message": settings.get("prompt_template"),
+    }
+    shown = {name: text for name, text in texts.items() if text and text != "{{problem}}"}
+    if not shown:
+        return ""
+    # Indented, a line of it is no heading and no fence.
+    blocks = (f"{name}:\n\n{indent(text, ' ' * 4)}\n" for name, text in shown.items())
+    return "\n## Prompt\n\nIt learned to answer briefly after this prompt.\n\n" + "\n".join(blocks)
+
+
+def _made_by(config: TrainConfig) -> dict[str, str]:
+    """Return who wrote the rewrites of the last round, by its run.json, and what is learned."""
+    shards = config.shards[-1]
+    told = _settings(shards, "distill")
     if not told:
         return {}
     teacher = str(told["teacher"])
@@ -91,19 +114,22 @@ def _made_by(shards: Path) -> dict[str, str]:
     seen = {
         "problem": "after the problem alone",
         "rewrite": "after the problem and the draft",
-        "both": "after the problem, and after the problem and the draft",
+        "mixed": "after the problem and the draft; of numbers that the draft gives away, after the"
+        " problem alone",
+        "masked": "after the problem and the draft, without numbers that the draft gives away",
+        # A training from before --targets was required.
+        "both": "after the problem alone",
     }
     return {
         "Teacher": name,
         "Rewrites": f"{counts.get('ok', 0):,} kept of {sum(counts.values()):,}, of the last round",
-        "Teacher's probabilities": seen[told["score_context"]],
+        "Teacher's probabilities": seen[config.loss.targets or told["score_context"]],
     }
 
 
 def _datasets(rounds: list[Path]) -> list[str]:
     """Return the hub's datasets that the prompts of `rounds` come from, by their run.json."""
-    stages = (read_record(each).get("stages", {}).get("rollouts", {}) for each in rounds)
-    prompts = (stage.get("details", {}).get("config", {}).get("prompts", []) for stage in stages)
+    prompts = (_settings(each, "rollouts").get("prompts", []) for each in rounds)
     found = (dataset_of(source) for sources in prompts for source in sources)
     return list(dict.fromkeys(name for name in found if name))
 
@@ -147,8 +173,9 @@ def add_results(folder: Path, name: str, base: Results, results: Results) -> Non
         if result[metric] is not None and (interval := result[f"{metric}_interval"])
         for low, high in [interval]
     ]
-    before = re.sub("^# .*", lambda _: f"# {name}", card.text.partition(_RESULTS)[0], flags=re.M)
-    card.text = f"{before.rstrip()}\n\n{_RESULTS}{_table(base, results)}"
+    before = re.split("^## Results$", card.text, maxsplit=1, flags=re.M)[0].rstrip()
+    titled = re.sub("^# .*", lambda _: f"# {name}", before, count=1, flags=re.M)
+    card.text = f"{titled}\n\n## Results\n\n{_table(base, results)}"
     with atomic_file(path) as file:
         file.write(str(card))
 

@@ -250,6 +250,29 @@ def test_a_card_says_how_many_problems_its_accuracy_is_over(round_dir, tmp_path)
     assert "Accuracy is that of the problems with gold answers." in card
 
 
+def test_a_card_has_the_prompt_and_results_that_come_twice_stand_once(round_dir, tmp_path):
+    copy, model = shutil.copytree(round_dir, tmp_path / "round"), tmp_path / "model"
+    told = json.loads((copy / "run.json").read_text())
+    template = "# Task\n{{problem}}\n\n## Results\n\n```"
+    told["stages"]["rollouts"]["details"]["config"] |= {
+        "prompt_template": template,
+        "system_prompt": "Be exact.",
+    }
+    (copy / "run.json").write_text(json.dumps(told))
+    model.mkdir()
+    config = train_config(copy, STUDENT, tmp_path / "run")
+    write_card(model, resolve_model(str(STUDENT)), Trained(config, "mine"))
+    found = {"test": evaluate(copy)}
+    for name in ("first", "second"):
+        add_results(model, name, found, found)
+    text = (model / "README.md").read_text()
+    assert "\n# second\n" in text and "first" not in text
+    assert "System message:\n\n    Be exact.\n" in text
+    shown = "    # Task\n    {{problem}}\n\n    ## Results\n\n    ```\n"
+    assert f"User's message:\n\n{shown}" in text
+    assert text.count("\n## Results\n") == 1
+
+
 def test_who_may_not_write_is_told_how(hub, round_dir, tmp_path):
     refused = pushed(hub, round_dir, "team/round1", token="hf_another", code=1)
     assert "cannot be pushed to team/round1" in refused.stderr and "hf auth login" in refused.stderr
