@@ -150,7 +150,7 @@ build/%/.installed: .venv/.tools constraints/%.txt
 	./scripts/browser.sh
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' $(FAST)
 
 # test-all, and test-any-order: with every combination of the losses' parameters, where test has each
 # pair of them, and with all kills of the kill matrix.
