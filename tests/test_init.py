@@ -365,7 +365,7 @@ def test_small_teachers_get_examples_where_the_student_does_not_think(tmp_path):
     assert "is its own teacher" in notes
     pipeline, notes = made(tmp_path / "o2", prompts=path)
     assert "filters" not in pipeline.rewrite
-    assert "`examples` has no layout" in notes
+    assert "`examples` cannot write the" in notes
     assert "cannot spell the words of the built-in templates" in notes
     assert pipeline.rewrite["template"] == str(tmp_path / "o2" / "rewrite.toml")
     assert load_template(pipeline.rewrite["template"]) == load_template("tags")

@@ -323,8 +323,8 @@ def look_at_models(config: InitConfig) -> Models:
     elif thinks:
         template = "tags"
         why = (
-            f"The teacher is small ({_billions(weights)} weights), but `examples` has no layout"
-            " for a student that thinks."
+            f"The teacher is small ({_billions(weights)} weights), but `examples` cannot write the"
+            " trace of a student that thinks."
         )
         if spells:
             why += (
