@@ -19,7 +19,8 @@ for name in sys.argv[1:]:
         continue
     except metadata.PackageNotFoundError:
         pass
-    folder = f"{name}-100+placeholder.dist-info"
+    # The name ends at the first dash of the folder's.
+    folder = f"{name.replace('-', '_')}-100+placeholder.dist-info"
     files = {
         "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 100+placeholder\n",
         "INSTALLER": "placeholders\n",
