@@ -59,6 +59,7 @@ def test_compiled_layers_give_the_same_losses(round_dir, tmp_path, settings, gra
     assert json.loads(done.stdout.splitlines()[-1]) == [graphs, []]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_it(round_dir, tmp_path):
     """It is no part of what a run is: a machine without a compiler takes it over."""
     arguments = ["--shards", round_dir, "--student", STUDENT, "--out", tmp_path / "run"]

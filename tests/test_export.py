@@ -114,6 +114,7 @@ def brought_to(student, precision):
     return student
 
 
+@pytest.mark.slow
 def test_the_export_generates_what_the_trained_student_does(exported, continued, precision):
     start, folder, live = exported
     completions = [completion for _, completion in continued]

@@ -44,6 +44,7 @@ def test_it_trains_a_student(executed):
     assert (executed[0] / "runs" / "train" / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_no_engine_and_no_model_stays_in_memory(executed):
     assert executed[2] == "[]\n"
 

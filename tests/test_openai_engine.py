@@ -101,6 +101,7 @@ def served(url, name="pocket"):
     return names | {"--dtype": "auto", "--kv-cache-gib": None}
 
 
+@pytest.mark.slow
 def test_rewrites_are_those_of_an_engine_here(round_dir, teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("MPD_API_KEY", KEY)
     folder = without_rewrites(round_dir, tmp_path / "r")

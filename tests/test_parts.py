@@ -284,6 +284,7 @@ def test_a_scheduler_that_ends_a_job_loses_no_finished_row(prompts, tmp_path):
     assert status["stages"][0]["asked"] == 240
 
 
+@pytest.mark.slow
 def test_workers_of_a_job_in_the_background_end_with_it(prompts, tmp_path):
     """A shell makes its background jobs ignore SIGINT, and they hand that on."""
     out = tmp_path / "r"

@@ -103,6 +103,7 @@ def test_two_nodes_make_the_rows_of_one_process(on_cluster, round_dir, prompts, 
         assert len({each["pid"] for each in said.values()}) == 2
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_costs_and_doubles_no_row(on_cluster, round_dir, prompts, tmp_path):
     """The command goes on by itself: what the node had begun is finished elsewhere."""
     out = tmp_path / "round1"

@@ -36,6 +36,7 @@ def finished(prompts, tmp_path_factory):
     return out, run("mpd-rounds", path, "--out", out, *words)
 
 
+@pytest.mark.slow
 def test_one_engine_start_for_each_model_and_round(finished):
     out, _ = finished
     of = {path: processes(out / path) for path in (

@@ -233,6 +233,7 @@ def test_figures_are_those_of_the_folders(done, file):
     assert "<svg" in (out / "loss.svg").read_text()
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_with_what_is_missing(done, file, tmp_path):
     out = shutil.copytree(done[0], tmp_path / "out")
     # Folders are named relative to where the study is run: the copy is another study's.
