@@ -156,7 +156,8 @@ def shown(decision: dict[str, Any]) -> str:
 
 
 def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
+    # A zero, or what rounds to it, has no minus.
+    return f"{round(100 * value, 1) + 0.0:+.1f}"
 
 
 def decide(plan: Plan, gate: Gate, round_: int) -> Decision:
