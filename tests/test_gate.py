@@ -296,3 +296,8 @@ def test_a_study_refuses_a_gate(tmp_path):
     path.write_text(f"{text}\n[pipeline.gate]\n")
     with pytest.raises(ConfigError, match="remove .gate."):
         Planner(load_study(path, ()), tmp_path / "out").runs()
+
+
+@pytest.mark.parametrize("value, shown", [(-0.0, "+0.0"), (-0.0004, "+0.0"), (-0.001, "-0.1")])
+def test_what_rounds_to_zero_has_no_minus(value, shown):
+    assert gate._points(value) == shown
