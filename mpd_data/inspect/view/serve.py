@@ -11,7 +11,8 @@ import asyncio
 import json
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,12 @@ def serve_view(
     with listener:
         index = Index(rounds, divergences(trainings, rounds))
         page = render(index.rounds, evaluations, most_pairs, index.facets())
-        print(f"http://{_HOST}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
-        app = _app(index, page)
+        app = _app(index, page, f"http://{_HOST}:{listener.getsockname()[1]}/")
         app.state.server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
         app.state.server.run(sockets=[listener])
 
 
-def _app(index: Index, page: str) -> Starlette:
+def _app(index: Index, page: str, address: str) -> Starlette:
     headers = {
         "Content-Security-Policy": f"{policy(asks=True)}; frame-ancestors 'none'",
         "X-Content-Type-Options": "nosniff",
@@ -100,7 +100,14 @@ def _app(index: Index, page: str) -> Starlette:
     async def get_row(request: Request) -> Response:
         return await answer(index.whole, request.query_params.get("key", ""))
 
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        # Earlier, an interrupt would meet a server that does not handle it yet.
+        print(f"{address}  (Ctrl-C ends it)", flush=True)
+        yield
+
     return Starlette(
+        lifespan=lifespan,
         routes=[Route("/", get_page), Route("/rows", get_rows), Route("/row", get_row)],
         # A page elsewhere whose name leads here (DNS rebinding) must not read the rows.
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[_HOST, "localhost"])],
