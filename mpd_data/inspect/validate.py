@@ -1,21 +1,22 @@
 """`mpd-gen validate`: check every shard and row of a round. Nothing is changed."""
 
-import contextlib
-import functools
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.files import sha256_of
+from mpd_data.common.machine import usable_cores
 from mpd_data.store.keys import KeySet, Packed, pack, twice
 from mpd_data.store.round import RoundDir
 from mpd_data.store.run_record import require_kind
@@ -31,10 +32,10 @@ from mpd_data.store.schema import (
 )
 from mpd_data.store.shards import (
     PARQUET_ERRORS,
-    describe,
+    Shard,
+    line_of,
+    metadata_of,
     open_shard,
-    read_all,
-    read_metadata,
     with_added_columns,
 )
 
@@ -48,8 +49,8 @@ def validate_round(path: Path) -> list[str]:
     """Return every breach of the contract, a line each: file, row, expected, found. Empty if the
     round is sound.
 
-    Memory: a few row groups, and a key and a number for each row of the round. Raise ConfigError
-    if `path` holds no round.
+    Memory: a few row groups for each core, and a key and a number for each row of the round. Raise
+    ConfigError if `path` holds no round.
     """
     require_kind(path, "round")
     round_dir = RoundDir(path)
@@ -57,38 +58,82 @@ def validate_round(path: Path) -> list[str]:
     if not stages:
         raise ConfigError(f"{path}: not a round; expected rollouts/ or distill/ in it.")
     problems: list[str] = []
-    rollouts = _Prompts()
+    rollouts: _Prompts | None = None
     for stage in stages:
-        problems += _check_manifest(round_dir, stage)
+        files = sorted(round_dir.folder(stage).iterdir())
+        shards = [file for file in files if file.match("part-*.parquet")]
+        of_manifest = _Manifest(round_dir, stage)
+        of_shards = [
+            f"{file}: a shard folder may hold only part-*.parquet; move this file out."
+            for file in files
+            if file not in shards
+        ]
+        first: dict[str, Any] | None = None
         keys: list[_Keys] = []
         places: list[_Keys] = []
-        first: dict[str, Any] | None = None
-        for file in sorted(round_dir.folder(stage).iterdir()):
-            if not file.match("part-*.parquet"):
-                problems.append(
-                    f"{file}: a shard folder may hold only part-*.parquet; move this file out."
-                )
-                continue
-            try:
-                metadata = read_metadata(file)
-                with open_shard(file) as shard:
-                    if not _follows(shard.schema_arrow, SCHEMAS[stage]):
-                        problems.append(
-                            f"{file}: its columns or types are not those of the contract."
-                        )
-                        continue
-                    first = first or metadata
-                    problems += [
-                        f"{file}: {name} is {metadata.get(name)!r}, another shard here has"
-                        f" {first.get(name)!r}."
-                        for name in (*SHARED_METADATA, "template")
-                        if metadata.get(name) != first.get(name)
-                    ]
-                    problems += _check_rows(file, shard, stage, metadata, rollouts, keys, places)
-            except DataError as error:
-                problems.append(f"{file}: cannot be read: {error}")
+        prompts: list[tuple[Packed, npt.NDArray[np.int64]]] = []
+        for file, look in zip(shards, _look_at(shards, stage, rollouts), strict=True):
+            of_manifest.compare(file, look)
+            if look.metadata is not None:
+                first = first or look.metadata
+                of_shards += [
+                    f"{file}: {name} is {look.metadata.get(name)!r}, another shard here has"
+                    f" {first.get(name)!r}."
+                    for name in (*SHARED_METADATA, "template")
+                    if look.metadata.get(name) != first.get(name)
+                ]
+            of_shards += look.problems
+            keys += look.keys
+            places += look.places
+            prompts += look.prompts
+        problems += of_manifest.problems() + of_shards
         problems += _doubled(keys, "its key") or _doubled(places, _PLACES.get(stage, ("",))[-1])
+        if prompts:
+            rollouts = _Prompts(prompts)
     return problems
+
+
+# The keys of some rows of a shard: the file, the index of the first row, the keys.
+_Keys = tuple[Path, int, Packed]
+
+
+@dataclass
+class _Look:
+    """What one shard holds. `sha256`: None where it is no file. `metadata` and `line`, which is the
+    manifest's: None where the shard is damaged or not by the contract. `places`: what its rows are
+    of. `prompts`: keys of rollouts, and a number for the prompt of each."""
+
+    sha256: str | None = None
+    line: Shard | None = None
+    metadata: dict[str, Any] | None = None
+    problems: list[str] = field(default_factory=list)
+    keys: list[_Keys] = field(default_factory=list)
+    places: list[_Keys] = field(default_factory=list)
+    prompts: list[tuple[Packed, npt.NDArray[np.int64]]] = field(default_factory=list)
+
+
+def _look_at(shards: list[Path], stage: Stage, rollouts: "_Prompts | None") -> Iterator[_Look]:
+    """Yield a look at each shard, in order. Each core reads one."""
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        yield from pool.map(lambda file: _look(file, stage, rollouts), shards)
+
+
+def _look(file: Path, stage: Stage, rollouts: "_Prompts | None") -> _Look:
+    look = _Look()
+    if file.is_file():
+        look.sha256 = sha256_of(file)
+    try:
+        with open_shard(file) as shard:
+            metadata = metadata_of(file, shard)
+            if _follows(shard.schema_arrow, SCHEMAS[stage]):
+                look.metadata = metadata
+                _check_rows(file, shard, stage, metadata, rollouts, look)
+                look.line = line_of(file, shard, stage, look.sha256 or "")
+            else:
+                look.problems.append(f"{file}: its columns or types are not those of the contract.")
+    except DataError as error:
+        look.problems.append(f"{file}: cannot be read: {error}")
+    return look
 
 
 def _follows(found: pa.Schema, contract: pa.Schema) -> bool:
@@ -97,31 +142,40 @@ def _follows(found: pa.Schema, contract: pa.Schema) -> bool:
     return bool(found.remove_metadata().equals(pa.schema(expected)))
 
 
-def _check_manifest(round_dir: RoundDir, stage: Stage) -> list[str]:
-    try:
-        manifest = {shard.name: shard for shard in round_dir.manifest(stage)}
-    except DataError as error:
-        return [str(error)]
-    # Of what is no file, the look at the shards says so.
-    files = {file.name: file for file in round_dir.shard_paths(stage) if file.is_file()}
-    path = round_dir.manifest_path(stage)
-    problems = [f"{path}: names {name}, which does not exist." for name in manifest.keys() - files]
-    problems += [f"{path}: does not name {name}." for name in files.keys() - manifest]
-    both = sorted(manifest.keys() & files.keys())
-    for name, sha256 in zip(both, read_all(sha256_of, [files[n] for n in both]), strict=True):
-        if sha256 != manifest[name].sha256:
-            problems.append(
-                f"{files[name]}: its bytes have changed since it was committed (sha256)."
+class _Manifest:
+    """Compares the lines of a manifest with the shards."""
+
+    def __init__(self, round_dir: RoundDir, stage: Stage) -> None:
+        self._path = round_dir.manifest_path(stage)
+        self._missing: dict[str, Shard] = {}
+        self._damage: str | None = None
+        self._problems: list[str] = []
+        try:
+            self._missing = {shard.name: shard for shard in round_dir.manifest(stage)}
+        except DataError as error:
+            self._damage = str(error)
+
+    def compare(self, file: Path, look: _Look) -> None:
+        if look.sha256 is None:
+            return  # the look says that it is no file
+        line = self._missing.pop(file.name, None)
+        if line is None:
+            self._problems.append(f"{self._path}: does not name {file.name}.")
+        elif look.sha256 != line.sha256:
+            self._problems.append(
+                f"{file}: its bytes have changed since it was committed (sha256)."
             )
-            continue
-        with contextlib.suppress(DataError):  # of a damaged shard the look at it says so
-            if describe(files[name], stage, sha256) != manifest[name]:
-                problems.append(f"{path}: the counts of {name} are not those of its rows.")
-    return problems
+        elif look.line is not None and look.line != line:
+            self._problems.append(
+                f"{self._path}: the counts of {file.name} are not those of its rows."
+            )
 
-
-# The keys of some rows of a shard: the file, the index of the first row, the keys.
-_Keys = tuple[Path, int, Packed]
+    def problems(self) -> list[str]:
+        """Return what differs, after all shards were compared."""
+        if self._damage is not None:
+            return [self._damage]
+        gone = [f"{self._path}: names {name}, which does not exist." for name in self._missing]
+        return gone + self._problems
 
 
 # What a row is of, whatever its key: the columns, and their name in messages.
@@ -147,28 +201,18 @@ class _Prompts:
     """A number for the prompt ids of each rollout: equal ids have equal numbers, and different ids
     have different numbers, apart from hash collisions."""
 
-    def __init__(self) -> None:
-        self._packed: list[Packed] = []
-        self._numbers: list[npt.NDArray[np.int64]] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._packed)
-
-    def add(self, keys: Packed, numbers: npt.NDArray[np.int64]) -> None:
-        self._packed.append(keys)
-        self._numbers.append(numbers)
+    def __init__(self, parts: list[tuple[Packed, npt.NDArray[np.int64]]]) -> None:
+        keys = np.concatenate([keys for keys, _ in parts])
+        order = np.argsort(keys)
+        self._keys = keys[order]
+        self._numbers = np.concatenate([numbers for _, numbers in parts])[order]
 
     def find(self, keys: Packed) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
         """Return whether each rollout of `keys` [n] exists, and its number (arbitrary if not)."""
-        packed, numbers = self._sorted
-        at = np.minimum(np.searchsorted(packed, keys), len(packed) - 1)
-        return packed[at] == keys, numbers[at]
-
-    @functools.cached_property
-    def _sorted(self) -> tuple[Packed, npt.NDArray[np.int64]]:
-        packed = np.concatenate(self._packed)
-        order = np.argsort(packed)
-        return packed[order], np.concatenate(self._numbers)[order]
+        if not len(self._keys):
+            return np.zeros(len(keys), bool), np.zeros(len(keys), np.int64)
+        at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return self._keys[at] == keys, self._numbers[at]
 
 
 def _number(ids: npt.NDArray[np.int32]) -> int:
@@ -181,17 +225,15 @@ def _check_rows(
     shard: pq.ParquetFile,
     stage: Stage,
     metadata: dict[str, Any],
-    rollouts: _Prompts,
-    keys: list[_Keys],
-    places: list[_Keys],
-) -> list[str]:
-    """Return the problems of one shard's rows. Its keys are added to `keys`, what its rows are of
-    to `places`, its prompts to `rollouts`."""
-    problems = []
+    rollouts: _Prompts | None,
+    look: _Look,
+) -> None:
+    """Add to `look` what a shard's rows are, and their problems. Raise DataError where they cannot
+    be read."""
     first = 0
     for groups in _groups(shard.metadata):
         try:
-            table = shard.read_row_groups(groups).combine_chunks()
+            table = shard.read_row_groups(groups, use_threads=False).combine_chunks()
             table = with_added_columns(table, file, SCHEMAS[stage].names)
             table.validate(full=True)
         except PARQUET_ERRORS as error:
@@ -202,16 +244,15 @@ def _check_rows(
         if stage == "rollouts":
             rows.rollouts()
             if packed is not None:
-                rollouts.add(packed, rows.prompts())
+                look.prompts.append((packed, rows.prompts()))
         elif stage == "distill":
             rows.distill(metadata, rollouts)
         if packed is not None:
-            keys.append((file, first, packed))
+            look.keys.append((file, first, packed))
         if stage in _PLACES:
-            places.append((file, first, rows.places(*_PLACES[stage][:2])))
-        problems += rows.problems()
+            look.places.append((file, first, rows.places(*_PLACES[stage][:2])))
+        look.problems += rows.problems()
         first += rows.count
-    return problems
 
 
 def _groups(footer: pq.FileMetaData) -> Iterator[list[int]]:
@@ -274,9 +315,9 @@ class _Rows:
 
     def places(self, owner: str, index: str) -> Packed:
         """Return a hash of two columns for each row; S16 [rows]."""
-        pairs = zip(*(self._table.column(name).to_pylist() for name in (owner, index)), strict=True)
-        hashes = [hashlib.md5(repr(pair).encode(), usedforsecurity=False) for pair in pairs]
-        return np.array([each.digest() for each in hashes], "S16")
+        pairs = pl.DataFrame(self._table.select([owner, index]))
+        hashes = [pairs.hash_rows(seed).to_numpy() for seed in (0, 1)]
+        return np.stack(hashes, axis=1).view("S16")[:, 0]
 
     def enums(self) -> None:
         for name in ENUMS.keys() & set(self._table.schema.names):
@@ -307,7 +348,7 @@ class _Rows:
             text = f"num_thinking_tokens is {found[index]}, {tokens} is {most[index]}."
             self._say(index, text)
 
-    def distill(self, metadata: dict[str, Any], rollouts: _Prompts) -> None:
+    def distill(self, metadata: dict[str, Any], rollouts: _Prompts | None) -> None:
         self._thinking("num_rewritten_tokens")
         rates = self._numbers("pass_rate")
         self._say(np.flatnonzero(rates > 1), "its pass_rate is above 1.")
@@ -316,7 +357,7 @@ class _Rows:
         exists = np.ones(self.count, bool)
         numbers = None
         origins = self.packed("rollout_id")
-        if rollouts and origins is not None:
+        if rollouts is not None and origins is not None:
             exists, numbers = rollouts.find(origins)
             for index in np.flatnonzero(~exists):
                 origin = self._table.column("rollout_id")[index]

@@ -115,7 +115,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """Return a shard's metadata (Parquet key `mpd`): models, settings, versions. Raise DataError
     for a file without it, and for one of another schema version."""
     with open_shard(path) as file:
-        raw = (file.metadata.metadata or {}).get(METADATA_KEY)
+        return metadata_of(path, file)
+
+
+def metadata_of(path: Path, file: pq.ParquetFile) -> dict[str, Any]:
+    """Return the metadata of a shard that is open. Raise as `read_metadata`."""
+    raw = (file.metadata.metadata or {}).get(METADATA_KEY)
     if raw is None:
         raise DataError(
             f"{path}: no `mpd` metadata, so this Parquet file was not written by mpd-gen."
@@ -246,24 +251,28 @@ def unique_keys(paths: list[Path], packed: list[Packed]) -> KeySet:
     return keys
 
 
-def describe(path: Path, stage: Stage, sha256: str | None = None) -> Shard:
-    """Return the manifest's line of a shard, by reading it; `sha256`: if it is known. Raise
-    DataError for damaged bytes."""
-    read_metadata(path)
+def describe(path: Path, stage: Stage) -> Shard:
+    """Return the manifest's line of a shard, by reading it. Raise DataError for damaged bytes."""
     with open_shard(path) as file:
-        footer = file.metadata
+        metadata_of(path, file)
+        return line_of(path, file, stage, sha256_of(path))
+
+
+def line_of(path: Path, file: pq.ParquetFile, stage: Stage, sha256: str) -> Shard:
+    """Return the manifest's line of a shard that is open. Raise DataError for damaged bytes."""
     column = TOKEN_COLUMN.get(stage)
     tokens = 0
     if column is not None:
         try:
-            tokens = pc.sum(pq.read_table(path, columns=[column])[column]).as_py() or 0
+            tokens = pc.sum(file.read(columns=[column], use_threads=False)[column]).as_py() or 0
         except PARQUET_ERRORS as error:
             raise DataError(f"{path}: column {column!r} cannot be read ({error})") from error
+    footer = file.metadata
     return Shard(
         name=path.name,
         rows=footer.num_rows,
         tokens=tokens,
         bytes=path.stat().st_size,
-        sha256=sha256 or sha256_of(path),
+        sha256=sha256,
         row_groups=[footer.row_group(i).num_rows for i in range(footer.num_row_groups)],
     )
