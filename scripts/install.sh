@@ -21,15 +21,20 @@ python=${PYTHON:-python3}
 pip="env PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install -qq --no-deps"
 
 # A CUDA build cannot match the local version label "+cpu". Try the index that pip is configured
-# with, then PyTorch's index for CPUs.
-if ! .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__ != '$torch')" 2>/dev/null; then
-    echo "install: torch $torch" >&2
-    $pip "torch==$torch" 2>/dev/null ||
-        $pip --index-url https://download.pytorch.org/whl/cpu "torch==$torch" || {
+# with, then PyTorch's index for CPUs. Bytecode is written for what is imported, when it is.
+install_torch() {
+    $pip --no-compile "torch==$torch" 2>/dev/null ||
+        $pip --no-compile --index-url https://download.pytorch.org/whl/cpu "torch==$torch" || {
         echo "install: neither pip's index nor PyTorch's has a CPU build of torch for" \
             "$("$python" --version). Configure pip with an index that has torch==$torch." >&2
-        exit 1
+        return 1
     }
+}
+torch_job=
+if ! .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__ != '$torch')" 2>/dev/null; then
+    echo "install: torch $torch" >&2
+    install_torch &
+    torch_job=$!
 fi
 
 packages="-r constraints/cpu.txt"
@@ -40,6 +45,7 @@ echo "install: $packages" >&2
 uv=$(command -v uv || echo .venv/bin/uv)
 [ -x "$uv" ] || $pip uv || true
 "$uv" pip install --quiet --python .venv/bin/python --no-deps $packages 2>/dev/null || $pip $packages
+[ -z "$torch_job" ] || wait "$torch_job"
 $pip --no-build-isolation --editable .
 .venv/bin/python scripts/placeholders.py opencv-python-headless torchaudio torchcodec \
     torchvision triton
