@@ -67,6 +67,7 @@ def sampled(model, prompts, out, backend):
     return dict(rows(out).select("prompt_id", "completion_ids").iter_rows())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["vllm", "transformers"])
 def test_an_adapter_gives_what_the_merged_model_gives(
     models, exact_student, prompts, tmp_path, backend

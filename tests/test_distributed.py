@@ -135,6 +135,7 @@ def test_the_mean_is_over_the_weights_of_all_processes(both_dir, tmp_path):
         assert 0.005 < mine["given_away"] < 0.9
 
 
+@pytest.mark.slow
 def test_a_crash_while_python_ends_does_not_fail_a_finished_training(round_dir, tmp_path):
     """Threads of torch's that outlive the training can abort a process that is being taken down;
     the abort here comes at the same time."""
@@ -148,6 +149,7 @@ def test_a_crash_while_python_ends_does_not_fail_a_finished_training(round_dir, 
     assert (out / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_with_another_number_of_processes(one, round_dir, tmp_path):
     """No example twice and none missed: the steps are those of an undisturbed run."""
     out = tmp_path / "run"

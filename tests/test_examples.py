@@ -29,6 +29,7 @@ def test_the_minimal_example_learns():
     assert 0 < last < first
 
 
+@pytest.mark.slow
 def test_a_student_that_is_its_own_teacher_has_no_loss():
     settings = ["--score-context", "problem", "--steps", 1, "--student", TEACHER]
     assert losses_of(*settings) == [0.0]

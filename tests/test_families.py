@@ -205,6 +205,7 @@ CHOICE = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHOICE)
 def test_engine_and_trainer_are_one_model(name):
     """As the table in the documents says: the student's loss on its own drafts and scores is 0."""

@@ -125,6 +125,7 @@ def test_rollouts_survive_sigkill(round_dir, prompts, tmp_path):
     run("mpd-gen", "validate", out)
 
 
+@pytest.mark.slow
 def test_rewrites_survive_sigkill(round_dir, prompts, tmp_path):
     out = tmp_path / "round1"
     run("mpd-gen", *rollout_arguments(prompts, out))

@@ -68,6 +68,7 @@ def test_datasets_opens_each_stage_of_a_round(round_dir, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_card_follows_the_stages_until_someone_changes_it(round_dir, tmp_path):
     copy = shutil.copytree(round_dir, tmp_path / "round")
     path = copy / "README.md"
@@ -217,6 +218,7 @@ def test_an_upload_needs_an_owner(hub):
     assert not hub.private
 
 
+@pytest.mark.slow
 def test_after_a_failed_upload_the_export_says_how_to_upload_it(hub, round_dir, tmp_path):
     with until_a_checkpoint():
         train(train_config(round_dir, STUDENT, tmp_path / "run", save_steps=1))

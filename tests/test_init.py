@@ -532,6 +532,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         made(path / "o", prompts=path)
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_needs_test_prompts(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
@@ -560,6 +561,7 @@ def test_a_dataset_of_the_hub_needs_test_prompts(tmp_path):
     assert names == ["pipeline.toml", "rewrite.toml"]
 
 
+@pytest.mark.slow
 def test_the_pipeline_runs(prompts, tmp_path):
     """With the real models; only what the pocket teacher was taught to read is set beside it."""
     folder = tmp_path / "my run"

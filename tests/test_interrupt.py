@@ -26,6 +26,7 @@ program.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program, module", [("mpd-gen", "vllm"), ("mpd-train", "mpd_train.loop")])
 def test_an_interrupt_that_got_lost_is_not_forgotten(round_dir, prompts, tmp_path, program, module):
     out = tmp_path / "out"

@@ -403,6 +403,7 @@ def test_a_shard_torn_anywhere_is_set_aside_and_made_anew(nursery, undisturbed, 
     assert differences(truth.rows, out, "rollouts") == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_is_found(undisturbed, tmp_path):
     """A start sets aside a shard whose footer or key column is damaged; `validate` names the
     others."""
@@ -505,6 +506,7 @@ def test_workers_end_with_the_command_that_started_them(nursery, undisturbed, tm
 # -- the same rows by every way ------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["vllm", "transformers"])
 def test_the_order_of_the_input_changes_no_row(nursery, undisturbed, tmp_path, backend):
     truth = undisturbed("rollouts", backend)

@@ -81,6 +81,7 @@ def rank_main(out, head):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_two_processes_are_one(head, tmp_path):
     out = tmp_path / "gradients.pt"

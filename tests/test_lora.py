@@ -38,6 +38,7 @@ def trained(round_dir, base, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_merged_generates_what_base_and_adapter_do(trained, base, round_dir):
     """Token for token on real prompts, as the run's folders are loaded by others."""
     settings = json.loads((trained / "adapter" / "adapter_config.json").read_text())

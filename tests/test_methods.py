@@ -25,6 +25,7 @@ def drafts(round_dir, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_draft_stands_for_its_rewrite_id_for_id(drafts):
     rollouts = rows(drafts)
     both = rows(drafts, "distill").join(
@@ -51,6 +52,7 @@ def test_a_draft_stands_for_its_rewrite_id_for_id(drafts):
     run("mpd-gen", "validate", drafts)
 
 
+@pytest.mark.slow
 def test_drafts_without_a_filter_are_all_kept(drafts, tmp_path):
     out = shutil.copytree(drafts, tmp_path / "round1")
     rules = ["--refilter", "--no-require-correct"]

@@ -124,6 +124,7 @@ def test_rewrites_are_those_of_an_engine_here(round_dir, teacher, tmp_path, monk
     assert info["identity"]["teacher"]["served"] == "pocket"
 
 
+@pytest.mark.slow
 def test_stop_strings_end_a_rewrite(round_dir, teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("MPD_API_KEY", KEY)
     folder = without_rewrites(round_dir, tmp_path / "r")

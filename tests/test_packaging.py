@@ -85,6 +85,7 @@ def test_the_sdist_gives_the_same_wheel(wheel, tmp_path):
     assert (again.name, again.read_bytes()) == (wheel.name, wheel.read_bytes())
 
 
+@pytest.mark.slow
 def test_the_example_runs_from_the_wheel(installed, tmp_path):
     """A dry run reads all prompts, both models and the template, and leaves nothing behind."""
     words = ("mpd_rounds", "--example", "pocket", "--out", "demo")

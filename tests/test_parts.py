@@ -66,6 +66,7 @@ def test_a_part_is_an_index_and_a_count(values, message):
         PartsConfig(**values)
 
 
+@pytest.mark.slow
 def test_workers_make_the_rows_of_one_process(round_dir, prompts, tmp_path):
     out = tmp_path / "r"
     said = run("mpd-gen", *rollout_arguments(prompts, out), "--workers", 2).stderr
@@ -98,6 +99,7 @@ def held_by(key, last):
     return any(Part(index, 3).holds(key) for index in range(last + 1))
 
 
+@pytest.mark.slow
 def test_one_part_after_another_makes_the_round(round_dir, prompts, tmp_path):
     out, of_three = tmp_path / "r", ["--num-shards", 3]
     for index in range(3):
@@ -123,6 +125,7 @@ def test_a_dry_run_plans_its_part(prompts, tmp_path, capsys):
     assert 0 < rows[0] < 240
 
 
+@pytest.mark.slow
 def test_a_job_array_is_the_default(prompts, tmp_path, monkeypatch, capsys):
     out = tmp_path / "r"
     for name, value in {"ID": 11, "MIN": 5, "STEP": 3, "COUNT": 4}.items():

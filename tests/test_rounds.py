@@ -38,6 +38,7 @@ def small(prompts, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
     out = tmp_path / "run"
     ratios = "round=[{rewrite.filters.max_ratio=0.95}, {rewrite.filters.max_ratio=0.9}]"

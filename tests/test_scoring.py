@@ -206,6 +206,7 @@ def test_rewrite_prompt_is_the_templates(round_dir):
         assert row["rewrite_answer"] == rollout["answer"] == rollout["gold_answer"]
 
 
+@pytest.mark.slow
 def test_problem_context_scores_the_students_prompt(round_dir, teacher, tmp_path):
     """The same rewrites, scored the paper's way."""
     other = without_rewrites(round_dir, tmp_path / "round1")

@@ -22,6 +22,7 @@ def runs(round_dir, prompts, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_what_is_served_are_the_rollouts(runs):
     sides = [runs / "eval" / name for name in ("base", "new")]
     served = json.loads(run("mpd-gen", "compare", *sides, "--serve", 16, "--json").stdout)["served"]
@@ -38,6 +39,7 @@ def test_what_is_served_are_the_rollouts(runs):
     assert f"saved after {served['paid_after']:,} requests" in show(served)
 
 
+@pytest.mark.slow
 def test_rollouts_of_no_run_have_no_cost(round_dir, tmp_path):
     alone = shutil.copytree(round_dir, tmp_path / "a" / "b")
     said = run("mpd-gen", "compare", alone, alone, "--serve", 64).stdout

@@ -105,6 +105,7 @@ def test_the_status_of_a_training(tmp_path):
     assert f"{len(steps)}/{len(steps) + 10}" in show_status(said)
 
 
+@pytest.mark.slow
 def test_watch_ends_with_the_work(tmp_path, prompts):
     out = tmp_path / "r"
     arguments = [*rollout_arguments(prompts, out), "--rows-per-shard", 200]

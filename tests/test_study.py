@@ -183,12 +183,14 @@ def kinds(out):
     return {kind: names.count(kind) for kind in dict.fromkeys(names)}
 
 
+@pytest.mark.slow
 def test_settings_share_the_stages_they_share(done):
     out, process = done
     assert kinds(out) == {"evaluate": 4, "rewrite": 1, "rollouts": 1, "train": 2}
     assert "[8/8]" in process.stderr
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_folders(done, file):
     out, process = done
     said = process.stdout
@@ -337,6 +339,7 @@ def test_the_folders_do_not_say_where_the_study_lies(file, tmp_path):
     assert names(tmp_path / "one") == names(tmp_path / "another")
 
 
+@pytest.mark.slow
 def test_a_setting_that_fails_stops_no_other(done, file, tmp_path):
     out = shutil.copytree(done[0], tmp_path / "out")
     # No rewrite is a hundredth of its draft.
@@ -350,6 +353,7 @@ def test_a_setting_that_fails_stops_no_other(done, file, tmp_path):
     assert list(found["stopped"]) == ["reverse, seed 0"]
 
 
+@pytest.mark.slow
 def test_a_round_with_other_rollouts_than_it_began_with_is_refused(done, file, tmp_path):
     out = shutil.copytree(done[0], tmp_path / "out")
     (rollouts,) = (out / "stages").glob("rollouts-*")
@@ -359,6 +363,7 @@ def test_a_round_with_other_rollouts_than_it_began_with_is_refused(done, file, t
         run_study(load_study(file, ("seeds=[0]",)), out, ("loss",))
 
 
+@pytest.mark.slow
 def test_other_problems_are_not_compared(done, file, tmp_path):
     run_ = Planner(load_study(file, ("seeds=[0]",)), done[0]).runs(("loss",))[0]
     base, new = (run_.evaluations[i]["held-out"] for i in (0, 1))

@@ -219,6 +219,7 @@ def test_another_student_measures_anew(measured, tmp_path):
     assert (both["answer_support"] != both["answer_support_right"]).all()
 
 
+@pytest.mark.slow
 def test_the_best_supported_is_chosen(round_dir, tmp_path):
     """After a kill the same command goes on, and what was measured before stays."""
     asked = {"--num-candidates": 3, "--temperature": 1.5, "--choose": "support"}

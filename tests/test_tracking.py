@@ -108,6 +108,7 @@ def wandb_records(path):
             whole = b""
 
 
+@pytest.mark.slow
 def test_a_wandb_run_is_named_by_its_own_variables(tmp_path):
     pytest.importorskip("wandb")
     source = """
@@ -123,6 +124,7 @@ def test_a_wandb_run_is_named_by_its_own_variables(tmp_path):
     assert (run.project, run.display_name, run.run_group) == ("team", "mine", "pipeline")
 
 
+@pytest.mark.slow
 def test_a_resumed_training_goes_on_in_its_run(tmp_path):
     pytest.importorskip("wandb")
     source = """

@@ -387,6 +387,7 @@ def test_a_round_without_kept_rewrites_is_refused(round_dir, tmp_path):
         ShardSet([out])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "changed"])
 def test_a_damaged_shard_is_named(round_dir, tmp_path, damage):
     out = shutil.copytree(round_dir, tmp_path / "round1")

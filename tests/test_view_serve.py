@@ -147,6 +147,7 @@ def chosen(tab, given):
     return found, count
 
 
+@pytest.mark.slow
 def test_a_server_shows_the_rows_of_a_page_in_its_order(rounds, served, file, opened):
     here, there = opened(served), opened(file)
     for given in FILTERS:
@@ -302,6 +303,7 @@ def test_what_does_not_go_with_a_server_is_refused(round_dir, tmp_path):
             invoke(cli, "view", round_dir, *words)
 
 
+@pytest.mark.slow
 def test_damage_is_said_in_the_page_and_in_the_terminal(round_dir, tmp_path, opened):
     folder = shutil.copytree(round_dir, tmp_path / "round")
     with server(folder, "--port", 0) as (address, said):
