@@ -174,9 +174,18 @@ def run_pipeline(pipeline: Pipeline, out: Path) -> dict[str, Any]:
 def _run_steps(pipeline: Pipeline, plan: Plan, out: Path) -> dict[str, Any]:
     with contextlib.closing(Runner(out, pipeline.environment, plan.all_steps())) as runner:
         last, judged = _run_rounds(pipeline, plan, out, runner)
+        runner.rest()
+        return _record_results(pipeline, plan, last, judged, runner.failed_rows)
+
+
+def _record_results(
+    pipeline: Pipeline, plan: Plan, last: int, judged: dict[str, Any] | None, failed_rows: bool
+) -> dict[str, Any]:
+    """Write what the rounds up to `last` came to: the summary, cards, trackers and the plot. Return
+    the summary."""
     summary = summarize(pipeline, plan, last, judged)
-    summary["failed_rows"] = runner.failed_rows
-    write_json_atomic(out / "summary.json", summary)
+    summary["failed_rows"] = failed_rows
+    write_json_atomic(plan.out / "summary.json", summary)
     # They import slowly.
     from mpd_train.card import add_results
     from mpd_train.metrics import record_evaluation
@@ -193,7 +202,7 @@ def _run_steps(pipeline: Pipeline, plan: Plan, out: Path) -> dict[str, Any]:
     names = ["base", *(f"round {r}" for r in range(1, last + 1))]
     headline = pipeline.evaluation[0].name
     lengths = {name: plan.evaluation(r, headline) for r, name in enumerate(names)}
-    plot_lengths(lengths, out / "lengths.png")
+    plot_lengths(lengths, plan.out / "lengths.png")
     return summary
 
 

@@ -154,7 +154,7 @@ def rewrite(
     elif config.parts.workers > 1:
         failed = workers.run_workers("rewrite", config, limit)
         if config.student_option is not None and config.parts.num_shards is None:
-            workers.close_engines()
+            workers.close_worker_engines()
             ask_student(config)
         click.echo(f"{config.shards}: all workers finished{_shares(config)}", err=True)
         _exit_if_failed("some" if failed else 0, config.shards, "distill")

@@ -161,3 +161,5 @@ def close_kept_engine() -> None:
         _kept = None
         # On a CPU, vLLM's memory goes with the last reference to it.
         gc.collect()
+        # vLLM has undone the exemption of its imports (vllm.py).
+        gc.freeze()

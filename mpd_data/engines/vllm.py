@@ -72,7 +72,7 @@ class VLLMEngine:
             from vllm import LLM
         if is_first:
             # vLLM collects garbage seven times, a third of a second each with the million objects
-            # of its imports. Done once: later it could keep a closed engine alive.
+            # of its imports. Not with an engine that has closed and is garbage: it would stay.
             gc.freeze()
 
         tokenizer = load_tokenizer(model, trust_remote_code)

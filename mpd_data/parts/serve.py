@@ -35,7 +35,7 @@ def serve(command: click.Command) -> None:
             if words:
                 code = exit_code(command, words)
             else:
-                workers.close_engines()
+                workers.close_worker_engines()
                 close_kept_engine()
             is_busy.clear()
             sys.stderr.flush()

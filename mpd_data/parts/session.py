@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 
 import click
@@ -40,13 +41,20 @@ class Session:
 
     def run(self, words: list[str], prefix: str) -> int:
         """Run the command `words` and print its messages behind `prefix`. Return its exit code; of
-        a process that dies, the process's. No words: close the engine."""
+        a process that dies, the process's."""
+        self._send(words)
+        return self._answer(prefix)
+
+    def _send(self, words: list[str]) -> None:
+        """Send a command; no words close the engine."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         # It may be dead, which the end of its output shows.
         with suppress(OSError):
             self.process.stdin.write(f"{json.dumps(words)}\n")
             self.process.stdin.flush()
+
+    def _answer(self, prefix: str) -> int:
+        assert self.process.stdout is not None
         for line in self.process.stdout:
             text, is_answer, code = line.rstrip().partition(ANSWER)
             if text:
@@ -56,16 +64,28 @@ class Session:
         # A process that was killed by a signal has a negative code.
         return self.process.wait() or 1
 
-    def close_engine(self) -> None:
-        """Free what the engine holds, for another process."""
-        self.run([], "")
 
-    def end(self) -> None:
-        """End the process, whose engine goes with it."""
-        assert self.process.stdin is not None
+def close_engines(sessions: Collection[Session]) -> None:
+    """Free what the engines of `sessions` hold, for other processes."""
+    for session in sessions:
+        session._send([])
+    for session in sessions:
+        session._answer("")
+
+
+def dismiss(sessions: Collection[Session]) -> None:
+    """Let processes end, whose engines go with them, without waiting for them."""
+    for session in sessions:
+        assert session.process.stdin is not None
         with suppress(OSError):
-            self.process.stdin.close()
-        self.process.wait()
+            session.process.stdin.close()
+
+
+def end(sessions: Collection[Session]) -> None:
+    """End processes, whose engines go with them."""
+    dismiss(sessions)
+    for session in sessions:
+        session.process.wait()
 
 
 def ending_of(code: int) -> str:

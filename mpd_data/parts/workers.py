@@ -12,7 +12,7 @@ from mpd_data.common.machine import gpus
 from mpd_data.common.options import arguments
 from mpd_data.config import PartsConfig, RewriteConfig, RolloutsConfig
 from mpd_data.engines.start import close_kept_engine, keeps_engine
-from mpd_data.parts.session import Session, ending_of
+from mpd_data.parts.session import Session, close_engines, end, ending_of
 
 EXIT_FAILED_ROWS = 3  # done with failed rows
 
@@ -120,13 +120,12 @@ def _codes(running: dict[Future[int], int]) -> list[int]:
     return codes
 
 
-def close_engines() -> None:
+def close_worker_engines() -> None:
     """Free what the engines of kept workers hold."""
-    for session in _kept.values():
-        session.close_engine()
+    close_engines(_kept.values())
 
 
 def end_workers() -> None:
     """End the kept workers."""
-    while _kept:
-        _kept.popitem()[1].end()
+    end(_kept.values())
+    _kept.clear()

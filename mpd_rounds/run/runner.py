@@ -20,7 +20,7 @@ from mpd_data.common.errors import MPDError
 from mpd_data.common.files import read_json_lines, write_json_atomic
 from mpd_data.common.records import Record, require
 from mpd_data.config import RolloutsConfig
-from mpd_data.parts.session import Session, ending_of
+from mpd_data.parts.session import Session, close_engines, dismiss, end, ending_of
 from mpd_data.parts.workers import EXIT_FAILED_ROWS
 from mpd_rounds.run.steps import Step
 from mpd_train.config import TrainConfig
@@ -168,16 +168,19 @@ class Runner:
                 raise
         return failed
 
+    def rest(self) -> None:
+        """Let the processes that stay between steps end while others work: no step follows."""
+        dismiss([session for session, _ in self._idle])
+
     def close(self) -> None:
         """End the processes that stay between steps."""
-        while self._idle:
-            self._idle.pop()[0].end()
+        end([session for session, _ in self._idle])
+        self._idle.clear()
 
     def _close_engines(self, needed: list[tuple[int, str] | None]) -> None:
-        for i, (session, engine) in enumerate(self._idle):
-            if engine is not None and engine not in needed:
-                session.close_engine()
-                self._idle[i] = (session, None)
+        unneeded = [one for one in self._idle if one[1] is not None and one[1] not in needed]
+        close_engines([session for session, _ in unneeded])
+        self._idle = [(one[0], None) if one in unneeded else one for one in self._idle]
 
     def _run_one(self, step: Step, is_one_of_several: bool) -> None:
         begun = time.monotonic()
@@ -226,7 +229,7 @@ class Runner:
         session = session or Session(self._environment, piped=self._parallel > 1)
         with self._running_as(session.process):
             if engine is not None and needed is not None and engine[0] != needed[0]:
-                session.close_engine()
+                close_engines([session])
             code = session.run(step.command, f"    {step.label} | ")
         if session.process.poll() is None:
             self._idle.append((session, needed))
