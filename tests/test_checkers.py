@@ -102,6 +102,7 @@ def test_checkers_agree_with_hand_labels():
         ("choice", r"\boxed{A} and \boxed{C}", None),
         ("number", r"so it is \fbox{7} .", "7"),
         ("number", "The answer is **73** residents.", "73"),
+        ("number", "The answer is 4. No: the answer is 5.", "5"),
         ("math", "The answer is: `73`", "73"),
         ("number", "The answer is 2**3", None),
         ("number", "#### Step 1\n#### 5\n#### Done", "5"),

@@ -1,7 +1,10 @@
 """What is free, and what is beyond it: on figures made by hand."""
 
+import numpy as np
+import polars as pl
 import pytest
 
+from mpd_data.inspect.compare import paired
 from mpd_data.inspect.frontier import frontier, is_beyond, verdict
 
 
@@ -39,6 +42,19 @@ def test_the_frontier_is_what_nothing_dominates():
 )
 def test_beyond_needs_the_intervals(saved, gained, expected):
     assert is_beyond(against(saved, gained)) == expected
+
+
+def test_intervals_of_many_problems_are_95_percent_of_a_normal_distribution():
+    rng = np.random.default_rng(0)
+    sides = [
+        pl.DataFrame({"accuracy": rng.random(500), "tokens": rng.uniform(50, 150, 500)})
+        for _ in range(2)
+    ]
+    found = paired(*sides)
+    low, high = found["accuracy_difference_interval"]
+    error = (sides[1]["accuracy"] - sides[0]["accuracy"]).std() / 500**0.5
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.05)
+    assert (high + low) / 2 == pytest.approx(found["accuracy_difference"], abs=0.2 * error)
 
 
 def test_the_verdict_names_the_strongest_point():

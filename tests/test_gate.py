@@ -1,6 +1,7 @@
 """The gate: its error rates by simulation, its decisions on made rounds, and a real pipeline."""
 
 import json
+import re
 import shutil
 from statistics import NormalDist
 
@@ -11,6 +12,7 @@ import pytest
 from conftest import ROOT, invoke, run, small_pocket
 
 from mpd_data.common.errors import ConfigError
+from mpd_data.inspect.frontier import judge
 from mpd_data.store.schema import METADATA_KEY, ROLLOUT_SCHEMA, SCHEMA_VERSION
 from mpd_rounds import cli
 from mpd_rounds.report.cli import cli as report
@@ -64,6 +66,16 @@ def test_as_many_problems_as_needed_accept_four_of_five_equal_students():
     assert gate.problems_needed(0, margin, level) == pytest.approx(
         quantiles * 2**0.5 / margin - 2, abs=1
     )
+
+
+def test_a_problem_that_one_half_chose_counts_as_half():
+    shares = np.array(100 * [1.0, 0.5])
+    whole = np.ones(150)
+    for difference in (-0.4, 0.3):
+        some = gate.bounds(difference * shares, shares, 0.05)
+        all_ = gate.bounds(difference * whole, whole, 0.05)
+        assert np.allclose(some, all_, atol=1e-3)
+        assert gate.spread(difference * shares, shares) == pytest.approx(0, abs=1e-12)
 
 
 # -- decisions on made rounds ----------------------------------------------------------------------
@@ -173,6 +185,37 @@ def test_problems_of_many_looks_are_the_same(plan):
     make(plan.evaluation(1, "test"), BASE[:-1])
     with pytest.raises(ConfigError, match="share 239"):
         gate.decide(plan, Gate(), 1)
+
+
+def test_the_variance_of_an_equal_student_is_had_from_the_base(plan):
+    """Rates of four samples are nearer to 0 and 1 than the chances behind them."""
+    chances = np.random.default_rng(5).uniform(0.2, 0.8, 3000)
+    shutil.rmtree(plan.evaluation(0, "test"))
+    make(plan.evaluation(0, "test"), chances)
+    variance = (2 * chances * (1 - chances)).mean() / 4
+    expected = gate.problems_needed(variance, 0.1, 0.05 / 3)
+    said = gate.size_note(plan, plan.pipeline.gate, 3000, 4, is_measured=True)
+    found = int(re.search(r"10.0 points needs (\d+) problems", said)[1])
+    assert found == pytest.approx(expected, rel=0.03)
+
+
+def test_beyond_all_is_beyond_each(plan, tmp_path):
+    free = {"base": plan.evaluation(0, "test"), "concise": tmp_path / "concise"}
+    make(free["concise"], BASE, tokens=60, seed=1)
+    make(tmp_path / "round1", BASE, tokens=80, seed=2)
+    (model,) = judge(free, {"round 1": tmp_path / "round1"})["models"].values()
+    assert [one["beyond"] for one in model["against"].values()] == [True, False]
+    assert model["beyond"] is False
+
+
+def test_the_summary_is_of_the_round_to_take(plan):
+    rounds = [decided(plan, BASE, 1), decided(plan, [0.0] * 240, 2)]
+    make(plan.out / "eval" / "baseline-concise-test", BASE, tokens=70)
+    (plan.out / "train" / "round1" / "model").mkdir(parents=True)
+    found = cli.summarize(plan.pipeline, plan, 2, gate.conclude(plan, rounds))
+    assert found["final_round"] == 1
+    assert found["final"] == found["rounds"][0] != found["rounds"][1]
+    assert found["sets"]["test"]["new"] == found["final"]
 
 
 def test_the_last_accepted_round_is_the_one_to_take(plan):

@@ -366,12 +366,20 @@ def _swap_first_two(row):
     row["topk_logprobs"][:2] = row["topk_logprobs"][1::-1]
 
 
+def _lose_mass(row):
+    """Take half of the probability out of a token."""
+    k = len(row["topk_logprobs"]) // len(row["tail_logprobs"])
+    row["topk_logprobs"][:k] = [value - 0.7 for value in row["topk_logprobs"][:k]]
+    row["tail_logprobs"][0] -= 0.7
+
+
 BREACHES = {
     "expected loss_start": lambda row: row.update(loss_start=row["loss_start"] + 1),
     "log-probabilities and": lambda row: row.update(topk_ids=row["topk_ids"][:-1]),
     "not sorted": _swap_first_two,
     "occurs twice": lambda row: row["topk_ids"].__setitem__(1, row["topk_ids"][0]),
-    "sum to": lambda row: row["tail_logprobs"].__setitem__(0, -0.5),
+    "sum to 1.": lambda row: row["tail_logprobs"].__setitem__(0, -0.5),
+    "sum to 0.": _lose_mass,
     "outside the vocabulary": lambda row: row["topk_ids"].__setitem__(63, 10_000),
     "not the end token": lambda row: row["input_ids"].__setitem__(-1, 7),
     "do not begin with the rollout's prompt": lambda row: row["input_ids"].__setitem__(0, 7),

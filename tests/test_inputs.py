@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import STUDENT, TEACHER, TEMPLATE, write_jsonl
+from tokenizers import pre_tokenizers
 
 from mpd_data.checkers.builtin import NumberChecker
 from mpd_data.common.errors import ConfigError, DataError
@@ -166,6 +167,9 @@ def test_chat_template_is_applied_once_and_control_tokens_are_refused():
 def test_tokenizers_are_compared_by_content(tmp_path):
     student = load_tokenizer(resolve_model(str(STUDENT)))
     assert tokenizer_hash(student) == tokenizer_hash(load_tokenizer(resolve_model(str(TEACHER))))
+    divides = load_tokenizer(resolve_model(str(STUDENT)))
+    divides.backend_tokenizer.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
+    assert tokenizer_hash(student) != tokenizer_hash(divides)
     student.add_tokens(["brandnew"])
     assert tokenizer_hash(student) != tokenizer_hash(load_tokenizer(resolve_model(str(TEACHER))))
 

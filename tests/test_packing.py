@@ -6,12 +6,14 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from conftest import STUDENT, train_config
 
 from mpd_data.common.errors import ConfigError
+from mpd_data.inspect.stats import round_stats
 from mpd_data.store.round import RoundDir
 from mpd_data.store.writer import ShardWriter
 from mpd_train.data.batches import load_pack
-from mpd_train.data.packing import make_packs
+from mpd_train.data.packing import make_packs, split_packs
 from mpd_train.data.shard_set import WINDOW_TOKENS, ShardSet
 
 
@@ -83,6 +85,24 @@ def test_packs_of_long_tailed_lengths_are_full(shards, monkeypatch):
     assert sum(g.kept_tokens for g in groups) > 10 * WINDOW_TOKENS
     assert sum(p.num_tokens for p in packs) / (len(packs) * 12_288) > 0.97
     assert all(p.num_tokens <= 12_288 for p in packs)
+
+
+def test_a_part_of_an_epoch_has_no_pack_more(shards, round_dir, tmp_path):
+    """1.3 - 1 is a little more than 0.3."""
+    total = len(make_packs(shards, 256, 0, 0))
+    extra = next(k for k in range(1, total) if (1 + k / total - 1) * total > k)
+    settings = {"epochs": 1 + extra / total, "pack_length": 256}
+    packs, _ = split_packs(shards, train_config(round_dir, STUDENT, tmp_path, **settings))
+    assert len(packs) == total + extra
+
+
+def test_a_round_is_given_once(round_dir, tmp_path):
+    (tmp_path / "link").symlink_to(round_dir)
+    for again in (round_dir, round_dir / "distill", tmp_path / "link"):
+        with pytest.raises(ConfigError, match=f"{again}: the same round as {round_dir}; .* once"):
+            ShardSet([round_dir, again])
+    with pytest.raises(ConfigError, match="the same round"):
+        round_stats([round_dir, round_dir])
 
 
 def test_a_row_that_does_not_fit_is_refused(shards):

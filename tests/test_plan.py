@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import tomllib
+from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
@@ -33,7 +34,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from mpd_data.cli import cli as gen
 from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.machine import device_name
-from mpd_data.dryrun.plan import distill_bytes, rollout_bytes
+from mpd_data.config import RolloutsConfig
+from mpd_data.dryrun.learned import Learned
+from mpd_data.dryrun.plan import distill_bytes, make_plan, rollout_bytes
 from mpd_data.store.round import RoundDir
 from mpd_rounds.cli import cli as rounds
 from mpd_rounds.run.layout import Plan
@@ -291,6 +294,16 @@ def test_only_own_rows_of_the_same_backend_teach(part, prompts):
     assert (other["seconds"], other["device"]) == (None, None)
     assert "No speed of this backend" in ask("mpd-gen", *call, "--backend", "transformers")
     assert dry("mpd-gen", *call, "--overwrite")["learned_from"] is None
+
+
+def test_workers_share_the_time_after_their_starts():
+    config = RolloutsConfig(model="m", prompts=["p"], out=Path("out"))
+    learned = Learned("rows", 0.01, "cpu", start_seconds=20, tokens_per_row=100)
+    plan = make_plan(
+        "rollouts", config, config.out, learned, generated=60, tokens_at_most=10**6,
+        disk_bytes=0, remaining=60, workers=3, rows=60, committed=0,
+    )  # fmt: skip
+    assert (plan.tokens_expected, plan.seconds) == (6000, pytest.approx(20 + 20))
 
 
 def test_bounds_on_disk_hold(round_dir):

@@ -370,6 +370,28 @@ def test_changed_inputs_and_torn_records_are_done_again(tmp_path):
     assert not is_done()
 
 
+def test_a_step_whose_folder_other_settings_made_since_is_done_again(tmp_path):
+    def step(seed):
+        config = RolloutsConfig(model="m", prompts=["p"], out=tmp_path / "made", seed=seed)
+        words = ["rollouts", "--seed", str(seed), "--out", str(config.out)]
+        return Step("label", "why", "mpd-gen", words, config.out, config)
+
+    step(0).out.mkdir()
+    records = [{"command": step(seed).words, "inputs": {}, "exit_code": 0} for seed in (0, 1)]
+    lines = "".join(f"{json.dumps(record)}\n" for record in records)
+    (tmp_path / "finished.jsonl").write_text(lines)
+    assert [Finished(tmp_path).holds(step(seed)) for seed in (0, 1)] == [False, True]
+
+
+def test_prompts_that_a_pattern_names_are_inputs(tmp_path):
+    for name in ("p1", "p2"):
+        (tmp_path / f"{name}.jsonl").write_text("a")
+    for pattern in ("p*.jsonl", "**/*.jsonl"):
+        config = RolloutsConfig(model="m", prompts=[str(tmp_path / pattern)], out=tmp_path / "made")
+        step = Step("label", "why", "mpd-gen", ["rollouts", *config.prompts], config.out, config)
+        assert [Path(file).name for file in _inputs(step)] == ["p1.jsonl", "p2.jsonl"]
+
+
 def test_who_chooses_where_the_teacher_samples(small):
     """The student of the round, not the first one, whose vocabulary is the same."""
     for choose, expected in (("shortest", "FIRST"), ("likeliest", "NEWEST")):

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from mpd_data.common.models import load_tokenizer, resolve_model
 from mpd_data.config import EngineConfig, RewriteConfig, SamplingConfig
 from mpd_data.engines.protocol import RequestError, Scores
-from mpd_data.engines.scores import as_float16, tail_logprobs
+from mpd_data.engines.scores import as_float16, drop_padding, tail_logprobs
 from mpd_data.engines.start import start_engine
 from mpd_data.prompts.chat import ChatFormatter
 from mpd_data.prompts.template import load_template
@@ -262,6 +262,13 @@ def test_tail_of_peaked_distributions_is_never_zero_or_positive():
         resolved = truth > -12
         assert np.abs(tail - truth)[resolved].max(initial=0) < 0.05
         assert (np.abs(np.exp(tail) - np.exp(truth)) < 1e-5).all()
+
+
+def test_what_padding_rows_took_is_given_back():
+    p = np.array([[0.5, 0.2, 0.1, 0.05], [0.4, 0.3, 0.2, 0.06]], np.float32)
+    ids, logprobs = drop_padding(np.array([[9, 3, 8, 1], [2, 0, 4, 5]]), np.log(p), 2, 8)
+    assert ids.tolist() == [[3, 1], [2, 0]]
+    assert np.exp(logprobs) == pytest.approx(np.array([[0.5, 0.125], [0.4, 0.3]]))
 
 
 def test_no_tail_where_k_is_the_vocabulary():

@@ -12,6 +12,7 @@ from mpd_data.commands.arguments import BY, JSON, ROUND, RunFolder
 from mpd_data.common.command import Command, example
 from mpd_data.common.errors import requires
 from mpd_data.common.text import json_text, plain
+from mpd_data.store.run_record import require_once
 
 # Of view --serve.
 _PORT = 8765
@@ -171,6 +172,7 @@ def view(
 
     if not rounds and (evaluations is None or serve or trainings):
         raise click.UsageError("Give the folder of a round, or --evaluations BASE NEW.")
+    require_once(rounds)
     if serve:
         if out is not None:
             raise click.UsageError("--serve writes no page: it takes no --out.")

@@ -4,7 +4,7 @@ Rounds and trainings keep this in run.json, pipeline runs in pipeline.json, stud
 settings.json. A folder that was made before kinds were written is known by what it holds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,6 +111,21 @@ def require_kind(folder: Path, kind: Kind) -> None:
     if actual not in (None, kind):
         _, name, readers = _KINDS[actual]
         raise ConfigError(f"{folder}: the folder of {name}, not of {_KINDS[kind][1]}. {readers}")
+
+
+def require_once(rounds: Sequence[Path]) -> None:
+    """Raise ConfigError where two of the folders `rounds`, or of their distill/, are one round, and
+    where one is of another kind."""
+    seen: dict[Path, Path] = {}
+    for path in rounds:
+        require_kind(path, "round")
+        folder = (path.parent if path.name == "distill" else path).resolve()
+        if folder in seen:
+            raise ConfigError(
+                f"{path}: the same round as {seen[folder]}; its rows would count twice. Give each"
+                " round once."
+            )
+        seen[folder] = path
 
 
 def require_same_settings(

@@ -1,6 +1,7 @@
 """Run the steps of a pipeline as processes, and record which are finished."""
 
 import contextlib
+import glob
 import json
 import os
 import shlex
@@ -49,7 +50,9 @@ def _inputs(step: Step) -> dict[str, str]:
     """Return size and modification time of each input file of a step, by path. A step whose models,
     prompts or shards have changed since is run again."""
     inputs: dict[str, str] = {}
-    for path in (*map(Path, step.command), *step.reads):
+    patterns = step.config.prompts if isinstance(step.config, RolloutsConfig) else []
+    matches = [match for pattern in patterns for match in glob.iglob(pattern, recursive=True)]  # noqa: PTH207
+    for path in (*map(Path, [*step.command, *matches]), *step.reads):
         # Not Path.exists, which raises for a word that is too long for a name.
         if path == step.out or not os.path.exists(path):  # noqa: PTH110
             continue
@@ -85,9 +88,12 @@ class Finished:
             require(_Line, record, f"{self.path}, line {number}: not a finished step", remedy)
 
     def holds(self, step: Step) -> bool:
-        """Return whether `step` has finished with the inputs that exist now."""
+        """Return whether `step` was the last to make its folder, with the inputs that exist now.
+        Other settings may have made it anew since an earlier one."""
+        kind, folder = step.words[:2], str(step.folder)
+        made = [r for r in self.records if r["command"][:2] == kind and folder in r["command"]]
         now = (step.words, _inputs(step))
-        return step.out.exists() and any((r["command"], r["inputs"]) == now for r in self.records)
+        return step.out.exists() and bool(made) and (made[-1]["command"], made[-1]["inputs"]) == now
 
 
 class Runner:

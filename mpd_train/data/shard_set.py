@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.hashing import differences
 from mpd_data.store.round import RoundDir
-from mpd_data.store.run_record import require_kind
+from mpd_data.store.run_record import require_once
 from mpd_data.store.schema import SCORES, SHARED_METADATA
 from mpd_data.store.shards import (
     PARQUET_ERRORS,
@@ -71,12 +71,13 @@ class _Group:
 class ShardSet:
     """The kept rows of one or several rounds.
 
-    Raise ConfigError if there are no shards, if they do not fit together (another tokenizer, K,
-    score context or temperature) or to the targets of `loss`, or if no row was kept; DataError for
-    a file that cannot be read. tokenizer: the student's, for targets that differ by token.
+    Raise ConfigError if there are no shards, if a round is given twice, if they do not fit together
+    (another tokenizer, K, score context or temperature) or to the targets of `loss`, or if no row
+    was kept; DataError for a file that cannot be read. tokenizer: for targets that differ by token.
     """
 
     def __init__(self, paths: list[Path], loss: LossConfig | None = None, tokenizer: Any = None):
+        require_once(paths)
         self.files = [file for path in paths for file in _shards_of(path)]
         self.metadata = read_metadata(self.files[0])
         for file, found in zip(self.files, read_all(read_metadata, self.files), strict=True):
@@ -158,7 +159,6 @@ class ShardSet:
 
 
 def _shards_of(path: Path) -> list[Path]:
-    require_kind(path, "round")
     folder = path if path.name == "distill" else path / "distill"
     files = sorted(folder.glob("part-*.parquet"))
     if not files:
