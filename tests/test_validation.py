@@ -5,7 +5,7 @@ from contextlib import closing
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import STUDENT, metrics, train_config, until_a_checkpoint, weights
+from conftest import STUDENT, TEACHER, metrics, train_config, until_a_checkpoint, weights
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.common.models import resolve_model
@@ -15,7 +15,7 @@ from mpd_train.data.packing import split_packs
 from mpd_train.data.shard_set import ShardSet
 from mpd_train.distributed import Ranks
 from mpd_train.loop import train
-from mpd_train.loss import validate
+from mpd_train.loss import pack_loss, validate
 from mpd_train.model.causal_lm import CausalLM
 
 
@@ -104,6 +104,29 @@ def test_stops_and_exports_the_best(stopped, round_dir):
     assert value == pytest.approx(values[best], rel=1e-6)
     assert all(abs(other / value - 1) > 1e-5 for i, other in enumerate(values) if i != best)
     assert count == validations[0]["validation_tokens"]
+
+
+def test_the_loss_of_held_out_packs_is_that_of_training_on_them(round_dir):
+    shards, cpu = ShardSet([round_dir]), torch.device("cpu")
+    student, teacher = (
+        CausalLM(resolve_model(str(path)), cpu, torch.float32, False) for path in (STUDENT, TEACHER)
+    )
+    _, held_out = split_packs(shards, settings())
+    tokens = sum(pack.num_loss_tokens for pack in held_out)
+    loss, vocab = LossConfig(kl_temperature=2.0, ce_weight=0.25), shards.metadata["vocab_size"]
+    with closing(Loader(shards, cpu)) as loader, torch.no_grad():
+        told = (loader, held_out, vocab, loss, torch.float32, Ranks())
+        value, count = validate(student, teacher, *told)
+        expected = sum(
+            pack_loss(student, teacher, batch, vocab, loss, float(tokens)).loss.item()
+            for batch in loader.batches([held_out], Ranks())
+        )
+    assert (value, count) == (pytest.approx(expected, rel=1e-5), tokens)
+
+
+def test_the_weights_of_the_last_step_are_validated(round_dir, exact_student, tmp_path):
+    train(config(round_dir, exact_student, tmp_path / "run", max_steps=4))
+    assert [line["step"] for line in lines(tmp_path / "run")[1]][-2:] == [3, 4]
 
 
 def test_resumed_stops_at_the_same_step_with_the_same_weights(
