@@ -19,11 +19,13 @@ from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.common.files import read_json, read_json_lines
 from mpd_data.common.hashing import content_key
 from mpd_data.common.models import load_tokenizer, resolve_model, tokenizer_hash
+from mpd_data.config import RolloutsConfig, SamplingConfig
 from mpd_data.inspect.status import round_status
 from mpd_data.prompts.chat import ChatFormatter, PromptError
 from mpd_data.prompts.reader import choose_prompts, load_prompts
 from mpd_data.prompts.sources import columns_of
 from mpd_data.prompts.template import BUILT_IN, Example, load_template
+from mpd_data.rollouts import setup
 from mpd_data.store.manifest import read_manifest
 from mpd_data.store.run_record import kind_of
 
@@ -150,6 +152,19 @@ def test_the_choice_of_prompts_does_not_depend_on_their_order(tmp_path):
     assert {p.id for p in choose_prompts(prompts, 10, "0/2")} != chosen
     with pytest.raises(ConfigError, match=f"--num-prompts 51: only 50 prompts in {path}. Lower"):
         choose_prompts(prompts, 51, "")
+
+
+def test_each_round_has_prompts_of_its_own(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"problem": f"{i} + 1"} for i in range(50)])
+
+    def chosen(round_):
+        config = RolloutsConfig(
+            model=str(STUDENT), prompts=[str(path)], out=tmp_path / "out", num_prompts=10,
+            round=round_, sampling=SamplingConfig(max_tokens=20),
+        )  # fmt: skip
+        return {prompt.id for prompt in setup(config, weights=False).prompts}
+
+    assert chosen(1) == chosen(1) != chosen(2)
 
 
 def test_chat_template_is_applied_once_and_control_tokens_are_refused():

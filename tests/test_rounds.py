@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mpd_data.common.errors import ConfigError
+from mpd_data.common.hashing import content_key
 from mpd_data.config import RolloutsConfig
 from mpd_data.inspect.status import show_status, status_of
+from mpd_rounds.run import few_shot
 from mpd_rounds.run.layout import Plan
 from mpd_rounds.run.plan import plan_pipeline
 from mpd_rounds.run.runner import Finished, Runner, _inputs
@@ -390,6 +392,20 @@ def test_prompts_that_a_pattern_names_are_inputs(tmp_path):
         config = RolloutsConfig(model="m", prompts=[str(tmp_path / pattern)], out=tmp_path / "made")
         step = Step("label", "why", "mpd-gen", ["rollouts", *config.prompts], config.out, config)
         assert [Path(file).name for file in _inputs(step)] == ["p1.jsonl", "p2.jsonl"]
+
+
+def test_the_examples_are_of_the_smallest_hashes(round_dir, tmp_path):
+    config = RolloutsConfig(
+        model=str(STUDENT), prompts=["p"], out=tmp_path, examples=tmp_path / "e.jsonl"
+    )
+    few_shot._write(config.examples, round_dir, [config])
+    kept = rows(round_dir, "distill").filter(pl.col("status") == "ok")["prompt_id"].unique()
+    chosen = sorted(kept, key=content_key)[: few_shot.COUNT]
+    assert chosen != sorted(kept)[: few_shot.COUNT]
+    drafts = rows(round_dir, "rollouts")
+    problems = dict(drafts.select("prompt_id", "problem").iter_rows())
+    shown = [json.loads(line) for line in config.examples.read_text().splitlines()]
+    assert [one["problem"] for one in shown] == [problems[prompt_id] for prompt_id in chosen]
 
 
 def test_who_chooses_where_the_teacher_samples(small):

@@ -36,6 +36,7 @@ from mpd_data.common.errors import ConfigError, MPDError
 from mpd_data.common.models import load_tokenizer, resolve_model
 from mpd_data.store.locks import folder_lock
 from mpd_data.store.round import RoundDir
+from mpd_data.store.schema import METADATA_KEY
 from mpd_train import checkpoint
 from mpd_train.config import LossConfig, OptimizerConfig
 from mpd_train.data.batches import load_pack
@@ -378,6 +379,23 @@ def test_shards_that_do_not_fit_together_are_refused(round_dir, self_round, tmp_
         ShardSet([round_dir, self_round])
     with pytest.raises(ConfigError, match="no distill shards"):
         ShardSet([tmp_path])
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("tokenizer", "x"), ("vocab_size", 166), ("eos_token_id", 3), ("num_logprobs", 32),
+        ("score_context", "problem"), ("score_temperature", 2.0),
+    ],
+)  # fmt: skip
+def test_rounds_that_differ_in_what_is_shared_are_refused(round_dir, tmp_path, name, value):
+    other = shutil.copytree(round_dir, tmp_path / "round2")
+    for file in (other / "distill").glob("*.parquet"):
+        table = pq.read_table(file)
+        metadata = json.loads(table.schema.metadata[METADATA_KEY]) | {name: value}
+        pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata)}), file)
+    with pytest.raises(ConfigError, match=f"round2/distill/part-.*cannot be trained.*\n *{name}: "):
+        ShardSet([round_dir, other])
 
 
 def test_a_round_without_kept_rewrites_is_refused(round_dir, tmp_path):

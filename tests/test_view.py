@@ -15,7 +15,7 @@ from conftest import STUDENT, edit_rows, invoke, python, rows
 from mpd_data.cli import cli
 from mpd_data.common.errors import ConfigError
 from mpd_data.inspect.view import write_view
-from mpd_data.inspect.view.rows import rewrites_of
+from mpd_data.inspect.view.rows import divergences, rewrites_of
 from mpd_data.store.trainings import row_log
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202e\ud83d"
@@ -316,3 +316,17 @@ def test_a_round_is_shown_with_its_tokens_from_any_folder(round_dir, tmp_path, m
     found = rewrites_of(folder, 20, {})
     assert found["note"] == ""
     assert found["pieces"]
+
+
+def test_a_rows_divergence_is_that_of_its_last_step(round_dir, tmp_path):
+    first, second = (row[:16] for row in rows(round_dir, "distill")["row_id"][:2])
+    for name, met in (
+        ("a", [(first, 1, 0.9), (first, 5, 0.2), (second, 2, 0.4)]),
+        ("b", [(first, 3, 0.7), (second, 4, 0.1)]),
+    ):
+        log = row_log(tmp_path / name, 0)
+        log.parent.mkdir(parents=True)
+        lines = [{"row": row, "step": step, "kl": kl, "tokens": 9} for row, step, kl in met]
+        log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = divergences([tmp_path / "a", tmp_path / "b"], [round_dir])
+    assert found == {first: 0.2, second: 0.1}
