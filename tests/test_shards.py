@@ -20,7 +20,8 @@ from conftest import python
 from mpd_data.common.errors import ConfigError, DataError, MPDError
 from mpd_data.inspect.stats import scan_round
 from mpd_data.inspect.validate import validate_round
-from mpd_data.store.round import RoundDir
+from mpd_data.select.pass_rates import PassRates
+from mpd_data.store.round import RoundDir, scratch_of
 from mpd_data.store.shards import read_metadata
 from mpd_data.store.writer import ShardWriter, commit_file
 
@@ -364,6 +365,36 @@ def test_discarding_leaves_nothing_of_a_stage(tmp_path):
         round_dir.discard("rollouts")
         round_dir.claim("rollouts", {"seed": 1}, {})
         assert round_dir.recover("rollouts") == set()
+
+
+@pytest.mark.parametrize(
+    "stages, is_left",
+    [(("rollouts",), True), (("distill",), False), (("rollouts", "distill"), False)],
+)
+def test_the_rows_of_a_killed_pass_go_with_the_rewrites(tmp_path, stages, is_left):
+    round_dir = write(tmp_path / "r", [rollout_row(0)])
+    scratch_of(round_dir).path.mkdir()
+    with round_dir.lock():
+        round_dir.discard(*stages)
+    assert scratch_of(round_dir).path.exists() == is_left
+
+
+@pytest.mark.parametrize("stage, rate", [("rollouts", 2 / 3), ("distill", None)])
+def test_a_pass_rate_waits_for_samples_that_can_come(tmp_path, stage, rate):
+    """A sample that failed for good will not come; a rewrite that failed says nothing of it."""
+    rows = [rollout_row(i) | {"prompt_id": "p", "is_correct": i > 0} for i in range(3)]
+    round_dir = RoundDir(tmp_path / "r")
+    metadata = {"eos_token_id": 2, "num_samples": 4}
+    with round_dir.lock():
+        with ShardWriter(round_dir, "rollouts", metadata) as writer:
+            for row in rows:
+                writer.add(row)
+        with ShardWriter(round_dir, "errors", {}) as writer:
+            failed = {"row_id": f"{9:032x}", "stage": stage, "prompt_id": "p", "message": "m"}
+            writer.add(failed)
+    rates = PassRates(round_dir, round_dir.shard_paths("rollouts"))
+    assert rates.of("p") == (None if rate is None else pytest.approx(rate))
+    assert len(rates.waiting) == (3 if rate is None else 0)
 
 
 # For each line of its input, a child that makes or completes a round. It dies at the n-th of its

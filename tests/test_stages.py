@@ -38,7 +38,7 @@ from mpd_data.dryrun.refilter import plan_refilter
 from mpd_data.dryrun.rewrite import plan_rewrite
 from mpd_data.inspect.validate import validate_round
 from mpd_data.prompts.budget import Budget
-from mpd_data.rewrite import run_rewrite
+from mpd_data.rewrite import Group, run_rewrite
 from mpd_data.rollouts import run_rollouts, setup
 from mpd_data.select.pass_rates import PassRates
 from mpd_data.select.refilter import run_refilter
@@ -685,6 +685,15 @@ def test_drafts_that_were_cut_off_are_rewritten_when_told(cut_off, tmp_path):
     with pytest.raises(ConfigError, match="not:\n  cut_drafts: saved True / now None"):
         run_refilter(rewriting(out, template=str(TEMPLATE)))
     assert "draft_truncated" in set(rewritten(cut_off, tmp_path / "off")["status"])
+
+
+@pytest.mark.parametrize(
+    "shown, reason, is_part", [(3, "stop", False), (2, "stop", True), (3, "length", True)]
+)
+def test_a_draft_of_which_the_teacher_sees_less_is_a_part(shown, reason, is_part):
+    """Its rewrite is judged by the gold answer: the teacher may not have seen the draft's."""
+    rollout = {"completion_ids": [5, 6, 7], "finish_reason": reason}
+    assert Group(rollout, {}, draft_ids=[5, 6, 7][:shown]).is_part == is_part
 
 
 def test_a_draft_that_does_not_fit_is_cut_in_its_middle(drafts):

@@ -12,18 +12,32 @@ from contextlib import contextmanager
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, STUDENT, TEACHER, TEMPLATE, command, environment, invoke, run
+from conftest import (
+    ROOT,
+    STUDENT,
+    TEACHER,
+    TEMPLATE,
+    command,
+    environment,
+    invoke,
+    rows,
+    run,
+    small_pocket,
+    write_jsonl,
+)
 
 from mpd_data.common.errors import ConfigError
 from mpd_data.inspect.compare import compare, evaluate
 from mpd_data.inspect.status import round_status
 from mpd_data.store.round import RoundDir
 from mpd_data.store.shards import read_metadata
+from mpd_data.store.trainings import metrics_file
 from mpd_data.store.writer import ShardWriter
 from mpd_rounds.run.runner import at_once
+from mpd_rounds.run.steps import load_pipeline
 from mpd_rounds.study.cli import cli
-from mpd_rounds.study.results import _figures, _limits
-from mpd_rounds.study.study import Planner, load_study, run_study, waves_of
+from mpd_rounds.study.results import _LAST, _cost, _figures, _limits
+from mpd_rounds.study.study import Planner, SettingRun, load_study, run_study, waves_of
 
 POCKET = ROOT / "pipelines" / "pocket" / "study.toml"
 QWEN = ROOT / "pipelines" / "qwen2.5-coder" / "study.toml"
@@ -251,6 +265,25 @@ def test_a_study_goes_on_with_what_is_missing(done, file, tmp_path):
     again = run("mpd-study", *arguments)
     assert again.stderr.count("done before") == len(stages)
     assert again.stdout.split("\n# ")[1:] == first.stdout.split("\n# ")[1:] != []
+
+
+def test_costs_are_those_of_drafts_and_rewrites_of_all_rounds(prompts, round_dir, tmp_path):
+    pipeline = load_pipeline(small_pocket(prompts, tmp_path), ())
+    again = shutil.copytree(round_dir, tmp_path / "round2")
+    drafts, rewrites = rows(round_dir, "rollouts"), rows(round_dir, "distill")
+    cut = (rewrites["rewrite_finish_reason"] == "length").sum()
+    written = rewrites["num_rewritten_tokens"].sum()
+    written += cut * pipeline.section("rewrite", 1)["sampling"]["max_tokens"]
+    lines = [
+        {"step": step, "loss_tokens": 100 * step, **dict.fromkeys(_LAST, 0.1)} for step in (1, 2)
+    ]
+    write_jsonl(metrics_file(tmp_path), lines)
+    found = _cost(
+        SettingRun("a", 0, pipeline, shards=[round_dir, again], trained=[tmp_path, tmp_path])
+    )
+    assert found["generated_tokens"] == 2 * (drafts["num_completion_tokens"].sum() + written)
+    assert found["rewrites"] == 2 * rewrites.height
+    assert (found["steps"], found["loss_tokens"]) == (4, 600)
 
 
 def test_each_stage_follows_what_it_needs():
