@@ -227,6 +227,9 @@ def test_agreement_is_about_one_token(target, kind):
     for name, places in (("hidden", (5, 517, 5, 517)), ("teacher_hidden", (5, 5, 517, 517))):
         data[name] = torch.randn(4, V, generator=torch.Generator().manual_seed(0)).double()
         data[name][range(4), places] = 9.0
+    # Where they disagree, the student's likeliest is in the tail, and the teacher's comes next.
+    data["teacher_hidden"][(1, 2), (517, 5)] = -9.0
+    data["hidden"][(1, 2), (5, 517)] = 8.0
     data["weight"] = data["teacher_weight"] = torch.eye(V, dtype=torch.float64)
     out, *_ = cases.run(kind, cases.with_records(data), torch.float32, target)
     assert out.agreement.tolist() == [1, 0, 0, 1]
