@@ -38,8 +38,8 @@ KERNELS := $(filter-out tests/test_kl_sharded.py,$(wildcard tests/test_kl_*.py))
 export PYTHONDONTWRITEBYTECODE :=
 
 # Files without engines and trainings.
-FAST := $(addprefix tests/test_,checkers.py contamination.py docs.py flops.py gate.py gold_answers.py inputs.py \
-	options.py public.py weights.py)
+FAST := $(addprefix tests/test_,checkers.py contamination.py docs.py gate.py gold_answers.py inputs.py options.py \
+	public.py weights.py)
 
 .PHONY: help install check test-slow test-all test-any-order test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder qwen2.5-coder-study notebook site screenshots test fuzz lint retrain
 install: .venv/.installed
