@@ -19,7 +19,7 @@ from polars import selectors
 
 from mpd_data.common.errors import ConfigError, DataError, did_you_mean
 from mpd_data.store.round import RoundDir
-from mpd_data.store.run_record import require_once
+from mpd_data.store.run_record import require_kind, require_once
 from mpd_data.store.schema import FINISH_REASONS, SCHEMAS, STATUSES, Stage
 from mpd_data.store.shards import read_metadata
 
@@ -67,9 +67,9 @@ _MARKED = rf"(?i-u:\b(?:{'|'.join(MARKERS)}))"
 def scan(rounds: list[Path], stage: Stage) -> pl.LazyFrame | None:
     """Return the rows of one stage of several rounds, with the round's folder in the column
     `folder`; None if no round has any. Raise DataError for a torn shard."""
-    require_once(rounds)
     frames = []
     for path in rounds:
+        require_kind(path, "round")
         round_dir = RoundDir(path)
         files = round_dir.shard_paths(stage)
         # Opening each of ten thousand shards takes longer than the query. A shard that the manifest
@@ -322,9 +322,10 @@ def round_stats(
     `repetition` the mean fraction of repeated 4-grams, `markers_per_1k` the self-correction MARKERS
     per 1,000 tokens.
 
-    Raise ConfigError if no folder holds a round, or no rollout has the key `by`.
+    Raise ConfigError if no folder holds a round, one is given twice, or no rollout has the key `by`.
     """
     paths = [Path(path) for path in rounds]
+    require_once(paths)
     rollouts, distill = scan(paths, "rollouts"), scan(paths, "distill")
     if rollouts is None and distill is None:
         raise ConfigError(
