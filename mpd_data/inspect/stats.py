@@ -322,7 +322,8 @@ def round_stats(
     `repetition` the mean fraction of repeated 4-grams, `markers_per_1k` the self-correction MARKERS
     per 1,000 tokens.
 
-    Raise ConfigError if no folder holds a round, one is given twice, or no rollout has the key `by`.
+    Raise ConfigError if no folder holds a round, if one is given twice, and if no rollout has the
+    key `by`.
     """
     paths = [Path(path) for path in rounds]
     require_once(paths)
