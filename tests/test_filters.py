@@ -21,9 +21,11 @@ from conftest import (
 from conftest import rows as stage_rows
 
 from mpd_data.common.ngrams import overlap
-from mpd_data.config import FilterConfig
+from mpd_data.config import FilterConfig, RewriteConfig
+from mpd_data.engines.protocol import Scores
 from mpd_data.select.filters import settle, status_of
-from mpd_data.select.student import candidates
+from mpd_data.select.second_pass import Group
+from mpd_data.select.student import _Student, candidates
 
 PASSES = {
     "draft_is_correct": True,
@@ -273,6 +275,23 @@ def varied(out, **changed):
     """Return arguments with a temperature at which rewrites differ and filters that keep them."""
     settings = {"--temperature": 1.5, "--max-ratio": 4, **changed}
     return [*several(out, **settings), "--no-keep-answer", "--no-require-correct"]
+
+
+def test_the_likeliest_is_so_by_token_and_not_as_a_whole(tmp_path):
+    """A long trace of likely tokens, and a short one of unlikely tokens that is likelier whole."""
+    logprobs = {"short": [-0.5, -0.5], "long": [-0.2] * 10, "unlikely": [-0.6] * 3}
+    group = [
+        PASSES | {"row_id": name, "status": "not_chosen", "tail_logprobs": []} for name in logprobs
+    ]
+    scores = {
+        name: Scores(
+            name, np.zeros((len(own), 1), np.int32), np.zeros((len(own), 1)), np.array(own)
+        )
+        for name, own in logprobs.items()
+    }
+    config = RewriteConfig(teacher="t", shards=tmp_path, choose="likeliest")
+    _Student(config, {}, None).decide(Group(group, group, scores=scores))
+    assert [row["status"] for row in group] == ["not_chosen", "ok", "not_chosen"]
 
 
 @pytest.fixture(scope="module")

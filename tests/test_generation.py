@@ -24,6 +24,7 @@ from conftest import (
     rows,
     run,
     started,
+    without_rewrites,
     write_jsonl,
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -201,6 +202,19 @@ def test_a_teacher_with_padded_vocabulary(round_dir, prompts, tmp_path):
         if b > -3
     ]
     assert max(near) < 0.02
+
+
+def test_a_padded_teacher_scores_what_a_refilter_lets_in(round_dir, tmp_path):
+    """As many ids for each token as it did before, without its padding."""
+    out = without_rewrites(round_dir, tmp_path / "r")
+    teacher = {"--teacher": padded_teacher(tmp_path / "teacher", 27), "--backend": "transformers"}
+    run("mpd-gen", *rewrite_arguments(out, **teacher, **{"--max-ratio": 0.4}))
+    before = rows(out, "distill").filter(pl.col("status") == "ok")
+    run("mpd-gen", *rewrite_arguments(out, **teacher), "--refilter")
+    run("mpd-gen", "validate", out)
+    after = rows(out, "distill").filter(pl.col("status") == "ok")
+    assert 0 < before.height < after.height
+    assert (after["topk_ids"].list.len() == 64 * after["num_rewritten_tokens"]).all()
 
 
 def test_scores_are_over_the_vocabulary_of_the_model_that_is_trained(prompts, tmp_path):

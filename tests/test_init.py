@@ -1,5 +1,6 @@
 """`mpd-gen init`: what it guesses, how it splits, what it refuses, and that the file runs."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from mpd_data.common.machine import idle_cores, product_speeds, usable_cores
 from mpd_data.common.models import resolve_model
 from mpd_data.common.weights import skeleton
 from mpd_data.config import InitConfig
-from mpd_data.init.detect import held_out
+from mpd_data.init.detect import held_out, look_at_models, plan_budget
 from mpd_data.init.pipeline import run_init, toml_value
 from mpd_data.prompts.reader import load_prompts
 from mpd_data.prompts.template import load_template
@@ -270,6 +271,18 @@ def test_the_budget_fits_both_contexts(tmp_path, gpu, context, draft, rewrite):
     assert "max_model_len" not in pipeline.rewrite["engine"]
     text = (tmp_path / "o" / "pipeline.toml").read_text()
     assert f"+ {draft:,} + {rewrite:,} (rewrite)" in " ".join(text.replace("# ", "").split())
+
+
+def test_the_sentence_of_a_baseline_has_room_beside_the_longest_draft(tmp_path):
+    """Whatever is left of the student's context by rounding."""
+    path = write_jsonl(tmp_path / "p.jsonl", rows(4))
+    names = {"student": str(STUDENT), "teacher": str(TEACHER), "prompts": str(path)}
+    models, prompts = look_at_models(InitConfig(**names)), load_prompts([path], "problem")
+    for context in range(300, 330):
+        files = dataclasses.replace(models.student.files, context=context)
+        student = dataclasses.replace(models.student, files=files)
+        budget = plan_budget(dataclasses.replace(models, student=student), prompts)
+        assert 250 < budget.prompt + budget.draft <= context - 16
 
 
 def test_settings_for_a_gpu(tmp_path, gpu):

@@ -16,6 +16,7 @@ from conftest import (
     ROOT,
     STUDENT,
     command,
+    edit_rows,
     finish,
     metrics,
     python,
@@ -412,10 +413,10 @@ def pocket(prompts, tmp_path_factory):
     return small_pocket(prompts, tmp_path_factory.mktemp("pocket"))
 
 
-def with_first_round(pocket, round_dir, out):
+def with_first_round(pocket, round_dir, out, changed=()):
     """A run of the pipeline that has `round_dir` as its first round, not trained on yet."""
     shutil.copytree(round_dir, out / "data" / "round1")
-    sampling, rewriting, _ = Plan(load_pipeline(pocket, ()), out).training(1)
+    sampling, rewriting, _ = Plan(load_pipeline(pocket, changed), out).training(1)
     write_jsonl(out / "finished.jsonl", [
         {"command": [step.program, *step.command], "inputs": _inputs(step), "exit_code": 0}
         for step in (sampling, rewriting)
@@ -450,6 +451,26 @@ def test_a_later_round_is_planned_from_the_first(pocket, round_dir, tmp_path, mo
     table = run("mpd-rounds", pocket, "--out", out, "--dry-run").stdout
     assert "round 2: train" in table
     assert f"learned from {out}/data/round1 (240 rows): round 2: rollouts" in table
+
+
+def test_drafts_that_will_be_cut_are_planned_too(pocket, round_dir, tmp_path, monkeypatch):
+    """Of a round to come as many are taken to be cut off as of the round before."""
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "run"
+    first = shutil.copytree(round_dir, tmp_path / "round")
+    edit_rows(
+        first, "rollouts", lambda row: row["sample_idx"] or row.update(finish_reason="length")
+    )
+    found = []
+    for changed in ((), ("rewrite.cut_drafts=true",)):
+        with_first_round(pocket, first, out, changed)
+        words = [word for change in changed for word in ("--set", change)]
+        steps = dry("mpd-rounds", pocket, "--out", out, *words)["steps"]
+        (plan,) = (step["plan"] for step in steps if step["label"] == "round 2: rewrite")
+        found.append(plan["tokens_at_most"])
+        shutil.rmtree(out)
+    # A quarter of 96 drafts, each of which may become a rewrite of 200 tokens.
+    assert found == [72 * 200, 96 * 200]
 
 
 def test_an_engine_that_steps_could_share_is_named(pocket, tmp_path, monkeypatch):

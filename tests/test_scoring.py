@@ -121,6 +121,27 @@ def test_no_second_pass_where_the_teachers_turn_is_the_trace(round_dir):
     assert speed["scored_while_writing"] == speed["kept"] == len(kept(round_dir))
 
 
+def test_a_trace_of_other_tokens_is_scored_by_itself(round_dir, teacher, tmp_path):
+    """The layout puts another word in place of the teacher's, so the trace has as many tokens as
+    its turn and not the same ones."""
+    text = TEMPLATE.read_text().replace("<think> (?P", "<think> plan (?P")
+    template = tmp_path / "other.toml"
+    template.write_text(text.replace("<think> {{", "<think> check {{"))
+    out = without_rewrites(round_dir, tmp_path / "r")
+    words = rewrite_arguments(out, **{"--template": template})
+    run("mpd-gen", *words, "--limit", 20)
+    found = kept(out)
+    assert len(found) > 5
+    assert RoundDir(out).run_info()["stages"]["distill"]["speed"]["scored_while_writing"] == 0
+    for row in found[:3]:
+        context, target = row["teacher_prompt_ids"], row["input_ids"][row["loss_start"] :]
+        exact = logprobs_of(teacher, context + target, len(context))
+        ids = torch.tensor(row["topk_ids"]).view(len(target), -1)
+        stored = torch.tensor(row["topk_logprobs"], dtype=torch.float64).view_as(ids)
+        expected = exact.gather(1, ids)
+        assert ((stored - expected).abs() <= 2**-11 * expected.abs() + 1e-4).all()
+
+
 def test_the_longest_drafts_are_begun_first(teacher_engine, round_dir, tmp_path):
     """Among those that a limit leaves. Rows do not depend on the order."""
     out = without_rewrites(round_dir, tmp_path / "r")

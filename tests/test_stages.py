@@ -6,6 +6,7 @@ The stages run in this process: vLLM is loaded once, and an engine then starts i
 import json
 import shutil
 import sys
+from collections import defaultdict
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -36,10 +37,11 @@ from mpd_data.common.models import load_tokenizer, resolve_model
 from mpd_data.config import EngineConfig, FilterConfig, RewriteConfig, RolloutsConfig
 from mpd_data.dryrun.refilter import plan_refilter
 from mpd_data.dryrun.rewrite import plan_rewrite
+from mpd_data.engines.start import start_engine
 from mpd_data.inspect.validate import validate_round
 from mpd_data.prompts.budget import Budget
 from mpd_data.rewrite import Group, run_rewrite
-from mpd_data.rollouts import run_rollouts, setup
+from mpd_data.rollouts import run_rollouts, sample, setup
 from mpd_data.select.pass_rates import PassRates
 from mpd_data.select.refilter import run_refilter
 from mpd_data.store.round import RoundDir
@@ -169,6 +171,36 @@ def test_a_student_answers_at_its_token_budget(prompts, tmp_path):
         assert len(row["completion_ids"]) == row["num_completion_tokens"] > limit + 1
         assert row["finish_reason"] == "stop"
         assert row["answer"] is not None
+
+
+def test_the_rest_of_a_sample_has_the_room_that_is_left_and_numbers_of_its_own(prompts, tmp_path):
+    """A sample that goes on at its token budget is asked for in two pieces."""
+    asked = defaultdict(list)
+
+    class Recorded:
+        def __init__(self, *given):
+            self._engine = start_engine(*given)
+
+        def __getattr__(self, name):
+            return getattr(self._engine, name)
+
+        def submit_generate(self, key, prompt_ids, sampling, seed, *more):
+            asked[key].append((len(prompt_ids), sampling.max_tokens, seed))
+            self._engine.submit_generate(key, prompt_ids, sampling, seed, *more)
+
+    config = RolloutsConfig(
+        model=str(STUDENT), prompts=[str(prompts)], id_column="id", num_prompts=6,
+        out=tmp_path / "r", token_budget=20, budget_text="answer", sampling={"max_tokens": 40},
+        engine=ENGINE | {"backend": "transformers"},
+    )  # fmt: skip
+    sample(setup(config), start=Recorded)
+    assert len(asked) == 6
+    for first, rest in asked.values():
+        assert first[1] == 20
+        # The prompt of the rest has what was said and the text that asks for the answer.
+        assert rest[0] - first[0] + rest[1] == 40
+        assert rest[2] != first[2]
+    assert rows(config.out)["num_completion_tokens"].max() <= 40
 
 
 def test_thinking_that_has_ended_is_not_ended_again():

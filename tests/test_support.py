@@ -3,6 +3,7 @@
 import shutil
 import zlib
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -18,15 +19,17 @@ from conftest import (
     run,
     without_rewrites,
 )
-from transformers import AutoModelForCausalLM
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.support import auroc, pocket_rewrites, score
 from mpd_data.common.models import load_tokenizer, resolve_model
 from mpd_data.config import RewriteConfig
+from mpd_data.engines.protocol import Scores
 from mpd_data.inspect.stats import round_stats
 from mpd_data.select import student
 from mpd_data.select.refilter import run_refilter
-from mpd_data.select.support import answer_spans, lead_in_spans, new_values
+from mpd_data.select.support import Measure, answer_spans, lead_in_spans, new_values
 
 ENGINE = {"backend": "transformers", "dtype": "float32"}
 MEASURES = ["answer_support", "weakest_step"]
@@ -120,6 +123,30 @@ def test_measures_follow_from_the_models_distributions(scored):
         assert one.columns["answer_support"] == pytest.approx(expected, abs=1e-3)
         expected = min(log_value(ids, place) for place in {*new.values(), *stated})
         assert one.columns["weakest_step"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_comma_between_thousands_changes_no_measure():
+    """Whatever its probability is: 1,234 is the value that 1234 is."""
+    text = "2 + 2 = 1,234 ."
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["2 + = , . 1 2 3 4"], vocab_size=257, show_progress=False)
+    measure = Measure(PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer))
+    ids = bpe.encode(text).ids
+    places = measure.places(bpe.encode("2 + 2 ?").ids, ids, None)
+    (step,) = places.steps
+    assert len(step) == len("1,234")
+    trace, comma = [*ids, 0], step.start + 1
+    n = len(trace)
+
+    def weakest(of_comma):
+        """With digits as likely as each other at each place, and a comma `of_comma`."""
+        target = np.full(n, np.log(0.5), np.float32)
+        target[comma] = np.log(of_comma)
+        none = np.full((n, 1), bpe.token_to_id("."), np.int32)
+        scores = Scores("a", none, np.full((n, 1), np.log(0.1), np.float32), target)
+        return measure.columns(places, trace, scores, None)["weakest_step"]
+
+    assert weakest(0.9) == weakest(1e-6) == pytest.approx(3 * np.log(0.5), abs=1e-5)
 
 
 # -- rounds ---------------------------------------------------------------------------------

@@ -402,6 +402,27 @@ def test_validation_is_held_and_ended_as_told(trained, few):
     assert len(steps) < 4 * len(make_packs(ShardSet([few]), 600, 0, 0, (0.4, 1.0)))
 
 
+def test_each_step_drops_units_of_its_own(few, trained, exact_student, tmp_path):
+    """The same row in each step, and weights that do not move: losses differ by dropout alone."""
+    one, left = shutil.copytree(few, tmp_path / "one"), itertools.count(1, -1)
+
+    def reject(row):
+        if row["status"] == "ok" and next(left) <= 0:
+            row["status"] = "longer"
+
+    edit_rows(one, "distill", reject)
+    student = shutil.copytree(exact_student, tmp_path / "student")
+    settings = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.3}))
+    still = {"learning_rate": 1e-12}
+    found = [
+        column(trained(shards=one, student=student, epochs=4, optimizer=still)[0], "loss")
+        for _ in range(2)
+    ]
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 4
+
+
 def test_checkpoints_are_as_frequent_as_told(trained, monkeypatch):
     from mpd_train import loop
 
