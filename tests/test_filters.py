@@ -11,6 +11,7 @@ import pytest
 from conftest import (
     SCORES,
     STUDENT,
+    invoke,
     killed,
     num_shards,
     rewrite_arguments,
@@ -20,6 +21,8 @@ from conftest import (
 )
 from conftest import rows as stage_rows
 
+from mpd_data.cli import cli
+from mpd_data.common.errors import ConfigError
 from mpd_data.common.ngrams import overlap
 from mpd_data.config import FilterConfig, RewriteConfig
 from mpd_data.engines.protocol import Scores
@@ -201,6 +204,25 @@ def test_refilter_scores_what_it_newly_admits(round_dir, sampled, tmp_path):
     ids = [frame.filter(pl.col("status") == "ok")["topk_ids"] for frame in (ours, theirs)]
     assert [a[0] for a in ids[0]] == [b[0] for b in ids[1]]
     assert not (out / ".refilter").exists()
+
+
+@pytest.mark.parametrize(
+    "changed, name",
+    [
+        ({"--max-model-len": 300}, "max_model_len"),
+        ({"--dtype": "bfloat16"}, "dtype"),
+        ({"--engine-kwargs": '{"quantization": "fp8"}'}, "engine_kwargs"),
+    ],
+)
+def test_what_is_newly_kept_is_scored_as_the_rest(round_dir, tmp_path, changed, name):
+    """A smaller context would make rows too_long for good."""
+    out = copy(round_dir, tmp_path)
+    before = rows(out)
+    loose = [*rewrite_arguments(out, **changed), "--no-keep-answer", "--refilter"]
+    for more in (["--dry-run"], []):
+        with pytest.raises(ConfigError, match=rf"scored the rest, not with:\n  {name}: saved"):
+            invoke(cli, *loose, *more)
+        assert rows(out).equals(before)
 
 
 def test_refilter_changes_rules_and_nothing_else(sampled, round_dir, tmp_path):

@@ -16,6 +16,7 @@ from conftest import (
     TEACHER,
     assert_near,
     edit_rows,
+    invoke,
     killed,
     model_with,
     num_shards,
@@ -29,6 +30,7 @@ from conftest import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from mpd_data.cli import cli
 from mpd_data.common.errors import ConfigError
 from mpd_data.config import RolloutsConfig
 from mpd_data.inspect.compare import compare, evaluate
@@ -307,6 +309,28 @@ def test_changed_settings_are_refused(round_dir, prompts):
     assert "sampling.temperature: saved 1.0 / now 0.5" in said
     said = run("mpd-gen", *rewrite_arguments(round_dir, **{"--num-logprobs": 8}), code=1).stderr
     assert "num_logprobs: saved 64 / now 8" in said
+
+
+@pytest.mark.parametrize(
+    "changed, name",
+    [
+        ({"--template": "plain"}, "template"),
+        ({"--template-kwargs": '{"word": "x"}'}, "template_kwargs.word"),
+        ({"--score-template-kwargs": '{"word": "x"}'}, "score_template_kwargs.word"),
+        ({"--score-context": "problem"}, "score_context"),
+        ({"--num-candidates": 2, "--temperature": 1}, "num_candidates"),
+        ({"--choose": "first"}, "choose"),
+        ({"--max-ratio": 0.9}, "filters.max_ratio"),
+        ({"--seed": 1}, "seed"),
+        ({"--top-p": 0.5}, "sampling.top_p"),
+        ({"--dtype": "bfloat16"}, "dtype"),
+        ({"--max-model-len": 900}, "max_model_len"),
+    ],
+)
+def test_each_setting_that_decides_a_rewrite_is_compared(round_dir, changed, name):
+    """Or a stage that goes on would mix rows of two settings."""
+    with pytest.raises(ConfigError, match=rf"\n  {name}: (saved|the content) "):
+        invoke(cli, *rewrite_arguments(round_dir, **changed), "--dry-run")
 
 
 def test_rewrite_without_rollouts_is_refused(tmp_path):

@@ -48,9 +48,10 @@ def test_a_recorded_round_is_finished_with_the_same_rows(tmp_path):
 def test_a_recorded_training_goes_on_from_its_checkpoint(tmp_path):
     out = tmp_path / "training"
     shutil.copytree(RECORDED / "training", out)
+    round_dir = shutil.copytree(RECORDED / "round", tmp_path / "round")
     done = (out / "metrics.jsonl").read_text(encoding="utf-8")
     run(
-        "mpd-train", "--shards", RECORDED / "round", "--student", STUDENT, "--out", out,
+        "mpd-train", "--shards", round_dir, "--student", STUDENT, "--out", out,
         "--dtype", "float32", "--pack-length", 300, "--epochs", 4, "--save-steps", 3,
         "--lora-r", 1, "--lora-target-modules", "q_proj", "--learning-rate", 0.01,
     )  # fmt: skip

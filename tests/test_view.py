@@ -318,7 +318,7 @@ def test_a_round_is_shown_with_its_tokens_from_any_folder(round_dir, tmp_path, m
     assert found["pieces"]
 
 
-def test_a_rows_divergence_is_that_of_its_last_step(round_dir, tmp_path):
+def test_a_rows_divergence_is_the_last_of_the_training_given_last(round_dir, tmp_path):
     first, second = (row[:16] for row in rows(round_dir, "distill")["row_id"][:2])
     for name, met in (
         ("a", [(first, 1, 0.9), (first, 5, 0.2), (second, 2, 0.4)]),
@@ -329,4 +329,6 @@ def test_a_rows_divergence_is_that_of_its_last_step(round_dir, tmp_path):
         lines = [{"row": row, "step": step, "kl": kl, "tokens": 9} for row, step, kl in met]
         log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     found = divergences([tmp_path / "a", tmp_path / "b"], [round_dir])
-    assert found == {first: 0.2, second: 0.1}
+    assert found == {first: 0.7, second: 0.1}
+    found = divergences([tmp_path / "b", tmp_path / "a"], [round_dir])
+    assert found == {first: 0.2, second: 0.4}

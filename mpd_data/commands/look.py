@@ -131,7 +131,8 @@ def compare(base: Path, new: Path, as_json: bool, by: str | None, at_once: int |
     "trainings",
     multiple=True,
     type=ROUND,
-    help="Folder of a training on the rounds: its rows get their divergence. May be repeated.",
+    help="Folder of a training on the rounds: its rows get their divergence. May be repeated; the"
+    " last one counts for the rows that it met.",
 )
 @click.option(
     "--rows",

@@ -55,7 +55,8 @@ def plan_refilter(config: RewriteConfig) -> StagePlan:
         choosing_student(config, metadata["student"], metadata["tokenizer"], weights=False)
     if unscored:
         teacher = model_of(config, weights=False)
-        require_teacher(config, teacher.as_saved(saved.get("teacher")), metadata)
+        teacher = teacher.as_saved(saved.get("teacher"))
+        require_teacher(config, teacher, metadata, saved)
     size = sum(path.stat().st_size for path in paths)
     in_both, vocab_size = config.score_context == "both", metadata.get("vocab_size", 2)
     more = distill_bytes(0, 0, tokens, metadata.get("num_logprobs", 1), vocab_size, in_both)

@@ -58,7 +58,7 @@ def run_refilter(config: RewriteConfig) -> Outcome:
             metadata = read_metadata(paths[0])
             entry = round_dir.run_info()["stages"]["distill"]
             measured_by = entry.get(MEASURED_BY)
-            work = _Refilter(config, metadata)
+            work = _Refilter(config, metadata, saved)
             if config.student_option is not None:
                 # Raise its errors before the pass undoes the choice that was made.
                 student = choosing_student(config, metadata["student"], metadata["tokenizer"])
@@ -116,12 +116,23 @@ def require_asked(config: RewriteConfig, round_dir: RoundDir, paths: list[Path])
         )
 
 
-def require_teacher(config: RewriteConfig, teacher: ModelFiles, metadata: dict[str, Any]) -> None:
-    """Raise ConfigError unless `teacher` made the rewrites, whose metadata is given."""
+def require_teacher(
+    config: RewriteConfig, teacher: ModelFiles, metadata: dict[str, Any], identity: dict[str, Any]
+) -> None:
+    """Raise ConfigError unless `teacher` made the rewrites, whose metadata and identity are given,
+    with the same engine settings."""
     if {**teacher.identity(), "name": metadata["teacher"]["name"]} != metadata["teacher"]:
         raise ConfigError(
             f"{config.teacher} is not the teacher that made these rewrites"
             f" ({metadata['teacher']['name']}). Give that one: it has to score what is newly kept."
+        )
+    context = config.engine.max_model_len or teacher.context
+    now = {**config.engine.identity, "max_model_len": context}
+    names = ("dtype", "engine_kwargs", "max_model_len")
+    if changed := differences({name: identity.get(name) for name in names}, now):
+        raise ConfigError(
+            f"{config.shards}: the teacher scores what is newly kept as it scored the rest, not"
+            " with:\n  " + "\n  ".join(changed) + "\nGive the saved settings."
         )
     tokenizer = load_tokenizer(teacher, config.trust_remote_code)
     require_same_tokenizer(
@@ -132,10 +143,11 @@ def require_teacher(config: RewriteConfig, teacher: ModelFiles, metadata: dict[s
 
 @dataclass
 class _Refilter(Pass):
-    """Filter and choose again; the teacher scores what is newly kept. `forgets`: what another
-    student measured is dropped."""
+    """Filter and choose again; the teacher scores what is newly kept. `identity`: of the rewrites.
+    `forgets`: what another student measured is dropped."""
 
     label = "refilter"
+    identity: dict[str, Any]
     forgets: bool = False
 
     @functools.cached_property
@@ -155,7 +167,7 @@ class _Refilter(Pass):
     def start_engine(self) -> Engine:
         config = self.config
         teacher = model_of(config)
-        require_teacher(config, teacher, self.metadata)
+        require_teacher(config, teacher, self.metadata, self.identity)
         # The teacher's padding rows may be among its best; `score_columns` drops them.
         self.k = self.metadata["num_logprobs"] + teacher.vocab_size - self.metadata["vocab_size"]
         return start_engine(teacher, config.engine, config.trust_remote_code, self.k)

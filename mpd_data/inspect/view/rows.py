@@ -52,13 +52,14 @@ Divergences = Mapping[str, float]
 
 def divergences(trainings: Sequence[Path], rounds: Sequence[Path]) -> dict[str, float]:
     """Return how far the student was from the teacher on each row of these trainings, in nats per
-    token, when they last met it, before the step. Raise ConfigError for a folder that does not say
-    and for a training that met no row of the `rounds`, DataError for a damaged file."""
+    token, before the last step that met it, of the training that is given last. Raise ConfigError
+    for a folder that does not say and for a training that met no row of the `rounds`, DataError for
+    a damaged file."""
     frame = scan(list(rounds), "distill")
     keys = pl.Series("row", [], pl.String)
     if trainings and frame is not None:
         keys = collect(frame.select(row=pl.col("row_id").str.slice(0, 16)))["row"]
-    latest: dict[str, tuple[int, float]] = {}
+    latest: dict[str, float] = {}
     for folder in trainings:
         files = row_logs(folder)
         if not files:
@@ -69,16 +70,15 @@ def divergences(trainings: Sequence[Path], rounds: Sequence[Path]) -> dict[str, 
         own: dict[str, tuple[int, float]] = {}
         for file in files:
             for line in read_row_log(file):
-                met = line["step"], line["kl"]
-                own[line["row"]] = max(own.get(line["row"], met), met)
+                if line["step"] >= own.get(line["row"], (0, 0.0))[0]:
+                    own[line["row"]] = line["step"], line["kl"]
         if not keys.is_in(list(own)).any():
             raise ConfigError(
                 f"{folder}: this training met no row of {', '.join(map(str, rounds))}. Give one on"
                 " these rounds."
             )
-        for row, met in own.items():
-            latest[row] = max(latest.get(row, met), met)
-    return {row: kl for row, (_, kl) in latest.items()}
+        latest |= {row: kl for row, (_, kl) in own.items()}
+    return latest
 
 
 def rewrites_of(folder: Path, count: int, trained: Divergences) -> dict[str, Any]:
