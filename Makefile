@@ -37,6 +37,9 @@ KERNELS := $(filter-out tests/test_kl_sharded.py,$(wildcard tests/test_kl_*.py))
 # imports vLLM then compiles 4,500 modules each time: 20 s of a core.
 export PYTHONDONTWRITEBYTECODE :=
 
+# Files in their order: those with few tests take as long as others, and would end alone.
+BY_FILE := --dist loadfile --no-loadscope-reorder
+
 # Files without engines and trainings.
 FAST := $(addprefix tests/test_,checkers.py contamination.py docs.py gate.py gold_answers.py inputs.py options.py \
 	public.py weights.py)
@@ -150,14 +153,14 @@ build/%/.installed: .venv/.tools constraints/%.txt
 	./scripts/browser.sh
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' $(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(BY_FILE) -m 'not slow' $(FAST)
 
 # test-all, and test-any-order: with every combination of the losses' parameters, where test has each
 # pair of them, and with all kills of the kill matrix.
 test test-all test-any-order: lint site
 test test-slow test-all test-any-order: .venv/.browser build/lm-eval/.installed build/mlflow/.installed
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(ORDER) $(KERNELS) $(WHICH)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ORDER) $(KERNELS:%=--ignore=%) $(WHICH)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(BY_FILE) $(ORDER) $(KERNELS:%=--ignore=%) $(WHICH)
 
 test: WHICH := -m 'not slow'
 test-slow: WHICH := -m slow

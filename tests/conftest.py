@@ -83,6 +83,11 @@ def _beyond_pairs(grid):
     return list(pairs)
 
 
+def slow(*values):
+    """Return a case of a parametrized test that is slow where others are not."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # Most tests ask for rows, not for an engine: without vLLM another one makes them.
 ENGINE = {} if importlib.util.find_spec("vllm") else {"--backend": "transformers"}
 

@@ -354,6 +354,8 @@ class _Server:
     def __init__(self):
         self._all = set(os.environ)
         self._environment = _read_at_start(os.environ)
+        # It may have been started after an engine, before others.
+        self._left_behind = {name: os.environ[name] for name in self._all & _LEFT_BEHIND}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(os.environ["MPD_NURSERY"])
         self._listener.listen(128)
@@ -380,10 +382,10 @@ class _Server:
             return
         order = json.loads(order)
         # So do imports, of which ours have left the same.
-        order["env"] = {
+        order["env"] = self._left_behind | {
             name: value
             for name, value in order["env"].items()
-            if name in self._all or (name not in _LEFT_BEHIND and os.environ.get(name) != value)
+            if name not in _LEFT_BEHIND and (name in self._all or os.environ.get(name) != value)
         }
         if _read_at_start(order["env"]) != self._environment:
             connection.send(b"refused")

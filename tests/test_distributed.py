@@ -25,6 +25,7 @@ from conftest import (
     row_log,
     run,
     saved_weights,
+    slow,
     tied_student,
     weights,
 )
@@ -116,7 +117,7 @@ def one(round_dir, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, slow(4)])
 def test_several_processes_do_what_one_does(one, round_dir, tmp_path, size):
     said = with_ranks(size, settings(round_dir, tmp_path / "run"))
     assert f"on {size} x cpu" in said

@@ -23,6 +23,7 @@ def losses_of(*arguments, example="minimal_mpd", launcher=()):
     return [float(loss) for loss in re.findall(r"loss ([\d.]+) nats", done.stdout)]
 
 
+@pytest.mark.slow
 def test_the_minimal_example_learns():
     first, *_, last = losses_of()
     assert math.isfinite(first)

@@ -115,6 +115,7 @@ def test_rewrites_lie_in_small_row_groups(round_dir):
     assert sizes == {"rollouts": [[100], [100], [40]], "distill": [[64, 36], [64, 36], [40]]}
 
 
+@pytest.mark.slow
 def test_rollouts_survive_sigkill(round_dir, prompts, tmp_path):
     """After two kills the same command completes to the rows of an uninterrupted run, although
     the shard size and the number of sequences changed."""
@@ -206,6 +207,7 @@ def test_a_teacher_with_padded_vocabulary(round_dir, prompts, tmp_path):
     assert max(near) < 0.02
 
 
+@pytest.mark.slow
 def test_a_padded_teacher_scores_what_a_refilter_lets_in(round_dir, tmp_path):
     """As many ids for each token as it did before, without its padding."""
     out = without_rewrites(round_dir, tmp_path / "r")

@@ -15,6 +15,7 @@ from conftest import (
     rewrite_arguments,
     rows,
     run,
+    slow,
     train_config,
     until_a_checkpoint,
     with_adapter,
@@ -196,10 +197,10 @@ def test_what_is_damaged_is_not_pushed(hub, round_dir, tmp_path, damage, message
 @pytest.mark.parametrize(
     ("name", "env", "remedy"),
     [
-        ("team/x", {"HF_HUB_OFFLINE": "1"}, "Unset HF_HUB_OFFLINE .*reached"),
+        slow("team/x", {"HF_HUB_OFFLINE": "1"}, "Unset HF_HUB_OFFLINE .*reached"),
         ("team/x", {"HF_ENDPOINT": NOBODY}, f"network and that {NOBODY} .*try again"),
         ("bad//x", {}, "of the form OWNER/NAME"),
-        ("team/x", {"HF_TOKEN": "hf_another"}, "Log in to http.* `hf auth login`"),
+        slow("team/x", {"HF_TOKEN": "hf_another"}, "Log in to http.* `hf auth login`"),
     ],
     ids=["offline", "no network", "bad name", "no right"],
 )

@@ -28,6 +28,7 @@ from conftest import (
     rewrite_arguments,
     rollout_arguments,
     rows,
+    slow,
     started,
 )
 from nursery import Death
@@ -277,7 +278,7 @@ def disk(tmp_path):
 
 
 # From no room for run.json to none for the last shards (24 of them, a page or two each).
-@pytest.mark.parametrize("size", ["4k", "12k", "24k", "48k", "96k", "160k"])
+@pytest.mark.parametrize("size", ["4k", slow("12k"), slow("24k"), "48k", slow("96k"), "160k"])
 def test_a_full_disk_is_one_message_and_the_rest_follows(nursery, undisturbed, disk, size):
     truth = undisturbed("rollouts", "transformers")
     disk.mount(f"size={size}")
@@ -290,7 +291,7 @@ def test_a_full_disk_is_one_message_and_the_rest_follows(nursery, undisturbed, d
     assert [p.name for p in out.glob(".*.tmp")] == []
 
 
-@pytest.mark.parametrize("size", ["200k", "300k"])
+@pytest.mark.parametrize("size", [slow("200k"), "300k"])
 def test_a_disk_that_fills_while_rewriting(nursery, undisturbed, disk, size):
     truth = undisturbed("rewrite", "transformers")
     disk.mount(f"size={size}")
@@ -332,7 +333,7 @@ def test_a_read_only_disk_is_one_message_and_the_rest_follows(nursery, undisturb
     assert differences(truth.rows, out, "rollouts") == (0, 0)
 
 
-@pytest.mark.parametrize("closed", ["", "rollouts", ".staging", ".status"])
+@pytest.mark.parametrize("closed", ["", slow("rollouts"), slow(".staging"), ".status"])
 def test_a_folder_of_somebody_else_is_one_message_and_the_rest_follows(
     nursery, undisturbed, tmp_path, closed
 ):
@@ -487,6 +488,7 @@ def test_a_whole_stage_beside_a_part_is_refused(nursery, undisturbed, tmp_path):
     assert differences(truth.rows, out, "rollouts") == (0, 0)
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_command_that_started_them(nursery, undisturbed, tmp_path):
     """Otherwise they would keep the round locked, and the same command would be refused."""
     truth = undisturbed("rollouts", "transformers")

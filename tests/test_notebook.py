@@ -49,6 +49,7 @@ def test_no_engine_and_no_model_stays_in_memory(executed):
     assert executed[2] == "[]\n"
 
 
+@pytest.mark.slow
 def test_a_bar_is_one_line_that_changes(executed):
     said = "".join(o.text for outputs in executed[1] for o in outputs if o.get("name") == "stderr")
     # tqdm writes s/row where a row takes longer than a second.
@@ -66,6 +67,7 @@ def shape(outputs):
     return found
 
 
+@pytest.mark.slow
 def test_the_outputs_in_the_file_belong_to_its_code(executed):
     cells = code_cells(read())
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))

@@ -137,6 +137,7 @@ def test_stop_strings_end_a_rewrite(round_dir, teacher, tmp_path, monkeypatch):
         assert rewrite.strip() == whole[rollout_id].partition("answer")[0].strip()
 
 
+@pytest.mark.slow
 def test_scores_are_exact_and_samples_follow_their_seed(round_dir, teacher, monkeypatch):
     """Float32 on both sides: scores within 1e-4, samples token for token."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)

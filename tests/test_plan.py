@@ -284,6 +284,7 @@ def test_without_the_limit_the_rest_follows(part, round_dir, prompts, tmp_path):
     assert rows(out).equals(rows(round_dir))
 
 
+@pytest.mark.slow
 def test_only_own_rows_of_the_same_backend_teach(part, prompts):
     """Lengths hold for every backend, speeds do not. Rows that --overwrite deletes say nothing."""
     new = dry("mpd-gen", *rollout_arguments(prompts, part[0].parent / "new"))
@@ -595,6 +596,7 @@ def qwen_hub(tmp_path_factory):
         yield hub
 
 
+@pytest.mark.slow
 def test_the_qwen3_pipeline_is_sound_in_every_stage(qwen_hub, tmp_path):
     command_ = command("mpd-rounds", "pipelines/qwen3-1.7b/pipeline.toml", "--out")
     words = [*command_, tmp_path / "run", "--dry-run", "--json"]

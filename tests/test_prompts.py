@@ -381,8 +381,12 @@ def test_what_the_hub_does_not_give_is_said_in_one_line(hub, tmp_path):
         assert message.startswith("ConfigError: hf://owner/") and "\n" not in message, message
         assert re.search(expected, message), message
     assert re.match("DataError: hf://owner/sums.*no column 'p'", results[-1]), results[-1]
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    (message,) = ask(hub, tmp_path / "other", load("sums?split=train"), **nowhere)
+
+
+@pytest.mark.slow
+def test_a_hub_that_does_not_answer_is_said_in_one_line(hub, tmp_path):
+    call = ["prompts", ["hf://owner/sums?split=train"], "q"]
+    (message,) = ask(hub, tmp_path, call, HF_ENDPOINT="http://127.0.0.1:9")
     assert message.startswith("ConfigError: hf://owner/sums?split=train: not to be had"), message
 
 

@@ -29,6 +29,7 @@ from conftest import (
     python,
     rows,
     run,
+    slow,
     write_jsonl,
 )
 
@@ -388,8 +389,9 @@ def test_hostile_text_stays_text(longer, tmp_path, browser):
     assert "\\| \\`a\\` \\*b\\*" in texts["data_card.md"]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize(
+    "width, scheme", [(390, "dark"), (1280, "light"), slow(390, "light"), slow(1280, "dark")]
+)
 def test_the_page_in_a_browser(longer, tmp_path, browser, width, scheme):
     report(longer, tmp_path)
     tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)

@@ -51,6 +51,7 @@ def test_one_engine_start_for_each_model_and_round(finished):
     assert of["eval/base-greedy"]["rollouts-0-of-1"] == of["data/round1"]["rewrite-0-of-1"]
 
 
+@pytest.mark.slow
 def test_the_rows_are_those_of_the_commands(finished, tmp_path):
     """Bit for bit, by an engine that was used before or by a new one."""
     out, _ = finished

@@ -472,6 +472,7 @@ def forks():
         process.stdin.close()
 
 
+@pytest.mark.slow
 def test_death_between_any_two_system_calls(forks, tmp_path):
     """The same round, killed at its 1st, 2nd, 3rd … change of the disk, each time from anew and
     each time completed afterwards to the same rows."""

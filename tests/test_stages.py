@@ -358,6 +358,7 @@ def own_checker(tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_checks_have_their_processes_and_their_time(prompts, tmp_path, own_checker):
     """In both stages."""
     started = own_checker("rollouts", workers=3, seconds=60)
@@ -572,6 +573,7 @@ def test_each_rule_rejects_rewrites_of_a_round(round_dir, tmp_path):
     assert outcome.statuses["ok"] == kept > 0
 
 
+@pytest.mark.slow
 def test_a_rollout_waits_for_the_samples_of_its_prompt(drafts, prompts, tmp_path, capsys):
     """Its pass rate is that of all samples, whenever it is rewritten."""
     out = tmp_path / "r"

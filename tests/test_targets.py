@@ -104,6 +104,7 @@ def test_a_second_score_in_a_round_of_one_context_is_a_breach(round_dir, tmp_pat
     assert any("draft_* columns contradict" in problem for problem in validate_round(broken))
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_second_score(round_dir, both_dir, tmp_path):
     fresh = without_rewrites(round_dir, tmp_path / "round1")
 

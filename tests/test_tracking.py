@@ -143,6 +143,7 @@ def test_a_resumed_training_goes_on_in_its_run(tmp_path):
     assert first == resumed != anew
 
 
+@pytest.mark.slow
 def test_a_round_its_traces_and_its_evaluation_are_in_the_run(round_dir, tmp_path):
     pytest.importorskip("wandb")
     source = """

@@ -25,6 +25,7 @@ from conftest import (
     rewrite_arguments,
     row_log,
     run,
+    slow,
     tied_student,
     train_config,
     weights,
@@ -250,6 +251,7 @@ def test_training_lowers_the_loss_and_is_recorded(trained, round_dir):
     assert not list(trained.rglob("*.pt")) + list(trained.rglob("*.bin"))
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume_give_the_same_curve_and_weights(trained, round_dir, tmp_path):
     out = tmp_path / "run"
     arguments = as_arguments(round_dir, out)
@@ -315,7 +317,7 @@ def test_tied_embeddings_are_trained_and_exported_once(round_dir, tmp_path):
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], *map(slow, NAMES[1:])])
 def test_each_divergence_trains(round_dir, tmp_path, name):
     train(config(round_dir, tmp_path / "run", epochs=1, loss={"divergence": name}))
     values = losses(tmp_path / "run")
