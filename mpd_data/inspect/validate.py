@@ -36,6 +36,7 @@ from mpd_data.store.shards import (
     line_of,
     metadata_of,
     open_shard,
+    tokens_of,
     with_added_columns,
 )
 
@@ -104,6 +105,7 @@ class _Look:
     of. `prompts`: keys of rollouts, and a number for the prompt of each."""
 
     sha256: str | None = None
+    tokens: int = 0
     line: Shard | None = None
     metadata: dict[str, Any] | None = None
     problems: list[str] = field(default_factory=list)
@@ -128,7 +130,7 @@ def _look(file: Path, stage: Stage, rollouts: "_Prompts | None") -> _Look:
             if _follows(shard.schema_arrow, SCHEMAS[stage]):
                 look.metadata = metadata
                 _check_rows(file, shard, stage, metadata, rollouts, look)
-                look.line = line_of(file, shard, stage, look.sha256 or "")
+                look.line = line_of(file, shard.metadata, look.tokens, look.sha256 or "")
             else:
                 look.problems.append(f"{file}: its columns or types are not those of the contract.")
     except DataError as error:
@@ -239,6 +241,7 @@ def _check_rows(
         except PARQUET_ERRORS as error:
             raise DataError(f"row groups {groups[0]} to {groups[-1]}: {error}") from error
         rows = _Rows(file, first, table)
+        look.tokens += tokens_of(table, stage)
         packed = rows.packed("row_id")
         rows.enums()
         if stage == "rollouts":
@@ -299,7 +302,7 @@ class _Rows:
         column = self._table.column(name)
         if pa.types.is_list(column.type):
             column = pc.list_value_length(column)
-        return np.asarray(column.fill_null(-1))
+        return np.asarray(column.fill_null(-1) if column.null_count else column)
 
     def _flat(self, name: str, rows: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
         """Return the concatenated lists of these rows."""

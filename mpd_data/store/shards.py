@@ -253,21 +253,24 @@ def unique_keys(paths: list[Path], packed: list[Packed]) -> KeySet:
 
 def describe(path: Path, stage: Stage) -> Shard:
     """Return the manifest's line of a shard, by reading it. Raise DataError for damaged bytes."""
+    column = TOKEN_COLUMN.get(stage)
     with open_shard(path) as file:
         metadata_of(path, file)
-        return line_of(path, file, stage, sha256_of(path))
-
-
-def line_of(path: Path, file: pq.ParquetFile, stage: Stage, sha256: str) -> Shard:
-    """Return the manifest's line of a shard that is open. Raise DataError for damaged bytes."""
-    column = TOKEN_COLUMN.get(stage)
-    tokens = 0
-    if column is not None:
         try:
-            tokens = pc.sum(file.read(columns=[column], use_threads=False)[column]).as_py() or 0
+            table = file.read(columns=[column] if column else [], use_threads=False)
         except PARQUET_ERRORS as error:
             raise DataError(f"{path}: column {column!r} cannot be read ({error})") from error
-    footer = file.metadata
+        return line_of(path, file.metadata, tokens_of(table, stage), sha256_of(path))
+
+
+def tokens_of(rows: pa.Table, stage: Stage) -> int:
+    """Return the tokens that the manifest counts in rows of a stage."""
+    column = TOKEN_COLUMN.get(stage)
+    return (pc.sum(rows.column(column)).as_py() or 0) if column else 0
+
+
+def line_of(path: Path, footer: pq.FileMetaData, tokens: int, sha256: str) -> Shard:
+    """Return the manifest's line of a shard with this footer."""
     return Shard(
         name=path.name,
         rows=footer.num_rows,
