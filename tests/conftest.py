@@ -282,7 +282,7 @@ def small_pocket(prompts, folder):
     text = (ROOT / "pipelines" / "pocket" / "pipeline.toml").read_text()
     for split in ("train", "test", "ood"):
         text = text.replace(f"data/pocket/{split}.jsonl", str(prompts))
-    for size in ("320", "1000", "500"):
+    for size in ("320", "500", "250"):
         text = text.replace(f"num_prompts = {size}", "num_prompts = 24")
     # A second process takes longer to start than these rows.
     text = text.replace("parts = { workers = 2 }\n", "")

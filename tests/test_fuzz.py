@@ -397,7 +397,7 @@ def test_a_damaged_pipeline_is_read(draw, folder):
     text = (ROOT / "pipelines" / "pocket" / "pipeline.toml").read_text()
     for split in ("train", "test", "ood"):
         text = text.replace(f"data/pocket/{split}.jsonl", str(RECORDED / "prompts.jsonl"))
-    for size in ("320", "1000", "500"):
+    for size in ("320", "500", "250"):
         text = text.replace(f"num_prompts = {size}", "num_prompts = 3")
     path.write_text(text)
     note(damage(draw, path, RECORDED / "prompts.jsonl"))
