@@ -50,6 +50,7 @@ _LEFT_BEHIND = {
     "AITER_SITUV2_A4W4",
     "LD_PRELOAD",
     "NUMEXPR_MAX_THREADS",
+    "RAY_CLIENT_MODE",
     "TORCHINDUCTOR_CPP_DYNAMIC_THREADS",
     "TORCH_CPP_LOG_LEVEL",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING",
@@ -387,8 +388,10 @@ class _Server:
             for name, value in order["env"].items()
             if name not in _LEFT_BEHIND and (name in self._all or os.environ.get(name) != value)
         }
-        if _read_at_start(order["env"]) != self._environment:
-            connection.send(b"refused")
+        was, now = self._environment, _read_at_start(order["env"])
+        if was != now:
+            unlike = sorted(name for name in was | now if was.get(name) != now.get(name))
+            connection.send(" ".join(["refused", *unlike]).encode())
             connection.close()
         else:
             pid = os.fork()

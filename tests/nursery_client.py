@@ -39,8 +39,10 @@ def main():
     # A signal to a group of ours reaches the programs that the fork starts.
     send = os.killpg if os.getpgrp() == os.getpid() else os.kill
     socket.send_fds(nursery, [json.dumps(order).encode()], [0, 1, 2])
-    answer = nursery.recv(64).split()
+    answer = nursery.recv(4096).split()
     if answer[0] == b"refused":
+        if "MPD_NURSERY_STRICT" in os.environ:
+            sys.exit(answer[1:])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, passed)
         os.execv(PYTHON, [PYTHON, *words])
     pid = int(answer[1])
