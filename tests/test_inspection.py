@@ -238,13 +238,13 @@ def test_compare_by_a_metadata_key(round_dir, longer, tmp_path):
             assert group[f"{name}_interval"] == alone[f"{name}_interval"]
         for side, folder in zip(("base", "new"), sides, strict=True):
             mine = rows(folder)
-            # Accuracy is a mean over problems, tokens are a mean over samples, as in `evaluate`.
-            problems = defaultdict(list)
-            for row in mine:
-                problems[row["prompt_id"]].append(row["is_correct"])
-            assert group[side]["accuracy"] == pytest.approx(fmean(map(fmean, problems.values())))
-            tokens = fmean(row["num_completion_tokens"] for row in mine)
-            assert group[side]["mean_tokens"] == pytest.approx(tokens)
+            for name, column in (
+                ("accuracy", "is_correct"), ("mean_tokens", "num_completion_tokens"),
+            ):  # fmt: skip
+                problems = defaultdict(list)
+                for row in mine:
+                    problems[row["prompt_id"]].append(row[column])
+                assert group[side][name] == pytest.approx(fmean(map(fmean, problems.values())))
         low, high = group["accuracy_difference_interval"]
         assert low < group["accuracy_difference"] < high < 0
         (line,) = [line for line in said.splitlines() if line.startswith(group["group"])]
@@ -311,6 +311,24 @@ def test_of_equally_hard_problems_the_hash_decides():
     problems = pl.DataFrame({"prompt_id": names, "accuracy": [0.5, 0.5, 0.5, 1.0]})
     first, second, _ = sorted("abc", key=content_key)
     assert hard_third(problems) == hard_third(problems.reverse()) == [first, second]
+
+
+def test_a_problem_counts_once_whatever_its_samples(round_dir, tmp_path):
+    """So that the means, their intervals and the saving are of one thing."""
+    fewer = shutil.copytree(round_dir, tmp_path / "fewer")
+    edit_rows(
+        fewer, "rollouts", lambda row: row["sample_idx"] == 0 or row["num_completion_tokens"] > 100
+    )
+    result = compare(round_dir, fewer)
+    base, new = result["base"], result["new"]
+    for part in ("token", "thinking", "answer"):
+        name = "mean_tokens" if part == "token" else f"{part}_tokens"
+        assert result[f"{part}_reduction"] == pytest.approx(1 - new[name] / base[name])
+    low, high = new["mean_tokens_interval"]
+    assert low < new["mean_tokens"] < high
+    assert new["thinking_tokens"] + new["answer_tokens"] == pytest.approx(new["mean_tokens"])
+    over_samples = all_rows(fewer)["num_completion_tokens"].mean()
+    assert new["mean_tokens"] < over_samples - 5
 
 
 def test_a_saving_that_moves_behind_the_thinking_shows(round_dir, tmp_path):

@@ -123,21 +123,21 @@ def _resampled_means(columns: list[npt.NDArray[np.float64]]) -> list[npt.NDArray
 
 
 def evaluate(path: Path) -> dict[str, Any]:
-    """Return accuracy (avg@n) and tokens of one set of rollouts with 95% bootstrap intervals over
-    problems, median tokens, mean tokens of the thinking part and of the answer after it, and the
-    truncated fraction. Accuracy is that of the `graded` problems, None without any; the two parts
-    are None for a model without a thinking part."""
+    """Return mean accuracy (avg@n) and tokens of the problems of one set of rollouts with 95%
+    bootstrap intervals, their mean tokens of the thinking part and of the answer after it, median
+    tokens, and the truncated fraction. Each problem counts once, whatever its samples. Accuracy is
+    that of the `graded` problems, None without any; the two parts are None for a model without a
+    thinking part."""
     problems = per_problem(path)
-    lengths = pl.col("num_completion_tokens")
-    truncated = (pl.col("finish_reason") == "length").mean()
     whole = scan_round(path).select(
-        mean=lengths.mean(),
-        truncated=truncated,
-        median=quantile(lengths, 0.5),
-        thinking=_THINKING,
-        answer=_ANSWER,
+        truncated=(pl.col("finish_reason") == "length").mean(),
+        median=quantile(pl.col("num_completion_tokens"), 0.5),
     )
-    mean_tokens, truncated_fraction, median_tokens, thinking, answer = collect(whole).row(0)
+    truncated_fraction, median_tokens = collect(whole).row(0)
+    thinking, answer = (
+        None if problems[part].null_count() else float(problems[part].to_numpy().mean())
+        for part in ("thinking", "answer")
+    )
     known = graded(problems)["accuracy"].to_numpy()
     return {
         "problems": problems.height,
@@ -145,7 +145,7 @@ def evaluate(path: Path) -> dict[str, Any]:
         "samples": int(problems["samples"].sum()),
         "accuracy": mean_accuracy(problems),
         "accuracy_interval": _interval(_resampled_means([known])[0]) if len(known) else None,
-        "mean_tokens": mean_tokens,
+        "mean_tokens": float(problems["tokens"].to_numpy().mean()),
         "mean_tokens_interval": _interval(_resampled_means([problems["tokens"].to_numpy()])[0]),
         "median_tokens": median_tokens,
         "thinking_tokens": thinking,
@@ -264,7 +264,7 @@ def _means(problems: pl.DataFrame) -> dict[str, float | None]:
     return {
         "graded": graded(problems).height,
         "accuracy": mean_accuracy(problems),
-        "mean_tokens": float(np.average(problems["tokens"], weights=problems["samples"])),
+        "mean_tokens": float(problems["tokens"].to_numpy().mean()),
     }
 
 
