@@ -1,4 +1,4 @@
-"""Programs of the tests are forks of one process, or each would import its engine for 15 seconds."""
+"""Programs of the tests are forks of one process, or each would take 15 seconds to import."""
 
 import pytest
 from conftest import command, environment, finish, invoke, rollout_arguments
