@@ -394,6 +394,21 @@ def test_prompts_that_a_pattern_names_are_inputs(tmp_path):
         assert [Path(file).name for file in _inputs(step)] == ["p1.jsonl", "p2.jsonl"]
 
 
+def test_the_base_of_an_adapter_is_an_input(tmp_path):
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    for folder, file in ((adapter, "adapter_model.safetensors"), (base, "model.safetensors")):
+        folder.mkdir()
+        (folder / file).write_text("a")
+    told = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(told))
+    config = RolloutsConfig(model=str(adapter), prompts=["p"], out=tmp_path / "made")
+    step = Step("label", "why", "mpd-gen", ["rollouts", str(adapter)], config.out, config)
+    assert str(base / "model.safetensors") in _inputs(step)
+    told["base_model_name_or_path"] = "Some/Model"
+    (adapter / "adapter_config.json").write_text(json.dumps(told))
+    assert [*map(Path, _inputs(step))] == sorted(adapter.iterdir())
+
+
 def test_the_examples_are_of_the_smallest_hashes(round_dir, tmp_path):
     config = RolloutsConfig(
         model=str(STUDENT), prompts=["p"], out=tmp_path, examples=tmp_path / "e.jsonl"

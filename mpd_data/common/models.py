@@ -206,23 +206,37 @@ def end_tokens(model: ModelFiles, tokenizer: Any, trust_remote_code: bool = Fals
     return list(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
+def base_of(path: Path) -> str | None:
+    """Return what the adapter in `path` names as its base; None for a folder with no adapter. Raise
+    ConfigError where its configuration names none."""
+    if not (path / _ADAPTER).is_file():
+        return None
+    return _adapter_settings(path)[2]
+
+
+def _adapter_settings(path: Path) -> tuple[dict[str, Any], Any, str]:
+    """Return an adapter's configuration, its type and its base. Raise ConfigError where it names no
+    base."""
+    with _expecting(path / _ADAPTER, f"peft's configuration with peft_type and {_BASE}"):
+        settings = read_json(path / _ADAPTER)
+        kind, base = settings["peft_type"], settings[_BASE]
+    if not isinstance(base, str) or not base:
+        raise ConfigError(
+            f"{path / _ADAPTER}: {_BASE} is {json.dumps(base)}. Set it to the folder or hub id"
+            " of the model that the adapter was trained on."
+        )
+    return settings, kind, base
+
+
 def _on_base(
     name: str, path: Path, commit: str | None, code: bool, weights: bool, served: str | None
 ) -> ModelFiles:
     """Return the model that consists of the adapter in `path` and its base."""
-    wanted = f"peft's configuration with peft_type and {_BASE}"
-    with _expecting(path / _ADAPTER, wanted):
-        settings = read_json(path / _ADAPTER)
-        kind, base_name = settings["peft_type"], settings[_BASE]
+    settings, kind, base_name = _adapter_settings(path)
     if kind != "LORA":
         raise ConfigError(
             f"{name}: an adapter of type {kind}; LORA is the one that engines run. Merge it into"
             " its base and give the merged folder."
-        )
-    if not isinstance(base_name, str) or not base_name:
-        raise ConfigError(
-            f"{path / _ADAPTER}: {_BASE} is {json.dumps(base_name)}. Set it to the folder or hub id"
-            " of the model that the adapter was trained on."
         )
     try:
         base = resolve_model(base_name, settings.get("revision"), code, weights, served)

@@ -19,6 +19,7 @@ import click
 from mpd_data.common import signals
 from mpd_data.common.errors import MPDError
 from mpd_data.common.files import read_json_lines, write_json_atomic
+from mpd_data.common.models import base_of
 from mpd_data.common.records import Record, require
 from mpd_data.config import RolloutsConfig
 from mpd_data.parts.session import Session, close_engines, dismiss, end, ending_of
@@ -52,9 +53,12 @@ def _inputs(step: Step) -> dict[str, str]:
     inputs: dict[str, str] = {}
     patterns = step.config.prompts if isinstance(step.config, RolloutsConfig) else []
     matches = [match for pattern in patterns for match in glob.iglob(pattern, recursive=True)]  # noqa: PTH207
-    for path in (*map(Path, [*step.command, *matches]), *step.reads):
-        # Not Path.exists, which raises for a word that is too long for a name.
-        if path == step.out or not os.path.exists(path):  # noqa: PTH110
+    # Not Path.exists, which raises for a word that is too long for a name.
+    words = [word for word in step.command if os.path.exists(word)]  # noqa: PTH110
+    bases = [base for word in words if (base := base_of(Path(word))) is not None]
+    for path in (*map(Path, [*words, *bases, *matches]), *step.reads):
+        # A base may be a hub id.
+        if path == step.out or not path.exists():
             continue
         files = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()]
         for file in sorted(files):
