@@ -34,13 +34,15 @@ def cli(checkpoint: Path, out: Path, student: str | None, push_to_hub: str | Non
     mpd-train, whose newest checkpoint is exported. A training that finishes exports its model
     itself.
     """
+    from mpd_data.common import hub
+
+    if push_to_hub is not None:
+        hub.require_name(push_to_hub)
     from mpd_train.export import export_checkpoint
 
     chosen = export_checkpoint(checkpoint, out, student)
     click.echo(f"wrote {out / 'model'} from {chosen}", err=True)
     if push_to_hub is not None:
-        from mpd_data.common import hub
-
         click.echo(hub.push_model(out / "model", push_to_hub, public=False))
 
 

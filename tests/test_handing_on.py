@@ -183,8 +183,8 @@ def without_its_base(_, folder):
     [
         (changed_byte, "its bytes have changed(?s:.*)breaches of the contract"),
         (cut_short, "bytes, its header says"),
-        (with_a_prefix, "behind a prefix, '_orig_mod.'"),
-        (without_its_base, "is an adapter, and its base is not available"),
+        slow(with_a_prefix, "behind a prefix, '_orig_mod.'"),
+        slow(without_its_base, "is an adapter, and its base is not available"),
     ],
 )
 def test_what_is_damaged_is_not_pushed(hub, round_dir, tmp_path, damage, message):
@@ -195,28 +195,32 @@ def test_what_is_damaged_is_not_pushed(hub, round_dir, tmp_path, damage, message
 
 
 @pytest.mark.parametrize(
-    ("name", "env", "remedy"),
+    ("env", "remedy"),
     [
-        slow("team/x", {"HF_HUB_OFFLINE": "1"}, "Unset HF_HUB_OFFLINE .*reached"),
-        ("team/x", {"HF_ENDPOINT": NOBODY}, f"network and that {NOBODY} .*try again"),
-        ("bad//x", {}, "of the form OWNER/NAME"),
-        slow("team/x", {"HF_TOKEN": "hf_another"}, "Log in to http.* `hf auth login`"),
+        slow({"HF_HUB_OFFLINE": "1"}, "Unset HF_HUB_OFFLINE .*reached"),
+        ({"HF_ENDPOINT": NOBODY}, f"network and that {NOBODY} .*try again"),
+        slow({"HF_TOKEN": "hf_another"}, "Log in to http.* `hf auth login`"),
     ],
-    ids=["offline", "no network", "bad name", "no right"],
+    ids=["offline", "no network", "no right"],
 )
-def test_the_remedy_fits_the_error_of_an_upload(hub, name, env, remedy):
-    said = pushed(hub, STUDENT, name, "--public", code=1, **env).stderr
+def test_the_remedy_fits_the_error_of_an_upload(hub, env, remedy):
+    said = pushed(hub, STUDENT, "team/x", "--public", code=1, **env).stderr
     assert re.search(remedy, said)
     assert ("hf auth login" in said) == ("HF_TOKEN" in env)
-    again = name if name == "team/x" else "OWNER/NAME"
-    assert said.strip().endswith(f"Then: mpd-gen push {STUDENT} {again} --public")
+    assert said.strip().endswith(f"Then: mpd-gen push {STUDENT} team/x --public")
     assert not hub.private
 
 
-def test_an_upload_needs_an_owner(hub):
-    said = pushed(hub, STUDENT, "mine", code=1).stderr
-    assert f"Give it: mpd-gen push {STUDENT} OWNER/mine" in said
-    assert not hub.private
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("mine", "Give OWNER/mine."), ("bad//x", "Give one of the form OWNER/NAME")],
+)
+def test_a_name_that_the_hub_cannot_have_is_said_first(tmp_path, name, message):
+    for words in (
+        ["mpd-gen", "push", tmp_path, name],
+        ["mpd-export", tmp_path, "--out", tmp_path / "out", "--push-to-hub", name],
+    ):
+        assert message in run(*words, code=1).stderr
 
 
 @pytest.mark.slow

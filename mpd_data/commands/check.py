@@ -79,6 +79,7 @@ def push(folder: Path, repository: str, public: bool) -> None:
     from mpd_data.store.round import PUBLISHED
     from mpd_data.store.run_record import kind_of
 
+    hub.require_name(repository)
     if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         url = hub.push_model(folder, repository, public)
     elif kind_of(folder) == "round":

@@ -16,6 +16,24 @@ def dataset_of(source: str) -> str | None:
     return match and match[1]
 
 
+def require_name(repository: str) -> None:
+    """Raise ConfigError unless `repository` is OWNER/NAME. Called when a command begins: what comes
+    before an upload may take long."""
+    with requires("hub", "pushing to the hub"):
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    if "/" not in repository:
+        # The hub takes the token's user for the owner. Here a forgotten owner is a slip.
+        raise ConfigError(f"{repository}: an upload needs an owner. Give OWNER/{repository}.")
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"{repository}: no name of a repository ({error}). Give one of the form OWNER/NAME:"
+            " letters, digits, '-', '_' and '.', at most 96 characters."
+        ) from error
+
+
 def push_command(folder: Path, repository: str = "OWNER/NAME", public: bool = False) -> str:
     """Return the command that uploads `folder`, for messages."""
     return shlex.join(["mpd-gen", "push", str(folder), repository, *["--public"] * public])
@@ -39,11 +57,6 @@ def push(folder: Path, repository: str, patterns: list[str], is_dataset: bool, p
     """
     with requires("hub", "pushing to the hub"):
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HFValidationError
-    if "/" not in repository:
-        # The hub takes the token's user for the owner. Here a forgotten owner is a slip.
-        again = push_command(folder, f"OWNER/{repository}", public)
-        raise ConfigError(f"{repository}: an upload needs an owner. Give it: {again}")
     kind = "dataset" if is_dataset else "model"
     api = HfApi()
     try:
@@ -56,28 +69,18 @@ def push(folder: Path, repository: str, patterns: list[str], is_dataset: bool, p
             commit_message=f"Upload {folder.name} with mixed-policy-distillation",
         )
     except hub_failures() as error:
-        name = "OWNER/NAME" if isinstance(error, HFValidationError) else repository
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise ConfigError(
             f"{folder}: cannot be pushed to {repository} ({reason}). {_remedy(error, api.endpoint)}"
-            f" Then: {push_command(folder, name, public)}"
+            f" Then: {push_command(folder, repository, public)}"
         ) from error
     return str(url)
 
 
 def _remedy(error: Exception, endpoint: str) -> str:
     """Return what to do about an `error` of the hub at `endpoint`."""
-    from huggingface_hub.errors import (
-        HFValidationError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    if isinstance(error, HFValidationError):
-        return (
-            "Give a name of the form OWNER/NAME: letters, digits, '-', '_' and '.', at most 96"
-            " characters."
-        )
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
         return (
