@@ -44,7 +44,7 @@ BY_FILE := --dist loadfile --no-loadscope-reorder
 FAST := $(addprefix tests/test_,checkers.py contamination.py docs.py gate.py gold_answers.py inputs.py options.py \
 	public.py weights.py)
 
-.PHONY: help install check test-slow test-all test-any-order test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder qwen2.5-coder-study notebook site screenshots test fuzz lint retrain
+.PHONY: help install check checked tools test-slow test-all test-any-order test-lowest test-newest demo seeds study study-small smollm2 qwen2.5-coder qwen2.5-coder-study notebook site screenshots test fuzz lint retrain
 install: .venv/.installed
 
 help:
@@ -155,13 +155,20 @@ build/%/.installed: .venv/.tools constraints/%.txt
 check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(BY_FILE) -m 'not slow' $(FAST)
 
-# test-all, and test-any-order: with every combination of the losses' parameters, where test has each
-# pair of them, and with all kills of the kill matrix.
-test test-all test-any-order: lint site
-test test-slow test-all test-any-order: .venv/.browser build/lm-eval/.installed build/mlflow/.installed
+TOOLS := .venv/.browser build/lm-eval/.installed build/mlflow/.installed
+tools: $(TOOLS)
+checked: lint site $(TOOLS)
+
+# What they need is made two things at a time.
+test test-slow test-all test-any-order:
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync $(NEEDS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(ORDER) $(KERNELS) $(WHICH)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(BY_FILE) $(ORDER) $(KERNELS:%=--ignore=%) $(WHICH)
 
+# test-all, and test-any-order: with every combination of the losses' parameters, where test has each
+# pair of them, and with all kills of the kill matrix.
+test test-all test-any-order: NEEDS := checked
+test-slow: NEEDS := tools
 test: WHICH := -m 'not slow'
 test-slow: WHICH := -m slow
 test-all test-any-order: WHICH := --all-cases

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, STUDENT, rows, tied_student, train_config
+from conftest import ROOT, STUDENT, rows, slow, tied_student, train_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
@@ -26,20 +26,33 @@ MAX_TOKENS = 120
 NUM_PROMPTS = 24
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def precision(request):
+KINDS = [(kind, dtype) for kind in ("full", "lora") for dtype in ("float32", "bfloat16")]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*KINDS, slow(("tied", "float32")), ("tied", "bfloat16")],
+    ids=lambda kind: "-".join(kind),
+)
+def kind(request):
+    """What is trained, and the student's precision."""
     return request.param
 
 
-@pytest.fixture(scope="module", params=["full", "lora", "tied"])
-def exported(request, precision, round_dir, exact_student, tmp_path_factory):
+@pytest.fixture(scope="module")
+def precision(kind):
+    return kind[1]
+
+
+@pytest.fixture(scope="module")
+def exported(kind, precision, round_dir, exact_student, tmp_path_factory):
     """A training on the round: the folder of the student that it started from, that of the export,
     and the student that was trained, as it stood when the last step was done."""
-    folder = tmp_path_factory.mktemp(f"{request.param}-{precision}")
+    folder = tmp_path_factory.mktemp("-".join(kind))
     start, settings = exact_student if precision == "float32" else STUDENT, {"epochs": 1}
-    if request.param == "lora":
+    if kind[0] == "lora":
         settings |= {"lora": {"lora_r": 8}, "optimizer": {"learning_rate": 3e-3}}
-    if request.param == "tied":
+    if kind[0] == "tied":
         # From random weights: until it writes more than one token.
         start = tied_student(folder / "tied", precision)
         settings |= {"epochs": 6, "optimizer": {"learning_rate": 3e-3}}

@@ -180,12 +180,11 @@ def padded_teacher(folder, more):
     return folder
 
 
-def test_a_teacher_with_padded_vocabulary(round_dir, prompts, tmp_path):
+def test_a_teacher_with_padded_vocabulary(round_dir, tmp_path):
     """More embedding rows than the student, as in one family's larger models."""
     teacher = padded_teacher(tmp_path / "teacher", 27)
     vocab = AutoConfig.from_pretrained(TEACHER).vocab_size
-    out = tmp_path / "r"
-    run("mpd-gen", *rollout_arguments(prompts, out))
+    out = without_rewrites(round_dir, tmp_path / "r")
     run("mpd-gen", *rewrite_arguments(out, **{"--teacher": teacher}))
     run("mpd-gen", "validate", out)
     padded = rows(out, "distill").filter(pl.col("status") == "ok")
@@ -225,7 +224,8 @@ def test_scores_are_over_the_vocabulary_of_the_model_that_is_trained(prompts, tm
     """Off-policy: the sampler is the padded teacher, and the student has fewer embedding rows."""
     teacher = padded_teacher(tmp_path / "teacher", 27)
     out = tmp_path / "r"
-    run("mpd-gen", *rollout_arguments(prompts, out, **{"--model": teacher, "-n": 1}))
+    few = {"--model": teacher, "--num-prompts": 12, "-n": 1}
+    run("mpd-gen", *rollout_arguments(prompts, out, **few))
     draft = {"--teacher": teacher, "--template": "draft", "--score-context": "problem"}
     run("mpd-gen", *rewrite_arguments(out, **draft, **{"--student": STUDENT}))
     vocab = AutoConfig.from_pretrained(STUDENT).vocab_size

@@ -649,6 +649,7 @@ def test_the_qwen3_pipeline_is_sound_in_every_stage(qwen_hub, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_qwen3_evaluations_are_checked_as_its_page_says(qwen_hub, tmp_path):
     """The page's commands, as they stand there, on the stand-ins: one for each evaluation set."""
     page = (ROOT / "docs" / "qwen3.md").read_text(encoding="utf-8")

@@ -299,6 +299,7 @@ def test_baselines_of_a_run_without_settings_are_found(copied, tmp_path):
     assert table(text, free).keys() == {"base", "baseline few-shot"}
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(made, tmp_path, monkeypatch):
     for seed in ("1", "2"):
         monkeypatch.setenv("PYTHONHASHSEED", seed)

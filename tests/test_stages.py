@@ -25,6 +25,7 @@ from conftest import (
     rewrite_arguments,
     rows,
     run,
+    slow,
     write_jsonl,
 )
 from hub import Hub
@@ -289,7 +290,7 @@ def greedy():
 
 @pytest.mark.parametrize(
     "sampling",
-    [{"temperature": 0}, *({"temperature": 2, **one} for one in ONE_TOKEN)],
+    [{"temperature": 0}, *(slow({"temperature": 2, **one}) for one in ONE_TOKEN)],
     ids=["temperature", *(next(iter(one)) for one in ONE_TOKEN)],
 )
 def test_greedy_by_each_of_four_ways(prompts, tmp_path, greedy, sampling):
