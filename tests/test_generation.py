@@ -1,6 +1,7 @@
 """`mpd-gen` as a user runs it: real processes, real engine, kills included."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -31,14 +32,15 @@ from conftest import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mpd_data.cli import cli
-from mpd_data.common.errors import ConfigError
+from mpd_data.common.errors import ConfigError, DataError
 from mpd_data.config import RolloutsConfig
+from mpd_data.inspect import validate
 from mpd_data.inspect.compare import compare, evaluate
 from mpd_data.inspect.stats import plot_lengths, round_stats
 from mpd_data.inspect.validate import validate_round
 from mpd_data.store.round import RoundDir
-from mpd_data.store.schema import DISTILL_SCHEMA, ROLLOUT_SCHEMA, STATUSES
-from mpd_data.store.shards import read_metadata
+from mpd_data.store.schema import DISTILL_SCHEMA, METADATA_KEY, ROLLOUT_SCHEMA, STATUSES
+from mpd_data.store.shards import ROWS_PER_GROUP, read_columns, read_metadata
 
 
 def killed_and_resumed(arguments, out, stage, kills):
@@ -422,7 +424,9 @@ BREACHES = {
     "sum to 0.": _lose_mass,
     "outside the vocabulary": lambda row: row["topk_ids"].__setitem__(63, 10_000),
     "not the end token": lambda row: row["input_ids"].__setitem__(-1, 7),
-    "do not begin with the rollout's prompt": lambda row: row["input_ids"].__setitem__(0, 7),
+    "do not begin with the rollout's prompt": lambda row: row["input_ids"].insert(
+        0, row["input_ids"].pop(1)
+    ),
     "contradict 'rewrite' scoring": lambda row: row.update(teacher_prompt_ids=None),
     "but it has log-probabilities": lambda row: row.update(status="truncated"),
     "but ids, counts or": lambda row: row.update(loss_start=None),
@@ -433,17 +437,63 @@ BREACHES = {
 }
 
 
+@pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("message", BREACHES)
-def test_validate_finds_each_breach(round_dir, tmp_path, message):
+def test_validate_finds_each_breach(round_dir, tmp_path, monkeypatch, message, together):
+    """Shards are checked together, and those of large rows in parts."""
+    if not together:
+        monkeypatch.setattr(validate, "_BYTES_AT_ONCE", 1)
+    other = shutil.copytree(round_dir, tmp_path / "r")
+    file = RoundDir(other).shard_paths("distill")[1]
+    table = pq.read_table(file)
+    all_rows = table.to_pylist()
+    index = max(i for i, row in enumerate(all_rows) if row["status"] == "ok")
+    assert index >= ROWS_PER_GROUP
+    BREACHES[message](all_rows[index])
+    changed = pa.Table.from_pylist(all_rows, schema=table.schema)
+    pq.write_table(changed, file, row_group_size=ROWS_PER_GROUP)
+    found = [line for line in validate_round(other) if line.startswith(f"{file}, row {index} (")]
+    assert any(message in problem for problem in found), found
+
+
+def test_each_shard_is_judged_by_its_own_metadata(round_dir, tmp_path):
     other = shutil.copytree(round_dir, tmp_path / "r")
     file = RoundDir(other).shard_paths("distill")[0]
     table = pq.read_table(file)
-    all_rows = table.to_pylist()
-    index = next(i for i, row in enumerate(all_rows) if row["status"] == "ok")
-    BREACHES[message](all_rows[index])
-    pq.write_table(pa.Table.from_pylist(all_rows, schema=table.schema), file)
-    found = [problem for problem in validate_round(other) if f"row {index} (" in problem]
-    assert any(message in problem for problem in found), found
+    told = json.loads(table.schema.metadata[METADATA_KEY])
+    named = {METADATA_KEY: json.dumps({**told, "end_ids": [7]})}
+    pq.write_table(table.replace_schema_metadata(named), file)
+    wrong = [line for line in validate_round(other) if "not the end token" in line]
+    assert wrong
+    assert all(line.startswith(str(file)) for line in wrong)
+
+
+@pytest.mark.parametrize(
+    ("stage", "column", "value", "message"),
+    [
+        ("rollouts", "completion_ids", None, "completion_ids has nulls in its lists"),
+        ("distill", "topk_ids", None, "topk_ids has nulls in its lists"),
+        ("rollouts", "prompt_ids", -5, r"row 3 \(.*: prompt_ids outside the vocabulary of"),
+        (
+            "rollouts",
+            "completion_ids",
+            165,
+            r"row 3 \(.*: completion_ids outside the vocabulary of",
+        ),
+    ],
+)
+def test_each_id_of_a_list_is_looked_at(round_dir, tmp_path, stage, column, value, message):
+    other = shutil.copytree(round_dir, tmp_path / "r")
+    file = RoundDir(other).shard_paths(stage)[-1]
+    table = pq.read_table(file)
+    found = table.to_pylist()
+    row = found[3] if value is not None else next(row for row in found if row[column])
+    row[column][0] = value
+    pq.write_table(pa.Table.from_pylist(found, schema=table.schema), file)
+    assert re.search(message, "\n".join(validate_round(other)))
+    if value is None:
+        with pytest.raises(DataError, match=message):
+            read_columns(file, [column])
 
 
 def test_validate_judges_each_round_that_it_is_given(round_dir, tmp_path):

@@ -1,5 +1,6 @@
 """`mpd-gen validate`: check every shard and row of a round. Nothing is changed."""
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,8 +43,10 @@ from mpd_data.store.shards import (
 
 # float16 rounding lets the stored probabilities sum to slightly more than 1.
 _MASS_SLACK = 5e-3
-# Row groups are read and checked together up to this size: a whole shard of small rows.
+# Rows are read and checked together up to this size: numpy and Arrow take as long to begin with a
+# column as they take for a thousand numbers.
 _BYTES_AT_ONCE = 64 << 20
+_SHARDS_AT_ONCE = 16
 
 
 def validate_round(path: Path) -> list[str]:
@@ -72,7 +75,7 @@ def validate_round(path: Path) -> list[str]:
         first: dict[str, Any] | None = None
         keys: list[_Keys] = []
         places: list[_Keys] = []
-        prompts: list[tuple[Packed, npt.NDArray[np.int64]]] = []
+        prompts: list[tuple[Packed, _Hashes]] = []
         for file, look in zip(shards, _look_at(shards, stage, rollouts), strict=True):
             of_manifest.compare(file, look)
             if look.metadata is not None:
@@ -96,13 +99,15 @@ def validate_round(path: Path) -> list[str]:
 
 # The keys of some rows of a shard: the file, the index of the first row, the keys.
 _Keys = tuple[Path, int, Packed]
+# A hash of each row's prompt ids.
+_Hashes = npt.NDArray[np.uint64]
 
 
 @dataclass
 class _Look:
     """What one shard holds. `sha256`: None where it is no file. `metadata` and `line`, which is the
     manifest's: None where the shard is damaged or not by the contract. `places`: what its rows are
-    of. `prompts`: keys of rollouts, and a number for the prompt of each."""
+    of. `prompts`: keys of rollouts, and a hash of the prompt of each."""
 
     sha256: str | None = None
     tokens: int = 0
@@ -111,31 +116,65 @@ class _Look:
     problems: list[str] = field(default_factory=list)
     keys: list[_Keys] = field(default_factory=list)
     places: list[_Keys] = field(default_factory=list)
-    prompts: list[tuple[Packed, npt.NDArray[np.int64]]] = field(default_factory=list)
+    prompts: list[tuple[Packed, _Hashes]] = field(default_factory=list)
+
+    def add(self, rows: "_Rows", found: "_Found", start: int) -> None:
+        """Add what `rows` are, which are those from `start` in `found`."""
+        own = slice(start, start + rows.count)
+        if found.keys is not None:
+            self.keys.append((rows.file, rows.first, found.keys[own]))
+            if found.prompts is not None:
+                self.prompts.append((found.keys[own], found.prompts[own]))
+        if found.places is not None:
+            self.places.append((rows.file, rows.first, found.places[own]))
+
+
+@dataclass
+class _Found:
+    """What some rows are: their keys, None where these are no keys; hashes of their prompts; what
+    they are of."""
+
+    keys: Packed | None
+    prompts: _Hashes | None = None
+    places: Packed | None = None
 
 
 def _look_at(shards: list[Path], stage: Stage, rollouts: "_Prompts | None") -> Iterator[_Look]:
-    """Yield a look at each shard, in order. Each core reads one."""
+    """Yield a look at each shard, in order. Each core reads some."""
+    starts = range(0, len(shards), _SHARDS_AT_ONCE)
+    some = [shards[start : start + _SHARDS_AT_ONCE] for start in starts]
     with ThreadPoolExecutor(usable_cores()) as pool:
-        yield from pool.map(lambda file: _look(file, stage, rollouts), shards)
+        for looks in pool.map(lambda files: _look(files, stage, rollouts), some):
+            yield from looks
 
 
-def _look(file: Path, stage: Stage, rollouts: "_Prompts | None") -> _Look:
-    look = _Look()
-    if file.is_file():
-        look.sha256 = sha256_of(file)
-    try:
-        with open_shard(file) as shard:
-            metadata = metadata_of(file, shard)
-            if _follows(shard.schema_arrow, SCHEMAS[stage]):
-                look.metadata = metadata
-                _check_rows(file, shard, stage, metadata, rollouts, look)
-                look.line = line_of(file, shard.metadata, look.tokens, look.sha256 or "")
-            else:
-                look.problems.append(f"{file}: its columns or types are not those of the contract.")
-    except DataError as error:
-        look.problems.append(f"{file}: cannot be read: {error}")
-    return look
+def _look(files: list[Path], stage: Stage, rollouts: "_Prompts | None") -> list[_Look]:
+    looks: list[_Look] = []
+    unread: list[tuple[_Look, str]] = []
+    rows = _Gathered(stage, rollouts)
+    for file in files:
+        look = _Look()
+        looks.append(look)
+        if file.is_file():
+            look.sha256 = sha256_of(file)
+        try:
+            with open_shard(file) as shard:
+                metadata = metadata_of(file, shard)
+                if _follows(shard.schema_arrow, SCHEMAS[stage]):
+                    look.metadata = metadata
+                    for piece in _pieces(file, shard, stage):
+                        look.tokens += tokens_of(piece.table, stage)
+                        rows.add(piece, metadata, look)
+                    look.line = line_of(file, shard.metadata, look.tokens, look.sha256 or "")
+                else:
+                    problem = f"{file}: its columns or types are not those of the contract."
+                    unread.append((look, problem))
+        except DataError as error:
+            unread.append((look, f"{file}: cannot be read: {error}"))
+    rows.check()
+    for look, problem in unread:
+        look.problems.append(problem)
+    return looks
 
 
 def _follows(found: pa.Schema, contract: pa.Schema) -> bool:
@@ -200,62 +239,93 @@ def _doubled(keys: list[_Keys], what: str) -> list[str]:
 
 
 class _Prompts:
-    """A number for the prompt ids of each rollout: equal ids have equal numbers, and different ids
-    have different numbers, apart from hash collisions."""
+    """The hash of the prompt ids of each rollout."""
 
-    def __init__(self, parts: list[tuple[Packed, npt.NDArray[np.int64]]]) -> None:
+    def __init__(self, parts: list[tuple[Packed, _Hashes]]) -> None:
         keys = np.concatenate([keys for keys, _ in parts])
         order = np.argsort(keys)
         self._keys = keys[order]
-        self._numbers = np.concatenate([numbers for _, numbers in parts])[order]
+        self._hashes = np.concatenate([hashes for _, hashes in parts])[order]
 
-    def find(self, keys: Packed) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-        """Return whether each rollout of `keys` [n] exists, and its number (arbitrary if not)."""
+    def find(self, keys: Packed) -> tuple[npt.NDArray[np.bool_], _Hashes]:
+        """Return whether each rollout of `keys` [n] exists, and its hash (arbitrary if not)."""
         if not len(self._keys):
-            return np.zeros(len(keys), bool), np.zeros(len(keys), np.int64)
+            return np.zeros(len(keys), bool), np.zeros(len(keys), np.uint64)
         at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        return self._keys[at] == keys, self._numbers[at]
+        return self._keys[at] == keys, self._hashes[at]
 
 
-def _number(ids: npt.NDArray[np.int32]) -> int:
-    # Python's hash has 64 bits and does not change within a process.
-    return hash(ids.tobytes())
+def _hash_lists(ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> _Hashes:
+    """Return a hash of each of the lists that `ids` holds one after another: the sum of one for
+    each id and its position, by splitmix64 (Steele, Lea and Flood, 2014), modulo 2^64."""
+    ends = np.cumsum(lengths)
+    positions = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
+    x = (positions.astype(np.uint64) << 32) | ids.astype(np.uint32)
+    x += np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x ^= x >> np.uint64(shift)
+        x *= np.uint64(factor)
+    x ^= x >> np.uint64(31)
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(x)])
+    of_list: _Hashes = sums[ends] - sums[ends - lengths]
+    return of_list
 
 
-def _check_rows(
-    file: Path,
-    shard: pq.ParquetFile,
-    stage: Stage,
-    metadata: dict[str, Any],
-    rollouts: _Prompts | None,
-    look: _Look,
-) -> None:
-    """Add to `look` what a shard's rows are, and their problems. Raise DataError where they cannot
-    be read."""
+class _Gathered:
+    """Rows of several shards, which are checked together."""
+
+    def __init__(self, stage: Stage, rollouts: _Prompts | None) -> None:
+        self._stage, self._rollouts = stage, rollouts
+        self._waiting: list[tuple[_Rows, _Look]] = []
+        self._metadata: dict[str, Any] = {}
+        self._bytes = 0
+
+    def add(self, rows: "_Rows", metadata: dict[str, Any], look: _Look) -> None:
+        """Check `rows` with others of the same `metadata`, now or at the next call of `check`, and
+        add to `look` what they are."""
+        if metadata != self._metadata or self._bytes + rows.table.nbytes > _BYTES_AT_ONCE:
+            self.check()
+        self._waiting.append((rows, look))
+        self._metadata = metadata
+        self._bytes += rows.table.nbytes
+
+    def check(self) -> None:
+        """Check the rows that wait: together, and by themselves only where something is wrong, so
+        that it is said of the right row."""
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        if len(waiting) > 1:
+            (first, _), *_ = waiting
+            whole = _Rows(first.file, 0, pa.concat_tables(rows.table for rows, _ in waiting))
+            with contextlib.suppress(DataError):
+                found = whole.check(self._stage, self._metadata, self._rollouts)
+                if not whole.problems():
+                    start = 0
+                    for rows, look in waiting:
+                        look.add(rows, found, start)
+                        start += rows.count
+                    return
+        for rows, look in waiting:
+            try:
+                look.add(rows, rows.check(self._stage, self._metadata, self._rollouts), 0)
+            except DataError as error:
+                problem = f"{rows.file}: cannot be read: {error}"
+                look.problems += [problem] * (problem not in look.problems)
+            look.problems += rows.problems()
+
+
+def _pieces(file: Path, shard: pq.ParquetFile, stage: Stage) -> Iterator["_Rows"]:
+    """Yield the rows of a shard, some row groups at a time. Raise DataError where they cannot be
+    read."""
     first = 0
     for groups in _groups(shard.metadata):
         try:
-            table = shard.read_row_groups(groups, use_threads=False).combine_chunks()
+            table = shard.read_row_groups(groups, use_threads=False)
             table = with_added_columns(table, file, SCHEMAS[stage].names)
             table.validate(full=True)
         except PARQUET_ERRORS as error:
             raise DataError(f"row groups {groups[0]} to {groups[-1]}: {error}") from error
-        rows = _Rows(file, first, table)
-        look.tokens += tokens_of(table, stage)
-        packed = rows.packed("row_id")
-        rows.enums()
-        if stage == "rollouts":
-            rows.rollouts()
-            if packed is not None:
-                look.prompts.append((packed, rows.prompts()))
-        elif stage == "distill":
-            rows.distill(metadata, rollouts)
-        if packed is not None:
-            look.keys.append((file, first, packed))
-        if stage in _PLACES:
-            look.places.append((file, first, rows.places(*_PLACES[stage][:2])))
-        look.problems += rows.problems()
-        first += rows.count
+        yield _Rows(file, first, table)
+        first += len(table)
 
 
 def _groups(footer: pq.FileMetaData) -> Iterator[list[int]]:
@@ -277,18 +347,31 @@ class _Rows:
     """Checks of some rows of one shard; `first` is the index of the first of them."""
 
     def __init__(self, file: Path, first: int, table: pa.Table) -> None:
-        self._file = file
-        self._first = first
-        self._table = table
+        self.file, self.first, self.count = file, first, len(table)
+        self.table = table
         self._problems: dict[int, list[str]] = defaultdict(list)
         self._other: list[str] = []
-        self.count = len(table)
+
+    def check(self, stage: Stage, metadata: dict[str, Any], rollouts: _Prompts | None) -> "_Found":
+        """Return what the rows are, and gather their problems. Raise DataError where `metadata`
+        lacks something."""
+        self.table = self.table.combine_chunks()
+        found = _Found(self._packed("row_id"))
+        self._enums()
+        if stage == "rollouts":
+            self._rollouts(metadata)
+            found.prompts = self._prompts()
+        elif stage == "distill":
+            self._distill(metadata, rollouts)
+        if stage in _PLACES:
+            found.places = self._places(*_PLACES[stage][:2])
+        return found
 
     def problems(self) -> list[str]:
         """Return all problems, row by row."""
-        ids = self._table.column("row_id")
+        ids = self.table.column("row_id")
         return self._other + [
-            f"{self._file}, row {self._first + index} ({ids[index]}): {text}"
+            f"{self.file}, row {self.first + index} ({ids[index]}): {text}"
             for index in sorted(self._problems)
             for text in self._problems[index]
         ]
@@ -299,50 +382,52 @@ class _Rows:
 
     def _numbers(self, name: str) -> npt.NDArray[Any]:
         """Return a column of numbers, or the lengths of its lists [rows], with -1 for null."""
-        column = self._table.column(name)
+        column = self.table.column(name)
         if pa.types.is_list(column.type):
             column = pc.list_value_length(column)
         return np.asarray(column.fill_null(-1) if column.null_count else column)
 
     def _flat(self, name: str, rows: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
         """Return the concatenated lists of these rows."""
-        return np.asarray(pc.list_flatten(self._table.column(name).take(pa.array(rows))))
+        return np.asarray(pc.list_flatten(self.table.column(name).take(pa.array(rows))))
 
-    def packed(self, name: str) -> Packed | None:
+    def _packed(self, name: str) -> Packed | None:
         """Return a column of keys. If they are not keys, record a problem and return None."""
         try:
-            return pack(self._table.column(name))
+            return pack(self.table.column(name))
         except ValueError as error:
-            self._other.append(f"{self._file}: {name} {error}.")
+            self._other.append(f"{self.file}: {name} {error}.")
             return None
 
-    def places(self, owner: str, index: str) -> Packed:
+    def _places(self, owner: str, index: str) -> Packed:
         """Return a hash of two columns for each row; S16 [rows]."""
-        pairs = pl.DataFrame(self._table.select([owner, index]))
+        pairs = pl.DataFrame(self.table.select([owner, index]))
         hashes = [pairs.hash_rows(seed).to_numpy() for seed in (0, 1)]
         return np.stack(hashes, axis=1).view("S16")[:, 0]
 
-    def enums(self) -> None:
-        for name in ENUMS.keys() & set(self._table.schema.names):
-            column = self._table.column(name)
+    def _enums(self) -> None:
+        for name in ENUMS.keys() & set(self.table.schema.names):
+            column = self.table.column(name)
             known = pc.is_in(column, pa.array([*ENUMS[name], None], pa.string())).to_numpy()
             for index in np.flatnonzero(~known):
                 self._say(index, f"{name} is {column[index].as_py()!r}, not in {ENUMS[name]}.")
 
-    def prompts(self) -> npt.NDArray[np.int64]:
+    def _prompts(self) -> _Hashes:
         lengths = np.maximum(self._numbers("prompt_ids"), 0)
         ids = self._flat("prompt_ids", np.arange(self.count))
-        ends = np.cumsum(lengths)
-        return np.array(
-            [_number(ids[end - n : end]) for end, n in zip(ends, lengths, strict=True)], np.int64
-        )
+        return _hash_lists(ids, lengths)
 
-    def rollouts(self) -> None:
+    def _rollouts(self, metadata: dict[str, Any]) -> None:
+        vocab = metadata.get("vocab_size", np.inf)
         for text in ("prompt", "completion"):
             ids, count = f"{text}_ids", f"num_{text}_tokens"
             lengths, counts = self._numbers(ids), self._numbers(count)
             for index in np.flatnonzero(lengths != counts):
                 self._say(index, f"{ids} has {lengths[index]} ids, {count} is {counts[index]}.")
+            tokens = self._flat(ids, np.arange(self.count))
+            of_token = np.repeat(np.arange(self.count), np.maximum(lengths, 0))
+            strange = of_token[(tokens < 0) | (tokens >= vocab)]
+            self._say(strange, f"{ids} outside the vocabulary of {vocab}.")
         self._thinking("num_completion_tokens")
 
     def _thinking(self, tokens: str) -> None:
@@ -351,19 +436,19 @@ class _Rows:
             text = f"num_thinking_tokens is {found[index]}, {tokens} is {most[index]}."
             self._say(index, text)
 
-    def distill(self, metadata: dict[str, Any], rollouts: _Prompts | None) -> None:
+    def _distill(self, metadata: dict[str, Any], rollouts: _Prompts | None) -> None:
         self._thinking("num_rewritten_tokens")
         rates = self._numbers("pass_rate")
         self._say(np.flatnonzero(rates > 1), "its pass_rate is above 1.")
-        statuses = self._table.column("status")
+        statuses = self.table.column("status")
         has_scores = (self._numbers("topk_ids") >= 0) | (self._numbers("draft_topk_ids") >= 0)
         exists = np.ones(self.count, bool)
-        numbers = None
-        origins = self.packed("rollout_id")
+        prompts = None
+        origins = self._packed("rollout_id")
         if rollouts is not None and origins is not None:
-            exists, numbers = rollouts.find(origins)
+            exists, prompts = rollouts.find(origins)
             for index in np.flatnonzero(~exists):
-                origin = self._table.column("rollout_id")[index]
+                origin = self.table.column("rollout_id")[index]
                 self._say(index, f"its rollout {origin} is not in the round.")
         kept = pc.equal(statuses, "ok").to_numpy()
         # A rewrite that a refilter rejects keeps its scores.
@@ -372,13 +457,13 @@ class _Rows:
         for index in np.flatnonzero(exists & ~scored & has_scores):
             status = statuses[index].as_py()
             self._say(index, f"status {status!r}, but it has log-probabilities.")
-        self._scored(np.flatnonzero(scored), metadata, numbers)
+        self._scored(np.flatnonzero(scored), metadata, prompts)
 
     def _scored(
         self,
         rows: npt.NDArray[np.intp],
         metadata: dict[str, Any],
-        prompts: npt.NDArray[np.int64] | None,
+        prompts: _Hashes | None,
     ) -> None:
         """Check rows with log-probabilities, all tokens of all rows at once."""
         vocab, score_context = metadata["vocab_size"], metadata["score_context"]
@@ -406,15 +491,14 @@ class _Rows:
         input_ids = self._flat("input_ids", rows)
         ends = np.cumsum(inputs[rows])
         if prompts is not None:
-            first = ends - inputs[rows]
-            own = [_number(input_ids[f : f + s]) for f, s in zip(first, start[rows], strict=True)]
-            wrong = np.array(own, np.int64) != prompts[rows]
+            positions = np.arange(len(input_ids)) - np.repeat(ends - inputs[rows], inputs[rows])
+            of_prompt = positions < np.repeat(start[rows], inputs[rows])
+            wrong = _hash_lists(input_ids[of_prompt], start[rows]) != prompts[rows]
             self._say(rows[wrong], "input_ids do not begin with the rollout's prompt.")
         last = input_ids[ends - 1]
-        ends = metadata.get("end_ids", [metadata["eos_token_id"]])
-        for i, end in zip(rows, last, strict=True):
-            if end not in ends:
-                self._say(i, f"ends with id {end}, not the end token.")
+        known = metadata.get("end_ids", [metadata["eos_token_id"]])
+        for at in np.flatnonzero(~np.isin(last, known)):
+            self._say(rows[at], f"ends with id {last[at]}, not the end token.")
         context = self._numbers("teacher_prompt_ids") >= 0
         self._say(
             rows[context[rows] != (score_context != "problem")],

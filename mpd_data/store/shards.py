@@ -151,7 +151,7 @@ def with_added_columns(
     wrote it, is all null.
 
     Raise KeyError for another column that it lacks or has twice, one of PARQUET_ERRORS for values
-    of another kind, and for nulls where the contract has none.
+    of another kind, and for nulls where the contract has none: no list has any.
     """
     fields = {field.name: field for field in SCHEMAS[path.parent.name]}
     for name in names:
@@ -165,6 +165,8 @@ def with_added_columns(
             raise ValueError(f"{name} is null in {column.null_count} rows")
         if column.type != field.type:
             rows = rows.set_column(at, name, column.cast(field.type))
+        if pa.types.is_list(field.type) and pc.list_flatten(rows.column(at)).null_count:
+            raise ValueError(f"{name} has nulls in its lists")
     return rows
 
 
