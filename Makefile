@@ -61,8 +61,10 @@ help:
 data/pocket/ood.jsonl: .venv/.installed pipelines/pocket/prompts.py pipelines/pocket/world.py
 	$(BIN)/python -m pipelines.pocket.prompts --out data/pocket
 
+# The first import of vLLM compiles 4,500 modules: on another core, while the pipeline is checked.
 demo: data/pocket/ood.jsonl $(if $(RETRAIN),retrain)
-	$(BIN)/mpd-rounds $(PIPELINE) --out $(OUT) $(SETTINGS)
+	$(BIN)/python -c 'from vllm import LLM' 2>/dev/null & \
+		$(BIN)/mpd-rounds $(PIPELINE) --out $(OUT) $(SETTINGS)
 
 seeds: data/pocket/ood.jsonl
 	$(BIN)/mpd-rounds $(PIPELINE) --out runs/seeds --seeds 3
