@@ -179,6 +179,8 @@ def _look(files: list[Path], stage: Stage, rollouts: "_Prompts | None") -> list[
 
 def _follows(found: pa.Schema, contract: pa.Schema) -> bool:
     """Return whether a shard has the contract's columns, but for nullable ones that are newer."""
+    if found.equals(contract):
+        return True
     expected = [f for f in contract if f.name in found.names or not f.nullable]
     return bool(found.remove_metadata().equals(pa.schema(expected)))
 
