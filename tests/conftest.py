@@ -278,12 +278,13 @@ def make_round(prompts, out):
 
 
 def small_pocket(prompts, folder):
-    """Write the pocket pipeline with 24 of `prompts` in each part."""
+    """Write the pocket pipeline with 24 of `prompts` in each part, four samples of each."""
     text = (ROOT / "pipelines" / "pocket" / "pipeline.toml").read_text()
     for split in ("train", "test", "ood"):
         text = text.replace(f"data/pocket/{split}.jsonl", str(prompts))
     for size in ("320", "500", "250"):
         text = text.replace(f"num_prompts = {size}", "num_prompts = 24")
+    text = text.replace("num_samples = 2", "num_samples = 4")
     # A second process takes longer to start than these rows.
     text = text.replace("parts = { workers = 2 }\n", "")
     path = folder / "small.toml"

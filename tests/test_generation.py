@@ -452,8 +452,22 @@ def test_validate_finds_each_breach(round_dir, tmp_path, monkeypatch, message, t
     BREACHES[message](all_rows[index])
     changed = pa.Table.from_pylist(all_rows, schema=table.schema)
     pq.write_table(changed, file, row_group_size=ROWS_PER_GROUP)
-    found = [line for line in validate_round(other) if line.startswith(f"{file}, row {index} (")]
-    assert any(message in problem for problem in found), found
+    found = [line for line in validate_round(other) if message in line]
+    assert found
+    assert all(line.startswith(f"{file}, row {index} (") for line in found), found
+
+
+def test_metadata_that_lacks_a_name_is_said_of_its_shard(round_dir, tmp_path):
+    other = shutil.copytree(round_dir, tmp_path / "r")
+    files = RoundDir(other).shard_paths("distill")
+    for file in files:
+        table = pq.read_table(file)
+        told = json.loads(table.schema.metadata[METADATA_KEY])
+        del told["vocab_size"]
+        pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(told)}), file)
+    said = [line for line in validate_round(other) if "lacks 'vocab_size'" in line]
+    assert len(said) == len(files) == 3
+    assert all(line.count(str(file)) == 2 for line, file in zip(said, files, strict=True))
 
 
 def test_each_shard_is_judged_by_its_own_metadata(round_dir, tmp_path):

@@ -20,6 +20,7 @@ from mpd_data.inspect.compare import (
     evaluate,
     hard_third,
     on_hard_third,
+    show,
     verdict,
 )
 from mpd_data.inspect.stats import BINS, round_stats
@@ -297,6 +298,10 @@ def test_the_hard_third_is_chosen_by_other_samples_than_it_is_measured_by(
     assert hard["base"]["accuracy"] == pytest.approx(fmean(right))
     said = run("mpd-gen", "compare", round_dir, longer).stdout.partition("the hard third")[2]
     assert f"{100 * hard['accuracy_difference']:.1f}% [{100 * low:.1f}, {100 * high:.1f}]" in said
+    assert "mostly chance" not in said
+    twice = shutil.copytree(round_dir, tmp_path / "twice")
+    edit_rows(twice, "rollouts", lambda row: row["sample_idx"] < 2)
+    assert "mostly chance" in show(compare(twice, round_dir), None)
     same = compare(round_dir, round_dir)["hard_third"]
     assert same["accuracy_difference"] == same["token_reduction"] == 0
     # Without a second sample nothing is left to measure with.

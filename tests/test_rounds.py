@@ -84,7 +84,7 @@ def test_a_pipeline_runs_survives_a_kill_and_sums_up(small, tmp_path):
             "problems", "samples",
         }  # fmt: skip
         assert side["problems"] == 24
-        assert side["samples"] == 48
+        assert side["samples"] == 96
     saved = 1 - summary["final"]["mean_tokens"] / summary["base"]["mean_tokens"]
     assert summary["token_reduction"] == pytest.approx(saved)
     # Even this little moves the student: the stages are connected.

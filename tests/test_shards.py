@@ -25,6 +25,8 @@ from mpd_data.store.round import RoundDir, scratch_of
 from mpd_data.store.shards import read_metadata
 from mpd_data.store.writer import ShardWriter, commit_file
 
+METADATA = {"eos_token_id": 2, "vocab_size": 100_000}
+
 
 def error_row(i):
     return {"row_id": f"{i:032x}", "stage": "rollouts", "prompt_id": str(i), "message": "m" * 50}
@@ -45,7 +47,7 @@ def write(path, rows, **options):
     round_dir = RoundDir(path)
     with (
         round_dir.lock(),
-        ShardWriter(round_dir, "rollouts", {"eos_token_id": 2}, **options) as writer,
+        ShardWriter(round_dir, "rollouts", METADATA, **options) as writer,
     ):
         for row in rows:
             writer.add(row)
@@ -287,7 +289,7 @@ def test_rows_are_not_written_twice_when_the_manifest_fails(tmp_path):
         round_dir.manifest_path("rollouts").mkdir()
         with (
             pytest.raises(MPDError, match="writing a shard failed"),
-            ShardWriter(round_dir, "rollouts", {"eos_token_id": 2}) as writer,
+            ShardWriter(round_dir, "rollouts", METADATA) as writer,
         ):
             writer.add(rollout_row(0))
     round_dir.manifest_path("rollouts").rmdir()

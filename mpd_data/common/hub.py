@@ -22,16 +22,18 @@ def require_name(repository: str) -> None:
     with requires("hub", "pushing to the hub"):
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-    if "/" not in repository:
-        # The hub takes the token's user for the owner. Here a forgotten owner is a slip.
-        raise ConfigError(f"{repository}: an upload needs an owner. Give OWNER/{repository}.")
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
+        # Its own text offers a name without an owner.
         raise ConfigError(
-            f"{repository}: no name of a repository ({error}). Give one of the form OWNER/NAME:"
-            " letters, digits, '-', '_' and '.', at most 96 characters."
+            f"{repository}: the hub can have no repository of this name. Give one of the form"
+            " OWNER/NAME: at most 96 letters, digits, '-', '_' and '.';"
+            " neither '-' nor '.' at an end, no '--', no '..', and no '.git' at the end."
         ) from error
+    if "/" not in repository:
+        # The hub takes the token's user for the owner. Here a forgotten owner is a slip.
+        raise ConfigError(f"{repository}: an upload needs an owner. Give OWNER/{repository}.")
 
 
 def push_command(folder: Path, repository: str = "OWNER/NAME", public: bool = False) -> str:

@@ -354,6 +354,8 @@ def show(result: dict[str, Any], by: str | None) -> str:
     if (hard := result["hard_third"]) is not None:
         line = {"problems": hard["problems"], **side_by_side(hard)}
         text += f"\n\n{_HARD}\n{format_table([line])}"
+        if result["base"]["samples"] < 4 * result["base"]["problems"]:
+            text += "\nWith fewer than four samples of a problem, mostly chance chooses this third."
     if by is None:
         return text
     counts = [{"problems": g["problems"], "graded": g["base"]["graded"]} for g in result["groups"]]

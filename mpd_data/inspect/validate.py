@@ -53,8 +53,8 @@ def validate_round(path: Path) -> list[str]:
     """Return every breach of the contract, a line each: file, row, expected, found. Empty if the
     round is sound.
 
-    Memory: a few row groups for each core, and a key and a number for each row of the round. Raise
-    ConfigError if `path` holds no round.
+    Memory: some ten times _BYTES_AT_ONCE for each core, and for each row of the round two keys and
+    a hash. Raise ConfigError if `path` holds no round.
     """
     require_kind(path, "round")
     round_dir = RoundDir(path)
@@ -119,7 +119,7 @@ class _Look:
     prompts: list[tuple[Packed, _Hashes]] = field(default_factory=list)
 
     def add(self, rows: "_Rows", found: "_Found", start: int) -> None:
-        """Add what `rows` are, which are those from `start` in `found`."""
+        """Add keys, places and prompts of `rows`, which begin at `start` in `found`."""
         own = slice(start, start + rows.count)
         if found.keys is not None:
             self.keys.append((rows.file, rows.first, found.keys[own]))
@@ -140,10 +140,11 @@ class _Found:
 
 
 def _look_at(shards: list[Path], stage: Stage, rollouts: "_Prompts | None") -> Iterator[_Look]:
-    """Yield a look at each shard, in order. Each core reads some."""
-    starts = range(0, len(shards), _SHARDS_AT_ONCE)
-    some = [shards[start : start + _SHARDS_AT_ONCE] for start in starts]
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    """Yield a look at each shard, in order. Each core reads a group of them at a time."""
+    cores = usable_cores()
+    size = min(-(-len(shards) // cores), _SHARDS_AT_ONCE)
+    some = [shards[start : start + size] for start in range(0, len(shards), size or 1)]
+    with ThreadPoolExecutor(cores) as pool:
         for looks in pool.map(lambda files: _look(files, stage, rollouts), some):
             yield from looks
 
@@ -278,17 +279,17 @@ class _Gathered:
 
     def __init__(self, stage: Stage, rollouts: _Prompts | None) -> None:
         self._stage, self._rollouts = stage, rollouts
-        self._waiting: list[tuple[_Rows, _Look]] = []
-        self._metadata: dict[str, Any] = {}
+        # With the metadata of each: an error in it names its shard.
+        self._waiting: list[tuple[_Rows, dict[str, Any], _Look]] = []
         self._bytes = 0
 
     def add(self, rows: "_Rows", metadata: dict[str, Any], look: _Look) -> None:
         """Check `rows` with others of the same `metadata`, now or at the next call of `check`, and
         add to `look` what they are."""
-        if metadata != self._metadata or self._bytes + rows.table.nbytes > _BYTES_AT_ONCE:
+        is_other = any(metadata != before for _, before, _ in self._waiting[-1:])
+        if is_other or self._bytes + rows.table.nbytes > _BYTES_AT_ONCE:
             self.check()
-        self._waiting.append((rows, look))
-        self._metadata = metadata
+        self._waiting.append((rows, metadata, look))
         self._bytes += rows.table.nbytes
 
     def check(self) -> None:
@@ -296,22 +297,23 @@ class _Gathered:
         that it is said of the right row."""
         waiting, self._waiting, self._bytes = self._waiting, [], 0
         if len(waiting) > 1:
-            (first, _), *_ = waiting
-            whole = _Rows(first.file, 0, pa.concat_tables(rows.table for rows, _ in waiting))
+            (first, metadata, _), *_ = waiting
+            whole = _Rows(first.file, 0, pa.concat_tables(rows.table for rows, _, _ in waiting))
             with contextlib.suppress(DataError):
-                found = whole.check(self._stage, self._metadata, self._rollouts)
-                if not whole.problems():
+                found = whole.check(self._stage, metadata, self._rollouts)
+                if whole.is_sound():
                     start = 0
-                    for rows, look in waiting:
+                    for rows, _, look in waiting:
                         look.add(rows, found, start)
                         start += rows.count
                     return
-        for rows, look in waiting:
+        for rows, metadata, look in waiting:
             try:
-                look.add(rows, rows.check(self._stage, self._metadata, self._rollouts), 0)
+                look.add(rows, rows.check(self._stage, metadata, self._rollouts), 0)
             except DataError as error:
                 problem = f"{rows.file}: cannot be read: {error}"
-                look.problems += [problem] * (problem not in look.problems)
+                if problem not in look.problems:
+                    look.problems.append(problem)
             look.problems += rows.problems()
 
 
@@ -346,7 +348,8 @@ def _groups(footer: pq.FileMetaData) -> Iterator[list[int]]:
 
 
 class _Rows:
-    """Checks of some rows of one shard; `first` is the index of the first of them."""
+    """Checks of some rows of the shard `file`, of which `first` is the index of the first; or of
+    several shards, to see whether all are sound."""
 
     def __init__(self, file: Path, first: int, table: pa.Table) -> None:
         self.file, self.first, self.count = file, first, len(table)
@@ -368,6 +371,10 @@ class _Rows:
         if stage in _PLACES:
             found.places = self._places(*_PLACES[stage][:2])
         return found
+
+    def is_sound(self) -> bool:
+        """Return whether no problem was found."""
+        return not (self._other or self._problems)
 
     def problems(self) -> list[str]:
         """Return all problems, row by row."""
@@ -420,7 +427,7 @@ class _Rows:
         return _hash_lists(ids, lengths)
 
     def _rollouts(self, metadata: dict[str, Any]) -> None:
-        vocab = metadata.get("vocab_size", np.inf)
+        vocab = metadata["vocab_size"]
         for text in ("prompt", "completion"):
             ids, count = f"{text}_ids", f"num_{text}_tokens"
             lengths, counts = self._numbers(ids), self._numbers(count)
@@ -498,7 +505,7 @@ class _Rows:
             wrong = _hash_lists(input_ids[of_prompt], start[rows]) != prompts[rows]
             self._say(rows[wrong], "input_ids do not begin with the rollout's prompt.")
         last = input_ids[ends - 1]
-        known = metadata.get("end_ids", [metadata["eos_token_id"]])
+        known = metadata.get("end_ids") or [metadata["eos_token_id"]]
         for at in np.flatnonzero(~np.isin(last, known)):
             self._say(rows[at], f"ends with id {last[at]}, not the end token.")
         context = self._numbers("teacher_prompt_ids") >= 0
@@ -541,7 +548,7 @@ class _Rows:
         mass = np.exp(logprobs).sum(axis=1) + np.exp(tail)
         error = np.where(np.isnan(mass), np.inf, np.abs(mass - 1))
         for i in np.unique(of_token[error > _MASS_SLACK]):
-            mine = of_token == i
+            mine = slice(*np.searchsorted(of_token, [i, i + 1]))
             worst = int(error[mine].argmax())
             self._say(
                 i,

@@ -89,6 +89,7 @@ class _Metadata(Record):
     thinking: bool | None = None
     checker: str = ""
     answer_formats: list[str] = Field(default_factory=list)
+    end_ids: list[int] | None = None
     num_logprobs: int = Field(1, ge=1)
     score_context: Literal["problem", "rewrite", "both"] = "problem"
     score_temperature: float = Field(1.0, gt=0)
@@ -151,7 +152,7 @@ def with_added_columns(
     wrote it, is all null.
 
     Raise KeyError for another column that it lacks or has twice, one of PARQUET_ERRORS for values
-    of another kind, and for nulls where the contract has none: no list has any.
+    of another kind, for nulls where the contract has none, and for a null in a list.
     """
     fields = {field.name: field for field in SCHEMAS[path.parent.name]}
     for name in names:

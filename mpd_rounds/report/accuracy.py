@@ -156,7 +156,8 @@ def _hard_tables(
         "The third of the problems that the base solves least often. A problem chosen for bad luck"
         " would seem to improve, so one half of the base's samples chooses the third and the other"
         " half of all samples is measured; then the halves change places. A problem can be in both"
-        " of these thirds or in one, so together they are more than a third."
+        " of these thirds or in one, so together they are more than a third. With fewer than four"
+        " samples of a problem, mostly chance chooses."
     )
     if rows:
         yield Table(

@@ -58,7 +58,7 @@ def _inputs(step: Step) -> dict[str, str]:
     bases = [base for word in words if (base := base_of(Path(word))) is not None]
     for path in (*map(Path, [*words, *bases, *matches]), *step.reads):
         # A base may be a hub id.
-        if path == step.out or not path.exists():
+        if path == step.out or not os.path.exists(path):  # noqa: PTH110
             continue
         files = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()]
         for file in sorted(files):
