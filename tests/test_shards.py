@@ -319,9 +319,7 @@ def interrupted(path, pairs, at):
         done = round_dir.recover("rollouts")
         remaining = [pair for pair in pairs if pair[0]["row_id"] not in done]
         try:
-            with ShardWriter(
-                round_dir, "rollouts", {"eos_token_id": 2}, rows_per_shard=4
-            ) as writer:
+            with ShardWriter(round_dir, "rollouts", METADATA, rows_per_shard=4) as writer:
                 sys.settrace(trace)
                 for pair in remaining:
                     writer.add(*pair)
@@ -386,7 +384,7 @@ def test_a_pass_rate_waits_for_samples_that_can_come(tmp_path, stage, rate):
     """A sample that failed for good will not come; a rewrite that failed says nothing of it."""
     rows = [rollout_row(i) | {"prompt_id": "p", "is_correct": i > 0} for i in range(3)]
     round_dir = RoundDir(tmp_path / "r")
-    metadata = {"eos_token_id": 2, "num_samples": 4}
+    metadata = METADATA | {"num_samples": 4}
     with round_dir.lock():
         with ShardWriter(round_dir, "rollouts", metadata) as writer:
             for row in rows:
@@ -426,7 +424,7 @@ FORKS = """
             done = round_dir.recover("rollouts")
             print("ready", flush=True)
             size = max(2, count // 100)
-            settings = {"eos_token_id": 2}
+            settings = {"eos_token_id": 2, "vocab_size": 100_000}
             with ShardWriter(round_dir, "rollouts", settings, rows_per_shard=size) as writer:
                 for i in range(count):
                     row = rollout_row(i)
